@@ -1,0 +1,24 @@
+"""curvlab: the curvature of a network on its data, on one scale, checked."""
+
+from curvlab._version import __version__
+from curvlab.diagonality import diagonality
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.estimators import estimate
+from curvlab.matrices import load
+from curvlab.problem import Problem
+from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
+
+__all__ = [
+    "GGN",
+    "CurvlabError",
+    "EmpiricalFisher",
+    "Fisher",
+    "Hessian",
+    "MaSQ",
+    "Problem",
+    "UnsupportedError",
+    "__version__",
+    "diagonality",
+    "estimate",
+    "load",
+]

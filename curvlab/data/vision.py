@@ -1,0 +1,190 @@
+"""Torchvision's data sets: found under the data root and checked, or downloaded there.
+
+Torchvision knows the addresses, checksums and formats. What is on disk is looked at first, so that nothing
+touches the network unless it has to.
+"""
+
+import contextlib
+import gzip
+import http.client
+import io
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, FashionMNIST
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from curvlab.data.arrays import Array
+from curvlab.errors import CurvlabError
+
+_SETS: dict[str, type[MNIST] | type[CIFAR10]] = {
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "kmnist": KMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+}
+
+# Seconds without an answer after which there is no network.
+_PATIENCE = 10.0
+
+
+class _NotWholeError(Exception):
+    """A file of the set is missing or damaged; says which."""
+
+
+def read_torchvision(name: str, root: Path, offline: bool) -> dict[str, Array]:
+    """Return the arrays of a data set, images as uint8, and the names of its classes.
+
+    Args:
+        name: One of torchvision's sets of ``curvlab.data.NAMES``.
+        root: The data root, with torchvision's layout below it.
+        offline: Use only what is on disk.
+
+    Raises:
+        CurvlabError: The set is not whole on disk, and it may not or cannot be downloaded.
+    """
+    way_out = f"put the original files or {name}.npz there, or choose another data root (CURVLAB_DATA)"
+    try:
+        try:
+            return _read(name, root)
+        except _NotWholeError as fault:
+            if offline:
+                raise CurvlabError(
+                    f"{name} is not whole on disk ({fault}) and offline is set; allow the download, {way_out}"
+                ) from fault
+            try:
+                _download(name, root)
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error) or type(error).__name__).splitlines()[0]
+                raise CurvlabError(
+                    f"{name} is not whole on disk ({fault}) and the download failed ({reason}); "
+                    f"connect to the network, {way_out}"
+                ) from error
+        return _read(name, root)
+    except _NotWholeError as fault:
+        raise CurvlabError(
+            f"{name} is not whole after its download ({fault}); delete this file and try again"
+        ) from fault
+    except OSError as error:
+        raise CurvlabError(
+            f"the files of {name} cannot be read or unpacked ({error}); check permissions and space"
+        ) from error
+
+
+def _read(name: str, root: Path) -> dict[str, Array]:
+    source = _SETS[name]
+    return _read_cifar(source, root) if issubclass(source, CIFAR10) else _read_mnist(source, root)
+
+
+def _read_mnist(source: type[MNIST], root: Path) -> dict[str, Array]:
+    folder = _mnist_folder(source, root)
+    x_train, y_train, x_test, y_test = (_read_idx(folder / file, md5) for file, md5 in source.resources)
+    # Torchvision calls MNIST's classes "0 - zero" and so on.
+    classes = np.array([name.split(" - ")[0] for name in source.classes])
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "classes": classes}
+
+
+def _mnist_folder(source: type[MNIST], root: Path) -> Path:
+    return root / source.__name__ / "raw"
+
+
+def _read_idx(packed: Path, md5: str) -> Array:
+    """Read an IDX file of bytes, from its ``.gz`` if the checksum is right, else from the unpacked file beside it.
+
+    Reading the ``.gz`` itself needs no writable folder, and no half-unpacked file is ever trusted.
+    """
+    plain = packed.with_suffix("")
+    if check_integrity(packed, md5):
+        content = gzip.decompress(packed.read_bytes())
+    elif plain.is_file():
+        content = plain.read_bytes()
+    else:
+        raise _NotWholeError(_fault(packed))
+    # The header: two zero bytes, 8 for unsigned bytes, the number of axes, and their lengths as big-endian integers.
+    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    start = 4 + 4 * axes
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
+    if not shape or len(content) != start + prod(shape):
+        raise _NotWholeError(f"{plain} is truncated or damaged")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_cifar(source: type[CIFAR10], root: Path) -> dict[str, Array]:
+    folder, packed = root / source.base_folder, root / source.filename
+    files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+
+    bad = [folder / file for file, md5 in files if not check_integrity(folder / file, md5)]
+    if bad:
+        if not check_integrity(packed, source.tgz_md5):
+            raise _NotWholeError(_fault(packed if packed.exists() else bad[0]))
+        extract_archive(str(packed), str(root))
+    # The files are pickles; torchvision opens them only if their checksums are right.
+    train, test = (source(root, train=part) for part in (True, False))
+    return {
+        "x_train": train.data,
+        "y_train": np.array(train.targets),
+        "x_test": test.data,
+        "y_test": np.array(test.targets),
+        "classes": np.array(train.classes),
+    }
+
+
+def _fault(path: Path) -> str:
+    return f"{path} is truncated or damaged: its checksum is wrong" if path.exists() else f"{path} is missing"
+
+
+def _download(name: str, root: Path) -> None:
+    """Fetch the original files; the reader checks and unpacks them. Folders left empty by a failure are removed."""
+    source = _SETS[name]
+    if issubclass(source, CIFAR10):
+        folder = root
+        files = [(source.filename, source.tgz_md5, [source.url])]
+    else:
+        folder = _mnist_folder(source, root)
+        files = [(file, md5, [mirror + file for mirror in source.mirrors]) for file, md5 in source.resources]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _impatient(), _quiet():
+            for file, md5, urls in files:
+                _fetch(urls, folder, file, md5)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _fetch(urls: Sequence[str], folder: Path, file: str, md5: str) -> None:
+    """Download from the first address that works; raise what the last one raised."""
+    for url in urls[:-1]:
+        with contextlib.suppress(OSError, RuntimeError, http.client.HTTPException):
+            download_url(url, folder, file, md5)
+            return
+    download_url(urls[-1], folder, file, md5)
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Give up on a silent network soon; torchvision would wait for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torchvision's progress bar and prints to terminals."""
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():
+            sink = io.StringIO()
+            stack.enter_context(contextlib.redirect_stderr(sink))
+            stack.enter_context(contextlib.redirect_stdout(sink))
+        yield

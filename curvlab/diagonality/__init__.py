@@ -1,0 +1,180 @@
+"""How diagonal is a curvature matrix: exact streamed statistics, without the matrix.
+
+Methods that keep only the diagonal of a Fisher (EWC, IMM, Adam) assume that the rest does not matter. This module
+measures it, a row a parameter tensor: sums, means and maxima of the diagonal and of the off-diagonal entries.
+The table is the one that Gepperth and Wiech (2019), Table 2, set out to give.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import pandas as pd
+
+from curvlab.diagonality.blocks import Block
+from curvlab.diagonality.outer import OuterBlock
+from curvlab.diagonality.statistics import Record, block_record, dense_record
+from curvlab.diagonality.streamed import StreamedBlock
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.estimators import estimate
+from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
+from curvlab.parameters import ParameterSpace
+from curvlab.problem import Problem
+from curvlab.progress import progress as progress_bar
+from curvlab.quantities import Hessian, MaSQ, Quantity, parse_quantity
+
+__all__ = ["Level", "diagonality", "records"]
+
+Level = Literal["tensor", "layer", "network"]
+
+#: What a second of ``time_budget`` is worth: the path taken must not depend on how busy the machine is.
+OPERATIONS_PER_SECOND = 1e11
+
+_LARGEST_HESSIAN = 4000
+
+
+def diagonality(
+    problem: Problem,
+    quantity: Quantity | str = "empirical_fisher",
+    *,
+    per: Level | Sequence[Level] = "tensor",
+    params: Sequence[str] | str | None = None,
+    time_budget: float = 60.0,
+    precision: float = 0.005,
+    tile_memory: float = 2e8,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return how diagonal the blocks of a curvature matrix are, a row a parameter tensor, no matrix formed.
+
+    The columns, on the scale of the mean over samples (``F`` is a block, ``P`` its size):
+
+    ``parameter``, ``size``: name and ``P``. ``diag_sum``, ``diag_mean``, ``diag_max``: of the diagonal.
+    ``offdiag_abs_sum``, ``offdiag_abs_mean``, ``offdiag_abs_max``: of ``|F_ij|``, ``i != j``, the mean over
+    ``P (P - 1)``. ``offdiag_signed_sum``: of ``F_ij``. ``frobenius``: the norm of all of ``F``; ``diag_share``:
+    the diagonal's norm over it. ``zero_fraction``: the share of entries to which no sample contributes.
+    ``mean_ratio``: ``diag_mean / offdiag_abs_mean``. ``sum_ratio``: ``offdiag_abs_sum / diag_sum``.
+    ``method``: ``exact``, or ``sampled`` where going through the block would take more than ``time_budget``.
+    ``ci95``: half-width of the 95 % interval of ``offdiag_abs_sum``; ``frobenius_ci95``: of ``frobenius``;
+    ``draws``: how many were taken. Diagonal and signed sum are exact always. In a sampled row ``zero_fraction``
+    counts only the entries of which two inputs or two units are never active together (a lower bound), and
+    ``offdiag_abs_max`` is the largest entry if it equals ``offdiag_abs_max_bound``, else the largest found.
+
+    Args:
+        problem: Model, loss and data.
+        quantity: Any quantity or its string form; of the Hessian, only tensors of up to 4,000 parameters.
+        per: ``tensor``; ``layer`` (a module's own parameters together); ``network`` (all); or several of them.
+        params: Glob patterns of parameter names; None for all trainable ones.
+        time_budget: About how many seconds to spend on a row before sampling instead, counted in operations at
+            100 Gflop/s, so that the same call takes the same path on every machine.
+        precision: Sample until the 95 % interval is within this share of the sum, or the budget is spent.
+        tile_memory: Bytes that the tiles of one pass may take.
+        seed: Of the sampling.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        CurvlabError: An argument, the data or the weights are not usable; the message says which.
+        UnsupportedError: The quantity is not defined or not affordable for this model.
+
+    Example:
+        >>> import torch
+        >>> torch.manual_seed(0)
+        <torch._C.Generator object at ...>
+        >>> problem = Problem(torch.nn.Linear(2, 3), "cross_entropy", (torch.rand(20, 2), torch.arange(20) % 3))
+        >>> table = diagonality(problem)
+        >>> list(table["parameter"]), list(table["method"])
+        (['weight', 'bias'], ['exact', 'exact'])
+    """
+    rows = records(
+        problem,
+        quantity,
+        per=per,
+        params=params,
+        time_budget=time_budget,
+        precision=precision,
+        tile_memory=tile_memory,
+        seed=seed,
+        progress=progress,
+    )
+    return pd.DataFrame(list(rows))
+
+
+def records(
+    problem: Problem,
+    quantity: Quantity | str = "empirical_fisher",
+    *,
+    per: Level | Sequence[Level] = "tensor",
+    params: Sequence[str] | str | None = None,
+    time_budget: float = 60.0,
+    precision: float = 0.005,
+    tile_memory: float = 2e8,
+    seed: int = 0,
+    progress: bool = False,
+) -> Iterator[Record]:
+    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known."""
+    quantity = parse_quantity(quantity)
+    for name, value in (("time_budget", time_budget), ("precision", precision), ("tile_memory", tile_memory)):
+        if not value > 0:
+            raise CurvlabError(f"{name} must be above zero, not {value}")
+    space = ParameterSpace.of(problem.model, params)
+    problem.check()
+    n = problem.num_samples
+    blocks = _Blocks(problem, quantity, tile_memory)
+    groups = [group for level in ([per] if isinstance(per, str) else per) for group in _groups(space, level)]
+    for name, members in groups:
+        with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
+            if isinstance(quantity, Hessian):
+                yield {"parameter": name} | _hessian_record(problem, name, members)
+                continue
+            record = block_record(
+                blocks(members),
+                n,
+                precision=precision,
+                max_operations=time_budget * OPERATIONS_PER_SECOND,
+                seed=seed,
+                advance=advance,
+            )
+        yield {"parameter": name} | record
+
+
+def _groups(space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:
+    """Return the rows of a level: a name and the parameters it covers."""
+    if level == "tensor":
+        return [(name, [name]) for name in space.names]
+    if level == "network":
+        return [("network", list(space.names))]
+    if level == "layer":
+        layers: dict[str, list[str]] = {}
+        for name in space.names:
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        return list(layers.items())
+    raise CurvlabError(f"per is tensor, layer or network, not {level!r}")
+
+
+class _Blocks:
+    """Makes the block of some parameters in the cheapest form that is right for them."""
+
+    def __init__(self, problem: Problem, quantity: Quantity, tile_memory: float) -> None:
+        self.problem, self.quantity, self.tile_memory = problem, quantity, tile_memory
+        rank_one = not isinstance(quantity, (Hessian, MaSQ))
+        self.linear = linear_layers(problem) if rank_one else {}
+
+    def __call__(self, members: list[str]) -> Block:
+        layer, _, kind = members[0].rpartition(".")
+        if layer in self.linear and len(members) <= 2 and all(m.rpartition(".")[0] == layer for m in members):
+            factors = linear_factors(self.problem, self.quantity, layer, self.linear[layer])
+            if len(members) == 2:
+                return OuterBlock.of_layer(factors)
+            return OuterBlock.of_bias(factors) if kind == "bias" else OuterBlock.of_weight(factors)
+        size = ParameterSpace.of(self.problem.model, members).total
+        return StreamedBlock(partial(row_batches, self.problem, self.quantity, members), size, self.tile_memory)
+
+
+def _hessian_record(problem: Problem, name: str, members: list[str]) -> Record:
+    size = ParameterSpace.of(problem.model, members).total
+    if size > _LARGEST_HESSIAN:
+        raise UnsupportedError(
+            f"the Hessian of {name} has {size:,} parameters and no rows to stream; it is formed whole, up to "
+            f"{_LARGEST_HESSIAN:,}: select smaller tensors with params, or take the ggn"
+        )
+    return dense_record(estimate(problem, Hessian(), "dense", params=members).to_dense())

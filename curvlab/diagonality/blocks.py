@@ -1,0 +1,104 @@
+"""A diagonal block of a Gram-type curvature, seen through its rows and read in tiles of bounded memory.
+
+The ``P`` parameters of a block are ``O`` groups of ``d``. A tile is the ``(d, d)`` part between groups ``o`` and
+``p``; the block is symmetric, so tiles with ``o <= p`` hold everything. All sums here are over samples, without
+the ``1/N``: the statistics divide once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvlab.progress import Advance
+
+
+@dataclass
+class OffDiagonal:
+    """Sums over the off-diagonal entries of a symmetric block."""
+
+    abs_sum: float = 0.0
+    square_sum: float = 0.0
+    abs_max: float = 0.0
+    nonzeros: int = 0
+
+    def add(self, entries: Tensor, times: int) -> None:
+        """Count a rectangle of entries that stands ``times`` times in the block."""
+        if entries.numel() == 0:
+            return
+        # Norms read the entries once and write nothing: |x| is never formed.
+        self.abs_sum += times * float(torch.linalg.vector_norm(entries, 1))
+        self.square_sum += times * float(torch.linalg.vector_norm(entries)) ** 2
+        self.abs_max = max(self.abs_max, float(torch.linalg.vector_norm(entries, torch.inf)))
+        self.nonzeros += times * int(torch.count_nonzero(entries))
+
+
+class Draw(NamedTuple):
+    """A sampled strip of a tile: the given rows (indices in ``0 .. d-1``) of the tile between two groups."""
+
+    first: int
+    second: int
+    rows: Tensor
+
+
+class Block(ABC):
+    """What the statistics need to know of a block."""
+
+    groups: int
+    width: int
+    size: int
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``, in the parameters' order."""
+
+    @abstractmethod
+    def total(self) -> float:
+        """Return the signed sum of all entries: the squared sum of a row, summed over rows."""
+
+    @abstractmethod
+    def columns(self, index: Tensor) -> Tensor:
+        """Return the rows' entries at some parameters, ``(rows, k)``."""
+
+    @abstractmethod
+    def operations(self) -> float:
+        """Return about how many multiplications and additions ``off_diagonal`` takes."""
+
+    @abstractmethod
+    def off_diagonal(self, advance: Advance) -> OffDiagonal:
+        """Go through every tile; ``advance`` is called with the share done, one in total."""
+
+    @abstractmethod
+    def gram_operations(self) -> float:
+        """Return about how many operations ``square_sum`` takes; infinite where it is not to be had."""
+
+    @abstractmethod
+    def square_sum(self) -> float:
+        """Return the squared Frobenius norm through the Gram matrix of the rows."""
+
+    @abstractmethod
+    def certain_zeros(self) -> float:
+        """Return the share of entries known to be zero without forming them."""
+
+    @abstractmethod
+    def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+        """Yield ``u' T v`` of all tiles, ``(O, O)``, for pairs of vectors ``(K, d)``."""
+
+    @abstractmethod
+    def tile_bounds(self) -> Tensor:
+        """Return an upper bound of the absolute sum of every tile, ``(O, O)``."""
+
+    @abstractmethod
+    def column_scales(self) -> Tensor:
+        """Return the root mean square of the entries at each place within a group, ``(d,)``."""
+
+    @abstractmethod
+    def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
+        """Yield the sampled rows of tiles, ``(len(rows), d)`` each."""
+
+    @abstractmethod
+    def strip_operations(self, draw: Draw) -> float:
+        """Return about how many operations one strip takes."""

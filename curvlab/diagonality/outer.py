@@ -1,0 +1,180 @@
+"""The block of a Linear layer: rank-one rows, of which only the two factors are held."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
+from curvlab.estimators.rows import LinearFactors
+from curvlab.progress import Advance
+
+
+class OuterBlock(Block):
+    """Rows ``v[o, i] = left[n, r, o] right[n, i]``; a tile is ``right' diag(sum_r left_o left_p) right``.
+
+    Zeros of both factors are used: samples on which either group is inactive, places that are never active, and
+    samples on which a panel of rarely active places is all zero. Symmetry within a tile saves the rest: panels
+    of columns, rarest first, each against the columns not before it.
+
+    Args:
+        left: ``(N, R, O)``.
+        right: ``(N, d)``.
+        transposed: The parameters are ordered by place first, then group.
+    """
+
+    _PANELS = 6
+    _MIN_PANEL = 48
+
+    def __init__(self, left: Tensor, right: Tensor, transposed: bool = False) -> None:
+        self.left, self.right, self.transposed = left, right, transposed
+        self.groups, self.width = left.shape[2], right.shape[1]
+        self.size = self.groups * self.width
+        counts = torch.count_nonzero(right, dim=0)
+        order = counts.argsort()
+        self._alive = order[counts[order] > 0]
+        self._sorted = right[:, self._alive]
+        panels = max(1, min(self._PANELS, len(self._alive) // self._MIN_PANEL))
+        edges = [len(self._alive) * i // panels for i in range(panels + 1)]
+        self._panels = [(a, b, (self._sorted[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
+
+    @classmethod
+    def of_weight(cls, factors: LinearFactors) -> "OuterBlock":
+        """Return the block of a Linear layer's weight."""
+        n, r, o = factors.gradients.shape
+        if o <= 4 * factors.inputs.shape[1]:
+            return cls(factors.gradients, factors.inputs)
+        # Few inputs, many outputs: group by input, so that there are few tiles and they are large.
+        inputs = factors.inputs.repeat_interleave(r, dim=0).unsqueeze(1)
+        return cls(inputs, factors.gradients.reshape(n * r, o), transposed=True)
+
+    @classmethod
+    def of_bias(cls, factors: LinearFactors) -> "OuterBlock":
+        """Return the block of a Linear layer's bias: one group."""
+        gradients = factors.gradients.flatten(0, 1)
+        return cls(gradients.new_ones(len(gradients), 1, 1), gradients)
+
+    @classmethod
+    def of_layer(cls, factors: LinearFactors) -> "OuterBlock":
+        """Return the block of weight and bias together, the bias as the last column of the homogeneous weight."""
+        ones = factors.inputs.new_ones(len(factors.inputs), 1)
+        return cls(factors.gradients, torch.cat([factors.inputs, ones], dim=1))
+
+    def _weights(self, o: int, p: int) -> Tensor:
+        if self.left.shape[1] == 1:
+            return self.left[:, 0, o] * self.left[:, 0, p]
+        return (self.left[:, :, o] * self.left[:, :, p]).sum(dim=1)
+
+    def _ordered(self, by_group: Tensor) -> Tensor:
+        return (by_group.mT if self.transposed else by_group).reshape(-1)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self._ordered(self.left.square().sum(dim=1).mT @ self.right.square())
+
+    def total(self) -> float:
+        """Return the signed sum of all entries."""
+        sums = self.left.double().sum(dim=2).square().sum(dim=1) * self.right.double().sum(dim=1).square()
+        return float(sums.sum())
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return the rows' entries at some parameters, ``(N R, k)``."""
+        if self.transposed:
+            group, place = index % self.groups, index // self.groups
+        else:
+            group, place = index // self.width, index % self.width
+        return (self.left[:, :, group] * self.right[:, place].unsqueeze(1)).flatten(0, 1)
+
+    def operations(self) -> float:
+        """Return about how many operations ``off_diagonal`` takes."""
+        active = (self.left != 0).any(dim=1).to(self.right.dtype)
+        pairs = (active.mT @ active).triu().sum()
+        alive = len(self._alive)
+        per_row = sum(2.0 * (b - a) * (alive - a) * float(mask.double().mean()) for a, b, mask in self._panels)
+        return float(pairs) * per_row
+
+    def off_diagonal(self, advance: Advance) -> OffDiagonal:
+        """Go through every tile."""
+        sums = OffDiagonal()
+        share = 2 / (self.groups * (self.groups + 1))
+        for o in range(self.groups):
+            for p in range(o, self.groups):
+                weights = self._weights(o, p)
+                active = weights != 0
+                for a, b, mask in self._panels:
+                    rows = (active & mask).nonzero().squeeze(1)
+                    if len(rows) == 0:
+                        continue
+                    x = self._sorted[rows, a:] if a else self._sorted.index_select(0, rows)
+                    tile = (x[:, : b - a] * weights[rows].unsqueeze(1)).mT @ x
+                    if o == p:
+                        tile.diagonal().zero_()
+                    twice = 1 if o == p else 2
+                    sums.add(tile[:, : b - a], twice)
+                    sums.add(tile[:, b - a :], 2 * twice)
+                advance(share)
+        return sums
+
+    def gram_operations(self) -> float:
+        """Return about how many operations ``square_sum`` takes."""
+        n, r, o = self.left.shape
+        return float(n) ** 2 * (self.width + r**2 * o)
+
+    def square_sum(self) -> float:
+        """Return ``sum_nm (x_n . x_m)^2 sum_rs (g_nr . g_ms)^2``, a strip of samples at a time."""
+        n, r, o = self.left.shape
+        step = max(1, int(2e7 / (n * r * r)))
+        total = 0.0
+        for a in range(0, n, step):
+            x = self.right[a : a + step] @ self.right[a:].mT
+            g = self.left[a : a + step].reshape(-1, o) @ self.left[a:].reshape(-1, o).mT
+            g = g.square_().view(x.shape[0], r, x.shape[1], r).sum(dim=(1, 3)) if r > 1 else g.square_()
+            products = x.square_().mul_(g)
+            # The strip's own square stands once, what lies right of it twice.
+            total += 2 * float(products.sum(dtype=torch.float64))
+            total -= float(products[:, : x.shape[0]].sum(dtype=torch.float64))
+        return total
+
+    def certain_zeros(self) -> float:
+        """Return the share of entries of which two groups or two places are never active on one sample."""
+        share = 1.0
+        for factor in ((self.left != 0).any(dim=1), self.right != 0):
+            active = factor.to(self.right.dtype)
+            share *= int(torch.count_nonzero(active.mT @ active)) / active.shape[1] ** 2
+        return 1 - share
+
+    def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+        """Yield ``u' T v`` of all tiles."""
+        flat = self.left.flatten(0, 1)
+        repeats = self.left.shape[1]
+        for u, v in zip(left, right, strict=True):
+            scale = (self.right @ u) * (self.right @ v)
+            yield flat.mT @ (flat * scale.repeat_interleave(repeats).unsqueeze(1))
+
+    def tile_bounds(self) -> Tensor:
+        """Return ``sum |g_o| |g_p| |x|_1^2``."""
+        flat = self.left.flatten(0, 1).abs()
+        scale = self.right.abs().sum(dim=1).square().repeat_interleave(self.left.shape[1])
+        return flat.mT @ (flat * scale.unsqueeze(1))
+
+    def column_scales(self) -> Tensor:
+        """Return the root mean square of each place's inputs."""
+        return self.right.square().mean(dim=0).sqrt()
+
+    def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
+        """Yield the sampled rows of tiles."""
+        transposed = self.right.mT.contiguous()
+        n = len(self.right)
+        for o, p, places in draws:
+            weights = self._weights(o, p)
+            active = weights.nonzero().squeeze(1)
+            chosen = transposed.index_select(0, places)
+            if len(active) < 0.6 * n:
+                yield (chosen.index_select(1, active) * weights[active]) @ self.right.index_select(0, active)
+            else:
+                yield (chosen * weights) @ self.right
+
+    def strip_operations(self, draw: Draw) -> float:
+        """Return about how many operations one strip takes."""
+        return 2.0 * len(self.right) * len(draw.rows) * self.width

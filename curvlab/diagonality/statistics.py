@@ -1,0 +1,113 @@
+"""From a block to its record: the statistics, exact where that is affordable, and how each was obtained."""
+
+from math import inf, nan, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlab.diagonality.blocks import Block, OffDiagonal
+from curvlab.diagonality.sampling import sample_off_diagonal
+from curvlab.progress import Advance
+
+Record = dict[str, Any]
+
+
+def block_record(
+    block: Block, num_samples: int, *, precision: float, max_operations: float, seed: int, advance: Advance
+) -> Record:
+    """Return the statistics of a Gram-type block (see ``curvlab.diagonality``)."""
+    diagonal = block.diagonal().double()
+    total = block.total()
+    if block.operations() <= max_operations:
+        sums = block.off_diagonal(advance)
+        zero_fraction = 1 - (sums.nonzeros + int(torch.count_nonzero(diagonal))) / block.size**2
+        return _record(diagonal, sums, total, num_samples, zero_fraction=zero_fraction)
+    sampled = sample_off_diagonal(block, precision, max_operations, seed, advance)
+    square_sum, square_ci = sampled.square_sum, sampled.square_sum_ci95
+    if block.gram_operations() <= max_operations:
+        square_sum, square_ci = max(0.0, block.square_sum() - float(diagonal.square().sum())), 0.0
+    highest, ceiling = _largest(block, diagonal)
+    record = _record(
+        diagonal,
+        OffDiagonal(sampled.abs_sum, square_sum, highest),
+        total,
+        num_samples,
+        zero_fraction=block.certain_zeros(),
+    )
+    norm = record["frobenius"]
+    return record | {
+        "method": "sampled",
+        "ci95": sampled.abs_sum_ci95 / num_samples,
+        "frobenius_ci95": square_ci / num_samples**2 / (2 * norm) if norm else 0.0,
+        "offdiag_abs_max_bound": ceiling / num_samples,
+        "draws": sampled.draws,
+    }
+
+
+def dense_record(matrix: Tensor) -> Record:
+    """Return the statistics of a symmetric matrix that is there, by their definitions."""
+    diagonal = matrix.diagonal().double()
+    rest = matrix.double() - diagonal.diag()
+    sums = OffDiagonal()
+    sums.add(rest, 1)
+    zeros = 1 - int(torch.count_nonzero(matrix)) / matrix.numel()
+    return _record(diagonal, sums, float(matrix.double().sum()), 1, zero_fraction=zeros)
+
+
+def _record(diagonal: Tensor, sums: OffDiagonal, total: float, n: int, *, zero_fraction: float) -> Record:
+    size = len(diagonal)
+    entries = size * (size - 1)
+    diag_sum = float(diagonal.sum())
+    diag_squares = float(diagonal.square().sum())
+    frobenius = sqrt(diag_squares + sums.square_sum)
+    diag_mean, off_mean = diag_sum / size, sums.abs_sum / entries if entries else nan
+    return {
+        "size": size,
+        "diag_sum": diag_sum / n,
+        "diag_mean": diag_mean / n,
+        "diag_max": float(diagonal.max()) / n,
+        "offdiag_abs_sum": sums.abs_sum / n,
+        "offdiag_abs_mean": off_mean / n,
+        "offdiag_abs_max": sums.abs_max / n,
+        "offdiag_signed_sum": (total - diag_sum) / n,
+        "frobenius": frobenius / n,
+        "diag_share": _ratio(sqrt(diag_squares), frobenius),
+        "zero_fraction": zero_fraction,
+        "mean_ratio": _ratio(diag_mean, off_mean),
+        "sum_ratio": _ratio(sums.abs_sum, diag_sum),
+        "method": "exact",
+        "ci95": 0.0,
+        "frobenius_ci95": 0.0,
+        "offdiag_abs_max_bound": sums.abs_max / n,
+        "draws": 0,
+    }
+
+
+def _ratio(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return inf if a else nan
+
+
+def _largest(block: Block, diagonal: Tensor) -> tuple[float, float]:
+    """Return the largest off-diagonal entry in size among the largest places, and a bound that holds everywhere.
+
+    ``|F_ij| <= sqrt(F_ii F_jj)``: once the entry found is above the product with the next place's, it is the
+    largest of all and the two returned values are the same.
+    """
+    order = diagonal.argsort(descending=True)
+    found, count = 0.0, 256
+    while True:
+        columns = block.columns(order[:count])
+        gram = columns.mT @ columns
+        gram.diagonal().zero_()
+        found = max(found, float(gram.abs().max()))
+        if count >= len(order):
+            return found, found
+        bound = sqrt(float(diagonal[order[0]]) * float(diagonal[order[count]]))
+        if found >= bound:
+            return found, found
+        if count >= 4096:
+            return found, bound
+        count *= 2

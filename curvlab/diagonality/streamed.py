@@ -1,0 +1,132 @@
+"""The block of any parameters: rows made anew at every pass over the data."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
+from curvlab.progress import Advance
+
+
+class StreamedBlock(Block):
+    """Rows that are made anew at every pass over the data: nothing but tiles is kept.
+
+    Args:
+        rows: Starts a pass: yields ``(rows, P)`` batches, the same at every call.
+        size: ``P``.
+        max_bytes: Memory for the tiles that one pass accumulates.
+    """
+
+    _WIDTH = 512
+
+    def __init__(self, rows: Callable[[], Iterator[Tensor]], size: int, max_bytes: float) -> None:
+        self.rows, self.size, self.max_bytes = rows, size, max_bytes
+        self.width = min(size, self._WIDTH)
+        self.groups = -(-size // self.width)
+        self._count = 0
+        self._diagonal: Tensor | None = None
+        self._total = 0.0
+
+    def _grouped(self) -> Iterator[Tensor]:
+        """Yield rows as ``(rows, O, d)``, with zeros after the last parameter."""
+        padding = self.groups * self.width - self.size
+        for rows in self.rows():
+            yield torch.nn.functional.pad(rows, (0, padding)).view(len(rows), self.groups, self.width)
+
+    def _first_pass(self) -> Tensor:
+        if self._diagonal is None:
+            for rows in self.rows():
+                squares = rows.square().sum(dim=0)
+                self._diagonal = squares if self._diagonal is None else self._diagonal + squares
+                self._total += float(rows.double().sum(dim=1).square().sum())
+                self._count += len(rows)
+        assert self._diagonal is not None
+        return self._diagonal
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self._first_pass()
+
+    def total(self) -> float:
+        """Return the signed sum of all entries."""
+        self._first_pass()
+        return self._total
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return the rows' entries at some parameters, ``(rows, k)``."""
+        return torch.cat([rows[:, index] for rows in self.rows()])
+
+    def operations(self) -> float:
+        """Return about how many operations ``off_diagonal`` takes."""
+        self._first_pass()
+        pairs = self.groups * (self.groups + 1) / 2
+        passes = -(-pairs * self.width**2 * 8 // self.max_bytes)
+        return self._count * (2 * pairs * self.width**2 + passes * 200 * self.size)
+
+    def off_diagonal(self, advance: Advance) -> OffDiagonal:
+        """Go through every tile, as many at a pass as the memory holds."""
+        sums = OffDiagonal()
+        pairs = [(o, p) for o in range(self.groups) for p in range(o, self.groups)]
+        for (o, p), tile in zip(pairs, self._tiles(pairs), strict=True):
+            if o == p:
+                tile.diagonal().zero_()
+            sums.add(tile, 1 if o == p else 2)
+            advance(1 / len(pairs))
+        return sums
+
+    def _tiles(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        everything = torch.arange(self.width)
+        yield from self.strips([Draw(o, p, everything) for o, p in pairs])
+
+    def gram_operations(self) -> float:
+        """Return infinity: the Gram matrix of the rows would need them all at once."""
+        return float("inf")
+
+    def square_sum(self) -> float:
+        """Not to be had from rows that are not kept."""
+        raise AssertionError("gram_operations() is infinite")
+
+    def certain_zeros(self) -> float:
+        """Return the share of entries in a row or column whose diagonal is zero."""
+        return 1 - (int(torch.count_nonzero(self._first_pass())) / self.size) ** 2
+
+    def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+        """Yield ``u' T v`` of all tiles."""
+        forms = torch.zeros(len(left), self.groups, self.groups, dtype=left.dtype, device=left.device)
+        for rows in self._grouped():
+            forms += torch.einsum("nok,npk->kop", rows @ left.mT, rows @ right.mT)
+        yield from forms
+
+    def tile_bounds(self) -> Tensor:
+        """Return ``sum |v_o|_1 |v_p|_1``."""
+        sizes = torch.cat([rows.abs().sum(dim=2) for rows in self._grouped()])
+        return sizes.mT @ sizes
+
+    def column_scales(self) -> Tensor:
+        """Return the root mean square at each place within a group."""
+        padding = self.groups * self.width - self.size
+        squares = torch.nn.functional.pad(self._first_pass(), (0, padding)).view(self.groups, self.width)
+        return squares.mean(dim=0).sqrt()
+
+    def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
+        """Yield the sampled rows of tiles, as many at a pass as the memory holds."""
+        start = 0
+        while start < len(draws):
+            end, held = start, 0.0
+            while end < len(draws) and (end == start or held + len(draws[end].rows) * self.width * 8 <= self.max_bytes):
+                held += len(draws[end].rows) * self.width * 8
+                end += 1
+            part = draws[start:end]
+            like = self._first_pass()
+            sums = [like.new_zeros(len(draw.rows), self.width) for draw in part]
+            for rows in self._grouped():
+                for tile, (o, p, places) in zip(sums, part, strict=True):
+                    tile.addmm_(rows[:, o, places].mT, rows[:, p])
+            yield from sums
+            start = end
+
+    def strip_operations(self, draw: Draw) -> float:
+        """Return about how many operations one strip takes."""
+        self._first_pass()
+        return 2.0 * self._count * len(draw.rows) * self.width

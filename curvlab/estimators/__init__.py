@@ -1,0 +1,5 @@
+"""Estimators: a quantity of a problem in a structure, computed by a backend. ``estimate`` is the one door."""
+
+from curvlab.estimators.registry import estimate
+
+__all__ = ["estimate"]

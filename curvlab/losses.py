@@ -1,0 +1,190 @@
+"""The three losses, each a negative log-likelihood, with what the curvature of its outputs needs.
+
+The loss of a sample is ``l_n = -log p(y_n | f_n)``, with no reduction over samples (the scale of every matrix
+is set once, by the mean over samples). Each loss gives its per-sample value and output gradient, targets drawn from
+the model, and the *output factors*: vectors ``s_r`` in output space with ``sum_r s_r s_r' = E_y[grad_f l grad_f l']``,
+the exact Fisher information of the outputs. Pulled back through the network (``J' s_r``) they give the exact
+Fisher of the parameters. References: Martens, "New insights and perspectives on the natural gradient method",
+JMLR 2020, section 9; Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from curvlab.errors import CurvlabError
+
+LossName = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
+
+
+class Loss(ABC):
+    """A negative log-likelihood of targets given outputs ``f`` of shape ``(N, C)``."""
+
+    name: LossName
+
+    @abstractmethod
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every sample, shape ``(N,)``."""
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise a ``CurvlabError`` where the targets do not belong to this loss and these outputs."""
+
+    @abstractmethod
+    def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradient of every sample's loss with respect to its outputs, shape ``(N, C)``."""
+
+    @abstractmethod
+    def output_factors(self, outputs: Tensor) -> Tensor:
+        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw ``count`` targets a sample from the model's own predictive distribution.
+
+        The stream of ``rng`` is used in the order of the samples, on the CPU: the same draws for every split
+        of the data into batches and on every device.
+
+        Returns:
+            Shape ``(N, count)`` of class indices, or ``(N, count, C)``.
+        """
+
+
+class CrossEntropy(Loss):
+    """Categorical likelihood over classes, logits ``(N, C)``, targets ``(N,)`` of class indices (int64)."""
+
+    name: LossName = "cross_entropy"
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``-log softmax(f)[y]``."""
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Require integer labels in ``0 .. C-1``."""
+        if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or targets.ndim != 1:
+            raise CurvlabError(
+                "cross_entropy takes targets of class indices, int64 of shape (N,); "
+                f"these are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
+            )
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= outputs.shape[1]:
+            raise CurvlabError(
+                f"a label is {low if low < 0 else high}, but the model has {outputs.shape[1]} outputs "
+                f"(labels 0 to {outputs.shape[1] - 1})"
+            )
+
+    def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``p - e_y``, to full relative precision also where ``p_y`` rounds to one."""
+        p = outputs.softmax(dim=1)
+        labels = targets.long().unsqueeze(1)
+        return p.scatter(1, labels, -_complement(p).gather(1, labels))
+
+    def output_factors(self, outputs: Tensor) -> Tensor:
+        """Return ``s_c = sqrt(p_c) (p - e_c)``, one a class."""
+        p = outputs.softmax(dim=1)
+        factors = p.unsqueeze(1).repeat(1, p.shape[1], 1)
+        factors.diagonal(dim1=1, dim2=2).copy_(-_complement(p))
+        return p.sqrt().unsqueeze(2) * factors
+
+    def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw class indices from ``softmax(f)`` by inversion of its distribution function."""
+        uniform = torch.from_numpy(rng.random((len(outputs), count))).to(outputs.device)
+        cumulative = outputs.detach().double().softmax(dim=1).cumsum(dim=1)
+        return torch.searchsorted(cumulative, uniform, right=True).clamp_(max=outputs.shape[1] - 1)
+
+
+class SquaredError(Loss):
+    """Gaussian likelihood of unit variance: ``1/2 ||f - y||^2`` summed over outputs, targets ``(N, C)``.
+
+    The constant of the Gaussian's normaliser is left out of the value.
+    """
+
+    name: LossName = "squared_error"
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``1/2 ||f - y||^2``."""
+        return 0.5 * (outputs - targets).square().sum(dim=1)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Require floating-point targets of the outputs' shape."""
+        _check_like_outputs(self.name, outputs, targets)
+
+    def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``f - y``."""
+        return outputs - targets
+
+    def output_factors(self, outputs: Tensor) -> Tensor:
+        """Return the unit vectors: the output Fisher of a unit Gaussian is the identity."""
+        n, c = outputs.shape
+        return torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(n, c, c)
+
+    def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw ``f + e`` with standard normal ``e``."""
+        noise = torch.from_numpy(rng.standard_normal((len(outputs), count, outputs.shape[1])))
+        return outputs.detach().unsqueeze(1) + noise.to(outputs)
+
+
+class BinaryCrossEntropy(Loss):
+    """Independent Bernoulli likelihoods, logits ``(N, C)``, targets ``(N, C)`` in [0, 1], summed over outputs."""
+
+    name: LossName = "binary_cross_entropy"
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``-sum_c log Bernoulli(y_c; sigmoid(f_c))``."""
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(dim=1)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Require floating-point targets of the outputs' shape with entries in [0, 1]."""
+        _check_like_outputs(self.name, outputs, targets)
+        if bool(((targets < 0) | (targets > 1)).any()):
+            raise CurvlabError("binary_cross_entropy takes targets between 0 and 1; some lie outside")
+
+    def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return ``sigmoid(f) - y``, to full relative precision also where the sigmoid rounds to one."""
+        return (1 - targets) * torch.sigmoid(outputs) - targets * torch.sigmoid(-outputs)
+
+    def output_factors(self, outputs: Tensor) -> Tensor:
+        """Return ``s_c = sqrt(p_c (1 - p_c)) e_c``."""
+        return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
+
+    def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw zeros and ones from ``sigmoid(f)``."""
+        uniform = torch.from_numpy(rng.random((len(outputs), count, outputs.shape[1]))).to(outputs.device)
+        return (uniform < outputs.detach().double().sigmoid().unsqueeze(1)).to(outputs.dtype)
+
+
+def _complement(p: Tensor) -> Tensor:
+    """Return ``1 - p`` of probabilities ``(N, C)`` without cancellation where one of them rounds to one."""
+    top = p.argmax(dim=1, keepdim=True)
+    rest = p.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
+    return (1 - p).scatter(1, top, rest)
+
+
+def _check_like_outputs(name: str, outputs: Tensor, targets: Tensor) -> None:
+    if not targets.is_floating_point() or targets.shape != outputs.shape:
+        raise CurvlabError(
+            f"{name} takes floating-point targets of the outputs' shape {tuple(outputs.shape)}; "
+            f"these are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
+        )
+
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), SquaredError(), BinaryCrossEntropy())}
+
+
+def get_loss(name: str) -> Loss:
+    """Return the loss of that name.
+
+    Raises:
+        CurvlabError: The name is none of ``cross_entropy``, ``squared_error``, ``binary_cross_entropy``.
+
+    Example:
+        >>> get_loss("cross_entropy").values(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([1.3863, 1.3863])
+    """
+    if name not in LOSSES:
+        raise CurvlabError(f"there is no loss {name!r}; the losses are {', '.join(LOSSES)}")
+    return LOSSES[name]

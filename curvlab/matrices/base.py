@@ -1,0 +1,260 @@
+"""What every curvature matrix can do, derived from a handful of methods that each structure writes."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save as serialise
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.files import write_whole
+from curvlab.parameters import ParameterSpace, Vectors
+
+V = TypeVar("V", bound=Vectors)
+
+FORMAT = 1  # of the files that ``save`` writes
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where a matrix came from. ``seconds`` is wall time; ``samples`` and ``seed`` are those of Monte Carlo labels."""
+
+    quantity: str
+    structure: str
+    loss: str
+    backend: str
+    num_samples: int
+    samples: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    seconds: float = 0.0
+
+
+class CurvatureMatrix(ABC):
+    """A symmetric matrix over a parameter space.
+
+    Vectors are flat ``(P,)``, several as ``(P, K)``, or dicts of parameter-shaped tensors; an answer has its
+    vector's form. A subclass writes ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``diagonal``,
+    ``eigenvalues``, ``frobenius_norm`` and ``to_dense``; everything else follows from them.
+    """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type["CurvatureMatrix"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Register the structure under its ``kind``, by which a file names it."""
+        CurvatureMatrix.kinds[cls.kind] = cls
+
+    def __init__(self, space: ParameterSpace, info: Info) -> None:
+        self.space = space
+        self.info = info
+
+    # What a structure writes -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that hold the matrix, by name: what ``save`` writes and ``to`` moves."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix that these tensors, named as ``tensors()`` names them, hold."""
+
+    @abstractmethod
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        """Return the product with ``(P, K)``."""
+
+    @abstractmethod
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        """Return ``f(F) vectors`` for ``(P, K)``: the function acts on the eigenvalues."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order, ``(P,)``."""
+
+    @abstractmethod
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return the matrix itself, ``(P, P)``."""
+
+    # What follows ------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return self.space.total, self.space.total
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the entries."""
+        return next(iter(self.tensors().values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return next(iter(self.tensors().values())).device
+
+    def _apply(self, function: Callable[[Tensor], Tensor], vectors: V) -> V:
+        flat = self.space.flatten(vectors)
+        answer = function(flat if flat.ndim == 2 else flat.unsqueeze(1))
+        answer = answer if flat.ndim == 2 else answer.squeeze(1)
+        return answer if isinstance(vectors, Tensor) else self.space.unflatten(answer)  # type: ignore[return-value]
+
+    def __matmul__(self, vectors: V) -> V:
+        """Return ``F v``.
+
+        Raises:
+            CurvlabError: The vector is not of this space.
+        """
+        return self._apply(self._matmul, vectors)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return ``F v`` of a flat ``(P,)``: the one method that eigenvalue solvers need."""
+        return self @ vector
+
+    def quadratic_form(self, delta: Vectors) -> Tensor:
+        """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the penalty of EWC is half of it)."""
+        flat = self.space.flatten(delta)
+        if flat.ndim != 1:
+            raise CurvlabError(f"quadratic_form takes one vector, not a tensor of shape {tuple(flat.shape)}")
+        return flat @ self._matmul(flat.unsqueeze(1)).squeeze(1)
+
+    def trace(self) -> Tensor:
+        """Return the trace, a scalar tensor."""
+        return self.diagonal().sum()
+
+    def solve(self, b: V, damping: float = 0.0) -> V:
+        """Return ``(F + damping I)^-1 b``.
+
+        Raises:
+            CurvlabError: The damped matrix is singular to working precision.
+        """
+
+        def inverse(eigenvalues: Tensor) -> Tensor:
+            shifted = eigenvalues + damping
+            smallest, largest = shifted.abs().min(), shifted.abs().max()
+            if bool(smallest <= largest * torch.finfo(self.dtype).eps):
+                raise CurvlabError(
+                    f"F + {damping:g} I is singular: its eigenvalues reach from {float(smallest):.2g} to "
+                    f"{float(largest):.2g} in size; raise the damping"
+                )
+            return shifted.reciprocal()
+
+        return self._apply(lambda v: self._spectral(inverse, v), b)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det (F + damping I)``, a scalar tensor.
+
+        Raises:
+            CurvlabError: The damped matrix is not positive definite.
+        """
+        return self._positive(self.eigenvalues(), damping).log().sum()
+
+    def sample(self, n: int, damping: float = 0.0, seed: int = 0) -> Tensor:
+        """Draw ``n`` vectors from ``N(0, (F + damping I)^-1)``, the Laplace posterior's deviations; ``(P, n)``.
+
+        Raises:
+            CurvlabError: The damped matrix is not positive definite.
+        """
+        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((self.space.total, n)))
+        return self._spectral(
+            lambda e: self._positive(e, damping).rsqrt(), noise.to(dtype=self.dtype, device=self.device)
+        )
+
+    def _positive(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        shifted = eigenvalues + damping
+        if bool(shifted.min() <= shifted.abs().max() * torch.finfo(self.dtype).eps):
+            raise CurvlabError(
+                f"F + {damping:g} I is not positive definite: its smallest eigenvalue is {float(shifted.min()):.2g}; "
+                "raise the damping"
+            )
+        return shifted
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Return the matrix on another device or in another floating dtype."""
+        return self._map(lambda t: t.to(device=device, dtype=dtype))
+
+    def to_scipy(self) -> LinearOperator:
+        """Return a ``scipy.sparse.linalg.LinearOperator`` with the same products, in this matrix's dtype."""
+
+        def product(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return (self @ torch.as_tensor(vectors, dtype=self.dtype, device=self.device)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, rmatvec=product, dtype=dtype
+        )
+
+    def __mul__(self, factor: float) -> Self:
+        """Return the matrix times a number."""
+        return self._map(lambda t: factor * t)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "CurvatureMatrix") -> Self:
+        """Return the sum of two matrices of the same structure over the same parameters.
+
+        Raises:
+            CurvlabError: The parameter spaces or the structures differ.
+        """
+        if not isinstance(other, CurvatureMatrix):
+            return NotImplemented
+        if self.space != other.space:
+            raise CurvlabError("the two matrices are over different parameters and cannot be added")
+        if not isinstance(other, type(self)):
+            raise CurvlabError(
+                f"a {self.kind} and a {other.kind} matrix have no sum of either structure; add their to_dense()"
+            )
+        theirs = other.tensors()
+        quantities = dict.fromkeys([self.info.quantity, other.info.quantity])
+        return self.from_tensors(
+            {name: t + theirs[name].to(t) for name, t in self.tensors().items()},
+            self.space,
+            replace(self.info, quantity=" + ".join(quantities)),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix and its ``info`` to a safetensors file, whole or not at all.
+
+        Raises:
+            CurvlabError: The file cannot be written.
+        """
+        description = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "names": self.space.names,
+            "shapes": self.space.shapes,
+            "info": asdict(self.info),
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        write_whole(Path(path), serialise(tensors, metadata={"curvlab": json.dumps(description)}))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return self.from_tensors({name: function(t) for name, t in self.tensors().items()}, self.space, self.info)
+
+    def __repr__(self) -> str:
+        """Name the structure, the quantity and the size."""
+        return f"{type(self).__name__}({self.info.quantity}, P={self.space.total:,}, {self.dtype}, {self.device})"
+
+
+def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors, computed in float64.
+
+    In float32 LAPACK fails to converge on rank-deficient curvature, depending on batch size and threads.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)

@@ -1,0 +1,78 @@
+"""One dense block a parameter tensor, zero between tensors."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.parameters import ParameterSpace
+
+
+class BlockDiagonal(CurvatureMatrix):
+    """A block-diagonal matrix, a block a parameter tensor.
+
+    Args:
+        blocks: ``(p, p)`` by parameter name.
+        space: The parameters of its rows and columns.
+        info: Where it came from.
+    """
+
+    kind: ClassVar[str] = "block_diag"
+
+    def __init__(self, blocks: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        expected = {name: (size, size) for name, size in zip(space.names, space.sizes, strict=True)}
+        if {name: tuple(block.shape) for name, block in blocks.items()} != expected:
+            raise CurvlabError("the blocks' names and shapes are not those of the parameters")
+        self.blocks = {name: blocks[name] for name in space.names}
+
+    @cached_property
+    def _eigh(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: symmetric_eigh(block) for name, block in self.blocks.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the blocks by parameter name."""
+        return self.blocks
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix held by what ``tensors()`` gives."""
+        return cls(tensors, space, info)
+
+    def _by_block(self, vectors: Tensor, products: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+        parts = vectors.split(list(self.space.sizes))
+        return torch.cat([product(part) for product, part in zip(products, parts, strict=True)])
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        return self._by_block(vectors, (block.__matmul__ for block in self.blocks.values()))
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        scaled = function(torch.cat([values for values, _ in self._eigh.values()]))
+        by_name = {name: scaled[part].unsqueeze(1) for name, part in self.space.slices.items()}
+
+        def product(name: str) -> Callable[[Tensor], Tensor]:
+            basis = self._eigh[name][1]
+            return lambda part: basis @ (by_name[name] * (basis.mT @ part))
+
+        return self._by_block(vectors, map(product, self.space.names))
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return torch.cat([block.diagonal() for block in self.blocks.values()])
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order, ``(P,)``."""
+        return torch.cat([values for values, _ in self._eigh.values()]).sort().values
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+        return torch.stack([block.square().sum() for block in self.blocks.values()]).sum().sqrt()
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``, zero between tensors."""
+        dense: Tensor = torch.block_diag(*self.blocks.values())
+        return dense

@@ -1,0 +1,65 @@
+"""The whole matrix."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.parameters import ParameterSpace
+
+
+class Dense(CurvatureMatrix):
+    """A matrix held entry by entry.
+
+    Args:
+        matrix: ``(P, P)``, symmetric.
+        space: The parameters of its rows and columns.
+        info: Where it came from.
+    """
+
+    kind: ClassVar[str] = "dense"
+
+    def __init__(self, matrix: Tensor, space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        if matrix.shape != self.shape:
+            raise CurvlabError(f"a dense matrix over {space.total} parameters cannot have shape {tuple(matrix.shape)}")
+        self.matrix = matrix
+
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        return symmetric_eigh(self.matrix)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``{"matrix": (P, P)}``."""
+        return {"matrix": self.matrix}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix held by what ``tensors()`` gives."""
+        return cls(tensors["matrix"], space, info)
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        return self.matrix @ vectors
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        values, basis = self._eigh
+        return basis @ (function(values).unsqueeze(1) * (basis.mT @ vectors))
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self.matrix.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order, ``(P,)``."""
+        return self._eigh[0]
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+        return self.matrix.square().sum().sqrt()
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``."""
+        return self.matrix

@@ -1,0 +1,59 @@
+"""The diagonal alone."""
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import CurvatureMatrix, Info
+from curvlab.parameters import ParameterSpace
+
+
+class Diagonal(CurvatureMatrix):
+    """A diagonal matrix.
+
+    Args:
+        entries: ``(P,)``.
+        space: The parameters of its entries.
+        info: Where it came from.
+    """
+
+    kind: ClassVar[str] = "diag"
+
+    def __init__(self, entries: Tensor, space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        if entries.shape != (space.total,):
+            raise CurvlabError(f"a diagonal over {space.total} parameters cannot have shape {tuple(entries.shape)}")
+        self.entries = entries
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``{"entries": (P,)}``."""
+        return {"entries": self.entries}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix held by what ``tensors()`` gives."""
+        return cls(tensors["entries"], space, info)
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        return self.entries.unsqueeze(1) * vectors
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        return function(self.entries).unsqueeze(1) * vectors
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self.entries
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order, ``(P,)``."""
+        return self.entries.sort().values
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+        return self.entries.square().sum().sqrt()
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``, zero off the diagonal."""
+        return self.entries.diag()

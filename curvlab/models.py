@@ -1,0 +1,287 @@
+"""Networks by name, and weights from a file."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.errors import CurvlabError
+
+_TORCHVISION = "torchvision:"
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """Return a ReLU network of fully connected layers with the submodules flatten, fc1, relu1, fc2 and so on.
+
+    Args:
+        inputs: Number of values of a sample; samples of any shape are flattened.
+        hidden: Width of each hidden layer; none for a linear model.
+        outputs: Number of outputs.
+
+    Raises:
+        CurvlabError: A width is less than one.
+
+    Example:
+        >>> [name for name, _ in mlp(784, (30, 30), 10).named_children()]
+        ['flatten', 'fc1', 'relu1', 'fc2', 'relu2', 'fc3']
+    """
+    widths = (inputs, *hidden, outputs)
+    if min(widths) < 1:
+        raise CurvlabError(f"an mlp of widths {'-'.join(map(str, widths))} cannot be built: each must be at least 1")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for i, (before, after) in enumerate(pairwise(widths), start=1):
+        layers[f"fc{i}"] = nn.Linear(before, after)
+        if i <= len(hidden):
+            layers[f"relu{i}"] = nn.ReLU()
+    return nn.Sequential(layers)
+
+
+def cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Return a small convolutional network: twice 3x3 convolution, ReLU and pooling by 2, then one linear layer.
+
+    Args:
+        sample_shape: ``(C, H, W)`` with H and W at least 4.
+        outputs: Number of outputs.
+
+    Raises:
+        CurvlabError: The samples are not such images.
+    """
+    if len(sample_shape) != 3 or min(sample_shape[1:]) < 4:
+        raise CurvlabError(f"cnn takes images (C, H, W) of at least 4x4, not samples of shape {sample_shape}; use mlp")
+    channels, height, width = sample_shape
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 16, 3, padding=1),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(16, 32, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(32 * (height // 4) * (width // 4), outputs),
+        )
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, and a shortcut without parameters (option A).
+
+    Where the block halves the image and widens it, the shortcut takes every second pixel and fills up with
+    channels of zeros, half of them before and half behind.
+    """
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.relu2 = nn.ReLU()
+        self.stride = stride
+        self.padding = (after - before) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, before, H, W)`` to ``(N, after, H / stride, W / stride)``."""
+        residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        out: Tensor = self.relu2(residual + shortcut)
+        return out
+
+
+class ResNet20(nn.Module):
+    """The ResNet-20 of He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2.
+
+    Widths 16, 32, 64; names conv1, bn1, layer{1,2,3}.{0,1,2}.{conv1,bn1,conv2,bn2}, linear, as in the usual CIFAR
+    checkpoints. Takes images ``(N, 3, 32, 32)``.
+
+    Args:
+        outputs: Number of outputs.
+    """
+
+    def __init__(self, outputs: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu1 = nn.ReLU()
+        self.layer1 = _stage(16, 16, stride=1)
+        self.layer2 = _stage(16, 32, stride=2)
+        self.layer3 = _stage(32, 64, stride=2)
+        self.linear = nn.Linear(64, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs, shape ``(N, outputs)``."""
+        features = self.layer3(self.layer2(self.layer1(self.relu1(self.bn1(self.conv1(x))))))
+        out: Tensor = self.linear(features.mean(dim=(2, 3)))
+        return out
+
+
+def _stage(before: int, after: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(before, after, stride), BasicBlock(after, after, 1), BasicBlock(after, after, 1))
+
+
+def build(
+    name: str,
+    sample_shape: tuple[int, ...],
+    outputs: int,
+    *,
+    hidden: Sequence[int] = (),
+    seed: int = 0,
+    weights: Path | None = None,
+) -> nn.Module:
+    """Return a network for samples of a shape, on the CPU, in train mode, with PyTorch's initialisation.
+
+    Args:
+        name: ``mlp``, ``cnn``, ``resnet20``, or a classification model of torchvision as ``torchvision:resnet18``.
+        sample_shape: Shape of one input.
+        outputs: Number of outputs.
+        hidden: Widths of the hidden layers of ``mlp``; the others have none to choose.
+        seed: Seed of the initialisation; the global random state stays as it is.
+        weights: A file to load the weights from (see ``load_weights``).
+
+    Raises:
+        CurvlabError: There is no such network, it does not fit these samples, or the weights do not fit it.
+
+    Example:
+        >>> model = build("mlp", (1, 8, 8), 10, hidden=(16,))
+        >>> [tuple(p.shape) for p in model.parameters()]
+        [(16, 64), (16,), (10, 16), (10,)]
+    """
+    if outputs < 1 or not sample_shape or min(sample_shape) < 1:
+        raise CurvlabError(f"a model needs samples and outputs; here a sample is {sample_shape} and outputs {outputs}")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # torch.manual_seed would seed the GPUs too.
+        torch.default_generator.manual_seed(seed)
+        model = _construct(name, sample_shape, outputs, hidden)
+        _check_fit(model, name, sample_shape, outputs)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _construct(name: str, sample_shape: tuple[int, ...], outputs: int, hidden: Sequence[int]) -> nn.Module:
+    if name == "mlp":
+        return mlp(prod(sample_shape), hidden, outputs)
+    if name == "cnn":
+        return cnn(sample_shape, outputs)
+    if name == "resnet20":
+        if sample_shape != (3, 32, 32):
+            raise CurvlabError(
+                f"resnet20 takes images of shape (3, 32, 32), not samples of shape {sample_shape}; use cnn or mlp"
+            )
+        return ResNet20(outputs)
+    # Imported here because it takes longer to import than the networks above to build.
+    from torchvision import models
+
+    theirs = models.list_models(module=models)
+    short = name.removeprefix(_TORCHVISION)
+    if name.startswith(_TORCHVISION) and short in theirs:
+        # These two return a tuple in train mode unless their auxiliary heads are left out.
+        two_heads: dict[str, Any] = {"aux_logits": False, "init_weights": True}
+        options = two_heads if short in ("googlenet", "inception_v3") else {}
+        model: nn.Module = models.get_model(short, weights=None, num_classes=outputs, **options)
+        return model
+    full_names = {"mlp": "mlp", "cnn": "cnn", "resnet20": "resnet20"} | {key: _TORCHVISION + key for key in theirs}
+    nearest = full_names[get_close_matches(short.lower(), full_names, n=1, cutoff=0.0)[0]]
+    raise CurvlabError(
+        f"there is no model {name!r}; the nearest name is {nearest!r} "
+        "(models are mlp, cnn, resnet20 and torchvision's as torchvision:NAME)"
+    )
+
+
+def _check_fit(model: nn.Module, name: str, sample_shape: tuple[int, ...], outputs: int) -> None:
+    """Run the model on two samples of zeros, in eval mode, so that nothing of it changes."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(torch.zeros(2, *sample_shape))
+    except Exception as error:  # a network can fail on a wrong shape in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CurvlabError(
+            f"{name} cannot take samples of shape {sample_shape} ({reason}); choose another model"
+        ) from error
+    finally:
+        model.train()
+    if not isinstance(out, Tensor) or out.shape != (2, outputs):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise CurvlabError(f"{name} returns {got} for two samples, not a tensor (2, {outputs}); choose another model")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy the weights of a file into a model; the model is changed only if all of them fit.
+
+    Args:
+        model: The network, on any device, in any floating dtype.
+        path: ``.safetensors``, or what ``torch.save`` wrote (``.pt``, ``.pth``, ``.th``): a state dict, or a dictionary
+            with one under ``state_dict`` or ``model``. A ``module.`` before every name (DataParallel) is dropped.
+
+    Raises:
+        CurvlabError: The file is missing, damaged or no state dict, belongs to another architecture, or holds NaN or
+            infinite weights.
+    """
+    path = Path(path).expanduser()
+    state = _state_dict(path)
+    own = model.state_dict()
+    # Checkpoints from before PyTorch 0.4.1 have no such counters; nothing is computed from them.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    misfits = [f"no {key}" for key in missing] + [f"an unexpected {key}" for key in unexpected]
+    for key in (key for key in own if key in state):
+        if state[key].shape != own[key].shape:
+            misfits.append(f"{key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}")
+        elif state[key].is_floating_point() != own[key].is_floating_point():
+            misfits.append(f"{key} in {state[key].dtype} instead of {own[key].dtype}")
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise CurvlabError(
+            f"{path} belongs to another architecture: it has {', '.join(misfits[:3])}{more}; "
+            "choose the model that it was saved from"
+        )
+    for key, tensor in state.items():
+        if not tensor.to(own[key].dtype).isfinite().all():
+            raise CurvlabError(f"{path}: {key} holds NaN or infinite weights; choose another checkpoint")
+    model.load_state_dict(own | state)
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CurvlabError(f"{path}: there is no such file of weights; check the path")
+    try:
+        content: Any
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the readers fail in any way
+        raise CurvlabError(
+            f"{path} cannot be read as weights: it is truncated, of another format, or holds more than tensors; "
+            "copy it again, or save the weights by torch.save(model.state_dict(), path)"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not _is_state_dict(content):
+        raise CurvlabError(
+            f"{path} holds no state dict: save one by torch.save(model.state_dict(), path), "
+            "alone or under the key state_dict or model"
+        )
+    if all(key.startswith("module.") for key in content):
+        return {key.removeprefix("module."): value for key, value in content.items()}
+    return dict(content)
+
+
+def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )

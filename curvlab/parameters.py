@@ -1,0 +1,98 @@
+"""The space that every curvature matrix lives in: a model's trainable parameters, named and flattened."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError
+
+Vectors = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Names and shapes of parameters, in the order of ``model.named_parameters()``.
+
+    A tied parameter appears once, under its first name; frozen parameters do not appear. A flat vector is the
+    concatenation of the row-major flattened tensors.
+
+    Example:
+        >>> space = ParameterSpace.of(nn.Linear(2, 3))
+        >>> space.names, space.total
+        (('weight', 'bias'), 9)
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, select: Sequence[str] | str | None = None) -> "ParameterSpace":
+        """Return the space of a model's trainable parameters.
+
+        Args:
+            model: Any module.
+            select: Glob patterns of parameter names (``"fc*.weight"``); None for all.
+
+        Raises:
+            CurvlabError: Nothing is trainable, or a pattern matches nothing.
+        """
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise CurvlabError(f"{type(model).__name__} has no trainable parameter (requires_grad is False throughout)")
+        if select is not None:
+            patterns = [select] if isinstance(select, str) else list(select)
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in trainable):
+                    near = get_close_matches(pattern, trainable, n=1, cutoff=0.0)
+                    raise CurvlabError(f"no trainable parameter matches {pattern!r}; the nearest name is {near[0]!r}")
+            trainable = {n: p for n, p in trainable.items() if any(fnmatchcase(n, pat) for pat in patterns)}
+        return cls(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of every tensor."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    @property
+    def total(self) -> int:
+        """Number of parameters ``P``."""
+        return sum(self.sizes)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor lies in the flat vector."""
+        ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
+        return {name: slice(a, b) for name, a, b in zip(self.names, ends[:-1], ends[1:], strict=True)}
+
+    def flatten(self, vectors: Vectors) -> Tensor:
+        """Return ``(P,)`` of a dict of parameter-shaped tensors, or a flat ``(P,)`` or ``(P, K)`` as it is.
+
+        Raises:
+            CurvlabError: A name is missing or unknown, or a shape is not the parameter's.
+        """
+        if isinstance(vectors, Tensor):
+            if vectors.ndim not in (1, 2) or vectors.shape[0] != self.total:
+                raise CurvlabError(
+                    f"a vector of this space has shape ({self.total},) or ({self.total}, K); "
+                    f"this one has {tuple(vectors.shape)}"
+                )
+            return vectors
+        if set(vectors) != set(self.names):
+            missing, unknown = sorted(set(self.names) - set(vectors)), sorted(set(vectors) - set(self.names))
+            raise CurvlabError(f"the vector's names are not the parameters': missing {missing}, unknown {unknown}")
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if tuple(vectors[name].shape) != shape:
+                raise CurvlabError(f"{name} has shape {shape}; the vector's has {tuple(vectors[name].shape)}")
+        return torch.cat([vectors[name].reshape(-1) for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the named, parameter-shaped views of a flat ``(P,)``."""
+        return {
+            name: vector[part].view(shape) for (name, part), shape in zip(self.slices.items(), self.shapes, strict=True)
+        }

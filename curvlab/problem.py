@@ -1,0 +1,229 @@
+"""A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.losses import Loss, LossName, get_loss
+from curvlab.parameters import ParameterSpace
+
+Batch = tuple[Tensor, Tensor]
+
+_BATCH_SIZE = 500
+
+
+class BatchSource(Protocol):
+    """Data that can be gone through more than once: a DataLoader or a list of batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start from the first batch."""
+
+
+class Problem:
+    """A model, a loss and the data on which its curvature is asked for.
+
+    Nothing of the model is changed by what is computed from a problem: not gradients, modes, buffers, hooks
+    or ``requires_grad``; nor is the global random state.
+
+    Args:
+        model: Any module with one output tensor ``(N, C)``, on any device; its trainable parameters have one
+            floating dtype. Floating inputs and targets are moved to that dtype and device.
+        loss: ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy`` (see ``curvlab.losses``).
+        data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors ``(X, y)``.
+
+    Raises:
+        CurvlabError: The loss is unknown, the data can be read only once, or nothing is trainable.
+
+    Example:
+        >>> problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
+        >>> problem.num_samples
+        4
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Batch = ()
+    ) -> None:
+        self.model = model
+        self.loss: Loss = get_loss(loss)
+        self.data = data
+        self.space = ParameterSpace.of(model)
+        if _is_pair(data):
+            if len(data[0]) != len(data[1]):
+                raise CurvlabError(f"the data have {len(data[0])} inputs but {len(data[1])} targets")
+        elif not isinstance(data, Iterable):
+            raise CurvlabError(
+                f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
+            )
+        elif iter(data) is data:
+            raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
+        named = dict(model.named_parameters())
+        kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
+        if len(kinds) > 1:
+            raise CurvlabError(
+                f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
+            )
+        self.dtype, self.device = kinds.pop()
+        if not self.dtype.is_floating_point:
+            raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples that one pass over the data sees (with ``drop_last``, fewer than the data set has)."""
+        return len(self.data[0]) if _is_pair(self.data) else sum(len(y) for _, y in self.batches())
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the trainable parameters by name, detached: nothing done with them reaches the model's."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name].detach() for name in self.space.names}
+
+    def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
+
+        Buffers that the model writes are written on copies.
+        """
+        frozen = {n: p.detach() for n, p in self.model.named_parameters() if n not in parameters}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        outputs = functional_call(self.model, {**buffers, **frozen, **parameters}, (inputs,))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise UnsupportedError(
+                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave {shape}"
+            )
+        return outputs
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """Go through the data once, in the same order at every call, on the model's device.
+
+        Args:
+            batch_size: Regroup the samples into batches of this size (the last may be smaller); None for the
+                data's own batches (``500`` samples for a pair of tensors).
+
+        Raises:
+            CurvlabError: There are no samples, a batch is not a pair, or an input is not finite.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
+        empty = True
+        for inputs, targets in _regroup(self._own_batches(batch_size or _BATCH_SIZE), batch_size):
+            empty = False
+            yield self._place(inputs), self._place(targets)
+        if empty:
+            raise CurvlabError("the data have no samples")
+
+    def _own_batches(self, pair_batch_size: int) -> Iterator[Batch]:
+        if _is_pair(self.data):
+            if not len(self.data[0]):
+                return
+            inputs, targets = self.data
+            yield from zip(torch.split(inputs, pair_batch_size), torch.split(targets, pair_batch_size), strict=True)
+            return
+        with preserved_random_state(self.data):
+            for index, batch in enumerate(self.data):
+                if not (
+                    isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
+                ):
+                    raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
+                if len(batch[0]) != len(batch[1]):
+                    raise CurvlabError(f"batch {index} has {len(batch[0])} inputs but {len(batch[1])} targets")
+                if len(batch[0]):
+                    yield batch[0], batch[1]
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        if not bool(tensor.isfinite().all()):
+            raise CurvlabError("the data hold NaN or infinite values")
+        return tensor.to(self.device, self.dtype)
+
+    def check(self) -> None:
+        """Refuse what would make a per-sample quantity wrong, before any is computed.
+
+        Raises:
+            CurvlabError: A weight is not finite, or targets do not belong to the loss.
+            UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
+                shows that a sample's output depends on its batch.
+        """
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                bad = int((~tensor.isfinite()).sum())
+                raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
+        for name, module in self.model.named_modules():
+            if module.training and _is_stochastic(module):
+                raise UnsupportedError(
+                    f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
+                    "random or depends on its batch: call model.eval() first"
+                )
+        inputs, targets = next(self.batches())
+        with torch.no_grad(), preserved_random_state():
+            outputs = self.forward({}, inputs)
+            self.loss.check(outputs, targets)
+            for part in (slice(0, 1), slice(0, None, 2)):
+                alone = self.forward({}, inputs[part])
+                scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
+                if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
+                    raise UnsupportedError(
+                        f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
+                        "batch; per-sample curvature is not defined for it"
+                    )
+
+
+@contextmanager
+def preserved_random_state(data: object = None) -> Iterator[None]:
+    """Give back Python's, NumPy's and torch's global random states, and a DataLoader's generators, as they were."""
+    generators = [
+        g
+        for g in (
+            getattr(data, "generator", None),
+            getattr(getattr(data, "sampler", None), "generator", None),
+        )
+        if g
+    ]
+    states = [g.get_state() for g in generators]
+    python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transforms may use it
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else ()):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy_numpy)  # noqa: NPY002
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _is_pair(data: BatchSource | Batch) -> TypeGuard[Batch]:
+    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+
+
+def _is_stochastic(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.RNNBase) and module.dropout > 0
+
+
+def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+    """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
+    if size is None:
+        yield from batches
+        return
+    held: list[Batch] = []
+    count = 0
+    for inputs, targets in batches:
+        while len(inputs):
+            take = size - count
+            held.append((inputs[:take], targets[:take]))
+            count += len(held[-1][0])
+            inputs, targets = inputs[take:], targets[take:]
+            if count == size:
+                yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+                held, count = [], 0
+    if held:
+        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

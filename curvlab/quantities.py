@@ -1,0 +1,128 @@
+"""The curvature quantities, as small frozen values: what is computed, never how.
+
+Each has a string form, the one that the command line takes: ``fisher``, ``fisher:samples=4,seed=0``,
+``empirical_fisher``, ``masq:batch_size=1000,norm=mean``, ``ggn``, ``hessian``.
+"""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+from curvlab.errors import CurvlabError
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Base of the quantities; ``str()`` of one is its string form."""
+
+    name: ClassVar[str]
+
+    def __str__(self) -> str:
+        """Return the string form, without the options left at their defaults."""
+        options = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}:{','.join(options)}" if options else self.name
+
+
+@dataclass(frozen=True)
+class Fisher(Quantity):
+    """The Fisher information: labels from the model's own predictions (Amari 1998).
+
+    Args:
+        samples: None for the exact expectation over all classes or output directions; k for k labels drawn
+            a data point.
+        seed: Of the draws.
+    """
+
+    samples: int | None = None
+    seed: int = 0
+    name: ClassVar[str] = "fisher"
+
+    def __post_init__(self) -> None:
+        """Refuse a number of draws below one."""
+        if self.samples is not None and self.samples < 1:
+            raise CurvlabError(f"fisher takes samples >= 1, or none for the exact expectation; not {self.samples}")
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher(Quantity):
+    """The empirical Fisher: the second moment of per-sample gradients at the data's own labels."""
+
+    name: ClassVar[str] = "empirical_fisher"
+
+
+@dataclass(frozen=True)
+class MaSQ(Quantity):
+    """The Matrix of Squares: squared gradients of mini-batches (Gepperth and Wiech, 2019, section 2.5).
+
+    The data are taken in their order, in ``M`` batches of ``batch_size`` (the last may be smaller).
+
+    Args:
+        batch_size: B = 1 is the empirical Fisher; B = N the squared full gradient.
+        norm: ``sumsq``: ``1/N sum_m (sum_n g_n)^2``, the reading that fits the paper's figures;
+            ``mean``: ``1/M sum_m (mean_n g_n)^2``; ``scaled``: ``1/N sum_m (mean_n g_n)^2``.
+    """
+
+    batch_size: int = 1000
+    norm: Literal["sumsq", "mean", "scaled"] = "sumsq"
+    name: ClassVar[str] = "masq"
+
+    def __post_init__(self) -> None:
+        """Refuse an empty batch and an unknown norm."""
+        if self.batch_size < 1:
+            raise CurvlabError(f"masq takes batch_size >= 1, not {self.batch_size}")
+        if self.norm not in ("sumsq", "mean", "scaled"):
+            raise CurvlabError(f"masq takes norm sumsq, mean or scaled, not {self.norm!r}")
+
+
+@dataclass(frozen=True)
+class GGN(Quantity):
+    """The generalised Gauss-Newton matrix ``mean J' (d2l/df2) J`` (Schraudolph 2002)."""
+
+    name: ClassVar[str] = "ggn"
+
+
+@dataclass(frozen=True)
+class Hessian(Quantity):
+    """The Hessian of the mean loss."""
+
+    name: ClassVar[str] = "hessian"
+
+
+QUANTITIES: dict[str, type[Quantity]] = {q.name: q for q in (Fisher, EmpiricalFisher, MaSQ, GGN, Hessian)}
+
+
+def parse_quantity(text: str | Quantity) -> Quantity:
+    """Return the quantity of a string form; a quantity is returned as it is.
+
+    Raises:
+        CurvlabError: The name or an option is unknown, or a value does not fit.
+
+    Example:
+        >>> parse_quantity("masq:batch_size=100,norm=mean")
+        MaSQ(batch_size=100, norm='mean')
+        >>> str(Fisher(samples=4))
+        'fisher:samples=4'
+    """
+    if isinstance(text, Quantity):
+        return text
+    name, _, rest = text.partition(":")
+    if name not in QUANTITIES:
+        near = get_close_matches(name, QUANTITIES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise CurvlabError(f"there is no quantity {name!r}; {hint}The quantities are {', '.join(QUANTITIES)}")
+    kind = QUANTITIES[name]
+    known = {f.name for f in fields(kind)}
+    options: dict[str, int | str] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known or not equals:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise CurvlabError(f"{name} does not take {part!r}; its options are: {allowed}, as key=value")
+        if key == "norm":
+            options[key] = value
+        else:
+            try:
+                options[key] = int(value)
+            except ValueError:
+                raise CurvlabError(f"{name}:{key} takes a whole number, not {value!r}") from None
+    return kind(**options)

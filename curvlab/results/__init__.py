@@ -1,0 +1,23 @@
+"""Results: one folder a run, its tables in every form, where they come from, and the claims that they test."""
+
+from curvlab.results.claims import Claim, Verdict, judge, render_claims
+from curvlab.results.provenance import Stopwatch, collect
+from curvlab.results.run_directory import RunDirectory, open_run
+from curvlab.results.tables import Column, aggregate, plus_minus, render, significant, write_tables
+
+__all__ = [
+    "Claim",
+    "Column",
+    "RunDirectory",
+    "Stopwatch",
+    "Verdict",
+    "aggregate",
+    "collect",
+    "judge",
+    "open_run",
+    "plus_minus",
+    "render",
+    "render_claims",
+    "significant",
+    "write_tables",
+]

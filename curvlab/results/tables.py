@@ -1,0 +1,221 @@
+"""Tables: records of numbers for the console, CSV, Markdown, LaTeX and JSON.
+
+A record is a flat dictionary. JSON and CSV keep every key and every digit; the other forms show chosen columns,
+formatted to be read.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from curvlab.results.run_directory import RunDirectory
+
+Record = Mapping[str, Any]
+
+MISSING = "–"
+
+
+def significant(value: Any, digits: int = 4) -> str:
+    """Format a value to be read: a number with its significant digits, nothing (None, NaN) as a dash.
+
+    Integers are exact, with separators of thousands; numbers from 0.0001 to below a million are written out, others
+    with an exponent.
+
+    Example:
+        >>> [significant(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
+        ['0.5000', '1,235', '3.142e-9', '23,520', '–']
+    """
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return str(value)
+    if isinstance(value, Integral):
+        return f"{int(value):,}"
+    number = float(value)
+    if math.isinf(number):
+        return "∞" if number > 0 else "-∞"
+    if number == 0:
+        return "0"
+    # The exponent after rounding: 999.96 is 1000 in four digits.
+    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
+    if -4 <= int(exponent) < 6:
+        return f"{number:,.{max(digits - 1 - int(exponent), 0)}f}"
+    return f"{mantissa}e{int(exponent)}"
+
+
+def plus_minus(mean: float | None, deviation: float | None) -> str:
+    """Format a mean and its standard deviation to the same decimal, two digits of the deviation.
+
+    Example:
+        >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(0.5, None)
+        ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.5000')
+    """
+    if mean is None or deviation is None or not math.isfinite(mean) or not math.isfinite(deviation):
+        return significant(mean)
+    if deviation == 0:
+        return f"{significant(mean)} ± 0"
+    top = _exponent(max(abs(mean), deviation))
+    if -4 <= top < 6:
+        decimals = max(1 - _exponent(deviation), 0)
+        return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
+    decimals = max(1 - (_exponent(deviation) - top), 0)
+    return f"({mean / 10.0**top:.{decimals}f} ± {deviation / 10.0**top:.{decimals}f})e{top}"
+
+
+def _exponent(number: float) -> int:
+    return int(f"{number:.1e}".split("e")[1])
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table that is read.
+
+    Attributes:
+        key: The key of its values in the records.
+        header: What stands above it.
+        format: Makes text of a value; not used where ``spread`` is given.
+        spread: The key of the standard deviations that are shown beside the values as ``mean ± std``.
+    """
+
+    key: str
+    header: str
+    format: Callable[[Any], str] = significant
+    spread: str | None = None
+
+    def cell(self, record: Record) -> str:
+        """Return the text of this column for a record; a dash where it has no such key."""
+        value = record.get(self.key)
+        if value is not None and self.spread is not None:
+            return plus_minus(value, record.get(self.spread))
+        return MISSING if value is None else self.format(value)
+
+    def is_text(self, records: Sequence[Record]) -> bool:
+        """Say whether its values are words, which stand on the left, numbers standing on the right."""
+        return any(isinstance(record.get(self.key), str) for record in records)
+
+
+def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
+    """Return the records as a table for the console."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(Text(column.header), justify="left" if column.is_text(records) else "right")
+    for record in records:
+        table.add_row(*(Text(column.cell(record)) for column in columns))
+    return table
+
+
+def write_tables(run: RunDirectory, records: Sequence[Record], columns: Sequence[Column] | None = None) -> None:
+    """Write ``table.json``, ``table.csv``, ``table.md`` and ``table.tex``.
+
+    Args:
+        run: Where to.
+        records: Flat records; JSON and CSV get all of their keys.
+        columns: What Markdown and LaTeX show; None for all keys.
+
+    Raises:
+        CurvlabError: A file cannot be written.
+    """
+    if columns is None:
+        columns = [Column(key, key) for key in dict.fromkeys(key for record in records for key in record)]
+    run.write_json("table.json", records)
+    # As objects: a column of integers with a gap stays one of integers.
+    run.write_text("table.csv", pd.DataFrame(list(records), dtype=object).to_csv(index=False))
+    run.write_text("table.md", to_markdown(records, columns))
+    run.write_text("table.tex", to_latex(records, columns))
+
+
+def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:
+    """Return a Markdown table."""
+    rows = [
+        [_markdown(column.header) for column in columns],
+        [":---" if column.is_text(records) else "---:" for column in columns],
+        *([_markdown(column.cell(record)) for column in columns] for record in records),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def to_latex(records: Sequence[Record], columns: Sequence[Column]) -> str:
+    """Return a ``tabular`` in the style of the package booktabs, which the document has to load."""
+    rules = "".join("l" if column.is_text(records) else "r" for column in columns)
+    head = " & ".join(_latex(column.header) for column in columns)
+    body = [" & ".join(_latex(column.cell(record)) for column in columns) for record in records]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{rules}}}",
+            r"\toprule",
+            rf"{head} \\",
+            r"\midrule",
+            *(rf"{row} \\" for row in body),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str]) -> list[dict[str, Any]]:
+    """Bring together the records of several seeds, one record a group.
+
+    Args:
+        records: One a seed and group.
+        by: The keys that make a group; groups come in the order of their first records.
+        values: The keys of the numbers to average.
+
+    Returns:
+        Records with the keys ``by``, ``seeds`` (number of records) and, for each value, ``<value>`` (mean) and
+        ``<value>_std`` (standard deviation with n - 1; None for a single record). A value that one record of the
+        group lacks is None in both.
+
+    Example:
+        >>> aggregate([{"w": "a", "x": 1.0}, {"w": "a", "x": 3.0}], by=["w"], values=["x"])
+        [{'w': 'a', 'seeds': 2, 'x': 2.0, 'x_std': 1.414...}]
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in by), []).append(record)
+    rows = []
+    for names, members in groups.items():
+        row: dict[str, Any] = {**dict(zip(by, names, strict=True)), "seeds": len(members)}
+        for key in values:
+            numbers = [member.get(key) for member in members]
+            known = [float(number) for number in numbers if number is not None and not math.isnan(number)]
+            whole = len(known) == len(members)
+            row[key] = statistics.fmean(known) if whole else None
+            row[f"{key}_std"] = statistics.stdev(known) if whole and len(known) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\|`*<])", r"\\\1", text).replace("\n", " ")
+
+
+_NUMBER = re.compile(r"\(?-?[\d,.∞]+( ± [\d,.]+)?\)?(e-?\d+)?")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "–": "--",
+    "±": r"$\pm$",
+    "∞": r"$\infty$",
+    "\n": " ",
+}
+
+
+def _latex(text: str) -> str:
+    if _NUMBER.fullmatch(text):
+        math_text = text.replace(",", "{,}").replace("±", r"\pm").replace("∞", r"\infty")
+        return "$" + re.sub(r"e(-?\d+)$", r" \\times 10^{\1}", math_text) + "$"
+    return "".join(_LATEX.get(character, character) for character in text)

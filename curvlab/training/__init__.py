@@ -1,0 +1,6 @@
+"""Training: one fit loop, repeatable to the bit on the CPU, that can be stopped and continued."""
+
+from curvlab.training.evaluation import Evaluation, evaluate
+from curvlab.training.loop import FitResult, fit
+
+__all__ = ["Evaluation", "FitResult", "evaluate", "fit"]

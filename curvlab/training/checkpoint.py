@@ -1,0 +1,107 @@
+"""Checkpoints: a training run in one file, which knows which run it belongs to."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError
+from curvlab.files import write_whole
+from curvlab.training.samples import Samples
+
+FORMAT = "curvlab training checkpoint 1"
+
+
+def fingerprint(options: dict[str, Any], model: nn.Module, **data: Samples | None) -> dict[str, Any]:
+    """Describe a run so that two of them are the same run if and only if their descriptions are equal.
+
+    The values of the weights do not belong to it: a continued run takes them from the checkpoint.
+
+    Args:
+        options: Hyper-parameters by name.
+        model: Its parameters and buffers enter by name, shape, dtype, device type and whether they are trained.
+        data: The samples by what they are for; they enter by a hash of all their bytes.
+    """
+    description = dict(options)
+    for name, parameter in model.named_parameters():
+        description[f"parameter {name}"] = f"{_kind(parameter)} {parameter.device.type}" + (
+            "" if parameter.requires_grad else " frozen"
+        )
+    for name, buffer in model.named_buffers():
+        description[f"buffer {name}"] = _kind(buffer)
+    for name, samples in data.items():
+        description[f"{name} data"] = None if samples is None else " ".join(_hash(part) for part in samples)
+    return description
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """Where the states of one run are kept.
+
+    Args:
+        path: The file.
+        fingerprint: What ``fingerprint`` returned for this run.
+    """
+
+    path: Path
+    fingerprint: dict[str, Any]
+
+    def write(self, states: dict[str, Any]) -> None:
+        """Write tensors, numbers, strings and lists or dictionaries of them, whole or not at all.
+
+        Raises:
+            CurvlabError: The file cannot be written.
+        """
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, "fingerprint": self.fingerprint, **states}, buffer)
+        write_whole(self.path, buffer.getvalue())
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was last written, tensors on the CPU; None if there is no file.
+
+        Raises:
+            CurvlabError: The file cannot be read, or belongs to another run; the message says what differs.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            states = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken file can make the unpickler fail in any way
+            raise CurvlabError(
+                f"checkpoint {self.path} cannot be read (truncated, or not a checkpoint): "
+                "delete it or choose another file"
+            ) from error
+        if not isinstance(states, dict) or states.get("format") != FORMAT:
+            raise CurvlabError(f"{self.path} is not a training checkpoint of curvlab; choose another file")
+        theirs = states["fingerprint"]
+        differences = [
+            f"{key} is {theirs.get(key, 'absent')} there and {self.fingerprint.get(key, 'absent')} here"
+            for key in {**self.fingerprint, **theirs}
+            if theirs.get(key, "absent") != self.fingerprint.get(key, "absent")
+        ]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise CurvlabError(
+                f"checkpoint {self.path} belongs to another run: {', '.join(differences[:3])}{more}; "
+                "delete it or choose another file"
+            )
+        return states
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer by name, those too that a state dict leaves out; not copies."""
+    parameters = {f"parameter {name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return parameters | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{_kind(tensor)} {hashlib.sha256(flat.numpy().data).hexdigest()[:16]}"

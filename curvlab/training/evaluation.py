@@ -1,0 +1,83 @@
+"""Loss and accuracy of a model on samples."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError
+from curvlab.losses import Loss, get_loss
+from curvlab.training.samples import Samples, check_samples, model_errors, reference, take
+from curvlab.training.state import modes_restored, random_state_restored
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss a sample (nats for likelihoods), and the fraction classified right (None without classes)."""
+
+    loss: float
+    accuracy: float | None
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.3g}" + ("" if self.accuracy is None else f", accuracy {self.accuracy:.1%}")
+
+
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, *, loss: str = "cross_entropy", batch_size: int = 1000
+) -> Evaluation:
+    """Measure a model in eval mode; its modes and the random state are afterwards what they were.
+
+    Args:
+        model: Any module with one output tensor ``(N, C)``.
+        x: Inputs ``(N, ...)``, on any device: moved batch by batch.
+        y: Targets that belong to the loss: class indices ``(N,)`` or values ``(N, C)``.
+        loss: A name that ``curvlab.losses.get_loss`` knows.
+        batch_size: Samples a forward pass.
+
+    Raises:
+        CurvlabError: The samples do not fit the model or the loss, or the loss is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> evaluate(nn.Identity(), torch.eye(3), torch.tensor([0, 1, 0])).accuracy
+        0.666...
+    """
+    if batch_size < 1:
+        raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
+    criterion = get_loss(loss)
+    with modes_restored(model):
+        model.eval()
+        check_samples(model, (x, y), criterion, "evaluation")
+        return measure(model, (x, y), criterion, batch_size)
+
+
+def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000) -> Evaluation:
+    """Do what ``evaluate`` does, for samples that have been checked.
+
+    Raises:
+        CurvlabError: The loss is not finite, or the model fails on a batch.
+    """
+    classes = loss.name == "cross_entropy"
+    like = reference(model)
+    # Sums stay on the device: one synchronisation for all batches.
+    total = torch.zeros((), dtype=torch.float64, device=like.device)
+    right = torch.zeros((), dtype=torch.int64, device=like.device)
+    size = len(data[0])
+    with (
+        modes_restored(model),
+        random_state_restored(like.device),
+        torch.no_grad(),
+        model_errors("fails in evaluation"),
+    ):
+        model.eval()
+        for start in range(0, size, batch_size):
+            inputs, targets = take(data, slice(start, start + batch_size), like)
+            outputs = model(inputs)
+            total += loss.values(outputs, targets).sum(dtype=torch.float64)
+            if classes:
+                right += (outputs.argmax(dim=1) == targets).sum()
+    mean = float(total) / size
+    if not math.isfinite(mean):
+        raise CurvlabError(f"the loss of the evaluation data is {mean}; the model's outputs overflow or hold NaN")
+    return Evaluation(mean, int(right) / size if classes else None)

@@ -1,0 +1,353 @@
+"""The fit loop: repeatable, resumable, careful with what is not its own."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError
+from curvlab.training import evaluate, fit, loop
+from curvlab.training.checkpoint import CheckpointFile
+
+
+def blobs(count: int = 90, features: int = 6) -> tuple[Tensor, Tensor]:
+    """Three well separated clusters."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    centres = 3 * torch.eye(3, features)
+    return centres[labels] + 0.3 * torch.randn(count, features, generator=generator), labels
+
+
+def network(hidden: int = 8) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(6, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, 3)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_learns_and_stops_at_the_target(optimizer: str) -> None:
+    data = blobs()
+    model = network()
+    before = evaluate(model, *data)
+    result = fit(model, data, optimizer=optimizer, lr=0.03, epochs=50, batch_size=20, evaluation=data, target=0.99)
+    assert before.accuracy is not None
+    assert before.accuracy < 0.9
+    assert result.reached_target
+    assert result.steps < 250
+    assert result.evaluation == evaluate(model, *data)
+    assert result.history[-1]["eval_accuracy"] >= 0.99
+    assert all(record["eval_accuracy"] < 0.99 for record in result.history[:-1])
+
+
+def test_one_plain_step_is_the_formula() -> None:
+    x, y = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [0.0]])
+    model = nn.Linear(2, 1, bias=False)
+    weight = model.weight.detach().clone()
+    result = fit(model, (x, y), loss="squared_error", optimizer="sgd", lr=0.1, steps=1, batch_size=2)
+    residual = x @ weight.T - y
+    torch.testing.assert_close(model.weight.detach(), weight - 0.1 * (residual.T @ x) / 2)
+    assert result.history == [
+        {
+            "step": 1,
+            "train_loss": pytest.approx(0.25 * float(residual.square().sum())),
+            "eval_loss": None,
+            "eval_accuracy": None,
+            "lr": 0.1,
+        }
+    ]
+
+
+def test_every_epoch_goes_through_all_samples_in_a_new_order() -> None:
+    seen: list[float] = []
+
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.extend(x[:, 0].tolist())
+            return x[:, :1] * self.weight
+
+    x = torch.arange(7.0).unsqueeze(1)
+    fit(Spy(), (x, torch.zeros(7, 1)), loss="squared_error", epochs=2, batch_size=3)
+    first, second = seen[:7], seen[7:]
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.8536, 0.5, 0.1464])]
+)
+def test_schedules_fall_to_zero_after_the_last_step(schedule: str, rates: list[float]) -> None:
+    result = fit(network(), blobs(), schedule=schedule, lr=1.0, optimizer="sgd", steps=4, evaluate_every=1)
+    assert [record["lr"] for record in result.history] == pytest.approx(rates, abs=1e-4)
+
+
+def test_same_seed_same_bits_and_another_seed_others() -> None:
+    models = [network() for _ in range(3)]
+    histories = [
+        fit(m, blobs(), steps=12, batch_size=16, seed=s).history for m, s in zip(models, (5, 5, 6), strict=True)
+    ]
+    assert equal(state(models[0]), state(models[1]))
+    assert histories[0] == histories[1]
+    assert not equal(state(models[0]), state(models[2]))
+
+
+def test_modes_gradients_and_random_state_are_given_back() -> None:
+    model = network()
+    model.train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    gradient = torch.ones_like(model[0].weight)
+    model[0].weight.grad = gradient
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    fit(model, blobs(), steps=3, evaluation=blobs())
+    evaluate(model, *blobs())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert model[0].weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert model[4].weight.grad is None
+    with pytest.raises(CurvlabError):
+        fit(model, blobs(), lr=1e30, optimizer="sgd", steps=50)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+
+
+def options(checkpoint: Path | None, **changes: object) -> dict[str, object]:
+    plain: dict[str, object] = {
+        "steps": 30,
+        "batch_size": 16,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "evaluation": blobs(30),
+        "evaluate_every": 7,
+        "checkpoint": checkpoint,
+        "checkpoint_every": 5,
+    }
+    return plain | changes
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    momentum = 0.9 if optimizer == "sgd" else 0.0
+    undisturbed = network()
+    whole = fit(undisturbed, blobs(), **options(None, optimizer=optimizer, momentum=momentum))
+
+    file = tmp_path / "new" / "run.pt"
+    real = loop._Run.train_step
+
+    def dies(run: loop._Run, *batch: object) -> None:
+        real(run, *batch)
+        if run.step == 18:
+            raise KeyboardInterrupt  # in the middle of a step: nothing of it may be saved
+
+    monkeypatch.setattr(loop._Run, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), blobs(), **options(file, optimizer=optimizer, momentum=momentum))
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    model = network()
+    rest = fit(model, blobs(), **options(file, optimizer=optimizer, momentum=momentum))
+    assert rest.resumed_at == 15
+    assert equal(state(model), state(undisturbed))
+    assert rest.history == whole.history
+    # A finished run is only read.
+    again = network()
+    assert fit(again, blobs(), **options(file, optimizer=optimizer, momentum=momentum)).history == whole.history
+    assert equal(state(again), state(undisturbed))
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    undisturbed = network()
+    whole = fit(undisturbed, blobs(), **options(None))
+    file = tmp_path / "run.pt"
+    handler = signal.getsignal(signal.SIGINT)
+    real_step, real_measure = loop._Run.train_step, loop.measure
+
+    def step(run: loop._Run, *batch: object) -> None:
+        if place == "step" and run.step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        real_step(run, *batch)
+
+    def measure(*arguments: object) -> object:
+        result = real_measure(*arguments)
+        if place == "evaluation":
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(loop._Run, "train_step", step)
+    monkeypatch.setattr(loop, "measure", measure)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(network(), blobs(), **options(file))
+    monkeypatch.undo()
+    stopped = {"step": 13, "evaluation": 7}[place]
+    assert caught.value.__notes__ == [f"training stopped after step {stopped} of 30, saved in {file}"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    model = network()
+    rest = fit(model, blobs(), **options(file))
+    assert rest.resumed_at == stopped
+    assert equal(state(model), state(undisturbed))
+    assert rest.history == whole.history
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    fit(network(), blobs(), **options(file))
+    content = file.read_bytes()
+    for model, data, changes, difference in (
+        (network(), blobs(), {"lr": 0.02}, "lr is 0.01 there and 0.02 here"),
+        (network(), blobs(), {"steps": 31}, "steps is 30 there and 31 here"),
+        (
+            network(9),
+            blobs(),
+            {},
+            r"parameter 0.weight is \(8, 6\) float32 cpu there and \(9, 6\) float32 cpu here",
+        ),
+        (network(), (blobs()[0] + 1, blobs()[1]), {}, "training data is"),
+        (network(), blobs(), {"evaluation": blobs(33)}, "evaluation data is"),
+    ):
+        before = state(model)
+        with pytest.raises(CurvlabError, match=rf"{file} belongs to another run: {difference}"):
+            fit(model, data, **options(file, **changes))
+        assert equal(state(model), before)
+    assert file.read_bytes() == content
+
+
+def test_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    fit(network(), blobs(), **options(file))
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(CurvlabError, match=rf"{file} cannot be read"):
+        fit(network(), blobs(), **options(file))
+    torch.save(network().state_dict(), file)
+    with pytest.raises(CurvlabError, match=rf"{file} is not a training checkpoint"):
+        fit(network(), blobs(), **options(file))
+
+
+def test_unwritable_checkpoint_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = network()
+    before = state(model)
+    with pytest.raises(CurvlabError, match=f"{tmp_path / 'file'} is a file"):
+        fit(model, blobs(), **options(tmp_path / "file" / "run.pt"))
+    assert equal(state(model), before)
+
+
+def test_checkpoint_holds_finite_weights_only(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    with pytest.raises(CurvlabError, match="lower lr"):
+        fit(network(), blobs(), **options(file, optimizer="sgd", lr=1e30, schedule="constant"))
+    assert not file.exists()
+
+
+def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
+    x = torch.full((4, 1), 1e18)
+    with pytest.raises(CurvlabError, match=r"training loss is (inf|nan) at step 2: lower lr \(here 10\)"):
+        fit(nn.Linear(1, 1), (x, torch.zeros(4, 1)), loss="squared_error", optimizer="sgd", lr=10.0, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"lr": 0.0}, "lr must be a positive number, not 0.0"),
+        ({"lr": float("nan")}, "lr must be a positive number"),
+        ({"optimizer": "lbfgs"}, "no optimizer 'lbfgs'"),
+        ({"schedule": "step"}, "no schedule 'step'"),
+        ({"momentum": 0.9}, "momentum belongs to sgd"),
+        ({"epochs": 1}, "either epochs or steps, not both"),
+        ({"steps": None}, "either epochs or steps"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"target": 0.9}, "target .* needs evaluation data"),
+        ({"loss": "hinge"}, "no loss 'hinge'"),
+    ],
+)
+def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CurvlabError, match=message):
+        fit(network(), blobs(), **({"steps": 2} | changes))
+
+
+def test_wrong_data_and_weights_are_refused() -> None:
+    x, y = blobs()
+    broken = x.clone()
+    broken[4, 2] = float("nan")
+    for data, message in (
+        ((x[:0], y[:0]), "no samples"),
+        ((x, y[:-1]), "90 inputs but 89 targets"),
+        ((broken, y), "training inputs hold NaN or infinite values, the first in sample 4"),
+        ((x[:, :5], y), "the model cannot take the training inputs: .*shapes"),
+        ((x, y + 1), "a label is 3"),
+        ((x, y.float()), "class indices"),
+    ):
+        with pytest.raises(CurvlabError, match=message):
+            fit(network(), data, steps=1)
+    with pytest.raises(CurvlabError, match="evaluation inputs hold NaN"):
+        fit(network(), (x, y), steps=1, evaluation=(broken, y))
+    model = network()
+    with torch.no_grad():
+        model[4].bias[1] = float("inf")
+    with pytest.raises(CurvlabError, match=r"parameter 4\.bias holds NaN or infinite values at the start"):
+        fit(model, (x, y), steps=1)
+    with pytest.raises(CurvlabError, match="no trainable parameters"):
+        fit(network().requires_grad_(False), (x, y), steps=1)
+    # Batch normalisation cannot train on the one sample that is left over.
+    with pytest.raises(CurvlabError, match="fails in step 2: Expected more than 1 value"):
+        fit(network(), (x[:21], y[:21]), epochs=1, batch_size=20)
+
+
+def test_frozen_parameters_stay() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    before = state(model)
+    fit(model, blobs(), steps=5, weight_decay=0.1)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[4].weight, before["4.weight"])
+
+
+def test_evaluate_does_not_depend_on_the_batch_size() -> None:
+    x, y = blobs()
+    model = network().double()
+    whole, split = evaluate(model, x, y), evaluate(model, x, y, batch_size=7)
+    assert split.accuracy == whole.accuracy
+    assert split.loss == pytest.approx(whole.loss, rel=1e-12)
+    with torch.no_grad():
+        outputs = model.eval()(x.double())
+    assert whole.loss == pytest.approx(float(nn.functional.cross_entropy(outputs, y)), rel=1e-12)
+    assert evaluate(model, x, outputs, loss="squared_error").accuracy is None
+
+
+def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = CheckpointFile(tmp_path / "run.pt", {"lr": 0.1})
+    file.write({"step": 1})
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(CurvlabError, match=r"cannot write .*run\.pt: No space left on device"):
+        file.write({"step": 2})
+    monkeypatch.undo()
+    assert file.read()["step"] == 1
+    assert list(tmp_path.iterdir()) == [file.path]
