@@ -61,7 +61,7 @@ class CrossEntropy(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``-log softmax(f)[y]``."""
-        return F.cross_entropy(outputs, targets, reduction="none")
+        return F.cross_entropy(outputs, targets.long(), reduction="none")
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Require integer labels in ``0 .. C-1``."""
@@ -88,7 +88,8 @@ class CrossEntropy(Loss):
         p = outputs.softmax(dim=1)
         factors = p.unsqueeze(1).repeat(1, p.shape[1], 1)
         factors.diagonal(dim1=1, dim2=2).copy_(-_complement(p))
-        return p.sqrt().unsqueeze(2) * factors
+        # Through the logarithm: the root of a probability is representable also where it underflows itself.
+        return outputs.log_softmax(dim=1).mul(0.5).exp().unsqueeze(2) * factors
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw class indices from ``softmax(f)`` by inversion of its distribution function."""

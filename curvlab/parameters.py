@@ -40,13 +40,15 @@ class ParameterSpace:
             select: Glob patterns of parameter names (``"fc*.weight"``); None for all.
 
         Raises:
-            CurvlabError: Nothing is trainable, or a pattern matches nothing.
+            CurvlabError: Nothing is trainable, there is no pattern, or one matches nothing.
         """
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise CurvlabError(f"{type(model).__name__} has no trainable parameter (requires_grad is False throughout)")
         if select is not None:
             patterns = [select] if isinstance(select, str) else list(select)
+            if not patterns:
+                raise CurvlabError("no parameters are selected: give one pattern of names or more")
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in trainable):
                     near = get_close_matches(pattern, trainable, n=1, cutoff=0.0)

@@ -1,8 +1,9 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -61,7 +62,7 @@ class Problem:
             raise CurvlabError(
                 f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
             )
-        elif iter(data) is data:
+        elif isinstance(data, Iterator):
             raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
@@ -86,11 +87,11 @@ class Problem:
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
 
-        Buffers that the model writes are written on copies.
+        Buffers that the model writes are written on copies, and so are inputs that it changes in place.
         """
         frozen = {n: p.detach() for n, p in self.model.named_parameters() if n not in parameters}
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        outputs = functional_call(self.model, {**buffers, **frozen, **parameters}, (inputs,))
+        outputs = functional_call(self.model, {**buffers, **frozen, **parameters}, (inputs.clone(),))
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise UnsupportedError(
@@ -124,16 +125,13 @@ class Problem:
             inputs, targets = self.data
             yield from zip(torch.split(inputs, pair_batch_size), torch.split(targets, pair_batch_size), strict=True)
             return
-        with preserved_random_state(self.data):
-            for index, batch in enumerate(self.data):
-                if not (
-                    isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
-                ):
-                    raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
-                if len(batch[0]) != len(batch[1]):
-                    raise CurvlabError(f"batch {index} has {len(batch[0])} inputs but {len(batch[1])} targets")
-                if len(batch[0]):
-                    yield batch[0], batch[1]
+        for index, batch in enumerate(_with_own_randomness(self.data)):
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+                raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
+            if len(batch[0]) != len(batch[1]):
+                raise CurvlabError(f"batch {index} has {len(batch[0])} inputs but {len(batch[1])} targets")
+            if len(batch[0]):
+                yield batch[0], batch[1]
 
     def _place(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -146,24 +144,34 @@ class Problem:
         """Refuse what would make a per-sample quantity wrong, before any is computed.
 
         Raises:
-            CurvlabError: A weight is not finite, or targets do not belong to the loss.
+            CurvlabError: A weight is not finite, or targets of any batch do not belong to the loss.
             UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
                 shows that a sample's output depends on its batch.
         """
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                bad = int((~parameter.isfinite()).sum())
                 raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
+        for name, buffer in self.model.named_buffers():
+            # An attention mask is minus infinity by design.
+            if bool(buffer.isnan().any()):
+                raise CurvlabError(f"the model's {name} holds {int(buffer.isnan().sum())} NaN values")
         for name, module in self.model.named_modules():
             if module.training and _is_stochastic(module):
                 raise UnsupportedError(
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
                     "random or depends on its batch: call model.eval() first"
                 )
-        inputs, targets = next(self.batches())
+        outputs: Tensor | None = None
+        for inputs, targets in self.batches():
+            # A batch of one cannot show whether samples are mixed; a longer one later can.
+            if outputs is None or len(outputs) == 1 < len(inputs):
+                outputs = self._probe(inputs)
+            self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+
+    def _probe(self, inputs: Tensor) -> Tensor:
         with torch.no_grad(), preserved_random_state():
             outputs = self.forward({}, inputs)
-            self.loss.check(outputs, targets)
             for part in (slice(0, 1), slice(0, None, 2)):
                 alone = self.forward({}, inputs[part])
                 scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
@@ -172,29 +180,60 @@ class Problem:
                         f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                         "batch; per-sample curvature is not defined for it"
                     )
+        return outputs
 
 
 @contextmanager
-def preserved_random_state(data: object = None) -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states, and a DataLoader's generators, as they were."""
-    generators = [
-        g
-        for g in (
-            getattr(data, "generator", None),
-            getattr(getattr(data, "sampler", None), "generator", None),
-        )
-        if g
-    ]
+def preserved_random_state() -> Iterator[None]:
+    """Give back Python's, NumPy's and torch's global random states as they were."""
+    restore = _random_state()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _with_own_randomness(data: BatchSource) -> Iterator[Any]:
+    """Go through data whose draws continue from batch to batch but are not seen outside.
+
+    The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
+    alive by a traceback, would give back old ones at any later time.
+    """
+    iterator = chain(data)  # starts the data only at the first step
+    within = _random_state(data)
+    while True:
+        restore = _random_state(data)
+        within()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            within = _random_state(data)
+            restore()
+        yield batch
+
+
+def _random_state(data: object = None) -> Callable[[], None]:
+    """Return what sets the global random states, and those of a DataLoader's generators, to what they are now."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
     states = [g.get_state() for g in generators]
     python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transforms may use it
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else ()):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy_numpy)  # noqa: NPY002
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(legacy_numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    return restore
 
 
 def _is_pair(data: BatchSource | Batch) -> TypeGuard[Batch]:

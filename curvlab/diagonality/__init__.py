@@ -5,11 +5,15 @@ measures it, a row a parameter tensor: sums, means and maxima of the diagonal an
 The table is the one that Gepperth and Wiech (2019), Table 2, set out to give.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 from typing import Literal
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from curvlab.diagonality.blocks import Block
 from curvlab.diagonality.outer import OuterBlock
@@ -23,7 +27,7 @@ from curvlab.problem import Problem
 from curvlab.progress import progress as progress_bar
 from curvlab.quantities import Hessian, MaSQ, Quantity, parse_quantity
 
-__all__ = ["Level", "diagonality", "records"]
+__all__ = ["Level", "Submatrix", "diagonality", "records", "submatrix"]
 
 Level = Literal["tensor", "layer", "network"]
 
@@ -109,9 +113,10 @@ def records(
     precision: float = 0.005,
     tile_memory: float = 2e8,
     seed: int = 0,
+    skip: Collection[str] = (),
     progress: bool = False,
 ) -> Iterator[Record]:
-    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known."""
+    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known, but for those named in ``skip``."""
     quantity = parse_quantity(quantity)
     for name, value in (("time_budget", time_budget), ("precision", precision), ("tile_memory", tile_memory)):
         if not value > 0:
@@ -120,14 +125,19 @@ def records(
     problem.check()
     n = problem.num_samples
     blocks = _Blocks(problem, quantity, tile_memory)
-    groups = [group for level in ([per] if isinstance(per, str) else per) for group in _groups(space, level)]
+    groups = [group for level in ([per] if isinstance(per, str) else per) for group in _groups(problem, space, level)]
     for name, members in groups:
+        if name in skip:
+            continue
         with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
             if isinstance(quantity, Hessian):
-                yield {"parameter": name} | _hessian_record(problem, name, members)
+                yield {"parameter": name} | dense_record(_whole_hessian(problem, name, members))
                 continue
+            block = blocks(members)
+            if not bool(block.diagonal().isfinite().all()):
+                raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
             record = block_record(
-                blocks(members),
+                block,
                 n,
                 precision=precision,
                 max_operations=time_budget * OPERATIONS_PER_SECOND,
@@ -137,7 +147,45 @@ def records(
         yield {"parameter": name} | record
 
 
-def _groups(space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:
+@dataclass(frozen=True)
+class Submatrix:
+    """Some rows and columns of a curvature matrix, those between different tensors too.
+
+    Attributes:
+        matrix: ``(k, k)``, on the scale of the mean over samples.
+        names: The tensors, in order.
+        counts: How many parameters of each.
+    """
+
+    matrix: Tensor
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *, per_tensor: int = 60) -> Submatrix:
+    """Return the matrix at evenly spaced parameters of every trainable tensor, at most ``per_tensor`` of each.
+
+    Raises:
+        UnsupportedError: For the Hessian of a model with more than 4,000 parameters.
+    """
+    quantity = parse_quantity(quantity)
+    space = problem.space
+    problem.check()
+    chosen = {
+        name: torch.linspace(0, size - 1, min(size, per_tensor), device=problem.device).long()
+        for name, size in zip(space.names, space.sizes, strict=True)
+    }
+    counts = tuple(len(index) for index in chosen.values())
+    if isinstance(quantity, Hessian):
+        flat = torch.cat([index + space.slices[name].start for name, index in chosen.items()])
+        return Submatrix(_whole_hessian(problem, "the model", space.names)[flat][:, flat], space.names, counts)
+    blocks = _Blocks(problem, quantity, 2e8)
+    parts = [(blocks([name]), index) for name, index in chosen.items()]
+    columns = torch.cat([block.columns(index) * sqrt(block.unit()) for block, index in parts], dim=1)
+    return Submatrix(columns.mT @ columns / problem.num_samples, space.names, counts)
+
+
+def _groups(problem: Problem, space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:
     """Return the rows of a level: a name and the parameters it covers."""
     if level == "tensor":
         return [(name, [name]) for name in space.names]
@@ -146,8 +194,8 @@ def _groups(space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:
     if level == "layer":
         layers: dict[str, list[str]] = {}
         for name in space.names:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
-        return list(layers.items())
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+        return [(layer or type(problem.model).__name__, members) for layer, members in layers.items()]
     raise CurvlabError(f"per is tensor, layer or network, not {level!r}")
 
 
@@ -170,11 +218,11 @@ class _Blocks:
         return StreamedBlock(partial(row_batches, self.problem, self.quantity, members), size, self.tile_memory)
 
 
-def _hessian_record(problem: Problem, name: str, members: list[str]) -> Record:
+def _whole_hessian(problem: Problem, name: str, members: Sequence[str]) -> Tensor:
     size = ParameterSpace.of(problem.model, members).total
     if size > _LARGEST_HESSIAN:
         raise UnsupportedError(
             f"the Hessian of {name} has {size:,} parameters and no rows to stream; it is formed whole, up to "
             f"{_LARGEST_HESSIAN:,}: select smaller tensors with params, or take the ggn"
         )
-    return dense_record(estimate(problem, Hessian(), "dense", params=members).to_dense())
+    return estimate(problem, Hessian(), "dense", params=members).to_dense()

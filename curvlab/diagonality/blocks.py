@@ -2,12 +2,15 @@
 
 The ``P`` parameters of a block are ``O`` groups of ``d``. A tile is the ``(d, d)`` part between groups ``o`` and
 ``p``; the block is symmetric, so tiles with ``o <= p`` hold everything. All sums here are over samples, without
-the ``1/N``: the statistics divide once.
+the ``1/N`` and in units of ``unit()``: the statistics divide once. The unit keeps squares of entries in the dtype's
+range: a net that fits its data to 1e-12 has gradients whose fourth powers, which the Frobenius norm sums, are zero
+in float32.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import frexp, isfinite
 from typing import NamedTuple
 
 import torch
@@ -36,6 +39,14 @@ class OffDiagonal:
         self.nonzeros += times * int(torch.count_nonzero(entries))
 
 
+def power_of_two(high: float) -> float:
+    """Return the power of two next above a number; one for zero and what is not finite.
+
+    Dividing by it is exact; it stays where float32 has its reciprocal too.
+    """
+    return 2.0 ** max(-100, min(100, frexp(high)[1])) if high and isfinite(high) else 1.0
+
+
 class Draw(NamedTuple):
     """A sampled strip of a tile: the given rows (indices in ``0 .. d-1``) of the tile between two groups."""
 
@@ -50,6 +61,10 @@ class Block(ABC):
     groups: int
     width: int
     size: int
+
+    @abstractmethod
+    def unit(self) -> float:
+        """Return what one stands for in every sum and entry of this block."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:

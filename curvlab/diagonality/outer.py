@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
+from curvlab.diagonality.blocks import Block, Draw, OffDiagonal, power_of_two
 from curvlab.estimators.rows import LinearFactors
 from curvlab.progress import Advance
 
@@ -28,6 +28,9 @@ class OuterBlock(Block):
     _MIN_PANEL = 48
 
     def __init__(self, left: Tensor, right: Tensor, transposed: bool = False) -> None:
+        units = [power_of_two(float(torch.linalg.vector_norm(factor, torch.inf))) for factor in (left, right)]
+        left, right = left / units[0], right / units[1]
+        self._unit = (units[0] * units[1]) ** 2
         self.left, self.right, self.transposed = left, right, transposed
         self.groups, self.width = left.shape[2], right.shape[1]
         self.size = self.groups * self.width
@@ -68,6 +71,10 @@ class OuterBlock(Block):
 
     def _ordered(self, by_group: Tensor) -> Tensor:
         return (by_group.mT if self.transposed else by_group).reshape(-1)
+
+    def unit(self) -> float:
+        """Return the square of the product of the powers of two that the factors were divided by."""
+        return self._unit
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
@@ -169,7 +176,7 @@ class OuterBlock(Block):
         for o, p, places in draws:
             weights = self._weights(o, p)
             active = weights.nonzero().squeeze(1)
-            chosen = transposed.index_select(0, places)
+            chosen = transposed.index_select(0, places.to(transposed.device))
             if len(active) < 0.6 * n:
                 yield (chosen.index_select(1, active) * weights[active]) @ self.right.index_select(0, active)
             else:

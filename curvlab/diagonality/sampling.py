@@ -118,8 +118,8 @@ def _features(block: Block, rng: np.random.Generator) -> np.ndarray:
 
 def _mixture(weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Return probabilities, with a share given by the bound, so that no tile can be missed or outweigh the rest."""
-    mixed: np.ndarray = 0.95 * weights / weights.sum() + 0.05 * bounds / bounds.sum()
-    return mixed
+    shares: np.ndarray = bounds / bounds.sum()
+    return 0.95 * weights / weights.sum() + 0.05 * shares if weights.any() else shares
 
 
 def _fit(features: np.ndarray, index: np.ndarray, sums: np.ndarray) -> np.ndarray:

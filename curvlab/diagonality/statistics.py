@@ -19,10 +19,13 @@ def block_record(
     """Return the statistics of a Gram-type block (see ``curvlab.diagonality``)."""
     diagonal = block.diagonal().double()
     total = block.total()
+    n = num_samples / block.unit()
+    if not bool(diagonal.any()):  # no gradient reaches it: nothing to go through, and nothing to draw from
+        return _record(diagonal, OffDiagonal(), total, n, zero_fraction=1.0)
     if block.operations() <= max_operations:
         sums = block.off_diagonal(advance)
         zero_fraction = 1 - (sums.nonzeros + int(torch.count_nonzero(diagonal))) / block.size**2
-        return _record(diagonal, sums, total, num_samples, zero_fraction=zero_fraction)
+        return _record(diagonal, sums, total, n, zero_fraction=zero_fraction)
     sampled = sample_off_diagonal(block, precision, max_operations, seed, advance)
     square_sum, square_ci = sampled.square_sum, sampled.square_sum_ci95
     if block.gram_operations() <= max_operations:
@@ -32,15 +35,15 @@ def block_record(
         diagonal,
         OffDiagonal(sampled.abs_sum, square_sum, highest),
         total,
-        num_samples,
+        n,
         zero_fraction=block.certain_zeros(),
     )
     norm = record["frobenius"]
     return record | {
         "method": "sampled",
-        "ci95": sampled.abs_sum_ci95 / num_samples,
-        "frobenius_ci95": square_ci / num_samples**2 / (2 * norm) if norm else 0.0,
-        "offdiag_abs_max_bound": ceiling / num_samples,
+        "ci95": sampled.abs_sum_ci95 / n,
+        "frobenius_ci95": square_ci / n**2 / (2 * norm) if norm else 0.0,
+        "offdiag_abs_max_bound": ceiling / n,
         "draws": sampled.draws,
     }
 
@@ -55,7 +58,7 @@ def dense_record(matrix: Tensor) -> Record:
     return _record(diagonal, sums, float(matrix.double().sum()), 1, zero_fraction=zeros)
 
 
-def _record(diagonal: Tensor, sums: OffDiagonal, total: float, n: int, *, zero_fraction: float) -> Record:
+def _record(diagonal: Tensor, sums: OffDiagonal, total: float, n: float, *, zero_fraction: float) -> Record:
     size = len(diagonal)
     entries = size * (size - 1)
     diag_sum = float(diagonal.sum())

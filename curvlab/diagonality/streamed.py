@@ -1,11 +1,12 @@
 """The block of any parameters: rows made anew at every pass over the data."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
+from curvlab.diagonality.blocks import Block, Draw, OffDiagonal, power_of_two
 from curvlab.progress import Advance
 
 
@@ -27,12 +28,13 @@ class StreamedBlock(Block):
         self._count = 0
         self._diagonal: Tensor | None = None
         self._total = 0.0
+        self._scale = 1.0
 
     def _grouped(self) -> Iterator[Tensor]:
         """Yield rows as ``(rows, O, d)``, with zeros after the last parameter."""
         padding = self.groups * self.width - self.size
         for rows in self.rows():
-            yield torch.nn.functional.pad(rows, (0, padding)).view(len(rows), self.groups, self.width)
+            yield torch.nn.functional.pad(rows / self._scale, (0, padding)).view(len(rows), self.groups, self.width)
 
     def _first_pass(self) -> Tensor:
         if self._diagonal is None:
@@ -41,8 +43,16 @@ class StreamedBlock(Block):
                 self._diagonal = squares if self._diagonal is None else self._diagonal + squares
                 self._total += float(rows.double().sum(dim=1).square().sum())
                 self._count += len(rows)
-        assert self._diagonal is not None
+            assert self._diagonal is not None
+            self._scale = power_of_two(sqrt(float(self._diagonal.max())))
+            self._diagonal /= self._scale**2
+            self._total /= self._scale**2
         return self._diagonal
+
+    def unit(self) -> float:
+        """Return the square of the power of two that the rows are divided by."""
+        self._first_pass()
+        return self._scale**2
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
@@ -55,7 +65,8 @@ class StreamedBlock(Block):
 
     def columns(self, index: Tensor) -> Tensor:
         """Return the rows' entries at some parameters, ``(rows, k)``."""
-        return torch.cat([rows[:, index] for rows in self.rows()])
+        self._first_pass()
+        return torch.cat([rows[:, index] / self._scale for rows in self.rows()])
 
     def operations(self) -> float:
         """Return about how many operations ``off_diagonal`` takes."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, UnsupportedError
@@ -79,7 +80,12 @@ def estimate(
     problem.check()
     started = time.perf_counter()
     num_samples = problem.num_samples
-    with _bar(f"{quantity} {structure}", num_samples, progress) as advance:
+    # Also where the caller has switched gradients off.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _bar(f"{quantity} {structure}", num_samples, progress) as advance,
+    ):
         tensors = BACKENDS[chosen][1](problem, quantity, structure, space, batch_size, advance)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):

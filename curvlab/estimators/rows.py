@@ -8,6 +8,7 @@ a fraction of the memory, are all that is kept.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from math import sqrt
 from typing import Any
 
@@ -72,24 +73,17 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
         for name, module in problem.model.named_modules()
         if type(module) is nn.Linear and all(uses[id(p)] == 1 for p in module.parameters())
     }
-    inputs, targets = next(problem.batches())
-    inputs, targets = inputs[:32], targets[:32]
-    with torch.no_grad():
-        seeds = problem.loss.gradients(problem.forward({}, inputs), targets)
-    captured = _capture(problem, candidates, inputs, lambda _: seeds.unsqueeze(1))
+    inputs = next(problem.batches())[0][:32]
     parameters = {n: p.requires_grad_() for n, p in problem.parameters().items()}
-    reference = dict(
-        zip(
-            parameters,
-            torch.autograd.grad(
-                (problem.forward(parameters, inputs) * seeds).sum(),
-                list(parameters.values()),
-                allow_unused=True,
-                materialize_grads=True,
-            ),
-            strict=True,
-        )
+    with torch.enable_grad():
+        outputs = problem.forward(parameters, inputs)
+    # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
+    seeds = torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(outputs.shape))).to(outputs)
+    captured = _capture(problem, candidates, inputs, lambda _: seeds.unsqueeze(1))
+    gradients = torch.autograd.grad(
+        outputs, list(parameters.values()), seeds, allow_unused=True, materialize_grads=True
     )
+    reference = dict(zip(parameters, gradients, strict=True))
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     right = {}
     for name, factors in captured.items():
@@ -128,21 +122,26 @@ def _capture(
     """Run a batch forward and, for every row of ``seeds(outputs)``, backward; return the factors of each layer."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
             # The gradient of this added zero is the output's, whatever is done in place to the output after.
             offset = torch.zeros_like(output, requires_grad=True)
-            seen[name].append((arguments[0].detach(), offset))
+            seen[name].append((next(chain(arguments, keywords.values())).detach(), offset))
             return output + offset
 
         return hook
 
     with ExitStack() as hooks, torch.enable_grad():
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(recorder(name))
+            handle = layer.register_forward_hook(recorder(name), with_kwargs=True)
             hooks.callback(handle.remove)
         outputs = problem.forward({}, inputs)
-    once = {name: calls[0] for name, calls in seen.items() if len(calls) == 1 and calls[0][0].ndim == 2}
+    # A row a sample: tokens that are folded into the first dimension, (N T, d), are not.
+    once = {
+        name: calls[0]
+        for name, calls in seen.items()
+        if len(calls) == 1 and calls[0][0].ndim == 2 and len(calls[0][0]) == len(inputs)
+    }
     if not once:
         return {}
     rows = seeds(outputs.detach()).to(outputs.dtype)
@@ -214,7 +213,8 @@ def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor
     rows = []
     for x, seed in zip(inputs.split(1), seeds, strict=True):
         leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        outputs = problem.forward(leaves, x)[0]
+        with torch.enable_grad():
+            outputs = problem.forward(leaves, x)[0]
         for s in seed:
             gradients = torch.autograd.grad(
                 outputs, list(leaves.values()), s, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -232,7 +232,8 @@ def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor]) 
             "scaled": 1 / len(inputs),
         }[quantity.norm]
         leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        outputs = problem.forward(leaves, inputs)
+        with torch.enable_grad():
+            outputs = problem.forward(leaves, inputs)
         seeds = scale * problem.loss.gradients(outputs.detach(), targets)
         gradients = torch.autograd.grad(
             outputs, list(leaves.values()), seeds.to(outputs.dtype), allow_unused=True, materialize_grads=True

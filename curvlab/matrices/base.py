@@ -109,10 +109,19 @@ class CurvatureMatrix(ABC):
         return next(iter(self.tensors().values())).device
 
     def _apply(self, function: Callable[[Tensor], Tensor], vectors: V) -> V:
-        flat = self.space.flatten(vectors)
+        flat = self._flat(vectors)
         answer = function(flat if flat.ndim == 2 else flat.unsqueeze(1))
         answer = answer if flat.ndim == 2 else answer.squeeze(1)
         return answer if isinstance(vectors, Tensor) else self.space.unflatten(answer)  # type: ignore[return-value]
+
+    def _flat(self, vectors: Vectors) -> Tensor:
+        flat = self.space.flatten(vectors)
+        if (flat.dtype, flat.device) != (self.dtype, self.device):
+            raise CurvlabError(
+                f"the vector is {flat.dtype} on {flat.device}, the matrix {self.dtype} on {self.device}: "
+                "move one of them with to()"
+            )
+        return flat
 
     def __matmul__(self, vectors: V) -> V:
         """Return ``F v``.
@@ -128,7 +137,7 @@ class CurvatureMatrix(ABC):
 
     def quadratic_form(self, delta: Vectors) -> Tensor:
         """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the penalty of EWC is half of it)."""
-        flat = self.space.flatten(delta)
+        flat = self._flat(delta)
         if flat.ndim != 1:
             raise CurvlabError(f"quadratic_form takes one vector, not a tensor of shape {tuple(flat.shape)}")
         return flat @ self._matmul(flat.unsqueeze(1)).squeeze(1)
@@ -147,7 +156,7 @@ class CurvatureMatrix(ABC):
         def inverse(eigenvalues: Tensor) -> Tensor:
             shifted = eigenvalues + damping
             smallest, largest = shifted.abs().min(), shifted.abs().max()
-            if bool(smallest <= largest * torch.finfo(self.dtype).eps):
+            if bool(smallest <= largest * self._resolution):
                 raise CurvlabError(
                     f"F + {damping:g} I is singular: its eigenvalues reach from {float(smallest):.2g} to "
                     f"{float(largest):.2g} in size; raise the damping"
@@ -175,9 +184,14 @@ class CurvatureMatrix(ABC):
             lambda e: self._positive(e, damping).rsqrt(), noise.to(dtype=self.dtype, device=self.device)
         )
 
+    @property
+    def _resolution(self) -> float:
+        # Eigenvalues that are zero come out as a few rounding errors of the largest.
+        return 10 * torch.finfo(self.dtype).eps
+
     def _positive(self, eigenvalues: Tensor, damping: float) -> Tensor:
         shifted = eigenvalues + damping
-        if bool(shifted.min() <= shifted.abs().max() * torch.finfo(self.dtype).eps):
+        if bool(shifted.min() <= shifted.abs().max() * self._resolution):
             raise CurvlabError(
                 f"F + {damping:g} I is not positive definite: its smallest eigenvalue is {float(shifted.min()):.2g}; "
                 "raise the damping"
@@ -192,7 +206,8 @@ class CurvatureMatrix(ABC):
         """Return a ``scipy.sparse.linalg.LinearOperator`` with the same products, in this matrix's dtype."""
 
         def product(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return (self @ torch.as_tensor(vectors, dtype=self.dtype, device=self.device)).cpu().numpy()
+            # A contiguous copy: torch takes no negative strides.
+            return (self @ torch.tensor(vectors.copy(), dtype=self.dtype, device=self.device)).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(

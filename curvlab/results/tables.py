@@ -112,24 +112,31 @@ def render(records: Sequence[Record], columns: Sequence[Column], title: str | No
     return table
 
 
-def write_tables(run: RunDirectory, records: Sequence[Record], columns: Sequence[Column] | None = None) -> None:
+def write_tables(
+    run: RunDirectory,
+    records: Sequence[Record],
+    columns: Sequence[Column] | None = None,
+    summary: Sequence[Record] | None = None,
+) -> None:
     """Write ``table.json``, ``table.csv``, ``table.md`` and ``table.tex``.
 
     Args:
         run: Where to.
         records: Flat records; JSON and CSV get all of their keys.
         columns: What Markdown and LaTeX show; None for all keys.
+        summary: The records that Markdown and LaTeX show, such as those of ``aggregate``; None for ``records``.
 
     Raises:
         CurvlabError: A file cannot be written.
     """
+    shown = records if summary is None else summary
     if columns is None:
-        columns = [Column(key, key) for key in dict.fromkeys(key for record in records for key in record)]
+        columns = [Column(key, key) for key in dict.fromkeys(key for record in shown for key in record)]
     run.write_json("table.json", records)
     # As objects: a column of integers with a gap stays one of integers.
     run.write_text("table.csv", pd.DataFrame(list(records), dtype=object).to_csv(index=False))
-    run.write_text("table.md", to_markdown(records, columns))
-    run.write_text("table.tex", to_latex(records, columns))
+    run.write_text("table.md", to_markdown(shown, columns))
+    run.write_text("table.tex", to_latex(shown, columns))
 
 
 def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:

@@ -1,0 +1,25 @@
+"""The program ``curvlab``: ``curvlab analyze ...`` is ``python -m curvlab.analyze ...``."""
+
+import sys
+
+from curvlab._version import __version__
+from curvlab.analyze import __main__ as analyze
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["analyze"]:
+        return analyze.main(given[1:])
+    if given == ["--version"]:
+        print(f"curvlab {__version__}")
+        return 0
+    wants_help = not given or given[0] in ("-h", "--help")
+    print(
+        "usage: curvlab analyze [ANALYSIS] [OPTIONS] | curvlab --version", file=sys.stdout if wants_help else sys.stderr
+    )
+    return 0 if wants_help else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

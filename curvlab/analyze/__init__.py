@@ -1,0 +1,6 @@
+"""The command line: one module an analysis, each a frozen config and a run function."""
+
+#: Name -> what it answers, one line. The module of that name has ``ANALYSIS``, imported only when it is asked for.
+ANALYSES = {
+    "fim_diagonality": "How diagonal is the Fisher? Sums and means on and off the diagonal, a row a parameter tensor.",
+}

@@ -1,0 +1,458 @@
+"""How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor, nn
+
+from curvlab.analyze.command import Analysis, Config, RunOptions
+from curvlab.data import Dataset, load
+from curvlab.diagonality import Level, records, submatrix
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.models import build
+from curvlab.problem import Problem
+from curvlab.quantities import parse_quantity
+from curvlab.results import (
+    Claim,
+    Column,
+    RunDirectory,
+    Stopwatch,
+    aggregate,
+    collect,
+    judge,
+    open_run,
+    render,
+    render_claims,
+    write_tables,
+)
+from curvlab.results.plots import block_heat_map, diagonality_bars
+from curvlab.training import fit
+from curvlab.training.optimization import OptimizerName, ScheduleName
+
+Record = dict[str, Any]
+
+
+class FimDiagonalityConfig(Config):
+    """Train a network on some classes of a data set, and measure how diagonal its Fisher is on the training samples."""
+
+    data: str = "digits"
+    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of your own .npz file or image folder."""
+    classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
+    """Class indices to train on, or all. The network keeps one output for every class of the data set."""
+    validation: int = Field(default=0, ge=0)
+    """First so many training samples are held out."""
+    model: str = "mlp"
+    """mlp, cnn, resnet20, or torchvision:NAME."""
+    hidden: tuple[int, ...] = (30, 30)
+    """Hidden sizes of the mlp."""
+    weights: Path | None = None
+    """Start from the weights in this file."""
+    optimizer: OptimizerName = "adam"
+    """Optimizer."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of sgd."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay."""
+    schedule: ScheduleName = "constant"
+    """Learning-rate schedule; linear and cosine end at 0."""
+    steps: int = Field(default=500, ge=0)
+    """Training steps (mini-batches); 0 analyses the network as it is initialised or loaded."""
+    batch_size: int = Field(default=100, ge=1)
+    """Samples a training step."""
+    quantity: str = "empirical_fisher"
+    """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B,norm=sumsq, ggn or hessian."""
+    samples: int | None = Field(default=None, ge=1)
+    """Training samples to take the curvature on, from the first; all if not given."""
+    per: tuple[Level, ...] = ("tensor",)
+    """Rows of the table: tensor (a parameter tensor each), layer, network; one or several."""
+    time_budget: float = Field(default=60.0, gt=0)
+    """Seconds a row may take before its entries are sampled, counted in operations at 100 Gflop/s."""
+    precision: float = Field(default=0.005, gt=0)
+    """Sampled rows: half-width of the 95 % interval of the off-diagonal sum, as a share of it."""
+    tile_memory: float = Field(default=200.0, gt=0)
+    """Megabytes that the tiles of one pass may take."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A network is trained and measured for each; the table has mean and standard deviation."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the network and of the statistics."""
+
+
+PAPER = FimDiagonalityConfig(data="mnist", validation=5000, steps=5000)
+PRESETS = {
+    "default": FimDiagonalityConfig(),
+    "cpu": FimDiagonalityConfig(data="mnist", validation=5000, steps=1000, samples=5000),
+    "paper": PAPER,
+}
+_NO_MATTER = {"seeds", "device", "time_budget", "precision", "tile_memory", "per"}
+
+_VALUES = [
+    "diag_sum",
+    "diag_mean",
+    "offdiag_abs_sum",
+    "offdiag_abs_mean",
+    "diag_share",
+    "zero_fraction",
+    "mean_ratio",
+    "sum_ratio",
+    "paper_diag_mean",
+    "paper_offdiag_mean",
+]
+
+_SUMS = (
+    Column("parameter", "parameter"),
+    Column("size", "n"),
+    Column("diag_sum", "diag. sum", spread="diag_sum_std"),
+    Column("offdiag_abs_sum", "off-diag. sum |F|", spread="offdiag_abs_sum_std"),
+    Column("sum_ratio", "off / diag", spread="sum_ratio_std"),
+    Column("diag_share", "diag. share of norm", spread="diag_share_std"),
+    Column("zero_fraction", "zeros", spread="zero_fraction_std"),
+    Column("how", "how"),
+)
+_MEANS = (
+    Column("parameter", "parameter"),
+    Column("diag_mean", "diag. mean (/ n)", spread="diag_mean_std"),
+    Column("offdiag_abs_mean", "off-diag. mean (/ n²-n)", spread="offdiag_abs_mean_std"),
+    Column("mean_ratio", "diag / off", spread="mean_ratio_std"),
+    Column("paper_diag_mean", "diag. sum / n²", spread="paper_diag_mean_std"),
+    Column("paper_offdiag_mean", "off-diag. sum / n⁴", spread="paper_offdiag_mean_std"),
+)
+_TABLE = (*_SUMS[:4], *_MEANS[1:], _SUMS[4], *_SUMS[5:])
+
+
+def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> None:
+    """Train, measure, and write the run directory.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+    """
+    clock = Stopwatch()
+    with clock("data"):
+        dataset = _dataset(config, options)
+        data_hash = dataset.fingerprint()
+    _check(config, dataset)
+    directory = open_run(options.out, "fim_diagonality", config.to_yaml())
+    found: list[Record] = []
+    try:
+        for seed in config.seeds:
+            for record in _of_seed(config, dataset, seed, directory, clock):
+                found.append(record)
+    except CurvlabError:
+        directory.discard_if_empty()
+        raise
+    except KeyboardInterrupt as interrupt:
+        if found:
+            write_tables(directory, found)
+        interrupt.add_note(
+            f"{len(found)} finished rows are saved in {directory.path}; "
+            f"the same command with --out {directory.path} continues"
+        )
+        raise
+    table = _with_method(aggregate(found, ["parameter", "size"], _VALUES), found)
+    claims = _claims(config, found)
+    write_tables(directory, found, _TABLE, summary=table)
+    directory.write_json("claims.json", claims)
+    with clock("figures"):
+        _figures(config, dataset, directory, table)
+    provenance = collect(
+        seeds=config.seeds, data_hash=data_hash, stages=clock.seconds, started=clock.started, device=config.device
+    )
+    directory.write_json("provenance.json", provenance)
+    _print(console, config, dataset, found, table, claims, directory)
+
+
+def _dataset(config: FimDiagonalityConfig, options: RunOptions) -> Dataset:
+    dataset = load(config.data, root=options.data_root, offline=options.offline)
+    if config.validation:
+        dataset, _ = dataset.hold_out(config.validation)
+    return dataset if config.classes == "all" else dataset.select(config.classes)
+
+
+def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    parse_quantity(config.quantity)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise CurvlabError(f"seeds are one or more different whole numbers from 0, not {list(config.seeds)}")
+    if not config.per:
+        raise CurvlabError("per is one or more of tensor, layer, network")
+    if config.samples is not None and config.samples > len(dataset.x_train):
+        raise CurvlabError(f"samples is {config.samples:,}, but there are {len(dataset.x_train):,} training samples")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
+    Problem(_model(config, dataset, config.seeds[0]), "cross_entropy", _samples(config, dataset)).check()
+
+
+def _model(config: FimDiagonalityConfig, dataset: Dataset, seed: int) -> nn.Module:
+    model = build(
+        config.model, dataset.sample_shape, dataset.num_classes, hidden=config.hidden, seed=seed, weights=config.weights
+    )
+    return model.to(config.device, getattr(torch, config.dtype)).eval()
+
+
+def _samples(config: FimDiagonalityConfig, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    return dataset.x_train[: config.samples], dataset.y_train[: config.samples]
+
+
+def _trained(
+    config: FimDiagonalityConfig, dataset: Dataset, seed: int, directory: RunDirectory
+) -> tuple[nn.Module, float | None]:
+    """Return the network of a seed and its test accuracy, from its checkpoint if there is one."""
+    model = _model(config, dataset, seed)
+    if not config.steps:
+        return model, None
+    result = fit(
+        model,
+        (dataset.x_train, dataset.y_train),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        evaluation=(dataset.x_test, dataset.y_test),
+        evaluate_every=config.steps,
+        checkpoint=directory.path / f"seed-{seed}" / "checkpoint.pt",
+    )
+    assert result.evaluation is not None
+    return model, result.evaluation.accuracy
+
+
+def _of_seed(
+    config: FimDiagonalityConfig, dataset: Dataset, seed: int, directory: RunDirectory, clock: Stopwatch
+) -> Iterator[Record]:
+    """Yield the records of a seed, each saved as soon as it is known; those of an earlier run are taken up."""
+    name = f"seed-{seed}/records.json"
+    done = _saved(directory.path / name)
+    yield from done
+    with clock("training"):
+        model, accuracy = _trained(config, dataset, seed, directory)
+    problem = Problem(model, "cross_entropy", _samples(config, dataset))
+    rows = records(
+        problem,
+        config.quantity,
+        per=config.per,
+        time_budget=config.time_budget,
+        precision=config.precision,
+        tile_memory=config.tile_memory * 1e6,
+        seed=seed,
+        skip=[record["parameter"] for record in done],
+        progress=True,
+    )
+    while True:
+        with clock("curvature"):
+            row = next(rows, None)
+        if row is None:
+            return
+        n = row["size"]
+        record = row | {
+            "paper_diag_mean": row["diag_sum"] / n**2,
+            "paper_offdiag_mean": row["offdiag_abs_sum"] / n**4,
+            "paper_mean_ratio": n**2 / row["sum_ratio"] if row["sum_ratio"] else None,
+            "seed": seed,
+            "samples": problem.num_samples,
+            "test_accuracy": accuracy,
+        }
+        done.append(record)
+        (directory.path / name).parent.mkdir(exist_ok=True)
+        directory.write_json(name, done)
+        yield record
+
+
+def _saved(path: Path) -> list[Record]:
+    with suppress(FileNotFoundError):
+        saved: list[Record] = json.loads(path.read_text())
+        return saved
+    return []
+
+
+def _with_method(table: list[Record], found: Sequence[Record]) -> list[Record]:
+    """Add how a row was obtained: exact, or sampled with the interval of its off-diagonal sum."""
+    for row in table:
+        members = [record for record in found if record["parameter"] == row["parameter"]]
+        sampled = [record for record in members if record["method"] == "sampled"]
+        widest = max((r["ci95"] / r["offdiag_abs_sum"] for r in sampled if r["offdiag_abs_sum"]), default=0.0)
+        row["method"] = "sampled" if sampled else "exact"
+        row["how"] = f"sampled, ±{100 * widest:.2f} %" if sampled else "exact"
+    return table
+
+
+def _published() -> dict[str, Any]:
+    text = files("curvlab.analyze").joinpath("published/masq_table2.yaml").read_text()
+    published: dict[str, Any] = yaml.safe_load(text)
+    return published
+
+
+def _is_paper(config: FimDiagonalityConfig) -> bool:
+    return config.model_dump(exclude=_NO_MATTER) == PAPER.model_dump(exclude=_NO_MATTER)
+
+
+def _claims(config: FimDiagonalityConfig, found: Sequence[Record]) -> list[Claim]:
+    """Test the paper's claims; with another configuration than the paper's they are listed as not tested."""
+    published = _published()
+    rows, labels = published["rows"], published["labels"]
+    tested = _is_paper(config)
+    by_name: dict[str, list[Record]] = {}
+    for record in found:
+        by_name.setdefault(record["parameter"], []).append(record)
+
+    def claim(text: str, source: str, printed: float | str | None, name: str, key: str, test: Any) -> Claim:
+        values = [float(record[key]) for record in by_name.get(name, ())] if tested else []
+        return Claim(
+            text,
+            source,
+            printed,
+            fmean(values) if values else None,
+            stdev(values) if len(values) > 1 else None,
+            judge(values, test),
+        )
+
+    claims = []
+    for name, row in rows.items():
+        identity = " (true of any softmax output layer: its signed sum is zero)" if name.startswith("fc3") else ""
+        claims.append(
+            claim(
+                f"{labels[name]}: the off-diagonal sum reaches or exceeds the diagonal sum{identity}",
+                "Table 2; section 3.3",
+                float(f"{row['offdiag_abs_sum'] / row['diag_sum']:.3g}"),
+                name,
+                "sum_ratio",
+                lambda value: value >= 1,
+            )
+        )
+    for name, row in rows.items():
+        printed = float(f"{row['diag_mean'] / row['offdiag_mean']:.3g}")
+        claims.append(
+            claim(
+                f"{labels[name]}: diagonal entries are larger than off-diagonal ones by at least an order of "
+                "magnitude on average (the printed means divide by n² and n⁴, ours by n and n² - n)",
+                "Table 2; section 4",
+                printed,
+                name,
+                "mean_ratio",
+                lambda value: value >= 10,
+            )
+        )
+        claims.append(
+            claim(
+                f"{labels[name]}: the same with the paper's denominators",
+                "Table 2, caption",
+                printed,
+                name,
+                "paper_mean_ratio",
+                lambda value: value >= 10,
+            )
+        )
+    for name, label in labels.items():
+        if name not in rows:
+            claims.append(
+                claim(
+                    f"{label}: its matrix takes too much memory to compute (ours: its off-diagonal over diagonal sum)",
+                    "Table 2, caption",
+                    "not computed",
+                    name,
+                    "sum_ratio",
+                    lambda value: not np.isfinite(value),
+                )
+            )
+    return claims
+
+
+def _figures(config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirectory, table: Sequence[Record]) -> None:
+    published = _published()
+    tensors = [row for row in table if "." in row["parameter"]]
+    title = f"{_quantity(config)} of a {_net(config, dataset)} on {Path(config.data).name}"
+    directory.write_figure(
+        "sums_and_means", diagonality_bars(tensors, title, published["rows"] if _is_paper(config) else None)
+    )
+    model, _ = _trained(config, dataset, config.seeds[0], directory)
+    problem = Problem(model, "cross_entropy", _samples(config, dataset))
+    try:
+        part = submatrix(problem, config.quantity)
+    except UnsupportedError:
+        return  # the Hessian of a large network: there are no rows to take entries from
+    directory.write_figure(
+        "heat_map",
+        block_heat_map(part.matrix.cpu().numpy(), part.names, part.counts, f"{title}\nevenly spaced parameters"),
+    )
+
+
+def _quantity(config: FimDiagonalityConfig) -> str:
+    name, _, given = str(parse_quantity(config.quantity)).partition(":")
+    words = {"fisher": "Fisher", "empirical_fisher": "Empirical Fisher", "masq": "MaSQ", "ggn": "GGN"}
+    return words.get(name, name.capitalize()) + (f" ({given})" if given else "")
+
+
+def _net(config: FimDiagonalityConfig, dataset: Dataset) -> str:
+    if config.model != "mlp":
+        return config.model
+    return "-".join(map(str, (np.prod(dataset.sample_shape), *config.hidden, dataset.num_classes))) + " network"
+
+
+def _print(
+    console: Console,
+    config: FimDiagonalityConfig,
+    dataset: Dataset,
+    found: Sequence[Record],
+    table: Sequence[Record],
+    claims: Sequence[Claim],
+    directory: RunDirectory,
+) -> None:
+    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    samples = config.samples or len(dataset.x_train)
+    title = f"{_quantity(config)} of a {_net(config, dataset)}, {samples:,} samples of {config.data}; {spread}"
+    console.print(render(table, _SUMS, title))
+    console.print(render(table, _MEANS, "Means: of the entries, and with the paper's denominators"))
+    if _is_paper(config):
+        rows = _published()["rows"]
+        beside = [
+            {**row, **{f"published_{key}": value for key, value in rows[row["parameter"]].items()}}
+            for row in table
+            if row["parameter"] in rows
+        ]
+        columns = (
+            Column("parameter", "parameter"),
+            Column("published_diag_sum", "published diag. sum", format=lambda printed: f"{printed:g}"),
+            Column("diag_sum", "ours", spread="diag_sum_std"),
+            Column("published_offdiag_abs_sum", "published off-diag. sum", format=lambda printed: f"{printed:g}"),
+            Column("offdiag_abs_sum", "ours", spread="offdiag_abs_sum_std"),
+            Column("published_diag_mean", "published diag. mean", format=lambda printed: f"{printed:g}"),
+            Column("paper_diag_mean", "ours (/ n²)", spread="paper_diag_mean_std"),
+            Column("published_offdiag_mean", "published off-diag. mean", format=lambda printed: f"{printed:g}"),
+            Column("paper_offdiag_mean", "ours (/ n⁴)", spread="paper_offdiag_mean_std"),
+        )
+        console.print(render(beside, columns, f"{_published()['source']}, beside ours"))
+        console.print(render_claims(claims))
+    accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
+    if accuracies:
+        console.print(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")
+    console.print(f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures.", markup=False)
+
+
+ANALYSIS = Analysis(
+    config=FimDiagonalityConfig,
+    presets=PRESETS,
+    run=run,
+    description="How diagonal is the Fisher? Trains a network, and measures its curvature on and off the diagonal, a "
+    "row a parameter tensor, every entry counted (or sampled, with its interval, where there are too many).",
+)

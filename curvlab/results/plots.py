@@ -1,0 +1,116 @@
+"""Figures of results, drawn to be read at the width of a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+Record = Mapping[str, Any]
+
+_ON, _OFF = "#0b559f", "#e07b39"
+_FONT = {"title": 10, "label": 9, "tick": 8}
+
+
+def block_heat_map(matrix: np.ndarray, names: Sequence[str], counts: Sequence[int], title: str) -> Figure:
+    """Draw the size of a matrix's entries in a logarithmic colour scale, the tensors' blocks marked.
+
+    Args:
+        matrix: ``(k, k)``.
+        names: Of the tensors.
+        counts: Rows of each.
+        title: What stands above.
+    """
+    size = np.abs(np.asarray(matrix, dtype=float))
+    largest = size.max() if size.size and size.max() > 0 else 1.0
+    decades = 6
+    with np.errstate(divide="ignore"):
+        logs = np.log10(size)
+    figure = Figure(figsize=(6.2, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    top = np.log10(largest)
+    colours = axes.imshow(
+        np.where(np.isfinite(logs), logs, np.nan), cmap="viridis", vmin=top - decades, vmax=top, interpolation="nearest"
+    )
+    axes.set_facecolor("#d9d9d9")
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    for edge in edges[1:-1]:
+        axes.axhline(edge - 0.5, color="black", linewidth=0.7)
+        axes.axvline(edge - 0.5, color="black", linewidth=0.7)
+    centres = (edges[:-1] + edges[1:]) / 2 - 0.5
+    labels = [f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+    axes.set_xticks(centres, labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=_FONT["tick"])
+    axes.set_yticks(centres, labels, fontsize=_FONT["tick"])
+    axes.tick_params(length=0)
+    axes.set_title(title, fontsize=_FONT["title"])
+    bar = figure.colorbar(colours, ax=axes, extend="min", shrink=0.85)
+    bar.set_label(r"$\log_{10}\,|F_{ij}|$  (grey: exactly zero)", fontsize=_FONT["label"])
+    bar.ax.tick_params(labelsize=_FONT["tick"])
+    return figure
+
+
+def diagonality_bars(records: Sequence[Record], title: str, published: Mapping[str, Record] | None = None) -> Figure:
+    """Draw sums and means on and off the diagonal as bars in a logarithmic scale, a group a parameter tensor.
+
+    Args:
+        records: As ``curvlab.results.aggregate`` gives them: ``diag_sum``, ``offdiag_abs_sum``, ``diag_mean``,
+            ``offdiag_abs_mean``, each with its ``_std`` over seeds.
+        title: What stands above.
+        published: Published sums by parameter name, drawn as marks; means are drawn from them with the right
+            denominators (``n`` and ``n^2 - n``).
+    """
+    figure = Figure(figsize=(7.2, 3.5), layout="constrained")
+    figure.suptitle(title, fontsize=_FONT["title"])
+    names = [record["parameter"] for record in records]
+    places = np.arange(len(records))
+    panels = (
+        ("Sum", "diag_sum", "offdiag_abs_sum", r"$\Sigma_i F_{ii}$", r"$\Sigma_{i\neq j}|F_{ij}|$"),
+        ("Mean", "diag_mean", "offdiag_abs_mean", r"mean $F_{ii}$", r"mean $|F_{ij}|,\ i\neq j$"),
+    )
+    for place, (label, on, off, on_label, off_label) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for shift, key, colour, text in ((-0.2, on, _ON, on_label), (0.2, off, _OFF, off_label)):
+            heights = np.array([record[key] if record[key] else np.nan for record in records], dtype=float)
+            spread = np.array([record.get(f"{key}_std") or 0.0 for record in records], dtype=float)
+            # On a logarithmic axis a bar must not reach below zero.
+            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))
+            axes.bar(
+                places + shift,
+                heights,
+                0.38,
+                color=colour,
+                label=text,
+                yerr=[below, spread] if spread.any() else None,
+                error_kw={"elinewidth": 0.9, "capsize": 2},
+            )
+        _mark_published(axes, records, published, on, off)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_ylabel(f"{label} of entries (nats)", fontsize=_FONT["label"])
+        axes.tick_params(labelsize=_FONT["tick"])
+        axes.spines[["top", "right"]].set_visible(False)
+        # Above the axes: inside, it would hide a bar or a mark.
+        axes.legend(fontsize=_FONT["tick"], frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def _mark_published(
+    axes: Any, records: Sequence[Record], published: Mapping[str, Record] | None, on: str, off: str
+) -> None:
+    if not published:
+        return
+    points = []
+    for place, record in enumerate(records):
+        row = published.get(record["parameter"])
+        if row is None:
+            continue
+        n = record["size"]
+        divide = {"diag_sum": 1, "offdiag_abs_sum": 1, "diag_mean": n, "offdiag_abs_mean": n * (n - 1)}
+        points.append((place - 0.2, row["diag_sum"] / divide[on]))
+        points.append((place + 0.2, row["offdiag_abs_sum"] / divide[off]))
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, linestyle="none", marker="D", markersize=4, color="black", label="published")
