@@ -14,11 +14,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"curvlab {__version__}")
         return 0
-    wants_help = not given or given[0] in ("-h", "--help")
-    print(
-        "usage: curvlab analyze [ANALYSIS] [OPTIONS] | curvlab --version", file=sys.stdout if wants_help else sys.stderr
-    )
-    return 0 if wants_help else 2
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: curvlab analyze [ANALYSIS] [OPTIONS] | curvlab --version")
+        return 0
+    print(f"error: there is no command {given[0]!r}; there are curvlab analyze and curvlab --version", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ def write_whole(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed programs have left in a folder or one below it."""
+    for depth in ("", "*/"):
+        for file in folder.glob(f"{depth}.*.{'[0-9a-f]' * 8}.tmp"):
+            with suppress(OSError):
+                file.unlink()
+
+
 def make_writable_folder(folder: Path) -> None:
     """Create a folder with its parents where it is missing, and find out now whether files can be written there.
 

@@ -182,7 +182,7 @@ def get_loss(name: str) -> Loss:
     Raises:
         CurvlabError: The name is none of ``cross_entropy``, ``squared_error``, ``binary_cross_entropy``.
 
-    Example:
+    Examples:
         >>> get_loss("cross_entropy").values(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """

@@ -29,7 +29,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
     Raises:
         CurvlabError: A width is less than one.
 
-    Example:
+    Examples:
         >>> [name for name, _ in mlp(784, (30, 30), 10).named_children()]
         ['flatten', 'fc1', 'relu1', 'fc2', 'relu2', 'fc3']
     """
@@ -150,7 +150,7 @@ def build(
     Raises:
         CurvlabError: There is no such network, it does not fit these samples, or the weights do not fit it.
 
-    Example:
+    Examples:
         >>> model = build("mlp", (1, 8, 8), 10, hidden=(16,))
         >>> [tuple(p.shape) for p in model.parameters()]
         [(16, 64), (16,), (10, 16), (10,)]

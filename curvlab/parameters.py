@@ -22,7 +22,7 @@ class ParameterSpace:
     A tied parameter appears once, under its first name; frozen parameters do not appear. A flat vector is the
     concatenation of the row-major flattened tensors.
 
-    Example:
+    Examples:
         >>> space = ParameterSpace.of(nn.Linear(2, 3))
         >>> space.names, space.total
         (('weight', 'bias'), 9)

@@ -42,7 +42,7 @@ class Problem:
     Raises:
         CurvlabError: The loss is unknown, the data can be read only once, or nothing is trainable.
 
-    Example:
+    Examples:
         >>> problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
         >>> problem.num_samples
         4
@@ -157,6 +157,11 @@ class Problem:
             if bool(buffer.isnan().any()):
                 raise CurvlabError(f"the model's {name} holds {int(buffer.isnan().sum())} NaN values")
         for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise UnsupportedError(
+                    f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics, so that a sample's "
+                    "output always depends on its batch: make it with track_running_stats=True"
+                )
             if module.training and _is_stochastic(module):
                 raise UnsupportedError(
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "

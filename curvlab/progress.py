@@ -24,7 +24,7 @@ def progress(description: str, total: float | None, enabled: bool = True) -> Ite
         total: The number of steps; None for work of unknown length.
         enabled: False for no bar at all; without a terminal there is none either.
 
-    Example:
+    Examples:
         >>> with progress("counting", total=3) as advance:
         ...     for _ in range(3):
         ...         advance()

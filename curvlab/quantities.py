@@ -97,7 +97,7 @@ def parse_quantity(text: str | Quantity) -> Quantity:
     Raises:
         CurvlabError: The name or an option is unknown, or a value does not fit.
 
-    Example:
+    Examples:
         >>> parse_quantity("masq:batch_size=100,norm=mean")
         MaSQ(batch_size=100, norm='mean')
         >>> str(Fisher(samples=4))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvlab import CurvlabError, Problem, UnsupportedError, diagonality, estimate
-from curvlab.diagonality import Submatrix, records, submatrix
+from curvlab import CurvlabError, EmpiricalFisher, Problem, UnsupportedError, diagonality, estimate
+from curvlab.diagonality import Submatrix, records, sampling, submatrix
 from curvlab.diagonality.blocks import Block, Draw
 from curvlab.diagonality.outer import OuterBlock
 from curvlab.diagonality.streamed import StreamedBlock
-from curvlab.estimators.rows import LinearFactors
+from curvlab.estimators.rows import LinearFactors, row_batches
 
 FORCE_SAMPLING = 1e-12
 N = 13
@@ -63,12 +63,20 @@ def no_bias() -> Net:
 
 def wide() -> Net:
     """More than four outputs an input in both layers: the blocks are grouped by input."""
-    return settled(nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 2), nn.ReLU(), nn.Linear(2, 9))), normal(N, 2), 9
+    return (
+        settled(nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 2), nn.ReLU(), nn.Linear(2, 9))),
+        normal(N, 2),
+        9,
+    )
 
 
 def cnn() -> Net:
     convolutions = nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 2)
-    return settled(nn.Sequential(*convolutions, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 3))), normal(N, 2, 5, 5), 3
+    return (
+        settled(nn.Sequential(*convolutions, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 3))),
+        normal(N, 2, 5, 5),
+        3,
+    )
 
 
 def batch_norm() -> Net:
@@ -106,6 +114,18 @@ class Reused(nn.Module):
         x = torch.tanh(self.b(torch.tanh(self.a(x))))
         x = torch.tanh(self.c(torch.tanh(self.c(x))))
         return self.out(x) + F.linear(x, self.out.weight.abs())
+
+
+class Generated(nn.Module):
+    """A layer that makes the weights of the next from constants, as many as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", normal(N, 3, seed=5))
+        self.make = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.tanh(self.make(self.codes)[: x.shape[1], :3])
 
 
 class Recurrent(nn.Module):
@@ -166,19 +186,20 @@ def by_definition(matrix: np.ndarray) -> dict[str, float]:
     diagonal = matrix[np.eye(size, dtype=bool)]
     rest = matrix[~np.eye(size, dtype=bool)]
     norm = np.sqrt((matrix**2).sum())
+    mean = np.abs(rest).mean()
     return {
         "size": size,
         "diag_sum": diagonal.sum(),
         "diag_mean": diagonal.mean(),
         "diag_max": diagonal.max(),
         "offdiag_abs_sum": np.abs(rest).sum(),
-        "offdiag_abs_mean": np.abs(rest).mean(),
+        "offdiag_abs_mean": mean,
         "offdiag_abs_max": np.abs(rest).max(),
         "offdiag_signed_sum": rest.sum(),
         "frobenius": norm,
         "diag_share": np.sqrt((diagonal**2).sum()) / norm,
         "zero_fraction": (matrix == 0).mean(),
-        "mean_ratio": diagonal.mean() / np.abs(rest).mean(),
+        "mean_ratio": diagonal.mean() / mean if mean else inf,
         "sum_ratio": np.abs(rest).sum() / diagonal.sum(),
     }
 
@@ -209,9 +230,16 @@ def check_table(problem: Problem, quantity: str, **options: float) -> None:
     table = diagonality(problem, quantity, per=["tensor", "layer", "network"], **options)
     expected = rows_of_levels(problem)
     assert list(table["parameter"]) == list(expected)
+    dense = estimate(problem, quantity, "dense", backend="torch").to_dense().numpy()
+    places = dict(zip(expected["network"], np.split(np.arange(len(dense)), cuts(problem)), strict=True))
     for _, row in table.iterrows():
-        names = expected[row["parameter"]]
-        check_row(row, estimate(problem, quantity, "dense", backend="torch", params=names).to_dense().numpy())
+        index = np.concatenate([places[name] for name in expected[row["parameter"]]])
+        check_row(row, dense[np.ix_(index, index)])
+
+
+def cuts(problem: Problem) -> np.ndarray:
+    """Return where the tensors after the first begin."""
+    return np.cumsum([p.numel() for p in problem.model.parameters() if p.requires_grad])[:-1]
 
 
 @pytest.fixture
@@ -244,6 +272,12 @@ def test_other_losses(loss: str, quantity: str) -> None:
     check_table(Problem(model, loss, (inputs, targets)), quantity)
 
 
+@pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher"])
+def test_a_layer_that_is_not_called_on_samples(quantity: str) -> None:
+    """Its inputs have as many rows as there are samples, but they are not the samples'."""
+    check_table(problem_of((settled(Generated()), normal(N, 5), 3), "pair"), quantity)
+
+
 def test_many_rows_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that do not fit in memory come a few samples at a time."""
     from curvlab.estimators import rows
@@ -265,7 +299,7 @@ def test_float32_is_near() -> None:
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 def test_a_close_fit_does_not_underflow_in_float32(net: str, time_budget: float) -> None:
     """Gradients of 1e-13: the squares of the matrix's entries are zero in float32."""
-    model, inputs, classes = NETS[net]()
+    model, inputs, _ = NETS[net]()
     with torch.no_grad():
         model[-1].weight *= 0.1
         model[-1].bias[0] += 30.0
@@ -273,13 +307,14 @@ def test_a_close_fit_does_not_underflow_in_float32(net: str, time_budget: float)
     exact = Problem(model, "cross_entropy", data)
     table = diagonality(Problem(copy.deepcopy(model).float(), "cross_entropy", data), time_budget=time_budget)
     for _, row in table.iterrows():
-        dense = estimate(exact, "empirical_fisher", "dense", params=row["parameter"]).to_dense().numpy()
-        expected = by_definition(dense)
+        # Not from the oracle: torch's own gradient of the cross entropy, p - 1, has lost its digits here.
+        v = torch.cat(list(row_batches(exact, EmpiricalFisher(), [row["parameter"]])))
+        expected = by_definition((v.mT @ v / N).numpy())
         assert expected["diag_max"] < 1e-22
-        assert row["diag_sum"] == pytest.approx(expected["diag_sum"], rel=1e-4)
-        assert row["offdiag_abs_max"] == pytest.approx(expected["offdiag_abs_max"], rel=1e-4)
+        assert row["diag_sum"] == pytest.approx(expected["diag_sum"], rel=1e-5)
+        assert row["offdiag_abs_max"] == pytest.approx(expected["offdiag_abs_max"], rel=1e-5)
         for column, error in (("offdiag_abs_sum", row["ci95"]), ("frobenius", row["frobenius_ci95"])):
-            assert row[column] == pytest.approx(expected[column], rel=1e-4, abs=2.5 * error), column
+            assert row[column] == pytest.approx(expected[column], rel=1e-5, abs=2.5 * error), column
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,9 +362,7 @@ def test_masq_at_its_two_ends() -> None:
             gradient = parameter.grad.flatten().numpy()
             row = table.loc[name]
             assert row["diag_sum"] == pytest.approx((gradient**2).sum(), rel=1e-10)
-            assert row["offdiag_abs_sum"] == pytest.approx(
-                np.abs(gradient).sum() ** 2 - (gradient**2).sum(), rel=1e-10
-            )
+            assert row["offdiag_abs_sum"] == pytest.approx(np.abs(gradient).sum() ** 2 - (gradient**2).sum(), rel=1e-10)
             assert row["frobenius"] == pytest.approx((gradient**2).sum(), rel=1e-10)
 
 
@@ -431,12 +464,13 @@ def test_a_diagonal_block_has_infinite_mean_ratio() -> None:
 
 
 @pytest.mark.parametrize("time_budget", [60, FORCE_SAMPLING])
-def test_opposite_inputs(time_budget: float) -> None:
-    """Every random direction of two places may miss such a block: it must still be drawn."""
+def test_opposite_inputs(time_budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All random directions of two places may miss such a block: it must still be drawn."""
+    monkeypatch.setattr(sampling, "_FORMS", 2)
     x = normal(N, 1) * torch.tensor([[1.0, -1.0]])
     problem = Problem(nn.Linear(2, 1, bias=False).double(), "squared_error", (x, normal(N, 1, seed=1)))
     matrix = estimate(problem, "ggn", "dense").to_dense().numpy()
-    for seed in range(60):
+    for seed in range(12):
         row = diagonality(problem, "ggn", time_budget=time_budget, seed=seed).iloc[0]
         assert row["offdiag_abs_sum"] == pytest.approx(by_definition(matrix)["offdiag_abs_sum"], rel=1e-10)
 
@@ -552,6 +586,7 @@ def transposed(repeats: int) -> tuple[Block, Tensor]:
 
 def bias(repeats: int) -> tuple[Block, Tensor]:
     left = sparse(N, repeats, 6, seed=1)
+    left[:, :, 2] = 0
     return OuterBlock.of_bias(LinearFactors(sparse(N, 3, seed=2), left)), left.reshape(-1, 6)
 
 
@@ -576,9 +611,7 @@ def make_block(request: pytest.FixtureRequest, small_tiles: None) -> Callable[[i
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_a_block_is_the_matrix_of_its_rows(
-    make_block: Callable[[int], tuple[Block, Tensor]], repeats: int
-) -> None:
+def test_a_block_is_the_matrix_of_its_rows(make_block: Callable[[int], tuple[Block, Tensor]], repeats: int) -> None:
     block, rows = make_block(repeats)
     diagonal, unit = block.diagonal(), block.unit()
     matrix = rows.mT @ rows / unit
@@ -621,12 +654,11 @@ def test_the_tiles_of_a_block(make_block: Callable[[int], tuple[Block, Tensor]],
     assert ((block.column_scales() > 0) == (grouped != 0).any(dim=(0, 1))).all()
 
     draws = [
-        Draw(o, p, torch.tensor(places))
+        Draw(o, p, torch.tensor(places, dtype=torch.long))
         for o in range(groups)
         for p in range(o, groups)
         for places in ([0], [width - 1, 1], [])
     ]
     for draw, strip in zip(draws, block.strips(draws), strict=True):
-        expected = tiles[draw.first, draw.second][draw.rows.long()]
+        expected = tiles[draw.first, draw.second][draw.rows]
         torch.testing.assert_close(strip, expected, rtol=1e-9, atol=1e-12)
-        assert block.strip_operations(draw) == 2 * (len(rows) if draw else 0) * len(draw.rows) * width or repeats > 1

@@ -120,5 +120,5 @@ def test_targets_of_another_loss_are_refused(name: str, targets: Tensor, told: s
 
 
 def test_unknown_loss() -> None:
-    with pytest.raises(CurvlabError, match="no loss 'hinge'.*cross_entropy, squared_error, binary_cross_entropy"):
+    with pytest.raises(CurvlabError, match=r"no loss 'hinge'.*cross_entropy, squared_error, binary_cross_entropy"):
         get_loss("hinge")

@@ -1,14 +1,11 @@
 """``python -m curvlab.analyze``: list the analyses, or run one."""
 
+import os
+import signal
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 
-from rich.console import Console
-from rich.markup import escape
-
 from curvlab.analyze import ANALYSES
-from curvlab.analyze.command import Analysis, Config, execute
 
 PROGRAM = "python -m curvlab.analyze"
 
@@ -16,28 +13,39 @@ PROGRAM = "python -m curvlab.analyze"
 def main(arguments: list[str] | None = None) -> int:
     """Run an analysis by name and return the exit code: 0 done, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] in ("-h", "--help"):
-        _list()
+    try:
+        code = _main(given)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", *getattr(interrupt, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output has left (| head): not an error, and Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    return code
+
+
+def _main(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} ANALYSIS [OPTIONS]\n\nanalyses:")
+        for name, line in ANALYSES.items():
+            print(f"  {name}  {line}")
+        print(f"\n{PROGRAM} ANALYSIS --help shows the options of an analysis.")
+        return 0
+    # Imported here, as the analysis is: Ctrl-C may come while they are, and the list needs neither.
+    from curvlab.analyze.command import execute, nearest
+
     name, rest = given[0], given[1:]
     if name not in ANALYSES:
-        near = get_close_matches(name, ANALYSES, n=1, cutoff=0.0)[0]
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] there is no analysis {escape(name)!r}; the nearest is {near!r} "
-            f"({PROGRAM} lists them all)"
+        print(
+            f"error: there is no analysis {name!r}; the nearest is {nearest(name, ANALYSES)!r} "
+            f"({PROGRAM} lists them all)",
+            file=sys.stderr,
         )
         return 2
-    analysis: Analysis[Config] = import_module(f"curvlab.analyze.{name}").ANALYSIS
-    return execute(analysis, rest, f"{PROGRAM} {name}")
-
-
-def _list() -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"usage: {PROGRAM} ANALYSIS [OPTIONS]", markup=False)
-    console.print("\nAnalyses:")
-    for name, line in ANALYSES.items():
-        console.print(f"  [bold]{name}[/]  {line}")
-    console.print(f"\n{PROGRAM} ANALYSIS --help shows an analysis's options.")
+    return execute(import_module(f"curvlab.analyze.{name}").ANALYSIS, rest, f"{PROGRAM} {name}")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,74 @@
 """From a command line to a config, and from an error to one sentence: what every analysis shares.
 
-An analysis is a frozen pydantic config, its presets, and a function that runs it. Options are made from the config
-by tyro; their defaults are the preset's, then those of a YAML file.
+An analysis is a frozen pydantic config, its presets, and a function that runs it. Options are made from the fields of
+the config; what they are given, and what a YAML file holds, goes through the same validation.
 """
 
-import contextlib
-import io
-import os
+import argparse
 import re
-import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import pydantic
-import tyro
 import yaml
 from rich.console import Console
-from rich.text import Text
 
 from curvlab.errors import CurvlabError
 
+_NONE = "none"
+_WORDS = {"integer": "N", "number": "X", "string": "TEXT", "null": _NONE}
+_PIPE_WIDTH = 150  # characters; a pipe has no width of its own, and the widest table needs so many
+
 
 class Config(pydantic.BaseModel):
-    """Base of the configs: frozen, and nothing in it that is not a field."""
+    """Base of the configs: frozen, nothing in it that is not a field, and numbers that are finite."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    #: Titles for groups of options in the help, each under the name of the group's first field.
+    titles: ClassVar[Mapping[str, str]] = {}
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML; ``--config`` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-C = TypeVar("C", bound=Config)
-
-
-@dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Config):
     """How to run rather than what: none of these changes a number."""
+
+    titles: ClassVar[Mapping[str, str]] = {"out": "places"}
 
     out: Path | None = None
     """Folder for the results; the same command with the same folder continues there. Else runs/ANALYSIS-TIME."""
     data_root: Path | None = None
     """Where data sets are kept. Else the environment variable CURVLAB_DATA, else ~/.cache/curvlab/data."""
-    offline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    offline: bool = False
     """Never touch the network: data that are not on disk are an error."""
+
+
+class _Command(Config):
+    """What is said to the command itself."""
+
+    titles: ClassVar[Mapping[str, str]] = {"help": "this command"}
+
+    help: bool = False
+    """Show this and stop."""
+    preset: str = "default"
+    """The values that the options below start from."""
+    config: Path | None = None
+    """A YAML file of options, such as the config.yaml of a run. It wins over the preset; options win over it."""
+    print_config: bool = False
+    """Print the whole configuration as YAML and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -67,158 +88,179 @@ class Analysis(Generic[C]):
     description: str
 
 
-@dataclass(frozen=True)
-class _Line(Generic[C]):
-    """A whole command line."""
-
-    analysis: tyro.conf.OmitArgPrefixes[C]
-    running: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
-    preset: str = "default"
-    """Which defaults the options above have."""
-    config: Path | None = None
-    """A YAML file of options, such as a run's config.yaml; options given beside it win."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the whole configuration as YAML and stop."""
-    debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Show the traceback of an error."""
-
-
 def execute(analysis: Analysis[C], arguments: list[str], program: str) -> int:
-    """Parse, run, and turn errors into one sentence on standard error.
+    """Parse, run, and turn an error into one sentence on standard error.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 130 interrupted.
+        The exit code: 0 done, 2 bad input.
     """
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    debug = "--debug" in arguments
     try:
-        line = parse(analysis, arguments, program)
-        if line.print_config:
-            print(line.analysis.to_yaml(), end="")
-            return 0
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=150)
-        analysis.run(line.analysis, line.running, console)
+        _execute(analysis, arguments, program)
     except CurvlabError as error:
-        if debug:
-            errors.print_exception()
-        errors.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())))
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        for note in getattr(interrupt, "__notes__", ()):
-            errors.print(Text(note))
-        errors.print(Text("interrupted", style="bold yellow"))
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader of our output has left (| head): not an error, and Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 
-def parse(analysis: Analysis[C], arguments: list[str], program: str) -> "_Line[C]":
-    """Return the parsed command line; ``--help`` prints and leaves with 0.
+def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
+    # Preset and file set the values that the options start from, which the help shows: they are looked for first.
+    first = _Parser(program)
+    first.add(_Command())
+    chosen, _ = first.parse_known_args(arguments)
+    command = _validated(_Command, _part(vars(chosen), _Command), _option)
+    if command.preset not in analysis.presets:
+        raise CurvlabError(
+            f"there is no preset {command.preset!r}; the nearest is {nearest(command.preset, analysis.presets)!r} "
+            f"of {', '.join(analysis.presets)}"
+        )
+    base = analysis.presets[command.preset]
+    if command.config is not None:
+        base = _read_config(command.config, base)
+
+    parser = _Parser(program, f"{analysis.description} Presets: {', '.join(analysis.presets)}.")
+    sections = (command, base, RunOptions())
+    for values in sections:
+        parser.add(values)
+    if command.help:
+        print(parser.format_help(), end="")
+        return
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise CurvlabError(f"{name!r} belongs to no option ({program} --help shows them all)")
+        names = [_option(field) for values in sections for field in type(values).model_fields]
+        raise CurvlabError(
+            f"there is no option {name}; the nearest is {nearest(name, names)} ({program} --help shows them all)"
+        )
+    given = vars(known)
+    config = _validated(type(base), {**base.model_dump(), **_part(given, type(base))}, _option)
+    options = _validated(RunOptions, _part(given, RunOptions), _option)
+    if command.print_config:
+        print(config.to_yaml(), end="")
+        return
+    console = Console()
+    analysis.run(config, options, console if console.is_terminal else Console(width=_PIPE_WIDTH))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Makes options of the fields of configs; they keep the strings that they are given, and only those given."""
+
+    def __init__(self, program: str, description: str = "") -> None:
+        super().__init__(
+            prog=program,
+            usage=f"{program} [OPTIONS]",
+            description=description,
+            add_help=False,  # the help needs the other options
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise CurvlabError(f"{message.removeprefix('argument ')} ({self.prog} --help shows the options)")
+
+    def add(self, values: Config) -> None:
+        """Add an option for every field; the help shows the values as defaults."""
+        group: Any = self
+        for name, schema in type(values).model_json_schema()["properties"].items():
+            if name in values.titles:
+                group = self.add_argument_group(values.titles[name])
+            flags = ["-h", "--help"] if name == "help" else [_option(name)]
+            text = schema["description"].replace("%", "%%")
+            if schema.get("type") == "boolean":
+                group.add_argument(*flags, action="store_true", help=text)
+                continue
+            forms = schema.get("anyOf", [schema])
+            value = getattr(values, name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            group.add_argument(
+                *flags,
+                nargs="*" if any(form.get("type") == "array" for form in forms) else None,
+                metavar="|".join(_word(form) for form in forms),
+                help=f"{text} (default: {_NONE if value is None else shown})",
+            )
+
+
+def _word(form: Mapping[str, Any]) -> str:
+    """Return what stands for a value in the help, from its JSON schema; for a list, what stands for an item."""
+    if "items" in form:
+        return _word(form["items"])
+    if form.get("format") == "path":
+        return "PATH"
+    choices = form.get("enum") or [form.get("const")]
+    return "|".join(choices) if choices != [None] else _WORDS[form["type"]]
+
+
+def _part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return what was given for the fields of a config, as its validation takes it.
 
     Raises:
-        CurvlabError: An option or value is wrong; the message names the nearest option there is.
+        CurvlabError: An option was given an empty value, such as an unset variable of the shell.
     """
-    preset = _value_of("--preset", arguments) or "default"
-    if preset not in analysis.presets:
-        near = get_close_matches(preset, analysis.presets, n=1, cutoff=0.0)[0]
-        raise CurvlabError(f"there is no preset {preset!r}; the nearest is {near!r} of {', '.join(analysis.presets)}")
-    base = analysis.presets[preset]
-    file = _value_of("--config", arguments)
-    if file is not None:
-        base = _read_config(Path(file), base)
-    line_type: Any = _Line
-    messages = io.StringIO()
+    part: dict[str, Any] = {}
+    for name, schema in kind.model_json_schema()["properties"].items():
+        if name not in given:
+            continue
+        words: list[str] = given[name] if isinstance(given[name], list) else [given[name]]
+        if "" in words:
+            raise CurvlabError(f"{_option(name)} was given an empty value; leave it out, or write what it is to be")
+        forms = schema.get("anyOf", ())
+        special: dict[str, Any] = {form["const"]: form["const"] for form in forms if "const" in form}
+        if {"type": "null"} in forms:
+            special[_NONE] = None
+        part[name] = special[words[0]] if len(words) == 1 and words[0] in special else given[name]
+    return part
+
+
+def _validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str]) -> C:
+    """Make a config.
+
+    Args:
+        kind: Of which class.
+        values: Its fields, also as strings.
+        call: What to call a field in an error.
+
+    Raises:
+        CurvlabError: A value is not right; the message names the first such field.
+    """
     try:
-        with contextlib.redirect_stderr(messages), _wide():
-            line, unknown = tyro.cli(
-                line_type[analysis.config],
-                args=arguments,
-                default=_Line(analysis=base, preset=preset, config=Path(file) if file else None),
-                prog=program,
-                description=f"{analysis.description}\n\nPresets: {', '.join(analysis.presets)}.",
-                return_unknown_args=True,
-            )
-    except SystemExit as leaving:
-        if leaving.code == 0:
-            raise
-        raise CurvlabError(_sentence(messages.getvalue(), program)) from None
-    if unknown:
-        raise CurvlabError(_unknown_option(unknown[0], analysis, program))
-    parsed: _Line[C] = line
-    return parsed
-
-
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    """Return what follows an option; it is needed before the options can be parsed, because it sets their defaults."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-        if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
+        return kind(**values)
+    except pydantic.ValidationError as error:
+        faults = error.errors()
+        name = str(faults[0]["loc"][0])
+        # One fault an alternative that the field has, or one an item of a list.
+        reasons = (fault["msg"].removeprefix("Input ") for fault in faults if fault["loc"][0] == name)
+        text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
+        raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
 
 
 def _read_config(file: Path, base: C) -> C:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CurvlabError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CurvlabError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
+        mark = getattr(error, "problem_mark", None)
+        reason = str(error) if mark is None else f"{getattr(error, 'problem', error)}, line {mark.line + 1}"
+        raise CurvlabError(f"{file} is not YAML: {reason}") from error
     if not isinstance(values, dict):
-        raise CurvlabError(f"{file} does not hold options as key: value")
+        raise CurvlabError(f"{file} does not hold options, each a line key: value")
     known = type(base).model_fields
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise CurvlabError(f"{file}: there is no option {key!r}; the nearest is {near!r}")
-    try:
-        return type(base)(**{**base.model_dump(), **values})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise CurvlabError(f"{file}: {first['loc'][0]}: {_lower(first['msg'])} (given: {first['input']!r})") from error
+            raise CurvlabError(f"{file}: there is no option {key!r}; the nearest is {nearest(str(key), known)!r}")
+    return _validated(type(base), {**base.model_dump(), **values}, lambda name: f"{file}: {name}")
 
 
-@contextlib.contextmanager
-def _wide() -> Any:
-    """Keep tyro from breaking the lines of a message that is taken apart afterwards; help goes to a person."""
-    if "-h" in sys.argv or "--help" in sys.argv:
-        yield
-        return
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return the most similar one of the names."""
+    return get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
-def _sentence(boxed: str, program: str) -> str:
-    """Return the first part of a message that tyro has drawn in a box, on one line."""
-    lines = [line.strip().strip("│").strip() for line in boxed.splitlines()]
-    end = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
-    text = " ".join(line for line in lines[:end] if line and line[0] not in "╭╰")
-    invalid = re.search(r"validation errors? for \w+ (\w+) (.*?) \[type=\w+, input_value=(.*?), input_type", text)
-    if invalid:
-        name, message, given = invalid.groups()
-        text = f"--{name.replace('_', '-')}: {_lower(message)} (given: {given})"
-    return f"{text.rstrip('. ')} ({program} --help shows the options)"
-
-
-def _unknown_option(given: str, analysis: Analysis[C], program: str) -> str:
-    names = [*analysis.config.model_fields, *RunOptions.__dataclass_fields__, *_Line.__dataclass_fields__]
-    options = [f"--{name.replace('_', '-')}" for name in names if name not in ("analysis", "running")]
-    near = get_close_matches(given.partition("=")[0], options, n=1, cutoff=0.0)[0]
-    return f"there is no option {given!r}; the nearest is {near} ({program} --help shows them all)"
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,16 +1,18 @@
 """How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
 from torch import Tensor, nn
@@ -45,26 +47,34 @@ Record = dict[str, Any]
 class FimDiagonalityConfig(Config):
     """Train a network on some classes of a data set, and measure how diagonal its Fisher is on the training samples."""
 
+    titles: ClassVar[Mapping[str, str]] = {
+        "data": "data",
+        "model": "network",
+        "optimizer": "training",
+        "quantity": "curvature",
+        "seeds": "computation",
+    }
+
     data: str = "digits"
     """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of your own .npz file or image folder."""
     classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
     """Class indices to train on, or all. The network keeps one output for every class of the data set."""
     validation: int = Field(default=0, ge=0)
-    """First so many training samples are held out."""
+    """Hold out so many training samples, the first ones."""
     model: str = "mlp"
     """mlp, cnn, resnet20, or torchvision:NAME."""
-    hidden: tuple[int, ...] = (30, 30)
-    """Hidden sizes of the mlp."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
+    """Hidden sizes of the mlp; no number for a linear model."""
     weights: Path | None = None
     """Start from the weights in this file."""
     optimizer: OptimizerName = "adam"
-    """Optimizer."""
+    """How the network is trained."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum of sgd."""
+    """Momentum, for sgd only."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay."""
+    """Weight decay, as the optimizer of torch.optim understands it."""
     schedule: ScheduleName = "constant"
     """Learning-rate schedule; linear and cosine end at 0."""
     steps: int = Field(default=500, ge=0)
@@ -74,7 +84,7 @@ class FimDiagonalityConfig(Config):
     quantity: str = "empirical_fisher"
     """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B,norm=sumsq, ggn or hessian."""
     samples: int | None = Field(default=None, ge=1)
-    """Training samples to take the curvature on, from the first; all if not given."""
+    """Take the curvature on so many training samples, the first ones; none means all."""
     per: tuple[Level, ...] = ("tensor",)
     """Rows of the table: tensor (a parameter tensor each), layer, network; one or several."""
     time_budget: float = Field(default=60.0, gt=0)
@@ -83,7 +93,7 @@ class FimDiagonalityConfig(Config):
     """Sampled rows: half-width of the 95 % interval of the off-diagonal sum, as a share of it."""
     tile_memory: float = Field(default=200.0, gt=0)
     """Megabytes that the tiles of one pass may take."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
     """A network is trained and measured for each; the table has mean and standard deviation."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
@@ -150,28 +160,40 @@ def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> 
         for seed in config.seeds:
             for record in _of_seed(config, dataset, seed, directory, clock):
                 found.append(record)
-    except CurvlabError:
-        directory.discard_if_empty()
+        table = summarise(found)
+        claims = _claims(config, found)
+        write_tables(directory, found, _TABLE, summary=table)
+        directory.write_json("claims.json", claims)
+        with clock("figures"):
+            _figures(config, dataset, directory, table)
+        # Written last, and once: what a finished run is from stays.
+        if not (directory.path / "provenance.json").exists():
+            directory.write_json("provenance.json", _provenance(config, data_hash, clock, directory))
+    except (CurvlabError, KeyboardInterrupt) as stop:
+        _save_what_is_finished(directory, found, stop)
         raise
-    except KeyboardInterrupt as interrupt:
-        if found:
-            write_tables(directory, found)
-        interrupt.add_note(
-            f"{len(found)} finished rows are saved in {directory.path}; "
-            f"the same command with --out {directory.path} continues"
-        )
-        raise
-    table = _with_method(aggregate(found, ["parameter", "size"], _VALUES), found)
-    claims = _claims(config, found)
-    write_tables(directory, found, _TABLE, summary=table)
-    directory.write_json("claims.json", claims)
-    with clock("figures"):
-        _figures(config, dataset, directory, table)
-    provenance = collect(
+    _print(console, config, dataset, found, table, claims, directory)
+
+
+def _save_what_is_finished(directory: RunDirectory, found: Sequence[Record], stop: BaseException) -> None:
+    if found:
+        with suppress(CurvlabError):  # the disk may be full: that is then what is reported
+            write_tables(directory, found, _TABLE, summary=summarise(found))
+    elif isinstance(stop, UnsupportedError):
+        directory.discard()  # a trained network is of no use where the configuration can never be done
+    directory.discard_if_empty()
+    if (directory.path / "config.yaml").exists():
+        rows = f"{len(found)} finished row{'' if len(found) == 1 else 's'}"
+        stop.add_note(f"{rows} in {directory.path}; the same command with --out {directory.path} continues there")
+
+
+def _provenance(
+    config: FimDiagonalityConfig, data_hash: str, clock: Stopwatch, directory: RunDirectory
+) -> dict[str, Any]:
+    origin = collect(
         seeds=config.seeds, data_hash=data_hash, stages=clock.seconds, started=clock.started, device=config.device
     )
-    directory.write_json("provenance.json", provenance)
-    _print(console, config, dataset, found, table, claims, directory)
+    return origin | {"continued": directory.resumed}
 
 
 def _dataset(config: FimDiagonalityConfig, options: RunOptions) -> Dataset:
@@ -184,10 +206,9 @@ def _dataset(config: FimDiagonalityConfig, options: RunOptions) -> Dataset:
 def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
     parse_quantity(config.quantity)
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise CurvlabError(f"seeds are one or more different whole numbers from 0, not {list(config.seeds)}")
-    if not config.per:
-        raise CurvlabError("per is one or more of tensor, layer, network")
+    for name, values in (("seeds", config.seeds), ("per", config.per)):
+        if not values or len(set(values)) < len(values):
+            raise CurvlabError(f"{name} needs one value or several different ones, not {list(values)}")
     if config.samples is not None and config.samples > len(dataset.x_train):
         raise CurvlabError(f"samples is {config.samples:,}, but there are {len(dataset.x_train):,} training samples")
     try:
@@ -286,8 +307,17 @@ def _saved(path: Path) -> list[Record]:
     return []
 
 
-def _with_method(table: list[Record], found: Sequence[Record]) -> list[Record]:
-    """Add how a row was obtained: exact, or sampled with the interval of its off-diagonal sum."""
+def summarise(found: Sequence[Record]) -> list[Record]:
+    """Return mean and standard deviation over the seeds of records, and how each row was obtained.
+
+    Args:
+        found: Records as ``table.json`` has them.
+
+    Returns:
+        One record a parameter, as ``curvlab.results.aggregate`` makes them, with ``method`` and, in words, ``how``:
+        exact, or sampled with the interval of the off-diagonal sum.
+    """
+    table = aggregate(found, ["parameter", "size"], _VALUES)
     for row in table:
         members = [record for record in found if record["parameter"] == row["parameter"]]
         sampled = [record for record in members if record["method"] == "sampled"]
@@ -295,6 +325,11 @@ def _with_method(table: list[Record], found: Sequence[Record]) -> list[Record]:
         row["method"] = "sampled" if sampled else "exact"
         row["how"] = f"sampled, ±{100 * widest:.2f} %" if sampled else "exact"
     return table
+
+
+def table_figure(table: Sequence[Record], title: str) -> Figure:
+    """Draw sums and means of a table of ``summarise`` as bars, the published ones marked."""
+    return diagonality_bars(table, title, _published()["rows"])
 
 
 def _published() -> dict[str, Any]:
@@ -317,7 +352,8 @@ def _claims(config: FimDiagonalityConfig, found: Sequence[Record]) -> list[Claim
         by_name.setdefault(record["parameter"], []).append(record)
 
     def claim(text: str, source: str, printed: float | str | None, name: str, key: str, test: Any) -> Claim:
-        values = [float(record[key]) for record in by_name.get(name, ())] if tested else []
+        # A number that is not finite is null in a record that was read back.
+        values = [math.nan if r[key] is None else float(r[key]) for r in by_name.get(name, ())] if tested else []
         return Claim(
             text,
             source,
@@ -446,7 +482,8 @@ def _print(
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     if accuracies:
         console.print(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")
-    console.print(f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures.", markup=False)
+    saved = f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures."
+    console.print(saved, markup=False, soft_wrap=True)
 
 
 ANALYSIS = Analysis(

@@ -25,7 +25,7 @@ class Dataset:
     Raises:
         CurvlabError: The tensors do not fit together, a label is none of the classes, or an input is not finite.
 
-    Example:
+    Examples:
         >>> x, y = torch.zeros(3, 5), torch.tensor([0, 1, 1])
         >>> data = Dataset("tiny", x, y, x, y, classes=("no", "yes"))
         >>> data.sample_shape, data.num_classes

@@ -30,7 +30,7 @@ def load(name: str | Path, *, root: str | Path | None = None, offline: bool = Fa
     Raises:
         CurvlabError: There is no such data set, it is not whole, it is not right, or it cannot be downloaded.
 
-    Example:
+    Examples:
         >>> digits = load("digits")
         >>> digits.x_train.shape, digits.x_test.shape
         (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]))

@@ -80,7 +80,7 @@ def diagonality(
         CurvlabError: An argument, the data or the weights are not usable; the message says which.
         UnsupportedError: The quantity is not defined or not affordable for this model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> torch.manual_seed(0)
         <torch._C.Generator object at ...>

@@ -10,6 +10,8 @@ from curvlab.diagonality.blocks import Block, Draw, OffDiagonal, power_of_two
 from curvlab.estimators.rows import LinearFactors
 from curvlab.progress import Advance
 
+_SAMPLES = 1000
+
 
 class OuterBlock(Block):
     """Rows ``v[o, i] = left[n, r, o] right[n, i]``; a tile is ``right' diag(sum_r left_o left_p) right``.
@@ -29,18 +31,19 @@ class OuterBlock(Block):
 
     def __init__(self, left: Tensor, right: Tensor, transposed: bool = False) -> None:
         units = [power_of_two(float(torch.linalg.vector_norm(factor, torch.inf))) for factor in (left, right)]
-        left, right = left / units[0], right / units[1]
         self._unit = (units[0] * units[1]) ** 2
-        self.left, self.right, self.transposed = left, right, transposed
-        self.groups, self.width = left.shape[2], right.shape[1]
-        self.size = self.groups * self.width
-        counts = torch.count_nonzero(right, dim=0)
+        self.places = right.shape[1]
+        counts = torch.stack([torch.count_nonzero(part, dim=0) for part in right.split(_SAMPLES)]).sum(dim=0)
         order = counts.argsort()
         self._alive = order[counts[order] > 0]
-        self._sorted = right[:, self._alive]
-        panels = max(1, min(self._PANELS, len(self._alive) // self._MIN_PANEL))
-        edges = [len(self._alive) * i // panels for i in range(panels + 1)]
-        self._panels = [(a, b, (self._sorted[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
+        # All that is kept: the places that are ever active, rarest first.
+        self.left, self.right = left / units[0], right[:, self._alive].div_(units[1])
+        self.transposed = transposed
+        self.groups, self.width = left.shape[2], len(self._alive)
+        self.size = self.groups * self.places
+        panels = max(1, min(self._PANELS, self.width // self._MIN_PANEL))
+        edges = [self.width * i // panels for i in range(panels + 1)]
+        self._panels = [(a, b, (self.right[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
 
     @classmethod
     def of_weight(cls, factors: LinearFactors) -> "OuterBlock":
@@ -69,36 +72,46 @@ class OuterBlock(Block):
             return self.left[:, 0, o] * self.left[:, 0, p]
         return (self.left[:, :, o] * self.left[:, :, p]).sum(dim=1)
 
-    def _ordered(self, by_group: Tensor) -> Tensor:
-        return (by_group.mT if self.transposed else by_group).reshape(-1)
-
     def unit(self) -> float:
         """Return the square of the product of the powers of two that the factors were divided by."""
         return self._unit
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
-        return self._ordered(self.left.square().sum(dim=1).mT @ self.right.square())
+        full = self.right.new_zeros(self.groups, self.places)
+        for left, right in self._samples():
+            full[:, self._alive] += left.square().sum(dim=1).mT @ right.square()
+        return (full.mT if self.transposed else full).reshape(-1)
 
     def total(self) -> float:
         """Return the signed sum of all entries."""
-        sums = self.left.double().sum(dim=2).square().sum(dim=1) * self.right.double().sum(dim=1).square()
-        return float(sums.sum())
+        return sum(
+            float((left.double().sum(dim=2).square().sum(dim=1) * right.double().sum(dim=1).square()).sum())
+            for left, right in self._samples()
+        )
+
+    def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the factors some samples at a time: what is made of all of them at once doubles the memory."""
+        return zip(self.left.split(_SAMPLES), self.right.split(_SAMPLES), strict=True)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return the rows' entries at some parameters, ``(N R, k)``."""
         if self.transposed:
             group, place = index % self.groups, index // self.groups
         else:
-            group, place = index // self.width, index % self.width
-        return (self.left[:, :, group] * self.right[:, place].unsqueeze(1)).flatten(0, 1)
+            group, place = index // self.places, index % self.places
+        position = torch.full((self.places,), -1, device=index.device)
+        position[self._alive] = torch.arange(self.width, device=index.device)
+        alive = position[place] >= 0
+        columns = self.left.new_zeros(self.left.shape[0], self.left.shape[1], len(index))
+        columns[:, :, alive] = self.left[:, :, group[alive]] * self.right[:, position[place[alive]]].unsqueeze(1)
+        return columns.flatten(0, 1)
 
     def operations(self) -> float:
         """Return about how many operations ``off_diagonal`` takes."""
         active = (self.left != 0).any(dim=1).to(self.right.dtype)
         pairs = (active.mT @ active).triu().sum()
-        alive = len(self._alive)
-        per_row = sum(2.0 * (b - a) * (alive - a) * float(mask.double().mean()) for a, b, mask in self._panels)
+        per_row = sum(2.0 * (b - a) * (self.width - a) * float(mask.double().mean()) for a, b, mask in self._panels)
         return float(pairs) * per_row
 
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
@@ -113,7 +126,7 @@ class OuterBlock(Block):
                     rows = (active & mask).nonzero().squeeze(1)
                     if len(rows) == 0:
                         continue
-                    x = self._sorted[rows, a:] if a else self._sorted.index_select(0, rows)
+                    x = self.right[rows, a:] if a else self.right.index_select(0, rows)
                     tile = (x[:, : b - a] * weights[rows].unsqueeze(1)).mT @ x
                     if o == p:
                         tile.diagonal().zero_()
@@ -145,11 +158,11 @@ class OuterBlock(Block):
 
     def certain_zeros(self) -> float:
         """Return the share of entries of which two groups or two places are never active on one sample."""
-        share = 1.0
+        pairs = 1
         for factor in ((self.left != 0).any(dim=1), self.right != 0):
             active = factor.to(self.right.dtype)
-            share *= int(torch.count_nonzero(active.mT @ active)) / active.shape[1] ** 2
-        return 1 - share
+            pairs *= int(torch.count_nonzero(active.mT @ active))
+        return 1 - pairs / self.size**2
 
     def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
         """Yield ``u' T v`` of all tiles."""

@@ -68,7 +68,7 @@ def estimate(
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
         UnsupportedError: No backend, or not this one, computes this right for this model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> problem = Problem(torch.nn.Linear(2, 3), "cross_entropy", (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])))
         >>> estimate(problem, "empirical_fisher", "diag")

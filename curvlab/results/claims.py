@@ -43,7 +43,7 @@ def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Ve
 
     With fewer than three seeds, or where one of them has no value (NaN), it is not tested.
 
-    Example:
+    Examples:
         >>> judge([0.2, 0.3, 0.6], lambda share: share < 0.5)
         'not reproduced'
     """

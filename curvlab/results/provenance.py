@@ -38,7 +38,7 @@ class Stopwatch:
         started: When the stopwatch was made.
         seconds: Seconds a stage.
 
-    Example:
+    Examples:
         >>> stages = Stopwatch()
         >>> with stages("train"):
         ...     pass

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -15,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.files import make_writable_folder, write_whole
+from curvlab.files import make_writable_folder, remove_leftovers, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,10 +33,12 @@ class RunDirectory:
         resumed: Whether it was there before, with the same configuration: earlier work can be taken up.
     """
 
-    def __init__(self, path: Path, resumed: bool, made: tuple[Path, ...] = ()) -> None:
+    def __init__(self, path: Path, resumed: bool) -> None:
         self.path = path
         self.resumed = resumed
-        self._made = made
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._before: set[str] = set()
+        self._before = {entry.name for entry in self._written()}
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file of this name and return its path.
@@ -65,7 +68,9 @@ class RunDirectory:
         contents = {}
         for kind in ("png", "pdf"):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=300, bbox_inches="tight")
+            # Without the date, the same figure is the same file.
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            figure.savefig(buffer, format=kind, dpi=300, bbox_inches="tight", metadata=metadata)
             contents[kind] = buffer.getvalue()
         # Drawn both before either is written.
         return (
@@ -73,14 +78,32 @@ class RunDirectory:
             self.write_bytes(f"{stem}.pdf", contents["pdf"]),
         )
 
-    def discard_if_empty(self) -> None:
-        """Remove what opening the run has made, if nothing has been written since."""
+    def discard(self) -> None:
+        """Remove what has been written since the run was opened; of a run that was opened again, nothing."""
+        if self.resumed:
+            return
         with suppress(OSError):
-            if not self.resumed and [entry.name for entry in self.path.iterdir()] == [CONFIG]:
-                (self.path / CONFIG).unlink()
+            for entry in self._written():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         for folder in self._made:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
+
+    def discard_if_empty(self) -> None:
+        """Remove what opening the run has made, if no file has been written since."""
+        with suppress(OSError):
+            files = [file.name for entry in self._written() for file in (entry, *entry.rglob("*")) if file.is_file()]
+            if files in ([], [CONFIG]):
+                self.discard()
+
+    def _written(self) -> list[Path]:
+        try:
+            return [entry for entry in self.path.iterdir() if entry.name not in self._before]
+        except OSError:  # there is no such folder, or it may not be read
+            return []
 
 
 def open_run(out: Path | None, analysis: str, config: str | Mapping[str, Any]) -> RunDirectory:
@@ -97,10 +120,10 @@ def open_run(out: Path | None, analysis: str, config: str | Mapping[str, Any]) -
     text = config if isinstance(config, str) else yaml.safe_dump(_jsonable(config), sort_keys=False, allow_unicode=True)
     path = _new_name(analysis) if out is None else Path(out)
     resumed = _same_config(path / CONFIG, yaml.safe_load(text))
-    made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
-    run = RunDirectory(path, resumed, made)
+    run = RunDirectory(path, resumed)
     try:
         make_writable_folder(path)
+        remove_leftovers(path)
         if not resumed:
             run.write_text(CONFIG, text)
     except BaseException:

@@ -29,7 +29,7 @@ def significant(value: Any, digits: int = 4) -> str:
     Integers are exact, with separators of thousands; numbers from 0.0001 to below a million are written out, others
     with an exponent.
 
-    Example:
+    Examples:
         >>> [significant(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
         ['0.5000', '1,235', '3.142e-9', '23,520', '–']
     """
@@ -54,7 +54,7 @@ def significant(value: Any, digits: int = 4) -> str:
 def plus_minus(mean: float | None, deviation: float | None) -> str:
     """Format a mean and its standard deviation to the same decimal, two digits of the deviation.
 
-    Example:
+    Examples:
         >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(0.5, None)
         ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.5000')
     """
@@ -104,7 +104,7 @@ class Column:
 
 def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
     """Return the records as a table for the console."""
-    table = Table(title=title)
+    table = Table(title=None if title is None else Text(title))
     for column in columns:
         table.add_column(Text(column.header), justify="left" if column.is_text(records) else "right")
     for record in records:
@@ -181,7 +181,7 @@ def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str
         ``<value>_std`` (standard deviation with n - 1; None for a single record). A value that one record of the
         group lacks is None in both.
 
-    Example:
+    Examples:
         >>> aggregate([{"w": "a", "x": 1.0}, {"w": "a", "x": 3.0}], by=["w"], values=["x"])
         [{'w': 'a', 'seeds': 2, 'x': 2.0, 'x_std': 1.414...}]
     """
@@ -217,6 +217,8 @@ _LATEX = {
     "–": "--",
     "±": r"$\pm$",
     "∞": r"$\infty$",
+    "²": "$^2$",
+    "⁴": "$^4$",
     "\n": " ",
 }
 

@@ -38,7 +38,7 @@ def evaluate(
     Raises:
         CurvlabError: The samples do not fit the model or the loss, or the loss is not finite.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> evaluate(nn.Identity(), torch.eye(3), torch.tensor([0, 1, 0])).accuracy
         0.666...

@@ -200,7 +200,7 @@ def fit(
         CurvlabError: An option, the data or the weights are not right; the loss or a weight ceases to be finite;
             the checkpoint belongs to another run or cannot be read or written.
 
-    Example:
+    Examples:
         >>> inputs = torch.tensor([[-1.0], [1.0]])
         >>> result = fit(nn.Linear(1, 2), (inputs, torch.tensor([0, 1])), lr=0.1, steps=200, evaluation=(
         ...     inputs, torch.tensor([0, 1])), target=1.0)
