@@ -18,7 +18,7 @@ demo: install ## the main analysis on the embedded digits: how diagonal is the F
 	@$(RUN) curvlab.analyze fim_diagonality
 
 test: install-test ## the tests (seconds to minutes; those marked slow are left out)
-	@$(RUN) pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest # OpenMP's threads spin: on a busy machine two are far slower
 
 check: lint docs ## all but the tests: style, types, layers, documentation
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from typing import Any, Protocol, TypeGuard
 
@@ -74,9 +75,12 @@ class Problem:
         if not self.dtype.is_floating_point:
             raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
-        """Number of samples that one pass over the data sees (with ``drop_last``, fewer than the data set has)."""
+        """Number of samples that one pass over the data sees (with ``drop_last``, fewer than the data set has).
+
+        Counted by a pass over the data, once.
+        """
         return len(self.data[0]) if _is_pair(self.data) else sum(len(y) for _, y in self.batches())
 
     def parameters(self) -> dict[str, Tensor]:

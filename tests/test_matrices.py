@@ -272,6 +272,14 @@ class TestFiles:
         with pytest.raises(CurvlabError, match=r"notes.txt is not a whole safetensors file"):
             load(tmp_path / "notes.txt")
 
+    def test_a_file_is_replaced_never_written_into(self, tmp_path: Path) -> None:
+        """So that it is whole at every moment: another name of the old file still has the old content."""
+        file, link = tmp_path / "m.safetensors", tmp_path / "link.safetensors"
+        Diagonal(torch.ones(P), SPACE, INFO).save(file)
+        link.hardlink_to(file)
+        Diagonal(torch.zeros(P), SPACE, INFO).save(file)
+        assert (load(file).trace(), load(link).trace()) == (0, P)
+
     def test_missing_file_and_folder(self, tmp_path: Path) -> None:
         with pytest.raises(CurvlabError, match=r"there is no file .*absent.safetensors"):
             load(tmp_path / "absent.safetensors")

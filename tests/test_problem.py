@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_under_test import CLASSES, Shifting, Tied, case
+from models_under_test import CLASSES, Shifting, case
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
@@ -22,12 +22,28 @@ X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % CLASSES
 
 
+class Counting(nn.Module):
+    """Writes a buffer at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
 def network() -> nn.Module:
     """One of everything that has a state: train and eval modes, buffers, hooks, gradients, frozen weights."""
     model = nn.Sequential(
-        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Dropout(), Tied(), nn.Linear(CLASSES, CLASSES)
+        nn.Linear(4, 5),
+        nn.BatchNorm1d(5),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Sequential(nn.Linear(5, CLASSES), nn.Tanh(), Counting()),
+        nn.Linear(CLASSES, CLASSES),
     )
-    model[4] = nn.Sequential(nn.Linear(5, CLASSES), nn.Tanh())
     model.eval()
     model[2].train()
     model[0].bias.requires_grad_(False)

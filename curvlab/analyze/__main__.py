@@ -1,5 +1,6 @@
 """``python -m curvlab.analyze``: list the analyses, or run one."""
 
+import io
 import os
 import signal
 import sys
@@ -13,9 +14,11 @@ PROGRAM = "python -m curvlab.analyze"
 def main(arguments: list[str] | None = None) -> int:
     """Run an analysis by name and return the exit code: 0 done, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have the plus-minus sign
     try:
         code = _main(given)
-        if sys.stdout is not None:  # closed by the caller
+        if sys.stdout is not None:  # it is None where the caller has closed it
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print("interrupted", *getattr(interrupt, "__notes__", ()), sep="\n", file=sys.stderr)

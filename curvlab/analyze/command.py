@@ -143,8 +143,16 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
     if command.print_config:
         print(config.to_yaml(), end="")
         return
-    console = Console()
-    analysis.run(config, options, console if console.is_terminal else Console(width=_PIPE_WIDTH))
+    console = _Console()
+    analysis.run(config, options, console if console.is_terminal else _Console(width=_PIPE_WIDTH))
+
+
+class _Console(Console):
+    """Raises where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller, as ``print`` does."""
+        raise BrokenPipeError
 
 
 class _Parser(argparse.ArgumentParser):

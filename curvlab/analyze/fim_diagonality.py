@@ -457,8 +457,8 @@ def _print(
     spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     samples = config.samples or len(dataset.x_train)
     title = f"{_quantity(config)} of a {_net(config, dataset)}, {samples:,} samples of {config.data}; {spread}"
-    console.print(render(table, _SUMS, title))
-    console.print(render(table, _MEANS, "Means: of the entries, and with the paper's denominators"))
+    console.print(render(table, _SUMS, title), crop=False)
+    console.print(render(table, _MEANS, "Means: of the entries, and with the paper's denominators"), crop=False)
     if _is_paper(config):
         rows = _published()["rows"]
         beside = [
@@ -477,8 +477,8 @@ def _print(
             Column("published_offdiag_mean", "published off-diag. mean", format=lambda printed: f"{printed:g}"),
             Column("paper_offdiag_mean", "ours (/ n⁴)", spread="paper_offdiag_mean_std"),
         )
-        console.print(render(beside, columns, f"{_published()['source']}, beside ours"))
-        console.print(render_claims(claims))
+        console.print(render(beside, columns, f"{_published()['source']}, beside ours"), crop=False)
+        console.print(render_claims(claims), crop=False)
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     if accuracies:
         console.print(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")

@@ -106,7 +106,14 @@ def render(records: Sequence[Record], columns: Sequence[Column], title: str | No
     """Return the records as a table for the console."""
     table = Table(title=None if title is None else Text(title))
     for column in columns:
-        table.add_column(Text(column.header), justify="left" if column.is_text(records) else "right")
+        cells = [column.cell(record) for record in records]
+        # A terminal that is too narrow breaks a row between words: a number without its exponent would be a wrong one.
+        words = [word for text in (column.header, *cells) for word in text.split()]
+        table.add_column(
+            Text(column.header),
+            justify="left" if column.is_text(records) else "right",
+            min_width=max(map(len, words), default=0),
+        )
     for record in records:
         table.add_row(*(Text(column.cell(record)) for column in columns))
     return table
