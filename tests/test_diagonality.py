@@ -641,10 +641,13 @@ def test_the_tiles_of_a_block(make_block: Callable[[int], tuple[Block, Tensor]],
     block, rows = make_block(repeats)
     block.diagonal()
     groups, width = block.groups, block.width
-    grouped = F.pad(rows, (0, groups * width - rows.shape[1]))
-    if isinstance(block, OuterBlock) and block.transposed:
-        grouped = grouped.view(len(rows), width, groups).mT
-    grouped = grouped.reshape(len(rows), groups, width) / block.unit() ** 0.5
+    if isinstance(block, OuterBlock):  # its places are those that are ever active, rarest first
+        shape = (block.places, groups) if block.transposed else (groups, block.places)
+        grouped = rows.unflatten(1, shape)
+        grouped = (grouped.mT if block.transposed else grouped)[:, :, block._alive]
+    else:
+        grouped = F.pad(rows, (0, groups * width - rows.shape[1])).unflatten(1, (groups, width))
+    grouped = grouped / block.unit() ** 0.5
     tiles = torch.einsum("noi,npj->opij", grouped, grouped)
 
     left, right = normal(2, width, seed=3), normal(2, width, seed=4)

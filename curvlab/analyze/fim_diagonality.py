@@ -125,20 +125,20 @@ _VALUES = [
 _SUMS = (
     Column("parameter", "parameter"),
     Column("size", "n"),
-    Column("diag_sum", "diag. sum", spread="diag_sum_std"),
-    Column("offdiag_abs_sum", "off-diag. sum |F|", spread="offdiag_abs_sum_std"),
+    Column("diag_sum", "diag sum", spread="diag_sum_std"),
+    Column("offdiag_abs_sum", "off-diag sum |F|", spread="offdiag_abs_sum_std"),
     Column("sum_ratio", "off / diag", spread="sum_ratio_std"),
-    Column("diag_share", "diag. share of norm", spread="diag_share_std"),
+    Column("diag_share", "diag share of norm", spread="diag_share_std"),
     Column("zero_fraction", "zeros", spread="zero_fraction_std"),
     Column("how", "how"),
 )
 _MEANS = (
     Column("parameter", "parameter"),
-    Column("diag_mean", "diag. mean (/ n)", spread="diag_mean_std"),
-    Column("offdiag_abs_mean", "off-diag. mean (/ n²-n)", spread="offdiag_abs_mean_std"),
+    Column("diag_mean", "diag mean (/ n)", spread="diag_mean_std"),
+    Column("offdiag_abs_mean", "off-diag mean (/ n²-n)", spread="offdiag_abs_mean_std"),
     Column("mean_ratio", "diag / off", spread="mean_ratio_std"),
-    Column("paper_diag_mean", "diag. sum / n²", spread="paper_diag_mean_std"),
-    Column("paper_offdiag_mean", "off-diag. sum / n⁴", spread="paper_offdiag_mean_std"),
+    Column("paper_diag_mean", "diag sum / n²", spread="paper_diag_mean_std"),
+    Column("paper_offdiag_mean", "off-diag sum / n⁴", spread="paper_offdiag_mean_std"),
 )
 _TABLE = (*_SUMS[:4], *_MEANS[1:], _SUMS[4], *_SUMS[5:])
 
@@ -354,12 +354,13 @@ def _claims(config: FimDiagonalityConfig, found: Sequence[Record]) -> list[Claim
     def claim(text: str, source: str, printed: float | str | None, name: str, key: str, test: Any) -> Claim:
         # A number that is not finite is null in a record that was read back.
         values = [math.nan if r[key] is None else float(r[key]) for r in by_name.get(name, ())] if tested else []
+        finite = bool(values) and all(map(math.isfinite, values))
         return Claim(
             text,
             source,
             printed,
-            fmean(values) if values else None,
-            stdev(values) if len(values) > 1 else None,
+            fmean(values) if finite else None,
+            stdev(values) if finite and len(values) > 1 else None,
             judge(values, test),
         )
 
@@ -468,13 +469,13 @@ def _print(
         ]
         columns = (
             Column("parameter", "parameter"),
-            Column("published_diag_sum", "published diag. sum", format=lambda printed: f"{printed:g}"),
+            Column("published_diag_sum", "published diag sum", format=lambda printed: f"{printed:g}"),
             Column("diag_sum", "ours", spread="diag_sum_std"),
-            Column("published_offdiag_abs_sum", "published off-diag. sum", format=lambda printed: f"{printed:g}"),
+            Column("published_offdiag_abs_sum", "published off-diag sum", format=lambda printed: f"{printed:g}"),
             Column("offdiag_abs_sum", "ours", spread="offdiag_abs_sum_std"),
-            Column("published_diag_mean", "published diag. mean", format=lambda printed: f"{printed:g}"),
+            Column("published_diag_mean", "published diag mean", format=lambda printed: f"{printed:g}"),
             Column("paper_diag_mean", "ours (/ n²)", spread="paper_diag_mean_std"),
-            Column("published_offdiag_mean", "published off-diag. mean", format=lambda printed: f"{printed:g}"),
+            Column("published_offdiag_mean", "published off-diag mean", format=lambda printed: f"{printed:g}"),
             Column("paper_offdiag_mean", "ours (/ n⁴)", spread="paper_offdiag_mean_std"),
         )
         console.print(render(beside, columns, f"{_published()['source']}, beside ours"), crop=False)

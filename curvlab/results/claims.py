@@ -54,7 +54,7 @@ def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Ve
 
 def render_claims(claims: Sequence[Claim]) -> Table:
     """Return the claims as a table for the console."""
-    table = Table(title="Claims")
+    table = Table(title="Claims", show_edge=False, pad_edge=False)
     for header in ("claim", "source"):
         table.add_column(header)
     for header in ("published", "ours"):

@@ -104,7 +104,8 @@ class Column:
 
 def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
     """Return the records as a table for the console."""
-    table = Table(title=None if title is None else Text(title))
+    # No outer edge: the widest table then fits a terminal of 80 characters.
+    table = Table(title=None if title is None else Text(title), show_edge=False, pad_edge=False)
     for column in columns:
         cells = [column.cell(record) for record in records]
         # A terminal that is too narrow breaks a row between words: a number without its exponent would be a wrong one.
@@ -113,6 +114,7 @@ def render(records: Sequence[Record], columns: Sequence[Column], title: str | No
             Text(column.header),
             justify="left" if column.is_text(records) else "right",
             min_width=max(map(len, words), default=0),
+            no_wrap=column.is_text(records),
         )
     for record in records:
         table.add_row(*(Text(column.cell(record)) for column in columns))
@@ -186,7 +188,7 @@ def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str
     Returns:
         Records with the keys ``by``, ``seeds`` (number of records) and, for each value, ``<value>`` (mean) and
         ``<value>_std`` (standard deviation with n - 1; None for a single record). A value that one record of the
-        group lacks is None in both.
+        group lacks, or has not finite, is None in both.
 
     Examples:
         >>> aggregate([{"w": "a", "x": 1.0}, {"w": "a", "x": 3.0}], by=["w"], values=["x"])
@@ -200,7 +202,7 @@ def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str
         row: dict[str, Any] = {**dict(zip(by, names, strict=True)), "seeds": len(members)}
         for key in values:
             numbers = [member.get(key) for member in members]
-            known = [float(number) for number in numbers if number is not None and not math.isnan(number)]
+            known = [float(number) for number in numbers if number is not None and math.isfinite(number)]
             whole = len(known) == len(members)
             row[key] = statistics.fmean(known) if whole else None
             row[f"{key}_std"] = statistics.stdev(known) if whole and len(known) > 1 else None

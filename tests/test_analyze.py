@@ -1,0 +1,534 @@
+"""The command line: its options, its errors, what a run leaves behind, and how it is stopped and continued."""
+
+import errno
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from curvlab.__main__ import main as program
+from curvlab.analyze import fim_diagonality
+from curvlab.analyze.__main__ import main
+from curvlab.errors import CurvlabError
+from curvlab.models import build
+from curvlab.results import run_directory
+from curvlab.results.tables import Column, render
+
+NAME = "fim_diagonality"
+TINY = "--hidden 4 --steps 3 --samples 40 --seeds 0 1"
+COMMAND = [sys.executable, "-m", "curvlab.analyze", NAME]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, without the machine's data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path / "no data"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(fim_diagonality.__file__).parents[2]))
+
+
+@pytest.fixture
+def call(capsys):
+    """Return a function that runs ``fim_diagonality`` and gives exit code, standard output and standard error."""
+
+    def call(line):
+        code = main([NAME, *shlex.split(line)])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Return a function that requires one sentence, exit code 2 and no file, and gives the sentence."""
+
+    def refused(line):
+        before = tree(tmp_path)
+        code, out, err = call(line)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert tree(tmp_path) == before
+        return err
+
+    return refused
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def archive(path, **changed):
+    x, y = np.random.default_rng(0).random((20, 5), np.float32), np.arange(20) % 3
+    arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y} | changed
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+
+
+# Names, options and values.
+
+
+def test_lists_the_analyses(capsys):
+    assert main([]) == 0
+    assert f"\n  {NAME}  " in capsys.readouterr().out
+
+
+def test_unknown_analysis(capsys):
+    assert main(["fim_diag"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: there is no analysis 'fim_diag'; the nearest is 'fim_diagonality'"
+    )
+
+
+def test_program(capsys):
+    assert program(["analyze"]) == 0
+    assert NAME in capsys.readouterr().out
+    assert program(["analyse"]) == 2
+    assert "'analyse'" in capsys.readouterr().err
+
+
+def test_help_has_every_option_with_its_default(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, _ = call("--preset paper --help")
+    assert code == 0
+    text = " ".join(out.split())
+    for field in fim_diagonality.FimDiagonalityConfig.model_fields:
+        assert f"--{field.replace('_', '-')} " in text
+    assert "(default: mnist)" in text
+    assert "(default: 5000)" in text
+    assert "95 % interval" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("--hiden 30", "there is no option --hiden; the nearest is --hidden "),
+        ("--batch_size=3", "there is no option --batch_size; the nearest is --batch-size "),
+        ("stray", "'stray' belongs to no option"),
+        ("--preset papr", "there is no preset 'papr'; the nearest is 'paper'"),
+        ("--preset=papr", "'papr'"),
+        ("--preset", "--preset: expected one argument"),
+        ("--steps", "--steps: expected one argument"),
+        ("--steps x", "--steps should be a valid integer, not 'x'"),
+        ("--steps -1", "--steps should be greater than or equal to 0, not '-1'"),
+        ("--optimizer adm", "--optimizer should be 'adam', 'adamw' or 'sgd', not 'adm'"),
+        ("--classes", "no class is selected"),
+        ("--classes al", "--classes should be a valid integer or should be 'all', not 'al'"),
+        ("--classes 77", "there is no class 77"),
+        ("--classes 1 1", "class 1 is selected more than once"),
+        ("--seeds", "seeds needs one value or several different ones, not []"),
+        ("--seeds 1 1", "not [1, 1]"),
+        ("--seeds -1", "--seeds should be greater than or equal to 0"),
+        ("--seeds 99999999999999999999", "--seeds should be less than"),
+        ("--per tensor tensor", "per needs one value or several different ones"),
+        ("--per tensr", "--per should be 'tensor', 'layer' or 'network', not 'tensr'"),
+        ("--samples 0", "--samples should be greater than or equal to 1, not '0'"),
+        ("--samples 721", "samples is 721, but there are 720 training samples"),
+        ("--hidden 30 0", "--hidden should be greater than or equal to 1, not '0'"),
+        ("--hidden 30,30", "--hidden should be a valid integer, not '30,30'"),
+        ("--lr nan", "--lr should be a finite number, not 'nan'"),
+        ("--lr=-1e-3", "--lr should be greater than 0, not '-1e-3'"),
+        ("--lr inf", "--lr should be a finite number"),
+        ("--momentum 0.5", "momentum belongs to sgd"),
+        ("--time-budget nan", "--time-budget should be a finite number"),
+        ("--quantity fihser", "'fihser'; did you mean 'fisher'?"),
+        ("--quantity fisher:samples=0", "fisher takes samples >= 1"),
+        ("--quantity masq:norm=x", "masq takes norm"),
+        ("--device banana", "device is cpu, cuda or cuda:N, not 'banana'"),
+        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
+        ("--out ''", "--out was given an empty value"),
+        ("--classes ''", "--classes was given an empty value"),
+        ("--model resnet20", "resnet20 takes images of shape (3, 32, 32)"),
+        ("--model cn", "the nearest name is 'cnn'"),
+        ("--validation 1437", "cannot hold out 1437"),
+        ("--data digts", "the nearest name is 'digits'"),
+        ("--data mnist --offline", "mnist is not whole on disk"),
+        ("--lr 1e30 --steps 200", "the training loss is nan at step 2: lower lr"),
+        ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight has 6,400 parameters"),
+    ],
+)
+def test_bad_value(refused, line, fragment):
+    assert fragment in refused(line)
+
+
+def test_debug_shows_the_traceback(call):
+    code, _, err = call("--steps x --debug")
+    assert code == 2
+    assert err.startswith("Traceback")
+    assert err.endswith("error: --steps should be a valid integer, not 'x'\n")
+
+
+def test_what_is_a_bug_is_not_hidden(call, monkeypatch):
+    monkeypatch.setattr(fim_diagonality, "load", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("")
+
+
+# Configuration files.
+
+
+@pytest.mark.parametrize("line", ["", "--preset paper", "--classes all --hidden --per layer network --lr 1e-5"])
+def test_config_round_trip(call, line):
+    _, first, _ = call(f"{line} --print-config")
+    Path("my config.yaml").write_text(first)
+    code, second, _ = call("--config 'my config.yaml' --print-config")
+    assert code == 0
+    assert second == first
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(call):
+    Path("a.yaml").write_text("hidden: [7]\nsteps: 9\nlr: 1e-2\nweights: w.pt\n")
+    _, out, _ = call("--preset paper --config a.yaml --hidden=1 --weights none --print-config")
+    config = yaml.safe_load(out)
+    picked = {key: config[key] for key in ("data", "hidden", "steps", "lr", "weights")}
+    assert picked == {"data": "mnist", "hidden": [1], "steps": 9, "lr": 0.01, "weights": None}
+
+
+def test_of_two_files_the_last_counts(call):
+    Path("a.yaml").write_text("steps: 1\n")
+    Path("b.yaml").write_text("lr: 0.5\n")
+    _, out, _ = call("--config a.yaml --config b.yaml --print-config")
+    assert yaml.safe_load(out)["lr"] == 0.5
+    assert yaml.safe_load(out)["steps"] == 500
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"a: [1\n", "c.yaml is not YAML: expected ',' or ']', but got '<stream end>', line 2"),
+        (b"\xff\xfe\x00", "c.yaml is not YAML"),
+        (b"data: 2020-13-45\n", "c.yaml is not YAML"),
+        (b"- 1\n", "c.yaml does not hold options"),
+        (b"", "c.yaml does not hold options"),
+        (b"hiden: [3]\n", "c.yaml: there is no option 'hiden'; the nearest is 'hidden'"),
+        (b"steps: many\n", "c.yaml: steps should be a valid integer, not 'many'"),
+        (b"lr: .nan\n", "c.yaml: lr should be a finite number"),
+    ],
+)
+def test_bad_config_file(refused, content, fragment):
+    Path("c.yaml").write_bytes(content)
+    assert fragment in refused("--config c.yaml")
+
+
+def test_config_that_cannot_be_read(refused):
+    assert "cannot read none.yaml: No such file" in refused("--config none.yaml")
+    assert "cannot read .: Is a directory" in refused("--config .")
+
+
+# Data and weights.
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragment"),
+    [
+        ({"y_test": None}, "the archive has no y_test"),
+        ({"x_test": np.zeros((20, 4), np.float32)}, "a sample of x_train has shape (5,)"),
+        ({"y_train": np.arange(20) % 3 - 1}, "y_train has the label -1"),
+        ({"y_train": np.zeros(20)}, "y_train is float64"),
+        ({"x_train": np.full((20, 5), np.nan, np.float32)}, "x_train holds 100 NaN"),
+    ],
+)
+def test_bad_archive(refused, changed, fragment):
+    archive("my data.npz", **changed)
+    message = refused("--data 'my data.npz'")
+    assert message.startswith("error: my data.npz: ")
+    assert fragment in message
+
+
+def test_truncated_archive(refused):
+    archive("a.npz")
+    Path("a.npz").write_bytes(Path("a.npz").read_bytes()[:300])
+    assert "a.npz: this is not a whole .npz archive" in refused("--data a.npz")
+
+
+def test_truncated_mnist(refused):
+    raw = Path("root/MNIST/raw")
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + bytes(20))
+    message = refused("--data mnist --offline --data-root root")
+    assert "train-images-idx3-ubyte is truncated or damaged" in message
+
+
+def test_weights(refused):
+    model = build("mlp", (1, 8, 8), 10, hidden=(30, 30))
+    torch.save(build("mlp", (1, 8, 8), 10, hidden=(20,)).state_dict(), "other.pt")
+    torch.save({**model.state_dict(), "fc2.bias": torch.full((30,), torch.nan)}, "nan.pt")
+    torch.save(model.state_dict(), "half.pt")
+    Path("half.pt").write_bytes(Path("half.pt").read_bytes()[:5000])
+    assert "gone.pt: there is no such file" in refused("--weights gone.pt")
+    assert "half.pt cannot be read as weights" in refused("--weights half.pt")
+    assert "other.pt belongs to another architecture" in refused("--weights other.pt")
+    assert "nan.pt: fc2.bias holds NaN" in refused("--weights nan.pt")
+
+
+@pytest.mark.parametrize("line", ["--samples 1 --steps 0", "--classes 3", "--data one.npz --classes 0", "--hidden"])
+def test_smallest_inputs(call, line):
+    archive("one.npz", x_train=np.ones((1, 5), np.float32), y_train=np.zeros(1, int))
+    code, _, err = call(f"--steps 2 --seeds 0 --hidden 4 {line} --out run")
+    assert (code, err) == (0, "")
+
+
+# The run directory.
+
+
+def test_a_run_and_the_same_again(call):
+    line = "--hidden 1 --steps 3 --samples 40 --seeds 0 1 --per tensor network --out run"
+    code, out, err = call(line)
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "Saved in run: " in out
+    assert tree("run") == {
+        *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "claims.json", "provenance.json"),
+        *("sums_and_means.png", "sums_and_means.pdf", "heat_map.png", "heat_map.pdf"),
+        *(f"seed-{i}{name}" for i in (0, 1) for name in ("", "/checkpoint.pt", "/records.json")),
+    }
+    records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
+    assert len(records) == len(pd.read_csv("run/table.csv")) == 2 * 5
+    wanted = "parameter size diag_sum diag_mean diag_max offdiag_abs_sum offdiag_abs_mean offdiag_abs_max "
+    wanted += "offdiag_signed_sum frobenius diag_share zero_fraction mean_ratio sum_ratio method ci95"
+    assert list(records[0])[:16] == wanted.split()
+    assert records[1]["parameter"] == "fc1.bias"
+    assert records[1]["offdiag_abs_mean"] is None  # one entry: there is none off the diagonal
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["hidden"], config["per"]) == ([1], ["tensor", "network"])
+    provenance = json.loads(Path("run/provenance.json").read_text())
+    assert {"command", "versions", "seeds", "data_hash", "git", "machine", "seconds"} <= set(provenance)
+    assert set(provenance["seconds"]) == {"data", "training", "curvature", "figures"}
+    assert provenance["continued"] is False
+    claims = json.loads(Path("run/claims.json").read_text())
+    assert {claim["verdict"] for claim in claims} == {"not tested"}
+    assert Path("run/table.tex").read_text().isascii()
+
+    before = contents("run")
+    code, again, _ = call(line)
+    assert (code, again) == (0, out)
+    assert contents("run") == before
+
+
+def test_the_default_folder(call):
+    code, _, _ = call("--hidden --steps 0 --samples 20 --seeds 0")
+    assert code == 0
+    (run,) = Path("runs").iterdir()
+    assert run.name.startswith("fim_diagonality-2")
+
+
+def test_folder_of_another_configuration(call, refused):
+    assert call(f"{TINY} --out run")[0] == 0
+    assert "run holds a run with another configuration (lr is 0.001 there and 0.1 here)" in refused(
+        f"{TINY} --lr 0.1 --out run"
+    )
+
+
+def test_out_is_a_file(refused):
+    Path("file").touch()
+    assert "file is a file, not a folder" in refused("--out file")
+    assert "cannot write file/run: Not a directory" in refused("--out file/run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_out_is_not_writable(refused):
+    Path("closed").mkdir(mode=0o500)
+    assert "cannot write closed/run: Permission denied" in refused("--out closed/run")
+
+
+def test_a_failure_leaves_what_was_in_the_folder(refused):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").touch()
+    refused("--lr 1e30 --out mine")
+    refused("--quantity hessian --hidden 100 --steps 1 --out mine")
+
+
+def test_full_disk_at_the_figures(call, monkeypatch):
+    whole = run_directory.write_whole
+
+    def full(path, content):
+        if path.name == "heat_map.png":
+            raise CurvlabError(f"cannot write {path}: {os.strerror(errno.ENOSPC)}")
+        whole(path, content)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(run_directory, "write_whole", full)
+        code, _, err = call(f"{TINY} --out run")
+    assert code == 2
+    assert err.splitlines() == [
+        "error: cannot write run/heat_map.png: No space left on device",
+        "8 finished rows in run; the same command with --out run continues there",
+    ]
+    before = Path("run/table.json").read_bytes()
+    assert call(f"{TINY} --out run")[0] == 0
+    assert Path("run/table.json").read_bytes() == before
+    assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
+
+
+@pytest.mark.parametrize("kilobytes", [40, 96, 160])
+def test_full_disk(call, tmp_path, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        code, _, err = call("--seeds 0 --steps 5 --out disk/run")
+        assert code == 2
+        assert err.startswith("error: cannot write disk/run")
+        assert "No space left" in err
+        assert not list(disk.rglob(".*"))
+        if kilobytes == 40:
+            assert tree(disk) == set()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# Stopping and continuing.
+
+
+@pytest.mark.parametrize("rows", [0, 3, 6])
+def test_interrupted_and_continued(call, monkeypatch, rows):
+    assert call(f"{TINY} --out undisturbed")[0] == 0
+    real, left = fim_diagonality.records, [rows]
+
+    def interrupted(*arguments, **options):
+        for record in real(*arguments, **options):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            yield record
+
+    with monkeypatch.context() as stop:
+        stop.setattr(fim_diagonality, "records", interrupted)
+        code, out, err = call(f"{TINY} --out run")
+    assert (code, out) == (130, "")
+    assert err == f"interrupted\n{rows} finished rows in run; the same command with --out run continues there\n"
+    if rows:
+        assert len(json.loads(Path("run/table.json").read_text())) == rows
+
+    Path("run/seed-0/.checkpoint.pt.0123abcd.tmp").touch()  # what a killed program leaves
+    Path("run/.mine.tmp").touch()
+    code, _, err = call(f"{TINY} --out run")
+    assert (code, err) == (0, "")
+    assert not Path("run/seed-0/.checkpoint.pt.0123abcd.tmp").exists()
+    assert Path("run/.mine.tmp").exists()
+    for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
+        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
+
+
+@pytest.mark.parametrize("where", ["load", "_check"])
+def test_interrupted_before_the_work(call, monkeypatch, where):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fim_diagonality, where, stop)
+    code, _, err = call("--out run")
+    assert (code, err) == (130, "interrupted\n")
+    assert not Path("run").exists()
+
+
+def started(line, appears):
+    process = subprocess.Popen(
+        [*COMMAND, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not Path(appears).exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_interrupt_in_training():
+    process = started("--steps 1000000 --out run", "run/seed-0/checkpoint.pt")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == ""
+    first, second, third = err.splitlines()
+    assert first == "interrupted"
+    assert second.startswith("training stopped after step ")
+    assert second.endswith("saved in run/seed-0/checkpoint.pt")
+    assert third == "0 finished rows in run; the same command with --out run continues there"
+    assert tree("run") == {"config.yaml", "seed-0", "seed-0/checkpoint.pt"}
+
+
+def test_killed_and_continued(call):
+    line = "--seeds 0 1 --steps 600"
+    assert call(f"{line} --out undisturbed")[0] == 0
+    process = started(f"{line} --out run", "run/seed-1")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert call(f"{line} --out run")[0] == 0
+    assert Path("run/table.json").read_bytes() == Path("undisturbed/table.json").read_bytes()
+    assert tree("run") == tree("undisturbed")
+
+
+@pytest.mark.parametrize("line", ["--help", "--hidden --steps 0 --samples 20 --seeds 0"])
+def test_nobody_reads_the_output(line):
+    process = subprocess.Popen(
+        [*COMMAND, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (0, "")
+
+
+def test_output_without_unicode_and_closed_output(call, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert call(f"{TINY} --out run")[0] == 0
+    assert b" ? " in output.buffer.getvalue()  # the plus-minus sign
+    monkeypatch.setattr(sys, "stdout", None)
+    assert call(f"{TINY} --out run")[0] == 0
+
+
+# What is printed.
+
+
+def test_a_narrow_terminal_loses_no_digit(capsys):
+    values = {"name": "fc1.weight", "a": 2.345678e-11, "b": 4.6e-12, "c": 123456.0}
+    columns = [Column("name", "parameter"), Column("a", "off-diag. sum", spread="b"), Column("c", "n")]
+    Console(width=20).print(render([values], columns, "A title with [brackets]"), crop=False)
+    words = capsys.readouterr().out.split()
+    for word in ("fc1.weight", "(2.35", "0.46)e-11", "123,456", "[brackets]"):
+        assert word in words
+
+
+def records_of(seed, sum_ratio):
+    shares = {"mean_ratio": 20.0, "paper_mean_ratio": 30.0, "sum_ratio": sum_ratio}
+    return [{"parameter": name, "seed": seed} | shares for name in ("fc1.bias", "fc2.bias", "fc3.bias", "fc3.weight")]
+
+
+def test_a_ratio_that_is_not_finite():
+    records = [{"parameter": "b", "size": 1, "mean_ratio": ratio, "method": "exact"} for ratio in (math.inf, 1.0)]
+    (row,) = fim_diagonality.summarise(records)
+    assert (row["mean_ratio"], row["mean_ratio_std"]) == (None, None)
+
+
+def test_claims_are_tested_under_the_papers_configuration_only():
+    found = [record for seed in range(3) for record in records_of(seed, 2.0)]
+    paper = fim_diagonality._claims(fim_diagonality.PAPER, found)
+    assert [claim.verdict for claim in paper if claim.text.startswith("b1: the off-diag")] == ["reproduced"]
+    default = fim_diagonality._claims(fim_diagonality.PRESETS["default"], found)
+    assert {claim.verdict for claim in default} == {"not tested"}
+    assert {claim.ours for claim in default} == {None}
+
+
+def test_a_claim_without_a_number_is_not_tested():
+    # As a record of a layer without gradients looks when it is read back.
+    found = [record for seed in range(3) for record in records_of(seed, None if seed == 1 else 2.0)]
+    claims = fim_diagonality._claims(fim_diagonality.PAPER, found)
+    assert {claim.verdict for claim in claims if "reaches or exceeds" in claim.text} == {"not tested"}
