@@ -20,7 +20,7 @@ from curvlab.diagonality.blocks import Block, Draw
 from curvlab.progress import Advance
 
 _FORMS = 24
-_PILOT = 120
+_PILOT = 200
 _ROUND = 200
 _MIN_DRAWS = 600
 _STRIP = 48
@@ -57,7 +57,8 @@ def sample_off_diagonal(
 
     guess = _mixture(np.sqrt(features[:, 1] * bounds), bounds)
     pilot = list(_draw(block, guess, _PILOT, strip, rng))
-    fitted = _fit(features, np.array([term.index for term in pilot]), np.array([term.abs_sum for term in pilot]))
+    within = np.equal(*_pairs(block))
+    fitted = _fit(features, within, np.array([t.index for t in pilot]), np.array([t.abs_sum for t in pilot]))
     probability = _mixture(fitted, bounds)
 
     terms = np.empty((0, 2))
@@ -122,11 +123,14 @@ def _mixture(weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return 0.95 * weights / weights.sum() + 0.05 * shares if weights.any() else shares
 
 
-def _fit(features: np.ndarray, index: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Return predicted sums of all tiles from a log-linear least-squares fit on the pilot's."""
+def _fit(features: np.ndarray, within: np.ndarray, index: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Return predicted sums of all tiles from a log-linear least-squares fit on the pilot's.
+
+    Tiles within one group, on the diagonal, have a level of their own: all their terms have one sign.
+    """
     floor = 1e-6 * features[:, 2:]
     logs = np.log(np.maximum(features, floor) + np.finfo(float).tiny)
-    design = np.column_stack([logs, np.ones(len(logs))])
+    design = np.column_stack([logs, within, np.ones(len(logs))])
     positive = sums > 0
     if positive.sum() < 2 * design.shape[1]:
         return features[:, 2]

@@ -61,9 +61,10 @@ def label_stream(quantity: Quantity) -> np.random.Generator:
 def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
     """Return the Linear layers whose rows are rank-one, by module name, as one batch shows them to be.
 
-    A layer qualifies if it is called once, on ``(N, d)``, if no other module shares its parameters, and if its
+    A layer qualifies if it is called once, on ``(N, d)``, if no other module shares its parameters, if its
     inputs and output gradients give the gradient that automatic differentiation gives (they do not where a
-    parameter is also used outside its layer).
+    parameter is also used outside its layer), and if the outputs of a sample depend on its own row alone (they do
+    not where the layer makes weights for others from constants).
     """
     uses: dict[int, int] = {}
     for _, parameter in problem.model.named_parameters(remove_duplicate=False):
@@ -77,8 +78,11 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
     parameters = {n: p.requires_grad_() for n, p in problem.parameters().items()}
     with torch.enable_grad():
         outputs = problem.forward(parameters, inputs)
+    if not outputs.requires_grad:
+        return {}
     # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
     seeds = torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(outputs.shape))).to(outputs)
+    seeds[1::2] = 0  # of every second sample: no other row may see them
     captured = _capture(problem, candidates, inputs, lambda _: seeds.unsqueeze(1))
     gradients = torch.autograd.grad(
         outputs, list(parameters.values()), seeds, allow_unused=True, materialize_grads=True
@@ -95,7 +99,7 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
             for key in sums
             if prefix + key in reference
         ]
-        if all(errors):
+        if all(errors) and not bool(factors.gradients[1::2].any()):
             right[name] = candidates[name]
     return right
 
@@ -203,7 +207,7 @@ def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Te
     def of_sample(x: Tensor, seed: Tensor) -> Tensor:
         pull = vjp(lambda p: problem.forward(p, x.unsqueeze(0))[0], parameters)[1]
         (rows,) = vmap(pull)(seed)
-        return torch.cat([rows[name].flatten(1) for name in parameters], dim=1)
+        return torch.cat([rows[name].reshape(len(seed), -1) for name in parameters], dim=1)
 
     rows: Tensor = vmap(of_sample)(inputs, seeds)
     return rows.flatten(0, 1)
@@ -216,11 +220,16 @@ def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor
         with torch.enable_grad():
             outputs = problem.forward(leaves, x)[0]
         for s in seed:
-            gradients = torch.autograd.grad(
-                outputs, list(leaves.values()), s, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+            rows.append(_pulled_back(outputs, list(leaves.values()), s))
     return torch.stack(rows)
+
+
+def _pulled_back(outputs: Tensor, leaves: list[Tensor], seed: Tensor) -> Tensor:
+    """Return ``seed' J``, flattened; zeros where the outputs depend on none of the leaves."""
+    if not outputs.requires_grad:
+        return torch.cat([torch.zeros_like(leaf).reshape(-1) for leaf in leaves])
+    gradients = torch.autograd.grad(outputs, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in gradients])
 
 
 def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -235,7 +244,4 @@ def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor]) 
         with torch.enable_grad():
             outputs = problem.forward(leaves, inputs)
         seeds = scale * problem.loss.gradients(outputs.detach(), targets)
-        gradients = torch.autograd.grad(
-            outputs, list(leaves.values()), seeds.to(outputs.dtype), allow_unused=True, materialize_grads=True
-        )
-        yield torch.cat([g.reshape(-1) for g in gradients]).unsqueeze(0)
+        yield _pulled_back(outputs, list(leaves.values()), seeds.to(outputs.dtype)).unsqueeze(0)

@@ -152,6 +152,8 @@ def _leaves(problem: Problem, space: ParameterSpace) -> dict[str, Tensor]:
 
 
 def _gradient(value: Tensor, parameters: list[Tensor], create_graph: bool = False) -> Tensor:
+    if not value.requires_grad:  # it depends on none of them
+        return torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
     gradients = torch.autograd.grad(
         value, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
