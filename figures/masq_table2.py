@@ -11,6 +11,7 @@ from pathlib import Path
 
 from curvlab.analyze.__main__ import main as analyze
 from curvlab.analyze.fim_diagonality import summarise, table_figure
+from curvlab.results import RunDirectory
 
 
 def main(run: Path) -> int:
@@ -21,9 +22,8 @@ def main(run: Path) -> int:
             return code
     records = json.loads((run / "table.json").read_text())
     figure = table_figure(summarise(records), "Empirical Fisher of 784-30-30-10 on MNIST, classes 0 to 4")
-    for kind in ("png", "pdf"):
-        figure.savefig(run / f"masq_table2.{kind}", dpi=300, bbox_inches="tight")
-        print(run / f"masq_table2.{kind}")
+    for path in RunDirectory(run, resumed=True).write_figure("masq_table2", figure):
+        print(path)
     return 0
 
 

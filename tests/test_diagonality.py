@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab import CurvlabError, EmpiricalFisher, Problem, UnsupportedError, diagonality, estimate
 from curvlab.diagonality import Submatrix, records, sampling, submatrix
-from curvlab.diagonality.blocks import Block, Draw
+from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
 from curvlab.diagonality.outer import OuterBlock
 from curvlab.diagonality.streamed import StreamedBlock
 from curvlab.estimators.rows import LinearFactors, row_batches
@@ -665,3 +665,12 @@ def test_the_tiles_of_a_block(make_block: Callable[[int], tuple[Block, Tensor]],
     for draw, strip in zip(draws, block.strips(draws), strict=True):
         expected = tiles[draw.first, draw.second][draw.rows]
         torch.testing.assert_close(strip, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_float32_sums_keep_their_digits():
+    # Adding up one by one in float32, as torch's vector norms do, loses per cents of the sum of so many entries.
+    entries = torch.randn(1024, 8192, generator=torch.Generator().manual_seed(0)).pow_(3)
+    sums = OffDiagonal()
+    sums.add(entries, 2)
+    assert sums.abs_sum == pytest.approx(2 * float(entries.double().abs().sum()), rel=1e-6)
+    assert sums.square_sum == pytest.approx(2 * float(entries.double().square().sum()), rel=1e-6)

@@ -1,22 +1,19 @@
 """How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
 from torch import Tensor, nn
 
+from curvlab.analyze import masq_table2
 from curvlab.analyze.command import Analysis, Config, RunOptions
 from curvlab.data import Dataset, load
 from curvlab.diagonality import Level, records, submatrix
@@ -31,7 +28,6 @@ from curvlab.results import (
     Stopwatch,
     aggregate,
     collect,
-    judge,
     open_run,
     render,
     render_claims,
@@ -161,7 +157,7 @@ def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> 
             for record in _of_seed(config, dataset, seed, directory, clock):
                 found.append(record)
         table = summarise(found)
-        claims = _claims(config, found)
+        claims = masq_table2.claims(found, _is_paper(config))
         write_tables(directory, found, _TABLE, summary=table)
         directory.write_json("claims.json", claims)
         with clock("figures"):
@@ -205,7 +201,6 @@ def _dataset(config: FimDiagonalityConfig, options: RunOptions) -> Dataset:
 
 def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
-    parse_quantity(config.quantity)
     for name, values in (("seeds", config.seeds), ("per", config.per)):
         if not values or len(set(values)) < len(values):
             raise CurvlabError(f"{name} needs one value or several different ones, not {list(values)}")
@@ -219,7 +214,8 @@ def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
         raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
     if device.type not in ("cpu", "cuda"):
         raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
-    Problem(_model(config, dataset, config.seeds[0]), "cross_entropy", _samples(config, dataset)).check()
+    problem = Problem(_model(config, dataset, config.seeds[0]), "cross_entropy", _samples(config, dataset))
+    records(problem, config.quantity, per=config.per)  # the call itself checks; no row is asked for
 
 
 def _model(config: FimDiagonalityConfig, dataset: Dataset, seed: int) -> nn.Module:
@@ -329,98 +325,19 @@ def summarise(found: Sequence[Record]) -> list[Record]:
 
 def table_figure(table: Sequence[Record], title: str) -> Figure:
     """Draw sums and means of a table of ``summarise`` as bars, the published ones marked."""
-    return diagonality_bars(table, title, _published()["rows"])
-
-
-def _published() -> dict[str, Any]:
-    text = files("curvlab.analyze").joinpath("published/masq_table2.yaml").read_text()
-    published: dict[str, Any] = yaml.safe_load(text)
-    return published
+    return diagonality_bars(table, title, masq_table2.published()["rows"])
 
 
 def _is_paper(config: FimDiagonalityConfig) -> bool:
     return config.model_dump(exclude=_NO_MATTER) == PAPER.model_dump(exclude=_NO_MATTER)
 
 
-def _claims(config: FimDiagonalityConfig, found: Sequence[Record]) -> list[Claim]:
-    """Test the paper's claims; with another configuration than the paper's they are listed as not tested."""
-    published = _published()
-    rows, labels = published["rows"], published["labels"]
-    tested = _is_paper(config)
-    by_name: dict[str, list[Record]] = {}
-    for record in found:
-        by_name.setdefault(record["parameter"], []).append(record)
-
-    def claim(text: str, source: str, printed: float | str | None, name: str, key: str, test: Any) -> Claim:
-        # A number that is not finite is null in a record that was read back.
-        values = [math.nan if r[key] is None else float(r[key]) for r in by_name.get(name, ())] if tested else []
-        finite = bool(values) and all(map(math.isfinite, values))
-        return Claim(
-            text,
-            source,
-            printed,
-            fmean(values) if finite else None,
-            stdev(values) if finite and len(values) > 1 else None,
-            judge(values, test),
-        )
-
-    claims = []
-    for name, row in rows.items():
-        identity = " (true of any softmax output layer: its signed sum is zero)" if name.startswith("fc3") else ""
-        claims.append(
-            claim(
-                f"{labels[name]}: the off-diagonal sum reaches or exceeds the diagonal sum{identity}",
-                "Table 2; section 3.3",
-                float(f"{row['offdiag_abs_sum'] / row['diag_sum']:.3g}"),
-                name,
-                "sum_ratio",
-                lambda value: value >= 1,
-            )
-        )
-    for name, row in rows.items():
-        printed = float(f"{row['diag_mean'] / row['offdiag_mean']:.3g}")
-        claims.append(
-            claim(
-                f"{labels[name]}: diagonal entries are larger than off-diagonal ones by at least an order of "
-                "magnitude on average (the printed means divide by n² and n⁴, ours by n and n² - n)",
-                "Table 2; section 4",
-                printed,
-                name,
-                "mean_ratio",
-                lambda value: value >= 10,
-            )
-        )
-        claims.append(
-            claim(
-                f"{labels[name]}: the same with the paper's denominators",
-                "Table 2, caption",
-                printed,
-                name,
-                "paper_mean_ratio",
-                lambda value: value >= 10,
-            )
-        )
-    for name, label in labels.items():
-        if name not in rows:
-            claims.append(
-                claim(
-                    f"{label}: its matrix takes too much memory to compute (ours: its off-diagonal over diagonal sum)",
-                    "Table 2, caption",
-                    "not computed",
-                    name,
-                    "sum_ratio",
-                    lambda value: not np.isfinite(value),
-                )
-            )
-    return claims
-
-
 def _figures(config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirectory, table: Sequence[Record]) -> None:
-    published = _published()
     tensors = [row for row in table if "." in row["parameter"]]
     title = f"{_quantity(config)} of a {_net(config, dataset)} on {Path(config.data).name}"
     directory.write_figure(
-        "sums_and_means", diagonality_bars(tensors, title, published["rows"] if _is_paper(config) else None)
+        "sums_and_means",
+        diagonality_bars(tensors, title, masq_table2.published()["rows"] if _is_paper(config) else None),
     )
     model, _ = _trained(config, dataset, config.seeds[0], directory)
     problem = Problem(model, "cross_entropy", _samples(config, dataset))
@@ -461,24 +378,8 @@ def _print(
     console.print(render(table, _SUMS, title), crop=False)
     console.print(render(table, _MEANS, "Means: of the entries, and with the paper's denominators"), crop=False)
     if _is_paper(config):
-        rows = _published()["rows"]
-        beside = [
-            {**row, **{f"published_{key}": value for key, value in rows[row["parameter"]].items()}}
-            for row in table
-            if row["parameter"] in rows
-        ]
-        columns = (
-            Column("parameter", "parameter"),
-            Column("published_diag_sum", "published diag sum", format=lambda printed: f"{printed:g}"),
-            Column("diag_sum", "ours", spread="diag_sum_std"),
-            Column("published_offdiag_abs_sum", "published off-diag sum", format=lambda printed: f"{printed:g}"),
-            Column("offdiag_abs_sum", "ours", spread="offdiag_abs_sum_std"),
-            Column("published_diag_mean", "published diag mean", format=lambda printed: f"{printed:g}"),
-            Column("paper_diag_mean", "ours (/ n²)", spread="paper_diag_mean_std"),
-            Column("published_offdiag_mean", "published off-diag mean", format=lambda printed: f"{printed:g}"),
-            Column("paper_offdiag_mean", "ours (/ n⁴)", spread="paper_offdiag_mean_std"),
-        )
-        console.print(render(beside, columns, f"{_published()['source']}, beside ours"), crop=False)
+        title = f"{masq_table2.published()['source']}, beside ours"
+        console.print(render(masq_table2.beside_published(table), masq_table2.COLUMNS, title), crop=False)
         console.print(render_claims(claims), crop=False)
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     if accuracies:

@@ -61,7 +61,8 @@ def diagonality(
     ``method``: ``exact``, or ``sampled`` where going through the block would take more than ``time_budget``.
     ``ci95``: half-width of the 95 % interval of ``offdiag_abs_sum``; ``frobenius_ci95``: of ``frobenius``;
     ``draws``: how many were taken. Diagonal and signed sum are exact always. In a sampled row ``zero_fraction``
-    counts only the entries of which two inputs or two units are never active together (a lower bound), and
+    counts only entries that are zero for certain (a lower bound: those of which two inputs or two units of a Linear
+    layer are never active together, else those in rows of zero diagonal), and
     ``offdiag_abs_max`` is the largest entry if it equals ``offdiag_abs_max_bound``, else the largest found.
 
     Args:
@@ -116,35 +117,41 @@ def records(
     skip: Collection[str] = (),
     progress: bool = False,
 ) -> Iterator[Record]:
-    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known, but for those named in ``skip``."""
+    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known, but for those named in ``skip``.
+
+    Arguments, data and model are checked by the call itself, before the first row is asked for.
+    """
     quantity = parse_quantity(quantity)
     for name, value in (("time_budget", time_budget), ("precision", precision), ("tile_memory", tile_memory)):
         if not value > 0:
             raise CurvlabError(f"{name} must be above zero, not {value}")
     space = ParameterSpace.of(problem.model, params)
-    problem.check()
-    n = problem.num_samples
-    blocks = _Blocks(problem, quantity, tile_memory)
     groups = [group for level in ([per] if isinstance(per, str) else per) for group in _groups(problem, space, level)]
-    for name, members in groups:
-        if name in skip:
-            continue
-        with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
-            if isinstance(quantity, Hessian):
-                yield {"parameter": name} | dense_record(_whole_hessian(problem, name, members))
+    if isinstance(quantity, Hessian):
+        for name, members in groups:
+            _check_hessian(problem, name, members)
+    problem.check()
+
+    def rows() -> Iterator[Record]:
+        blocks = _Blocks(problem, quantity, tile_memory)
+        for name, members in groups:
+            if name in skip:
                 continue
-            block = blocks(members)
-            if not bool(block.diagonal().isfinite().all()):
-                raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-            record = block_record(
-                block,
-                n,
-                precision=precision,
-                max_operations=time_budget * OPERATIONS_PER_SECOND,
-                seed=seed,
-                advance=advance,
-            )
-        yield {"parameter": name} | record
+            with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
+                if isinstance(quantity, Hessian):
+                    record = dense_record(estimate(problem, Hessian(), "dense", params=members).to_dense())
+                else:
+                    record = block_record(
+                        blocks(members),
+                        problem.num_samples,
+                        precision=precision,
+                        max_operations=time_budget * OPERATIONS_PER_SECOND,
+                        seed=seed,
+                        advance=advance,
+                    )
+            yield {"parameter": name} | record
+
+    return rows()
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,8 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
     counts = tuple(len(index) for index in chosen.values())
     if isinstance(quantity, Hessian):
         flat = torch.cat([index + space.slices[name].start for name, index in chosen.items()])
-        return Submatrix(_whole_hessian(problem, "the model", space.names)[flat][:, flat], space.names, counts)
+        _check_hessian(problem, "the model", space.names)
+        return Submatrix(estimate(problem, quantity, "dense").to_dense()[flat][:, flat], space.names, counts)
     blocks = _Blocks(problem, quantity, 2e8)
     parts = [(blocks([name]), index) for name, index in chosen.items()]
     columns = torch.cat([block.columns(index) * sqrt(block.unit()) for block, index in parts], dim=1)
@@ -208,6 +216,14 @@ class _Blocks:
         self.linear = linear_layers(problem) if rank_one else {}
 
     def __call__(self, members: list[str]) -> Block:
+        block = self._make(members)
+        if not bool(block.diagonal().isfinite().all()):
+            raise CurvlabError(
+                f"the {self.quantity} of {', '.join(members)} is not finite: the model's outputs or gradients overflow"
+            )
+        return block
+
+    def _make(self, members: list[str]) -> Block:
         layer, _, kind = members[0].rpartition(".")
         if layer in self.linear and len(members) <= 2 and all(m.rpartition(".")[0] == layer for m in members):
             factors = linear_factors(self.problem, self.quantity, layer, self.linear[layer])
@@ -218,11 +234,10 @@ class _Blocks:
         return StreamedBlock(partial(row_batches, self.problem, self.quantity, members), size, self.tile_memory)
 
 
-def _whole_hessian(problem: Problem, name: str, members: Sequence[str]) -> Tensor:
+def _check_hessian(problem: Problem, name: str, members: Sequence[str]) -> None:
     size = ParameterSpace.of(problem.model, members).total
     if size > _LARGEST_HESSIAN:
         raise UnsupportedError(
             f"the Hessian of {name} has {size:,} parameters and no rows to stream; it is formed whole, up to "
             f"{_LARGEST_HESSIAN:,}: select smaller tensors with params, or take the ggn"
         )
-    return estimate(problem, Hessian(), "dense", params=members).to_dense()

@@ -96,6 +96,16 @@ class OuterBlock(Block):
 
     def columns(self, index: Tensor) -> Tensor:
         """Return the rows' entries at some parameters, ``(N R, k)``."""
+        return torch.cat(list(self._columns(index)))
+
+    def gram(self, index: Tensor) -> Tensor:
+        """Return the entries between some parameters, ``(k, k)``."""
+        total = self.right.new_zeros(len(index), len(index))
+        for columns in self._columns(index):
+            total.addmm_(columns.mT, columns)
+        return total
+
+    def _columns(self, index: Tensor) -> Iterator[Tensor]:
         if self.transposed:
             group, place = index % self.groups, index // self.groups
         else:
@@ -103,9 +113,10 @@ class OuterBlock(Block):
         position = torch.full((self.places,), -1, device=index.device)
         position[self._alive] = torch.arange(self.width, device=index.device)
         alive = position[place] >= 0
-        columns = self.left.new_zeros(self.left.shape[0], self.left.shape[1], len(index))
-        columns[:, :, alive] = self.left[:, :, group[alive]] * self.right[:, position[place[alive]]].unsqueeze(1)
-        return columns.flatten(0, 1)
+        for left, right in self._samples():
+            columns = left.new_zeros(left.shape[0], left.shape[1], len(index))
+            columns[:, :, alive] = left[:, :, group[alive]] * right[:, position[place[alive]]].unsqueeze(1)
+            yield columns.flatten(0, 1)
 
     def operations(self) -> float:
         """Return about how many operations ``off_diagonal`` takes."""

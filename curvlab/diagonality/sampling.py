@@ -187,7 +187,7 @@ def _draw(
         weight = times / torch.as_tensor(inclusion, device=tile.device)
         yield _Term(
             int(i),
-            float((torch.linalg.vector_norm(tile, 1, dim=1) * weight).sum()),
+            float((tile.abs().sum(dim=1) * weight).sum()),
             float((tile.square().sum(dim=1) * weight).sum()),
             block.strip_operations(draw),
         )

@@ -102,8 +102,7 @@ def _largest(block: Block, diagonal: Tensor) -> tuple[float, float]:
     order = diagonal.argsort(descending=True)
     found, count = 0.0, 256
     while True:
-        columns = block.columns(order[:count])
-        gram = columns.mT @ columns
+        gram = block.gram(order[:count])
         gram.diagonal().zero_()
         found = max(found, float(gram.abs().max()))
         if count >= len(order):

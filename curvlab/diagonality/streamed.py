@@ -68,6 +68,14 @@ class StreamedBlock(Block):
         self._first_pass()
         return torch.cat([rows[:, index] / self._scale for rows in self.rows()])
 
+    def gram(self, index: Tensor) -> Tensor:
+        """Return the entries between some parameters, ``(k, k)``."""
+        total = self._first_pass().new_zeros(len(index), len(index))
+        for rows in self.rows():
+            columns = rows[:, index] / self._scale
+            total.addmm_(columns.mT, columns)
+        return total
+
     def operations(self) -> float:
         """Return about how many operations ``off_diagonal`` takes."""
         self._first_pass()
