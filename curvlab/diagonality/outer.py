@@ -28,6 +28,7 @@ class OuterBlock(Block):
 
     _PANELS = 6
     _MIN_PANEL = 48
+    _COMMON = 0.7
 
     def __init__(self, left: Tensor, right: Tensor, transposed: bool = False) -> None:
         units = [power_of_two(float(torch.linalg.vector_norm(factor, torch.inf))) for factor in (left, right)]
@@ -43,7 +44,17 @@ class OuterBlock(Block):
         self.size = self.groups * self.places
         panels = max(1, min(self._PANELS, self.width // self._MIN_PANEL))
         edges = [self.width * i // panels for i in range(panels + 1)]
-        self._panels = [(a, b, (self.right[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
+        masks = [(self.right[:, a:b] != 0).any(dim=1) for a, b in pairwise(edges)]
+        shares = [float(mask.double().mean()) for mask in masks]
+        # From the first panel on that most samples touch, leaving samples out costs more than it saves.
+        rare = next((i for i, share in enumerate(shares) if share > self._COMMON), len(shares))
+        panels_of = list(zip(pairwise(edges), masks, strict=True))
+        self._rare = [(a, b, mask) for (a, b), mask in panels_of[:rare] if b > a]
+        self._common = [(a, b) for (a, b), _ in panels_of[rare:]]
+        self._row_operations = sum(
+            2.0 * (b - a) * (self.width - a) * (share if share <= self._COMMON else 1.0)
+            for (a, b), share in zip(pairwise(edges), shares, strict=True)
+        )
 
     @classmethod
     def of_weight(cls, factors: LinearFactors) -> "OuterBlock":
@@ -122,8 +133,7 @@ class OuterBlock(Block):
         """Return about how many operations ``off_diagonal`` takes."""
         active = (self.left != 0).any(dim=1).to(self.right.dtype)
         pairs = (active.mT @ active).triu().sum()
-        per_row = sum(2.0 * (b - a) * (self.width - a) * float(mask.double().mean()) for a, b, mask in self._panels)
-        return float(pairs) * per_row
+        return float(pairs) * self._row_operations
 
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
         """Go through every tile."""
@@ -132,13 +142,8 @@ class OuterBlock(Block):
         for o in range(self.groups):
             for p in range(o, self.groups):
                 weights = self._weights(o, p)
-                active = weights != 0
-                for a, b, mask in self._panels:
-                    rows = (active & mask).nonzero().squeeze(1)
-                    if len(rows) == 0:
-                        continue
-                    x = self.right[rows, a:] if a else self.right.index_select(0, rows)
-                    tile = (x[:, : b - a] * weights[rows].unsqueeze(1)).mT @ x
+                for a, b, x, kept in self._panels(weights):
+                    tile = (x[:, : b - a] * kept.unsqueeze(1)).mT @ x
                     if o == p:
                         tile.diagonal().zero_()
                     twice = 1 if o == p else 2
@@ -146,6 +151,19 @@ class OuterBlock(Block):
                     sums.add(tile[:, b - a :], 2 * twice)
                 advance(share)
         return sums
+
+    def _panels(self, weights: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield panels ``a:b``, the places from ``a`` on of the samples that matter there, and their weights."""
+        active = weights != 0
+        for a, b, mask in self._rare:
+            rows = (active & mask).nonzero().squeeze(1)
+            yield a, b, self.right[:, a:].index_select(0, rows), weights[rows]
+        if self._common:
+            start = self._common[0][0]
+            rows = active.nonzero().squeeze(1)
+            x, kept = self.right[:, start:].index_select(0, rows), weights[rows]
+            for a, b in self._common:
+                yield a, b, x[:, a - start :], kept
 
     def gram_operations(self) -> float:
         """Return about how many operations ``square_sum`` takes."""
