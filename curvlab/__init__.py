@@ -1,5 +1,6 @@
 """curvlab: the curvature of a network on its data, on one scale, checked."""
 
+from curvlab import data
 from curvlab._version import __version__
 from curvlab.diagonality import diagonality
 from curvlab.errors import CurvlabError, UnsupportedError
@@ -18,6 +19,7 @@ __all__ = [
     "Problem",
     "UnsupportedError",
     "__version__",
+    "data",
     "diagonality",
     "estimate",
     "load",
