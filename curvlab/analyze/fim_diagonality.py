@@ -136,7 +136,7 @@ _MEANS = (
     Column("paper_diag_mean", "diag sum / n²", spread="paper_diag_mean_std"),
     Column("paper_offdiag_mean", "off-diag sum / n⁴", spread="paper_offdiag_mean_std"),
 )
-_TABLE = (*_SUMS[:4], *_MEANS[1:], _SUMS[4], *_SUMS[5:])
+_TABLE = (*_SUMS[:4], *_MEANS[1:], *_SUMS[4:])
 
 
 def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> None:

@@ -44,17 +44,11 @@ class OuterBlock(Block):
         self.size = self.groups * self.places
         panels = max(1, min(self._PANELS, self.width // self._MIN_PANEL))
         edges = [self.width * i // panels for i in range(panels + 1)]
-        masks = [(self.right[:, a:b] != 0).any(dim=1) for a, b in pairwise(edges)]
-        shares = [float(mask.double().mean()) for mask in masks]
+        masks = [(a, b, (self.right[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
         # From the first panel on that most samples touch, leaving samples out costs more than it saves.
-        rare = next((i for i, share in enumerate(shares) if share > self._COMMON), len(shares))
-        panels_of = list(zip(pairwise(edges), masks, strict=True))
-        self._rare = [(a, b, mask) for (a, b), mask in panels_of[:rare] if b > a]
-        self._common = [(a, b) for (a, b), _ in panels_of[rare:]]
-        self._row_operations = sum(
-            2.0 * (b - a) * (self.width - a) * (share if share <= self._COMMON else 1.0)
-            for (a, b), share in zip(pairwise(edges), shares, strict=True)
-        )
+        rare = next((i for i, panel in enumerate(masks) if _share(panel[2]) > self._COMMON), len(masks))
+        self._rare = masks[:rare]
+        self._common = [(a, b) for a, b, _ in masks[rare:]]
 
     @classmethod
     def of_weight(cls, factors: LinearFactors) -> "OuterBlock":
@@ -133,7 +127,8 @@ class OuterBlock(Block):
         """Return about how many operations ``off_diagonal`` takes."""
         active = (self.left != 0).any(dim=1).to(self.right.dtype)
         pairs = (active.mT @ active).triu().sum()
-        return float(pairs) * self._row_operations
+        parts = [(a, b, _share(mask)) for a, b, mask in self._rare] + [(a, b, 1.0) for a, b in self._common]
+        return float(pairs) * sum(2.0 * (b - a) * (self.width - a) * share for a, b, share in parts)
 
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
         """Go through every tile."""
@@ -227,3 +222,7 @@ class OuterBlock(Block):
     def strip_operations(self, draw: Draw) -> float:
         """Return about how many operations one strip takes."""
         return 2.0 * len(self.right) * len(draw.rows) * self.width
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())

@@ -26,6 +26,8 @@ _MIN_DRAWS = 600
 _STRIP = 48
 _NORMAL_975 = 1.959963984540054
 
+_Pairs = tuple[np.ndarray, np.ndarray]  # the groups of every tile ``o <= p``
+
 
 @dataclass(frozen=True)
 class SampledSums:
@@ -51,20 +53,21 @@ def sample_off_diagonal(
         advance: Called with the share done, one in total.
     """
     rng = np.random.default_rng(seed)
-    features = _features(block, rng)
+    pairs = np.triu_indices(block.groups)
+    features = _features(block, pairs, rng)
     bounds = features[:, 2]
     strip = _StripSampler(block.column_scales(), rng)
 
     guess = _mixture(np.sqrt(features[:, 1] * bounds), bounds)
-    pilot = list(_draw(block, guess, _PILOT, strip, rng))
-    within = np.equal(*_pairs(block))
+    pilot = list(_draw(block, pairs, guess, _PILOT, strip, rng))
+    within = np.equal(*pairs)
     fitted = _fit(features, within, np.array([t.index for t in pilot]), np.array([t.abs_sum for t in pilot]))
     probability = _mixture(fitted, bounds)
 
     terms = np.empty((0, 2))
     used, done = 0.0, 0.0
     while True:
-        drawn = list(_draw(block, probability, _ROUND, strip, rng))
+        drawn = list(_draw(block, pairs, probability, _ROUND, strip, rng))
         used += sum(term.operations for term in drawn)
         new = [(t.abs_sum / probability[t.index], t.square_sum / probability[t.index]) for t in drawn]
         terms = np.concatenate([terms, new])
@@ -93,12 +96,7 @@ class _Term:
     operations: float
 
 
-def _pairs(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.triu_indices(block.groups)
-    return first, second
-
-
-def _features(block: Block, rng: np.random.Generator) -> np.ndarray:
+def _features(block: Block, pairs: _Pairs, rng: np.random.Generator) -> np.ndarray:
     """Return, for every tile ``o <= p``: |signed sum|, Frobenius norm (estimated), upper bound; zeros if it is zero."""
     ones = torch.ones_like(block.column_scales()).unsqueeze(0)
     signs = torch.as_tensor(rng.choice([-1.0, 1.0], size=(2, _FORMS, block.width))).to(ones)
@@ -112,9 +110,8 @@ def _features(block: Block, rng: np.random.Generator) -> np.ndarray:
         squares += 2 * form.square() / half
     for form in block.tile_forms(left[half:], right[half:]):
         squares += form.square() / (_FORMS - half)
-    first, second = _pairs(block)
     columns = (signed.abs(), squares.sqrt(), block.tile_bounds())
-    return np.stack([c.double().cpu().numpy()[first, second] for c in columns], axis=1)
+    return np.stack([c.double().cpu().numpy()[pairs] for c in columns], axis=1)
 
 
 def _mixture(weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -171,9 +168,9 @@ class _StripSampler:
 
 
 def _draw(
-    block: Block, weights: np.ndarray, count: int, strip: _StripSampler, rng: np.random.Generator
+    block: Block, pairs: _Pairs, weights: np.ndarray, count: int, strip: _StripSampler, rng: np.random.Generator
 ) -> Iterator[_Term]:
-    first, second = _pairs(block)
+    first, second = pairs
     index = rng.choice(len(weights), size=count, p=weights / weights.sum())
     strips = [strip() for _ in range(count)]
     draws = [

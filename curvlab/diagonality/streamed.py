@@ -32,9 +32,12 @@ class StreamedBlock(Block):
 
     def _grouped(self) -> Iterator[Tensor]:
         """Yield rows as ``(rows, O, d)``, with zeros after the last parameter."""
-        padding = self.groups * self.width - self.size
         for rows in self.rows():
-            yield torch.nn.functional.pad(rows / self._scale, (0, padding)).view(len(rows), self.groups, self.width)
+            yield self._in_groups(rows / self._scale)
+
+    def _in_groups(self, entries: Tensor) -> Tensor:
+        padding = self.groups * self.width - self.size
+        return torch.nn.functional.pad(entries, (0, padding)).view(*entries.shape[:-1], self.groups, self.width)
 
     def _first_pass(self) -> Tensor:
         if self._diagonal is None:
@@ -86,17 +89,14 @@ class StreamedBlock(Block):
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
         """Go through every tile, as many at a pass as the memory holds."""
         sums = OffDiagonal()
-        pairs = [(o, p) for o in range(self.groups) for p in range(o, self.groups)]
-        for (o, p), tile in zip(pairs, self._tiles(pairs), strict=True):
+        everything = torch.arange(self.width)
+        draws = [Draw(o, p, everything) for o in range(self.groups) for p in range(o, self.groups)]
+        for (o, p, _), tile in zip(draws, self.strips(draws), strict=True):
             if o == p:
                 tile.diagonal().zero_()
             sums.add(tile, 1 if o == p else 2)
-            advance(1 / len(pairs))
+            advance(1 / len(draws))
         return sums
-
-    def _tiles(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        everything = torch.arange(self.width)
-        yield from self.strips([Draw(o, p, everything) for o, p in pairs])
 
     def gram_operations(self) -> float:
         """Return infinity: the Gram matrix of the rows would need them all at once."""
@@ -124,9 +124,7 @@ class StreamedBlock(Block):
 
     def column_scales(self) -> Tensor:
         """Return the root mean square at each place within a group."""
-        padding = self.groups * self.width - self.size
-        squares = torch.nn.functional.pad(self._first_pass(), (0, padding)).view(self.groups, self.width)
-        return squares.mean(dim=0).sqrt()
+        return self._in_groups(self._first_pass()).mean(dim=0).sqrt()
 
     def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
         """Yield the sampled rows of tiles, as many at a pass as the memory holds."""
