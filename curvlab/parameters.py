@@ -1,6 +1,6 @@
 """The space that every curvature matrix lives in: a model's trainable parameters, named and flattened."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -71,6 +71,11 @@ class ParameterSpace:
         """Where each tensor lies in the flat vector."""
         ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
         return {name: slice(a, b) for name, a, b in zip(self.names, ends[:-1], ends[1:], strict=True)}
+
+    def restrict(self, names: Container[str]) -> "ParameterSpace":
+        """Return the space of the parameters among these names, in this space's order."""
+        kept = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in names]
+        return ParameterSpace(tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
     def flatten(self, vectors: Vectors) -> Tensor:
         """Return ``(P,)`` of a dict of parameter-shaped tensors, or a flat ``(P,)`` or ``(P, K)`` as it is.

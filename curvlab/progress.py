@@ -15,6 +15,10 @@ class Advance(Protocol):
         """Move on by ``steps`` and show ``note`` beside the bar."""
 
 
+def silent(_: float = 1.0, /, *, note: str = "") -> None:
+    """Show nothing: an ``Advance`` for those who do not ask for one."""
+
+
 @contextmanager
 def progress(description: str, total: float | None, enabled: bool = True) -> Iterator[Advance]:
     """Show a bar on standard error while the block runs, and yield the function that advances it.

@@ -4,11 +4,11 @@ Each has a string form, the one that the command line takes: ``fisher``, ``fishe
 ``empirical_fisher``, ``masq:batch_size=1000,norm=mean``, ``ggn``, ``hessian``.
 """
 
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from curvlab.errors import CurvlabError
+from curvlab.forms import form, parse_form
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Quantity:
 
     def __str__(self) -> str:
         """Return the string form, without the options left at their defaults."""
-        options = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}:{','.join(options)}" if options else self.name
+        return form(self)
 
 
 @dataclass(frozen=True)
@@ -103,26 +102,4 @@ def parse_quantity(text: str | Quantity) -> Quantity:
         >>> str(Fisher(samples=4))
         'fisher:samples=4'
     """
-    if isinstance(text, Quantity):
-        return text
-    name, _, rest = text.partition(":")
-    if name not in QUANTITIES:
-        near = get_close_matches(name, QUANTITIES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise CurvlabError(f"there is no quantity {name!r}; {hint}The quantities are {', '.join(QUANTITIES)}")
-    kind = QUANTITIES[name]
-    known = {f.name for f in fields(kind)}
-    options: dict[str, int | str] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key not in known or not equals:
-            allowed = ", ".join(sorted(known)) or "none"
-            raise CurvlabError(f"{name} does not take {part!r}; its options are: {allowed}, as key=value")
-        if key == "norm":
-            options[key] = value
-        else:
-            try:
-                options[key] = int(value)
-            except ValueError:
-                raise CurvlabError(f"{name}:{key} takes a whole number, not {value!r}") from None
-    return kind(**options)
+    return text if isinstance(text, Quantity) else parse_form(text, "quantity", QUANTITIES)

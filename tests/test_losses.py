@@ -7,7 +7,7 @@ from models_under_test import plain_loss
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.estimators.rows import output_rows
+from curvlab.estimators.seeds import output_rows
 from curvlab.losses import LOSSES, get_loss
 from curvlab.quantities import EmpiricalFisher, Fisher
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.rows import label_stream, linear_factors, linear_layers, output_rows, row_batches
+from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
+from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.losses import get_loss
 from curvlab.parameters import ParameterSpace

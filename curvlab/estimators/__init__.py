@@ -1,5 +1,5 @@
 """Estimators: a quantity of a problem in a structure, computed by a backend. ``estimate`` is the one door."""
 
-from curvlab.estimators.registry import estimate
+from curvlab.estimators.registry import BACKENDS, estimate
 
-__all__ = ["estimate"]
+__all__ = ["BACKENDS", "estimate"]

@@ -1,49 +1,37 @@
-"""Which backend computes which quantity in which structure, and the one door to all of them."""
+"""Which backend computes which quantity in which structure for a model, and the one door to all of them."""
 
 import time
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators import torch_func
-from curvlab.matrices import CurvatureMatrix, Info
+from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
+from curvlab.estimators.backend import Backend
+from curvlab.estimators.layers import kronecker_layers
+from curvlab.forms import unknown
+from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, progress
 from curvlab.quantities import Fisher, MaSQ, Quantity, parse_quantity
+from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 
-STRUCTURES = ("dense", "block_diag", "diag", "kfac", "ekfac", "tkfac", "implicit")
-
-
-class Estimator(Protocol):
-    """What a backend offers: from a problem to the tensors that hold the matrix (``CurvatureMatrix.tensors``)."""
-
-    def __call__(
-        self,
-        problem: Problem,
-        quantity: Quantity,
-        structure: str,
-        space: ParameterSpace,
-        batch_size: int | None,
-        advance: Advance,
-    ) -> Mapping[str, Tensor]:
-        """Compute the matrix as a mean over samples; ``advance`` is called with the samples done."""
-
-
-#: Backend name -> the (quantity, structure) cells that it fills, and how. The first that fills a cell is ``auto``'s.
-BACKENDS: dict[str, tuple[Mapping[type[Quantity], Sequence[str]], Estimator]] = {
-    "torch": (torch_func.CELLS, torch_func.compute),
+#: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
+BACKENDS: Mapping[str, Backend] = {
+    module.BACKEND.name: module.BACKEND for module in (hooks, curvlinops, nngeometry, backpack, torch_func)
 }
+
+_PROBE_SAMPLES = 3
 
 
 def estimate(
     problem: Problem,
     quantity: Quantity | str,
-    structure: str,
+    structure: Structure | str,
     *,
     backend: str = "auto",
     params: Sequence[str] | str | None = None,
@@ -55,8 +43,11 @@ def estimate(
     Args:
         problem: Model, loss and data.
         quantity: One of ``curvlab.quantities`` or its string form, such as ``"fisher:samples=4"``.
-        structure: ``dense``, ``block_diag`` (a block a parameter tensor) or ``diag``.
-        backend: ``torch`` (per-sample automatic differentiation), or ``auto``.
+        structure: ``dense``, ``block_diag`` (a block a parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac`` or
+            ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
+            structure is of Linear and convolution layers; the option ``rest=diag`` gives the other parameters that.
+        backend: ``hooks`` (our own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
+            per-sample automatic differentiation), or ``auto``: the fastest that is right for this model.
         params: Glob patterns of parameter names; None for all trainable ones.
         batch_size: Samples taken at once; None for the data's own batches. Never changes the result.
         progress: Show a progress bar on a terminal.
@@ -66,7 +57,8 @@ def estimate(
 
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
-        UnsupportedError: No backend, or not this one, computes this right for this model.
+        UnsupportedError: No backend, or not this one, computes this right for this model; the message names the
+            module that stands in the way and what would work.
 
     Examples:
         >>> import torch
@@ -74,54 +66,169 @@ def estimate(
         >>> estimate(problem, "empirical_fisher", "diag")
         Diagonal(empirical_fisher, P=9, torch.float32, cpu)
     """
-    quantity = parse_quantity(quantity)
-    chosen = _choose(quantity, structure, backend)
+    quantity, structure = parse_quantity(quantity), parse_structure(structure)
+    if backend not in ("auto", *BACKENDS):
+        raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
     space = ParameterSpace.of(problem.model, params)
+    able(quantity, structure, backend)  # a cell that no one fills is said before the data are gone through
     problem.check()
-    started = time.perf_counter()
-    num_samples = problem.num_samples
     # Also where the caller has switched gradients off.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _bar(f"{quantity} {structure}", num_samples, progress) as advance,
+        _bar(f"{quantity} {structure}", problem.num_samples, progress) as advance,
     ):
-        tensors = BACKENDS[chosen][1](problem, quantity, structure, space, batch_size, advance)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-    info = Info(
-        quantity=str(quantity),
-        structure=structure,
-        loss=problem.loss.name,
-        backend=chosen,
-        num_samples=num_samples,
-        samples=quantity.samples if isinstance(quantity, Fisher) else None,
-        seed=quantity.seed if isinstance(quantity, Fisher) and quantity.samples else None,
-        batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
-        seconds=time.perf_counter() - started,
+        parts = [
+            _estimate(problem, quantity, of_part, part, backend, batch_size, advance)
+            for of_part, part in _parts(problem, structure, space)
+        ]
+    if len(parts) == 1:
+        return parts[0]
+    backends = dict.fromkeys(part.info.backend for part in parts)
+    return Composite(
+        parts,
+        space,
+        replace(
+            parts[0].info,
+            structure=str(structure),
+            backend=", ".join(backends),
+            seconds=sum(part.info.seconds for part in parts),
+        ),
     )
-    return CurvatureMatrix.kinds[structure].from_tensors(tensors, space, info)
 
 
 _bar = progress  # the argument of ``estimate`` hides the function's name there
 
 
-def _choose(quantity: Quantity, structure: str, backend: str) -> str:
-    if structure not in STRUCTURES:
-        raise CurvlabError(_unknown("structure", structure, STRUCTURES))
-    if backend not in ("auto", *BACKENDS):
-        raise CurvlabError(_unknown("backend", backend, ("auto", *BACKENDS)))
-    able = [name for name, (cells, _) in BACKENDS.items() if structure in cells.get(type(quantity), ())]
-    if not able:
-        offered = sorted({s for cells, _ in BACKENDS.values() for s in cells.get(type(quantity), ())})
-        raise UnsupportedError(f"no backend computes {quantity.name} as {structure}; it is had as {', '.join(offered)}")
-    if backend != "auto" and backend not in able:
-        raise UnsupportedError(f"backend {backend} does not compute {quantity.name} as {structure}; {able[0]} does")
-    return able[0] if backend == "auto" else backend
+def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> list[tuple[Structure, ParameterSpace]]:
+    """Return what is to be computed: the matrix, or that of the Kronecker layers and that of the rest."""
+    if not isinstance(structure, Kronecker):
+        return [(structure, space)]
+    layers, reasons = kronecker_layers(problem, space)
+    if not reasons:
+        return [(structure, space)]
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    if not layers:
+        raise UnsupportedError(f"no parameter has Kronecker factors: {name} {reason}{more}; diag and block_diag do it")
+    if structure.rest is None:
+        raise UnsupportedError(
+            f"{structure.name} is of Linear and convolution layers, each called once: {name} {reason}{more}; "
+            f"'{structure.name}:rest=diag' gives such parameters their diagonal, and params=[...] leaves them out"
+        )
+    inside = {parameter for layer in layers.values() for parameter in layer.parameters}
+    return [
+        (replace(structure, rest=None), space.restrict(inside)),
+        (parse_structure(structure.rest), space.restrict(reasons)),
+    ]
 
 
-def _unknown(what: str, name: str, names: Sequence[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"there is no {what} {name!r}; {hint}There are {', '.join(names)}"
+def _estimate(
+    problem: Problem,
+    quantity: Quantity,
+    structure: Structure,
+    space: ParameterSpace,
+    backend: str,
+    batch_size: int | None,
+    advance: Advance,
+) -> CurvatureMatrix:
+    started = time.perf_counter()
+    chosen = choose(problem, quantity, structure, space, backend)
+    info = Info(
+        quantity=str(quantity),
+        structure=str(structure),
+        loss=problem.loss.name,
+        backend=chosen.name,
+        num_samples=problem.num_samples,
+        samples=quantity.samples if isinstance(quantity, Fisher) else None,
+        seed=quantity.seed if isinstance(quantity, Fisher) and quantity.samples else None,
+        batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
+    )
+    if structure.name == "implicit":
+        assert chosen.product is not None
+        product = chosen.product(problem, quantity, space, batch_size)
+        return Implicit(product, space, info, dtype=problem.dtype, device=problem.device)
+    if chosen.library:
+        _compare(chosen, problem, quantity, structure, space)
+    tensors = chosen.compute(problem, quantity, structure, space, batch_size, advance)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
+    info = replace(info, seconds=time.perf_counter() - started)
+    return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info)
+
+
+def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
+    """Return the backends that have the cell, the fastest first; only the named one unless it is ``auto``.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    having = [b for b in BACKENDS.values() if structure.name in b.cells.get(type(quantity), ())]
+    if not having:
+        offered = {s for b in BACKENDS.values() for s in b.cells.get(type(quantity), ())}
+        names = ", ".join(name for name in STRUCTURES if name in offered)
+        raise UnsupportedError(f"no backend computes {quantity.name} as {structure.name}; it is had as {names}")
+    if backend == "auto":
+        return having
+    if BACKENDS[backend] not in having:
+        names = _either(b.name for b in having)
+        raise UnsupportedError(f"backend {backend} does not compute {quantity.name} as {structure.name}; {names} does")
+    return [BACKENDS[backend]]
+
+
+def choose(
+    problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace, backend: str = "auto"
+) -> Backend:
+    """Return the fastest backend without an obstacle for the model at hand, or the named one.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    obstacles = {}
+    for candidate in able(quantity, structure, backend):
+        obstacle = candidate.obstacle(problem, quantity, structure, space)
+        if obstacle is None:
+            return candidate
+        obstacles[candidate.name] = obstacle
+    told = "; ".join(f"backend {name} cannot: {obstacle}" for name, obstacle in obstacles.items())
+    others = [b for b in able(quantity, structure) if b.name not in obstacles]
+    working = [b.name for b in others if b.obstacle(problem, quantity, structure, space) is None]
+    way_out = f"; backend {_either(working)} can" if working else ""
+    raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(names)
+
+
+def _compare(
+    backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
+) -> None:
+    """Refuse a library whose answer on a few samples is not the reference's.
+
+    A model can hold what no list of modules shows: a functional call between layers, a weight used elsewhere.
+
+    Raises:
+        UnsupportedError: The answers differ.
+    """
+    if structure.name == "ekfac":  # which is not unique where factors have equal eigenvalues; its basis is K-FAC's
+        structure = parse_structure(str(structure).replace("ekfac", "kfac", 1))
+    few = [(x[:_PROBE_SAMPLES], y[:_PROBE_SAMPLES]) for x, y in islice(problem.batches(), 1)]
+    sample = Problem(problem.model, problem.loss.name, few)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=generator).to(problem.device, problem.dtype)
+    info = Info("", str(structure), problem.loss.name, backend.name, len(few[0][0]))
+
+    def product(compute: Callable[..., Mapping[str, Tensor]]) -> Tensor:
+        tensors = compute(sample, quantity, structure, space, None, lambda *_: None)
+        return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
+
+    theirs, reference = product(backend.compute), product(torch_func.compute)
+    tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
+    if not bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
+        working = _either(b.name for b in able(quantity, structure) if not b.library)
+        raise UnsupportedError(
+            f"backend {backend.name} gives a wrong {quantity.name} as {structure} for {type(problem.model).__name__}: "
+            f"on {len(few[0][0])} samples it is not that of automatic differentiation; backend {working} is right"
+        )

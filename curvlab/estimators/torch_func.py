@@ -2,49 +2,70 @@
 
 Slow, obvious and right in float64: what every other estimator is tested against. A positive semi-definite
 quantity is given by *rows*, vectors ``v`` over the parameters with ``F = 1/N sum v v'``.
+
+The Kronecker factors of a layer come from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` in its outputs,
+at positions ``t`` (one, for a Linear layer on ``(N, d)``; those of the output of a convolution). Sample ``n`` has
+
+- expand: ``A_n = 1/T sum_t a_t a_t'`` and ``S_n = sum_r sum_t g_rt g_rt'``;
+- reduce: ``A_n = b b'`` with ``b = 1/T sum_t a_t``, and ``S_n = sum_r h_r h_r'`` with ``h_r = sum_t g_rt``.
+
+K-FAC is ``A = mean A_n`` and ``S = mean S_n``. TK-FAC (Gao et al. 2021) weights each by the trace of the other: its
+``A`` is ``mean tr(S_n) A_n`` scaled to trace one, its ``S`` is ``mean tr(A_n) S_n`` scaled to the trace of the layer's
+block, ``mean sum_r ||G_r||^2`` with the gradients ``G_r = sum_t g_rt a_t'``. At one position that is the paper's; at
+any number of them the trace is exact. The rescaled variant is K-FAC's ``A``, and K-FAC's ``S`` scaled to that end.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import chain
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
+from curvlab.estimators.backend import Backend
+from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.seeds import label_stream
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
-
-_ALL = ("dense", "block_diag", "diag")
-CELLS: Mapping[type[Quantity], Sequence[str]] = dict.fromkeys((Fisher, EmpiricalFisher, MaSQ, GGN, Hessian), _ALL)
+from curvlab.structures import EKFAC, KFAC, TKFAC, Kronecker, Structure
 
 
 def compute(
     problem: Problem,
     quantity: Quantity,
-    structure: str,
+    structure: Structure,
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
 ) -> Mapping[str, Tensor]:
-    """Return the tensors of the matrix; see ``curvlab.estimators.registry.Estimator``."""
+    """See ``curvlab.estimators.backend.Compute``."""
+    if isinstance(structure, Kronecker):
+        layers = kronecker_layers(problem, space)[0]
+        if isinstance(structure, EKFAC):
+            return _eigenvalue_corrected(problem, quantity, structure, layers, advance)
+        return _factors(problem, quantity, structure, layers, advance)
     if isinstance(quantity, Hessian):
-        return _of_dense(_hessian(problem, space, batch_size, advance), structure, space)
+        return _of_dense(_hessian(problem, space, batch_size, advance), structure.name, space)
     n = problem.num_samples
-    parts = {"": slice(None)} if structure == "dense" else space.slices
+    parts = {"": slice(None)} if structure.name == "dense" else space.slices
     total: dict[str, Tensor] = {}
     for rows in per_sample_rows(problem, quantity, space, advance):
         for name, part in parts.items():
             v = rows[:, part]
-            term = v.square().sum(dim=0) if structure == "diag" else v.mT @ v
+            term = v.square().sum(dim=0) if structure.name == "diag" else v.mT @ v
             total[name] = total[name] + term if name in total else term
-    if structure == "dense":
+    if structure.name == "dense":
         return {"matrix": total[""] / n}
-    if structure == "diag":
+    if structure.name == "diag":
         return {"entries": torch.cat([total[name] for name in space.names]) / n}
     return {name: block / n for name, block in total.items()}
 
@@ -57,14 +78,18 @@ def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[
     return {name: matrix[part, part].clone() for name, part in space.slices.items()}
 
 
+def _silent(*_: object, **__: object) -> None:
+    """Show no progress."""
+
+
 def per_sample_rows(
-    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = lambda *_, **__: None
+    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = _silent
 ) -> Iterator[Tensor]:
     """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time."""
     if isinstance(quantity, MaSQ):
         yield from _masq_rows(problem, quantity, space, advance)
         return
-    rng = np.random.default_rng(quantity.seed) if isinstance(quantity, Fisher) else np.random.default_rng()
+    rng = label_stream(quantity)
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             parameters = _leaves(problem, space)
@@ -158,3 +183,128 @@ def _gradient(value: Tensor, parameters: list[Tensor], create_graph: bool = Fals
         value, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return torch.cat([g.reshape(-1) for g in gradients])
+
+
+def _factors(
+    problem: Problem, quantity: Quantity, structure: Kronecker, layers: Mapping[str, Layer], advance: Advance
+) -> dict[str, Tensor]:
+    weighted = isinstance(structure, TKFAC) and structure.variant == "gao"
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=problem.dtype, device=problem.device))
+    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
+        a, g = inputs, gradients
+        if structure.sharing == "reduce":
+            a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
+        of_inputs, of_gradients = a.mT @ a / len(a), (g.mT @ g).sum(dim=0)
+        sums[f"{name}|A"] = sums[f"{name}|A"] + of_inputs * (of_gradients.trace() if weighted else 1)
+        sums[f"{name}|S"] = sums[f"{name}|S"] + of_gradients * (of_inputs.trace() if weighted else 1)
+        sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
+    means = {name: value / problem.num_samples for name, value in sums.items()}
+    tiny = torch.finfo(problem.dtype).tiny  # for a layer without gradients
+    for name in layers:
+        trace = means.pop(f"{name}|trace")
+        if weighted:
+            means[f"{name}|A"] /= means[f"{name}|A"].trace().clamp(min=tiny)
+        if isinstance(structure, TKFAC):
+            now = means[f"{name}|A"].trace() * means[f"{name}|S"].trace()
+            means[f"{name}|S"] *= trace / now.clamp(min=tiny)
+    return means
+
+
+def _eigenvalue_corrected(
+    problem: Problem, quantity: Quantity, structure: EKFAC, layers: Mapping[str, Layer], advance: Advance
+) -> dict[str, Tensor]:
+    kfac = _factors(problem, quantity, KFAC(structure.sharing), layers, _silent)
+    tensors: dict[str, Tensor] = {}
+    for name in layers:
+        for side in ("A", "S"):  # in float64: float32 does not converge on some factors of low rank
+            vectors = torch.linalg.eigh(kfac[f"{name}|{side}"].double())[1]
+            tensors[f"{name}|U_{side}"] = vectors.to(problem.dtype)
+    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
+        rotated = (gradients @ tensors[f"{name}|U_S"]).mT @ (inputs @ tensors[f"{name}|U_A"])
+        term = rotated.square().sum(dim=0) / problem.num_samples
+        tensors[f"{name}|values"] = tensors.get(f"{name}|values", 0) + term
+    return tensors
+
+
+def _layer_samples(
+    problem: Problem, quantity: Quantity, layers: Mapping[str, Layer], advance: Advance
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample."""
+    rng = label_stream(quantity)
+    for inputs, targets in problem.batches():
+        for x, y in zip(inputs.split(1), targets.split(1), strict=True):
+            outputs, calls = _calls(problem, layers, x)
+            shifts = [shift for _, shift in calls.values()]
+            rows = _sample_rows(problem, quantity, outputs, y, shifts, rng)
+            of_layers = rows.split([shift.numel() for shift in shifts], dim=1)
+            for (name, (given, shift)), row in zip(calls.items(), of_layers, strict=True):
+                gradients = row.reshape(len(row), *shift.shape[1:])
+                yield name, _patches(layers[name], given), _by_position(layers[name].module, gradients)
+            advance(1)
+
+
+def _calls(problem: Problem, layers: Mapping[str, Layer], x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Return the outputs of one sample, and every layer's input with a zero that was added to its output.
+
+    The gradient in the zero is that in the layer's output, whatever is done to the output afterwards.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+            given = next(chain(arguments, keywords.values()))
+            shift = torch.zeros_like(output, requires_grad=True)
+            calls[name].append((given.detach().clone(), shift))
+            return output + shift
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
+            hooks.callback(handle.remove)
+        outputs = problem.forward(_leaves(problem, problem.space), x)
+    for name, seen in calls.items():
+        if len(seen) != 1:
+            raise UnsupportedError(
+                f"{name or 'the model'} is called {len(seen)} times for some samples; Kronecker factors need one call"
+            )
+    return outputs, {name: seen[0] for name, seen in calls.items()}
+
+
+def _patches(layer: Layer, x: Tensor) -> Tensor:
+    """Return what the homogeneous weight is multiplied with at each position, ``(T, d)``."""
+    module, columns = layer.module, []
+    if isinstance(module, nn.modules.conv._ConvNd):
+        # With the identity as weight, the outputs are the patches: right for every padding, stride and dilation.
+        size = module.weight[0].numel()
+        identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *module.weight.shape[1:])
+        x = module._conv_forward(x, identity, None)
+    patches = _by_position(module, x)[0]
+    if layer.weight is not None:
+        columns.append(patches)
+    if layer.bias is not None:
+        columns.append(torch.ones_like(patches[:, :1]))
+    return torch.cat(columns, dim=1)
+
+
+def _by_position(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what a layer gives, ``(K, ..., channels)`` or ``(K, channels, ...)``, as ``(K, T, channels)``."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return values.flatten(2).mT
+    return values.reshape(len(values), -1, values.shape[-1])
+
+
+_STORED = ("dense", "block_diag", "diag")
+_KRONECKER = ("kfac", "ekfac", "tkfac")
+BACKEND = Backend(
+    "torch",
+    {
+        Fisher: (*_STORED, *_KRONECKER),
+        EmpiricalFisher: (*_STORED, *_KRONECKER),
+        GGN: (*_STORED, *_KRONECKER),
+        MaSQ: _STORED,
+        Hessian: _STORED,
+    },
+    compute,
+)

@@ -2,8 +2,26 @@
 
 from curvlab.matrices.base import CurvatureMatrix, Info
 from curvlab.matrices.block_diagonal import BlockDiagonal
+from curvlab.matrices.composite import Composite
 from curvlab.matrices.dense import Dense
 from curvlab.matrices.diagonal import Diagonal
+from curvlab.matrices.eigen_kronecker import EKFAC
+from curvlab.matrices.implicit import Implicit
+from curvlab.matrices.kronecker import KFAC, TKFAC
+from curvlab.matrices.penalty import Penalty
 from curvlab.matrices.storage import load
 
-__all__ = ["BlockDiagonal", "CurvatureMatrix", "Dense", "Diagonal", "Info", "load"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "TKFAC",
+    "BlockDiagonal",
+    "Composite",
+    "CurvatureMatrix",
+    "Dense",
+    "Diagonal",
+    "Implicit",
+    "Info",
+    "Penalty",
+    "load",
+]

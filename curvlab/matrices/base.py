@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -41,8 +41,9 @@ class CurvatureMatrix(ABC):
     """A symmetric matrix over a parameter space.
 
     Vectors are flat ``(P,)``, several as ``(P, K)``, or dicts of parameter-shaped tensors; an answer has its
-    vector's form. A subclass writes ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``diagonal``,
-    ``eigenvalues``, ``frobenius_norm`` and ``to_dense``; everything else follows from them.
+    vector's form. A subclass writes ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectra``,
+    ``diagonal`` and ``frobenius_norm``; everything else follows from them, and may be written again where there is
+    a faster way.
     """
 
     kind: ClassVar[str]
@@ -50,7 +51,8 @@ class CurvatureMatrix(ABC):
 
     def __init_subclass__(cls) -> None:
         """Register the structure under its ``kind``, by which a file names it."""
-        CurvatureMatrix.kinds[cls.kind] = cls
+        if "kind" in vars(cls):  # a base that several structures share has none
+            CurvatureMatrix.kinds[cls.kind] = cls
 
     def __init__(self, space: ParameterSpace, info: Info) -> None:
         self.space = space
@@ -73,23 +75,19 @@ class CurvatureMatrix(ABC):
 
     @abstractmethod
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        """Return ``f(F) vectors`` for ``(P, K)``: the function acts on the eigenvalues."""
+        """Return ``f(F) vectors`` for ``(P, K)``: the function acts on each of ``_spectra`` and keeps its shape."""
+
+    @abstractmethod
+    def _spectra(self) -> Iterable[Tensor]:
+        """Return the eigenvalues, ``(..., n)``: those of one block, which no other block's rounding reaches, by row."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
 
     @abstractmethod
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order, ``(P,)``."""
-
-    @abstractmethod
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-
-    @abstractmethod
-    def to_dense(self) -> Tensor:
-        """Return the matrix itself, ``(P, P)``."""
 
     # What follows ------------------------------------------------------------------------------------------------
 
@@ -140,7 +138,49 @@ class CurvatureMatrix(ABC):
         flat = self._flat(delta)
         if flat.ndim != 1:
             raise CurvlabError(f"quadratic_form takes one vector, not a tensor of shape {tuple(flat.shape)}")
-        return flat @ self._matmul(flat.unsqueeze(1)).squeeze(1)
+        return self._quadratic_form(flat)
+
+    def _quadratic_form(self, delta: Tensor) -> Tensor:
+        return delta @ self._matmul(delta.unsqueeze(1)).squeeze(1)
+
+    def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add ``scale * F v`` to named tensors in place, without a graph: the gradient of a quadratic penalty.
+
+        Args:
+            outputs: By parameter name, such as gradients; other names are left alone.
+            vectors: ``v``, by parameter name; other names are ignored.
+            scale: A factor.
+
+        Raises:
+            CurvlabError: A parameter is missing, or a tensor's shape, dtype or device is not the matrix's.
+        """
+        outputs, vectors = self._named(outputs), self._named(vectors)
+        with torch.no_grad():
+            for name, product in (self @ vectors).items():
+                outputs[name].add_(product, alpha=scale)
+
+    def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of this space's parameters among these, checked."""
+        missing = [name for name in self.space.names if name not in tensors]
+        if missing:
+            raise CurvlabError(f"the matrix is over parameters that are not among those given: {', '.join(missing)}")
+        named = {name: tensors[name] for name in self.space.names}
+        dtype, device = self.dtype, self.device
+        for (name, tensor), shape in zip(named.items(), self.space.shapes, strict=True):
+            if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+                raise CurvlabError(
+                    f"{name} is a {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; in the matrix it is "
+                    f"a {dtype} of shape {shape} on {device}"
+                )
+        return named
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order, ``(P,)``."""
+        return torch.cat([values.flatten() for values in self._spectra()]).sort().values
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix itself, ``(P, P)``."""
+        return self._matmul(torch.eye(self.space.total, dtype=self.dtype, device=self.device))
 
     def trace(self) -> Tensor:
         """Return the trace, a scalar tensor."""
@@ -152,18 +192,21 @@ class CurvatureMatrix(ABC):
         Raises:
             CurvlabError: The damped matrix is singular to working precision.
         """
+        return self._apply(lambda v: self._solve(v, damping), b)
 
+    def _solve(self, vectors: Tensor, damping: float) -> Tensor:
         def inverse(eigenvalues: Tensor) -> Tensor:
             shifted = eigenvalues + damping
-            smallest, largest = shifted.abs().min(), shifted.abs().max()
-            if bool(smallest <= largest * self._resolution):
+            smallest, largest = shifted.abs().amin(dim=-1), shifted.abs().amax(dim=-1)
+            singular = smallest <= self._resolution(largest)
+            if bool(singular.any()):
                 raise CurvlabError(
-                    f"F + {damping:g} I is singular: its eigenvalues reach from {float(smallest):.2g} to "
-                    f"{float(largest):.2g} in size; raise the damping"
+                    f"F + {damping:g} I is singular: its eigenvalues reach from {float(smallest[singular][0]):.2g} to "
+                    f"{float(largest[singular][0]):.2g} in size; raise the damping"
                 )
             return shifted.reciprocal()
 
-        return self._apply(lambda v: self._spectral(inverse, v), b)
+        return self._spectral(inverse, vectors)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det (F + damping I)``, a scalar tensor.
@@ -171,7 +214,7 @@ class CurvatureMatrix(ABC):
         Raises:
             CurvlabError: The damped matrix is not positive definite.
         """
-        return self._positive(self.eigenvalues(), damping).log().sum()
+        return torch.stack([self._positive(values, damping).log().sum() for values in self._spectra()]).sum()
 
     def sample(self, n: int, damping: float = 0.0, seed: int = 0) -> Tensor:
         """Draw ``n`` vectors from ``N(0, (F + damping I)^-1)``, the Laplace posterior's deviations; ``(P, n)``.
@@ -184,16 +227,17 @@ class CurvatureMatrix(ABC):
             lambda e: self._positive(e, damping).rsqrt(), noise.to(dtype=self.dtype, device=self.device)
         )
 
-    @property
-    def _resolution(self) -> float:
-        # Eigenvalues that are zero come out as a few rounding errors of the largest.
-        return 10 * torch.finfo(self.dtype).eps
+    def _resolution(self, largest: Tensor) -> Tensor:
+        # Eigenvalues that are zero come out as a few rounding errors of the largest in their block.
+        limits = torch.finfo(self.dtype)
+        return (10 * limits.eps * largest).clamp(min=limits.tiny)
 
     def _positive(self, eigenvalues: Tensor, damping: float) -> Tensor:
         shifted = eigenvalues + damping
-        if bool(shifted.min() <= shifted.abs().max() * self._resolution):
+        smallest = shifted.amin(dim=-1)
+        if bool((smallest <= self._resolution(shifted.abs().amax(dim=-1))).any()):
             raise CurvlabError(
-                f"F + {damping:g} I is not positive definite: its smallest eigenvalue is {float(shifted.min()):.2g}; "
+                f"F + {damping:g} I is not positive definite: its smallest eigenvalue is {float(smallest.min()):.2g}; "
                 "raise the damping"
             )
         return shifted
@@ -230,17 +274,16 @@ class CurvatureMatrix(ABC):
             return NotImplemented
         if self.space != other.space:
             raise CurvlabError("the two matrices are over different parameters and cannot be added")
-        if not isinstance(other, type(self)):
+        if type(other) is not type(self):
             raise CurvlabError(
                 f"a {self.kind} and a {other.kind} matrix have no sum of either structure; add their to_dense()"
             )
-        theirs = other.tensors()
         quantities = dict.fromkeys([self.info.quantity, other.info.quantity])
-        return self.from_tensors(
-            {name: t + theirs[name].to(t) for name, t in self.tensors().items()},
-            self.space,
-            replace(self.info, quantity=" + ".join(quantities)),
-        )
+        return self._plus(other, replace(self.info, quantity=" + ".join(quantities)))
+
+    def _plus(self, other: Self, info: Info) -> Self:
+        theirs = other.tensors()
+        return self.from_tensors({n: t + theirs[n].to(t) for n, t in self.tensors().items()}, self.space, info)
 
     def save(self, path: str | Path) -> None:
         """Write the matrix and its ``info`` to a safetensors file, whole or not at all.
@@ -248,15 +291,13 @@ class CurvatureMatrix(ABC):
         Raises:
             CurvlabError: The file cannot be written.
         """
-        description = {
-            "format": FORMAT,
-            "kind": self.kind,
-            "names": self.space.names,
-            "shapes": self.space.shapes,
-            "info": asdict(self.info),
-        }
+        description = {"format": FORMAT} | self._description()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         write_whole(Path(path), serialise(tensors, metadata={"curvlab": json.dumps(description)}))
+
+    def _description(self) -> dict[str, Any]:
+        space = self.space
+        return {"kind": self.kind, "names": space.names, "shapes": space.shapes, "info": asdict(self.info)}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return self.from_tensors({name: function(t) for name, t in self.tensors().items()}, self.space, self.info)

@@ -51,22 +51,17 @@ class BlockDiagonal(CurvatureMatrix):
         return self._by_block(vectors, (block.__matmul__ for block in self.blocks.values()))
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        scaled = function(torch.cat([values for values, _ in self._eigh.values()]))
-        by_name = {name: scaled[part].unsqueeze(1) for name, part in self.space.slices.items()}
+        def product(values: Tensor, basis: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda part: basis @ (function(values).unsqueeze(1) * (basis.mT @ part))
 
-        def product(name: str) -> Callable[[Tensor], Tensor]:
-            basis = self._eigh[name][1]
-            return lambda part: basis @ (by_name[name] * (basis.mT @ part))
+        return self._by_block(vectors, (product(*eigh) for eigh in self._eigh.values()))
 
-        return self._by_block(vectors, map(product, self.space.names))
+    def _spectra(self) -> Iterable[Tensor]:
+        return [values for values, _ in self._eigh.values()]
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
         return torch.cat([block.diagonal() for block in self.blocks.values()])
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order, ``(P,)``."""
-        return torch.cat([values for values, _ in self._eigh.values()]).sort().values
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""

@@ -1,6 +1,6 @@
 """The whole matrix."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import ClassVar, Self
 
@@ -48,13 +48,12 @@ class Dense(CurvatureMatrix):
         values, basis = self._eigh
         return basis @ (function(values).unsqueeze(1) * (basis.mT @ vectors))
 
+    def _spectra(self) -> Iterable[Tensor]:
+        return [self._eigh[0]]
+
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
         return self.matrix.diagonal()
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order, ``(P,)``."""
-        return self._eigh[0]
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""

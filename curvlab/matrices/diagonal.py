@@ -1,8 +1,9 @@
 """The diagonal alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -40,15 +41,21 @@ class Diagonal(CurvatureMatrix):
         return self.entries.unsqueeze(1) * vectors
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        return function(self.entries).unsqueeze(1) * vectors
+        return function(self.entries.unsqueeze(1)) * vectors
+
+    def _spectra(self) -> Iterable[Tensor]:
+        return [self.entries.unsqueeze(1)]  # every entry a block of its own
+
+    def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
+        outputs, vectors = self._named(outputs), self._named(vectors)
+        with torch.no_grad():
+            for name, entries in self.space.unflatten(self.entries).items():
+                outputs[name].addcmul_(entries, vectors[name], value=scale)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
         return self.entries
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order, ``(P,)``."""
-        return self.entries.sort().values
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""

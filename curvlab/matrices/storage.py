@@ -1,12 +1,16 @@
 """Reading back what ``CurvatureMatrix.save`` wrote."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import FORMAT, CurvatureMatrix, Info
+from curvlab.matrices.composite import Composite
 from curvlab.parameters import ParameterSpace
 
 
@@ -27,10 +31,30 @@ def load(path: str | Path) -> CurvatureMatrix:
         raise CurvlabError(f"{path} is not a whole safetensors file ({error})") from error
     if "curvlab" not in metadata:
         raise CurvlabError(f"{path} is a safetensors file, but not a matrix that curvlab saved")
-    description = json.loads(metadata["curvlab"])
-    if description["format"] > FORMAT or description["kind"] not in CurvatureMatrix.kinds:
+    try:
+        description = json.loads(metadata["curvlab"])
+        newer = description["format"] > FORMAT or not _kinds(description) <= set(CurvatureMatrix.kinds)
+        matrix = None if newer else _restore(description, tensors)
+    except (CurvlabError, LookupError, TypeError, ValueError) as error:
+        raise CurvlabError(f"the header and the tensors of {path} do not make a matrix ({error!r})") from error
+    if matrix is None:
         raise CurvlabError(
             f"{path} was saved by a newer curvlab (format {description['format']}, {description['kind']})"
         )
+    return matrix
+
+
+def _kinds(description: Mapping[str, Any]) -> set[str]:
+    return {description["kind"]}.union(*(_kinds(part) for part in description.get("parts", ())))
+
+
+def _restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CurvatureMatrix:
     space = ParameterSpace(tuple(description["names"]), tuple(tuple(shape) for shape in description["shapes"]))
-    return CurvatureMatrix.kinds[description["kind"]].from_tensors(tensors, space, Info(**description["info"]))
+    info = Info(**description["info"])
+    if description["kind"] != Composite.kind:
+        return CurvatureMatrix.kinds[description["kind"]].from_tensors(tensors, space, info)
+    parts = [
+        _restore(part, {name.removeprefix(f"{i}/"): t for name, t in tensors.items() if name.startswith(f"{i}/")})
+        for i, part in enumerate(description["parts"])
+    ]
+    return Composite(parts, space, info)

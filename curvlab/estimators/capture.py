@@ -1,0 +1,142 @@
+"""One forward pass that keeps what layers were given, and backward passes to their outputs alone.
+
+A layer whose parameters act on its own input only has per-sample gradients that follow from two tensors: its inputs
+and the gradients of its outputs. No gradient of a parameter is computed to have them.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+
+from curvlab.problem import Problem
+
+_PROBE_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module: its input, and where the gradient of its output is found, whatever is done to it after."""
+
+    inputs: Tensor
+    output: GradientEdge
+
+
+def forward(problem: Problem, modules: Mapping[str, nn.Module], inputs: Tensor) -> tuple[Tensor, dict[str, list[Call]]]:
+    """Run a batch; return the outputs, with their graph, and the calls of each of the modules."""
+    calls: dict[str, list[Call]] = {name: [] for name in modules}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            if output.requires_grad:
+                given = next(chain(arguments, keywords.values()))
+                calls[name].append(Call(given.detach(), get_gradient_edge(output)))
+
+        return hook
+
+    # Parameters that ask for gradients give the outputs of the first layers a graph; none of theirs is computed.
+    parameters = {name: p.requires_grad_() for name, p in problem.parameters().items()}
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, module in modules.items():
+            # First of all: a later hook may change the output in place.
+            handle = module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
+            hooks.callback(handle.remove)
+        outputs = problem.forward(parameters, inputs)
+    return outputs, calls
+
+
+def backward(outputs: Tensor, calls: list[Call], seed: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    """Return the gradients of ``sum(seed * outputs)`` with respect to the output of each call.
+
+    Args:
+        outputs: ``(N, C)``, of ``forward``.
+        calls: Of modules.
+        seed: ``(N, C)``.
+        keep: Whether the graph is needed again.
+    """
+    if not calls or not outputs.requires_grad:
+        return ()
+    return torch.autograd.grad(
+        outputs, [call.output for call in calls], seed, retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+
+
+def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return, of some modules, those whose per-sample gradients do not follow from their calls, and why.
+
+    The reason is a phrase that follows a parameter's name. A few samples go through the model once. A module is
+    faithful if it is called once, on a row a sample; if none of its parameters belongs to another module too; if the
+    gradient from its inputs and output gradients is what automatic differentiation gives (it is not where a parameter
+    is also used outside its module); and if a row sees the outputs of its own sample alone (it does not where the
+    module makes weights for all samples from constants).
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in problem.model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    reasons = {}
+    for name, module in modules.items():
+        sharing = {o for p in module.parameters(recurse=False) for o in owners[id(p)] if o != name}
+        if sharing:
+            reasons[name] = f"is shared with {', '.join(sorted(o or 'the model' for o in sharing))} (a tied weight)"
+    inputs = next(problem.batches(_PROBE_SAMPLES))[0]
+    candidates = {name: module for name, module in modules.items() if name not in reasons}
+    outputs, calls = forward(problem, candidates, inputs)
+    for name, seen in calls.items():
+        label = _label(name, candidates[name])
+        if len(seen) != 1:
+            reasons[name] = f"is of {label}, which is called {len(seen)} times"
+        elif not seen[0].inputs.ndim or len(seen[0].inputs) != len(inputs):
+            reasons[name] = f"is of {label}, whose input has no row a sample: {tuple(seen[0].inputs.shape)}"
+    once = {name: seen[0] for name, seen in calls.items() if name not in reasons}
+    if not once:
+        return reasons
+    # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
+    generator = torch.Generator().manual_seed(0)
+    seed = torch.randn(tuple(outputs.shape), dtype=torch.float64, generator=generator).to(outputs)
+    seed[1::2] = 0  # of every second sample: no other row may see them
+    reference = _gradients(problem, inputs, seed)
+    gradients = backward(outputs, list(once.values()), seed, keep=True)
+    for (name, call), slopes in zip(once.items(), gradients, strict=True):
+        module = candidates[name]
+        if bool(slopes[1::2].any()):
+            reasons[name] = f"is of {_label(name, module)}, which the outputs of other samples depend on"
+        elif not all(
+            _close(gradient, reference[f"{name}.{key}".removeprefix(".")])
+            for key, gradient in _own_gradients(module, call.inputs, slopes).items()
+        ):
+            reasons[name] = f"is of {_label(name, module)}, which does not have it to itself: it acts elsewhere, too"
+    return reasons
+
+
+def _label(name: str, module: nn.Module) -> str:
+    return f"{type(module).__name__} {name}".strip()
+
+
+def _gradients(problem: Problem, inputs: Tensor, seed: Tensor) -> dict[str, Tensor]:
+    leaves = {name: p.requires_grad_() for name, p in problem.parameters().items()}
+    with torch.enable_grad():
+        outputs = problem.forward(leaves, inputs)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), seed, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def _own_gradients(module: nn.Module, inputs: Tensor, slopes: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of a module's trainable parameters from what one call of it was given."""
+    leaves = {n: p.detach().requires_grad_() for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if not leaves:
+        return {}
+    with torch.enable_grad():
+        outputs = functional_call(module, leaves, (inputs,))
+    return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), slopes), strict=True))
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = 10 * torch.finfo(expected.dtype).eps ** 0.5
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max() + torch.finfo(expected.dtype).tiny)

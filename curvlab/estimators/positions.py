@@ -1,0 +1,277 @@
+"""A Linear or convolution layer as one matrix ``(o, d)`` that is applied at ``T`` positions of each sample.
+
+At position ``t`` of sample ``n`` the layer multiplies ``a_nt``: the input features, or the patch under the kernel, with
+a one behind them for the bias. With the gradient ``g_nt`` of its output there, the gradient of a sample is
+``sum_t g_nt a_nt'``, and the Kronecker factors are second moments of ``a`` and of ``g``. None of this forms the patches
+of a convolution but where they are small: unfolding costs the memory of ``k k`` images and is slower.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.estimators.layers import Layer
+
+_FEW_CHANNELS = 4  # up to which unfolding a convolution's input is faster than convolving it
+_BYTES = 6.4e7  # about what the per-sample gradients of a layer that are held at once may take
+
+
+class LinearPositions:
+    """The inputs of one call of a Linear layer.
+
+    Args:
+        layer: The layer.
+        inputs: ``(N, ..., features)``: the dimensions between are positions.
+    """
+
+    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+        rows = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
+        ones = rows.new_ones(*rows.shape[:2], 1)
+        parts = ([rows] if layer.weight else []) + ([ones] if layer.bias else [])
+        self.rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (N, T, d)
+        self.count = self.rows.shape[1]
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
+        rows = self.rows if weights is None else self.rows * weights.sqrt().view(-1, 1, 1)
+        add_gram_(total, rows.flatten(0, 1), 1 / self.count)
+
+    def means(self) -> Tensor:
+        """Return the mean over positions, ``(N, d)``."""
+        return self.rows.mean(dim=1)
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        return self.rows.square().sum(dim=(1, 2)) / self.count
+
+    def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n sum_t g_nt g_nt'`` to the upper triangle of an ``(o, o)``; the gradient is of the output."""
+        rows = self._gradient_rows(gradient)
+        rows = rows if weights is None else rows * weights.sqrt().view(-1, 1, 1)
+        add_gram_(total, rows.flatten(0, 1))
+
+    def gradient_norms(self, gradient: Tensor) -> Tensor:
+        """Return ``sum_t |g_nt|^2``, ``(N,)``."""
+        return self._gradient_rows(gradient).square().sum(dim=(1, 2))
+
+    def gradient_sums(self, gradient: Tensor) -> Tensor:
+        """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
+        return self._gradient_rows(gradient).sum(dim=1)
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(1, -2) if gradient.ndim > 2 else gradient.unsqueeze(1)
+
+    def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
+        rows = self._gradient_rows(gradient)
+        step = _step(rows.shape[2] * self.rows.shape[2], gradient)
+        for g, a in zip(rows.split(step), self.rows.split(step), strict=True):
+            yield g.mT @ a
+
+
+class ConvPositions:
+    """The inputs of one call of a convolution without groups.
+
+    Args:
+        layer: The layer.
+        inputs: ``(N, channels, ...)``.
+    """
+
+    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+        self.layer = layer
+        module: Any = layer.module
+        self.kernel: tuple[int, ...] = module.kernel_size
+        self.stride: tuple[int, ...] = module.stride
+        self.dilation: tuple[int, ...] = module.dilation
+        # What the module itself pads with, whatever its padding and mode.
+        pads = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.images = F.pad(inputs, pads, mode=mode) if any(pads) else inputs
+        self.spatial = tuple(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(self.images.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        )
+        self.count = prod(self.spatial)
+
+    @property
+    def _channels(self) -> int:
+        return self.images.shape[1]
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
+        total.add_(self._moment(weights), alpha=1 / self.count)
+
+    def _moment(self, weights: Tensor | None) -> Tensor:
+        scale = None if weights is None else weights.sqrt().view(-1, *[1] * (self.images.ndim - 1))
+        images = self.images if scale is None else self.images * scale
+        n = len(images)
+        ones = images.new_ones(n, 1, *self.spatial) if scale is None else scale.expand(n, 1, *self.spatial)
+        corner = ones.square().sum().view(1, 1)
+        if not self.layer.weight:
+            return corner
+        if self._channels <= _FEW_CHANNELS:
+            patches = self._patches(images)
+            inner = torch.bmm(patches, patches.mT).sum(dim=0)
+        else:
+            inner = self._correlation(images)
+        if not self.layer.bias:
+            return inner
+        border = self._weight_gradient(images, ones.contiguous()).view(-1, 1)
+        return torch.cat([torch.cat([inner, border], 1), torch.cat([border.mT, corner], 1)])
+
+    def _correlation(self, images: Tensor) -> Tensor:
+        """Return the moment of the patches: for each kernel offset, a convolution of the images with themselves.
+
+        The gradient of a convolution's weight correlates its input with its output's gradient: given the images seen
+        under offset ``p`` for the latter, it is the rows ``p`` of the moment. They are computed from their own first
+        index on; the rest is symmetric.
+        """
+        c, first, order = self._channels, self.kernel[0], len(self.kernel)
+        moment = images.new_empty(*self.kernel, c, c, *self.kernel)
+        for offset in product(*map(range, self.kernel)):
+            seen = self._under(images, offset).contiguous()
+            cut = images[:, :, offset[0] * self.dilation[0] :]
+            kernel = (first - offset[0], *self.kernel[1:])
+            moment[offset][:, :, offset[0] :] = self._weight_gradient(cut, seen, kernel)
+        for low in range(first):
+            for high in range(low + 1, first):
+                # [high, q, c, c', low, q'] is [low, q', c', c, high, q]
+                mirrored = self._transposed(moment[low].select(-order, high))
+                moment[high].select(-order, low).copy_(mirrored)
+        return moment.permute(order, *range(order), *range(order + 1, 2 * order + 2)).reshape(c * prod(self.kernel), -1)
+
+    def _transposed(self, block: Tensor) -> Tensor:
+        # (q..., c, c', q'...) -> (q'..., c', c, q...)
+        inner = len(self.kernel) - 1
+        return block.permute(*range(inner + 2, 2 * inner + 2), inner + 1, inner, *range(inner))
+
+    def _under(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
+        """Return what is seen at one offset of the kernel, ``(N, channels, ...)``."""
+        index: list[slice] = [slice(None), slice(None)]
+        for o, size, s, d in zip(offset, self.spatial, self.stride, self.dilation, strict=True):
+            index.append(slice(o * d, o * d + s * (size - 1) + 1, s))
+        return images[tuple(index)]
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """Return the patches under the kernel, ``(N, d, T)``, without the bias's one."""
+        seen = [self._under(images, offset) for offset in product(*map(range, self.kernel))]
+        return torch.stack(seen, dim=2).flatten(1, 2).flatten(2)
+
+    def _weight_gradient(
+        self, images: Tensor, gradient: Tensor, kernel: tuple[int, ...] | None = None, groups: int = 1
+    ) -> Tensor:
+        kernel = kernel or self.kernel
+        weight = images.new_empty(gradient.shape[1], images.shape[1] // groups, *kernel)
+        none = [0] * len(kernel)
+        answer: Tensor = torch.ops.aten.convolution_backward(
+            gradient, images, weight, None, self.stride, none, self.dilation, False, none, groups, [False, True, False]
+        )[1]
+        return answer
+
+    def means(self) -> Tensor:
+        """Return the mean over positions, ``(N, d)``."""
+        n = len(self.images)
+        ones = self.images.new_ones(n, 1)
+        if not self.layer.weight:
+            return ones
+        dims = tuple(range(2, self.images.ndim))
+        seen = [self._under(self.images, o).mean(dim=dims) for o in product(*map(range, self.kernel))]
+        means = torch.stack(seen, dim=2).flatten(1)
+        return torch.cat([means, ones], dim=1) if self.layer.bias else means
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        total = self.images.new_full((len(self.images),), float(self.count if self.layer.bias else 0))
+        if self.layer.weight:
+            energy = self.images.square().sum(dim=1, keepdim=True)
+            for offset in product(*map(range, self.kernel)):
+                total += self._under(energy, offset).flatten(1).sum(dim=1)
+        mean: Tensor = total / self.count
+        return mean
+
+    def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n sum_t g_nt g_nt'`` to the upper triangle of an ``(o, o)``; the gradient is of the output."""
+        rows = gradient.flatten(2)
+        if weights is not None:
+            rows = rows * weights.sqrt().view(-1, 1, 1)
+        if rows.shape[1] > rows.shape[2]:  # a moment a sample would take more memory than the gradients
+            add_gram_(total, rows.mT.flatten(0, 1))
+        else:
+            total += (rows @ rows.mT).sum(dim=0)
+
+    def gradient_norms(self, gradient: Tensor) -> Tensor:
+        """Return ``sum_t |g_nt|^2``, ``(N,)``."""
+        return gradient.flatten(1).square().sum(dim=1)
+
+    def gradient_sums(self, gradient: Tensor) -> Tensor:
+        """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
+        return gradient.flatten(2).sum(dim=2)
+
+    def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
+        outputs = gradient.shape[1]
+        if not self.layer.weight:
+            yield gradient.flatten(2).sum(dim=2, keepdim=True)
+            return
+        step = _step(outputs * self._channels * prod(self.kernel), gradient)
+        few = self._channels <= _FEW_CHANNELS
+        for g, images in zip(gradient.split(step), self.images.split(step), strict=True):
+            if few:
+                of_weight = g.flatten(2) @ self._patches(images).mT
+            else:
+                n = len(g)
+                # As a convolution in n groups, a sample each.
+                of_weight = self._weight_gradient(
+                    images.reshape(1, -1, *images.shape[2:]), g.reshape(1, -1, *g.shape[2:]), groups=n
+                ).view(n, outputs, -1)
+            if self.layer.bias:
+                of_weight = torch.cat([of_weight, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)
+            yield of_weight
+
+
+class ReducedPositions(LinearPositions):
+    """A layer as if at one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
+
+    def __init__(self, whole: LinearPositions | ConvPositions) -> None:
+        self.whole = whole
+        self.rows, self.count = whole.means().unsqueeze(1), 1
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        return self.whole.gradient_sums(gradient).unsqueeze(1)
+
+    def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield the gradients themselves, which no reduction changes."""
+        return self.whole.sample_gradients(gradient)
+
+
+Positions = LinearPositions | ConvPositions
+
+
+def positions(layer: Layer, inputs: Tensor) -> Positions:
+    """Return the positions of one call of a layer."""
+    return LinearPositions(layer, inputs) if isinstance(layer.module, nn.Linear) else ConvPositions(layer, inputs)
+
+
+def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4) -> None:
+    """Add ``factor rows' rows`` to the upper triangle of ``total``, in panels: 5/8 of the work of the whole product."""
+    size = rows.shape[1]
+    if size < 64 * panels:  # where it is not the product that costs
+        total.addmm_(rows.mT, rows, alpha=factor)
+        return
+    ends = [size * (i + 1) // panels for i in range(panels)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        total[:end, start:end].addmm_(rows[:, :end].mT, rows[:, start:end], alpha=factor)
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Return the symmetric matrix with the upper triangle of ``total``."""
+    return total.triu() + total.triu(1).mT
+
+
+def _step(entries: int, like: Tensor) -> int:
+    return max(1, int(_BYTES / (entries * like.element_size())))

@@ -1,0 +1,69 @@
+"""The string forms of small frozen dataclasses: ``name`` or ``name:key=value,key=value``."""
+
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from curvlab.errors import CurvlabError
+
+
+class Named(Protocol):
+    """A frozen dataclass with a ``name``; the other fields are its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def name(self) -> str:
+        """What stands before the colon."""
+
+
+T = TypeVar("T")
+
+
+def form(value: Named) -> str:
+    """Return the string form of a value, without the options left at their defaults."""
+    options = [f"{f.name}={getattr(value, f.name)}" for f in _options(value) if getattr(value, f.name) != f.default]
+    return f"{value.name}:{','.join(options)}" if options else value.name
+
+
+def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
+    """Return the value of a string form; options are whole numbers where their field is one, else text.
+
+    Args:
+        text: The string form.
+        what: What to call such a value in an error, such as ``quantity``.
+        kinds: Name -> frozen dataclass, which checks what it is given.
+
+    Raises:
+        CurvlabError: The name or an option is unknown, or a value does not fit.
+    """
+    name, _, rest = text.partition(":")
+    if name not in kinds:
+        raise CurvlabError(unknown(what, name, kinds))
+    known = {f.name: f for f in _options(kinds[name])}
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known or not equals:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise CurvlabError(f"{name} does not take {part!r}; its options are: {allowed}, as key=value")
+        if "int" in str(known[key].type):
+            try:
+                options[key] = int(value)
+            except ValueError:
+                raise CurvlabError(f"{name}:{key} takes a whole number, not {value!r}") from None
+        else:
+            options[key] = value
+    return kinds[name](**options)
+
+
+def unknown(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
+    """Return the sentence about a name that there is not, with the nearest that there is."""
+    near = get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no {what} {name!r}; {hint}There are {', '.join(names)}"
+
+
+def _options(value: Any) -> list[Field[Any]]:
+    return [f for f in fields(value) if f.name != "name"]

@@ -1,0 +1,85 @@
+"""EK-FAC: a Kronecker-factored eigenbasis with eigenvalues of its own."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import Info
+from curvlab.matrices.kronecker import Eigenbasis, Layered
+from curvlab.parameters import ParameterSpace
+
+
+class EKFAC(Layered):
+    """Eigenvalue-corrected K-FAC: ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'`` a layer (George et al., 2018).
+
+    Args:
+        bases: By layer, ``U_A`` ``(d, d)`` and ``U_S`` ``(o, o)`` with eigenvectors in columns, ``values`` ``(o, d)``.
+        space: The parameters: weights and biases of the layers.
+        info: Where it came from.
+    """
+
+    kind: ClassVar[str] = "ekfac"
+
+    def __init__(self, bases: Mapping[str, Eigenbasis], space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        shapes = {name: ((d, d), (o, o), (o, d)) for name, (o, d) in ((n, la.shape) for n, la in self.layers.items())}
+        if {name: tuple(tuple(t.shape) for t in basis) for name, basis in bases.items()} != shapes:
+            raise CurvlabError("the layers and the shapes of the bases and values are not those of the parameters")
+        self.bases = {name: bases[name] for name in self.layers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``LAYER|U_A``, ``(d, d)``, ``LAYER|U_S``, ``(o, o)``, and ``LAYER|values``, ``(o, d)``."""
+        keys = ("U_A", "U_S", "values")
+        return {f"{name}|{key}": t for name, b in self.bases.items() for key, t in zip(keys, b, strict=True)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix held by what ``tensors()`` gives."""
+        layers = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
+        return cls(
+            {n: Eigenbasis(tensors[f"{n}|U_A"], tensors[f"{n}|U_S"], tensors[f"{n}|values"]) for n in layers},
+            space,
+            info,
+        )
+
+    def _product(self, name: str, homogeneous: Tensor) -> Tensor:
+        return self.bases[name].spectral(lambda values: values, homogeneous)
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        return self._by_layer(vectors, lambda name, v: self.bases[name].spectral(function, v))
+
+    def _spectra(self) -> Iterable[Tensor]:
+        return [basis.values.flatten() for basis in self.bases.values()]
+
+    def _layer_diagonal(self, name: str) -> Tensor:
+        a, s, values = self.bases[name]
+        return s.square() @ values @ a.square().mT
+
+    def trace(self) -> Tensor:
+        """Return the trace, a scalar tensor."""
+        return torch.stack([basis.values.sum() for basis in self.bases.values()]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+        return torch.stack([basis.values.square().sum() for basis in self.bases.values()]).sum().sqrt()
+
+    def __mul__(self, factor: float) -> Self:
+        """Return the matrix times a number."""
+        bases = {name: basis._replace(values=factor * basis.values) for name, basis in self.bases.items()}
+        return type(self)(bases, self.space, self.info)
+
+    __rmul__ = __mul__
+
+    def _plus(self, other: Self, info: Info) -> Self:
+        pairs = {name: (basis, Eigenbasis(*(t.to(basis.A) for t in other.bases[name]))) for name, basis in self.bases.items()}
+        for name, (mine, theirs) in pairs.items():
+            if not (torch.equal(mine.A, theirs.A) and torch.equal(mine.S, theirs.S)):
+                raise CurvlabError(
+                    f"the two ekfac matrices have different eigenbases of {name or 'the model'}, so that their sum is "
+                    "none: estimate kfac, whose sums are exact, or add their to_dense()"
+                )
+        bases = {name: mine._replace(values=mine.values + theirs.values) for name, (mine, theirs) in pairs.items()}
+        return type(self)(bases, self.space, info)

@@ -1,0 +1,153 @@
+"""A matrix known by its products alone."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar, NoReturn, Self
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, minres
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.parameters import ParameterSpace
+
+Product = Callable[[Tensor], Tensor]
+
+_LARGEST_FORMED = 5_000  # parameters; in float64 the matrix then takes 200 MB
+_COLUMNS = 64  # of the identity that go through the product at once
+
+
+class Implicit(CurvatureMatrix):
+    """A matrix known by its products, such as Hessian-vector products: nothing is stored.
+
+    ``solve`` is iterative. What needs the entries (``diagonal``, ``trace``, ``frobenius_norm``, ``eigenvalues``,
+    ``logdet``, ``sample``, ``to_dense``) forms the matrix, up to 5,000 parameters. It has no file and stays where its
+    model is.
+
+    Args:
+        product: ``F V`` of ``(P, K)``, symmetric.
+        space: The parameters of its rows and columns.
+        info: Where it came from.
+        dtype: Of the vectors.
+        device: Of the vectors.
+    """
+
+    kind: ClassVar[str] = "implicit"
+
+    def __init__(
+        self,
+        product: Product,
+        space: ParameterSpace,
+        info: Info,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(space, info)
+        self._product = product
+        self._dtype, self._device = dtype, torch.empty(0, device=device).device  # cuda is cuda:0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the vectors."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self._device
+
+    # Products ----------------------------------------------------------------------------------------------------
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        answer: Tensor = _Multiply.apply(vectors, self._product)  # type: ignore[no-untyped-call]
+        if (answer.shape, answer.dtype, answer.device) != (vectors.shape, vectors.dtype, vectors.device):
+            raise CurvlabError(
+                f"the product takes {vectors.dtype} of shape {tuple(vectors.shape)} on {vectors.device} and gives "
+                f"{answer.dtype} of shape {tuple(answer.shape)} on {answer.device}"
+            )
+        return answer
+
+    def _quadratic_form(self, delta: Tensor) -> Tensor:
+        value: Tensor = _QuadraticForm.apply(delta, self._matmul)  # type: ignore[no-untyped-call]
+        return value
+
+    def __mul__(self, factor: float) -> Self:
+        """Return the matrix times a number."""
+        return self._with(lambda v: factor * self._product(v), self.info)
+
+    __rmul__ = __mul__
+
+    def _plus(self, other: Self, info: Info) -> Self:
+        return self._with(lambda v: self._product(v) + other._product(v), info)
+
+    def _with(self, product: Product, info: Info) -> Self:
+        return type(self)(product, self.space, info, dtype=self.dtype, device=self.device)
+
+    def solve(
+        self, b: V, damping: float = 0.0, *, tol: float | None = None, max_products: int = 1_000
+    ) -> V:
+        """Return ``(F + damping I)^-1 b`` by conjugate gradients, or by MINRES where the matrix is indefinite.
+
+        Args:
+            b: One vector or several.
+            damping: Added to the diagonal.
+            tol: The norm of ``b - (F + damping I) x`` over that of ``b`` to reach; None for 3/4 of the dtype's digits.
+            max_products: How often the matrix may be multiplied.
+
+        Raises:
+            CurvlabError: The tolerance is not reached.
+        """
+        return self._apply(lambda v: self._iterate(v, damping, tol, max_products), b)
+
+    def _solve(self, vectors: Tensor, damping: float) -> Tensor:
+        return self._iterate(vectors, damping, None, 1_000)
+
+    def _iterate(self, b: Tensor, damping: float, tol: float | None, max_products: int) -> Tensor:
+        tol = torch.finfo(self.dtype).eps ** 0.75 if tol is None else tol
+        left = max_products
+
+        def multiply(vectors: Tensor) -> Tensor:
+            nonlocal left
+            left -= 1
+            return self._matmul(vectors) + damping * vectors
+
+        method, x, residual, size = conjugate_gradients, torch.zeros_like(b), b, _norms(b)
+        with torch.no_grad():
+            # Each round solves for what the last one left: only this residual is computed, not updated, and certifies.
+            while not bool((_norms(residual) <= tol * size).all()):
+            ...
+
+
+class _Multiply(torch.autograd.Function):
+    """The product, differentiable to any order: its derivative is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, product: Product) -> Tensor:  # noqa: D102
+        ctx.product = product
+        with torch.enable_grad():  # which products by automatic differentiation need
+            return product(vectors.detach()).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        return _Multiply.apply(gradient, ctx.product), None  # type: ignore[no-untyped-call]
+
+
+class _QuadraticForm(torch.autograd.Function):
+    """``d' F d``, whose first derivative ``2 F d`` takes no further product."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, multiply: Product) -> Tensor:  # noqa: D102
+        product = multiply(delta.unsqueeze(1)).squeeze(1)
+        ctx.save_for_backward(delta, product)
+        ctx.multiply = multiply
+        return delta @ product
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        delta, product = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the derivative is asked for
+            product = ctx.multiply(delta.unsqueeze(1)).squeeze(1)
+        return 2 * gradient * product, None

@@ -1,0 +1,291 @@
+"""Kronecker factors: a block ``S (x) A`` a layer, and sums of them."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.matrices.layers import Layer, layers_of
+from curvlab.parameters import ParameterSpace
+
+_LARGEST_DENSE_BLOCK = 5_000  # rows; its eigenvectors in float64 take 200 MB and minutes
+
+
+class Layered(CurvatureMatrix):
+    """Base of the structures with a block a layer, over the layer's homogeneous weight ``(o, d)``.
+
+    Which parameters a layer has follows from their names; the bias is the last column (``curvlab.matrices.layers``).
+    """
+
+    def __init__(self, space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        self.layers = layers_of(space)
+
+    @abstractmethod
+    def _product(self, name: str, homogeneous: Tensor) -> Tensor:
+        """Return a layer's product with ``(K, o, d)``."""
+
+    @abstractmethod
+    def _layer_diagonal(self, name: str) -> Tensor:
+        """Return the diagonal of a layer's block, ``(o, d)``."""
+
+    def _by_layer(self, vectors: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
+        parts = dict(zip(self.space.names, vectors.split(list(self.space.sizes)), strict=True))
+        return self._assemble({name: product(name, layer.join(parts)) for name, layer in self.layers.items()})
+
+    def _assemble(self, homogeneous: Mapping[str, Tensor]) -> Tensor:
+        products: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            products |= layer.split(homogeneous[name])
+        return torch.cat([products[name] for name in self.space.names])
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        return self._by_layer(vectors, self._product)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self._assemble({name: self._layer_diagonal(name).unsqueeze(0) for name in self.layers}).squeeze(1)
+
+
+class Eigenbasis(NamedTuple):
+    """A layer's block as ``(S (x) A) diag(values) (S (x) A)'``: eigenvectors in columns, ``values`` ``(o, d)``."""
+
+    A: Tensor
+    S: Tensor
+    values: Tensor
+
+    def spectral(self, function: Callable[[Tensor], Tensor], homogeneous: Tensor) -> Tensor:
+        """Return ``f(F) V`` for ``(K, o, d)``; all the eigenvalues are one block."""
+        values = function(self.values.flatten()).view_as(self.values)
+        return self.S @ (values * (self.S.mT @ homogeneous @ self.A)) @ self.A.mT
+
+
+class Factors(NamedTuple):
+    """A layer's block ``sum_k S_k (x) A_k``: ``A`` ``(K, d, d)``, ``S`` ``(K, o, o)``."""
+
+    A: Tensor
+    S: Tensor
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the pairs ``(A_k, S_k)``."""
+        return zip(self.A, self.S, strict=True)
+
+
+class KFAC(Layered):
+    """Kronecker-factored curvature: a block ``sum_k S_k (x) A_k`` a layer (Martens and Grosse, 2015).
+
+    One estimate has one pair of factors. The sum of two matrices keeps both pairs, since it is no Kronecker product
+    itself: with ``+`` online Laplace is exact, at a cost that grows with the number of pairs. ``average_factors`` and
+    ``nearest`` merge the pairs into one. With several pairs, ``solve``, ``sample``, ``logdet`` and ``eigenvalues``
+    form each layer's block, up to 5,000 rows: two pairs are diagonalised together by a congruence, which a damping
+    does not go through, and which singular factors do not have.
+
+    Args:
+        factors: By layer, ``A`` of the layer's inputs and ``S`` of its output gradients.
+        space: The parameters: weights and biases of the layers.
+        info: Where it came from.
+
+    Examples:
+        >>> space = ParameterSpace(("fc.weight",), ((2, 3),))
+        >>> info = Info("fisher", "kfac", "cross_entropy", "torch", 10)
+        >>> matrix = KFAC({"fc": Factors(torch.ones(1, 3, 3), torch.eye(2).unsqueeze(0))}, space, info)
+        >>> matrix @ torch.arange(6.0)
+        tensor([ 3.,  3.,  3., 12., 12., 12.])
+    """
+
+    kind: ClassVar[str] = "kfac"
+
+    def __init__(self, factors: Mapping[str, Factors], space: ParameterSpace, info: Info) -> None:
+        super().__init__(space, info)
+        if set(factors) != set(self.layers):
+            raise CurvlabError(f"there are factors of {sorted(factors)}, but the layers are {sorted(self.layers)}")
+        for name, (a, s) in factors.items():
+            o, d = self.layers[name].shape
+            if tuple(a.shape) != (len(s), d, d) or tuple(s.shape) != (len(a), o, o) or not len(a):
+                raise CurvlabError(
+                    f"the factors of {name or 'the model'} have shapes (K, {d}, {d}) and (K, {o}, {o}), not "
+                    f"{tuple(a.shape)} and {tuple(s.shape)}"
+                )
+        self.factors = {name: factors[name] for name in self.layers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``LAYER|A``, ``(K, d, d)``, and ``LAYER|S``, ``(K, o, o)``, of every layer."""
+        return {f"{name}|{key}": t for name, f in self.factors.items() for key, t in f._asdict().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+        """Return the matrix held by what ``tensors()`` gives; ``(d, d)`` and ``(o, o)`` are one pair."""
+        stacked = {name: t.unsqueeze(0) if t.ndim == 2 else t for name, t in tensors.items()}
+        layers = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
+        return cls({name: Factors(stacked[f"{name}|A"], stacked[f"{name}|S"]) for name in layers}, space, info)
+
+    # Algebra -----------------------------------------------------------------------------------------------------
+
+    def _product(self, name: str, homogeneous: Tensor) -> Tensor:
+        products = [s @ homogeneous @ a for a, s in self.factors[name].pairs()]
+        return products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
+
+    def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
+        outputs, vectors = self._named(outputs), self._named(vectors)
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                for a, s in self.factors[name].pairs():
+                    _add_pair_(layer, a, s, outputs, vectors, scale)
+
+    @cached_property
+    def _bases(self) -> dict[str, Eigenbasis | tuple[Tensor, Tensor]]:
+        return {name: self._basis(name) for name in self.layers}
+
+    def _basis(self, name: str) -> Eigenbasis | tuple[Tensor, Tensor]:
+        a, s = self.factors[name]
+        if len(a) == 1:
+            (a_values, a_basis), (s_values, s_basis) = symmetric_eigh(a[0]), symmetric_eigh(s[0])
+            return Eigenbasis(a_basis, s_basis, s_values.outer(a_values))
+        o, d = self.layers[name].shape
+        if o * d > _LARGEST_DENSE_BLOCK:
+            raise CurvlabError(
+                f"{name or 'the model'} has {len(a)} pairs of Kronecker factors over {o * d:,} parameters, whose "
+                f"eigenvectors cannot be had above {_LARGEST_DENSE_BLOCK:,}; merge the pairs with average_factors() or "
+                "nearest()"
+            )
+        return symmetric_eigh(torch.stack([torch.kron(s, a) for a, s in self.factors[name].pairs()]).sum(dim=0))
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        def product(name: str, homogeneous: Tensor) -> Tensor:
+            basis = self._bases[name]
+            if isinstance(basis, Eigenbasis):
+                return basis.spectral(function, homogeneous)
+            values, vectors = basis
+            return (homogeneous.flatten(1) @ vectors * function(values) @ vectors.mT).view_as(homogeneous)
+
+        return self._by_layer(vectors, product)
+
+    def _spectra(self) -> Iterable[Tensor]:
+        bases = self._bases.values()
+        return [basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0] for basis in bases]
+
+    def _layer_diagonal(self, name: str) -> Tensor:
+        a, s = (factor.diagonal(dim1=1, dim2=2) for factor in self.factors[name])
+        return s.mT @ a
+
+    def trace(self) -> Tensor:
+        """Return the trace, a scalar tensor."""
+        return torch.stack([_traces(f.A) @ _traces(f.S) for f in self.factors.values()]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor, through ``tr(S_k S_l) tr(A_k A_l)``."""
+        squares = torch.stack([(_gram(f.A) * _gram(f.S)).sum() for f in self.factors.values()])
+        return squares.sum().clamp(min=0).sqrt()
+
+    def __mul__(self, factor: float) -> Self:
+        """Return the matrix times a number, which goes into ``S``."""
+        return self._with({name: Factors(a, factor * s) for name, (a, s) in self.factors.items()})
+
+    __rmul__ = __mul__
+
+    def _plus(self, other: Self, info: Info) -> Self:
+        return type(self)(
+            {
+                name: Factors(*(torch.cat([mine, theirs.to(mine)]) for mine, theirs in zip(f, other.factors[name])))
+                for name, f in self.factors.items()
+            },
+            self.space,
+            info,
+        )
+
+    def _with(self, factors: Mapping[str, Factors]) -> Self:
+        return type(self)(factors, self.space, self.info)
+
+    # Merges ------------------------------------------------------------------------------------------------------
+
+    def average_factors(self) -> Self:
+        """Return the one pair ``K (mean S) (x) (mean A)`` a layer.
+
+        Exact where all ``A`` or all ``S`` are equal. K times the average of the factors is what continual learners
+        accumulate who keep running means of both (DLCFT, Shon et al., 2022); it depends on how the size of a product
+        is shared between its factors. The product of the sums (Ritter et al., 2018) is K times this.
+        """
+        return self._merged(lambda f: Factors(f.A.mean(dim=0, keepdim=True), f.S.sum(dim=0, keepdim=True)))
+
+    def nearest(self) -> Self:
+        """Return the one pair a layer that is nearest to the sum in Frobenius norm.
+
+        Van Loan and Pitsianis (1993): the leading singular pair of the rearranged sum ``sum_k vec(S_k) vec(A_k)'``,
+        whose ``K x K`` core the Gram matrices of the factors give. Positive semi-definite if all factors are. Not the
+        rule that some continual learners call by this name, which adds the factors of two products, balanced by their
+        traces.
+        """
+        return self._merged(_nearest)
+
+    def _merged(self, merge: Callable[[Factors], Factors]) -> Self:
+        return self._with({name: f if len(f.A) == 1 else merge(f) for name, f in self.factors.items()})
+
+
+class TKFAC(KFAC):
+    """Trace-restricted K-FAC: one pair a layer whose trace is that of the exact block (Gao et al., 2021).
+
+    The restriction is the estimator's; here it means that a merge of pairs keeps every layer's trace.
+    """
+
+    kind: ClassVar[str] = "tkfac"
+
+    def _merged(self, merge: Callable[[Factors], Factors]) -> Self:
+        def restricted(factors: Factors) -> Factors:
+            a, s = merge(factors)
+            merged = _traces(a) @ _traces(s)
+            ratio = _traces(factors.A) @ _traces(factors.S) / merged if bool(merged) else merged
+            return Factors(a, s * ratio)
+
+        return super()._merged(restricted)
+
+
+def _add_pair_(
+    layer: Layer, a: Tensor, s: Tensor, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float
+) -> None:
+    """Add ``scale * S V A`` to a layer's weight and bias: two products of matrices and no other copy."""
+    o, i = layer.shape[0], layer.inputs
+    right = a.new_zeros(layer.shape) if layer.weight is None else vectors[layer.weight].reshape(o, i) @ a[:i]
+    if layer.bias is not None:
+        right.addr_(vectors[layer.bias], a[i])
+        outputs[layer.bias].addmv_(s, right[:, i], alpha=scale)
+    if layer.weight is not None:
+        output = outputs[layer.weight]
+        if output.is_contiguous():
+            output.view(o, i).addmm_(s, right[:, :i], alpha=scale)
+        else:
+            output.add_((s @ right[:, :i]).view_as(output), alpha=scale)
+
+
+def _traces(factors: Tensor) -> Tensor:
+    return factors.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+
+def _gram(factors: Tensor) -> Tensor:
+    """Return ``tr(F_k F_l)``, ``(K, K)``, in float64: squares of small float32 factors vanish."""
+    flat = factors.flatten(1).double()
+    return flat @ flat.mT
+
+
+def _nearest(factors: Factors) -> Factors:
+    gram_a, gram_s = map(_gram, factors)
+    values, basis = torch.linalg.eigh(gram_s)
+    root = basis * values.clamp(min=0).sqrt() @ basis.mT
+    # The rearranged sum is Q root A for some orthonormal Q, so that its left singular vectors are Q times these.
+    values, basis = torch.linalg.eigh(root @ gram_a @ root)
+    leading = basis[:, values >= values[-1] * (1 - 1e-9)]
+    # Among equally near products take the one that the sum of the S points to: it is positive semi-definite with them.
+    weights = root @ (leading @ (leading.mT @ root.sum(dim=1)))
+    if not bool(weights.any()):
+        weights = root @ leading[:, -1]
+    weights = weights / weights.abs().max().clamp(min=torch.finfo(weights.dtype).tiny)
+    a = torch.tensordot(weights.to(factors.A), factors.A, dims=1)
+    # Given A, the best S is by least squares.
+    size = weights @ gram_a @ weights
+    best = gram_a @ weights / size if bool(size) else torch.zeros_like(weights)
+    return Factors(a.unsqueeze(0), torch.tensordot(best.to(factors.S), factors.S, dims=1).unsqueeze(0))

@@ -1,0 +1,5 @@
+"""Quadratic penalties."""
+
+
+class Penalty:
+    """To be written."""
