@@ -3,8 +3,10 @@
 from curvlab import data
 from curvlab._version import __version__
 from curvlab.diagonality import diagonality
+from curvlab.doctor import doctor
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
+from curvlab.estimators.standard_error import standard_error
 from curvlab.matrices import load
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
@@ -21,6 +23,8 @@ __all__ = [
     "__version__",
     "data",
     "diagonality",
+    "doctor",
     "estimate",
     "load",
+    "standard_error",
 ]

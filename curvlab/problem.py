@@ -19,6 +19,7 @@ from curvlab.parameters import ParameterSpace
 Batch = tuple[Tensor, Tensor]
 
 _BATCH_SIZE = 500
+_PROBE_SAMPLES = 4
 
 
 class BatchSource(Protocol):
@@ -129,7 +130,9 @@ class Problem:
             inputs, targets = self.data
             yield from zip(torch.split(inputs, pair_batch_size), torch.split(targets, pair_batch_size), strict=True)
             return
-        for index, batch in enumerate(_with_own_randomness(self.data)):
+        # A list holds its batches; anything else may draw them.
+        held = isinstance(self.data, (list, tuple))
+        for index, batch in enumerate(self.data if held else _with_own_randomness(self.data)):
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
                 raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
             if len(batch[0]) != len(batch[1]):
@@ -140,7 +143,7 @@ class Problem:
     def _place(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(self.device)
-        if not bool(tensor.isfinite().all()):
+        if not _finite(tensor):
             raise CurvlabError("the data hold NaN or infinite values")
         return tensor.to(self.device, self.dtype)
 
@@ -153,7 +156,7 @@ class Problem:
                 shows that a sample's output depends on its batch.
         """
         for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not _finite(parameter):
                 bad = int((~parameter.isfinite()).sum())
                 raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
@@ -175,7 +178,7 @@ class Problem:
         for inputs, targets in self.batches():
             # A batch of one cannot show whether samples are mixed; a longer one later can.
             if outputs is None or len(outputs) == 1 < len(inputs):
-                outputs = self._probe(inputs)
+                outputs = self._probe(inputs[:_PROBE_SAMPLES])
             self.loss.check(outputs[:1].expand(len(targets), -1), targets)
 
     def _probe(self, inputs: Tensor) -> Tensor:
@@ -190,6 +193,11 @@ class Problem:
                         "batch; per-sample curvature is not defined for it"
                     )
         return outputs
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 @contextmanager

@@ -252,7 +252,11 @@ def resnet20() -> nn.Module:
     widths = [1] * 7 + [3] * 3
     blocks = [BasicBlock(widths[i], widths[i + 1], 2 if i in (3, 6) else 1) for i in range(9)]
     first = [nn.Conv2d(3, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1), nn.ReLU()]
-    return image((3, 4, 4), *first, *blocks, nn.AdaptiveAvgPool2d(1), *head(3))
+    model = image((3, 4, 4), *first, *blocks, nn.AdaptiveAvgPool2d(1), *head(3))
+    for name, parameter in model.named_parameters():
+        if "bn" in name:  # no channel shall be dead
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    return model
 
 
 def encoder() -> nn.Module:

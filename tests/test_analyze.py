@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from curvlab.__main__ import main as program
-from curvlab.analyze import fim_diagonality, masq_table2
+from curvlab.analyze import fim_diagonality, masq_table2, subject
 from curvlab.analyze.__main__ import main
 from curvlab.errors import CurvlabError
 from curvlab.models import build
@@ -175,7 +175,7 @@ def test_debug_shows_the_traceback(call):
 
 
 def test_what_is_a_bug_is_not_hidden(call, monkeypatch):
-    monkeypatch.setattr(fim_diagonality, "load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(subject, "load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("")
 
@@ -428,12 +428,12 @@ def test_interrupted_and_continued(call, monkeypatch, rows):
         assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
 
 
-@pytest.mark.parametrize("where", ["load", "_check"])
+@pytest.mark.parametrize("where", ["load", "check"])
 def test_interrupted_before_the_work(call, monkeypatch, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fim_diagonality, where, stop)
+    monkeypatch.setattr(subject, where, stop)
     code, _, err = call("--out run")
     assert (code, err) == (130, "interrupted\n")
     assert not Path("run").exists()

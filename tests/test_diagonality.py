@@ -19,6 +19,7 @@ from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
 from curvlab.diagonality.outer import OuterBlock
 from curvlab.diagonality.streamed import StreamedBlock
 from curvlab.estimators.rows import LinearFactors, row_batches
+from curvlab.progress import silent
 
 FORCE_SAMPLING = 1e-12
 N = 13
@@ -282,7 +283,7 @@ def test_many_rows_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None
     """Rows that do not fit in memory come a few samples at a time."""
     from curvlab.estimators import rows
 
-    monkeypatch.setattr(rows.row_batches, "__defaults__", (2000,))
+    monkeypatch.setattr(rows.row_batches, "__defaults__", (2000, silent))
     check_table(problem_of(cnn()), "fisher")
 
 

@@ -107,7 +107,7 @@ class Sometimes(nn.Module):
 
 
 def test_a_layer_that_is_used_twice_only_later_is_refused() -> None:
-    model, x, y = Sometimes().double(), torch.ones(2, 4), torch.tensor([0, 1])
+    model, x, y = Sometimes().double(), torch.ones(4, 4), torch.tensor([0, 1, 2, 0])
     problem = Problem(model, "cross_entropy", [(x, y), (1000 * x, y)])
     layers = linear_layers(problem)
     with pytest.raises(UnsupportedError, match="fc was not called once"):

@@ -3,4 +3,7 @@
 #: Name -> what it answers, one line. The module of that name has ``ANALYSIS``, imported only when it is asked for.
 ANALYSES = {
     "fim_diagonality": "How diagonal is the Fisher? Sums and means on and off the diagonal, a row a parameter tensor.",
+    "doctor": "What can each backend do for this network, and what will it cost? Before any number.",
+    "agreement": "Do the backends agree? The same curvature from each: differences, time and memory.",
+    "estimators": "Which backend computes what, of which modules? Tables generated from the code itself.",
 }

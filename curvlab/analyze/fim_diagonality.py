@@ -6,21 +6,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from curvlab.analyze import masq_table2
-from curvlab.analyze.command import Analysis, Config, RunOptions
-from curvlab.data import Dataset, load
+from curvlab.analyze import masq_table2, subject
+from curvlab.analyze.command import Analysis, RunOptions
+from curvlab.analyze.subject import TrainedSubjectConfig
+from curvlab.data import Dataset
 from curvlab.diagonality import Level, records, submatrix
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.models import build
-from curvlab.problem import Problem
-from curvlab.quantities import parse_quantity
 from curvlab.results import (
     Claim,
     Column,
@@ -34,53 +30,19 @@ from curvlab.results import (
     write_tables,
 )
 from curvlab.results.plots import block_heat_map, diagonality_bars
-from curvlab.training import fit
-from curvlab.training.optimization import OptimizerName, ScheduleName
 
 Record = dict[str, Any]
 
 
-class FimDiagonalityConfig(Config):
+class FimDiagonalityConfig(TrainedSubjectConfig):
     """Train a network on some classes of a data set, and measure how diagonal its Fisher is on the training samples."""
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "data": "data",
-        "model": "network",
-        "optimizer": "training",
-        "quantity": "curvature",
-        "seeds": "computation",
-    }
+    titles: ClassVar[Mapping[str, str]] = {**TrainedSubjectConfig.titles, "quantity": "curvature"}
 
-    data: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of your own .npz file or image folder."""
     classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
     """Class indices to train on, or all. The network keeps one output for every class of the data set."""
-    validation: int = Field(default=0, ge=0)
-    """Hold out so many training samples, the first ones."""
-    model: str = "mlp"
-    """mlp, cnn, resnet20, or torchvision:NAME."""
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
-    """Hidden sizes of the mlp; no number for a linear model."""
-    weights: Path | None = None
-    """Start from the weights in this file."""
-    optimizer: OptimizerName = "adam"
-    """How the network is trained."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Learning rate."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum, for sgd only."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay, as the optimizer of torch.optim understands it."""
-    schedule: ScheduleName = "constant"
-    """Learning-rate schedule; linear and cosine end at 0."""
-    steps: int = Field(default=500, ge=0)
-    """Training steps (mini-batches); 0 analyses the network as it is initialised or loaded."""
-    batch_size: int = Field(default=100, ge=1)
-    """Samples a training step."""
     quantity: str = "empirical_fisher"
     """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B,norm=sumsq, ggn or hessian."""
-    samples: int | None = Field(default=None, ge=1)
-    """Take the curvature on so many training samples, the first ones; none means all."""
     per: tuple[Level, ...] = ("tensor",)
     """Rows of the table: tensor (a parameter tensor each), layer, network; one or several."""
     time_budget: float = Field(default=60.0, gt=0)
@@ -91,10 +53,6 @@ class FimDiagonalityConfig(Config):
     """Megabytes that the tiles of one pass may take."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
     """A network is trained and measured for each; the table has mean and standard deviation."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of the network and of the statistics."""
 
 
 PAPER = FimDiagonalityConfig(data="mnist", validation=5000, steps=5000)
@@ -147,7 +105,7 @@ def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> 
     """
     clock = Stopwatch()
     with clock("data"):
-        dataset = _dataset(config, options)
+        dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
     _check(config, dataset)
     directory = open_run(options.out, "fim_diagonality", config.to_yaml())
@@ -192,67 +150,19 @@ def _provenance(
     return origin | {"continued": directory.resumed}
 
 
-def _dataset(config: FimDiagonalityConfig, options: RunOptions) -> Dataset:
-    dataset = load(config.data, root=options.data_root, offline=options.offline)
-    if config.validation:
-        dataset, _ = dataset.hold_out(config.validation)
-    return dataset if config.classes == "all" else dataset.select(config.classes)
-
-
 def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
-    for name, values in (("seeds", config.seeds), ("per", config.per)):
-        if not values or len(set(values)) < len(values):
-            raise CurvlabError(f"{name} needs one value or several different ones, not {list(values)}")
-    if config.samples is not None and config.samples > len(dataset.x_train):
-        raise CurvlabError(f"samples is {config.samples:,}, but there are {len(dataset.x_train):,} training samples")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
-    problem = Problem(_model(config, dataset, config.seeds[0]), "cross_entropy", _samples(config, dataset))
+    subject.check_distinct(seeds=config.seeds, per=config.per)
+    subject.check(config, dataset)
+    problem = subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0]))
     records(problem, config.quantity, per=config.per)  # the call itself checks; no row is asked for
-
-
-def _model(config: FimDiagonalityConfig, dataset: Dataset, seed: int) -> nn.Module:
-    model = build(
-        config.model, dataset.sample_shape, dataset.num_classes, hidden=config.hidden, seed=seed, weights=config.weights
-    )
-    return model.to(config.device, getattr(torch, config.dtype)).eval()
-
-
-def _samples(config: FimDiagonalityConfig, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    return dataset.x_train[: config.samples], dataset.y_train[: config.samples]
 
 
 def _trained(
     config: FimDiagonalityConfig, dataset: Dataset, seed: int, directory: RunDirectory
 ) -> tuple[nn.Module, float | None]:
     """Return the network of a seed and its test accuracy, from its checkpoint if there is one."""
-    model = _model(config, dataset, seed)
-    if not config.steps:
-        return model, None
-    result = fit(
-        model,
-        (dataset.x_train, dataset.y_train),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=seed,
-        evaluation=(dataset.x_test, dataset.y_test),
-        evaluate_every=config.steps,
-        checkpoint=directory.path / f"seed-{seed}" / "checkpoint.pt",
-    )
-    assert result.evaluation is not None
-    return model, result.evaluation.accuracy
+    return subject.trained(config, dataset, seed, directory.path / f"seed-{seed}" / "checkpoint.pt")
 
 
 def _of_seed(
@@ -264,7 +174,7 @@ def _of_seed(
     yield from done
     with clock("training"):
         model, accuracy = _trained(config, dataset, seed, directory)
-    problem = Problem(model, "cross_entropy", _samples(config, dataset))
+    problem = subject.problem(config, dataset, model)
     rows = records(
         problem,
         config.quantity,
@@ -334,13 +244,13 @@ def _is_paper(config: FimDiagonalityConfig) -> bool:
 
 def _figures(config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirectory, table: Sequence[Record]) -> None:
     tensors = [row for row in table if "." in row["parameter"]]
-    title = f"{_quantity(config)} of a {_net(config, dataset)} on {Path(config.data).name}"
+    title = f"{subject.describe(config, dataset, config.quantity)} on {Path(config.data).name}"
     directory.write_figure(
         "sums_and_means",
         diagonality_bars(tensors, title, masq_table2.published()["rows"] if _is_paper(config) else None),
     )
     model, _ = _trained(config, dataset, config.seeds[0], directory)
-    problem = Problem(model, "cross_entropy", _samples(config, dataset))
+    problem = subject.problem(config, dataset, model)
     try:
         part = submatrix(problem, config.quantity)
     except UnsupportedError:
@@ -349,18 +259,6 @@ def _figures(config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirec
         "heat_map",
         block_heat_map(part.matrix.cpu().numpy(), part.names, part.counts, f"{title}\nevenly spaced parameters"),
     )
-
-
-def _quantity(config: FimDiagonalityConfig) -> str:
-    name, _, given = str(parse_quantity(config.quantity)).partition(":")
-    words = {"fisher": "Fisher", "empirical_fisher": "Empirical Fisher", "masq": "MaSQ", "ggn": "GGN"}
-    return words.get(name, name.capitalize()) + (f" ({given})" if given else "")
-
-
-def _net(config: FimDiagonalityConfig, dataset: Dataset) -> str:
-    if config.model != "mlp":
-        return config.model
-    return "-".join(map(str, (np.prod(dataset.sample_shape), *config.hidden, dataset.num_classes))) + " network"
 
 
 def _print(
@@ -374,7 +272,7 @@ def _print(
 ) -> None:
     spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     samples = config.samples or len(dataset.x_train)
-    title = f"{_quantity(config)} of a {_net(config, dataset)}, {samples:,} samples of {config.data}; {spread}"
+    title = f"{subject.describe(config, dataset, config.quantity)}, {samples:,} samples of {config.data}; {spread}"
     console.print(render(table, _SUMS, title), crop=False)
     console.print(render(table, _MEANS, "Means: of the entries, and with the paper's denominators"), crop=False)
     if _is_paper(config):

@@ -1,15 +1,94 @@
-"""curvlinops."""
+"""curvlinops (Dangel, Eschenhagen and others): the factors of K-FAC and EK-FAC, and products by ``torch.func``.
 
-from collections.abc import Mapping
+In place of its losses it is given our output rows ``s``, for ``J' s s' J``, and for the Hessian the sum of our losses:
+its scales (a squared error without the 1/2, and divided by the outputs), its limits (binary targets) and its own draws
+have no part. Its check of determinism, which costs several passes, is off: ``Problem`` sees to that.
+"""
 
-from torch import Tensor
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from curvlab.estimators import products
 from curvlab.estimators.backend import Backend
+from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.losses import Loss
+from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem
-from curvlab.progress import Advance
-from curvlab.quantities import Quantity
-from curvlab.structures import Structure
+from curvlab.problem import Batch, Problem
+from curvlab.progress import Advance, silent
+from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.structures import KFAC, Kronecker, Structure
+
+with warnings.catch_warnings():  # of a library that it imports
+    warnings.simplefilter("ignore", FutureWarning)
+    from curvlinops import EKFACLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
+
+_PROBE_SAMPLES = 2
+#: Whose gradient torch.func cannot differentiate, or differentiates wrongly (the norms' weights).
+_NO_SECOND_DERIVATIVE = (nn.LayerNorm, _InstanceNorm, nn.GroupNorm, nn.SiLU, nn.Mish, nn.Hardsigmoid)
+_COLUMNS = 16  # that are multiplied at once: the library keeps the activations of each
+_LOSSES = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "squared_error": nn.MSELoss,
+    "binary_cross_entropy": nn.BCEWithLogitsLoss,
+}
+
+
+class _Passes:
+    """The batches of a problem, gone through any number of times, with the same labels drawn each time."""
+
+    def __init__(
+        self, problem: Problem, quantity: Quantity, batch_size: int | None, advance: Callable[[float], None] = silent
+    ) -> None:
+        self.problem, self.quantity, self.batch_size, self.advance = problem, quantity, batch_size, advance
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._rng = label_stream(self.quantity)
+        for inputs, targets in self.problem.batches(self.batch_size):
+            yield inputs, targets
+            self.advance(len(inputs))
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the output rows of the batch that is under way."""
+        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng).to(outputs.dtype)
+
+
+class _WithRows(_Passes):
+    """The same, with the output rows in the place of the targets."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in super().__iter__():
+            with torch.no_grad():
+                outputs = self.problem.forward({}, inputs)
+            yield inputs, self.rows(outputs, targets)
+
+
+# Factors -------------------------------------------------------------------------------------------------------------
+
+
+class _ByRows:
+    """A backward pass for each of our output rows, in place of the library's own."""
+
+    _data: _Passes
+    _params: list[Tensor]
+
+    def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
+        rows = self._data.rows(output.detach(), y).unbind(dim=1)
+        for left, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
+            torch.autograd.grad(output, self._params, row, retain_graph=left > 0)
+
+
+class _KFAC(_ByRows, KFACLinearOperator):  # type: ignore[misc]
+    pass
+
+
+class _EKFAC(_ByRows, EKFACLinearOperator):  # type: ignore[misc]
+    pass
 
 
 def compute(
@@ -21,7 +100,163 @@ def compute(
     advance: Advance,
 ) -> Mapping[str, Tensor]:
     """See ``curvlab.estimators.backend.Compute``."""
-    raise NotImplementedError
+    assert isinstance(structure, Kronecker)
+    n = problem.num_samples
+    corrected = structure.name == "ekfac"
+    copied = _copy(problem, space)
+    for name in _layer_names(space):
+        copied.model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
+    operator = (_EKFAC if corrected else _KFAC)(
+        copied.model,
+        _LOSSES[problem.loss.name](reduction="sum"),
+        _parameters(copied, space),
+        _Passes(copied, quantity, batch_size, lambda samples: advance(samples / 2 if corrected else samples)),
+        check_deterministic=False,
+        fisher_type="empirical",
+        kfac_approx=structure.sharing,
+        num_per_example_loss_terms=1,
+        separate_weight_and_bias=False,
+        num_data=n,
+    )
+    operator.compute_kronecker_factors()
+    one = torch.ones(1, 1, dtype=problem.dtype, device=problem.device)  # A of a bias alone
+    inputs = {name: operator.state_dict()["input_covariances"].get(name, one) for name in _layer_names(space)}
+    slopes = operator.state_dict()["gradient_covariances"]
+    if not corrected:
+        factors = {f"{name}|A": a for name, a in inputs.items()}
+        return factors | {f"{name}|S": s / n for name, s in slopes.items()}
+    # The library's own eigenvectors are in the model's dtype: float32 does not converge on some factors of low rank.
+    bases = {f"{name}|U_A": symmetric_eigh(a)[1] for name, a in inputs.items()}
+    bases |= {f"{name}|U_S": symmetric_eigh(s)[1] for name, s in slopes.items()}
+    operator._input_covariances_eigenvectors = {name: bases[f"{name}|U_A"] for name in inputs}
+    operator._gradient_covariances_eigenvectors = {name: bases[f"{name}|U_S"] for name in slopes}
+    operator.compute_eigenvalue_correction()
+    for name, values in operator.state_dict()["corrected_eigenvalues"].items():
+        # By parameter where the layer has but one.
+        both = values if isinstance(values, Tensor) else next(iter(values.values()))
+        bases[f"{name}|values"] = both.reshape(len(both), -1) / n
+    return bases
 
 
-BACKEND = Backend("curvlinops", {}, compute, library=True)
+def _layer_names(space: ParameterSpace) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in space.names))
+
+
+def _by_position(
+    _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Where the library looks for the input.
+    return (*arguments, *keywords.values()), {}
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+class _Values(nn.Module):
+    """The sum of a loss over samples."""
+
+    reduction = "sum"
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss.values(outputs, targets).sum()
+
+
+class _Squares(nn.Module):
+    """A loss whose Hessian in the outputs is ``sum_r s_r s_r'``."""
+
+    reduction = "sum"
+
+    def forward(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        return torch.einsum("nrc,nc->nr", rows, outputs).square().sum() / 2
+
+
+def product(
+    problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None
+) -> Callable[[Tensor], Tensor]:
+    """See ``curvlab.estimators.backend.Product``."""
+    n = problem.num_samples
+    copied = _copy(problem, space)
+    model, parameters, checks = copied.model, _parameters(copied, space), {"check_deterministic": False, "num_data": n}
+    if isinstance(quantity, Hessian):
+        passes = _Passes(copied, quantity, batch_size)
+        operator = HessianLinearOperator(model, _Values(problem.loss), parameters, passes, **checks)
+    else:
+        operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
+
+    def multiply(vectors: Tensor) -> Tensor:
+        with products.differentiable(model):
+            return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
+
+    return multiply
+
+
+# What both need ------------------------------------------------------------------------------------------------------
+
+
+def _copy(problem: Problem, space: ParameterSpace) -> Problem:
+    """Return the problem with a copy of the model that leaves its inputs alone, trainable where the space says so."""
+    copied = products.snapshot(problem)
+    for name, parameter in copied.model.named_parameters():
+        parameter.requires_grad_(name in space.names)
+    copied.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
+    return copied
+
+
+def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
+    named = dict(problem.model.named_parameters())
+    return [named[name] for name in space.names]
+
+
+def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
+    """See ``curvlab.estimators.backend.Obstacle``."""
+    few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
+    try:
+        if isinstance(structure, Kronecker):
+            return _factor_obstacle(few, structure, space)
+        return _product_obstacle(few, quantity, space)
+    except Exception as error:  # what is raised where it meets something unforeseen can be anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"it fails on {_suspects(problem.model, quantity)} ({reason})"
+
+
+def _factor_obstacle(few: Problem, structure: Kronecker, space: ParameterSpace) -> str | None:
+    for name in _layer_names(space):
+        module = few.model.get_submodule(name)
+        label = f"{type(module).__name__} ({name or 'the model'})"
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            return f"it has factors of Linear and Conv2d layers only, not of {label}"
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return f"its factors of {label} are those of zero padding, not of {module.padding_mode}"
+    compute(few, EmpiricalFisher(), KFAC(structure.sharing), space, None, silent)
+    return None
+
+
+def _product_obstacle(few: Problem, quantity: Quantity, space: ParameterSpace) -> str | None:
+    vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = vectors.to(few.device, few.dtype)
+    theirs = product(few, quantity, space, None)(vectors)
+    ours = products.product(few, quantity, space, None)(vectors)
+    if bool((theirs - ours).abs().max() > 10 * torch.finfo(few.dtype).eps ** 0.5 * ours.abs().max()):
+        return f"its {quantity.name} of {_suspects(few.model, quantity)} is not that of automatic differentiation"
+    return None
+
+
+def _suspects(model: nn.Module, quantity: Quantity) -> str:
+    """Return the model's name, and modules of it that are known to stand in the way."""
+    known = [f"{type(m).__name__} ({n})" for n, m in model.named_modules() if isinstance(m, _NO_SECOND_DERIVATIVE)]
+    return ", ".join([type(model).__name__, *(known if isinstance(quantity, Hessian) else [])])
+
+
+_CELLS = ("kfac", "ekfac", "implicit")
+BACKEND = Backend(
+    "curvlinops",
+    {Fisher: _CELLS, EmpiricalFisher: _CELLS, GGN: _CELLS, Hessian: ("implicit",)},
+    compute,
+    obstacle,
+    product=product,
+    library=True,
+)

@@ -103,8 +103,8 @@ class _Squares(Protocol):
     def add(self, gradient: Tensor) -> None:
         """Take the gradient of the output, of one row."""
 
-    def total(self) -> Mapping[str, Tensor]:
-        """Return the sums by parameter."""
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
+        """Add the sums to those of the parameters, each of the parameter's shape."""
 
 
 class _FlatSquares:
@@ -118,16 +118,14 @@ class _FlatSquares:
         if self.squares is None:
             self.squares = gradient.square()
         else:
-            self.squares.addcmul_(gradient, gradient)
+            self.squares.addcmul_(gradient, gradient)  # one product for all rows, not one each
 
-    def total(self) -> Mapping[str, Tensor]:
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
         assert self.squares is not None
-        total = {}
         if self.layer.weight:
-            total[self.layer.weight] = self.squares.mT @ self.inputs.square()
+            total[self.layer.weight].addmm_(self.squares.mT, self.inputs.square())
         if self.layer.bias:
-            total[self.layer.bias] = self.squares.sum(dim=0)
-        return total
+            total[self.layer.bias] += self.squares.sum(dim=0)
 
 
 class _PositionSquares:
@@ -143,14 +141,13 @@ class _PositionSquares:
             squares = rows.square_().sum(dim=0)
             self.squares = squares if self.squares is None else self.squares.add_(squares)
 
-    def total(self) -> Mapping[str, Tensor]:
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
         assert self.squares is not None
-        total, columns = {}, self.squares.shape[1] - bool(self.layer.bias)
         if self.layer.weight:
-            total[self.layer.weight] = self.squares[:, :columns]
+            weight = total[self.layer.weight]
+            weight += self.squares[:, : weight[0].numel()].view_as(weight)
         if self.layer.bias:
-            total[self.layer.bias] = self.squares[:, -1]
-        return total
+            total[self.layer.bias] += self.squares[:, -1]
 
 
 class _AloneSquares:
@@ -161,7 +158,7 @@ class _AloneSquares:
         names = {key: f"{name}.{key}".removeprefix(".") for key, _ in module.named_parameters(recurse=False)}
         self.names = {key: full for key, full in names.items() if full in space.names}
         self.parameters = {key: getattr(module, key).detach() for key in self.names}
-        self.squares = {key: torch.zeros_like(p) for key, p in self.parameters.items()}
+        self.squares: dict[str, Tensor] = {}
 
     def add(self, gradient: Tensor) -> None:
         def of_sample(x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -173,10 +170,12 @@ class _AloneSquares:
         step = max(1, int(_BYTES / size))
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
             for key, rows in vmap(of_sample)(x, g).items():
-                self.squares[key] += rows.square_().sum(dim=0)
+                squares = rows.square_().sum(dim=0)
+                self.squares[key] = self.squares[key] + squares if key in self.squares else squares
 
-    def total(self) -> Mapping[str, Tensor]:
-        return {full: self.squares[key] for key, full in self.names.items()}
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
+        for key, full in self.names.items():
+            total[full] += self.squares[key].view_as(total[full])
 
 
 def _diagonal(
@@ -191,26 +190,23 @@ def _diagonal(
     if modules:
         unfaithful = unfaithful_modules(problem, modules)
         modules = {name: module for name, module in modules.items() if name not in unfaithful}
-    total = {
-        name: torch.zeros(size, dtype=problem.dtype, device=problem.device)
-        for name, size in zip(space.names, space.sizes, strict=True)
-    }
-    done = set()
+    entries = torch.zeros(space.total, dtype=problem.dtype, device=problem.device)
+    total = space.unflatten(entries)  # views
     for calls, gradients in _batches(problem, quantity, modules, batch_size) if modules else ():
         squares = [_squares(name, modules[name], space, inputs) for name, inputs in calls.items()]
         for row in gradients:
             for one, gradient in zip(squares, row, strict=True):
                 one.add(gradient)
         for one in squares:
-            for name, value in one.total().items():
-                total[name] += value.flatten()
-                done.add(name)
+            one.add_to_(total)
         advance(len(next(iter(calls.values()))))
-    rest = space.restrict(set(space.names) - done)
+    owned = {f"{name}.{key}".removeprefix(".") for name, m in modules.items() for key, _ in m.named_parameters()}
+    rest = space.restrict(set(space.names) - owned)
     if rest.names:
-        rows = _squared_rows(problem, quantity, rest, silent if done else advance)
-        total.update(zip(rest.names, rows.split(list(rest.sizes)), strict=True))
-    return torch.cat(list(total.values())) / problem.num_samples
+        rows = _squared_rows(problem, quantity, rest, silent if modules else advance)
+        for name, value in rest.unflatten(rows).items():
+            total[name].copy_(value)
+    return entries.div_(problem.num_samples)
 
 
 def _squares(name: str, module: nn.Module, space: ParameterSpace, inputs: Tensor) -> _Squares:
@@ -286,7 +282,7 @@ def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, n: i
 
 
 def _ekfac(batches: _Passes, layers: Mapping[str, Layer], n: int, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    bases = {name: symmetric_eigh(factor)[1] for name, factor in factors.items()}
+    bases = {name: _basis(factor) for name, factor in factors.items()}
     values = {name: factors[f"{name}|S"].new_zeros(_shape(layer)) for name, layer in layers.items()}
     for inputs, gradients in batches():
         moments = {
@@ -302,6 +298,16 @@ def _ekfac(batches: _Passes, layers: Mapping[str, Layer], n: int, factors: Mappi
         **{f"{name}|U_{factor}": bases[f"{name}|{factor}"] for name in layers for factor in "AS"},
         **{f"{name}|values": value / n for name, value in values.items()},
     }
+
+
+def _basis(factor: Tensor) -> Tensor:
+    # A basis to working precision will do, and float64 takes twice as long. In float32 LAPACK may fail on factors of
+    # low rank.
+    try:
+        basis: Tensor = torch.linalg.eigh(factor)[1]
+    except RuntimeError:  # LinAlgError
+        basis = symmetric_eigh(factor)[1]
+    return basis
 
 
 class _RotatedSquares:

@@ -1,15 +1,16 @@
 """NNGeometry (George, "NNGeometry: easy and fast Fisher information matrices and neural tangent kernels", 2021).
 
 Its Jacobians by module hooks are used, its metrics are not: ``FIM`` is NaN where a class is saturated and fails in
-float64, ``FIM_MonteCarlo`` draws from the global random state, and neither has the empirical Fisher. The Jacobians are
-those of ``R`` functions of the outputs, ``s_r' f``, whose gradients are the rows ``J' s_r`` of every quantity alike.
+float64, ``FIM_MonteCarlo`` draws from the global random state, and neither has the empirical Fisher. Here the Jacobians
+are those of ``R`` functions ``s_r' f`` of the outputs, whose gradients are the rows ``J' s_r`` of any quantity.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
-from itertools import islice
+from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
 from nngeometry.backend import TorchHooksJacobianBackend
@@ -17,28 +18,25 @@ from nngeometry.layercollection import LayerCollection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import unfaithful_modules
+from curvlab.estimators.capture import forward, unfaithful_modules
+from curvlab.estimators.default_dtype import default_dtype
+from curvlab.estimators.layers import Layer, layer_in
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
-from curvlab.structures import Kronecker, Structure
+from curvlab.structures import KFAC, Diag, Kronecker, Structure
 
-#: Number of dimensions of the input for which its rule is right.
-_RULES: Mapping[type[nn.Module], int] = {
-    nn.Linear: 2,
-    nn.Conv1d: 3,
-    nn.Conv2d: 4,
-    nn.BatchNorm1d: 2,
-    nn.BatchNorm2d: 4,
-    nn.GroupNorm: 4,
-    nn.LayerNorm: 2,  # with one normalised dimension; see _input_dimensions
-}
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
+# Not ConvTranspose2d: every such layer is kept in memory for the rest of the process.
+_RULES = (*_KRONECKER_RULES, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 _PROBE_SAMPLES = 2
+
+_Loader = DataLoader[tuple[Tensor, ...]]
+_Generate = Callable[[TorchHooksJacobianBackend, _Loader], Mapping[str, Tensor]]
 
 
 def compute(
@@ -50,38 +48,52 @@ def compute(
     advance: Advance,
 ) -> Mapping[str, Tensor]:
     """See ``curvlab.estimators.backend.Compute``."""
-
-    def mean(advance: Advance, generate: _Generate) -> dict[str, Tensor]:
-        return _mean(problem, quantity, space, batch_size, advance, generate)
-
+    mean = partial(_mean, problem, quantity, space, batch_size)
     if isinstance(structure, Kronecker):
-        columns = _columns(problem.model, space)
-        factors = mean(advance if structure.name == "kfac" else _silent, _factors)
-        for layer, kept in columns.items():
-            factors[f"{layer}|A"] = factors[f"{layer}|A"][kept, kept]
-        if structure.name == "kfac":
-            return factors
-        return _eigenvalues(factors, columns, lambda generate: mean(advance, generate))
+        return _kronecker(problem.model, structure, space, mean, advance)
     collection = _collection(problem.model, space)
     parts = _parts(collection)
     if structure.name == "block_diag":
-        blocks = mean(advance, lambda jacobians, _, data: jacobians.get_covariance_layer_blocks(data))
-        return {name: blocks[_owner(name)][parts[name], parts[name]] for name in space.names}
-    starts = {name: collection.p_pos[_owner(name)] for name in space.names}
-    index = torch.cat([torch.arange(p.start, p.stop) + starts[n] for n, p in parts.items() if n in starts])
+        blocks = mean(advance, lambda jacobians, data: jacobians.get_covariance_layer_blocks(data))
+        return {name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names}
+    kept: Tensor | slice = slice(None)
+    if space.total < collection.numel():
+        flat = torch.arange(collection.numel()).split([layer.numel() for layer in collection.layers.values()])
+        indices = dict(zip(collection.layers, flat, strict=True))
+        kept = torch.cat([indices[_layer(name)][parts[name]] for name in space.names])
     if structure.name == "diag":
-        entries = mean(advance, lambda jacobians, _, data: {"entries": jacobians.get_covariance_diag(data)})["entries"]
-        return {"entries": entries[index]}
-    matrix = mean(advance, lambda jacobians, _, data: {"matrix": jacobians.get_covariance_matrix(data)})["matrix"]
-    return {"matrix": matrix if len(index) == len(matrix) else matrix[index][:, index]}
+        entries = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_diag(data)})[""]
+        return {"entries": entries[kept]}
+    matrix = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_matrix(data)})[""]
+    return {"matrix": matrix[kept][:, kept]}
 
 
-_Scales = dict[str, float]
-_Generate = Callable[[TorchHooksJacobianBackend, _Scales, DataLoader[int]], Mapping[str, Tensor]]
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
-def _silent(_: float = 1, /, *, note: str = "") -> None:
-    pass
+def _layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
+    """Return the layers that have a parameter in the space, by module name."""
+    names = dict.fromkeys(map(_layer, space.names))
+    return {name: layer_in(space, name, model.get_submodule(name)) for name in names}
+
+
+def _collection(model: nn.Module, space: ParameterSpace) -> LayerCollection:
+    """Return the library's description of the layers that have a parameter in the space."""
+    collection = LayerCollection()
+    for layer in _layers(model, space).values():
+        collection.add_layer_from_model(model, layer.module)
+    return collection
+
+
+def _parts(collection: LayerCollection) -> dict[str, slice]:
+    """Return where each parameter lies among the entries of its layer: the weight first, then the bias."""
+    parts = {}
+    for name, layer in collection.layers.items():
+        weights = layer.weight.numel()
+        parts[f"{name}.weight".removeprefix(".")] = slice(0, weights)
+        parts[f"{name}.bias".removeprefix(".")] = slice(weights, layer.numel())
+    return parts
 
 
 def _mean(
@@ -92,101 +104,166 @@ def _mean(
     advance: Advance,
     generate: _Generate,
 ) -> dict[str, Tensor]:
-    """Return the mean over samples of what ``generate`` makes of a batch as a mean over it."""
+    """Return the mean over samples of what the library makes of every batch as a mean over that."""
     # A copy: after an exception the library's hooks stay on the model.
     copy = Problem(deepcopy(problem.model), problem.loss.name, problem.data)
     collection = _collection(copy.model, space)
-    positions: dict[str, int] = {}
-    scales: _Scales = {}
-
-    def count(layer: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            positions[layer] = output.shape[2:].numel()
-
-        return hook
-
-    for layer in collection.layers:
-        copy.model.get_submodule(layer).register_forward_hook(count(layer))
-    rng = label_stream(quantity)
-    default = torch.get_default_dtype()
-
-    def function(inputs: Tensor, targets: Tensor) -> Tensor:
-        with _default_dtype(default):
-            outputs = copy.forward({}, inputs)
-            seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        found = {layer: t * sqrt(seeds.shape[1]) for layer, t in positions.items()}
-        if scales and scales != found:
-            raise UnsupportedError("backend nngeometry takes batches of one image size; backend torch takes any")
-        scales.update(found)
-        return torch.einsum("nc,nrc->nr", outputs, seeds)
-
-    jacobians = TorchHooksJacobianBackend(copy.model, function, layer_collection=collection)
+    jacobians = TorchHooksJacobianBackend(copy.model, _Rows(copy, quantity), layer_collection=collection)
+    working_dtype = torch.promote_types(problem.dtype, torch.get_default_dtype())
     total: dict[str, Tensor] = {}
     for inputs, targets in problem.batches(batch_size):
-        # Some of its buffers are of the default dtype, whatever the model's.
-        with _default_dtype(torch.promote_types(problem.dtype, default)):
-            means = generate(jacobians, scales, _loader(inputs, targets))
+        n = len(inputs)
+        # Some of the library's buffers are of the default dtype, whatever the model's.
+        with default_dtype(working_dtype):
+            means = generate(jacobians, _loader(inputs, targets))
         for name, value in means.items():
-            total[name] = total[name] + len(inputs) * value if name in total else len(inputs) * value
-        advance(len(inputs))
-    return {name: value / problem.num_samples for name, value in total.items()}
+            total[name] = total[name].add_(value, alpha=n) if name in total else value.mul_(n)
+        advance(n)
+    return {name: value.div_(problem.num_samples) for name, value in total.items()}
 
 
-def _loader(inputs: Tensor, targets: Tensor) -> DataLoader[int]:
-    """Return a batch as the library asks for it: a DataLoader whose sampler has a length."""
+class _Rows:
+    """The ``R`` functions of the outputs whose gradients are the rows of a quantity: ``(N, R)`` of a batch."""
+
+    def __init__(self, problem: Problem, quantity: Quantity) -> None:
+        self.problem, self.quantity = problem, quantity
+        self.rng = label_stream(quantity)
+        self.default = torch.get_default_dtype()
+        self.count = 0
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with default_dtype(self.default):
+            outputs = self.problem.forward({}, inputs)
+            seeds = output_rows(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
+        self.count = seeds.shape[1]
+        return torch.einsum("nc,nrc->nr", outputs, seeds.to(outputs.dtype))
+
+
+def _loader(inputs: Tensor, targets: Tensor) -> _Loader:
+    """Return a batch as the library asks for it: a DataLoader, whose sampler has as many indices as samples."""
     n = len(inputs)
-    # Its own generator: a DataLoader draws from the global one. Detached: the library sets requires_grad.
-    return DataLoader(
-        range(n),  # type: ignore[arg-type]
-        batch_size=n,
-        collate_fn=lambda _: (inputs.detach(), targets),
-        generator=torch.Generator(),
-    )
+    indices: Any = range(n)
+    # Detached: the library sets requires_grad. With a generator: without, a DataLoader draws from the global one.
+    whole = inputs.detach(), targets
+    return DataLoader(indices, batch_size=n, collate_fn=lambda _: whole, generator=torch.Generator())
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _kronecker(
+    model: nn.Module,
+    structure: Kronecker,
+    space: ParameterSpace,
+    mean: Callable[[Advance, _Generate], dict[str, Tensor]],
+    advance: Advance,
+) -> dict[str, Tensor]:
+    columns = {name: _columns(layer) for name, layer in _layers(model, space).items()}
+    ekfac = structure.name == "ekfac"
+    factors = mean((lambda *_, **__: None) if ekfac else advance, _factors)
+    for layer, (kept, _) in columns.items():
+        factors[f"{layer}|A"] = factors[f"{layer}|A"][kept, kept].clone()
+    if not ekfac:
+        return factors
+    tensors: dict[str, Tensor] = {}
+    bases: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer, (kept, width) in columns.items():
+        a, s = (symmetric_eigh(factors[f"{layer}|{side}"])[1] for side in "AS")
+        tensors[f"{layer}|U_A"], tensors[f"{layer}|U_S"] = a, s
+        # The library projects the whole homogeneous weight: columns that are not asked for go to nothing.
+        before, behind = kept.start, width - kept.stop
+        bases[layer] = nn.functional.pad(a, (before, behind, before, behind)), s
+    values = mean(advance, lambda jacobians, data: jacobians.get_kfe_diag(bases, data))
+    for layer, (kept, width) in columns.items():
+        tensors[f"{layer}|values"] = values[layer].view(-1, width)[:, kept].clone()
+    return tensors
 
 
-def _factors(jacobians: TorchHooksJacobianBackend, scales: _Scales, data: DataLoader[int]) -> dict[str, Tensor]:
-    """Return a batch's factors on our scale: theirs spread the positions and the square root of ``R`` otherwise."""
+def _columns(layer: Layer) -> tuple[slice, int]:
+    """Return which columns of a layer's homogeneous weight are in the space, and how many it has."""
+    d = layer.module.get_parameter("weight")[0].numel()
+    width = d + (layer.module.bias is not None)
+    return slice(0 if layer.weight else d, width if layer.bias else d), width
+
+
+def _factors(jacobians: TorchHooksJacobianBackend, data: _Loader) -> dict[str, Tensor]:
+    """Return K-FAC's factors of a batch on our scale.
+
+    The library sums over ``T`` positions in ``A`` where we take the mean, and divides ``S`` by ``T`` where we do not;
+    and it has the root of ``R`` in ``A`` and divides ``S`` by it.
+    """
+    positions: dict[nn.Module, int] = {}
+
+    def hook(module: nn.Module, _: object, output: Tensor) -> None:
+        positions[module] = output.shape[2:].numel()
+
+    with ExitStack() as hooks:
+        for module in jacobians.m_to_l:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        theirs = jacobians.get_kfac_blocks(data)
     factors: dict[str, Tensor] = {}
-    for layer, (a, s) in jacobians.get_kfac_blocks(data).items():
-        factors[f"{layer}|A"] = a / scales[layer]
-        factors[f"{layer}|S"] = s * scales[layer]
+    for layer, (a, s) in theirs.items():
+        scale = positions[jacobians.l_to_m[layer]] * sqrt(jacobians.function.count)
+        factors[f"{layer}|A"], factors[f"{layer}|S"] = a.div_(scale), s.mul_(scale)
     return factors
 
 
-def _eigenvalues(
-    factors: Mapping[str, Tensor], columns: Mapping[str, slice], mean: Callable[[_Generate], Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Return EK-FAC: the eigenvectors of the factors, and the second moments along them by a second pass."""
-    bases: dict[str, Tensor] = {}
-    whole: dict[str, tuple[Tensor, Tensor]] = {}
-    for layer, kept in columns.items():
-        bases[f"{layer}|U_A"], bases[f"{layer}|U_S"] = (_eigenvectors(factors[f"{layer}|{side}"]) for side in "AS")
-        # The library projects the homogeneous input; where that is not asked for whole, the rest goes to zero.
-        a = bases[f"{layer}|U_A"]
-        square = a.new_zeros(kept.stop, kept.stop)
-        square[kept, kept] = a
-        whole[layer] = square, bases[f"{layer}|U_S"]
+def obstacle(
+    problem: Problem,
+    quantity: Quantity,  # noqa: ARG001 - its rules are the same for every quantity
+    structure: Structure,
+    space: ParameterSpace,
+) -> str | None:
+    """See ``curvlab.estimators.backend.Obstacle``."""
+    inputs, targets = next(problem.batches(_PROBE_SAMPLES))
+    if not inputs.is_floating_point():
+        return "it differentiates in the inputs, and these are integers"
+    modules = {name: layer.module for name, layer in _layers(problem.model, space).items()}
+    for name, module in modules.items():
+        told = _rule_obstacle(module, structure)
+        if told:
+            return f"{told} ({name or 'the model'})"
+    for name, reason in unfaithful_modules(problem, modules).items():
+        return f"{next(n for n in space.names if _layer(n) == name)} {reason}"
+    calls = forward(problem, modules, inputs)[1]
+    for name, module in modules.items():
+        found, right = calls[name][0].inputs.ndim, _input_dimensions(module)
+        if found != right:
+            kind = type(module).__name__
+            return f"its rule for {kind} is for inputs of {right} dimensions, not {found} ({name or 'the model'})"
+    few = Problem(problem.model, problem.loss.name, [(inputs, targets)])
+    cheapest = KFAC() if isinstance(structure, Kronecker) else Diag()
+    try:
+        compute(few, EmpiricalFisher(), cheapest, space, None, lambda *_, **__: None)
+    except Exception as error:  # what a library raises where it meets something unforeseen can be anything
+        reason = str(error).partition("\n")[0]
+        return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
+    return None
 
-    def padded(jacobians: TorchHooksJacobianBackend) -> dict[str, tuple[Tensor, Tensor]]:
-        full = {}
-        for layer, (a, s) in whole.items():
-            module = jacobians.l_to_m[layer]
-            missing = _width(module) - len(a)
-            full[layer] = nn.functional.pad(a, (0, missing, 0, missing)), s
-        return full
 
-    values = mean(lambda jacobians, _, data: jacobians.get_kfe_diag(padded(jacobians), data))
-    for layer, kept in columns.items():
-        outputs = len(bases[f"{layer}|U_S"])
-        bases[f"{layer}|values"] = values[layer].view(outputs, -1)[:, kept]
-    return bases
+def _rule_obstacle(module: nn.Module, structure: Structure) -> str | None:
+    kind = type(module).__name__
+    if type(module) not in (_KRONECKER_RULES if isinstance(structure, Kronecker) else _RULES):
+        return f"it has no rule for {kind}"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1:
+            return f"its rule for {kind} is wrong with groups"
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            how = module.padding if isinstance(module.padding, str) else module.padding_mode
+            return f"its rule for {kind} is for zero padding of a given width, not for {how!r}"
+        if isinstance(structure, Kronecker) and structure.sharing == "reduce":
+            return f"its factors of {kind} are those of expand, not of reduce"
+    return None
+
+
+def _input_dimensions(module: nn.Module) -> int:
+    if isinstance(module, nn.LayerNorm):
+        return 1 + len(module.normalized_shape)
+    return {nn.Linear: 2, nn.BatchNorm1d: 2, nn.Conv1d: 3}.get(type(module), 4)
+
+
+_STRUCTURES = ("dense", "block_diag", "diag", "kfac", "ekfac")
+BACKEND = Backend(
+    "nngeometry",
+    dict.fromkeys((Fisher, EmpiricalFisher, GGN), _STRUCTURES),
+    compute,
+    obstacle,
+    library=True,
+)

@@ -7,6 +7,7 @@ of a convolution but where they are small: unfolding costs the memory of ``k k``
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any
@@ -115,7 +116,7 @@ class ConvPositions:
         if not self.layer.weight:
             return corner
         if self._channels <= _FEW_CHANNELS:
-            patches = self._patches(images)
+            patches = self._patches if scale is None else self._patches * scale.flatten(2)
             inner = torch.bmm(patches, patches.mT).sum(dim=0)
         else:
             inner = self._correlation(images)
@@ -157,9 +158,10 @@ class ConvPositions:
             index.append(slice(o * d, o * d + s * (size - 1) + 1, s))
         return images[tuple(index)]
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """Return the patches under the kernel, ``(N, d, T)``, without the bias's one."""
-        seen = [self._under(images, offset) for offset in product(*map(range, self.kernel))]
+    @cached_property
+    def _patches(self) -> Tensor:
+        """The patches under the kernel, ``(N, d, T)``, without the bias's one; for few channels only."""
+        seen = [self._under(self.images, offset) for offset in product(*map(range, self.kernel))]
         return torch.stack(seen, dim=2).flatten(1, 2).flatten(2)
 
     def _weight_gradient(
@@ -220,14 +222,14 @@ class ConvPositions:
             return
         step = _step(outputs * self._channels * prod(self.kernel), gradient)
         few = self._channels <= _FEW_CHANNELS
-        for g, images in zip(gradient.split(step), self.images.split(step), strict=True):
+        for g, given in zip(gradient.split(step), (self._patches if few else self.images).split(step), strict=True):
             if few:
-                of_weight = g.flatten(2) @ self._patches(images).mT
+                of_weight = g.flatten(2) @ given.mT
             else:
                 n = len(g)
                 # As a convolution in n groups, a sample each.
                 of_weight = self._weight_gradient(
-                    images.reshape(1, -1, *images.shape[2:]), g.reshape(1, -1, *g.shape[2:]), groups=n
+                    given.reshape(1, -1, *given.shape[2:]), g.reshape(1, -1, *g.shape[2:]), groups=n
                 ).view(n, outputs, -1)
             if self.layer.bias:
                 of_weight = torch.cat([of_weight, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)

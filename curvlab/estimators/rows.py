@@ -12,6 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.capture import backward, forward, unfaithful_modules
@@ -112,7 +113,8 @@ def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Te
         # To its known size: a batching rule may be wrong (PReLU's gives too many entries), which then raises.
         return torch.cat([rows[name].reshape(len(seed), p.numel()) for name, p in parameters.items()], dim=1)
 
-    rows: Tensor = vmap(of_sample)(inputs, seeds)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+        rows: Tensor = vmap(of_sample)(inputs, seeds)
     return rows.flatten(0, 1)
 
 

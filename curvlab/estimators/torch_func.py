@@ -30,11 +30,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.products import product
 from curvlab.estimators.seeds import label_stream
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy
+from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance
+from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 from curvlab.structures import EKFAC, KFAC, TKFAC, Kronecker, Structure
 
@@ -78,12 +80,8 @@ def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[
     return {name: matrix[part, part].clone() for name, part in space.slices.items()}
 
 
-def _silent(*_: object, **__: object) -> None:
-    """Show no progress."""
-
-
 def per_sample_rows(
-    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = _silent
+    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = silent
 ) -> Iterator[Tensor]:
     """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time."""
     if isinstance(quantity, MaSQ):
@@ -107,6 +105,9 @@ def _sample_rows(
     rng: np.random.Generator,
 ) -> Tensor:
     loss = problem.loss
+    # In float64: in float32 the probability of a class may round to one, and its complement to zero.
+    outputs = outputs.double()
+    target = target.double() if target.is_floating_point() else target
     if isinstance(quantity, EmpiricalFisher):
         return _gradient(loss.values(outputs, target), parameters).unsqueeze(0)
     if isinstance(quantity, Fisher) and quantity.samples is not None:
@@ -125,8 +126,7 @@ def _sample_rows(
     if isinstance(quantity, Fisher) and isinstance(loss, BinaryCrossEntropy):
         # The outputs are independent: E (sigmoid - y)^2 = p (1 - p) along each.
         p = outputs.detach().sigmoid()[0]
-        weighted: Tensor = (p * (1 - p)).sqrt().unsqueeze(1) * jacobian
-        return weighted
+        return (p * (1 - p)).sqrt().unsqueeze(1).to(jacobian) * jacobian
     if isinstance(quantity, Fisher):
         return jacobian  # unit-variance Gaussian: E (f - y)(f - y)' is the identity
     at = outputs.detach().requires_grad_()
@@ -134,7 +134,7 @@ def _sample_rows(
     hessian = torch.stack([_gradient(s, [at]) for s in slope])
     values, vectors = torch.linalg.eigh(hessian)
     factor: Tensor = (vectors * values.clamp(min=0).sqrt()).mT
-    return factor @ jacobian
+    return factor.to(jacobian) @ jacobian
 
 
 def _masq_rows(problem: Problem, quantity: MaSQ, space: ParameterSpace, advance: Advance) -> Iterator[Tensor]:
@@ -213,12 +213,11 @@ def _factors(
 def _eigenvalue_corrected(
     problem: Problem, quantity: Quantity, structure: EKFAC, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
-    kfac = _factors(problem, quantity, KFAC(structure.sharing), layers, _silent)
+    kfac = _factors(problem, quantity, KFAC(structure.sharing), layers, silent)
     tensors: dict[str, Tensor] = {}
     for name in layers:
-        for side in ("A", "S"):  # in float64: float32 does not converge on some factors of low rank
-            vectors = torch.linalg.eigh(kfac[f"{name}|{side}"].double())[1]
-            tensors[f"{name}|U_{side}"] = vectors.to(problem.dtype)
+        for side in ("A", "S"):
+            tensors[f"{name}|U_{side}"] = symmetric_eigh(kfac[f"{name}|{side}"])[1]
     for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
         rotated = (gradients @ tensors[f"{name}|U_S"]).mT @ (inputs @ tensors[f"{name}|U_A"])
         term = rotated.square().sum(dim=0) / problem.num_samples
@@ -295,16 +294,11 @@ def _by_position(module: nn.Module, values: Tensor) -> Tensor:
     return values.reshape(len(values), -1, values.shape[-1])
 
 
-_STORED = ("dense", "block_diag", "diag")
-_KRONECKER = ("kfac", "ekfac", "tkfac")
+_ANY = ("dense", "block_diag", "diag", "implicit")
+_WITH_FACTORS = (*_ANY, "kfac", "ekfac", "tkfac")
 BACKEND = Backend(
     "torch",
-    {
-        Fisher: (*_STORED, *_KRONECKER),
-        EmpiricalFisher: (*_STORED, *_KRONECKER),
-        GGN: (*_STORED, *_KRONECKER),
-        MaSQ: _STORED,
-        Hessian: _STORED,
-    },
+    {**dict.fromkeys((Fisher, EmpiricalFisher, GGN), _WITH_FACTORS), MaSQ: _ANY, Hessian: _ANY},
     compute,
+    product=product,
 )

@@ -79,7 +79,7 @@ class CurvatureMatrix(ABC):
 
     @abstractmethod
     def _spectra(self) -> Iterable[Tensor]:
-        """Return the eigenvalues, ``(..., n)``: those of one block, which no other block's rounding reaches, by row."""
+        """Return the eigenvalues, ``(..., n)``: a row holds those of one block, free of other blocks' rounding."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -169,8 +169,8 @@ class CurvatureMatrix(ABC):
         for (name, tensor), shape in zip(named.items(), self.space.shapes, strict=True):
             if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
                 raise CurvlabError(
-                    f"{name} is a {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; in the matrix it is "
-                    f"a {dtype} of shape {shape} on {device}"
+                    f"{name} is a {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; in the matrix it "
+                    f"is a {dtype} of shape {shape} on {device}"
                 )
         return named
 

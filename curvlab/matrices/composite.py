@@ -37,7 +37,7 @@ class Composite(CurvatureMatrix):
         return {f"{i}/{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:  # noqa: ARG003
         """Refuse: tensors do not tell the structures of the parts."""
         raise CurvlabError("a composite matrix is made of its parts, not of tensors: use Composite(parts, space, info)")
 
@@ -95,7 +95,7 @@ class Composite(CurvatureMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return torch.stack([part.frobenius_norm() for part in self.parts]).norm()
+        return torch.stack([part.frobenius_norm().square() for part in self.parts]).sum().sqrt()
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the matrix on another device or in another floating dtype."""

@@ -32,8 +32,7 @@ class EKFAC(Layered):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``LAYER|U_A``, ``(d, d)``, ``LAYER|U_S``, ``(o, o)``, and ``LAYER|values``, ``(o, d)``."""
-        keys = ("U_A", "U_S", "values")
-        return {f"{name}|{key}": t for name, b in self.bases.items() for key, t in zip(keys, b, strict=True)}
+        return {f"{name}|{key}": t for name, basis in self.bases.items() for key, t in basis._asdict().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
@@ -74,9 +73,12 @@ class EKFAC(Layered):
     __rmul__ = __mul__
 
     def _plus(self, other: Self, info: Info) -> Self:
-        pairs = {name: (basis, Eigenbasis(*(t.to(basis.A) for t in other.bases[name]))) for name, basis in self.bases.items()}
+        pairs = {
+            name: (basis, Eigenbasis(*(t.to(basis.values) for t in other.bases[name])))
+            for name, basis in self.bases.items()
+        }
         for name, (mine, theirs) in pairs.items():
-            if not (torch.equal(mine.A, theirs.A) and torch.equal(mine.S, theirs.S)):
+            if not (torch.equal(mine.U_A, theirs.U_A) and torch.equal(mine.U_S, theirs.U_S)):
                 raise CurvlabError(
                     f"the two ekfac matrices have different eigenbases of {name or 'the model'}, so that their sum is "
                     "none: estimate kfac, whose sums are exact, or add their to_dense()"

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, minres
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.matrices.base import CurvatureMatrix, Info, V
+from curvlab.matrices.dense import Dense
+from curvlab.matrices.iterative import solve
 from curvlab.parameters import ParameterSpace
 
 Product = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ class Implicit(CurvatureMatrix):
     # Products ----------------------------------------------------------------------------------------------------
 
     def _matmul(self, vectors: Tensor) -> Tensor:
-        answer: Tensor = _Multiply.apply(vectors, self._product)  # type: ignore[no-untyped-call]
+        answer: Tensor = _Multiply.apply(vectors, self._product)
         if (answer.shape, answer.dtype, answer.device) != (vectors.shape, vectors.dtype, vectors.device):
             raise CurvlabError(
                 f"the product takes {vectors.dtype} of shape {tuple(vectors.shape)} on {vectors.device} and gives "
@@ -71,7 +71,7 @@ class Implicit(CurvatureMatrix):
         return answer
 
     def _quadratic_form(self, delta: Tensor) -> Tensor:
-        value: Tensor = _QuadraticForm.apply(delta, self._matmul)  # type: ignore[no-untyped-call]
+        value: Tensor = _QuadraticForm.apply(delta, self._matmul)
         return value
 
     def __mul__(self, factor: float) -> Self:
@@ -86,67 +86,103 @@ class Implicit(CurvatureMatrix):
     def _with(self, product: Product, info: Info) -> Self:
         return type(self)(product, self.space, info, dtype=self.dtype, device=self.device)
 
-    def solve(
-        self, b: V, damping: float = 0.0, *, tol: float | None = None, max_products: int = 1_000
-    ) -> V:
-        """Return ``(F + damping I)^-1 b`` by conjugate gradients, or by MINRES where the matrix is indefinite.
+    # Systems and what follows from the entries -------------------------------------------------------------------
+
+    def solve(self, b: V, damping: float = 0.0, *, tol: float | None = None, max_products: int = 1_000) -> V:
+        """Return ``(F + damping I)^-1 b`` by conjugate gradients, or MINRES where that is indefinite.
 
         Args:
             b: One vector or several.
             damping: Added to the diagonal.
-            tol: The norm of ``b - (F + damping I) x`` over that of ``b`` to reach; None for 3/4 of the dtype's digits.
+            tol: Norm of ``b - (F + damping I) x`` over that of ``b``, which is reached; None for 3/4 of the dtype's
+                digits.
             max_products: How often the matrix may be multiplied.
 
         Raises:
             CurvlabError: The tolerance is not reached.
         """
-        return self._apply(lambda v: self._iterate(v, damping, tol, max_products), b)
+        return self._apply(lambda v: self._solve(v, damping, tol, max_products), b)
 
-    def _solve(self, vectors: Tensor, damping: float) -> Tensor:
-        return self._iterate(vectors, damping, None, 1_000)
-
-    def _iterate(self, b: Tensor, damping: float, tol: float | None, max_products: int) -> Tensor:
+    def _solve(self, vectors: Tensor, damping: float, tol: float | None = None, max_products: int = 1_000) -> Tensor:
         tol = torch.finfo(self.dtype).eps ** 0.75 if tol is None else tol
-        left = max_products
-
-        def multiply(vectors: Tensor) -> Tensor:
-            nonlocal left
-            left -= 1
-            return self._matmul(vectors) + damping * vectors
-
-        method, x, residual, size = conjugate_gradients, torch.zeros_like(b), b, _norms(b)
         with torch.no_grad():
-            # Each round solves for what the last one left: only this residual is computed, not updated, and certifies.
-            while not bool((_norms(residual) <= tol * size).all()):
-            ...
+            return solve(lambda v: self._matmul(v) + damping * v, vectors, tol, max_products)
+
+    @cached_property
+    def _formed(self) -> Dense:
+        total = self.space.total
+        if total > _LARGEST_FORMED:
+            raise CurvlabError(
+                f"this needs the entries of an implicit matrix, which are formed up to {_LARGEST_FORMED:,} parameters, "
+                f"not {total:,}: estimate another structure (diag, kfac), or use @, solve and to_scipy, which take "
+                "products alone"
+            )
+        with torch.no_grad():
+            columns = torch.eye(total, dtype=self.dtype, device=self.device).split(_COLUMNS, dim=1)
+            matrix = torch.cat([self._matmul(some) for some in columns], dim=1)
+        if not bool((matrix - matrix.mT).abs().max() <= matrix.abs().max() * torch.finfo(self.dtype).eps ** 0.5):
+            raise CurvlabError("the products of this implicit matrix are not finite or not those of a symmetric matrix")
+        return Dense((matrix + matrix.mT) / 2, self.space, self.info)
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        return self._formed._spectral(function, vectors)
+
+    def _spectra(self) -> Iterable[Tensor]:
+        return self._formed._spectra()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``, of the formed matrix."""
+        return self._formed.diagonal()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor, of the formed matrix."""
+        return self._formed.frobenius_norm()
+
+    def to_dense(self) -> Tensor:
+        """Return the formed matrix, ``(P, P)``."""
+        return self._formed.matrix
+
+    # What needs something stored ---------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Refuse: there are none."""
+        raise CurvlabError(
+            "an implicit matrix is products through a model and holds no tensors that could be saved or moved: take "
+            "Dense(matrix.to_dense(), matrix.space, matrix.info), or estimate another structure"
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:  # noqa: ARG003
+        """Refuse: there are none."""
+        raise CurvlabError("an implicit matrix is made of its product, not of tensors: use Implicit(product, ...)")
 
 
 class _Multiply(torch.autograd.Function):
     """The product, differentiable to any order: its derivative is itself."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, product: Product) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, vectors: Tensor, product: Product) -> Tensor:
         ctx.product = product
         with torch.enable_grad():  # which products by automatic differentiation need
             return product(vectors.detach()).detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        return _Multiply.apply(gradient, ctx.product), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Multiply.apply(gradient, ctx.product), None
 
 
 class _QuadraticForm(torch.autograd.Function):
     """``d' F d``, whose first derivative ``2 F d`` takes no further product."""
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, multiply: Product) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, delta: Tensor, multiply: Product) -> Tensor:
         product = multiply(delta.unsqueeze(1)).squeeze(1)
         ctx.save_for_backward(delta, product)
         ctx.multiply = multiply
         return delta @ product
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         delta, product = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the derivative is asked for
             product = ctx.multiply(delta.unsqueeze(1)).squeeze(1)

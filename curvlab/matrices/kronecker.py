@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -53,16 +53,16 @@ class Layered(CurvatureMatrix):
 
 
 class Eigenbasis(NamedTuple):
-    """A layer's block as ``(S (x) A) diag(values) (S (x) A)'``: eigenvectors in columns, ``values`` ``(o, d)``."""
+    """A layer's block ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'``: eigenvectors in columns, ``values`` ``(o, d)``."""
 
-    A: Tensor
-    S: Tensor
+    U_A: Tensor
+    U_S: Tensor
     values: Tensor
 
     def spectral(self, function: Callable[[Tensor], Tensor], homogeneous: Tensor) -> Tensor:
         """Return ``f(F) V`` for ``(K, o, d)``; all the eigenvalues are one block."""
         values = function(self.values.flatten()).view_as(self.values)
-        return self.S @ (values * (self.S.mT @ homogeneous @ self.A)) @ self.A.mT
+        return self.U_S @ (values * (self.U_S.mT @ homogeneous @ self.U_A)) @ self.U_A.mT
 
 
 class Factors(NamedTuple):
@@ -127,8 +127,7 @@ class KFAC(Layered):
     # Algebra -----------------------------------------------------------------------------------------------------
 
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
-        products = [s @ homogeneous @ a for a, s in self.factors[name].pairs()]
-        return products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
+        return reduce(torch.add, (s @ homogeneous @ a for a, s in self.factors[name].pairs()))
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
@@ -154,7 +153,7 @@ class KFAC(Layered):
                 f"eigenvectors cannot be had above {_LARGEST_DENSE_BLOCK:,}; merge the pairs with average_factors() or "
                 "nearest()"
             )
-        return symmetric_eigh(torch.stack([torch.kron(s, a) for a, s in self.factors[name].pairs()]).sum(dim=0))
+        return symmetric_eigh(reduce(torch.add, (torch.kron(s, a) for a, s in self.factors[name].pairs())))
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         def product(name: str, homogeneous: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ class KFAC(Layered):
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor, through ``tr(S_k S_l) tr(A_k A_l)``."""
         squares = torch.stack([(_gram(f.A) * _gram(f.S)).sum() for f in self.factors.values()])
-        return squares.sum().clamp(min=0).sqrt()
+        return squares.sum().clamp(min=0).sqrt().to(self.dtype)
 
     def __mul__(self, factor: float) -> Self:
         """Return the matrix times a number, which goes into ``S``."""
@@ -192,8 +191,8 @@ class KFAC(Layered):
     def _plus(self, other: Self, info: Info) -> Self:
         return type(self)(
             {
-                name: Factors(*(torch.cat([mine, theirs.to(mine)]) for mine, theirs in zip(f, other.factors[name])))
-                for name, f in self.factors.items()
+                name: Factors(torch.cat([a, other.factors[name].A.to(a)]), torch.cat([s, other.factors[name].S.to(s)]))
+                for name, (a, s) in self.factors.items()
             },
             self.space,
             info,
@@ -248,18 +247,22 @@ class TKFAC(KFAC):
 def _add_pair_(
     layer: Layer, a: Tensor, s: Tensor, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float
 ) -> None:
-    """Add ``scale * S V A`` to a layer's weight and bias: two products of matrices and no other copy."""
-    o, i = layer.shape[0], layer.inputs
-    right = a.new_zeros(layer.shape) if layer.weight is None else vectors[layer.weight].reshape(o, i) @ a[:i]
-    if layer.bias is not None:
-        right.addr_(vectors[layer.bias], a[i])
-        outputs[layer.bias].addmv_(s, right[:, i], alpha=scale)
-    if layer.weight is not None:
-        output = outputs[layer.weight]
+    """Add ``scale * S V A`` to a layer's weight and bias.
+
+    Block by block of ``A``: no copy joins them, and products of the weight's even width are faster than of one more.
+    """
+    outs, i = layer.shape[0], layer.inputs
+    blocks = {layer.weight: slice(0, i), layer.bias: slice(i, None)}
+    columns = {name: columns for name, columns in blocks.items() if name is not None}
+    for name, of_output in columns.items():
+        output = outputs[name]
+        right = a.new_zeros(outs, output.numel() // outs)
+        for other, of_input in columns.items():
+            right.addmm_(vectors[other].reshape(outs, -1), a[of_input, of_output])
         if output.is_contiguous():
-            output.view(o, i).addmm_(s, right[:, :i], alpha=scale)
+            output.view(outs, -1).addmm_(s, right, alpha=scale)
         else:
-            output.add_((s @ right[:, :i]).view_as(output), alpha=scale)
+            output.add_((s @ right).view_as(output), alpha=scale)
 
 
 def _traces(factors: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def layers_of(space: ParameterSpace) -> dict[str, Layer]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in zip(space.names, space.shapes, strict=True):
         layer, _, key = name.rpartition(".")
-        if not (key == "weight" and len(shape) >= 2 or key == "bias" and len(shape) == 1):
+        if not ((key == "weight" and len(shape) >= 2) or (key == "bias" and len(shape) == 1)):
             raise CurvlabError(
                 f"Kronecker factors are of a layer's weight, with two dimensions or more, and bias; {name} of shape "
                 f"{shape} is neither: give it a matrix of its own in a Composite"

@@ -18,7 +18,7 @@ def load(path: str | Path) -> CurvatureMatrix:
     """Read a matrix that ``CurvatureMatrix.save`` wrote, on the CPU.
 
     Raises:
-        CurvlabError: The file is missing, truncated, not a curvlab matrix, or of a newer version of curvlab.
+        CurvlabError: The file is missing, truncated, not a curvlab matrix, not a whole one, or of a newer curvlab.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,7 +49,8 @@ def _kinds(description: Mapping[str, Any]) -> set[str]:
 
 
 def _restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CurvatureMatrix:
-    space = ParameterSpace(tuple(description["names"]), tuple(tuple(shape) for shape in description["shapes"]))
+    shapes = {n: tuple(shape) for n, shape in zip(description["names"], description["shapes"], strict=True)}
+    space = ParameterSpace(tuple(shapes), tuple(shapes.values()))
     info = Info(**description["info"])
     if description["kind"] != Composite.kind:
         return CurvatureMatrix.kinds[description["kind"]].from_tensors(tensors, space, info)

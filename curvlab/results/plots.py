@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 Record = Mapping[str, Any]
@@ -47,6 +48,51 @@ def block_heat_map(matrix: np.ndarray, names: Sequence[str], counts: Sequence[in
     bar = figure.colorbar(colours, ax=axes, extend="min", shrink=0.85)
     bar.set_label(r"$\log_{10}\,|F_{ij}|$  (grey: exactly zero)", fontsize=_FONT["label"])
     bar.ax.tick_params(labelsize=_FONT["tick"])
+    return figure
+
+
+def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], title: str) -> Figure:
+    """Draw pairwise relative differences in a logarithmic colour scale, a panel a structure, pairs below the diagonal.
+
+    Args:
+        panels: By title, ``(k, k)`` differences, NaN where one of the two has no answer.
+        names: Of the ``k`` that are compared.
+        title: What stands above.
+    """
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.15 * columns + 1.2, 2.2 * rows + 0.75), layout="constrained")
+    figure.suptitle(title, fontsize=_FONT["title"])
+    k = len(names)
+    below = np.tril(np.ones((k, k), dtype=bool), -1)[1:, :-1]
+    drawn = []
+    for place, (label, differences) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        pairs = np.asarray(differences, dtype=float)[1:, :-1]
+        with np.errstate(divide="ignore"):
+            logs = np.log10(np.maximum(pairs, 1e-16))
+        shown = np.where(below & np.isfinite(pairs), logs, np.nan)
+        drawn.append((axes, axes.imshow(shown, cmap="viridis", vmin=-16, vmax=0)))
+        for i, j in zip(*np.nonzero(below), strict=True):
+            if np.isnan(pairs[i, j]):
+                axes.add_patch(
+                    Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="#e4e4e4", edgecolor="#a8a8a8", hatch="////")
+                )
+                continue
+            text = "0" if pairs[i, j] == 0 else f"{pairs[i, j]:.0e}".replace("e-0", "e-").replace("e+00", "")
+            colour = "white" if logs[i, j] < -8 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=_FONT["tick"] - 1, color=colour)
+        axes.set_xticks(range(k - 1), names[:-1], rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(k - 1), names[1:])
+        axes.tick_params(labelsize=_FONT["tick"] - 1, length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(label, fontsize=_FONT["label"])
+    bar = figure.colorbar(drawn[0][1], ax=[axes for axes, _ in drawn], extend="both", shrink=0.9, aspect=25)
+    bar.set_label(r"$\log_{10}$ relative difference", fontsize=_FONT["label"])
+    bar.ax.tick_params(labelsize=_FONT["tick"])
+    none = Rectangle((0, 0), 1, 1, facecolor="#e4e4e4", edgecolor="#a8a8a8", hatch="////")
+    text = "one of the two does not compute this for the model"
+    figure.legend([none], [text], loc="outside lower center", fontsize=_FONT["tick"], frameon=False)
     return figure
 
 

@@ -1,0 +1,289 @@
+"""Estimators: `estimate(..., backend="auto")` and the libraries by themselves, as ratios to one forward and backward pass.
+
+    python benchmarks/estimators.py [--nets mlp cnn resnet20] [--cells empirical_diag ...] [--rounds 7] [--memory]
+
+Every net and cell is a process of its own. In it the ways take turns, after the plain pass over the same batches, for
+some rounds; what is printed is the median over rounds of each way's seconds over those of the plain pass of its round.
+``--memory``: peak memory above the process with model and data, one more process a way. Prints JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from measure import in_own_process, machine, peak_above
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvlab import EmpiricalFisher, Fisher, Problem, estimate
+from curvlab.models import ResNet20, mlp
+from curvlab.quantities import Quantity
+
+Batches = list[tuple[Tensor, Tensor]]
+Way = Callable[[nn.Module, Batches], object]
+
+N = 2000
+BATCH = {"mlp": 2000, "cnn": 250, "resnet20": 125}
+# The most that each may cost, in forward and backward passes; the row of the issue's table.
+CELLS: dict[str, tuple[Quantity, str]] = {
+    "empirical_diag": (EmpiricalFisher(), "diag"),
+    "exact_diag": (Fisher(), "diag"),
+    "mc_diag": (Fisher(samples=1), "diag"),
+    "mc_kfac": (Fisher(samples=1), "kfac"),
+    "exact_kfac": (Fisher(), "kfac"),
+    "exact_ekfac": (Fisher(), "ekfac"),
+}
+BARS = {
+    "mlp": (1.15, 3.4, 1.2, 1.7, 6.4, 16),
+    "cnn": (1.45, 6.8, 1.55, 2.6, 6.3, 19),
+    "resnet20": (1.5, 9.5, 2.2, 5.3, 9.3, 27),
+}
+
+
+def network(name: str) -> tuple[nn.Module, Batches]:
+    torch.manual_seed(0)
+    if name == "mlp":
+        model: nn.Module = nn.Sequential(nn.Flatten(), *mlp(784, (800, 800), 10))
+    elif name == "cnn":
+        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(32 * 49, 10))
+    else:
+        model = ResNet20()
+    shape = (3, 32, 32) if name == "resnet20" else (1, 28, 28)
+    data = torch.randn(N, *shape), torch.randint(10, (N,))
+    return model.eval(), list(zip(*(t.split(BATCH[name]) for t in data), strict=True))
+
+
+def plain(model: nn.Module, batches: Batches) -> None:
+    for x, y in batches:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+
+
+def ours(cell: str, backend: str = "auto") -> Way:
+    quantity, structure = CELLS[cell]
+
+    def way(model: nn.Module, batches: Batches) -> object:
+        of_layers = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+            for key, _ in module.named_parameters()
+        ]
+        params = of_layers if "kfac" in structure else None  # the normalisation layers have no Kronecker factors
+        return estimate(Problem(model, "cross_entropy", batches), quantity, structure, params=params, backend=backend)
+
+    return way
+
+
+# The peers, as their own documentation uses them ---------------------------------------------------------------------
+
+
+def by_backpack(cell: str) -> Way:
+    import backpack
+    from backpack import extensions as ex
+
+    extension = {
+        "empirical_diag": ex.SumGradSquared,
+        "exact_diag": ex.DiagGGNExact,
+        "mc_diag": ex.DiagGGNMC,
+        "mc_kfac": ex.KFAC,
+        "exact_kfac": ex.KFLR,
+    }[cell]()
+
+    def way(model: nn.Module, batches: Batches) -> object:
+        copy, loss = deepcopy(model), backpack.extend(nn.CrossEntropyLoss(reduction="sum"))
+        second_order = cell != "empirical_diag"
+        copy = backpack.extend(copy, use_converter=second_order and isinstance(model, ResNet20))
+        total: dict[str, object] = {}
+        for x, y in batches:
+            with backpack.backpack(extension):
+                loss(copy(x), y).backward()
+            for name, p in copy.named_parameters():
+                value = getattr(p, extension.savefield)
+                if isinstance(value, list):
+                    value = [a + b for a, b in zip(total[name], value, strict=True)] if name in total else value
+                else:
+                    value = total[name] + value if name in total else value
+                total[name] = value
+                delattr(p, extension.savefield)
+                p.grad = None
+        return total
+
+    return way
+
+
+def by_nngeometry(cell: str) -> Way:
+    from nngeometry.backend import TorchHooksJacobianBackend
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.metrics import FIM, FIM_MonteCarlo
+    from nngeometry.object import PMatDiag, PMatEKFAC, PMatKFAC
+
+    representation = {"diag": PMatDiag, "kfac": PMatKFAC, "ekfac": PMatEKFAC}[CELLS[cell][1]]
+
+    def way(model: nn.Module, batches: Batches) -> object:
+        copy = deepcopy(model)
+        layers = LayerCollection()
+        for module in copy.modules():
+            kinds = (nn.Linear, nn.Conv2d) if "kfac" in cell else (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
+            if isinstance(module, kinds):
+                layers.add_layer_from_model(copy, module)
+        data = TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+        loader = DataLoader(data, batch_size=len(batches[0][0]))
+        if cell == "empirical_diag":
+
+            def log_likelihood(inputs: Tensor, targets: Tensor) -> Tensor:
+                return copy(inputs).log_softmax(dim=1).gather(1, targets.unsqueeze(1))
+
+            backend = TorchHooksJacobianBackend(layer_collection=layers, model=copy, function=log_likelihood)
+            return PMatDiag(generator=backend, examples=loader)
+        if cell.startswith("mc"):
+            return FIM_MonteCarlo(copy, loader, representation, "classif_logits", layer_collection=layers)
+        matrix = FIM(copy, loader, representation, "classif_logits", layer_collection=layers)
+        if cell == "exact_ekfac":
+            matrix.update_diag(loader)
+        return matrix
+
+    return way
+
+
+def by_curvlinops(cell: str) -> Way:
+    from curvlinops import EKFACLinearOperator, KFACLinearOperator
+    from curvlinops.kfac import FisherType
+
+    kind = EKFACLinearOperator if cell == "exact_ekfac" else KFACLinearOperator
+
+    def way(model: nn.Module, batches: Batches) -> object:
+        copy = deepcopy(model)
+        layers = [m for m in copy.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        operator = kind(
+            copy,
+            nn.CrossEntropyLoss(),
+            [p for layer in layers for p in layer.parameters()],
+            batches,
+            check_deterministic=False,
+            fisher_type=FisherType.MC if cell.startswith("mc") else FisherType.TYPE2,
+            separate_weight_and_bias=False,
+        )
+        if cell == "exact_ekfac":
+            operator._maybe_compute_ekfac()
+        else:
+            operator.compute_kronecker_factors()
+        return operator
+
+    return way
+
+
+def by_vmap(cell: str) -> Way:
+    if cell != "empirical_diag":
+        raise KeyError(cell)
+
+    def way(model: nn.Module, batches: Batches) -> object:
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            outputs = torch.func.functional_call(model, p, (x.unsqueeze(0),))
+            return nn.functional.cross_entropy(outputs, y.unsqueeze(0))
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=125)
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for x, y in batches:
+            for name, gradient in per_sample(parameters, x, y).items():
+                total[name] += gradient.square_().sum(dim=0)
+        return total
+
+    return way
+
+
+PEERS = {"backpack": by_backpack, "nngeometry": by_nngeometry, "curvlinops": by_curvlinops, "vmap": by_vmap}
+
+
+def ways(net: str, cell: str) -> dict[str, Way]:
+    made: dict[str, Way] = {"ours": ours(cell)}
+    for name, make in PEERS.items():
+        if name == "vmap" and net == "mlp":
+            continue  # 30 times the plain pass, and gigabytes
+        if name == "curvlinops" and "kfac" not in cell:
+            continue  # it has no diagonal
+        try:
+            made[name] = make(cell)
+        except KeyError:  # a cell that the library has not
+            continue
+    return made
+
+
+def run_times(net: str, cell: str, rounds: int) -> dict[str, object]:
+    model, batches = network(net)
+    plain(model, batches)
+    ratios: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    passes = []
+    todo = ways(net, cell)
+    for _ in range(rounds + 1):  # the first warms up
+        for name, way in list(todo.items()):
+            seconds = _seconds(lambda: plain(model, batches))
+            try:
+                ratios.setdefault(name, []).append(_seconds(lambda way=way: way(model, batches)) / seconds)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                del todo[name]
+            passes.append(seconds)
+    table = {name: round(statistics.median(values[1:]), 2) for name, values in ratios.items() if values[1:]}
+    return {
+        "net": net,
+        "cell": cell,
+        "pass_seconds": round(statistics.median(passes), 4),
+        "ratios": table,
+        "failed": failed,
+        "bar": BARS[net][list(CELLS).index(cell)],
+    }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def run_memory(net: str, cell: str, way: str) -> dict[str, object]:
+    model, batches = network(net)
+    plain(model, batches[:1])
+    model.zero_grad()
+    _, seconds, peak = peak_above(lambda: plain(model, batches) if way == "plain" else ways(net, cell)[way](model, batches))
+    return {"seconds": seconds, "peak_mb": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="*", choices=list(BARS), default=list(BARS))
+    parser.add_argument("--cells", nargs="*", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.case:
+        net, cell, *way = arguments.case.split(":")
+        print(json.dumps(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds)))
+        return
+    results = []
+    for net in arguments.nets:
+        for cell in arguments.cells:
+            result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds))
+            if arguments.memory:
+                names = ("plain", *result["ratios"])
+                peaks = {way: in_own_process(__file__, f"{net}:{cell}:{way}") for way in names}
+                result["peak_mb"] = {way: peak.get("peak_mb", peak.get("failed")) for way, peak in peaks.items()}
+            results.append(result)
+            print(json.dumps(result), file=sys.stderr, flush=True)
+    print(json.dumps({"machine": machine(), "samples": N, "batch": BATCH, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

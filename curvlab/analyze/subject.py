@@ -1,0 +1,168 @@
+"""What the analyses are about: a network on the training samples of a data set, as the command line gives them."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from curvlab.analyze.command import Config, RunOptions
+from curvlab.data import Dataset, load
+from curvlab.errors import CurvlabError
+from curvlab.models import build
+from curvlab.problem import Problem
+from curvlab.quantities import parse_quantity
+from curvlab.training import fit
+from curvlab.training.optimization import OptimizerName, ScheduleName
+
+
+class SubjectConfig(Config):
+    """A network and the samples that its curvature is taken on."""
+
+    titles: ClassVar[Mapping[str, str]] = {"data": "data", "model": "network"}
+
+    data: str = "digits"
+    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of your own .npz file or image folder."""
+    classes: tuple[int, ...] | Literal["all"] = "all"
+    """Class indices to train on, or all. The network keeps one output for every class of the data set."""
+    validation: int = Field(default=0, ge=0)
+    """Hold out so many training samples, the first ones."""
+    samples: int | None = Field(default=None, ge=1)
+    """Take the curvature on so many training samples, the first ones; none means all."""
+    model: str = "mlp"
+    """mlp, cnn, resnet20, or torchvision:NAME."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
+    """Hidden sizes of the mlp; no number for a linear model."""
+    weights: Path | None = None
+    """Start from the weights in this file."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the network and of what is computed of it."""
+
+
+class TrainedSubjectConfig(SubjectConfig):
+    """A subject whose network is trained first."""
+
+    titles: ClassVar[Mapping[str, str]] = {**SubjectConfig.titles, "optimizer": "training"}
+
+    optimizer: OptimizerName = "adam"
+    """How the network is trained."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum, for sgd only."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay, as the optimizer of torch.optim understands it."""
+    schedule: ScheduleName = "constant"
+    """Learning-rate schedule; linear and cosine end at 0."""
+    steps: int = Field(default=500, ge=0)
+    """Training steps (mini-batches); 0 analyses the network as it is initialised or loaded."""
+    batch_size: int = Field(default=100, ge=1)
+    """Samples a training step."""
+
+
+def dataset(config: SubjectConfig, options: RunOptions) -> Dataset:
+    """Return the data set, what is held out and the classes that were not chosen left out.
+
+    Raises:
+        CurvlabError: There are no such data.
+    """
+    loaded = load(config.data, root=options.data_root, offline=options.offline)
+    if config.validation:
+        loaded, _ = loaded.hold_out(config.validation)
+    return loaded if config.classes == "all" else loaded.select(config.classes)
+
+
+def samples(config: SubjectConfig, data: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the samples that the curvature is taken on."""
+    return data.x_train[: config.samples], data.y_train[: config.samples]
+
+
+def check(config: SubjectConfig, data: Dataset) -> None:
+    """Refuse more samples than there are, and a device that there is not.
+
+    Raises:
+        CurvlabError: One of these.
+    """
+    if config.samples is not None and config.samples > len(data.x_train):
+        raise CurvlabError(f"samples is {config.samples:,}, but there are {len(data.x_train):,} training samples")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
+
+
+def check_distinct(**values: Sequence[object]) -> None:
+    """Refuse an option without a value, or with one twice.
+
+    Raises:
+        CurvlabError: One of these.
+    """
+    for name, given in values.items():
+        if not given or len(set(given)) < len(given):
+            raise CurvlabError(f"{name} needs one value or several different ones, not {list(given)}")
+
+
+def network(config: SubjectConfig, data: Dataset, seed: int) -> nn.Module:
+    """Return the network as it is initialised or loaded, in eval mode.
+
+    Raises:
+        CurvlabError: There is no such network, or it or its weights do not fit.
+    """
+    model = build(
+        config.model, data.sample_shape, data.num_classes, hidden=config.hidden, seed=seed, weights=config.weights
+    )
+    return model.to(config.device, getattr(torch, config.dtype)).eval()
+
+
+def problem(config: SubjectConfig, data: Dataset, model: nn.Module) -> Problem:
+    """Return the network on the samples."""
+    return Problem(model, "cross_entropy", samples(config, data))
+
+
+def trained(
+    config: TrainedSubjectConfig, data: Dataset, seed: int, checkpoint: Path | None = None
+) -> tuple[nn.Module, float | None]:
+    """Return the network and its test accuracy, None without training; from its checkpoint if there is one.
+
+    Raises:
+        CurvlabError: It cannot be made (see ``network``) or trained.
+    """
+    model = network(config, data, seed)
+    if not config.steps:
+        return model, None
+    result = fit(
+        model,
+        (data.x_train, data.y_train),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        evaluation=(data.x_test, data.y_test),
+        evaluate_every=config.steps,
+        checkpoint=checkpoint,
+    )
+    assert result.evaluation is not None
+    return model, result.evaluation.accuracy
+
+
+def describe(config: SubjectConfig, data: Dataset, quantity: str) -> str:
+    """Return what a title says: the quantity of a network."""
+    name, _, given = str(parse_quantity(quantity)).partition(":")
+    words = {"fisher": "Fisher", "empirical_fisher": "Empirical Fisher", "masq": "MaSQ", "ggn": "GGN"}
+    net = config.model
+    if net == "mlp":
+        net = "-".join(map(str, (prod(data.sample_shape), *config.hidden, data.num_classes))) + " network"
+    return f"{words.get(name, name.capitalize())}{f' ({given})' if given else ''} of a {net}"

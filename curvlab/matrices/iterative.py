@@ -1,0 +1,92 @@
+"""Linear systems by products alone, with a certificate."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, minres
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+def solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tensor:
+    """Return ``x`` with ``||b - M x|| <= tol ||b||`` in every column, for a symmetric ``M``.
+
+    Conjugate gradients; MINRES once a direction shows that ``M`` is not positive definite. The residual that is
+    compared with the tolerance is computed from ``x``, not updated along with it.
+
+    Args:
+        multiply: ``M V`` of ``(P, K)``.
+        b: ``(P, K)``.
+        tol: To be reached.
+        max_products: How often ``M`` may be multiplied, with all columns at once or with one.
+
+    Raises:
+        CurvlabError: The tolerance is not reached.
+    """
+    products = 0
+
+    def counted(vectors: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return multiply(vectors)
+
+    size = _dots(b, b).sqrt()
+    x, residual, error, method = torch.zeros_like(b), b, 1.0, _conjugate_gradients
+    while bool(size.any()) and not error <= tol:
+        correction = method(counted, residual, tol * size / 2, max_products - products)
+        if correction is None:
+            method = _minres
+            continue
+        x = x + correction
+        residual, previous = b - counted(x), error
+        error = float((_dots(residual, residual).sqrt() / size)[size != 0].max())
+        # Another round solves for what this one left, as long as that pays.
+        if not error <= tol and not error < previous / 2:
+            raise CurvlabError(
+                f"the solution is not reached: after {products} products its relative residual is {error:.2g}, and "
+                f"{tol:.2g} is asked; raise the damping, or tol or max_products of solve"
+            )
+    return x
+
+
+def _conjugate_gradients(multiply: Multiply, b: Tensor, limit: Tensor, max_products: int) -> Tensor | None:
+    """Return an approximate solution of all columns at once, or None if the matrix is not positive definite."""
+    x, residual, direction, energy = torch.zeros_like(b), b, b, _dots(b, b)
+    for _ in range(max_products):
+        unsolved = energy.sqrt() > limit
+        if not bool(unsolved.any()):
+            break
+        product = multiply(direction)
+        curvature = _dots(direction, product)
+        rounding = torch.finfo(b.dtype).eps * (_dots(direction, direction) * _dots(product, product)).sqrt()
+        if not bool((curvature > rounding)[unsolved].all()):
+            return None
+        step = torch.where(unsolved, energy / curvature, 0).to(b.dtype)
+        x, residual = x + step * direction, residual - step * product
+        previous, energy = energy, _dots(residual, residual)
+        direction = residual + torch.where(unsolved, energy / previous, 0).to(b.dtype) * direction
+    return x
+
+
+def _minres(multiply: Multiply, b: Tensor, limit: Tensor, max_products: int) -> Tensor:
+    """Return an approximate solution, a column at a time."""
+
+    def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        return multiply(torch.tensor(vector).to(b).reshape(-1, 1)).reshape(-1).double().cpu().numpy()
+
+    operator = LinearOperator((len(b), len(b)), matvec=product, dtype=np.float64)
+    columns = []
+    for column, to_reach in zip(b.mT.double().cpu().numpy(), limit.tolist(), strict=True):
+        share = max(1, max_products // b.shape[1])
+        rtol = to_reach / max(float(np.linalg.norm(column)), to_reach)
+        columns.append(torch.from_numpy(minres(operator, column, rtol=rtol, maxiter=share)[0]))
+    return torch.stack(columns, dim=1).to(b)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=0, dtype=torch.float64)
