@@ -29,7 +29,7 @@ lint: install-dev ## style, formatting, types, layers
 	$(VENV)/bin/lint-imports
 
 docs: install-dev ## the documentation, into site/
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 install: $(VENV)/.installed ## the package, editable
 install-test: $(VENV)/.installed-test ## the package and what the tests need

@@ -37,7 +37,7 @@ _FEW = 8  # samples, on which a cell is refused or not
 _LIMIT = 0.5  # seconds that a larger probe may be expected to take
 _LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
 _MEASURED = 1e7  # and of one that is formed some more times, to see how long it takes
-_SHORT = 0.05  # seconds below which a measurement is repeated
+_SHORT = 0.01  # seconds below which a measurement is repeated
 _LINE = 120  # characters
 
 
@@ -296,12 +296,20 @@ class _Probe:
     def _seconds(self, work: Work) -> tuple[float, list[Problem]]:
         """Return the seconds that all samples would take, and the rungs that were gone through to tell."""
         points: list[tuple[int, float]] = []
-        for some in self.rungs:
+        timed: list[Problem] = []
+
+        def affordable(rung: Problem) -> bool:
             # A cell may take long on any number of samples: then further ones cost little.
-            if len(points) > 1 and _extrapolated(points, some.num_samples) > max(_LIMIT, 2 * points[0][1]):
-                break
-            points.append((some.num_samples, _seconds(work(some))))
-        return _extrapolated(points, self.problem.num_samples), self.rungs[: len(points)]
+            return len(points) < 2 or _extrapolated(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1])
+
+        left = self.rungs
+        while reached := [rung for rung in left if affordable(rung)]:
+            # The first two, and from there as far as it goes.
+            rung = reached[0] if len(points) < 2 else reached[-1]
+            points.append((rung.num_samples, _seconds(work(rung))))
+            timed.append(rung)
+            left = [other for other in left if other.num_samples > rung.num_samples]
+        return _extrapolated(points, self.problem.num_samples), timed
 
     def _backward_passes(self, quantity: Quantity, structure: Structure) -> float:
         if structure.name == "implicit":
@@ -352,7 +360,7 @@ def _plain_pass(problem: Problem, space: ParameterSpace) -> None:
 
 def _seconds(work: Callable[[], object]) -> float:
     taken: list[float] = []
-    while len(taken) < 5 and sum(taken) < _SHORT:
+    while not taken or (len(taken) < 5 and sum(taken) < _SHORT):
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():
@@ -406,7 +414,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
-    yield diagnosis.summary
+    yield _wrapped(diagnosis.summary, "")
     for finding in diagnosis.findings:
         yield _wrapped(f"- {finding}", "  ")
     cells: list[dict[str, Any]] = diagnosis.cells.to_dict("records")  # type: ignore[assignment]

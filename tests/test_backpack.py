@@ -385,7 +385,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("model", "told"),
-        [(Increment(), "it fails on Increment .*modified inplace"), (Overwritten(), "gives a wrong empirical_fisher")],
+        [(Increment(), "it fails on Increment .*modified inplace"), (Overwritten(), "gives a wrong answer")],
         ids=["increment", "overwritten"],
     )
     def test_what_only_its_answer_shows(self, model: nn.Module, told: str) -> None:

@@ -259,6 +259,28 @@ def test_float32(backend: str, quantity: Quantity) -> None:
             assert close(matrix.to_dense().double(), expected, rtol=2e-5), structure
 
 
+@pytest.mark.xfail(reason="autograd makes no zeros for a gradient edge that is not in the graph", strict=False)
+@pytest.mark.parametrize("structure", ["diag", "kfac"])
+@pytest.mark.parametrize("backend", ["torch", "hooks"])
+def test_a_layer_whose_output_is_not_used(backend: str, structure: str) -> None:
+    """An auxiliary head in eval mode: its curvature is zero."""
+
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.aside = nn.Linear(4, CLASSES), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aside(x)
+            return self.fc(x)
+
+    whole = replace(case("mlp"), model=Aside().double())
+    matrix = estimate(whole.problem, EmpiricalFisher(), structure, backend=backend)
+    assert not matrix.diagonal()[whole.problem.space.slices["aside.weight"]].any()
+    alone = estimate(whole.problem, EmpiricalFisher(), structure, backend="torch", params="fc.*")
+    assert close(matrix.trace(), alone.trace())
+
+
 # Where an approximation is exact -------------------------------------------------------------------------------------
 
 
@@ -342,11 +364,9 @@ class TestExactness:
     def test_traces(self, quantity: Quantity, name: str) -> None:
         """EK-FAC and TK-FAC have the trace of the exact matrix, at any number of positions."""
         expected = truth(name, quantity)
-        for backend in BACKENDS.values():
-            for structure in set(backend.cells.get(type(quantity), ())) & {"ekfac", "tkfac"}:
-                matrix = attempt(expected.problem, quantity, structure, backend.name, expected.kronecker_names)
-                if matrix is not None:
-                    assert close(matrix.trace(), expected.dense.diagonal()[expected.index(matrix)].sum())
+        for structure in ("ekfac", "tkfac", "tkfac:variant=rescaled"):
+            matrix = estimate(expected.problem, quantity, structure, params=expected.kronecker_names)
+            assert close(matrix.trace(), expected.dense.diagonal()[expected.index(matrix)].sum())
 
 
 # Invariances ---------------------------------------------------------------------------------------------------------

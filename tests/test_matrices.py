@@ -404,9 +404,10 @@ class TestEKFAC(StructureTests):
 
     def test_different_bases_have_no_sum(self) -> None:
         matrix, _ = self.make()
-        turned = {n: t.flip(1) if n == "fc|U_S" else t for n, t in matrix.tensors().items()}
-        with pytest.raises(CurvlabError, match=r"different eigenbases of fc.*kfac.*to_dense"):
-            matrix + EKFAC.from_tensors(turned, LAYERS, INFO)
+        for basis in ("fc|U_A", "fc|U_S"):
+            turned = {n: t.flip(1) if n == basis else t for n, t in matrix.tensors().items()}
+            with pytest.raises(CurvlabError, match=r"different eigenbases of fc.*kfac.*to_dense"):
+                matrix + EKFAC.from_tensors(turned, LAYERS, INFO)
 
 
 class TestComposite(StructureTests):

@@ -97,8 +97,10 @@ class TestModules:
     def test_batch_norm_in_train_mode(self) -> None:
         model, x, y = self.normed()
         model.train()
-        theirs = curvlinops.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)])
-        with pytest.raises(RuntimeError, match="running_mean"):
+        theirs = curvlinops.GGNLinearOperator(
+            model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)], check_deterministic=False
+        )
+        with pytest.raises(RuntimeError, match="in-place operation"):
             matrix_of(theirs)
         with pytest.raises(UnsupportedError, match=r"1 \(BatchNorm1d\) is in train mode.*call model.eval\(\)"):
             estimate(Problem(model, "cross_entropy", (x, y)), "ggn", "implicit", backend="curvlinops")
@@ -109,7 +111,7 @@ class TestModules:
         with pytest.raises(NotImplementedError, match="un-supported layers"):
             self.kfac(model, x, y)
         problem = Problem(model, "cross_entropy", (x, y))
-        with pytest.raises(UnsupportedError, match="1.weight is of a BatchNorm1d"):
+        with pytest.raises(UnsupportedError, match=r"1\.weight is of a BatchNorm1d"):
             estimate(problem, "fisher", "kfac", backend="curvlinops")
         params = ["0.*", "2.*"]
         ours, reference = (
@@ -122,14 +124,13 @@ class TestModules:
         """Twice in the network, the layer's factors mix what is given to it in both places."""
         shared = nn.Linear(4, 4)
         model, x, y = drawn(nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(4, CLASSES)), 4)
+        wrong = matrix_of(self.kfac(model, x, y))
         problem = Problem(model, "cross_entropy", (x, y))
         exact = estimate(problem, "fisher", "dense", backend="torch").to_dense()
-        trace = float(matrix_of(self.kfac(model, x, y)).trace() / exact.trace())
-        assert abs(trace - 1) > 0.1
+        assert abs(float(wrong.trace() / exact.trace()) - 1) > 0.1
         with pytest.raises(UnsupportedError, match=r"0.weight is of Linear 0, which is called 2 times"):
             estimate(problem, "fisher", "kfac", backend="curvlinops")
-        ours = estimate(problem, "fisher", "implicit", backend="curvlinops").to_dense()
-        assert relative(ours, exact) < 1e-10
+        assert relative(estimate(problem, "fisher", "implicit").to_dense(), exact) < 1e-10
 
     def test_circular_padding(self) -> None:
         """One position a sample and one sample: K-FAC is exact, but for an input that is taken to be zero outside."""
@@ -191,7 +192,7 @@ class TestAttention:
         model, x, y = drawn(Attentive(), 4)
         parameters = list(model.parameters())
         slope = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
-        with pytest.raises(RuntimeError, match="_scaled_dot_product_flash_attention_for_cpu_backward"):
+        with pytest.raises(RuntimeError, match=r"_scaled_dot_product_flash_attention_for_cpu_backward"):
             torch.autograd.grad(slope, parameters, [torch.ones_like(p) for p in parameters])
         problem = Problem(model, "cross_entropy", (x, y))
         for backend in ("torch", "curvlinops"):

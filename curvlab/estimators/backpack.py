@@ -26,7 +26,7 @@ from curvlab.estimators.layers import Layer, layer_in
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance
+from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Diag, Kronecker, Structure
 
@@ -268,7 +268,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return told
     few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
     try:
-        compute(few, *cheapest, space, None, lambda *_, **__: None)
+        compute(few, *cheapest, space, None, silent)
     except Exception as error:  # what it raises where it meets something unforeseen can be anything
         reason = str(error).partition("\n")[0]
         return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"

@@ -26,7 +26,7 @@ from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance
+from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
 from curvlab.structures import KFAC, Diag, Kronecker, Structure
 
@@ -157,7 +157,7 @@ def _kronecker(
 ) -> dict[str, Tensor]:
     columns = {name: _columns(layer) for name, layer in _layers(model, space).items()}
     ekfac = structure.name == "ekfac"
-    factors = mean((lambda *_, **__: None) if ekfac else advance, _factors)
+    factors = mean(silent if ekfac else advance, _factors)
     for layer, (kept, _) in columns.items():
         factors[f"{layer}|A"] = factors[f"{layer}|A"][kept, kept].clone()
     if not ekfac:
@@ -231,7 +231,7 @@ def obstacle(
     few = Problem(problem.model, problem.loss.name, [(inputs, targets)])
     cheapest = KFAC() if isinstance(structure, Kronecker) else Diag()
     try:
-        compute(few, EmpiricalFisher(), cheapest, space, None, lambda *_, **__: None)
+        compute(few, EmpiricalFisher(), cheapest, space, None, silent)
     except Exception as error:  # what a library raises where it meets something unforeseen can be anything
         reason = str(error).partition("\n")[0]
         return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"

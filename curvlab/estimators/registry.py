@@ -1,7 +1,7 @@
 """Which backend computes which quantity in which structure for a model, and the one door to all of them."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
-from curvlab.estimators.backend import Backend
+from curvlab.estimators.backend import Backend, Compute
 from curvlab.estimators.layers import kronecker_layers
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance, progress
+from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, MaSQ, Quantity, parse_quantity
 from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 
@@ -148,8 +148,6 @@ def _estimate(
         assert chosen.product is not None
         product = chosen.product(problem, quantity, space, batch_size)
         return Implicit(product, space, info, dtype=problem.dtype, device=problem.device)
-    if chosen.library:
-        _compare(chosen, problem, quantity, structure, space)
     tensors = chosen.compute(problem, quantity, structure, space, batch_size, advance)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -169,6 +167,8 @@ def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> lis
         offered = {s for b in BACKENDS.values() for s in b.cells.get(type(quantity), ())}
         names = ", ".join(name for name in STRUCTURES if name in offered)
         raise UnsupportedError(f"no backend computes {quantity.name} as {structure.name}; it is had as {names}")
+    if structure.name == "implicit":  # of products, our own do every model
+        having.sort(key=lambda b: b.library)
     if backend == "auto":
         return having
     if BACKENDS[backend] not in having:
@@ -185,15 +185,14 @@ def choose(
     Raises:
         UnsupportedError: There is none.
     """
-    obstacles = {}
+    obstacles: dict[str, str] = {}
     for candidate in able(quantity, structure, backend):
-        obstacle = candidate.obstacle(problem, quantity, structure, space)
-        if obstacle is None:
+        if (reason := _obstacle(candidate, problem, quantity, structure, space)) is None:
             return candidate
-        obstacles[candidate.name] = obstacle
-    told = "; ".join(f"backend {name} cannot: {obstacle}" for name, obstacle in obstacles.items())
+        obstacles[candidate.name] = reason
+    told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
     others = [b for b in able(quantity, structure) if b.name not in obstacles]
-    working = [b.name for b in others if b.obstacle(problem, quantity, structure, space) is None]
+    working = [b.name for b in others if _obstacle(b, problem, quantity, structure, space) is None]
     way_out = f"; backend {_either(working)} can" if working else ""
     raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
 
@@ -202,15 +201,22 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(names)
 
 
-def _compare(
+def _obstacle(
     backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
-) -> None:
-    """Refuse a library whose answer on a few samples is not the reference's.
+) -> str | None:
+    """Return what keeps a backend from a cell for this model; a library is tried, too."""
+    obstacle = backend.obstacle(problem, quantity, structure, space)
+    if obstacle is not None or not backend.library or structure.name == "implicit":
+        return obstacle
+    return _disagreement(backend, problem, quantity, structure, space)
+
+
+def _disagreement(
+    backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
+) -> str | None:
+    """Return how a library's answer on a few samples is not the reference's, if it is not.
 
     A model can hold what no list of modules shows: a functional call between layers, a weight used elsewhere.
-
-    Raises:
-        UnsupportedError: The answers differ.
     """
     if structure.name == "ekfac":  # which is not unique where factors have equal eigenvalues; its basis is K-FAC's
         structure = parse_structure(str(structure).replace("ekfac", "kfac", 1))
@@ -220,15 +226,21 @@ def _compare(
     vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=generator).to(problem.device, problem.dtype)
     info = Info("", str(structure), problem.loss.name, backend.name, len(few[0][0]))
 
-    def product(compute: Callable[..., Mapping[str, Tensor]]) -> Tensor:
-        tensors = compute(sample, quantity, structure, space, None, lambda *_: None)
+    def product(compute: Compute) -> Tensor:
+        tensors = compute(sample, quantity, structure, space, None, silent)
         return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
 
-    theirs, reference = product(backend.compute), product(torch_func.compute)
+    try:
+        theirs = product(backend.compute)
+    except UnsupportedError as error:
+        return str(error)
+    except Exception as error:  # whatever another library raises
+        return f"it fails on {type(problem.model).__name__} with {type(error).__name__}: {str(error).splitlines()[:1]}"
+    reference = product(torch_func.compute)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
-    if not bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
-        working = _either(b.name for b in able(quantity, structure) if not b.library)
-        raise UnsupportedError(
-            f"backend {backend.name} gives a wrong {quantity.name} as {structure} for {type(problem.model).__name__}: "
-            f"on {len(few[0][0])} samples it is not that of automatic differentiation; backend {working} is right"
-        )
+    if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
+        return None
+    return (
+        f"it gives a wrong answer for {type(problem.model).__name__}: on {len(few[0][0])} samples it is not that of "
+        "automatic differentiation"
+    )

@@ -1,0 +1,310 @@
+"""The doctor: what it finds, that it says what ``estimate`` says, what it predicts, and that it changes nothing."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models_under_test import case
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import curvlab
+from curvlab import doctor, estimate
+from curvlab.errors import CurvlabError
+from curvlab.estimators import BACKENDS
+from curvlab.problem import Problem
+from curvlab.structures import STRUCTURES
+
+MODULE = __import__("sys").modules["curvlab.doctor"]  # the function of that name hides it
+
+X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Measure once."""
+    monkeypatch.setattr(MODULE, "_SHORT", 0.0)
+
+
+def problem(*layers: nn.Module, train: bool = False) -> Problem:
+    return Problem(nn.Sequential(*layers).train(train), "cross_entropy", (X, Y))
+
+
+def mlp() -> Problem:
+    return problem(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def one(diagnosis, **wanted):
+    cells = diagnosis.cells
+    for key, value in wanted.items():
+        cells = cells[cells[key] == value]
+    (record,) = cells.to_dict("records")
+    return record
+
+
+# What it finds.
+
+
+class TestFindings:
+    def test_nothing_unusual(self):
+        diagnosis = doctor(mlp(), "empirical_fisher")
+        assert diagnosis.findings == ()
+        assert diagnosis.summary.startswith("Sequential of 43 parameters in float32, cross_entropy, 9 samples in one b")
+
+    @pytest.mark.parametrize(
+        ("layers", "finding"),
+        [
+            (
+                [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)],
+                "1 (BatchNorm1d), 2 (Dropout) are in train mode, where a sample's output is random or depends on its "
+                "batch: call model.eval()",
+            ),
+            (
+                [nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)],
+                "0 (BatchNorm1d) is without running statistics, so that a sample's output always depends on its batch: "
+                "make it with track_running_stats=True",
+            ),
+        ],
+    )
+    def test_what_mixes_samples(self, layers, finding):
+        diagnosis = doctor(problem(*layers, train=True))
+        assert diagnosis.findings == (finding,)
+        assert set(diagnosis.cells.supported) == {"no"}
+        assert len(diagnosis.cells) == len(BACKENDS) * len(STRUCTURES)
+        assert str(diagnosis).endswith("\nNothing can be computed before this is mended.")
+
+    def test_weights_that_are_not_finite(self):
+        subject = mlp()
+        with torch.no_grad():
+            subject.model[0].weight[0, 1:3] = torch.nan
+            subject.model[2].bias[0] = torch.inf
+        assert doctor(subject).findings == (
+            "the model's 0.weight holds 2 NaN or infinite values",
+            "the model's 2.bias holds 1 NaN or infinite values",
+        )
+
+    def test_a_mask_of_minus_infinity_is_no_fault(self):
+        assert not [f for f in doctor(case("attention").problem, "empirical_fisher").findings if "infinite" in f]
+
+    def test_targets_that_do_not_fit(self):
+        diagnosis = doctor(Problem(mlp().model, "cross_entropy", (X, Y + 1)))
+        (finding,) = diagnosis.findings
+        assert finding.startswith("a label is 3, but the model has 3 outputs")
+        assert set(diagnosis.cells.obstacle) == {finding}
+
+    def test_tied_frozen_in_place_and_without_factors(self):
+        assert doctor(case("tied").problem, "empirical_fisher").findings == (
+            "tied: first.weight is also second.weight, and counted once",
+            "no Kronecker factors: first.weight, first.bias is shared with second (a tied weight)",
+            "no Kronecker factors: second.bias is shared with first (a tied weight)",
+        )
+        assert doctor(case("frozen").problem, "empirical_fisher").findings == (
+            "in place: 1 (ReLU), 3 (ReLU)",
+            "frozen (requires_grad=False) and left out: 0.weight, 2.weight, 2.bias",
+        )
+        assert doctor(case("group norm, layer norm").problem, "empirical_fisher", params=["2.*"]).findings == (
+            "no Kronecker factors: 2.weight, 2.bias is of a GroupNorm (2)",
+        )
+
+    def test_a_wrong_request_is_raised(self):
+        with pytest.raises(CurvlabError, match="did you mean 'fisher'"):
+            doctor(mlp(), "fihser")
+        with pytest.raises(CurvlabError, match="no trainable parameter matches 'fc'"):
+            doctor(mlp(), params="fc")
+
+
+# What it says of the cells.
+
+
+def refusal(subject, quantity, structure, backend):
+    try:
+        estimate(subject, quantity, structure, backend=backend)
+    except CurvlabError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions, eval batch norm, in-place relu", "residual", "tied", "lstm"])
+@pytest.mark.parametrize("quantity", ["fisher:samples=2", "hessian"])
+def test_it_says_what_estimate_says(name, quantity):
+    subject = case(name).problem
+    diagnosis = doctor(subject, quantity)
+    assert list(diagnosis.cells.backend) == [*BACKENDS] * (len(diagnosis.cells) // len(BACKENDS))
+    for cell in diagnosis.cells.to_dict("records"):
+        said = refusal(subject, quantity, cell["structure"], cell["backend"])
+        if cell["supported"] == "absent":
+            assert said.startswith((f"backend {cell['backend']} does not compute", "no backend computes"))
+        elif cell["supported"] == "no":
+            assert cell["obstacle"] == said
+        else:
+            assert (cell["supported"], said) == ("yes", None), cell
+            assert cell["seconds"] > 0
+            assert cell["passes"] > 0
+            assert cell["peak_bytes"] > 0
+    for structure, cells in diagnosis.cells.groupby("structure"):
+        try:
+            chosen = estimate(subject, quantity, structure).info.backend.split(", ")
+        except CurvlabError:
+            chosen = []
+        # Of a structure with a rest, auto may take two backends where no single one does both parts.
+        assert set(cells[cells.auto].backend) <= set(chosen), structure
+        assert len(chosen) > 1 or set(cells[cells.auto].backend) == set(chosen), structure
+
+
+def test_the_rest_is_offered_where_it_works():
+    diagnosis = doctor(case("group norm, layer norm").problem, "empirical_fisher")
+    assert (
+        "'kfac:rest=diag' gives such parameters their diagonal"
+        in one(diagnosis, structure="kfac", backend="hooks")["obstacle"]
+    )
+    assert one(diagnosis, structure="kfac:rest=diag", backend="hooks")["supported"] == "yes"
+    assert "kfac:rest=diag" not in set(doctor(mlp(), "empirical_fisher").cells.structure)
+
+
+def test_a_backend_that_fails_is_told_of(monkeypatch):
+    def failing(*_, **__):
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr(MODULE, "estimate", failing)
+    assert one(doctor(mlp()), structure="diag", backend="hooks")["obstacle"] == (
+        "backend hooks fails: ZeroDivisionError: by zero"
+    )
+
+
+def test_several_quantities_and_the_text():
+    diagnosis = doctor(mlp(), [curvlab.EmpiricalFisher(), "hessian"])
+    assert list(dict.fromkeys(diagnosis.cells.quantity)) == ["empirical_fisher", "hessian"]
+    lines = str(diagnosis).splitlines()
+    assert lines[lines.index("") + 1].split() == ["empirical_fisher", "seconds", "passes", "peak", "matrix"]
+    assert any(line.startswith("    hooks *  ") for line in lines)
+    assert any(line.endswith(": has none") for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
+# What it predicts.
+
+
+@pytest.mark.parametrize(
+    ("quantity", "structure", "passes"),
+    [
+        ("fisher", "diag", 3),
+        ("ggn", "ekfac", 6),
+        ("fisher:samples=2", "kfac", 2),
+        ("empirical_fisher", "dense", 1),
+        ("hessian", "diag", 43),
+    ],
+)
+def test_backward_passes(quantity, structure, passes):
+    assert one(doctor(mlp(), quantity), structure=structure, backend="torch")["backward_passes"] == passes
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv1d, stride, dilation", "frozen", "transformer block"])
+def test_size_of_the_matrix(name):
+    subject = case(name).problem
+    for cell in doctor(subject, "empirical_fisher").cells.to_dict("records"):
+        if cell["supported"] == "yes" and cell["structure"] != "implicit":
+            matrix = estimate(subject, "empirical_fisher", cell["structure"], backend=cell["backend"])
+            assert cell["matrix_bytes"] == sum(t.nbytes for t in matrix.tensors().values()), cell
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "batch"),
+    [(0.02, 2e-4, 50), (0.0, 1e-3, 500), (0.0, 0.02, 100), (0.3, 1e-4, 100), (0.01, 2e-3, 2)],
+)
+def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
+    """Against a backend whose time is a line in the samples."""
+
+    clock = [0.0]
+
+    def timed(some, *_, **__):
+        clock[0] += fixed + each * some.num_samples
+
+    x, y = torch.randn(1000, 4), torch.arange(1000) % 3
+    subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=batch))
+    probe = MODULE._Probe(subject, None, {})
+    monkeypatch.setattr(MODULE, "estimate", timed)
+    monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
+    assert costs["seconds"] == pytest.approx(fixed + each * 1000)
+    assert clock[0] < 4
+
+
+def test_a_line_through_the_last_two_points():
+    assert MODULE._extrapolated([(4, 9.0), (10, 3.0), (20, 5.0)], 50) == 11.0
+    assert MODULE._extrapolated([(10, 3.0), (20, 2.0)], 50) == 2.0  # noise, not a gift
+    assert MODULE._extrapolated([(9, 3.0)], 9) == 3.0
+
+
+def test_peak_of_memory():
+    held = torch.ones(1000)
+
+    def work():
+        a = torch.zeros(1000) + held  # two, of which one stays
+        b = a.view(10, 100).mT  # none
+        c = torch.cat([b.flatten()] * 3)  # a copy, then three more
+        return c.sum()
+
+    assert MODULE._peak_bytes(work) == 4 * 5000
+    assert MODULE._peak_bytes(lambda: held.view(-1)) == 0
+
+
+def test_a_matrix_that_is_too_large_is_not_tried(monkeypatch):
+    monkeypatch.setattr(MODULE, "_LARGEST", 43 * 43 * 4 - 1)
+    diagnosis = doctor(mlp(), ["fisher", "hessian"])
+    dense = one(diagnosis, quantity="fisher", structure="dense", backend="hooks")
+    assert (dense["supported"], dense["matrix_bytes"]) == ("not tried", 43 * 43 * 4)
+    assert dense["obstacle"].startswith("it takes 7.4 kB, too much to try")
+    assert one(diagnosis, quantity="fisher", structure="diag", backend="hooks")["supported"] == "yes"
+    # The reference forms the Hessian whole, whatever is asked of it.
+    assert one(diagnosis, quantity="hessian", structure="diag", backend="torch")["supported"] == "not tried"
+    assert one(diagnosis, quantity="hessian", structure="implicit", backend="torch")["supported"] == "yes"
+
+
+# What it leaves alone.
+
+
+def state(model):
+    return {
+        "tensors": {k: v.clone() for k, v in model.state_dict(keep_vars=False).items()},
+        "gradients": [p.grad for p in model.parameters()],
+        "asked": [p.requires_grad for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+@pytest.mark.parametrize("name", ["batch norm", "input changed in place", "embedding"])
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_is_changed(name, train):
+    subject = case(name).problem
+    subject.model.train(train)
+    next(subject.model.parameters()).grad = torch.ones_like(next(subject.model.parameters()))
+    inputs = subject.data[0].clone()
+    before = deepcopy(state(subject.model))
+    with torch.no_grad():
+        doctor(subject, ["fisher:samples=1", "hessian"])
+    after = state(subject.model)
+    assert torch.equal(subject.data[0], inputs)
+    for key in ("asked", "modes", "hooks"):
+        assert before[key] == after[key]
+    assert torch.equal(before["random"], after["random"])
+    assert all(torch.equal(before["tensors"][k], v) for k, v in after["tensors"].items())
+    assert all(
+        (a is None and b is None) or torch.equal(a, b)
+        for a, b in zip(before["gradients"], after["gradients"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9, 20])
+def test_any_batches(batch):
+    loader = DataLoader(TensorDataset(X, Y), batch_size=batch)
+    cells = doctor(Problem(mlp().model, "cross_entropy", loader), "empirical_fisher").cells
+    assert cells[cells.supported == "yes"][["seconds", "peak_bytes"]].notna().all(axis=None)
+
+
+def test_one_sample_and_one_class():
+    model = nn.Sequential(nn.Linear(4, 1))
+    cells = doctor(Problem(model, "cross_entropy", (X[:1], torch.zeros(1, dtype=torch.int64)))).cells
+    assert (cells[cells.structure == "diag"].supported != "no").all()
