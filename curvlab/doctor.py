@@ -36,7 +36,8 @@ Work = Callable[[Problem], Callable[[], object]]
 _FEW = 8  # samples, on which a cell is refused or not
 _LIMIT = 0.5  # seconds that a larger probe may be expected to take
 _LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
-_MEASURED = 1e7  # and of one that is formed some more times, to see how long it takes
+_MEASURED = 1e7  # and of a matrix without structure that is formed some more times, to see how long it takes
+_PATIENCE = 5.0  # seconds that the few samples may take, if more are to follow
 _SHORT = 0.01  # seconds below which a measurement is repeated
 _LINE = 120  # characters
 
@@ -52,10 +53,10 @@ class Diagnosis:
             ``supported``: ``yes``; ``no``; ``absent``, where the backend has no such cell for any model; ``not tried``,
             where the matrix is too large for a probe; ``auto``: whether ``backend="auto"`` takes it;
             ``backward_passes``: over the data, as many as the definition has;
-            ``seconds``: predicted, for ``implicit`` those of a product, NaN for a matrix of 10 MB or more; ``passes``:
-            the same in plain forward and backward passes; ``peak_bytes``: predicted, of the tensors beyond model and
-            data, without what kernels use inside; ``matrix_bytes``: of the result; ``obstacle``: what stands in the
-            way, and what would work.
+            ``seconds``: predicted, for ``implicit`` those of a product, NaN where already a probe takes long;
+            ``passes``: the same in plain forward and backward passes; ``peak_bytes``: predicted, of the tensors beyond
+            model and data, without what kernels use inside; ``matrix_bytes``: of the result; ``obstacle``: what stands
+            in the way, and what would work.
     """
 
     summary: str
@@ -234,10 +235,10 @@ class _Probe:
 
     def summary(self) -> str:
         n = self.problem.num_samples
-        batches = "one batch" if n == self.batch_size else f"batches of {self.batch_size:,}"
+        batches = "in one batch" if n == self.batch_size else f"in batches of {self.batch_size:,}"
         return (
-            f"{_summary(self.problem, self.space)[:-1]}, {n:,} samples in {batches}. "
-            f"A plain forward and backward pass over them takes {_time(self.plain)}."
+            f"{_summary(self.problem, self.space)[:-1]}, {n:,} {'sample' if n == 1 else 'samples'} {batches}. "
+            f"A plain forward and backward pass over the data takes {_time(self.plain)}."
         )
 
     def cells(self, quantity: Quantity, structure: Structure) -> Iterator[dict[str, Any]]:
@@ -258,7 +259,8 @@ class _Probe:
                 yield row("not tried", matrix_bytes=stored, obstacle=_too_large(formed))
                 continue
             try:
-                costs = self._costs(quantity, structure, backend, measured=formed <= _MEASURED)
+                measured = formed <= _MEASURED or isinstance(structure, Kronecker)
+                costs = self._costs(quantity, structure, backend, measured)
                 yield row("yes", auto=backend in chosen, matrix_bytes=stored, **costs)
             except CurvlabError as error:
                 yield row("no", obstacle=str(error))
@@ -278,9 +280,10 @@ class _Probe:
             multiply(vector)  # the first product comes with checks
             return lambda: multiply(vector)
 
+        started = time.perf_counter()
         work(self.few)()  # refused before anything is measured; and what is loaded at a first call is loaded
         backward_passes = self._backward_passes(quantity, structure)
-        if not measured:
+        if not measured or time.perf_counter() - started > _PATIENCE:
             return {"backward_passes": backward_passes}
         seconds, timed = self._seconds(work)
         within = [some for some in timed if some.num_samples <= self.batch_size]  # a further batch takes nothing more

@@ -53,6 +53,11 @@ class Loss(ABC):
             Shape ``(N, count)`` of class indices, or ``(N, count, C)``.
         """
 
+    def sample_gradients(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Return the gradients at ``count`` targets drawn by ``sample``, ``(N, count, C)``."""
+        drawn = self.sample(outputs, count, rng)
+        return torch.stack([self.gradients(outputs, drawn[:, k]) for k in range(count)], dim=1)
+
 
 class CrossEntropy(Loss):
     """Categorical likelihood over classes, logits ``(N, C)``, targets ``(N,)`` of class indices (int64)."""
@@ -125,8 +130,12 @@ class SquaredError(Loss):
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw ``f + e`` with standard normal ``e``."""
+        return outputs.detach().unsqueeze(1) - self.sample_gradients(outputs, count, rng)
+
+    def sample_gradients(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Return ``-e``, of which large outputs take no digit."""
         noise = torch.from_numpy(rng.standard_normal((len(outputs), count, outputs.shape[1])))
-        return outputs.detach().unsqueeze(1) + noise.to(outputs)
+        return -noise.to(outputs)
 
 
 class BinaryCrossEntropy(Loss):

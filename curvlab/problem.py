@@ -72,6 +72,7 @@ class Problem:
             raise CurvlabError(
                 f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
             )
+        self._random_state = _random_state(None if _is_pair(data) else data)  # that every pass starts from
         self.dtype, self.device = kinds.pop()
         if not self.dtype.is_floating_point:
             raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
@@ -94,9 +95,19 @@ class Problem:
 
         Buffers that the model writes are written on copies, and so are inputs that it changes in place.
         """
-        frozen = {n: p.detach() for n, p in self.model.named_parameters() if n not in parameters}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        outputs = functional_call(self.model, {**buffers, **frozen, **parameters}, (inputs.clone(),))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        used: dict[int, Tensor] = {}
+        slots: dict[str, Tensor] = {}
+        for prefix, module in self.model.named_modules():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in used:
+                    own = tensor.detach() if id(tensor) in names else tensor.clone()
+                    used[id(tensor)] = parameters.get(names.get(id(tensor), ""), own)
+                slots[f"{prefix}.{key}".removeprefix(".")] = used[id(tensor)]
+        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
+        outputs = functional_call(self.model, slots, (inputs.clone(),), tie_weights=False)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise UnsupportedError(
@@ -132,7 +143,7 @@ class Problem:
             return
         # A list holds its batches; anything else may draw them.
         held = isinstance(self.data, (list, tuple))
-        for index, batch in enumerate(self.data if held else _with_own_randomness(self.data)):
+        for index, batch in enumerate(self.data if held else _with_own_randomness(self.data, self._random_state)):
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
                 raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
             if len(batch[0]) != len(batch[1]):
@@ -210,14 +221,14 @@ def preserved_random_state() -> Iterator[None]:
         restore()
 
 
-def _with_own_randomness(data: BatchSource) -> Iterator[Any]:
-    """Go through data whose draws continue from batch to batch but are not seen outside.
+def _with_own_randomness(data: BatchSource, start: Callable[[], None]) -> Iterator[Any]:
+    """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
 
     The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
     alive by a traceback, would give back old ones at any later time.
     """
     iterator = chain(data)  # starts the data only at the first step
-    within = _random_state(data)
+    within = start
     while True:
         restore = _random_state(data)
         within()

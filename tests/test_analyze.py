@@ -20,9 +20,10 @@ import yaml
 from rich.console import Console
 
 from curvlab.__main__ import main as program
-from curvlab.analyze import fim_diagonality, masq_table2, subject
+from curvlab.analyze import ANALYSES, estimators, fim_diagonality, masq_table2, subject
 from curvlab.analyze.__main__ import main
 from curvlab.errors import CurvlabError
+from curvlab.estimators import BACKENDS
 from curvlab.models import build
 from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
@@ -87,6 +88,15 @@ def archive(path, **changed):
 def test_lists_the_analyses(capsys):
     assert main([]) == 0
     assert f"\n  {NAME}  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_help_of_every_analysis(capsys, name):
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m curvlab.analyze {name} [OPTIONS]")
+    assert main([name, "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)
 
 
 def test_unknown_analysis(capsys):
@@ -532,3 +542,95 @@ def test_a_claim_without_a_number_is_not_tested():
     found = [record for seed in range(3) for record in records_of(seed, None if seed == 1 else 2.0)]
     claims = masq_table2.claims(found, tested=True)
     assert {claim.verdict for claim in claims if "reaches or exceeds" in claim.text} == {"not tested"}
+
+
+# Doctor and estimators.
+
+
+@pytest.fixture
+def hasty_doctor(monkeypatch):
+    """Try two backends, once."""
+    module = sys.modules["curvlab.doctor"]
+    monkeypatch.setattr(module, "_SHORT", 0.0)
+    monkeypatch.setattr(module, "BACKENDS", {name: module.BACKENDS[name] for name in ("hooks", "nngeometry")})
+
+
+def test_doctor(hasty_doctor, capsys):
+    line = "--hidden 3 --samples 20 --quantities fisher:samples=1 masq:batch_size=5 --params fc2.*"
+    assert main(["doctor", *line.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("Sequential of 40 parameters in float32, cross_entropy, 20 samples in one batch.")
+    assert "\nfisher:samples=1 " in out
+    assert "\nmasq:batch_size=5 " in out
+    assert tree(".") == set()
+
+    assert main(["doctor", *line.split(), "--out", "run"]) == 0
+    assert "Saved in run." in capsys.readouterr().out
+    names = {
+        "config.yaml",
+        "findings.json",
+        "provenance.json",
+        *(f"table.{kind}" for kind in ["json", "csv", "md", "tex"]),
+    }
+    assert tree("run") == names
+    records = json.loads(Path("run/table.json").read_text())
+    assert {record["supported"] for record in records} == {"yes", "absent"}
+    assert {record["obstacle"] for record in records if record["supported"] == "yes"} == {""}
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("--quantity fisher", "there is no option --quantity; the nearest is --quantities"),
+        ("--quantities fihser", "did you mean 'fisher'"),
+        ("--quantities ggn ggn", "quantities needs one value or several different ones"),
+        ("--params fc7", "no trainable parameter matches 'fc7'"),
+        ("--samples 99999", "samples is 99,999, but there are 1,437 training samples"),
+        ("--weights gone.pt", "gone.pt: there is no such file"),
+        ("--device cuda:99", "there is no GPU"),
+        ("--steps 5", "there is no option --steps"),
+    ],
+)
+def test_doctor_refuses(hasty_doctor, capsys, line, fragment):
+    assert main(["doctor", *line.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert fragment in err
+    assert tree(".") == set()
+
+
+def test_cells_are_the_registry():
+    table = estimators.cells()
+    for backend in BACKENDS.values():
+        of_backend = {(row["quantity"], row["structure"]) for row in table if row[backend.name] == "yes"}
+        assert of_backend == {(kind.name, structure) for kind, names in backend.cells.items() for structure in names}
+
+
+def test_the_support_page_is_what_the_code_says(capsys):
+    """If this fails: python -m curvlab.analyze estimators --format markdown > docs/reference/support.md."""
+    assert main(["estimators", "--format", "markdown"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    page = Path(fim_diagonality.__file__).parents[2] / "docs" / "reference" / "support.md"
+    assert out == page.read_text()
+
+
+def test_estimators_on_the_console(monkeypatch, capsys):
+    monkeypatch.setattr(estimators, "MODULES", estimators.MODULES[:2])
+    assert main(["estimators", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    for title in ("Quantity and structure", "Diagonal: which modules", "K-FAC: which modules"):
+        assert title in out
+    assert tree("run") == {"config.yaml", "support.md"}
+    assert main(["estimators", "--format", "html"]) == 2
+    assert "--format should be 'console' or 'markdown', not 'html'" in capsys.readouterr().err
+
+
+def test_a_module_is_differentiated_through():
+    """Every network of the table has parameters before the module, if it can."""
+    for name, make, shape in estimators.MODULES:
+        problem = estimators.network_with(make, shape)
+        first = problem.space.names[0].partition(".")[0]
+        assert first == "0", name
+        assert problem.num_samples == 4

@@ -218,8 +218,15 @@ class TestFactors:
             if "|U_" not in key:  # whose signs are free
                 assert_same(tensor, expected[key])
 
-    def test_low_rank_and_float32(self) -> None:
-        """Where an eigensolver in float32 may not converge."""
+    def test_low_rank_and_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where an eigensolver in float32 may not converge: none is used."""
+        eigh = torch.linalg.eigh
+
+        def in_double(matrix: Tensor) -> tuple[Tensor, Tensor]:
+            assert matrix.dtype == torch.float64
+            return eigh(matrix)
+
+        monkeypatch.setattr(torch.linalg, "eigh", in_double)
         model = nn.Sequential(nn.Linear(300, 4), nn.ReLU(), nn.Linear(4, CLASSES))
         x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
         problem = Problem(model, "cross_entropy", (x, torch.arange(5) % CLASSES))
@@ -265,6 +272,15 @@ def test_products_with_some_parameters_for_each_loss(quantity: Quantity, loss: s
     matrix = estimate(problem, quantity, "implicit", backend="curvlinops", params=["2.*", "0.bias"], batch_size=2)
     assert matrix.info.backend == "curvlinops"
     assert_same(matrix.to_dense(), estimate(problem, quantity, "dense", params=["2.*", "0.bias"]).to_dense())
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention"])
+def test_products_in_float32(name: str) -> None:
+    """Where the fused kernels have no derivative in forward mode."""
+    whole = case(name)
+    single = Problem(deepcopy(whole.model).float(), whole.loss, (whole.inputs.float(), whole.targets))
+    actual = estimate(single, "fisher", "implicit", backend="curvlinops").to_dense()
+    assert_same(actual.double(), estimate(whole.problem, "fisher", "dense").to_dense(), rtol=2e-5)
 
 
 class Failing(nn.Module):

@@ -237,7 +237,6 @@ def test_nothing_of_the_users_changes(name: str, quantity: Quantity) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before.buffers(), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="functional_call leaves other tensors in a module that has two names")
 def test_a_module_with_two_names_keeps_its_parameters() -> None:
     shared = nn.Linear(4, 4)
     problem = problem_of(nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(4, CLASSES)).double())
@@ -362,7 +361,6 @@ class TestRefusals:
         assert_same(multiplied(problem, GGN()), reference(problem, GGN()))
 
 
-@pytest.mark.xfail(strict=True, reason="Problem.batches orders a shuffled loader anew after a draw from outside")
 @pytest.mark.parametrize("quantity", [Fisher(samples=1), MaSQ(2)], ids=str)
 def test_a_shuffled_loader_gives_one_matrix(quantity: Quantity) -> None:
     """Whatever was drawn between two products."""

@@ -28,7 +28,6 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import CurvatureMatrix
-from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import progress
 from curvlab.quantities import parse_quantity
@@ -87,12 +86,12 @@ def run(config: AgreementConfig, options: RunOptions, console: Console) -> None:
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
     subject.check(config, dataset)
-    subject.check_distinct(quantities=config.quantities, structures=config.structures)
+    subject.check_distinct(structures=config.structures)
     with clock("training"):
         model, _ = subject.trained(config, dataset, config.seed)
     problem = subject.problem(config, dataset, model)
+    subject.check_curvature(problem, config.quantities, config.params)
     pairs = [(str(parse_quantity(q)), str(parse_structure(s))) for q in config.quantities for s in config.structures]
-    ParameterSpace.of(model, config.params)  # refuses patterns that match nothing
     problem.check()
     directory = open_run(options.out, "agreement", config.to_yaml())
     records: list[Record] = []

@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from curvlab import doctor
 from curvlab.analyze import subject
 from curvlab.analyze.command import Analysis, RunOptions
 from curvlab.analyze.subject import SubjectConfig
-from curvlab.results import Stopwatch, collect, open_run, write_tables
+from curvlab.doctor import Diagnosis, doctor
+from curvlab.errors import CurvlabError
+from curvlab.results import RunDirectory, Stopwatch, collect, open_run, write_tables
 
 
 class DoctorConfig(SubjectConfig):
@@ -34,20 +35,36 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
     with clock("data"):
         dataset = subject.dataset(config, options)
     subject.check(config, dataset)
-    subject.check_distinct(quantities=config.quantities)
     problem = subject.problem(config, dataset, subject.network(config, dataset, seed=0))
-    with clock("doctor"):
-        diagnosis = doctor(problem, config.quantities, config.params, progress=True)
+    subject.check_curvature(problem, config.quantities, config.params)
+    directory = None if options.out is None else open_run(options.out, "doctor", config.to_yaml())
+    try:
+        with clock("doctor"):
+            diagnosis = doctor(problem, config.quantities, config.params, progress=True)
+        if directory is not None:
+            _write(directory, diagnosis)
+            origin = collect(
+                seeds=[0],
+                data_hash=dataset.fingerprint(),
+                stages=clock.seconds,
+                started=clock.started,
+                device=config.device,
+            )
+            directory.write_json("provenance.json", origin)
+    except (CurvlabError, KeyboardInterrupt):
+        if directory is not None:
+            directory.discard_if_empty()
+        raise
     console.print(str(diagnosis), markup=False, highlight=False, soft_wrap=True)
-    if options.out is None:
-        return
-    directory = open_run(options.out, "doctor", config.to_yaml())
+    if directory is not None:
+        saved = f"Saved in {directory.path}: table (.json .csv .md .tex), findings, provenance."
+        console.print(saved, markup=False, soft_wrap=True)
+
+
+def _write(directory: RunDirectory, diagnosis: Diagnosis) -> None:
+    # Through JSON, where what is not there is null rather than NaN.
     write_tables(directory, json.loads(diagnosis.cells.to_json(orient="records")))
     directory.write_json("findings.json", [diagnosis.summary, *diagnosis.findings])
-    data_hash = dataset.fingerprint()
-    origin = collect(seeds=[0], data_hash=data_hash, stages=clock.seconds, started=clock.started, device=config.device)
-    directory.write_json("provenance.json", origin)
-    console.print(f"Saved in {directory.path}.", markup=False, soft_wrap=True)
 
 
 ANALYSIS = Analysis(

@@ -13,6 +13,7 @@ from curvlab.analyze.command import Config, RunOptions
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.models import build
+from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.training import fit
@@ -109,6 +110,16 @@ def check_distinct(**values: Sequence[object]) -> None:
     for name, given in values.items():
         if not given or len(set(given)) < len(given):
             raise CurvlabError(f"{name} needs one value or several different ones, not {list(given)}")
+
+
+def check_curvature(problem: Problem, quantities: Sequence[str], params: Sequence[str] | None) -> None:
+    """Refuse quantities that there are not, or one twice, and patterns that match no parameter.
+
+    Raises:
+        CurvlabError: One of these.
+    """
+    check_distinct(quantities=[str(parse_quantity(quantity)) for quantity in quantities])
+    ParameterSpace.of(problem.model, params)
 
 
 def network(config: SubjectConfig, data: Dataset, seed: int) -> nn.Module:

@@ -4,10 +4,10 @@ A layer whose parameters act on its own input only has per-sample gradients that
 and the gradients of its outputs. No gradient of a parameter is computed to have them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from torch.func import functional_call
 from curvlab.problem import Problem
 
 _PROBE_SAMPLES = 4
+_EARLY_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module: its input, and where the gradient of its output is found, whatever is done to it after."""
+    """A call of a module: its input, and where the gradient of its output is found, whatever is done to that after."""
 
     inputs: Tensor
     output: GradientEdge
+    shape: torch.Size  # of the output
 
 
 def forward(
@@ -45,7 +47,7 @@ def forward(
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
             if output.requires_grad:
                 given = next(chain(arguments, keywords.values()))
-                calls[name].append(Call(given.detach(), get_gradient_edge(output)))
+                calls[name].append(Call(given.detach(), get_gradient_edge(output), output.shape))
 
         return hook
 
@@ -69,11 +71,28 @@ def backward(outputs: Tensor, calls: list[Call], seed: Tensor, keep: bool) -> tu
         seed: ``(N, C)``.
         keep: Whether the graph is needed again.
     """
-    if not calls or not outputs.requires_grad:
-        return ()
-    return torch.autograd.grad(
-        outputs, [call.output for call in calls], seed, retain_graph=keep, allow_unused=True, materialize_grads=True
-    )
+    return _gradients(outputs, calls, [], seed, keep)[0]
+
+
+def _gradients(
+    outputs: Tensor, calls: Sequence[Call], leaves: Sequence[Tensor], seed: Tensor, keep: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the gradients of ``sum(seed * outputs)`` for the outputs of calls and for leaves, zeros where unused."""
+    wanted: list[Any] = [*(call.output for call in calls), *leaves]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and outputs.requires_grad:
+        found = torch.autograd.grad(outputs, wanted, seed, retain_graph=keep, allow_unused=True)
+    shapes = [*(call.shape for call in calls), *(leaf.shape for leaf in leaves)]
+    given = tuple(seed.new_zeros(shape) if g is None else g for g, shape in zip(found, shapes, strict=True))
+    return given[: len(calls)], given[len(calls) :]
+
+
+def few_inputs(problem: Problem) -> Tensor:
+    """Return some samples of one batch: more than one where an early batch has them, which shows mixed samples."""
+    early = [inputs[:_PROBE_SAMPLES] for inputs, _ in islice(problem.batches(), 1)]
+    if len(early[0]) == 1:
+        early += [inputs[:_PROBE_SAMPLES] for inputs, _ in islice(problem.batches(), 1, _EARLY_BATCHES)]
+    return max(early, key=len)
 
 
 def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -94,7 +113,7 @@ def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> di
         sharing = {o for p in module.parameters(recurse=False) for o in owners[id(p)] if o != name}
         if sharing:
             reasons[name] = f"is shared with {', '.join(sorted(o or 'the model' for o in sharing))} (a tied weight)"
-    inputs = next(problem.batches(_PROBE_SAMPLES))[0]
+    inputs = few_inputs(problem)
     candidates = {name: module for name, module in modules.items() if name not in reasons}
     leaves = _leaves(problem)
     outputs, calls = forward(problem, candidates, inputs, leaves)
@@ -111,16 +130,9 @@ def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> di
     generator = torch.Generator().manual_seed(0)
     seed = torch.randn(tuple(outputs.shape), dtype=torch.float64, generator=generator).to(outputs)
     seed[1::2] = 0  # of every second sample: no other row may see them
-    wanted: list[Any] = [*(call.output for call in once.values()), *leaves.values()]
-    gradients = torch.autograd.grad(
-        outputs,
-        wanted,
-        seed,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    reference = dict(zip(leaves, gradients[len(once) :], strict=True))
-    for (name, call), slopes in zip(once.items(), gradients, strict=False):
+    of_calls, of_leaves = _gradients(outputs, list(once.values()), list(leaves.values()), seed, keep=False)
+    reference = dict(zip(leaves, of_leaves, strict=True))
+    for (name, call), slopes in zip(once.items(), of_calls, strict=True):
         module = candidates[name]
         if bool(slopes[1::2].any()):
             reasons[name] = f"is of {_label(name, module)}, which the outputs of other samples depend on"

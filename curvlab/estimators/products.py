@@ -72,13 +72,12 @@ def snapshot(problem: Problem) -> Problem:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Have torch take kernels that can be differentiated twice, and gradients where the caller has them off."""
+    """Have torch take kernels with all their derivatives, and gradients where the caller has them off."""
     with ExitStack() as settings:
-        # Torch's own, the first time that numbers with a dual part are used.
+        # It is torch's own, the first time that numbers with a dual part are used.
         settings.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
-        settings.enter_context(torch.inference_mode(False))
-        settings.enter_context(torch.enable_grad())
+        settings.enter_context(torch.inference_mode(False))  # also within no_grad
         settings.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             for fused in (torch.backends.mkldnn, torch.backends.cudnn):

@@ -15,7 +15,7 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.capture import backward, forward, unfaithful_modules
+from curvlab.estimators.capture import backward, few_inputs, forward, unfaithful_modules
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
@@ -42,8 +42,7 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
     ``curvlab.estimators.capture.unfaithful_modules``).
     """
     candidates = {name: module for name, module in problem.model.named_modules() if type(module) is nn.Linear}
-    inputs = next(problem.batches(2))[0]
-    calls = forward(problem, candidates, inputs)[1]
+    calls = forward(problem, candidates, few_inputs(problem))[1]
     flat = {name: candidates[name] for name, seen in calls.items() if all(call.inputs.ndim == 2 for call in seen)}
     unfaithful = unfaithful_modules(problem, flat)
     return {name: layer for name, layer in flat.items() if name not in unfaithful}

@@ -7,7 +7,6 @@ times a *seed* ``s``, of which a sample has one or several.
 from math import sqrt
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from curvlab.errors import UnsupportedError
@@ -27,9 +26,7 @@ def output_rows(loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor
     if isinstance(quantity, (EmpiricalFisher, MaSQ)):
         return loss.gradients(outputs, targets).unsqueeze(1)
     if isinstance(quantity, Fisher) and quantity.samples is not None:
-        drawn = loss.sample(outputs, quantity.samples, rng)
-        rows = [loss.gradients(outputs, drawn[:, k]) for k in range(quantity.samples)]
-        return torch.stack(rows, dim=1) / sqrt(quantity.samples)
+        return loss.sample_gradients(outputs, quantity.samples, rng) / sqrt(quantity.samples)
     if isinstance(quantity, (Fisher, GGN)):
         return loss.output_factors(outputs)
     raise UnsupportedError(f"{quantity.name} is not a sum of outer products of gradients")
