@@ -89,12 +89,24 @@ class CrossEntropy(Loss):
         return p.scatter(1, labels, -_complement(p).gather(1, labels))
 
     def output_factors(self, outputs: Tensor) -> Tensor:
-        """Return ``s_c = sqrt(p_c) (p - e_c)``, one a class."""
-        p = outputs.softmax(dim=1)
-        factors = p.unsqueeze(1).repeat(1, p.shape[1], 1)
-        factors.diagonal(dim1=1, dim2=2).copy_(-_complement(p))
+        """Return ``C - 1`` factors: the matrix ``diag(p) - p p'`` has no more rank.
+
+        With ``u = sqrt(p)`` it is ``D (I - u u') D``, ``D = diag(u)``, and the columns but one of a Householder
+        reflection are a root of ``I - u u'``. Reflected onto the most probable class, no difference cancels, also where
+        its probability rounds to one.
+        """
+        n, c = outputs.shape
+        if c == 1:
+            return torch.zeros_like(outputs).unsqueeze(1)
         # Through the logarithm: the root of a probability is representable also where it underflows itself.
-        return outputs.log_softmax(dim=1).mul(0.5).exp().unsqueeze(2) * factors
+        u = outputs.log_softmax(dim=1).mul(0.5).exp()
+        top = u.argmax(dim=1, keepdim=True)
+        others = torch.arange(c - 1, device=outputs.device).expand(n, c - 1)
+        others = others + (others >= top)
+        of_top, of_others = u.gather(1, top), u.gather(1, others)
+        factors = -(u.square() / (1 + of_top)).unsqueeze(1) * of_others.unsqueeze(2)
+        factors.scatter_add_(2, others.unsqueeze(2), of_others.unsqueeze(2))
+        return factors.scatter_(2, top.expand_as(others).unsqueeze(2), -(of_top * of_others).unsqueeze(2))
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw class indices from ``softmax(f)`` by inversion of its distribution function."""

@@ -566,7 +566,7 @@ def test_doctor(hasty_doctor, capsys):
     assert tree(".") == set()
 
     assert main(["doctor", *line.split(), "--out", "run"]) == 0
-    assert "Saved in run." in capsys.readouterr().out
+    assert "Saved in run: table" in capsys.readouterr().out
     names = {
         "config.yaml",
         "findings.json",
@@ -590,6 +590,7 @@ def test_doctor(hasty_doctor, capsys):
         ("--weights gone.pt", "gone.pt: there is no such file"),
         ("--device cuda:99", "there is no GPU"),
         ("--steps 5", "there is no option --steps"),
+        ("--out /dev/null/x", "cannot write /dev/null/x"),
     ],
 )
 def test_doctor_refuses(hasty_doctor, capsys, line, fragment):

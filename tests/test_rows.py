@@ -24,8 +24,8 @@ def reference(problem: Problem, quantity: Quantity, names: list[str]) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor, quantity: Quantity) -> None:
-    """Row by row; for the GGN, whose factor is not unique, the matrix that the rows make."""
-    if isinstance(quantity, GGN):
+    """Row by row; where the factor is not unique, the matrix that the rows make."""
+    if isinstance(quantity, GGN) or quantity == Fisher():
         actual, expected = actual.mT @ actual, expected.mT @ expected
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()

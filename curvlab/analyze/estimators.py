@@ -232,7 +232,7 @@ def page() -> str:
 
 Made by `python -m curvlab.analyze estimators --format markdown` from the registry and by trying; a test keeps it true.
 For a model of yours, ask [`curvlab.doctor`](../how-to/doctor.md). Where a backend has a dash, it raises
-`UnsupportedError`; `backend="auto"` takes the first, from the left, that can.
+`UnsupportedError`. `backend="auto"` takes the first, from the left, that can; of `implicit` it takes `torch`.
 
 ## {_TITLES["cells"]}
 

@@ -164,7 +164,7 @@ def _own_gradients(module: nn.Module, inputs: Tensor, slopes: Tensor) -> dict[st
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
     tolerance: float = 10 * torch.finfo(expected.dtype).eps ** 0.5
-    error = _largest(actual - expected)
+    error = _largest(actual.sub_(expected))
     return error <= tolerance * _largest(expected) + torch.finfo(expected.dtype).tiny
 
 
