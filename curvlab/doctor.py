@@ -8,7 +8,6 @@ from functools import partial
 from itertools import groupby, islice
 from math import isnan, nan, prod
 from operator import itemgetter
-from statistics import median
 from textwrap import fill
 from typing import Any
 from weakref import finalize
@@ -38,7 +37,7 @@ _LIMIT = 0.5  # seconds that a larger probe may be expected to take
 _LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
 _MEASURED = 1e7  # and of a matrix without structure that is formed some more times, to see how long it takes
 _PATIENCE = 5.0  # seconds that the few samples may take, if more are to follow
-_SHORT = 0.01  # seconds below which a measurement is repeated
+_QUICK, _REPEATED = 0.25, 0.05  # seconds: what takes less is measured again, until it has taken so long in all
 _LINE = 120  # characters
 
 
@@ -52,7 +51,7 @@ class Diagnosis:
         cells: A row a quantity, structure and backend, with the columns ``quantity``, ``structure``, ``backend``;
             ``supported``: ``yes``; ``no``; ``absent``, where the backend has no such cell for any model; ``not tried``,
             where the matrix is too large for a probe; ``auto``: whether ``backend="auto"`` takes it;
-            ``backward_passes``: over the data, as many as the definition has;
+            ``backward_passes``: over the data, as the quantity needs them;
             ``seconds``: predicted, for ``implicit`` those of a product, NaN where already a probe takes long;
             ``passes``: the same in plain forward and backward passes; ``peak_bytes``: predicted, of the tensors beyond
             model and data, without what kernels use inside; ``matrix_bytes``: of the result; ``obstacle``: what stands
@@ -228,6 +227,7 @@ class _Probe:
         for rung in map(self._on, [*ladder, batches[:1], batches[:2]]):
             if not self.rungs or rung.num_samples > self.rungs[-1].num_samples:
                 self.rungs.append(rung)
+        _plain_pass(self.few, self.space)  # what is set up at a first call is set up
         self.plain = self._seconds(lambda some: lambda: _plain_pass(some, self.space))[0]
 
     def _on(self, batches: Sequence[Batch]) -> Problem:
@@ -362,21 +362,22 @@ def _plain_pass(problem: Problem, space: ParameterSpace) -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    """Return the least of some measurements: what else the machine does only adds to it."""
     taken: list[float] = []
-    while not taken or (len(taken) < 5 and sum(taken) < _SHORT):
+    while not taken or (len(taken) < 5 and min(taken) < _QUICK and sum(taken) < _REPEATED):
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
-    return median(taken)
+    return min(taken)
 
 
 def _extrapolated(points: Sequence[tuple[int, float]], n: int) -> float:
-    """Return the value at ``n`` of the line through the last two points, which does not fall."""
+    """Return the value at ``n`` of the line through the last two points, between constant and proportional."""
     (after, high), (before, low) = points[-1], points[max(len(points) - 2, 0)]
-    slope = max(high - low, 0.0) / (after - before) if after > before else 0.0
-    return high + slope * (n - after)
+    slope = (high - low) / (after - before) if after > before else 0.0
+    return high + min(max(slope, 0.0), high / after) * (n - after)
 
 
 def _peak_bytes(work: Callable[[], object]) -> int:

@@ -551,7 +551,7 @@ def test_a_claim_without_a_number_is_not_tested():
 def hasty_doctor(monkeypatch):
     """Try two backends, once."""
     module = sys.modules["curvlab.doctor"]
-    monkeypatch.setattr(module, "_SHORT", 0.0)
+    monkeypatch.setattr(module, "_QUICK", 0.0)
     monkeypatch.setattr(module, "BACKENDS", {name: module.BACKENDS[name] for name in ("hooks", "nngeometry")})
 
 

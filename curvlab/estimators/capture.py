@@ -4,6 +4,7 @@ A layer whose parameters act on its own input only has per-sample gradients that
 and the gradients of its outputs. No gradient of a parameter is computed to have them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 
 from curvlab.problem import Problem
 
@@ -71,20 +71,12 @@ def backward(outputs: Tensor, calls: list[Call], seed: Tensor, keep: bool) -> tu
         seed: ``(N, C)``.
         keep: Whether the graph is needed again.
     """
-    return _gradients(outputs, calls, [], seed, keep)[0]
-
-
-def _gradients(
-    outputs: Tensor, calls: Sequence[Call], leaves: Sequence[Tensor], seed: Tensor, keep: bool
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the gradients of ``sum(seed * outputs)`` for the outputs of calls and for leaves, zeros where unused."""
-    wanted: list[Any] = [*(call.output for call in calls), *leaves]
-    found: Sequence[Tensor | None] = [None] * len(wanted)
-    if wanted and outputs.requires_grad:
-        found = torch.autograd.grad(outputs, wanted, seed, retain_graph=keep, allow_unused=True)
-    shapes = [*(call.shape for call in calls), *(leaf.shape for leaf in leaves)]
-    given = tuple(seed.new_zeros(shape) if g is None else g for g, shape in zip(found, shapes, strict=True))
-    return given[: len(calls)], given[len(calls) :]
+    found: Sequence[Tensor | None] = [None] * len(calls)
+    if calls and outputs.requires_grad:
+        edges = [call.output for call in calls]
+        found = torch.autograd.grad(outputs, edges, seed, retain_graph=keep, allow_unused=True)
+    # Zeros, of a shape that torch does not know, where the outputs do not depend on a call.
+    return tuple(seed.new_zeros(call.shape) if g is None else g for g, call in zip(found, calls, strict=True))
 
 
 def few_inputs(problem: Problem) -> Tensor:
@@ -99,10 +91,9 @@ def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> di
     """Return, of some modules, those whose per-sample gradients do not follow from their calls, and why.
 
     The reason is a phrase that follows a parameter's name. A few samples go through the model once. A module is
-    faithful if it is called once, on a row a sample; if none of its parameters belongs to another module too; if the
-    gradient from its inputs and output gradients is what automatic differentiation gives (it is not where a parameter
-    is also used outside its module); and if a row sees the outputs of its own sample alone (it does not where the
-    module makes weights for all samples from constants).
+    faithful if it is called once, on a row a sample; if none of its parameters belongs to another module too, or is
+    used outside it, as the graph of the outputs shows; and if a row sees the outputs of its own sample alone (it does
+    not where the module makes weights for all samples from constants).
     """
     owners: dict[int, list[str]] = {}
     for name, module in problem.model.named_modules():
@@ -130,18 +121,33 @@ def unfaithful_modules(problem: Problem, modules: Mapping[str, nn.Module]) -> di
     generator = torch.Generator().manual_seed(0)
     seed = torch.randn(tuple(outputs.shape), dtype=torch.float64, generator=generator).to(outputs)
     seed[1::2] = 0  # of every second sample: no other row may see them
-    of_calls, of_leaves = _gradients(outputs, list(once.values()), list(leaves.values()), seed, keep=False)
-    reference = dict(zip(leaves, of_leaves, strict=True))
-    for (name, call), slopes in zip(once.items(), of_calls, strict=True):
+    uses = _uses(outputs, leaves)
+    gradients = backward(outputs, list(once.values()), seed, keep=False)
+    for name, slopes in zip(once, gradients, strict=True):
         module = candidates[name]
         if bool(slopes[1::2].any()):
             reasons[name] = f"is of {_label(name, module)}, which the outputs of other samples depend on"
-        elif not all(
-            _close(gradient, reference[f"{name}.{key}".removeprefix(".")])
-            for key, gradient in _own_gradients(module, call.inputs, slopes).items()
-        ):
+        elif any(uses.get(f"{name}.{key}".removeprefix("."), 0) > 1 for key in module._parameters):
             reasons[name] = f"is of {_label(name, module)}, which does not have it to itself: it acts elsewhere, too"
     return reasons
+
+
+def _uses(outputs: Tensor, leaves: Mapping[str, Tensor]) -> Counter[str]:
+    """Count the operations that take each leaf itself, in the graph of the outputs."""
+    names = {get_gradient_edge(leaf).node: name for name, leaf in leaves.items()}
+    uses: Counter[str] = Counter()
+    seen, todo = set(), [outputs.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            if following in names:
+                uses[names[following]] += 1
+            else:
+                todo.append(following)
+    return uses
 
 
 def _label(name: str, module: nn.Module) -> str:
@@ -150,24 +156,3 @@ def _label(name: str, module: nn.Module) -> str:
 
 def _leaves(problem: Problem) -> dict[str, Tensor]:
     return {name: p.requires_grad_() for name, p in problem.parameters().items()}
-
-
-def _own_gradients(module: nn.Module, inputs: Tensor, slopes: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a module's trainable parameters from what one call of it was given."""
-    leaves = {n: p.detach().requires_grad_() for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-    if not leaves:
-        return {}
-    with torch.enable_grad():
-        outputs = functional_call(module, leaves, (inputs,))
-    return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), slopes), strict=True))
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    tolerance: float = 10 * torch.finfo(expected.dtype).eps ** 0.5
-    error = _largest(actual.sub_(expected))
-    return error <= tolerance * _largest(expected) + torch.finfo(expected.dtype).tiny
-
-
-def _largest(tensor: Tensor) -> float:
-    low, high = tensor.aminmax()  # no second tensor, unlike abs()
-    return max(float(high), -float(low))
