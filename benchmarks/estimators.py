@@ -1,10 +1,12 @@
-"""Estimators: `estimate(..., backend="auto")` and the libraries by themselves, as ratios to one forward and backward pass.
+"""Estimators: `estimate(...)` and the libraries by themselves, as ratios to one forward and backward pass.
 
     python benchmarks/estimators.py [--nets mlp cnn resnet20] [--cells empirical_diag ...] [--rounds 7] [--memory]
 
-Every net and cell is a process of its own. In it the ways take turns, after the plain pass over the same batches, for
-some rounds; what is printed is the median over rounds of each way's seconds over those of the plain pass of its round.
-``--memory``: peak memory above the process with model and data, one more process a way. Prints JSON.
+Every net and cell is a process of its own. In it the plain pass and the ways take turns over the same batches, for some
+rounds, after one batch each to warm up; what is printed is the median over rounds of each way's seconds over the mean
+of the plain passes before and after it.
+``--memory``: instead, the peak memory of each way over up to four batches, above the process with model and data that
+has done a plain pass; a process a way. Prints JSON.
 """
 
 import argparse
@@ -220,21 +222,26 @@ def ways(net: str, cell: str) -> dict[str, Way]:
 
 def run_times(net: str, cell: str, rounds: int) -> dict[str, object]:
     model, batches = network(net)
-    plain(model, batches)
     ratios: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     passes = []
     todo = ways(net, cell)
-    for _ in range(rounds + 1):  # the first warms up
-        for name, way in list(todo.items()):
-            seconds = _seconds(lambda: plain(model, batches))
-            try:
-                ratios.setdefault(name, []).append(_seconds(lambda way=way: way(model, batches)) / seconds)
-            except Exception as error:
-                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-                del todo[name]
-            passes.append(seconds)
-    table = {name: round(statistics.median(values[1:]), 2) for name, values in ratios.items() if values[1:]}
+    for name, way in list(todo.items()):
+        try:
+            way(model, batches[:1])
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            del todo[name]
+    plain(model, batches)
+    for _ in range(rounds):
+        before = _seconds(lambda: plain(model, batches))
+        for name, way in todo.items():
+            seconds = _seconds(lambda way=way: way(model, batches))
+            after = _seconds(lambda: plain(model, batches))
+            ratios.setdefault(name, []).append(2 * seconds / (before + after))
+            passes.append(after)
+            before = after
+    table = {name: round(statistics.median(values), 2) for name, values in ratios.items()}
     return {
         "net": net,
         "cell": cell,
@@ -253,9 +260,11 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def run_memory(net: str, cell: str, way: str) -> dict[str, object]:
     model, batches = network(net)
+    batches = batches[:4]
     plain(model, batches[:1])
     model.zero_grad()
-    _, seconds, peak = peak_above(lambda: plain(model, batches) if way == "plain" else ways(net, cell)[way](model, batches))
+    work = plain if way == "plain" else ways(net, cell)[way]
+    _, seconds, peak = peak_above(lambda: work(model, batches))
     return {"seconds": seconds, "peak_mb": peak}
 
 
@@ -275,11 +284,13 @@ def main() -> None:
     results = []
     for net in arguments.nets:
         for cell in arguments.cells:
-            result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds))
             if arguments.memory:
-                names = ("plain", *result["ratios"])
-                peaks = {way: in_own_process(__file__, f"{net}:{cell}:{way}") for way in names}
-                result["peak_mb"] = {way: peak.get("peak_mb", peak.get("failed")) for way, peak in peaks.items()}
+                cases = {way: f"{net}:{cell}:{way}" for way in ("plain", *ways(net, cell))}
+                peaks = {way: in_own_process(__file__, case) for way, case in cases.items()}
+                megabytes = {way: peak.get("peak_mb", peak.get("failed")) for way, peak in peaks.items()}
+                result = {"net": net, "cell": cell, "peak_mb": megabytes}
+            else:
+                result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds))
             results.append(result)
             print(json.dumps(result), file=sys.stderr, flush=True)
     print(json.dumps({"machine": machine(), "samples": N, "batch": BATCH, "results": results}, indent=1))

@@ -46,7 +46,7 @@ def in_own_process(script: str, case: str, *arguments: str, repeats: int = 1) ->
             return {"failed": str(last)}
         results.append(json.loads(finished.stdout.splitlines()[-1]))
     merged = dict(results[-1])
-    for key in ("seconds", "peak_mb"):
+    for key in {"seconds", "peak_mb"} & merged.keys():
         merged[key] = round(statistics.median(result[key] for result in results), 3)
     if repeats > 1:
         merged["runs"] = [round(result["seconds"], 3) for result in results]

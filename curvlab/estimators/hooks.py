@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn import functional as F
 
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend
@@ -29,11 +30,12 @@ from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import TKFAC, Kronecker, Structure
 
+#: Modules that scale and shift what they have normalised.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 #: Modules of one input and one output whose per-sample gradients are had by differentiating them alone.
 _ALONE = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Embedding, nn.PReLU),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
 )
 _BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
 
@@ -150,6 +152,40 @@ class _PositionSquares:
             total[self.layer.bias] += self.squares[:, -1]
 
 
+class _NormSquares:
+    """Of a normalisation: its gradients are sums over positions, of the output's times the normalised input's."""
+
+    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+        self.layer = layer
+        module: Any = layer.module
+        self.trailing = len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else 0
+        if isinstance(module, nn.LayerNorm):
+            self.normal = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+        elif isinstance(module, nn.GroupNorm):
+            self.normal = F.group_norm(inputs, module.num_groups, eps=module.eps)
+        else:
+            self.normal = F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
+        self.squares: dict[str, Tensor] = {}
+
+    def add(self, gradient: Tensor) -> None:
+        if self.layer.weight:
+            self._take(self.layer.weight, gradient * self.normal)
+        if self.layer.bias:
+            self._take(self.layer.bias, gradient)
+
+    def _take(self, name: str, products: Tensor) -> None:
+        if self.trailing:  # (N, ..., *shape)
+            rows = products.flatten(1, -self.trailing - 1).sum(dim=1) if products.ndim > self.trailing + 1 else products
+        else:  # (N, C, ...)
+            rows = products.flatten(2).sum(dim=2) if products.ndim > 2 else products
+        squares = rows.square().sum(dim=0)
+        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
+        for name, squares in self.squares.items():
+            total[name] += squares
+
+
 class _AloneSquares:
     """Of a module that is differentiated by itself, vectorised over samples."""
 
@@ -184,7 +220,7 @@ def _diagonal(
     modules = {
         name: module
         for name, module in problem.model.named_modules()
-        if (has_factors(module) or type(module) in _ALONE)
+        if (has_factors(module) or type(module) in (*_NORMS, *_ALONE))
         and any(f"{name}.{key}".removeprefix(".") in space.names for key, _ in module.named_parameters(recurse=False))
     }
     if modules:
@@ -210,9 +246,11 @@ def _diagonal(
 
 
 def _squares(name: str, module: nn.Module, space: ParameterSpace, inputs: Tensor) -> _Squares:
+    layer = layer_in(space, name, module)
+    if type(module) in _NORMS:
+        return _NormSquares(layer, inputs)
     if not has_factors(module):
         return _AloneSquares(name, module, space, inputs)
-    layer = layer_in(space, name, module)
     flat = isinstance(module, nn.Linear) and inputs.ndim == 2
     return _FlatSquares(layer, inputs) if flat else _PositionSquares(layer, inputs)
 
