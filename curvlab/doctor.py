@@ -25,7 +25,7 @@ from curvlab.estimators.registry import BACKENDS, estimate
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem, _is_stochastic
+from curvlab.problem import Batch, Problem, is_stochastic
 from curvlab.progress import progress
 from curvlab.quantities import Hessian, Quantity, parse_quantity
 from curvlab.structures import STRUCTURES, Dense, Kronecker, Structure, parse_structure
@@ -143,7 +143,7 @@ def _faults(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             unsettled.append(_label(name, module))
-        elif module.training and _is_stochastic(module):
+        elif module.training and is_stochastic(module):
             training.append(_label(name, module))
     if unsettled:
         yield (

@@ -180,7 +180,7 @@ class Problem:
                     f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics, so that a sample's "
                     "output always depends on its batch: make it with track_running_stats=True"
                 )
-            if module.training and _is_stochastic(module):
+            if module.training and is_stochastic(module):
                 raise UnsupportedError(
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
                     "random or depends on its batch: call model.eval() first"
@@ -268,7 +268,8 @@ def _is_pair(data: BatchSource | Batch) -> TypeGuard[Batch]:
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
 
 
-def _is_stochastic(module: nn.Module) -> bool:
+def is_stochastic(module: nn.Module) -> bool:
+    """Return whether a module's output, in train mode, is random or depends on the other samples of its batch."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
     if isinstance(module, nn.modules.dropout._DropoutNd):

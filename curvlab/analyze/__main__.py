@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} ANALYSIS [OPTIONS]\n\nanalyses:")
+        width = max(map(len, ANALYSES))
         for name, line in ANALYSES.items():
-            print(f"  {name}  {line}")
+            print(f"  {name:{width}}  {line}")
         print(f"\n{PROGRAM} ANALYSIS --help shows the options of an analysis.")
         return 0
     # Imported here, as the analysis is: Ctrl-C may come while they are, and the list needs neither.

@@ -44,7 +44,8 @@ class RunOptions(Config):
     titles: ClassVar[Mapping[str, str]] = {"out": "places"}
 
     out: Path | None = None
-    """Folder for the results; the same command with the same folder continues there. Else runs/ANALYSIS-TIME."""
+    """Folder for the results; the same command with the same folder continues there. Else runs/ANALYSIS-TIME,
+    or none for an analysis that only prints."""
     data_root: Path | None = None
     """Where data sets are kept. Else the environment variable CURVLAB_DATA, else ~/.cache/curvlab/data."""
     offline: bool = False

@@ -7,7 +7,7 @@ vectorised over samples; and what is left (tied weights, bare parameters, recurr
 network.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,12 +20,12 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import backward, forward, unfaithful_modules
 from curvlab.estimators.layers import Layer, has_factors, kronecker_layers, layer_in
-from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirrored, positions
+from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem
+from curvlab.problem import Batch, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import TKFAC, Kronecker, Structure
@@ -37,6 +37,7 @@ _ALONE = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
 )
+_PIECE = 500  # samples of a batch that are taken at once unless asked otherwise: more are no faster, and take memory
 _BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
 
 _Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs
@@ -86,7 +87,7 @@ def _from_rows(
     for rows in row_batches(problem, quantity, space.names, advance=advance):
         for name, part in parts.items():
             add_gram_(total[name], rows[:, part])
-    return {name: mirrored(matrix).div_(problem.num_samples) for name, matrix in total.items()}
+    return {name: mirror_(matrix).div_(problem.num_samples) for name, matrix in total.items()}
 
 
 def _squared_rows(problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance) -> Tensor:
@@ -260,7 +261,7 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Yield, a batch, the inputs of each module, and then for every row the gradients of their outputs."""
     rng = label_stream(quantity)
-    for inputs, targets in problem.batches(batch_size):
+    for inputs, targets in _pieces(problem.batches(batch_size), _PIECE if batch_size is None else batch_size):
         outputs, calls = forward(problem, modules, inputs)
         for name, seen in calls.items():
             if len(seen) != 1 or len(seen[0].inputs) != len(inputs):
@@ -270,6 +271,11 @@ def _batches(
                 )
         rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
         yield {name: seen[0].inputs for name, seen in calls.items()}, _pulled_back(outputs, calls, rows)
+
+
+def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    for inputs, targets in batches:
+        yield from zip(inputs.split(size), targets.split(size), strict=True)
 
 
 def _pulled_back(outputs: Tensor, calls: Mapping[str, list[Any]], rows: Tensor) -> Iterator[Sequence[Tensor]]:
@@ -291,7 +297,7 @@ def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, n
         for row in gradients:
             for (name, here), gradient in zip(at.items(), row, strict=True):
                 here.add_gradient_moment_(S[name], gradient)
-    return _tensors({name: (mirrored(A[name]) / n, mirrored(S[name]) / n) for name in layers})
+    return _tensors({name: (mirror_(A[name]).div_(n), mirror_(S[name]).div_(n)) for name in layers})
 
 
 def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, n: int) -> dict[str, Tensor]:
@@ -306,12 +312,12 @@ def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, n: i
             for (name, here), gradient in zip(at.items(), row, strict=True):
                 here.add_gradient_moment_(S[name], gradient, norms[name] if weighted else None)
                 slopes[name] += here.gradient_norms(gradient)
-                trace[name] += sum(float(rows.square().sum()) for rows in here.sample_gradients(gradient))
+                trace[name] += here.squared_gradients(gradient)
         for name, here in at.items():
             here.add_moment_(A[name], slopes[name] if weighted else None)
     pairs = {}
     for name in layers:
-        left, right = mirrored(A[name]), mirrored(S[name])
+        left, right = mirror_(A[name]), mirror_(S[name])
         product = float(left.trace()) * float(right.trace())
         # The whole scale is on S: gao's A has trace one, the other's is K-FAC's own.
         share = float(left.trace()) if weighted else float(n)

@@ -67,6 +67,12 @@ class LinearPositions:
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         return gradient.flatten(1, -2) if gradient.ndim > 2 else gradient.unsqueeze(1)
 
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        if self.count == 1:
+            return float(self.squared_norms() @ self.gradient_norms(gradient))
+        return _total(self.sample_gradients(gradient))
+
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
         rows = self._gradient_rows(gradient)
@@ -214,6 +220,10 @@ class ConvPositions:
         """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
         return gradient.flatten(2).sum(dim=2)
 
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        return _total(self.sample_gradients(gradient))
+
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
         outputs = gradient.shape[1]
@@ -246,8 +256,12 @@ class ReducedPositions(LinearPositions):
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         return self.whole.gradient_sums(gradient).unsqueeze(1)
 
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2`` of the gradients themselves, which no reduction changes."""
+        return self.whole.squared_gradients(gradient)
+
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield the gradients themselves, which no reduction changes."""
+        """Yield the gradients themselves."""
         return self.whole.sample_gradients(gradient)
 
 
@@ -270,9 +284,14 @@ def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4)
         total[:end, start:end].addmm_(rows[:, :end].mT, rows[:, start:end], alpha=factor)
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """Return the symmetric matrix with the upper triangle of ``total``."""
-    return total.triu() + total.triu(1).mT
+def mirror_(total: Tensor) -> Tensor:
+    """Copy the upper triangle of ``total`` onto the lower one."""
+    strictly_upper = total.triu(1)
+    return total.triu_().add_(strictly_upper.mT)
+
+
+def _total(rows: Iterator[Tensor]) -> float:
+    return sum(float(some.square_().sum()) for some in rows)
 
 
 def _step(entries: int, like: Tensor) -> int:
