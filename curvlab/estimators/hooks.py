@@ -37,7 +37,7 @@ _ALONE = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
 )
-_PIECE = 500  # samples of a batch that are taken at once unless asked otherwise: more are no faster, and take memory
+_PIECE = 1000  # samples of a batch that are taken at once unless asked otherwise: more are no faster, and take memory
 _BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
 
 _Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs
