@@ -7,7 +7,7 @@ from curvlab.doctor import doctor
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.standard_error import standard_error
-from curvlab.matrices import load
+from curvlab.matrices import Penalty, load
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
 
@@ -18,6 +18,7 @@ __all__ = [
     "Fisher",
     "Hessian",
     "MaSQ",
+    "Penalty",
     "Problem",
     "UnsupportedError",
     "__version__",

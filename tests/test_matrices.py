@@ -436,6 +436,16 @@ class TestComposite(StructureTests):
         at = torch.tensor(order).argsort()
         return Composite(parts, space, INFO), dense[at][:, at]
 
+    @pytest.mark.parametrize("how", ["average_factors", "nearest"])
+    def test_merges_are_those_of_its_kronecker_parts(self, how: str) -> None:
+        total = self.make(0)[0] + self.make(1)[0]
+        assert isinstance(total, Composite)
+        merged = getattr(total, how)()
+        assert torch.equal(merged.parts[0].to_dense(), getattr(total.parts[0], how)().to_dense())
+        assert not close(merged.parts[0].to_dense(), total.parts[0].to_dense())
+        for part, expected in zip(merged.parts[1:], total.parts[1:], strict=True):
+            assert torch.equal(part.to_dense(), expected.to_dense())
+
     def elsewhere(self, matrix: CurvatureMatrix) -> CurvatureMatrix:
         return self.over(replace(LAYERS, names=tuple(n.replace("head", "tail") for n in LAYERS.names)))[0]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix, Info
+from curvlab.matrices.kronecker import KFAC
 from curvlab.parameters import ParameterSpace
 
 
@@ -106,6 +107,14 @@ class Composite(CurvatureMatrix):
         return self._of([factor * part for part in self.parts])
 
     __rmul__ = __mul__
+
+    def average_factors(self) -> Self:
+        """Return the matrix with the Kronecker parts merged; see ``KFAC.average_factors``."""
+        return self._of([part.average_factors() if isinstance(part, KFAC) else part for part in self.parts])
+
+    def nearest(self) -> Self:
+        """Return the matrix with the Kronecker parts merged; see ``KFAC.nearest``."""
+        return self._of([part.nearest() if isinstance(part, KFAC) else part for part in self.parts])
 
     def _of(self, parts: Sequence[CurvatureMatrix]) -> Self:
         return type(self)(parts, self.space, self.info)
