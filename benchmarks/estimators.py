@@ -1,6 +1,6 @@
 """Estimators: `estimate(...)` and the libraries by themselves, as ratios to one forward and backward pass.
 
-    python benchmarks/estimators.py [--nets mlp cnn resnet20] [--cells empirical_diag ...] [--rounds 7] [--memory]
+    python benchmarks/estimators.py [--nets mlp cnn] [--cells exact_diag] [--ways ours] [--rounds 7] [--memory]
 
 Every net and cell is a process of its own. In it the plain pass and the ways take turns over the same batches, for some
 rounds, after one batch each to warm up; what is printed is the median over rounds of each way's seconds over the mean
@@ -220,12 +220,12 @@ def ways(net: str, cell: str) -> dict[str, Way]:
     return made
 
 
-def run_times(net: str, cell: str, rounds: int) -> dict[str, object]:
+def run_times(net: str, cell: str, rounds: int, only: list[str] | None) -> dict[str, object]:
     model, batches = network(net)
     ratios: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     passes = []
-    todo = ways(net, cell)
+    todo = {name: way for name, way in ways(net, cell).items() if only is None or name in only}
     for name, way in list(todo.items()):
         try:
             way(model, batches[:1])
@@ -272,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="*", choices=list(BARS), default=list(BARS))
     parser.add_argument("--cells", nargs="*", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--ways", nargs="*", choices=["ours", *PEERS], help="only these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -279,7 +280,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if arguments.case:
         net, cell, *way = arguments.case.split(":")
-        print(json.dumps(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds)))
+        print(
+            json.dumps(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds, arguments.ways))
+        )
         return
     results = []
     for net in arguments.nets:
@@ -290,7 +293,8 @@ def main() -> None:
                 megabytes = {way: peak.get("peak_mb", peak.get("failed")) for way, peak in peaks.items()}
                 result = {"net": net, "cell": cell, "peak_mb": megabytes}
             else:
-                result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds))
+                only = ["--ways", *arguments.ways] if arguments.ways else []
+                result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds), *only)
             results.append(result)
             print(json.dumps(result), file=sys.stderr, flush=True)
     print(json.dumps({"machine": machine(), "samples": N, "batch": BATCH, "results": results}, indent=1))
