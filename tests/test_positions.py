@@ -1,0 +1,149 @@
+"""Layers as one matrix at many positions: every way to the moments and gradients, against patches written out."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvlab.estimators import hooks
+from curvlab.estimators import positions as module
+from curvlab.estimators.layers import Layer
+from curvlab.estimators.positions import ReducedPositions, add_gram_, mirror_, positions
+
+N, OUTPUTS = 5, 3
+CONVOLUTIONS = {
+    "1d": (lambda c: nn.Conv1d(c, OUTPUTS, 3, stride=2, padding=1), (9,)),
+    "2d": (lambda c: nn.Conv2d(c, OUTPUTS, (3, 2), padding=(1, 0)), (5, 4)),
+    "2d stride, dilation": (lambda c: nn.Conv2d(c, OUTPUTS, 3, stride=(2, 1), padding=2, dilation=(1, 2)), (6, 7)),
+    "2d same": (lambda c: nn.Conv2d(c, OUTPUTS, (2, 3), padding="same"), (4, 5)),
+    "2d circular": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=1, padding_mode="circular"), (4, 4)),
+    "2d reflect": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
+    "2d one position": (lambda c: nn.Conv2d(c, OUTPUTS, 4), (4, 4)),
+    "3d": (lambda c: nn.Conv3d(c, OUTPUTS, 2, stride=(1, 2, 1), padding=(1, 0, 1)), (3, 4, 3)),
+}
+
+
+def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What each position multiplies, ``(N, T, d)``, with the bias's one: the layer applied to unit weights."""
+    weight, bias = layer.weight, layer.bias
+    columns = []
+    for i in range(weight[0].numel() + 1):
+        unit = torch.zeros(weight[0].numel() + 1, dtype=weight.dtype)
+        unit[i] = 1
+        with torch.no_grad():
+            weight.copy_(unit[:-1].view_as(weight[:1]).expand_as(weight))
+            bias.fill_(float(unit[-1]))
+            outputs = layer(inputs)
+        columns.append(outputs[:, 0].flatten(1) if not isinstance(layer, nn.Linear) else outputs[..., 0].view(N, -1))
+    return torch.stack(columns, dim=2)
+
+
+def given(layer: nn.Module, inputs: Tensor, has: str) -> tuple[Layer, Tensor, Tensor, Tensor]:
+    """The layer with some of its parameters, its rows ``a`` and gradients ``g`` ``(N, T, o)``, and the latter as is."""
+    with torch.no_grad():
+        gradient = torch.randn_like(layer(inputs))
+    a = rows_of(layer, inputs)
+    a = {"both": a, "weight": a[..., :-1], "bias": a[..., -1:]}[has]
+    g = gradient.reshape(N, -1, OUTPUTS) if isinstance(layer, nn.Linear) else gradient.flatten(2).mT
+    names = {"both": ("weight", "bias"), "weight": ("weight", None), "bias": (None, "bias")}[has]
+    return Layer("", layer, *names), a, g, gradient
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+def agree(layer: nn.Module, inputs: Tensor, has: str) -> None:
+    description, a, g, gradient = given(layer, inputs, has)
+    here = positions(description, inputs)
+    weights = torch.rand(N, dtype=a.dtype)
+    gradients = torch.einsum("nto,ntd->nod", g, a)
+    assert here.count == a.shape[1]
+    for w in (None, weights):
+        by = torch.ones(N, dtype=a.dtype) if w is None else w
+        moment, slopes = (
+            torch.zeros(2, a.shape[2], a.shape[2], dtype=a.dtype),
+            torch.zeros(2, OUTPUTS, OUTPUTS, dtype=a.dtype),
+        )
+        for total in moment:  # twice: it adds to what is there
+            here.add_moment_(total, w)
+            here.add_moment_(total, w)
+        here.add_gradient_moment_(slopes[0], gradient, w)
+        assert close(mirror_(moment[0]), 2 * torch.einsum("n,ntd,nte->de", by, a, a) / here.count)
+        assert close(mirror_(slopes[0]), torch.einsum("n,nto,ntp->op", by, g, g))
+    assert close(here.means(), a.mean(dim=1))
+    assert close(here.squared_norms(), a.square().sum(dim=(1, 2)) / here.count)
+    assert close(here.gradient_norms(gradient), g.square().sum(dim=(1, 2)))
+    assert close(here.gradient_sums(gradient), g.sum(dim=1))
+    assert close(torch.cat(list(here.sample_gradients(gradient))), gradients)
+    assert here.squared_gradients(gradient) == pytest.approx(float(gradients.square().sum()), rel=1e-11)
+    reduced, total = ReducedPositions(here), torch.zeros(a.shape[2], a.shape[2], dtype=a.dtype)
+    reduced.add_moment_(total)
+    assert close(mirror_(total), a.mean(dim=1).mT @ a.mean(dim=1))
+    assert close(torch.cat(list(reduced.sample_gradients(gradient))), gradients)
+
+
+@pytest.mark.parametrize("has", ["both", "weight", "bias"])
+@pytest.mark.parametrize(("channels", "few"), [(2, 4), (2, 0), (6, 4)])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str, channels: int, few: int, has: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FEW_CHANNELS", few)
+    monkeypatch.setattr(module, "_BYTES", 2000)  # some samples at a time
+    torch.manual_seed(0)
+    make, size = CONVOLUTIONS[name]
+    agree(make(channels).double(), torch.randn(N, channels, *size, dtype=torch.float64), has)
+
+
+@pytest.mark.parametrize("has", ["both", "weight", "bias"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_linear_layers(shape: tuple[int, ...], has: str) -> None:
+    torch.manual_seed(0)
+    agree(nn.Linear(4, OUTPUTS).double(), torch.randn(N, *shape, dtype=torch.float64), has)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 301])
+def test_gram_matrices_in_panels(size: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(7, size, dtype=torch.float64)
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for factor in (1.0, 0.5):
+        add_gram_(total, rows, factor)
+    assert close(mirror_(total), 1.5 * rows.mT @ rows)
+
+
+def test_more_outputs_than_positions() -> None:
+    """The other way to the moment of the gradients."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 300, 2).double()
+    gradient = torch.randn(N, 300, 1, 2, dtype=torch.float64)
+    total = torch.zeros(300, 300, dtype=torch.float64)
+    positions(Layer("", layer, "weight", "bias"), torch.randn(N, 2, 2, 3).double()).add_gradient_moment_(
+        total, gradient
+    )
+    rows = gradient.flatten(2).mT.flatten(0, 1)
+    assert close(mirror_(total), rows.mT @ rows)
+
+
+def test_a_basis_where_float32_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(3, 20)
+    factor, eigh = rows.mT @ rows, torch.linalg.eigh
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    basis = hooks._basis(factor)
+    assert basis.dtype == torch.float32
+    assert torch.allclose(basis.mT @ basis, torch.eye(20), atol=1e-5)
+    rotated = basis.mT @ factor @ basis
+    assert (rotated - rotated.diag().diag()).abs().max() < 1e-4 * factor.abs().max()
+
+
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_pieces_are_the_batch(piece: int) -> None:
+    batches = [(torch.arange(7), torch.arange(7) + 1), (torch.arange(2), torch.arange(2))]
+    pieces = list(hooks._pieces(batches, piece))
+    assert max(len(x) for x, _ in pieces) <= piece
+    for index in (0, 1):
+        assert torch.equal(torch.cat([p[index] for p in pieces]), torch.cat([b[index] for b in batches]))
