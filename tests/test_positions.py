@@ -13,7 +13,7 @@ N, OUTPUTS = 5, 3
 CONVOLUTIONS = {
     "1d": (lambda c: nn.Conv1d(c, OUTPUTS, 3, stride=2, padding=1), (9,)),
     "2d": (lambda c: nn.Conv2d(c, OUTPUTS, (3, 2), padding=(1, 0)), (5, 4)),
-    "2d stride, dilation": (lambda c: nn.Conv2d(c, OUTPUTS, 3, stride=(2, 1), padding=2, dilation=(1, 2)), (6, 7)),
+    "2d stride, dilation": (lambda c: nn.Conv2d(c, OUTPUTS, 3, stride=(2, 1), padding=2, dilation=(2, 3)), (6, 7)),
     "2d same": (lambda c: nn.Conv2d(c, OUTPUTS, (2, 3), padding="same"), (4, 5)),
     "2d circular": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=1, padding_mode="circular"), (4, 4)),
     "2d reflect": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
