@@ -157,20 +157,22 @@ class _NormSquares:
     """Of a normalisation: its gradients are sums over positions, of the output's times the normalised input's."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        self.layer = layer
-        module: Any = layer.module
-        self.trailing = len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else 0
-        if isinstance(module, nn.LayerNorm):
-            self.normal = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-        elif isinstance(module, nn.GroupNorm):
-            self.normal = F.group_norm(inputs, module.num_groups, eps=module.eps)
-        else:
-            self.normal = F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
+        self.layer, self.inputs = layer, inputs
+        self.trailing = len(layer.module.normalized_shape) if isinstance(layer.module, nn.LayerNorm) else 0
         self.squares: dict[str, Tensor] = {}
+
+    def _normal(self) -> Tensor:
+        # For every row again: those of all layers together would take as much memory as the activations.
+        module: Any = self.layer.module
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(self.inputs, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(self.inputs, module.num_groups, eps=module.eps)
+        return F.batch_norm(self.inputs, module.running_mean, module.running_var, eps=module.eps)
 
     def add(self, gradient: Tensor) -> None:
         if self.layer.weight:
-            self._take(self.layer.weight, gradient * self.normal)
+            self._take(self.layer.weight, self._normal().mul_(gradient))
         if self.layer.bias:
             self._take(self.layer.bias, gradient)
 

@@ -6,7 +6,7 @@ a one behind them for the bias. With the gradient ``g_nt`` of its output there, 
 of a convolution but where they are small: unfolding costs the memory of ``k k`` images and is slower.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -95,19 +95,30 @@ class ConvPositions:
         self.kernel: tuple[int, ...] = module.kernel_size
         self.stride: tuple[int, ...] = module.stride
         self.dilation: tuple[int, ...] = module.dilation
-        # What the module itself pads with, whatever its padding and mode.
-        pads = module._reversed_padding_repeated_twice
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        self.images = F.pad(inputs, pads, mode=mode) if any(pads) else inputs
+        self.inputs = inputs
+        # What the module itself pads with, the last dimension first, whatever its padding and mode.
+        self.pads: list[int] = module._reversed_padding_repeated_twice
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        whole = [size + sum(self._of(i)) for i, size in enumerate(inputs.shape[2:])]
         self.spatial = tuple(
             (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(self.images.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+            for size, k, s, d in zip(whole, self.kernel, self.stride, self.dilation, strict=True)
         )
         self.count = prod(self.spatial)
 
+    def _of(self, dimension: int) -> list[int]:
+        """Return the padding before and behind a spatial dimension."""
+        end = len(self.pads) - 2 * dimension
+        return self.pads[end - 2 : end]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The inputs, padded."""
+        return F.pad(self.inputs, self.pads, mode=self.mode) if any(self.pads) else self.inputs
+
     @property
     def _channels(self) -> int:
-        return self.images.shape[1]
+        return self.inputs.shape[1]
 
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
@@ -171,13 +182,19 @@ class ConvPositions:
         return torch.stack(seen, dim=2).flatten(1, 2).flatten(2)
 
     def _weight_gradient(
-        self, images: Tensor, gradient: Tensor, kernel: tuple[int, ...] | None = None, groups: int = 1
+        self,
+        images: Tensor,
+        gradient: Tensor,
+        kernel: tuple[int, ...] | None = None,
+        padding: Sequence[int] | None = None,
+        groups: int = 1,
     ) -> Tensor:
         kernel = kernel or self.kernel
         weight = images.new_empty(gradient.shape[1], images.shape[1] // groups, *kernel)
         none = [0] * len(kernel)
+        pads = none if padding is None else list(padding)
         answer: Tensor = torch.ops.aten.convolution_backward(
-            gradient, images, weight, None, self.stride, none, self.dilation, False, none, groups, [False, True, False]
+            gradient, images, weight, None, self.stride, pads, self.dilation, False, none, groups, [False, True, False]
         )[1]
         return answer
 
@@ -232,14 +249,21 @@ class ConvPositions:
             return
         step = _step(outputs * self._channels * prod(self.kernel), gradient)
         few = self._channels <= _FEW_CHANNELS
-        for g, given in zip(gradient.split(step), (self._patches if few else self.images).split(step), strict=True):
+        # The kernel pads by itself, without a copy, where it can: with as many zeros before as behind.
+        before, behind = zip(*map(self._of, range(len(self.kernel))), strict=True)
+        itself = self.mode == "constant" and before == behind
+        given = self._patches if few else self.inputs if itself else self.images
+        for g, some in zip(gradient.split(step), given.split(step), strict=True):
             if few:
-                of_weight = g.flatten(2) @ given.mT
+                of_weight = g.flatten(2) @ some.mT
             else:
                 n = len(g)
                 # As a convolution in n groups, a sample each.
                 of_weight = self._weight_gradient(
-                    given.reshape(1, -1, *given.shape[2:]), g.reshape(1, -1, *g.shape[2:]), groups=n
+                    some.reshape(1, -1, *some.shape[2:]),
+                    g.reshape(1, -1, *g.shape[2:]),
+                    padding=before if itself else None,
+                    groups=n,
                 ).view(n, outputs, -1)
             if self.layer.bias:
                 of_weight = torch.cat([of_weight, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)
