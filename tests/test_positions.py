@@ -70,6 +70,8 @@ def agree(layer: nn.Module, inputs: Tensor, has: str) -> None:
         here.add_gradient_moment_(slopes[0], gradient, w)
         assert close(mirror_(moment[0]), 2 * torch.einsum("n,ntd,nte->de", by, a, a) / here.count)
         assert close(mirror_(slopes[0]), torch.einsum("n,nto,ntp->op", by, g, g))
+    assert close(here.input_rows(), a)
+    assert close(here.gradient_rows(gradient), g)
     assert close(here.means(), a.mean(dim=1))
     assert close(here.squared_norms(), a.square().sum(dim=(1, 2)) / here.count)
     assert close(here.gradient_norms(gradient), g.square().sum(dim=(1, 2)))

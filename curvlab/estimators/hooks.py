@@ -366,14 +366,21 @@ class _RotatedSquares:
         self.left, self.right = left, right
         self.positions = positions(layer, inputs)
         self.squares: Tensor | None = None  # of g U_S (N, o) for one position, else of the rotated gradient (o, d)
+        # The inputs at few positions are rotated once; at many positions it is the gradients, for every row.
+        self.rows = self.positions.input_rows() @ left if 1 < self.positions.count <= 2 * len(right) else None
 
     def add(self, gradient: Tensor) -> None:
         if self.positions.count == 1:
             rotated = self.positions.gradient_sums(gradient) @ self.right
             self._take(rotated.square_())
-            return
-        for rows in self.positions.sample_gradients(gradient):
-            self._take((self.right.mT @ (rows @ self.left)).square_().sum(dim=0))
+        elif self.rows is not None:
+            slopes = self.positions.gradient_rows(gradient) @ self.right
+            step = max(1, int(_BYTES / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())))
+            for g, a in zip(slopes.split(step), self.rows.split(step), strict=True):
+                self._take((g.mT @ a).square_().sum(dim=0))
+        else:
+            for rows in self.positions.sample_gradients(gradient):
+                self._take((self.right.mT @ (rows @ self.left)).square_().sum(dim=0))
 
     def _take(self, squares: Tensor) -> None:
         self.squares = squares if self.squares is None else self.squares.add_(squares)

@@ -56,6 +56,14 @@ class LinearPositions:
         rows = rows if weights is None else rows * weights.sqrt().view(-1, 1, 1)
         add_gram_(total, rows.flatten(0, 1))
 
+    def input_rows(self) -> Tensor:
+        """Return ``a_nt``, ``(N, T, d)``."""
+        return self.rows
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return self._gradient_rows(gradient)
+
     def gradient_norms(self, gradient: Tensor) -> Tensor:
         """Return ``sum_t |g_nt|^2``, ``(N,)``."""
         return self._gradient_rows(gradient).square().sum(dim=(1, 2))
@@ -177,7 +185,7 @@ class ConvPositions:
 
     @cached_property
     def _patches(self) -> Tensor:
-        """The patches under the kernel, ``(N, d, T)``, without the bias's one; for few channels only."""
+        """The patches under the kernel, ``(N, d, T)``, without the bias's one."""
         seen = [self._under(self.images, offset) for offset in product(*map(range, self.kernel))]
         return torch.stack(seen, dim=2).flatten(1, 2).flatten(2)
 
@@ -228,6 +236,16 @@ class ConvPositions:
             add_gram_(total, rows.mT.flatten(0, 1))
         else:
             total += (rows @ rows.mT).sum(dim=0)
+
+    def input_rows(self) -> Tensor:
+        """Return ``a_nt``, ``(N, T, d)``: the patches, of as many bytes as there are kernel entries an image."""
+        ones = self.inputs.new_ones(len(self.inputs), self.count, 1)
+        parts = ([self._patches.mT] if self.layer.weight else []) + ([ones] if self.layer.bias else [])
+        return torch.cat(parts, dim=2)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return gradient.flatten(2).mT
 
     def gradient_norms(self, gradient: Tensor) -> Tensor:
         """Return ``sum_t |g_nt|^2``, ``(N,)``."""
