@@ -52,7 +52,7 @@ class LinearPositions:
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n sum_t g_nt g_nt'`` to the upper triangle of an ``(o, o)``; the gradient is of the output."""
-        rows = self._gradient_rows(gradient)
+        rows = self.gradient_rows(gradient)
         rows = rows if weights is None else rows * weights.sqrt().view(-1, 1, 1)
         add_gram_(total, rows.flatten(0, 1))
 
@@ -60,19 +60,16 @@ class LinearPositions:
         """Return ``a_nt``, ``(N, T, d)``."""
         return self.rows
 
-    def gradient_rows(self, gradient: Tensor) -> Tensor:
-        """Return ``g_nt``, ``(N, T, o)``."""
-        return self._gradient_rows(gradient)
-
     def gradient_norms(self, gradient: Tensor) -> Tensor:
         """Return ``sum_t |g_nt|^2``, ``(N,)``."""
-        return self._gradient_rows(gradient).square().sum(dim=(1, 2))
+        return self.gradient_rows(gradient).square().sum(dim=(1, 2))
 
     def gradient_sums(self, gradient: Tensor) -> Tensor:
         """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
-        return self._gradient_rows(gradient).sum(dim=1)
+        return self.gradient_rows(gradient).sum(dim=1)
 
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
         return gradient.flatten(1, -2) if gradient.ndim > 2 else gradient.unsqueeze(1)
 
     def squared_gradients(self, gradient: Tensor) -> float:
@@ -83,7 +80,7 @@ class LinearPositions:
 
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
-        rows = self._gradient_rows(gradient)
+        rows = self.gradient_rows(gradient)
         step = _step(rows.shape[2] * self.rows.shape[2], gradient)
         for g, a in zip(rows.split(step), self.rows.split(step), strict=True):
             yield g.mT @ a
@@ -295,7 +292,8 @@ class ReducedPositions(LinearPositions):
         self.whole = whole
         self.rows, self.count = whole.means().unsqueeze(1), 1
 
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return the sum of the gradients, ``(N, 1, o)``."""
         return self.whole.gradient_sums(gradient).unsqueeze(1)
 
     def squared_gradients(self, gradient: Tensor) -> float:
