@@ -32,7 +32,7 @@ Way = Callable[[nn.Module, Batches], object]
 
 N = 2000
 BATCH = {"mlp": 2000, "cnn": 250, "resnet20": 125}
-# The most that each may cost, in forward and backward passes; the row of the table.
+# Name -> what is estimated.
 CELLS: dict[str, tuple[Quantity, str]] = {
     "empirical_diag": (EmpiricalFisher(), "diag"),
     "exact_diag": (Fisher(), "diag"),
@@ -41,6 +41,7 @@ CELLS: dict[str, tuple[Quantity, str]] = {
     "exact_kfac": (Fisher(), "kfac"),
     "exact_ekfac": (Fisher(), "ekfac"),
 }
+# The most that each cell may cost, in forward and backward passes, in the order of CELLS.
 BARS = {
     "mlp": (1.15, 3.4, 1.2, 1.7, 6.4, 16),
     "cnn": (1.45, 6.8, 1.55, 2.6, 6.3, 19),
