@@ -20,15 +20,15 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
 from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import unfaithful_modules
+from curvlab.estimators.capture import few_inputs, unfaithful_modules
 from curvlab.estimators.default_dtype import default_dtype
-from curvlab.estimators.layers import Layer, layer_in
+from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.structures import Diag, Kronecker, Structure
+from curvlab.structures import Kronecker, Structure
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -46,7 +46,6 @@ _HESSIAN_RULES = (
 )
 _GGN_RULES = (*_HESSIAN_RULES, *_BATCH_NORMS, nn.Identity, nn.Embedding)
 _CHAIN = "its second-order rules are for a chain of modules"
-_PROBE_SAMPLES = 2
 
 
 def compute(
@@ -78,11 +77,11 @@ def _means(
 ) -> dict[str, Tensor]:
     copy = _copy(problem, space)
     if isinstance(structure, Kronecker):
-        terms = _kronecker_terms(copy, quantity, _layers(copy.model, space), batch_size)
+        terms = _kronecker_terms(copy, quantity, layers_of(copy.model, space), batch_size)
     elif _is_second_order(quantity, structure):
         terms = _diagonal_terms(copy, quantity, batch_size)
     else:
-        terms = _row_terms(copy, quantity, structure, _layers(copy.model, space), batch_size)
+        terms = _row_terms(copy, quantity, structure, layers_of(copy.model, space), batch_size)
     total: dict[str, Tensor] = {}
     for samples, summands in terms:
         for name, term in summands.items():
@@ -113,12 +112,6 @@ def _copy(problem: Problem, space: ParameterSpace) -> Problem:
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
     return Problem(model, problem.loss.name, problem.data)
-
-
-def _layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
-    """Return the modules that have a parameter in the space, by name."""
-    names = dict.fromkeys(name.rpartition(".")[0] for name in space.names)
-    return {name: layer_in(space, name, model.get_submodule(name)) for name in names}
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -249,7 +242,7 @@ def _kronecker_terms(
 
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
-    layers = _layers(problem.model, space)
+    layers = layers_of(problem.model, space)
     for name, layer in layers.items():
         if type(layer.module) not in _FIRST_ORDER_RULES:
             return f"it has no rule for {_label(name, layer.module)}"
@@ -259,19 +252,11 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return f"its factors of {_label(name, layer.module)} are of another approximation"
     for name, reason in unfaithful_modules(problem, {name: layer.module for name, layer in layers.items()}).items():
         return f"{next(n for n in space.names if n.rpartition('.')[0] == name)} {reason}"
-    cheapest: tuple[Quantity, Structure] = (EmpiricalFisher(), Diag())
     if _is_second_order(quantity, structure):
-        cheapest = quantity, structure
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)
         rules = _KRONECKER_RULES if kronecker else _HESSIAN_RULES if hessian else _GGN_RULES
         if told := _chain_obstacle(_copy(problem, space), rules, flat=kronecker):
             return told
-    few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
-    try:
-        compute(few, *cheapest, space, None, silent)
-    except Exception as error:  # what it raises where it meets something unforeseen can be anything
-        reason = str(error).partition("\n")[0]
-        return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
     return None
 
 
@@ -304,7 +289,7 @@ def _chain_obstacle(problem: Problem, rules: tuple[type[nn.Module], ...], flat: 
 
     for name, module in _leaves(problem.model).items():
         module.register_forward_hook(recorder(name), with_kwargs=True)
-    outputs = problem.forward(_trainable(problem), next(problem.batches(_PROBE_SAMPLES))[0])
+    outputs = problem.forward(_trainable(problem), few_inputs(problem))
     previous: Tensor | None = None
     for index, (name, module, given, output) in enumerate(calls):
         if type(module) not in rules:

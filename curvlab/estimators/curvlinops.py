@@ -22,7 +22,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.structures import KFAC, Kronecker, Structure
+from curvlab.structures import Kronecker, Structure
 
 with warnings.catch_warnings():  # of a library that it imports
     warnings.simplefilter("ignore", FutureWarning)
@@ -213,25 +213,24 @@ def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
 
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
+    if isinstance(structure, Kronecker):
+        return _factor_obstacle(problem.model, space)
     few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
     try:
-        if isinstance(structure, Kronecker):
-            return _factor_obstacle(few, structure, space)
         return _product_obstacle(few, quantity, space)
     except Exception as error:  # what is raised where it meets something unforeseen can be anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"it fails on {_suspects(problem.model, quantity)} ({reason})"
 
 
-def _factor_obstacle(few: Problem, structure: Kronecker, space: ParameterSpace) -> str | None:
+def _factor_obstacle(model: nn.Module, space: ParameterSpace) -> str | None:
     for name in _layer_names(space):
-        module = few.model.get_submodule(name)
+        module = model.get_submodule(name)
         label = f"{type(module).__name__} ({name or 'the model'})"
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             return f"it has factors of Linear and Conv2d layers only, not of {label}"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"its factors of {label} are those of zero padding, not of {module.padding_mode}"
-    compute(few, EmpiricalFisher(), KFAC(structure.sharing), space, None, silent)
     return None
 
 

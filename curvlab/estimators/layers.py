@@ -40,6 +40,12 @@ def layer_in(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
     return Layer(name, module, weight if weight in space.names else None, bias if bias in space.names else None)
 
 
+def layers_of(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
+    """Return the modules that have a parameter in the space, by name."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in space.names)
+    return {name: layer_in(space, name, model.get_submodule(name)) for name in names}
+
+
 def has_factors(module: nn.Module) -> bool:
     """Return whether a module of this kind has Kronecker factors: a Linear layer, a convolution without groups."""
     return type(module) in KRONECKER_MODULES and getattr(module, "groups", 1) == 1

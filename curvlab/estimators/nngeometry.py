@@ -19,21 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import forward, unfaithful_modules
+from curvlab.estimators.capture import few_inputs, forward, unfaithful_modules
 from curvlab.estimators.default_dtype import default_dtype
-from curvlab.estimators.layers import Layer, layer_in
+from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
-from curvlab.structures import KFAC, Diag, Kronecker, Structure
+from curvlab.structures import Kronecker, Structure
 
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 # Not ConvTranspose2d: every such layer is kept in memory for the rest of the process.
 _RULES = (*_KRONECKER_RULES, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-_PROBE_SAMPLES = 2
 
 _Loader = DataLoader[tuple[Tensor, ...]]
 _Generate = Callable[[TorchHooksJacobianBackend, _Loader], Mapping[str, Tensor]]
@@ -72,16 +71,10 @@ def _layer(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
-    """Return the layers that have a parameter in the space, by module name."""
-    names = dict.fromkeys(map(_layer, space.names))
-    return {name: layer_in(space, name, model.get_submodule(name)) for name in names}
-
-
 def _collection(model: nn.Module, space: ParameterSpace) -> LayerCollection:
     """Return the library's description of the layers that have a parameter in the space."""
     collection = LayerCollection()
-    for layer in _layers(model, space).values():
+    for layer in layers_of(model, space).values():
         collection.add_layer_from_model(model, layer.module)
     return collection
 
@@ -155,7 +148,7 @@ def _kronecker(
     mean: Callable[[Advance, _Generate], dict[str, Tensor]],
     advance: Advance,
 ) -> dict[str, Tensor]:
-    columns = {name: _columns(layer) for name, layer in _layers(model, space).items()}
+    columns = {name: _columns(layer) for name, layer in layers_of(model, space).items()}
     ekfac = structure.name == "ekfac"
     factors = mean(silent if ekfac else advance, _factors)
     for layer, (kept, _) in columns.items():
@@ -212,10 +205,10 @@ def obstacle(
     space: ParameterSpace,
 ) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
-    inputs, targets = next(problem.batches(_PROBE_SAMPLES))
+    inputs = few_inputs(problem)
     if not inputs.is_floating_point():
         return "it differentiates in the inputs, and these are integers"
-    modules = {name: layer.module for name, layer in _layers(problem.model, space).items()}
+    modules = {name: layer.module for name, layer in layers_of(problem.model, space).items()}
     for name, module in modules.items():
         told = _rule_obstacle(module, structure)
         if told:
@@ -228,13 +221,6 @@ def obstacle(
         if found != right:
             kind = type(module).__name__
             return f"its rule for {kind} is for inputs of {right} dimensions, not {found} ({name or 'the model'})"
-    few = Problem(problem.model, problem.loss.name, [(inputs, targets)])
-    cheapest = KFAC() if isinstance(structure, Kronecker) else Diag()
-    try:
-        compute(few, EmpiricalFisher(), cheapest, space, None, silent)
-    except Exception as error:  # what a library raises where it meets something unforeseen can be anything
-        reason = str(error).partition("\n")[0]
-        return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
     return None
 
 

@@ -235,7 +235,8 @@ def _disagreement(
     except UnsupportedError as error:
         return str(error)
     except Exception as error:  # whatever another library raises
-        return f"it fails on {type(problem.model).__name__} with {type(error).__name__}: {str(error).splitlines()[:1]}"
+        reason = str(error).partition("\n")[0]
+        return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
     reference = product(torch_func.compute)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
