@@ -1,5 +1,8 @@
 """Implicit products: against the reference's dense matrices, over every model and quantity."""
 
+import gc
+import inspect
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -15,8 +18,9 @@ from torch.nn.utils import weight_norm as older_weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators import products, torch_func
+from curvlab.estimators import estimate, products, torch_func
 from curvlab.estimators.products import product
+from curvlab.matrices import CurvatureMatrix, Implicit
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import silent
@@ -257,12 +261,12 @@ class TestBothWaysToMultiplyWithTheJacobian:
     @pytest.mark.parametrize("name", ["mlp", "lstm", "attention", "embedding", "tied"])
     @pytest.mark.parametrize("way", [products._forward_mode, products._double_backward])
     def test_are_right(self, way: Callable[..., products.Push], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(products, "_right_pushing", lambda *_: way)
+        monkeypatch.setattr(products, "_right_pushings", lambda *_: (way, way))
         problem = case(name).problem
         assert_same(multiplied(problem, Fisher()), reference(problem, Fisher()))
 
     @pytest.mark.parametrize(
-        ("problem", "way"),
+        ("problem", "rebuilt"),
         [
             (case("mlp").problem, products._forward_mode),
             (of("no_grad within"), products._double_backward),
@@ -270,8 +274,58 @@ class TestBothWaysToMultiplyWithTheJacobian:
         ],
         ids=["plain", "no_grad within", "weight_norm"],
     )
-    def test_the_right_one_is_taken(self, problem: Problem, way: Callable[..., products.Push]) -> None:
-        assert products._right_pushing(problem, problem.space, next(problem.batches())[0]) is way
+    def test_the_right_ones_are_taken(self, problem: Problem, rebuilt: products.Pushing) -> None:
+        found = products._right_pushings(problem, problem.space, next(problem.batches())[0])
+        assert found == (products._double_backward, rebuilt)
+
+
+class TestKeptGraphs:
+    QUANTITIES = ("hessian", "ggn", "fisher:samples=2,seed=3", "empirical_fisher")
+
+    @pytest.mark.parametrize("quantity", QUANTITIES)
+    @pytest.mark.parametrize("batches", [0, 1, 2])
+    def test_some_batches_fit(self, quantity: str, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Batches of 3, 3 and 1, of which some are kept; the labels drawn are the same at every product."""
+        problem = case("mlp").problem
+        whole = estimate(problem, quantity, "implicit", batch_size=3)
+        whole.to_dense()
+        kept = kept_by(whole)
+        assert len(kept._kept) == 3
+        assert kept._whole
+        used = (products._KEPT_BYTES - kept._room) / 2.5  # and a little: for two and one smaller batches
+        monkeypatch.setattr(products, "_KEPT_BYTES", 1.2 * batches * used)
+        matrix = estimate(problem, quantity, "implicit", batch_size=3)
+        vectors = torch.randn(problem.space.total, 2, dtype=torch.float64)
+        reference = estimate(problem, quantity, "dense").to_dense() @ vectors
+        for _ in range(3):
+            assert_same(matrix @ vectors, reference)
+        assert len(kept_by(matrix)._kept) == batches
+
+    def test_bytes(self) -> None:
+        """Of a Linear layer's graph: its input and its output, and nothing twice."""
+        x = torch.randn(10, 4)
+        weight = torch.randn(3, 4, requires_grad=True)
+        y = (x @ weight.T).tanh()
+        z = y * y + x.sum()
+        assert products._graph_bytes([z, y], {weight.untyped_storage().data_ptr()}) == 4 * (10 * 4 + 10 * 3)
+        assert products._graph_bytes([x], set()) == 0
+
+    def test_a_graph_lives_as_long_as_its_matrix(self) -> None:
+        matrix = estimate(case("mlp").problem, "hessian", "implicit")
+        matrix.to_dense()
+        term = weakref.ref(kept_by(matrix)._kept[0])
+        del matrix
+        gc.collect()
+        assert term() is None
+
+
+def kept_by(matrix: CurvatureMatrix) -> products._Passes:
+    """Return what holds the graphs of an implicit matrix."""
+    assert isinstance(matrix, Implicit)
+    cells = inspect.getclosurevars(matrix._product).nonlocals
+    passes = cells["passes"].__self__
+    assert isinstance(passes, products._Passes)
+    return passes
 
 
 class Once(Function):

@@ -6,11 +6,14 @@ from the gradients of its mini-batches. Nothing is vectorised over samples, so t
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
+from functools import partial
+from itertools import chain, islice
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -25,12 +28,17 @@ from curvlab.problem import Batch, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
 _PROBE_SAMPLES = 3
+_KEPT_BYTES = 1e9  # of graphs that are kept from product to product, a matrix
 
 Leaves = Mapping[str, Tensor]
-#: From vectors ``(K, P)`` to their products, a term for every batch.
-Terms = Callable[[Tensor], Iterator[Tensor]]
+#: From vectors ``(K, P)`` to their products, ``(K, P)``, summed over the samples of a batch.
+Term = Callable[[Tensor], Tensor]
 #: From a vector, by parameter, to ``J v`` ``(N, C)``.
 Push = Callable[[Leaves], Tensor]
+#: From a batch and the stream of labels to its term, and the tensors whose graphs that uses.
+Build = Callable[[Batch, np.random.Generator], tuple[Term, Sequence[Tensor]]]
+#: What makes that of a forward pass: with the tensors whose graph it keeps.
+Pushing = Callable[[Problem, Leaves, Tensor, Tensor], tuple[Push, Sequence[Tensor]]]
 
 
 def product(
@@ -46,16 +54,17 @@ def product(
     """
     with differentiable(problem.model):
         at = snapshot(problem)
-        terms = _terms(at, quantity, space, batch_size)
+        passes = _passes(at, quantity, space, batch_size)
     num_samples = at.num_samples
 
     def multiply(vectors: Tensor) -> Tensor:
         with differentiable(at.model):
             columns = vectors.detach().mT.clone()
-            total = torch.zeros_like(columns)
-            for term in terms(columns):
-                total += term
-        return total.mT / num_samples
+            # In float64: what many batches add up to is then as accurate as what one gives.
+            total = torch.zeros_like(columns, dtype=torch.float64)
+            for term in passes():
+                total += term(columns)
+        return (total.mT / num_samples).to(vectors.dtype)
 
     return multiply
 
@@ -67,7 +76,25 @@ def snapshot(problem: Problem) -> Problem:
     computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
     copied = copy(problem)  # with what it knows of the data
     copied.model = deepcopy(problem.model, {id(t): t.detach().clone() for t in computed})
+    for module in copied.model.modules():
+        # Not a subclass: it may do more than that.
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
+            module.forward = partial(_affine, module)  # type: ignore[arg-type]
     return copied
+
+
+def _affine(norm: nn.modules.batchnorm._BatchNorm, inputs: Tensor) -> Tensor:
+    """Do what a batch norm does in eval mode, of plain products: torch's second derivative of its kernel is slow."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    shape = (-1, *[1] * (inputs.ndim - 2))
+    return inputs * scale.view(shape) + shift.view(shape)
 
 
 @contextmanager
@@ -86,48 +113,87 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _terms(problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None) -> Terms:
+def _passes(
+    problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None
+) -> Callable[[], Iterable[Term]]:
     if isinstance(quantity, MaSQ):
-        return lambda vectors: ((vectors @ g.mT) @ g for g in row_batches(problem, quantity, space.names))
+        return lambda: (partial(_square_term, g) for g in row_batches(problem, quantity, space.names))
     few = next(problem.batches(_PROBE_SAMPLES))
     if isinstance(quantity, Hessian):
         _check_symmetry(problem, space, few)
-        return lambda vectors: (_hessian(problem, space, batch, vectors) for batch in problem.batches(batch_size))
-    pushing = _right_pushing(problem, space, few[0])
+        build = keep = partial(_hessian_term, problem, space)
+    else:
+        keep, build = (
+            partial(_gram_term, problem, quantity, space, pushing)
+            for pushing in _right_pushings(problem, space, few[0])
+        )
+    return _Passes(problem, quantity, batch_size, keep, build).__call__
 
-    def terms(vectors: Tensor) -> Iterator[Tensor]:
-        rng = label_stream(quantity)
-        for inputs, targets in problem.batches(batch_size):
-            leaves = _leaves(problem, space)
-            outputs = problem.forward(leaves, inputs)
-            rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-            push = pushing(problem, leaves, inputs, outputs)
-            products = []
-            for vector in vectors:
-                along = torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector)))
-                seed = torch.einsum("nrc,nr->nc", rows, along)
-                products.append(_flat(_pull([outputs], leaves.values(), [seed])))
-            yield torch.stack(products)
 
-    return terms
+class _Passes:
+    """Passes through the data, a term a batch; graphs are kept from pass to pass as long as they fit.
+
+    A product on a graph that was kept takes 1.6 gradients of the Hessian where one on a new graph takes 2.7.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        quantity: Quantity,
+        batch_size: int | None,
+        keep: Build,
+        build: Build,
+    ) -> None:
+        self._batches = partial(problem.batches, batch_size)
+        self._keep, self._build = keep, build
+        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in problem.parameters().values()}
+        self._kept: list[Term] = []
+        self._rng = label_stream(quantity)
+        self._room: float = _KEPT_BYTES
+        self._whole = False
+
+    def __call__(self) -> Iterator[Term]:
+        yield from self._kept
+        if self._whole:
+            return
+        rng = deepcopy(self._rng)  # where the batches that are not kept begin
+        for batch in islice(self._batches(), len(self._kept), None):
+            term, outputs = (self._keep if self._room > 0 else self._build)(batch, rng)
+            if self._room > 0:
+                self._room -= _graph_bytes(outputs, self._parameters)
+                if self._room > 0:
+                    self._kept.append(term)
+                    self._rng = deepcopy(rng)
+            yield term
+        self._whole = self._room > 0
+
+
+def _square_term(gradients: Tensor, vectors: Tensor) -> Tensor:
+    return (vectors @ gradients.mT) @ gradients
 
 
 # The Hessian ---------------------------------------------------------------------------------------------------------
 
 
-def _hessian(problem: Problem, space: ParameterSpace, batch: Batch, vectors: Tensor) -> Tensor:
+def _hessian_term(
+    problem: Problem, space: ParameterSpace, batch: Batch, _: np.random.Generator | None = None
+) -> tuple[Term, Sequence[Tensor]]:
     inputs, targets = batch
     leaves = _leaves(problem, space)
     value = problem.loss.values(problem.forward(leaves, inputs), targets).sum()
     slope = _pull([value], leaves.values(), [torch.ones_like(value)], create_graph=True)
-    return torch.stack([_flat(_pull(slope, leaves.values(), space.unflatten(v).values())) for v in vectors])
+
+    def term(vectors: Tensor) -> Tensor:
+        return torch.stack([_flat(_pull(slope, leaves.values(), space.unflatten(v).values())) for v in vectors])
+
+    return term, slope
 
 
 def _check_symmetry(problem: Problem, space: ParameterSpace, few: Batch) -> None:
     name = type(problem.model).__name__
     vectors = _random(problem, (2, space.total))
     try:
-        products = _hessian(problem, space, few, vectors)
+        products = _hessian_term(problem, space, few)[0](vectors)
     except RuntimeError as error:
         raise UnsupportedError(
             f"torch has no second derivative of {name}: {_first_line(error)}; the GGN needs none"
@@ -153,10 +219,38 @@ def _weight_normed(model: nn.Module) -> list[str]:
     return [name.removesuffix(".") or "the model" for name in newer + older]
 
 
+# The Gram matrices of output rows -------------------------------------------------------------------------------------
+
+
+def _gram_term(
+    problem: Problem,
+    quantity: Quantity,
+    space: ParameterSpace,
+    pushing: Pushing,
+    batch: Batch,
+    rng: np.random.Generator,
+) -> tuple[Term, Sequence[Tensor]]:
+    inputs, targets = batch
+    leaves = _leaves(problem, space)
+    outputs = problem.forward(leaves, inputs)
+    rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
+    push, pushed_from = pushing(problem, leaves, inputs, outputs)
+
+    def term(vectors: Tensor) -> Tensor:
+        products = []
+        for vector in vectors:
+            along = torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector)))
+            seed = torch.einsum("nrc,nr->nc", rows, along)
+            products.append(_flat(_pull([outputs], leaves.values(), [seed])))
+        return torch.stack(products)
+
+    return term, [outputs, *pushed_from]
+
+
 # The Jacobian --------------------------------------------------------------------------------------------------------
 
 
-def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Tensor) -> Push:
+def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
     """Push by a forward pass with dual numbers."""
 
     def push(vector: Leaves) -> Tensor:
@@ -165,39 +259,46 @@ def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Ten
             tangent: Tensor | None = forward_ad.unpack_dual(problem.forward(duals, inputs)).tangent
         return torch.zeros_like(outputs) if tangent is None else tangent
 
-    return push
+    return push, ()
 
 
-def _double_backward(_: Problem, leaves: Leaves, __: Tensor, outputs: Tensor) -> Push:
-    """Push by differentiating ``J' u``, which is linear in ``u``: for modules without a rule for dual numbers."""
+def _double_backward(_: Problem, leaves: Leaves, __: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
+    """Push by differentiating ``J' u``, which is linear in ``u``: its graph serves any number of vectors."""
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = _pull([outputs], leaves.values(), [u], create_graph=True)
-    return lambda vector: _pull(pulled, [u], vector.values())[0]
+    return lambda vector: _pull(pulled, [u], vector.values())[0], pulled
 
 
-def _right_pushing(
-    problem: Problem, space: ParameterSpace, inputs: Tensor
-) -> Callable[[Problem, Leaves, Tensor, Tensor], Push]:
-    """Return the faster way whose ``J`` is the adjoint of the ``J'`` that backward passes give.
+def _right_pushings(problem: Problem, space: ParameterSpace, inputs: Tensor) -> tuple[Pushing, Pushing]:
+    """Return the faster ways for a graph that is kept and for one that is not, of those that are right.
+
+    Right is a ``J`` that is the adjoint of the ``J'`` that backward passes give.
 
     Raises:
-        UnsupportedError: Neither is.
+        UnsupportedError: None is.
     """
     leaves = _leaves(problem, space)
     outputs = problem.forward(leaves, inputs)
     v, u = _random(problem, (space.total,)), _random(problem, tuple(outputs.shape), seed=1)
     pulled = _flat(_pull([outputs], leaves.values(), [u]))
-    reason = "its derivatives are not adjoint, so one is wrong"
-    for pushing in (_forward_mode, _double_backward):
+    right: list[Pushing] = []
+    reasons = []
+    for pushing in (_double_backward, _forward_mode):
         try:
-            pushed = pushing(problem, leaves, inputs, outputs)(space.unflatten(v))
+            pushed = pushing(problem, leaves, inputs, outputs)[0](space.unflatten(v))
         except RuntimeError as error:
-            reason = _first_line(error)
+            reasons.append(_first_line(error))
             continue
         bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
         if bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
-            return pushing
-    raise UnsupportedError(f"torch cannot multiply with the Jacobian of {type(problem.model).__name__}: {reason}")
+            right.append(pushing)
+        else:
+            reasons.append("its derivatives are not adjoint, so one is wrong")
+    if not right:
+        raise UnsupportedError(
+            f"torch cannot multiply with the Jacobian of {type(problem.model).__name__}: {reasons[0]}"
+        )
+    return right[0], right[-1]
 
 
 # Automatic differentiation -------------------------------------------------------------------------------------------
@@ -220,6 +321,26 @@ def _pull(
     return torch.autograd.grad(
         values, leaves, along, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+
+
+def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
+    """Return what the graphs of some tensors keep in memory, but for storages that begin at one of these addresses."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    sizes: dict[int, int] = {}
+    while waiting:
+        node = waiting.pop()
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved += getattr(node, "saved_tensors", ())  # of a torch.autograd.Function in Python
+        for tensor in chain.from_iterable(item if isinstance(item, (tuple, list)) else [item] for item in saved):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return sum(size for address, size in sizes.items() if address not in besides)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
