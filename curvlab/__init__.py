@@ -10,10 +10,14 @@ from curvlab.estimators.standard_error import standard_error
 from curvlab.matrices import Penalty, load
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
+from curvlab.recorder import EigenvalueRecorder
+from curvlab.spectrum import EigenResult, spectral_density, top_eigenvalues
 
 __all__ = [
     "GGN",
     "CurvlabError",
+    "EigenResult",
+    "EigenvalueRecorder",
     "EmpiricalFisher",
     "Fisher",
     "Hessian",
@@ -27,5 +31,7 @@ __all__ = [
     "doctor",
     "estimate",
     "load",
+    "spectral_density",
     "standard_error",
+    "top_eigenvalues",
 ]

@@ -1,9 +1,11 @@
 """The fit loop: repeatable, resumable, careful with what is not its own."""
 
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -351,3 +353,139 @@ def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert file.read()["step"] == 1
     assert list(tmp_path.iterdir()) == [file.path]
+
+
+class Counts:
+    """An observer that does what an observer may do to its surroundings, and draws from every random state."""
+
+    def __init__(self, every: int = 4) -> None:
+        self.every = every
+        self.seen: list[tuple[int, float]] = []
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def __call__(self, step: int, model: nn.Module) -> None:
+        assert not any(module.training for module in model.modules())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        torch.rand(2), random.random(), np.random.rand()  # noqa: NPY002
+        outputs = model(blobs()[0])
+        outputs.sum().backward()
+        model.train(step % 8 == 0)
+        self.seen.append((step, outputs.sum().item()))
+
+    def state_dict(self) -> dict[str, object]:
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, states: dict[str, object], /) -> None:
+        self.seen = list(states["seen"])
+
+
+def test_observers_see_every_due_step_once_and_leave_no_trace() -> None:
+    alone, watched = network(), network()
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    history = fit(alone, blobs(), **options(None)).history
+    first, second = Counts(), Counts(7)
+    result = fit(watched, blobs(), **options(None), observers=[first, second])
+    assert equal(state(alone), state(watched))
+    assert result.history == history
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # noqa: NPY002
+    assert [step for step, _ in first.seen] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert [step for step, _ in second.seen] == [0, 7, 14, 21, 28, 30]
+    assert first.seen[-1] == second.seen[-1]
+    assert first.seen[0][1] != first.seen[1][1]
+    assert 0 < result.observer_seconds < result.seconds
+    assert fit(network(), blobs(), **options(None)).observer_seconds == 0
+
+
+def test_observers_see_the_step_that_reaches_the_target() -> None:
+    observer = Counts(1000)
+    data = blobs()
+    result = fit(network(), data, lr=0.03, epochs=50, batch_size=20, evaluation=data, target=0.99, observers=[observer])
+    assert result.steps < 250
+    assert [step for step, _ in observer.seen] == [0, result.steps]
+
+
+def test_observers_of_a_killed_run_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Counts()
+    fit(network(), blobs(), **options(None), observers=[whole])
+    file = tmp_path / "run.pt"
+    real = loop._Run.train_step
+
+    def dies(run: loop._Run, *batch: object) -> None:
+        real(run, *batch)
+        if run.step == 23:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "train_step", dies)
+    lost = Counts()
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), blobs(), **options(file), observers=[lost])
+    monkeypatch.undo()
+    assert [step for step, _ in lost.seen] == [0, 4, 8, 12, 16, 20]
+    rest = Counts()
+    assert fit(network(), blobs(), **options(file), observers=[rest]).resumed_at == 20
+    assert rest.seen == whole.seen
+    again = Counts()
+    fit(network(), blobs(), **options(file), observers=[again])
+    assert again.seen == whole.seen
+    with pytest.raises(CurvlabError, match="observers is Counts there and Counts, Counts here"):
+        fit(network(), blobs(), **options(file), observers=[Counts(), Counts()])
+    with pytest.raises(CurvlabError, match="observers is Counts there and absent here"):
+        fit(network(), blobs(), **options(file))
+
+
+def test_ctrl_c_in_an_observer_asks_it_again(tmp_path: Path) -> None:
+    whole = Counts()
+    model = network()
+    fit(model, blobs(), **options(None), observers=[Counts(), whole])
+    file = tmp_path / "run.pt"
+
+    class Stops(Counts):
+        def __call__(self, step: int, model: nn.Module) -> None:
+            super().__call__(step, model)
+            if step == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(network(), blobs(), **options(file), observers=[Counts(), Stops()])
+    assert caught.value.__notes__ == [
+        "in Stops, called after step 12 of the training",
+        f"training stopped after step 12 of 30, saved in {file}",
+    ]
+    # A checkpoint must agree in the names of the types; this one does not stop.
+    first, second = Counts(), type("Stops", (Counts,), {})()
+    rest_model = network()
+    assert fit(rest_model, blobs(), **options(file), observers=[first, second]).resumed_at == 12
+    assert first.seen == second.seen == whole.seen
+    assert equal(state(rest_model), state(model))
+
+
+@pytest.mark.parametrize("change", ["write", "replace", "freeze", "buffer"])
+def test_an_observer_that_changes_the_model_is_told(change: str) -> None:
+    class Meddles(Counts):
+        def __call__(self, step: int, model: nn.Module) -> None:
+            if change == "write":
+                with torch.no_grad():
+                    model[0].weight.mul_(2)
+            elif change == "replace":
+                model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+            elif change == "freeze":
+                model[0].weight.requires_grad_(False)
+            else:
+                model.train()(blobs()[0])
+
+    name = {"buffer": "1.num_batches_tracked"}.get(change, "0.weight")
+    with pytest.raises(CurvlabError, match=rf"an observer changed the model's {name}; it may only look") as caught:
+        fit(network(), blobs(), steps=3, observers=[Meddles()])
+    assert caught.value.__notes__ == ["in Meddles, called after step 0 of the training"]
+
+
+def test_a_diverged_training_is_named_before_an_observer_sees_it() -> None:
+    observer = Counts(1)
+    x, y = blobs()
+    with pytest.raises(CurvlabError, match=r"parameter weight holds NaN or infinite values after step 1: lower lr"):
+        fit(nn.Linear(6, 3), (1e3 * x, y), optimizer="sgd", lr=1e38, steps=3, batch_size=30, observers=[observer])
+    assert [step for step, _ in observer.seen] == [0]

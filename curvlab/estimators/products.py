@@ -59,12 +59,13 @@ def product(
 
     def multiply(vectors: Tensor) -> Tensor:
         with differentiable(at.model):
-            columns = vectors.detach().mT.clone()
-            # In float64: what many batches add up to is then as accurate as what one gives.
-            total = torch.zeros_like(columns, dtype=torch.float64)
+            columns = vectors.detach().mT.contiguous()
+            total: Tensor | None = None
             for term in passes():
-                total += term(columns)
-        return (total.mT / num_samples).to(vectors.dtype)
+                # In float64: what many batches add up to is then as accurate as what one gives.
+                total = term(columns) if total is None else total.double().add_(term(columns))
+        assert total is not None
+        return (total / num_samples).to(vectors.dtype).mT
 
     return multiply
 
@@ -79,22 +80,24 @@ def snapshot(problem: Problem) -> Problem:
     for module in copied.model.modules():
         # Not a subclass: it may do more than that.
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
-            module.forward = partial(_affine, module)  # type: ignore[arg-type]
+            module.__class__ = _AffineBatchNorm
     return copied
 
 
-def _affine(norm: nn.modules.batchnorm._BatchNorm, inputs: Tensor) -> Tensor:
-    """Do what a batch norm does in eval mode, of plain products: torch's second derivative of its kernel is slow."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    shape = (-1, *[1] * (inputs.ndim - 2))
-    return inputs * scale.view(shape) + shift.view(shape)
+class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm in eval mode, of plain products: torch's second derivative of its kernel is slow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = (self.running_var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (-1, *[1] * (input.ndim - 2))
+        return input * scale.view(shape) + shift.view(shape)
 
 
 @contextmanager
@@ -184,7 +187,7 @@ def _hessian_term(
     slope = _pull([value], leaves.values(), [torch.ones_like(value)], create_graph=True)
 
     def term(vectors: Tensor) -> Tensor:
-        return torch.stack([_flat(_pull(slope, leaves.values(), space.unflatten(v).values())) for v in vectors])
+        return _rows(_pull(slope, leaves.values(), space.unflatten(v).values()) for v in vectors)
 
     return term, slope
 
@@ -237,12 +240,9 @@ def _gram_term(
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        products = []
-        for vector in vectors:
-            along = torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector)))
-            seed = torch.einsum("nrc,nr->nc", rows, along)
-            products.append(_flat(_pull([outputs], leaves.values(), [seed])))
-        return torch.stack(products)
+        along = [torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector))) for vector in vectors]
+        seeds = [torch.einsum("nrc,nr->nc", rows, coefficients) for coefficients in along]
+        return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds)
 
     return term, [outputs, *pushed_from]
 
@@ -347,10 +347,14 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+def _rows(vectors: Iterable[Iterable[Tensor]]) -> Tensor:
+    flat = [list(tensors) for tensors in vectors]
+    return _flat(chain.from_iterable(flat)).view(len(flat), -1)
+
+
 def _random(problem: Problem, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    # On the CPU and in float64: the same on every device.
-    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return noise.to(problem.device, problem.dtype)
+    noise = np.random.default_rng(seed).random(shape, dtype=np.float32) - np.float32(0.5)
+    return torch.from_numpy(noise).to(problem.device, problem.dtype)
 
 
 def _tolerance(problem: Problem) -> float:

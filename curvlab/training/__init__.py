@@ -2,5 +2,6 @@
 
 from curvlab.training.evaluation import Evaluation, evaluate
 from curvlab.training.loop import FitResult, fit
+from curvlab.training.observers import Observer
 
-__all__ = ["Evaluation", "FitResult", "evaluate", "fit"]
+__all__ = ["Evaluation", "FitResult", "Observer", "evaluate", "fit"]

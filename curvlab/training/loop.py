@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from curvlab.losses import Loss, get_loss
 from curvlab.progress import progress as progress_bar
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
 from curvlab.training.evaluation import Evaluation, measure
+from curvlab.training.observers import Observer, Observers
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.samples import Samples, check_samples, check_weights, model_errors, reference, take
 from curvlab.training.state import (
@@ -45,6 +47,7 @@ class FitResult:
         reached_target: Whether the evaluation accuracy reached ``target``.
         resumed_at: The step at which a checkpoint was taken up; 0 for a run from the start.
         seconds: Wall time of this call.
+        observer_seconds: How much of it was spent in the observers.
     """
 
     steps: int
@@ -53,13 +56,16 @@ class FitResult:
     reached_target: bool
     resumed_at: int
     seconds: float
+    observer_seconds: float
 
 
 class _Run:
-    """Where a run stands: weights, optimizer, steps done, records, and losses since the last record."""
+    """Where a run stands: weights, optimizer, steps done, records, losses since the last record, observers."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR | None) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR | None, observers: Observers
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.observers = model, optimizer, scheduler, observers
         self.device = reference(model).device
         self.step = 0
         self.history: list[Record] = []
@@ -131,6 +137,7 @@ class _Run:
             "schedule": None if self.scheduler is None else self.scheduler.state_dict(),
             "random_state": torch.get_rng_state(),
             "device_random_state": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "observers": self.observers.states(),
         }
 
     def restore(self, states: dict[str, Any]) -> None:
@@ -143,6 +150,7 @@ class _Run:
         torch.set_rng_state(states["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states["device_random_state"], self.device)
+        self.observers.restore(states.get("observers", []))  # files of version 0.1 have none
 
 
 def fit(
@@ -164,6 +172,7 @@ def fit(
     target: float | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
+    observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> FitResult:
     """Train the model in place, on the device where it is.
@@ -191,6 +200,8 @@ def fit(
         target: Stop at the first evaluation whose accuracy (0 to 1) reaches this.
         checkpoint: A file for the state of the run; if it exists, the run goes on from there.
         checkpoint_every: Steps between two writes; written at the end and on Ctrl-C too.
+        observers: What looks at the model between steps, such as a ``curvlab.EigenvalueRecorder``; the weights are
+            the same bits with and without. What they have seen is in the checkpoint.
         progress: Whether a terminal shows a progress bar.
 
     Returns:
@@ -198,7 +209,7 @@ def fit(
 
     Raises:
         CurvlabError: An option, the data or the weights are not right; the loss or a weight ceases to be finite;
-            the checkpoint belongs to another run or cannot be read or written.
+            the checkpoint belongs to another run or cannot be read or written; an observer changes the model.
 
     Examples:
         >>> inputs = torch.tensor([[-1.0], [1.0]])
@@ -239,7 +250,8 @@ def fit(
     batches = math.ceil(size / batch_size)
     total = steps if steps is not None else batches * (epochs or 0)
     record_every = evaluate_every or batches
-    run = _Run(model, torch_optimizer, make_schedule(schedule, torch_optimizer, total))
+    watching = Observers(observers)
+    run = _Run(model, torch_optimizer, make_schedule(schedule, torch_optimizer, total), watching)
     file = None
     if checkpoint is not None:
         options = {
@@ -255,6 +267,8 @@ def fit(
             "evaluate_every": record_every,
             "target": target,
         }
+        if observers:
+            options["observers"] = watching.names
         file = CheckpointFile(Path(checkpoint), fingerprint(options, model, training=data, evaluation=evaluation))
 
     with (
@@ -287,6 +301,10 @@ def fit(
                         run.record(result)
                     note = "" if result is None else str(result)
                 finished = last or run.reached(target)
+                if due := watching.due(run.step, finished):
+                    with guard:
+                        run.check()  # a training that diverged is said to have, not that there are no eigenvalues
+                    watching.call(due, run.step, model, guard)
                 if file is not None and run.step > resumed_at and (finished or run.step % checkpoint_every == 0):
                     with guard:
                         run.check()
@@ -323,6 +341,7 @@ def fit(
         reached_target=run.reached(target),
         resumed_at=resumed_at,
         seconds=time.perf_counter() - started,
+        observer_seconds=watching.seconds,
     )
 
 

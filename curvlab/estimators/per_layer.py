@@ -1,0 +1,65 @@
+"""A curvature matrix for each layer of a model."""
+
+from collections.abc import Sequence
+from glob import escape
+
+from curvlab.estimators.registry import estimate
+from curvlab.matrices import CurvatureMatrix
+from curvlab.parameters import ParameterSpace
+from curvlab.problem import Problem
+from curvlab.quantities import Quantity
+from curvlab.structures import Structure
+
+
+def per_layer(
+    problem: Problem,
+    quantity: Quantity | str,
+    structure: Structure | str = "implicit",
+    *,
+    backend: str = "auto",
+    params: Sequence[str] | str | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> dict[str, CurvatureMatrix]:
+    """Return a curvature matrix for each module with parameters of its own: the diagonal blocks, layer by layer.
+
+    Args:
+        problem: Model, loss and data.
+        quantity: As for ``estimate``, and so is all that follows.
+        structure: Of every matrix.
+        backend: What computes them.
+        params: Glob patterns of parameter names; None for all trainable ones.
+        batch_size: Samples taken at once.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        By the name of the module, in the model's order; the name of the model itself is empty. A parameter that several
+        modules share is with the first of them.
+
+    Raises:
+        CurvlabError: As ``estimate``.
+        UnsupportedError: As ``estimate``, such as for the Kronecker factors of a layer that has none.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> matrices = per_layer(Problem(model, data=(torch.ones(4, 2), torch.tensor([0, 1, 1, 0]))), "ggn")
+        >>> [(name, matrix.shape) for name, matrix in matrices.items()]
+        [('0', (9, 9)), ('2', (8, 8))]
+    """
+    layers: dict[str, list[str]] = {}
+    for name in ParameterSpace.of(problem.model, params).names:
+        layers.setdefault(name.rpartition(".")[0], []).append(escape(name))
+    return {
+        layer: estimate(
+            problem,
+            quantity,
+            structure,
+            backend=backend,
+            params=names,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for layer, names in layers.items()
+    }

@@ -1,0 +1,21 @@
+"""Spectra of matrices that are known by their products: eigenvalues, density, trace."""
+
+from curvlab.spectrum.density import SpectralDensity, spectral_density
+from curvlab.spectrum.eigenvalues import EigenResult, top_eigenvalues
+from curvlab.spectrum.estimate import Estimate
+from curvlab.spectrum.functions import condition_number, effective_dimension
+from curvlab.spectrum.power import deflated_power_iteration
+from curvlab.spectrum.traces import diagonal, trace
+
+__all__ = [
+    "EigenResult",
+    "Estimate",
+    "SpectralDensity",
+    "condition_number",
+    "deflated_power_iteration",
+    "diagonal",
+    "effective_dimension",
+    "spectral_density",
+    "top_eigenvalues",
+    "trace",
+]

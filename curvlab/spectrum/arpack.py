@@ -1,0 +1,38 @@
+"""ARPACK, through SciPy: the well-tried way to the same eigenvalues."""
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+from curvlab.errors import CurvlabError
+from curvlab.spectrum.operator import Products
+
+
+def by_arpack(
+    products: Products, k: int, which: str, tol: float, start: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return values ``(k,)``, vectors ``(P, k)`` and residuals ``(k,)``, which take ``k`` more products.
+
+    Raises:
+        CurvlabError: ARPACK needs more products than there are, or all eigenvalues are asked for.
+    """
+    if k >= products.size:
+        raise CurvlabError(f"eigsh gives less than all eigenvalues, not {k} of {products.size}: take method='lanczos'")
+
+    def multiply(vector: np.ndarray) -> np.ndarray:
+        if products.exhausted:
+            raise CurvlabError(
+                f"eigsh needs more than {products.count} products: raise max_matvecs or tol, or take method='lanczos', "
+                "which returns what it has"
+            )
+        product: np.ndarray = products(products.tensor(vector.reshape(-1))).cpu().numpy()
+        return product
+
+    dtype = torch.empty(0, dtype=products.dtype).numpy().dtype
+    operator = LinearOperator((products.size, products.size), matvec=multiply, dtype=dtype)
+    try:
+        values, vectors = eigsh(operator, k=k, which=which, tol=tol, v0=start.cpu().numpy())
+    except ArpackNoConvergence as error:
+        raise CurvlabError(f"eigsh does not converge in {products.count} products: raise tol") from error
+    images = np.stack([multiply(vector) for vector in vectors.T], axis=1).astype(np.float64)
+    return values, vectors, np.linalg.norm(images - vectors * values, axis=0)

@@ -1,0 +1,54 @@
+"""A number, or several, estimated from random vectors, and how far off it is likely to be."""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with its error, in float64.
+
+    Attributes:
+        value: A scalar tensor, or one number an entry.
+        standard_error: Likewise; zero where the value is exact up to rounding.
+        matvecs: Products taken.
+        converged: Whether the accuracy asked for is reached; True where none was.
+        samples: Independent random vectors behind it.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    matvecs: int
+    converged: bool
+    samples: int
+
+    @property
+    def half_width(self) -> Tensor:
+        """Half of the 95 % interval, by Student's distribution."""
+        return student_factor(self.samples) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """The ends of the 95 % interval."""
+        return self.value - self.half_width, self.value + self.half_width
+
+    @property
+    def precision(self) -> float:
+        """Half of the 95 % interval over the value: of several numbers, the one norm over the other."""
+        half, value = (float(torch.linalg.vector_norm(of)) for of in (self.half_width, self.value))
+        return half / value if value else (float("inf") if half else 0.0)
+
+
+def student_factor(samples: int) -> float:
+    """Return the half-width of a 95 % interval in standard errors that come from that many samples."""
+    return float(student.ppf((1 + CONFIDENCE) / 2, max(samples - 1, 1)))
+
+
+def mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of ``(n, ...)`` over its first dimension, with the standard error of that."""
+    return rows.mean(dim=0), rows.std(dim=0) / len(rows) ** 0.5

@@ -1,0 +1,156 @@
+"""The basis that Lanczos' method builds, orthogonal to working precision, and the small matrix of the large one.
+
+References:
+    Lanczos (1950), Journal of Research of the National Bureau of Standards 45; Parlett (1998), The Symmetric
+    Eigenvalue Problem, chapter 13; Wu and Simon (2000), SIAM Journal on Matrix Analysis 22 (thick restart).
+"""
+
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.spectrum.operator import Products, norm
+
+_TINY = 1e-300
+
+
+class Lanczos:
+    """An orthonormal basis ``Q`` of a Krylov space, grown by a product at a time, with ``T = Q' A Q``.
+
+    Every new direction is orthogonalised against all of the basis. Where the space is exhausted, a random direction
+    goes on. ``A Q - Q T`` is then ``beta q e'``: zero but in the last column.
+
+    Args:
+        products: Of the matrix ``A``.
+        capacity: Directions that the basis has room for.
+        start: ``(P,)``, of any length.
+        generator: Of random directions.
+        against: ``(j, P)``, orthonormal rows that the basis is kept orthogonal to; ``A`` is then its restriction to
+            their complement.
+
+    Attributes:
+        size: Directions whose product has been taken.
+        beta: The length of what the last product has outside the basis; 0 if the basis is the whole space.
+        noise: What products are accurate to: the largest deviation from symmetry of their coefficients, or rounding.
+    """
+
+    def __init__(
+        self,
+        products: Products,
+        capacity: int,
+        start: Tensor,
+        generator: np.random.Generator,
+        against: Tensor | None = None,
+    ) -> None:
+        self._products, self._generator, self._against = products, generator, against
+        dimension = products.size - (0 if against is None else len(against))
+        self.capacity = min(capacity, dimension)
+        self._whole = dimension
+        # A row more than the capacity: the direction that comes next.
+        self._basis = torch.empty(self.capacity + 1, products.size, dtype=products.dtype, device=products.device)
+        self._matrix = np.zeros((self.capacity, self.capacity))
+        self._coupling = np.zeros(0)  # of the next direction with the basis, known before its product
+        self.size, self.beta, self.noise = 0, 0.0, 0.0
+        self._append(start.clone(), norm(start))
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """``T``, ``(size, size)`` in float64."""
+        return self._matrix[: self.size, : self.size]
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for a further direction."""
+        return self.size == self.capacity
+
+    @property
+    def complete(self) -> bool:
+        """Whether the basis is the whole space, so that ``T`` has all eigenvalues."""
+        return self.size == self._whole
+
+    def step(self) -> None:
+        """Take a product and let the basis grow.
+
+        Raises:
+            CurvlabError: The operator is not symmetric, or not the same at every product.
+        """
+        m = self.size
+        direction, basis = self._basis[m], self._basis[: m + 1]
+        product = self._products(direction)
+        if self._against is not None:
+            product.addmv_(self._against.mT, self._against @ product, alpha=-1)
+        length = norm(product)
+        # What is known beforehand and the diagonal first: then one pass over the basis mends what rounding leaves.
+        along = float(direction @ product)
+        coupled = np.flatnonzero(self._coupling)
+        if len(coupled):
+            known = self._products.tensor(self._coupling[coupled[0] :])
+            product.addmv_(basis[coupled[0] : m].mT, known, alpha=-1)
+        product.sub_(direction, alpha=along)
+        rest = basis @ product
+        product.addmv_(basis.mT, rest, alpha=-1)
+        column = rest.double().cpu().numpy() + np.append(self._coupling, along)
+        self._check(column, length)
+        self._matrix[: m + 1, m] = self._matrix[m, : m + 1] = column
+        self.size = m + 1
+        self._append(product, length, self._against is None and float(rest.norm()) < 0.5 * norm(product))
+
+    def combine(self, coefficients: np.ndarray) -> Tensor:
+        """Return ``Q S`` as rows ``(j, P)`` for ``(size, j)``."""
+        return self._products.tensor(coefficients).mT @ self._basis[: self.size]
+
+    def restart(self, coefficients: np.ndarray, values: np.ndarray) -> None:
+        """Keep only the directions ``Q S`` of Ritz vectors ``S`` ``(size, j)`` with these values: a thick restart."""
+        j = len(values)
+        following = self._basis[self.size].clone()
+        self._basis[:j] = self.combine(coefficients)
+        self._basis[j] = following
+        self._matrix[:] = 0
+        np.fill_diagonal(self._matrix[:j, :j], values)
+        self._coupling = self.beta * coefficients[-1]
+        self.size = j
+
+    def _append(self, vector: Tensor, length: float, accurate: bool = False) -> None:
+        """Make the next direction of what a product left outside the basis; ``length`` was that of the product."""
+        m = self.size
+        rest = norm(vector)
+        while not accurate:
+            before = rest
+            self._orthogonalise(vector)
+            rest = norm(vector)
+            accurate = rest > 0.5 * before or rest < _TINY  # "twice is enough": Parlett (1998), section 6.9
+        if self.complete:
+            self.beta = 0.0
+            return
+        # What is left after rounding errors only is no direction.
+        self.beta = rest if rest > 10 * torch.finfo(vector.dtype).eps * max(length, self._products.largest) else 0.0
+        self._coupling = np.zeros(m)
+        if self.beta:
+            vector /= rest
+            self._coupling[-1:] = self.beta if m else 0.0
+        else:
+            vector = self._products.gaussian(self._generator)
+            for _ in range(3):
+                vector /= norm(vector)
+                self._orthogonalise(vector)
+            vector /= norm(vector)
+        self._basis[m] = vector
+
+    def _orthogonalise(self, vector: Tensor) -> None:
+        for rows in (self._against, self._basis[: self.size]):
+            if rows is not None and len(rows):
+                vector.addmv_(rows.mT, rows @ vector, alpha=-1)
+
+    def _check(self, column: np.ndarray, length: float) -> None:
+        off = float(np.linalg.norm(column[:-1] - self._coupling))
+        eps = torch.finfo(self._products.dtype).eps
+        self._products.largest = max(self._products.largest, length)  # rounding errors are relative to that
+        self.noise = max(self.noise, off, eps * self._products.largest)
+        if off > 10 * sqrt(eps) * self._products.largest:
+            raise CurvlabError(
+                f"the operator is not symmetric, or not the same at every product: two coefficients that should agree "
+                f"differ by {off:.2g}, where products have lengths up to {self._products.largest:.2g}"
+            )

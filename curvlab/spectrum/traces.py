@@ -1,0 +1,325 @@
+"""The trace and the diagonal of a matrix that is known by its products.
+
+References:
+    Hutchinson (1990), Communications in Statistics 19; Bekas, Kokiopoulou and Saad (2007), Applied Numerical
+    Mathematics 57; Meyer, Musco, Musco and Woodruff (2021), SOSA (Hutch++); Epperly, Tropp and Webber (2024), SIAM
+    Journal on Matrix Analysis 45 (XTrace, XDiag); Efron and Stein (1981), Annals of Statistics 9 (the jackknife).
+"""
+
+from dataclasses import replace
+from math import hypot, sqrt
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.forms import unknown
+from curvlab.spectrum.density import columns
+from curvlab.spectrum.estimate import Estimate
+from curvlab.spectrum.operator import Operator, Products
+from curvlab.spectrum.sketch import LeftOut, Sketch, as_array
+
+TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
+DiagonalMethod = Literal["xdiag", "hutchinson"]
+
+_FEWEST = 6  # products: a variance from less means nothing
+_FIRST = 20  # products before a precision is looked at
+
+
+def trace(
+    operator: Operator,
+    *,
+    method: TraceMethod = "xtrace",
+    precision: float | None = None,
+    max_matvecs: int = 100,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate the trace.
+
+    With a precision, products are doubled in number until half of the 95 % interval is at most that fraction of the
+    value. Where the products may be as many as there are parameters, the trace is computed exactly before they run out.
+
+    Args:
+        operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
+        method: ``xtrace`` sees the largest eigenvalues exactly and samples the others, with every vector in both roles;
+            three vectors are held for every two products. ``hutch++`` does so with separate vectors, and holds four for
+            every three. ``hutchinson``, the mean of ``z' A z`` over random signs, holds none and sees all at random.
+        precision: Such as 0.05, for plus or minus 5 %; None for exactly ``max_matvecs`` products.
+        max_matvecs: Products, or at most that many with a precision.
+        seed: Of the random vectors.
+
+    Returns:
+        The trace with its standard error. That of XTrace is the jackknife's, of all vectors left out in turn, which is
+        too large rather than too small (Efron and Stein, 1981); the spread of XTrace's terms, which its authors
+        propose, is too small, since they share their vectors.
+
+    Raises:
+        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+
+    Examples:
+        >>> from curvlab.matrices import Diagonal, Info
+        >>> from curvlab.parameters import ParameterSpace
+        >>> space, info = ParameterSpace(("w",), ((1000,),)), Info("", "diag", "", "", 1)
+        >>> matrix = Diagonal(torch.arange(1.0, 1001.0).double() ** -2, space, info)
+        >>> estimate = trace(matrix, precision=0.01)
+        >>> estimate.converged, bool(abs(estimate.value - matrix.trace()) < estimate.half_width), estimate.matvecs
+        (True, True, 40)
+    """
+    methods: dict[str, type[_Method]] = {
+        "xtrace": _XTrace,
+        "hutch++": _HutchPlusPlus,
+        "hutchinson": _Hutchinson,
+    }
+    if method not in methods:
+        raise CurvlabError(unknown("method", method, methods))
+    estimator = methods[method](Products(operator), np.random.default_rng(seed))
+    estimate = _estimate(estimator, precision, max_matvecs)
+    return replace(estimate, value=estimate.value.sum().cpu(), standard_error=estimate.standard_error.sum().cpu())
+
+
+def diagonal(
+    operator: Operator,
+    *,
+    method: DiagonalMethod = "xdiag",
+    precision: float | None = None,
+    max_matvecs: int = 100,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate the diagonal.
+
+    As ``trace``, with one number and one standard error an entry, and the precision that of all entries together: the
+    norm of the half-widths over the norm of the diagonal.
+
+    Args:
+        operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
+        method: ``xdiag`` sees the largest eigenvalues exactly and samples the others, and holds three vectors for every
+            two products; ``hutchinson`` is the mean of ``z * A z`` over random signs (Bekas et al., 2007).
+        precision: Such as 0.05, for plus or minus 5 %; None for exactly ``max_matvecs`` products.
+        max_matvecs: Products, or at most that many with a precision.
+        seed: Of the random vectors.
+
+    Raises:
+        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+
+    Examples:
+        >>> from curvlab.matrices import Diagonal, Info
+        >>> from curvlab.parameters import ParameterSpace
+        >>> space, info = ParameterSpace(("w",), ((3,),)), Info("", "diag", "", "", 1)
+        >>> diagonal(Diagonal(torch.tensor([1.0, 2.0, 3.0]), space, info)).value.tolist()
+        [1.0, 2.0, 3.0]
+    """
+    methods: dict[str, type[_Method]] = {"xdiag": _XDiag, "hutchinson": _HutchinsonDiagonal}
+    if method not in methods:
+        raise CurvlabError(unknown("method", method, methods))
+    return _estimate(methods[method](Products(operator), np.random.default_rng(seed)), precision, max_matvecs)
+
+
+class _Method(Protocol):
+    """An estimator that can go on where it stopped."""
+
+    products: Products
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        """Start without any product."""
+
+    def extend(self, matvecs: int) -> None:
+        """Take that many products more, or one fewer."""
+
+    def estimate(self) -> Estimate:
+        """Return what they show."""
+
+
+def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Estimate:
+    """Run a method until it is precise enough or its products are spent; the exact answer is the diagonal."""
+    products, size = method.products, method.products.size
+    if precision is not None and not precision > 0:
+        raise CurvlabError(f"precision must be above 0, not {precision}")
+    if max_matvecs < min(_FEWEST, size):
+        raise CurvlabError(f"max_matvecs must be at least {min(_FEWEST, size)}, not {max_matvecs}")
+    batch = max_matvecs if precision is None else min(_FIRST, max_matvecs)
+    while True:
+        left = max_matvecs - products.count
+        # The exact value, while the budget still has room for it.
+        if size <= left and (size <= batch or left - batch < size):
+            entries = torch.stack([column[i].double() for i, column in enumerate(columns(products))])
+            return Estimate(entries, torch.zeros_like(entries), products.count, True, size)
+        method.extend(batch)
+        estimate = method.estimate()
+        if precision is None or estimate.precision <= precision:
+            return estimate
+        # Doubled, not looked at after each product: with every look the spread may be small by chance.
+        batch = min(products.count, max_matvecs - products.count)
+        if batch < _FEWEST:
+            return replace(estimate, converged=False)
+
+
+class _Hutchinson:
+    """The mean of ``z' A z`` over vectors of random signs."""
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        self.products, self._generator = products, generator
+        self._values: list[float] = []
+
+    def extend(self, matvecs: int) -> None:
+        for _ in range(matvecs):
+            z = self.products.signs(self._generator)
+            self._values.append(float((z * self.products(z)).sum(dtype=torch.float64)))
+
+    def estimate(self) -> Estimate:
+        values, n = np.array(self._values), len(self._values)
+        return _scalar(self.products, values.mean(), values.std(ddof=1) / sqrt(n), 0.0, n)
+
+
+class _HutchPlusPlus:
+    """The trace on the range of a sketch, and Hutchinson's on its complement with vectors of their own.
+
+    What is left of such a vector in the complement is scaled to the length it should have.
+    """
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        self.products, self._generator = products, generator
+        self._sketch = Sketch(products, products.gaussian, generator)
+        self._vectors: list[Tensor] = []
+        self._forms: list[float] = []
+
+    def extend(self, matvecs: int) -> None:
+        self._sketch.extend(matvecs // 3)
+        for _ in range(matvecs - 2 * (matvecs // 3)):
+            z = self.products.gaussian(self._generator)
+            self._vectors.append(z)
+            self._forms.append(float((z * self.products(z)).sum(dtype=torch.float64)))
+
+    def estimate(self) -> Estimate:
+        basis, images = self._sketch.basis, self._sketch.images
+        vectors = torch.stack(self._vectors)
+        inside, images_inside, core = _gram(basis, vectors), _gram(images, vectors), _gram(basis, images)
+        forms = np.array(self._forms) + (inside * (core @ inside - 2 * images_inside)).sum(axis=0)
+        m, n = len(basis), len(vectors)
+        terms = forms * (self.products.size - m) / (_squares(vectors) - (inside**2).sum(axis=0))
+        value = np.trace(core) + terms.mean()
+        return _scalar(self.products, value, terms.std(ddof=1) / sqrt(n), m * self._sketch.noise(), n)
+
+
+class _XTrace:
+    """Hutch++ with every vector left out of the sketch in turn, so that it can be the sample on the complement."""
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        self.products = products
+        self._sketch = Sketch(products, products.gaussian, generator)
+
+    def extend(self, matvecs: int) -> None:
+        self._sketch.extend(matvecs // 2)
+
+    def estimate(self) -> Estimate:
+        sketch = self._sketch
+        m, size = sketch.tests.shape
+        triangle, left = sketch.triangle, LeftOut.of(sketch.triangle)
+        inside, core = _gram(sketch.basis, sketch.tests), _gram(sketch.basis, sketch.images)
+        core = (core + core.T) / 2
+        # Forms of the s_i (rows) with each other and with the vectors (columns) of coefficients ``inside``.
+        s_s = left.directions.T @ core @ left.directions
+        s_w, s_aw = left.directions.T @ inside, left.directions.T @ core @ inside
+        own, own_s, own_w, own_aw = left.own, np.diag(s_s), np.diag(s_w), np.diag(s_aw)
+        # w'Aw - 2 w'AQQ'w, where the product Aw lies in the basis, with the coefficients of the triangle.
+        start = (inside * (core @ inside - triangle)).sum(axis=0)
+        squares, whole = _squares(sketch.tests), (inside**2).sum(axis=0)
+
+        forms = start + 2 * own_w * own - 2 * own_w * own_aw + own_w**2 * own_s
+        lengths = squares - whole + own_w**2
+        value = (np.trace(core) - own_s + (size - m + 1) * forms / lengths).mean()
+
+        # The same with two left out: ``i`` for good, ``j`` as the sample.
+        first, second = left.diag * s_w + left.off * own_w, left.off * s_w + left.diag * own_w
+        forms = start + 2 * second * own - 2 * (first * s_aw + second * own_aw)
+        forms += first**2 * own_s[:, None] + 2 * first * second * s_s + second**2 * own_s
+        lengths = squares - whole + first * s_w + second * own_w
+        lost = left.diag * (own_s[:, None] + own_s) + 2 * left.off * s_s
+        terms = np.trace(core) - lost + (size - m + left.lost) * forms / lengths
+        np.fill_diagonal(terms, 0.0)
+        without = terms.sum(axis=1) / (m - 1)
+        return _scalar(self.products, value, sqrt(m - 1) * without.std(), m * sketch.noise(), m)
+
+
+class _HutchinsonDiagonal:
+    """The mean of ``z * A z`` over vectors of random signs, entry by entry."""
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        self.products, self._generator = products, generator
+        self._n = 0
+        self._mean = torch.zeros(products.size, dtype=torch.float64, device=products.device)
+        self._deviations = torch.zeros_like(self._mean)  # their squares, summed
+
+    def extend(self, matvecs: int) -> None:
+        for _ in range(matvecs):
+            z = self.products.signs(self._generator)
+            term = (z * self.products(z)).double()
+            self._n += 1
+            before = term - self._mean
+            self._mean += before / self._n
+            self._deviations += before * (term - self._mean)
+
+    def estimate(self) -> Estimate:
+        error = (self._deviations / (self._n * (self._n - 1))).sqrt()
+        error = error.hypot(_eps(self.products) * self._mean.abs())
+        return Estimate(self._mean.clone(), error, self.products.count, True, self._n)
+
+
+class _XDiag:
+    """The diagonal on the range of a sketch, and Hutchinson's of what is left, with every vector left out in turn."""
+
+    def __init__(self, products: Products, generator: np.random.Generator) -> None:
+        self.products = products
+        self._sketch = Sketch(products, products.signs, generator)
+
+    def extend(self, matvecs: int) -> None:
+        self._sketch.extend(matvecs // 2)
+
+    def estimate(self) -> Estimate:
+        sketch, left, noise = self._sketch, LeftOut.of(self._sketch.triangle), self._sketch.noise()
+        m = len(sketch)
+        directions, own, diag, off = (
+            torch.from_numpy(array).to(sketch.basis.device)
+            for array in (left.directions, left.own, left.diag, left.off)
+        )
+        diag, off = (pairs.clone().fill_diagonal_(0.0) for pairs in (diag, off))
+        values, errors = [], []
+        for part in _slices(sketch.basis):
+            q, aq, z = (rows[:, part].double() for rows in (sketch.basis, sketch.images, sketch.tests))
+            s, a_s = directions.mT @ q, directions.mT @ aq
+            inside = (q * aq).sum(dim=0)
+            value = inside + (own[:, None] * z * s - s * a_s).mean(dim=0)
+            # The same with two left out: a row for each vector that is left out for good, a mean over all others.
+            lost = diag.sum(dim=1)[:, None] * s * a_s + diag @ (s * a_s) + s * (off @ a_s) + a_s * (off @ s)
+            sampled = s * ((off * own) @ z) + (diag * own) @ (z * s)
+            without = inside + (sampled - lost) / (m - 1)
+            error = (m - 1) ** 0.5 * without.std(dim=0, correction=0)
+            values.append(value)
+            errors.append(error.hypot(noise * q.square().sum(dim=0).sqrt() + _eps(self.products) * value.abs()))
+        return Estimate(torch.cat(values), torch.cat(errors), self.products.count, True, m)
+
+
+def _scalar(products: Products, value: float, error: float, rounding: float, samples: int) -> Estimate:
+    """Return an estimate with the error of sampling and that of rounding."""
+    rounding += 2 * _eps(products) * abs(value)
+    total = torch.tensor(hypot(error, rounding), dtype=torch.float64)
+    return Estimate(torch.tensor(float(value), dtype=torch.float64), total, products.count, True, samples)
+
+
+def _eps(products: Products) -> float:
+    return torch.finfo(products.dtype).eps
+
+
+def _slices(rows: Tensor) -> list[slice]:
+    """Return the columns of ``(m, P)`` in parts, so that a part in float64 is small."""
+    return [slice(i, i + 2**16) for i in range(0, rows.shape[1], 2**16)]
+
+
+def _gram(a: Tensor, b: Tensor) -> np.ndarray:
+    """Return ``a b'`` of rows, summed in float64."""
+    return as_array(torch.stack([a[:, part].double() @ b[:, part].double().mT for part in _slices(a)]).sum(dim=0))
+
+
+def _squares(rows: Tensor) -> np.ndarray:
+    return as_array(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)) ** 2
