@@ -129,6 +129,27 @@ def test_any_small_matrix(values: list[float], k: int, which: Which, seed: int) 
     assert_right(result, matrix, which, 2e-8, floor=1e-6)
 
 
+class TestGap:
+    """``stop="gap"`` takes fewer products, and can be wrong: why it is not the default."""
+
+    def test_takes_fewer_products(self) -> None:
+        operator = Matrix(with_spectrum(np.r_[RANDOM.random(500), 1.5]))
+        gap, residual = (top_eigenvalues(operator, stop=stop) for stop in ("gap", "residual"))  # type: ignore[arg-type]
+        assert (gap.stop, residual.stop) == ("gap", "residual")
+        assert gap.matvecs < residual.matvecs
+        assert abs(float(gap.values[0]) - 1.5) < 1.5e-3
+        assert residual.residuals[0] <= 1.5e-3 < gap.residuals[0]
+
+    def test_an_eigenvalue_that_hides(self) -> None:
+        """Two eigenvalues 0.6 % apart, over many starts."""
+        matrix = with_spectrum(np.r_[0.3 * np.random.default_rng(0).standard_normal(300), 0.994, 1.0])
+        errors = {
+            stop: [abs(float(top_eigenvalues(Matrix(matrix), seed=s, stop=stop).values[0]) - 1) for s in range(40)]
+            for stop in ("gap", "residual")
+        }
+        assert sum(error > 1e-3 for error in errors["residual"]) < 0.5 * sum(error > 1e-3 for error in errors["gap"])
+
+
 class TestCounts:
     def test_products_are_counted(self) -> None:
         operator = Matrix(with_spectrum(SPECTRA["gaussian"]))
@@ -276,8 +297,7 @@ class TestPowerIteration:
         lanczos = top_eigenvalues(Matrix(matrix), max_matvecs=power.matvecs)
         assert not power.converged
         assert abs(float(power.values[0]) - 1) > 2e-3
-        assert lanczos.converged
-        assert abs(float(lanczos.values[0]) - 1) < 1e-3
+        assert abs(float(lanczos.values[0]) - 1) < 1e-4
 
     def test_counts_and_stops(self) -> None:
         operator = Matrix(with_spectrum(SPECTRA["gaussian"]))

@@ -54,7 +54,7 @@ def top_eigenvalues(
     start: Tensor | None = None,
     seed: int = 0,
     *,
-    stop: Stop = "gap",
+    stop: Stop = "residual",
     method: Method = "lanczos",
 ) -> EigenResult:
     """Return the ``k`` most extreme eigenvalues by Lanczos' method, fully orthogonalised, restarted when long.
@@ -72,9 +72,11 @@ def top_eigenvalues(
         start: ``(P,)`` or ``(P, j)``: vectors to start from, such as those of a matrix nearby; None for a random one.
         seed: Of the random vectors.
         stop: When to stop. ``residual``: the residual is at most ``tol |theta|``, which is a certificate that an
-            eigenvalue is that near. ``gap``: ``residual^2 / gap`` is (Parlett 1998, theorem 11.7.1), with the gap to
-            the nearest other Ritz value, once that has settled, and the residual is at most ``4 tol |theta|``: fewer
-            products, but no certificate where an eigenvalue nearer than that gap has not shown itself.
+            eigenvalue is that near; its error is of the order of the residual's square. ``gap``: ``residual^2 / gap``
+            is (Parlett 1998, theorem 11.7.1), with the gap to the nearest other Ritz value, once that has settled, and
+            the residual is at most ``4 tol |theta|``. That takes a tenth to a fifth fewer products and is no
+            certificate: where the two largest eigenvalues are within a few per cent it sometimes took a mixture of
+            them for the first (1 of 288 networks, 0.6 % off; none with ``residual``).
         method: ``lanczos`` (ours), or ``eigsh``: ARPACK, as SciPy has it, which stops by residuals.
 
     Raises:

@@ -1,0 +1,17 @@
+"""Shon et al. (2022), "DLCFT": does the Fisher's largest eigenvalue vanish in training, with each loss?
+
+    python analyses/dlcft_curvature.py [OPTIONS of eigenvalues]
+
+The MNIST network of the authors' code over three seeds, softmax cross-entropy against squared error, with each claim's
+verdict. Results in runs/dlcft_curvature; a finished run is printed again, an interrupted one continues. Needs MNIST.
+With --preset paper-cifar100 and another --out: Fig. 7 of the supplement, on CIFAR-100, for a machine with a GPU.
+"""
+
+import sys
+
+from curvlab.analyze.__main__ import main
+
+OUT = "runs/dlcft_curvature"
+
+if __name__ == "__main__":
+    sys.exit(main(["eigenvalues", "--preset", "paper", "--out", OUT, *sys.argv[1:]]))

@@ -1,0 +1,670 @@
+"""Is forgetting bounded by curvature and distance? Mirzadeh et al. (2020), over training regimes.
+
+What a network forgets of a task when it learns the next one, ``F1 = L1(w2) - L1(w1)``, is to second order
+``g'd + 1/2 d'H d`` with ``d = w2 - w1`` and the gradient and Hessian of the old task's loss at its end, and
+``1/2 d'H d <= 1/2 lambda_max |d|^2``. The inequality holds of the quadratic form, not of F1.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+from rich.console import Console
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from curvlab.analyze import subject
+from curvlab.analyze.command import Analysis, RunOptions
+from curvlab.analyze.subject import SubjectConfig
+from curvlab.continual import Task, permuted, rotated
+from curvlab.data import Dataset
+from curvlab.errors import CurvlabError
+from curvlab.estimators import estimate
+from curvlab.matrices import CurvatureMatrix
+from curvlab.models import build
+from curvlab.problem import Problem
+from curvlab.progress import Advance, progress
+from curvlab.results import (
+    Claim,
+    Column,
+    RunDirectory,
+    Stopwatch,
+    aggregate,
+    collect,
+    judge,
+    open_run,
+    render,
+    render_claims,
+    write_tables,
+)
+from curvlab.results.scatter import bound_scatter
+from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
+from curvlab.training import evaluate, fit
+from curvlab.training.state import derived_seed
+
+Record = dict[str, Any]
+RegimeName = Literal[
+    "stable",
+    "stable-lr",
+    "stable-decay",
+    "stable-batch_size",
+    "stable-dropout",
+    "plastic",
+    "plastic+lr",
+    "plastic+decay",
+    "plastic+batch_size",
+    "plastic+dropout",
+]
+
+_LOWEST_RATE = 5e-5
+
+
+class ForgettingBoundConfig(SubjectConfig):
+    """Train a network on one task after another under several regimes, and expand what it forgets to second order."""
+
+    titles: ClassVar[Mapping[str, str]] = {
+        **SubjectConfig.titles,
+        "streams": "tasks",
+        "regimes": "training",
+        "solver": "curvature",
+    }
+
+    samples: int | None = Field(default=None, ge=1)
+    """Take losses and curvature on so many training samples of a task, the first ones; none means all."""
+    streams: tuple[Literal["rotated", "permuted"], ...] = ("rotated", "permuted")
+    """What tells tasks apart: every image is rotated, or its pixels permuted; one or both."""
+    tasks: int = Field(default=3, ge=2)
+    """Tasks of a stream."""
+    degrees: float = 10.0
+    """Rotated: from a task's angle to the next one's."""
+    task_samples: int | None = Field(default=None, ge=1)
+    """Training samples of a task, the first ones, the same images in every task; none means all."""
+    regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
+    """stable and plastic are given below; stable-X has the X of plastic, plastic+X that of stable."""
+    epochs: int = Field(default=5, ge=1)
+    """Passes over the samples of each task."""
+    momentum: float = Field(default=0.8, ge=0, lt=1)
+    """Of stochastic gradient descent, which starts anew with each task."""
+    stable_lr: float = Field(default=0.1, gt=0)
+    """Learning rate, before the decay."""
+    stable_decay: float = Field(default=0.4, gt=0, le=1)
+    """The learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
+    stable_batch_size: int = Field(default=16, ge=1)
+    """Samples a training step."""
+    stable_dropout: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the hidden units left out in training, of an mlp."""
+    plastic_lr: float = Field(default=0.01, gt=0)
+    """As stable_lr."""
+    plastic_decay: float = Field(default=1.0, gt=0, le=1)
+    """As stable_decay."""
+    plastic_batch_size: int = Field(default=64, ge=1)
+    """As stable_batch_size."""
+    plastic_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """As stable_dropout."""
+    solver: Literal["lanczos", "power_iteration"] = "lanczos"
+    """Of the largest eigenvalue; power_iteration is that of published curves: 18 products, largest in magnitude."""
+    tol: float = Field(default=1e-3, gt=0, lt=1)
+    """Relative error of the largest eigenvalue, for lanczos."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
+    """Tasks are drawn and a network is trained for each; the table has mean and standard deviation."""
+
+
+PRESETS = {
+    # The plastic regime's own rate would leave 1,437 images half learnt.
+    "default": ForgettingBoundConfig(hidden=(100, 100), epochs=10, plastic_lr=0.05),
+    "cpu": ForgettingBoundConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
+    "paper": ForgettingBoundConfig(data="mnist", hidden=(100, 100), tasks=5, seeds=(0, 1, 2, 3, 4)),
+}
+
+_VALUES = ["forgetting", "gradient_term", "quadratic", "bound", "lambda_max", "distance", "tightness"]
+_NAMES = (Column("stream", "stream"), Column("regime", "regime"))
+_EXPANSION = (
+    *_NAMES,
+    Column("forgetting", "F1", spread="forgetting_std"),
+    Column("gradient_term", "g'd", spread="gradient_term_std"),
+    Column("quadratic", "1/2 d'Hd", spread="quadratic_std"),
+    Column("bound", "1/2 lambda_max |d|²", spread="bound_std"),
+    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
+    Column("distance", "|d|", spread="distance_std"),
+)
+_ACCURACY = (
+    Column("accuracy", "at the end", spread="accuracy_std"),
+    Column("accuracy_lost", "forgetting", spread="accuracy_lost_std"),
+    Column("learning_accuracy", "of each task when learnt", spread="learning_accuracy_std"),
+)
+_TABLE = (*_EXPANSION, *_ACCURACY)
+_CORRELATED = ("bound", "quadratic", "second_order", "lambda_max", "distance")
+_CORRELATIONS = (
+    Column("stream", "stream"),
+    Column("bound", "1/2 lambda_max |d|²", spread="bound_std"),
+    Column("quadratic", "1/2 d'Hd", spread="quadratic_std"),
+    Column("second_order", "g'd + 1/2 d'Hd", spread="second_order_std"),
+    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
+    Column("distance", "|d|", spread="distance_std"),
+)
+
+
+def run(config: ForgettingBoundConfig, options: RunOptions, console: Console) -> None:
+    """Train, measure, and write the run directory.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+    """
+    clock = Stopwatch()
+    with clock("data"):
+        dataset = subject.dataset(config, options)
+        data_hash = dataset.fingerprint()
+    _check(config, dataset)
+    directory = open_run(options.out, "forgetting_bound", config.to_yaml())
+    found: list[Record] = []
+    accuracies: list[Record] = []
+    units = [(stream, seed, regime) for stream in config.streams for seed in config.seeds for regime in config.regimes]
+    try:
+        with progress("forgetting bound", total=len(units) * config.tasks) as advance:
+            for unit in units:
+                for part in _of_unit(config, dataset, unit, directory, clock, advance):
+                    found += part["pairs"]
+                    accuracies += part["accuracies"]
+        table, correlations = summarise(found, accuracies), correlations_of(found)
+        claims = claims_of(found, accuracies, [toy(seed) for seed in config.seeds], config.tol)
+        write_tables(directory, found, _TABLE, summary=table)
+        directory.write_json("accuracies.json", accuracies)
+        directory.write_json("correlations.json", correlations)
+        directory.write_json("claims.json", claims)
+        with clock("figures"):
+            directory.write_figure(
+                "bound_and_factors", figure(found, f"{_title(config, dataset)}: forgetting of a task by the next")
+            )
+        # Written last, and once: what a finished run is from stays.
+        if not (directory.path / "provenance.json").exists():
+            origin = collect(
+                seeds=config.seeds,
+                data_hash=data_hash,
+                stages=clock.seconds,
+                started=clock.started,
+                device=config.device,
+            )
+            directory.write_json("provenance.json", origin | {"continued": directory.resumed})
+    except (CurvlabError, KeyboardInterrupt) as stop:
+        _save_what_is_finished(directory, found, stop)
+        raise
+    _print(console, config, dataset, found, table, correlations, claims, directory)
+
+
+def _save_what_is_finished(directory: RunDirectory, found: Sequence[Record], stop: BaseException) -> None:
+    if found:
+        with suppress(CurvlabError):  # the disk may be full: that is then what is reported
+            write_tables(directory, found)
+    directory.discard_if_empty()
+    if (directory.path / "config.yaml").exists():
+        rows = f"{len(found)} finished pair{'' if len(found) == 1 else 's'} of tasks"
+        stop.add_note(f"{rows} in {directory.path}; the same command with --out {directory.path} continues there")
+
+
+def _check(config: ForgettingBoundConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    subject.check_distinct(seeds=config.seeds, streams=config.streams, regimes=config.regimes)
+    of_task = config.task_samples
+    if of_task is not None and of_task > len(dataset.x_train):
+        raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
+    subject.check(config, _shortened(config, dataset))
+    for regime in config.regimes:
+        model = _network(config, dataset, config.seeds[0], Regime.of(config, regime))
+    for stream in config.streams:
+        first = _stream(config, dataset, stream, config.seeds[0])[0]
+        estimate(Problem(model, "cross_entropy", _samples(config, first)), "hessian", "implicit")  # checks both
+
+
+# Regimes and tasks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a network is trained on each task (Mirzadeh et al. 2020).
+
+    Attributes:
+        lr: Learning rate before the decay.
+        decay: Its factor from a task to the next one.
+        batch_size: Samples a step.
+        dropout: Share of the hidden units left out.
+    """
+
+    lr: float
+    decay: float
+    batch_size: int
+    dropout: float
+
+    @classmethod
+    def of(cls, config: ForgettingBoundConfig, name: str) -> "Regime":
+        """Return the regime of that name: ``stable``, ``stable-dropout`` (dropout as in plastic) and so on."""
+        stable, plastic = (
+            cls(*(getattr(config, f"{kind}_{key}") for key in ("lr", "decay", "batch_size", "dropout")))
+            for kind in ("stable", "plastic")
+        )
+        own, other = (stable, plastic) if name.startswith("stable") else (plastic, stable)
+        changed = name.replace("+", "-").partition("-")[2]
+        return replace(own, **{changed: getattr(other, changed)}) if changed else own
+
+    def rate(self, task: int) -> float:
+        """Return the learning rate of task 1, 2, ...; the first is decayed already, as in the authors' code."""
+        return max(self.lr * self.decay**task, _LOWEST_RATE)
+
+
+def _shortened(config: ForgettingBoundConfig, dataset: Dataset) -> Dataset:
+    n = config.task_samples
+    return replace(dataset, x_train=dataset.x_train[:n], y_train=dataset.y_train[:n])
+
+
+def _stream(config: ForgettingBoundConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, ...]:
+    of_task = _shortened(config, dataset)
+    if stream == "rotated":
+        return rotated(of_task, tasks=config.tasks, seed=seed, degrees=config.degrees)
+    return permuted(of_task, tasks=config.tasks, seed=seed)
+
+
+def _network(config: ForgettingBoundConfig, dataset: Dataset, seed: int, regime: Regime) -> nn.Module:
+    model = build(
+        config.model,
+        dataset.sample_shape,
+        dataset.num_classes,
+        hidden=config.hidden,
+        dropout=regime.dropout,
+        seed=seed,
+        weights=config.weights,
+    )
+    return model.to(config.device, getattr(torch, config.dtype)).eval()
+
+
+def _samples(config: ForgettingBoundConfig, task: Task) -> tuple[Tensor, Tensor]:
+    x, y = task.train
+    return x[: config.samples], y[: config.samples]
+
+
+# A network that learns one task after another -------------------------------------------------------------------------
+
+
+def _of_unit(
+    config: ForgettingBoundConfig,
+    dataset: Dataset,
+    unit: tuple[str, int, str],
+    directory: RunDirectory,
+    clock: Stopwatch,
+    advance: Advance,
+) -> Iterator[dict[str, list[Record]]]:
+    """Yield the records of a stream, seed and regime task by task, each saved when it is known.
+
+    Those of an earlier run are taken up; a network whose training is in its checkpoints is not trained again.
+    """
+    stream, seed, name = unit
+    folder = f"{stream}-{name}-seed-{seed}"
+    keys = {"stream": stream, "regime": name, "seed": seed}
+    done: list[dict[str, list[Record]]] = []
+    with suppress(FileNotFoundError):
+        done = json.loads((directory.path / folder / "records.json").read_text())
+    yield from done
+    advance(len(done), note=folder)
+    if len(done) == config.tasks:
+        return
+    regime = Regime.of(config, name)
+    model = _network(config, dataset, seed, regime)
+    tasks = _stream(config, dataset, stream, seed)
+    before: Problem | None = None
+    for number, task in enumerate(tasks, start=1):
+        with clock("training"):
+            fit(
+                model,
+                task.train,
+                optimizer="sgd",
+                lr=regime.rate(number),
+                momentum=config.momentum,
+                epochs=config.epochs,
+                batch_size=regime.batch_size,
+                seed=derived_seed(seed, number),
+                checkpoint=directory.path / folder / f"task-{number}.pt",
+                progress=False,
+            )
+        after = Problem(deepcopy(model), "cross_entropy", _samples(config, task))
+        if number > len(done):
+            with clock("evaluation"):
+                seen = [_accuracy(model, old) for old in tasks[:number]]
+            part: dict[str, list[Record]] = {
+                "accuracies": [
+                    {**keys, "after": number, "task": i, "accuracy": a} for i, a in enumerate(seen, start=1)
+                ],
+                "pairs": [],
+            }
+            if before is not None:
+                with clock("curvature"):
+                    pair = expansion(before, after.model, solver=config.solver, tol=config.tol)
+                part["pairs"].append({**keys, "task": number - 1, **pair})
+            done.append(part)
+            directory.write_json(f"{folder}/records.json", done)
+            yield part
+            advance(note=folder)
+        before = after
+
+
+def _accuracy(model: nn.Module, task: Task) -> float:
+    accuracy = evaluate(model, *task.test).accuracy
+    assert accuracy is not None
+    return accuracy
+
+
+# The expansion --------------------------------------------------------------------------------------------------------
+
+
+def expansion(
+    old: Problem, new: nn.Module, *, solver: Literal["lanczos", "power_iteration"] = "lanczos", tol: float = 1e-3
+) -> Record:
+    """Return what is lost of a problem's loss at the weights of another model, and its expansion to second order.
+
+    Keys: ``forgetting`` (F1), ``gradient_term`` (g'd), ``quadratic`` (1/2 d'H d), ``second_order`` (the two
+    together), ``bound`` (1/2 lambda_max |d|^2), ``lambda_max``, ``residual`` (of its eigenvector), ``matvecs``,
+    ``distance`` (|d|), ``tightness`` (quadratic over bound), ``loss`` (L1(w1)).
+
+    Args:
+        old: The old task: its loss and samples, and the model as it was at its end.
+        new: The model after it learnt something else.
+        solver: Of the largest eigenvalue: ``curvlab.top_eigenvalues``, or deflated power iteration.
+        tol: Relative error of the largest eigenvalue, for ``lanczos``.
+
+    Raises:
+        CurvlabError: The curvature cannot be computed.
+    """
+    hessian: CurvatureMatrix = estimate(old, "hessian", "implicit")
+    top = top_eigenvalues(hessian, tol=tol) if solver == "lanczos" else deflated_power_iteration(hessian)
+    largest = float(top.values[0])
+    weights = dict(new.named_parameters())
+    d = old.space.flatten({name: weights[name].detach() - w for name, w in old.parameters().items()})
+    before, gradient = _loss_and_gradient(old)
+    after, _ = _loss_and_gradient(Problem(new, old.loss.name, old.data))
+    wide = d.double()
+    distance = float(wide.norm())
+    quadratic = 0.5 * float(wide @ hessian.matvec(d).double())
+    gradient_term = float(wide @ gradient.double())
+    bound = 0.5 * largest * distance**2
+    return {
+        "forgetting": after - before,
+        "gradient_term": gradient_term,
+        "quadratic": quadratic,
+        "second_order": gradient_term + quadratic,
+        "bound": bound,
+        "lambda_max": largest,
+        "residual": float(top.residuals[0]),
+        "matvecs": top.matvecs,
+        "distance": distance,
+        "tightness": quadratic / bound if bound else None,
+        "loss": before,
+    }
+
+
+def _loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
+    """Return the mean loss and its gradient ``(P,)``."""
+    leaves = {name: value.requires_grad_() for name, value in problem.parameters().items()}
+    loss, gradient = 0.0, torch.zeros(problem.space.total, dtype=torch.float64, device=problem.device)
+    for inputs, targets in problem.batches():
+        with torch.enable_grad():
+            values = problem.loss.values(problem.forward(leaves, inputs), targets)
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
+        loss += float(values.detach().sum(dtype=torch.float64))
+        gradient += torch.cat([slope.flatten() for slope in slopes])
+    return loss / problem.num_samples, gradient / problem.num_samples
+
+
+def toy(seed: int) -> float:
+    """Return by how much F1 differs from 1/2 d'H d, relative, where the loss is quadratic and w1 its minimum.
+
+    Two tasks of linear regression, each solved exactly, in float64.
+
+    Examples:
+        >>> toy(0) < 1e-10
+        True
+    """
+    rng = np.random.default_rng(seed)
+    solutions = []
+    for _ in range(2):
+        x, y = (torch.from_numpy(rng.standard_normal((50, width))) for width in (6, 3))
+        model = nn.Linear(6, 3, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.copy_(torch.linalg.lstsq(x, y).solution.mT)
+        solutions.append((Problem(model, "squared_error", (x, y)), model))
+    (old, _), (_, new) = solutions
+    found = expansion(old, new)
+    return float(abs(found["forgetting"] - found["quadratic"]) / abs(found["quadratic"]))
+
+
+# What is made of them ------------------------------------------------------------------------------------------------
+
+
+def summarise(found: Sequence[Record], accuracies: Sequence[Record]) -> list[Record]:
+    """Return a record a stream and regime: mean over its pairs of tasks, then mean and deviation over the seeds.
+
+    Args:
+        found: Records as ``table.json`` has them.
+        accuracies: Records as ``accuracies.json`` has them.
+    """
+    by = ("stream", "regime", "seed")
+    units = []
+    for names in dict.fromkeys(tuple(record[key] for key in by) for record in found):
+        pairs, seen = (_of(records, **dict(zip(by, names, strict=True))) for records in (found, accuracies))
+        means = {key: fmean(pair[key] for pair in pairs) for key in _VALUES if None not in [p[key] for p in pairs]}
+        units.append(dict(zip(by, names, strict=True)) | means | accuracy_metrics(seen))
+    return aggregate(units, by[:2], [*_VALUES, "accuracy", "accuracy_lost", "learning_accuracy"])
+
+
+def accuracy_metrics(accuracies: Sequence[Record]) -> Record:
+    """Return what is made of a network's accuracies ``a[t, i]`` on task ``i`` after task ``t``, ``T`` tasks in all.
+
+    Keys: ``accuracy`` (mean of ``a[T, i]``), ``accuracy_lost`` (the forgetting of Chaudhry et al. 2018: the best before
+    the end minus ``a[T, i]``, mean over ``i < T``), ``learning_accuracy`` (mean of ``a[i, i]``).
+    """
+    a = {(record["after"], record["task"]): record["accuracy"] for record in accuracies}
+    last = max(after for after, _ in a)
+    lost = [max(a[t, i] for t in range(i, last)) - a[last, i] for i in range(1, last)]
+    return {
+        "accuracy": fmean(a[last, i] for i in range(1, last + 1)),
+        "accuracy_lost": fmean(lost),
+        "learning_accuracy": fmean(a[i, i] for i in range(1, last + 1)),
+    }
+
+
+def correlations_of(found: Sequence[Record]) -> list[Record]:
+    """Return Spearman's rank correlation of F1 with its expansion, bound and factors, a record a stream and seed.
+
+    It is over regimes and pairs of tasks; None where there are fewer than three points, or one does not vary.
+    """
+    groups = dict.fromkeys((record["stream"], record["seed"]) for record in found)
+    return [
+        {"stream": stream, "seed": seed, "points": len(points)}
+        | {key: _spearman([p["forgetting"] for p in points], [p[key] for p in points]) for key in _CORRELATED}
+        for stream, seed in groups
+        for points in [_of(found, stream=stream, seed=seed)]
+    ]
+
+
+def _spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
+        return None
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+
+
+def claims_of(
+    found: Sequence[Record], accuracies: Sequence[Record], toys: Sequence[float], tol: float = 1e-3
+) -> list[Claim]:
+    """Return the claims with their verdicts.
+
+    Args:
+        found: Records as ``table.json`` has them.
+        accuracies: Records as ``accuracies.json`` has them.
+        toys: What ``toy`` gave, a number a seed.
+        tol: Relative error of ``lambda_max``.
+    """
+    seeds = list(dict.fromkeys(record["seed"] for record in found))
+
+    def largest_excess(seed: int) -> float:
+        worst: float = max((p["quadratic"] - p["bound"]) / max(abs(p["bound"]), 1e-300) for p in _of(found, seed=seed))
+        return worst
+
+    paper = "Mirzadeh et al. (2020)"
+    claims = [
+        _claim(
+            "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative excess)",
+            paper,
+            [largest_excess(seed) for seed in seeds],
+            lambda value: value <= tol,
+        ),
+        _claim(
+            "Where the loss is quadratic and the old task at its minimum, F1 is 1/2 d'H d (relative difference at most "
+            "1e-10)",
+            paper,
+            toys,
+            lambda value: value <= 1e-10,
+        ),
+    ]
+    for stream in dict.fromkeys(record["stream"] for record in found):
+        of_stream, seen = _of(found, stream=stream), _of(accuracies, stream=stream)
+        ranks = [row["bound"] for row in correlations_of(of_stream)]
+        claims.append(
+            _claim(
+                f"{stream}: what is forgotten goes with the bound (Spearman's correlation of F1 and 1/2 λmax |d|² over "
+                "regimes and tasks at least 0.5)",
+                paper,
+                [math.nan if rank is None else rank for rank in ranks],
+                lambda value: value >= 0.5,
+            )
+        )
+
+        def difference(key: str, seen: Sequence[Record] = seen) -> list[float]:
+            return _compared(seeds, lambda s, r: accuracy_metrics(_of(seen, seed=s, regime=r))[key], seen, _minus)
+
+        def ratio(key: str, of_stream: Sequence[Record] = of_stream) -> list[float]:
+            return _compared(
+                seeds, lambda s, r: fmean(p[key] for p in _of(of_stream, seed=s, regime=r)), of_stream, _over
+            )
+
+        claims += [
+            _claim(
+                f"{stream}: the stable regime forgets less than the plastic one (difference of forgetting in accuracy)",
+                paper,
+                difference("accuracy_lost"),
+                lambda value: value < 0,
+            ),
+            _claim(
+                f"{stream}: its Hessian's largest eigenvalue is smaller (stable over plastic, mean over tasks)",
+                paper,
+                ratio("lambda_max"),
+                lambda value: value < 1,
+            ),
+            _claim(
+                f"{stream}: it moves less from task to task (|d| of stable over plastic, mean over tasks)",
+                paper,
+                ratio("distance"),
+                lambda value: value < 1,
+            ),
+            _claim(
+                f"{stream}: what that costs on each new task is small (difference of learning accuracy at least -0.06)",
+                paper,
+                difference("learning_accuracy"),
+                lambda value: value >= -0.06,
+            ),
+        ]
+    return claims
+
+
+def _minus(stable: float, plastic: float) -> float:
+    return stable - plastic
+
+
+def _over(stable: float, plastic: float) -> float:
+    return stable / plastic
+
+
+def _compared(
+    seeds: Sequence[int],
+    value: Callable[[int, str], float],
+    records: Sequence[Record],
+    compare: Callable[[float, float], float],
+) -> list[float]:
+    """Return stable beside plastic for every seed; none if one of the two was not run."""
+    if not {"stable", "plastic"} <= {record["regime"] for record in records}:
+        return []
+    return [compare(value(seed, "stable"), value(seed, "plastic")) for seed in seeds]
+
+
+def _of(records: Sequence[Record], **wanted: object) -> list[Record]:
+    return [record for record in records if all(record[key] == value for key, value in wanted.items())]
+
+
+def _claim(text: str, source: str, values: Sequence[float], test: Callable[[float], bool]) -> Claim:
+    known = bool(values) and all(map(math.isfinite, values))
+    return Claim(
+        text,
+        source,
+        None,
+        fmean(values) if known else None,
+        stdev(values) if known and len(values) > 1 else None,
+        judge(values, test),
+    )
+
+
+def figure(found: Sequence[Record], title: str) -> Figure:
+    """Draw F1 against the bound and against its two factors, a row a stream, regimes marked."""
+    return bound_scatter(found, title)
+
+
+def _title(config: ForgettingBoundConfig, dataset: Dataset) -> str:
+    return f"{subject.describe(config, dataset, 'hessian').removeprefix('Hessian of a ')} on {Path(config.data).name}"
+
+
+def _print(
+    console: Console,
+    config: ForgettingBoundConfig,
+    dataset: Dataset,
+    found: Sequence[Record],
+    table: Sequence[Record],
+    correlations: Sequence[Record],
+    claims: Sequence[Claim],
+    directory: RunDirectory,
+) -> None:
+    seeds = len(config.seeds)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    title = f"What a {_title(config, dataset)} forgets, {config.tasks} tasks; mean over pairs of tasks, {spread}"
+    console.print(render(table, _EXPANSION, title), crop=False)
+    console.print(render(table, (*_NAMES, *_ACCURACY), "Test accuracy, mean over tasks"), crop=False)
+    ranks = aggregate(correlations, ["stream"], list(_CORRELATED))
+    console.print(
+        render(ranks, _CORRELATIONS, "Spearman's rank correlation with F1, over regimes and pairs of tasks"), crop=False
+    )
+    console.print(render_claims(claims), crop=False)
+    below = sum(pair["forgetting"] <= pair["bound"] for pair in found)
+    tightness = median(pair["tightness"] for pair in found if pair["tightness"] is not None)
+    missed = median(abs(pair["forgetting"] - pair["second_order"]) for pair in found)
+    for note in (
+        "stable-X is the stable regime with the plastic one's X, plastic+X the reverse. d is the step to the weights "
+        "after the next task; g, H and λmax are of the old task's training loss at its end. "
+        f"F1 is at most 1/2 λmax |d|² for {below} of {len(found)} pairs; 1/2 d'Hd is {tightness:.2g} of that in the "
+        f"median, and g'd + 1/2 d'Hd misses F1 by {missed:.2g}.",
+        f"Saved in {directory.path}: table (.json .csv .md .tex), accuracies, correlations, claims, provenance, "
+        "figure.",
+    ):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+ANALYSIS = Analysis(
+    config=ForgettingBoundConfig,
+    presets=PRESETS,
+    run=run,
+    description="Is forgetting bounded by curvature and distance? Trains a network on one task after another under "
+    "several regimes, and sets what it forgets of each task beside 1/2 d'H d and 1/2 λmax |d|², with the Hessian of "
+    "the old task's loss at its end and the step d to the weights after the next one.",
+)
