@@ -65,7 +65,7 @@ def product(
                 # In float64: what many batches add up to is then as accurate as what one gives.
                 total = term(columns) if total is None else total.double().add_(term(columns))
         assert total is not None
-        return (total / num_samples).to(vectors.dtype).mT
+        return total.div_(num_samples).to(vectors.dtype).mT
 
     return multiply
 

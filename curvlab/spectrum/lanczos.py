@@ -5,7 +5,7 @@ References:
     Eigenvalue Problem, chapter 13; Wu and Simon (2000), SIAM Journal on Matrix Analysis 22 (thick restart).
 """
 
-from math import sqrt
+from math import hypot, sqrt
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Lanczos:
         self._matrix = np.zeros((self.capacity, self.capacity))
         self._coupling = np.zeros(0)  # of the next direction with the basis, known before its product
         self.size, self.beta, self.noise = 0, 0.0, 0.0
-        self._append(start.clone(), norm(start))
+        self._append(start.clone(), norm(start), 0.0)
 
     @property
     def matrix(self) -> np.ndarray:
@@ -82,7 +82,6 @@ class Lanczos:
         product = self._products(direction)
         if self._against is not None:
             product.addmv_(self._against.mT, self._against @ product, alpha=-1)
-        length = norm(product)
         # What is known beforehand and the diagonal first: then one pass over the basis mends what rounding leaves.
         along = float(direction @ product)
         coupled = np.flatnonzero(self._coupling)
@@ -93,10 +92,13 @@ class Lanczos:
         rest = basis @ product
         product.addmv_(basis.mT, rest, alpha=-1)
         column = rest.double().cpu().numpy() + np.append(self._coupling, along)
+        left = norm(product)
+        length = hypot(float(np.linalg.norm(column)), left)
         self._check(column, length)
         self._matrix[: m + 1, m] = self._matrix[m, : m + 1] = column
         self.size = m + 1
-        self._append(product, length, self._against is None and float(rest.norm()) < 0.5 * norm(product))
+        accurate = self._against is None and float(rest.norm()) < 0.5 * left
+        self._append(product, left, length, accurate)
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Return ``Q S`` as rows ``(j, P)`` for ``(size, j)``."""
@@ -113,10 +115,9 @@ class Lanczos:
         self._coupling = self.beta * coefficients[-1]
         self.size = j
 
-    def _append(self, vector: Tensor, length: float, accurate: bool = False) -> None:
-        """Make the next direction of what a product left outside the basis; ``length`` was that of the product."""
+    def _append(self, vector: Tensor, rest: float, length: float, accurate: bool = False) -> None:
+        """Make the next direction of what a product of some length left outside the basis, which has norm ``rest``."""
         m = self.size
-        rest = norm(vector)
         while not accurate:
             before = rest
             self._orthogonalise(vector)
@@ -128,16 +129,14 @@ class Lanczos:
         # What is left after rounding errors only is no direction.
         self.beta = rest if rest > 10 * torch.finfo(vector.dtype).eps * max(length, self._products.largest) else 0.0
         self._coupling = np.zeros(m)
-        if self.beta:
-            vector /= rest
-            self._coupling[-1:] = self.beta if m else 0.0
-        else:
+        self._coupling[-1:] = self.beta
+        if not self.beta:
             vector = self._products.gaussian(self._generator)
             for _ in range(3):
                 vector /= norm(vector)
                 self._orthogonalise(vector)
-            vector /= norm(vector)
-        self._basis[m] = vector
+            rest = norm(vector)
+        torch.div(vector, rest, out=self._basis[m])
 
     def _orthogonalise(self, vector: Tensor) -> None:
         for rows in (self._against, self._basis[: self.size]):
