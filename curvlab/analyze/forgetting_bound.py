@@ -12,7 +12,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -41,7 +41,6 @@ from curvlab.results import (
     Stopwatch,
     aggregate,
     collect,
-    judge,
     open_run,
     render,
     render_claims,
@@ -517,13 +516,13 @@ def claims_of(
 
     paper = "Mirzadeh et al. (2020)"
     claims = [
-        _claim(
+        Claim.of(
             "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative excess)",
             paper,
             [largest_excess(seed) for seed in seeds],
             lambda value: value <= tol,
         ),
-        _claim(
+        Claim.of(
             "Where the loss is quadratic and the old task at its minimum, F1 is 1/2 d'H d (relative difference at most "
             "1e-10)",
             paper,
@@ -535,7 +534,7 @@ def claims_of(
         of_stream, seen = _of(found, stream=stream), _of(accuracies, stream=stream)
         ranks = [row["bound"] for row in correlations_of(of_stream)]
         claims.append(
-            _claim(
+            Claim.of(
                 f"{stream}: what is forgotten goes with the bound (Spearman's correlation of F1 and 1/2 λmax |d|² over "
                 "regimes and tasks at least 0.5)",
                 paper,
@@ -553,25 +552,25 @@ def claims_of(
             )
 
         claims += [
-            _claim(
+            Claim.of(
                 f"{stream}: the stable regime forgets less than the plastic one (difference of forgetting in accuracy)",
                 paper,
                 difference("accuracy_lost"),
                 lambda value: value < 0,
             ),
-            _claim(
+            Claim.of(
                 f"{stream}: its Hessian's largest eigenvalue is smaller (stable over plastic, mean over tasks)",
                 paper,
                 ratio("lambda_max"),
                 lambda value: value < 1,
             ),
-            _claim(
+            Claim.of(
                 f"{stream}: it moves less from task to task (|d| of stable over plastic, mean over tasks)",
                 paper,
                 ratio("distance"),
                 lambda value: value < 1,
             ),
-            _claim(
+            Claim.of(
                 f"{stream}: what that costs on each new task is small (difference of learning accuracy at least -0.06)",
                 paper,
                 difference("learning_accuracy"),
@@ -603,18 +602,6 @@ def _compared(
 
 def _of(records: Sequence[Record], **wanted: object) -> list[Record]:
     return [record for record in records if all(record[key] == value for key, value in wanted.items())]
-
-
-def _claim(text: str, source: str, values: Sequence[float], test: Callable[[float], bool]) -> Claim:
-    known = bool(values) and all(map(math.isfinite, values))
-    return Claim(
-        text,
-        source,
-        None,
-        fmean(values) if known else None,
-        stdev(values) if known and len(values) > 1 else None,
-        judge(values, test),
-    )
 
 
 def figure(found: Sequence[Record], title: str) -> Figure:

@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
-from curvlab.results import Claim, Column, judge
+from curvlab.results import Claim, Column
 
 Record = dict[str, Any]
 
@@ -67,15 +66,7 @@ def claims(found: Sequence[Record], tested: bool) -> list[Claim]:
     ) -> Claim:
         # A number that is not finite is null in a record that was read back.
         values = [math.nan if r[key] is None else float(r[key]) for r in by_name.get(name, ())] if tested else []
-        finite = bool(values) and all(map(math.isfinite, values))
-        return Claim(
-            text,
-            source,
-            printed,
-            fmean(values) if finite else None,
-            stdev(values) if finite and len(values) > 1 else None,
-            judge(values, test),
-        )
+        return Claim.of(text, source, values, test, printed)
 
     answers = []
     for name, row in rows.items():

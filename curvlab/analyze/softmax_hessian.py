@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -31,7 +30,6 @@ from curvlab.results import (
     Stopwatch,
     aggregate,
     collect,
-    judge,
     open_run,
     render,
     render_claims,
@@ -345,49 +343,49 @@ def claims_of(of_logits: Sequence[Record], of_network: Sequence[Record]) -> list
         return [max(record[key] for record in records) for records in drawn]
 
     return [
-        _claim(
+        Claim.of(
             "The Hessian with respect to the logits vanishes as p_t goes to 1: the largest eigenvalue is proportional "
             "to 1 - p_t (slope of their logarithms below 0.01, minus 1)",
             appendix,
             [_slope(records) - 1 for records in drawn],
             lambda value: abs(value) <= 0.01,
         ),
-        _claim(
+        Claim.of(
             "Equations (20) and (21) are what automatic differentiation gives (largest difference of an entry at most "
             "1e-10)",
             appendix,
             largest("autograd_entry"),
             lambda value: value <= 1e-10,
         ),
-        _claim(
+        Claim.of(
             "So are the output factors that all estimators here start from, to 1e-10 of the Hessian at every p_t",
             own,
             largest("factors"),
             lambda value: value <= 1e-10,
         ),
         *(
-            _claim(f"{text} (largest relative excess)", own, largest(key), lambda value: value <= _ROUNDING)
+            Claim.of(f"{text} (largest relative excess)", own, largest(key), lambda value: value <= _ROUNDING)
             for key, text in (
                 ("above_trace", "The largest eigenvalue is at most 1 - |p|²"),
                 ("above_upper", "1 - |p|² is at most 2 (1 - p_t)"),
                 ("below_lower", "p_t (1 - p_t) is at most the largest eigenvalue"),
             )
         ),
-        _claim(
+        Claim.of(
             "The squared error's Hessian with respect to the outputs is the identity at every output (largest "
             "difference of an entry)",
             "DLCFT poster",
             largest("squared_error"),
             lambda value: value <= 1e-12,
         ),
-        _claim(
+        Claim.of(
             "In training, the Hessian with respect to a network's outputs falls to a fifth of its peak, or less (mean "
             "largest eigenvalue, end over peak)",
             appendix,
             [records[-1]["outputs"] / max(record["outputs"] for record in records) for records in trained],
             lambda value: value <= 0.2,
         ),
-        _claim(
+        Claim.of(
             "The curvature of the parameters need not fall with it, since the Jacobian grows: the GGN's largest "
             "eigenvalue is no less at the end than at the start (end over start)",
             own,
@@ -409,18 +407,6 @@ def _slope(records: Sequence[Record]) -> float:
         return math.nan
     x, y = (np.log([record[key] for record in settled]) for key in ("complement", "lambda_max"))
     return float(np.polyfit(x, y, 1)[0])
-
-
-def _claim(text: str, source: str, values: Sequence[float], test: Callable[[float], bool]) -> Claim:
-    known = all(map(math.isfinite, values))
-    return Claim(
-        text,
-        source,
-        None,
-        fmean(values) if known else None,
-        stdev(values) if known and len(values) > 1 else None,
-        judge(values, test),
-    )
 
 
 def _title(config: SoftmaxHessianConfig, dataset: Dataset) -> str:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import fmean, stdev
+from typing import Literal, Self
 
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +37,26 @@ class Claim:
     ours: float | None
     spread: float | None
     verdict: Verdict
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        source: str,
+        values: Sequence[float],
+        test: Callable[[float], bool],
+        published: float | str | None = None,
+    ) -> Self:
+        """Return a claim judged by the values of the seeds; ``ours`` is missing where one of them is not finite."""
+        finite = bool(values) and all(map(math.isfinite, values))
+        return cls(
+            text,
+            source,
+            published,
+            fmean(values) if finite else None,
+            stdev(values) if finite and len(values) > 1 else None,
+            judge(values, test),
+        )
 
 
 def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Verdict:
