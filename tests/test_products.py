@@ -319,6 +319,14 @@ class TestKeptGraphs:
         assert term() is None
 
 
+def test_many_batches_add_up_in_float64() -> None:
+    """In float32 three thousand terms would cost two digits."""
+    x = torch.rand(3000, 1)
+    problem = Problem(nn.Linear(1, 1, bias=False), "squared_error", (x, torch.zeros(3000, 1)))
+    found = estimate(problem, "ggn", "implicit", batch_size=1) @ torch.ones(1)
+    assert float(found[0]) == pytest.approx(float(x.double().square().mean()), rel=2e-7)
+
+
 def kept_by(matrix: CurvatureMatrix) -> products._Passes:
     """Return what holds the graphs of an implicit matrix."""
     assert isinstance(matrix, Implicit)
