@@ -80,8 +80,6 @@ class Lanczos:
         m = self.size
         direction, basis = self._basis[m], self._basis[: m + 1]
         product = self._products(direction)
-        if self._against is not None:
-            product.addmv_(self._against.mT, self._against @ product, alpha=-1)
         # What is known beforehand and the diagonal first: then one pass over the basis mends what rounding leaves.
         along = float(direction @ product)
         coupled = np.flatnonzero(self._coupling)
