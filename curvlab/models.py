@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from safetensors.torch import load_file
@@ -15,19 +15,21 @@ from torch.nn import functional as F
 
 from curvlab.errors import CurvlabError
 
+_NAMES = ("mlp", "cnn", "shallow_cnn", "resnet20")
 _TORCHVISION = "torchvision:"
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
     """Return a ReLU network of fully connected layers with the submodules flatten, fc1, relu1, fc2 and so on.
 
     Args:
         inputs: Number of values of a sample; samples of any shape are flattened.
         hidden: Width of each hidden layer; none for a linear model.
         outputs: Number of outputs.
+        dropout: Probability that a hidden unit is left out in training; with it, drop1 follows relu1 and so on.
 
     Raises:
-        CurvlabError: A width is less than one.
+        CurvlabError: A width is less than one, or the probability is not at least 0 and below 1.
 
     Examples:
         >>> [name for name, _ in mlp(784, (30, 30), 10).named_children()]
@@ -36,11 +38,15 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
     widths = (inputs, *hidden, outputs)
     if min(widths) < 1:
         raise CurvlabError(f"an mlp of widths {'-'.join(map(str, widths))} cannot be built: each must be at least 1")
+    if not 0 <= dropout < 1:
+        raise CurvlabError(f"dropout must be at least 0 and below 1, not {dropout}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i, (before, after) in enumerate(pairwise(widths), start=1):
         layers[f"fc{i}"] = nn.Linear(before, after)
         if i <= len(hidden):
             layers[f"relu{i}"] = nn.ReLU()
+            if dropout:
+                layers[f"drop{i}"] = nn.Dropout(dropout)
     return nn.Sequential(layers)
 
 
@@ -67,6 +73,37 @@ def cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
             fc=nn.Linear(32 * (height // 4) * (width // 4), outputs),
+        )
+    )
+
+
+def shallow_cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Return a 3x3 convolution, ReLU and pooling by 2, then a ReLU layer of 100 units and a linear one.
+
+    On MNIST it is Conv(1, 32, 3), FC(5408, 100), FC(100, 10): the network of Shon et al. (2022), "DLCFT", with which
+    their code follows the curvature over a training.
+
+    Args:
+        sample_shape: ``(C, H, W)`` with H and W at least 4.
+        outputs: Number of outputs.
+
+    Raises:
+        CurvlabError: The samples are not such images.
+    """
+    if len(sample_shape) != 3 or min(sample_shape[1:]) < 4:
+        raise CurvlabError(
+            f"shallow_cnn takes images (C, H, W) of at least 4x4, not samples of shape {sample_shape}; use mlp"
+        )
+    channels, height, width = sample_shape
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 32, 3),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(32 * ((height - 2) // 2) * ((width - 2) // 2), 100),
+            relu2=nn.ReLU(),
+            fc2=nn.Linear(100, outputs),
         )
     )
 
@@ -134,18 +171,23 @@ def build(
     outputs: int,
     *,
     hidden: Sequence[int] = (),
+    dropout: float = 0.0,
     seed: int = 0,
     weights: Path | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Return a network for samples of a shape, on the CPU, in train mode, with PyTorch's initialisation.
 
     Args:
-        name: ``mlp``, ``cnn``, ``resnet20``, or a classification model of torchvision as ``torchvision:resnet18``.
+        name: ``mlp``, ``cnn``, ``shallow_cnn``, ``resnet20``, or a classification model of torchvision as
+            ``torchvision:resnet18``.
         sample_shape: Shape of one input.
         outputs: Number of outputs.
         hidden: Widths of the hidden layers of ``mlp``; the others have none to choose.
+        dropout: After each hidden layer of ``mlp``; the others take none.
         seed: Seed of the initialisation; the global random state stays as it is.
         weights: A file to load the weights from (see ``load_weights``).
+        new_head: The last layer stays as it is initialised: the weights were trained for other outputs.
 
     Raises:
         CurvlabError: There is no such network, it does not fit these samples, or the weights do not fit it.
@@ -160,18 +202,24 @@ def build(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would seed the GPUs too.
         torch.default_generator.manual_seed(seed)
-        model = _construct(name, sample_shape, outputs, hidden)
+        model = _construct(name, sample_shape, outputs, hidden, dropout)
         _check_fit(model, name, sample_shape, outputs)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, new_head=new_head)
     return model
 
 
-def _construct(name: str, sample_shape: tuple[int, ...], outputs: int, hidden: Sequence[int]) -> nn.Module:
+def _construct(
+    name: str, sample_shape: tuple[int, ...], outputs: int, hidden: Sequence[int], dropout: float
+) -> nn.Module:
     if name == "mlp":
-        return mlp(prod(sample_shape), hidden, outputs)
+        return mlp(prod(sample_shape), hidden, outputs, dropout)
+    if dropout:
+        raise CurvlabError(f"dropout belongs to mlp; {name} takes none, so leave dropout at 0")
     if name == "cnn":
         return cnn(sample_shape, outputs)
+    if name == "shallow_cnn":
+        return shallow_cnn(sample_shape, outputs)
     if name == "resnet20":
         if sample_shape != (3, 32, 32):
             raise CurvlabError(
@@ -189,11 +237,11 @@ def _construct(name: str, sample_shape: tuple[int, ...], outputs: int, hidden: S
         options = two_heads if short in ("googlenet", "inception_v3") else {}
         model: nn.Module = models.get_model(short, weights=None, num_classes=outputs, **options)
         return model
-    full_names = {"mlp": "mlp", "cnn": "cnn", "resnet20": "resnet20"} | {key: _TORCHVISION + key for key in theirs}
+    full_names = {name: name for name in _NAMES} | {key: _TORCHVISION + key for key in theirs}
     nearest = full_names[get_close_matches(short.lower(), full_names, n=1, cutoff=0.0)[0]]
     raise CurvlabError(
         f"there is no model {name!r}; the nearest name is {nearest!r} "
-        "(models are mlp, cnn, resnet20 and torchvision's as torchvision:NAME)"
+        f"(models are {', '.join(_NAMES)} and torchvision's as torchvision:NAME)"
     )
 
 
@@ -215,21 +263,29 @@ def _check_fit(model: nn.Module, name: str, sample_shape: tuple[int, ...], outpu
         raise CurvlabError(f"{name} returns {got} for two samples, not a tensor (2, {outputs}); choose another model")
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
     """Copy the weights of a file into a model; the model is changed only if all of them fit.
 
     Args:
         model: The network, on any device, in any floating dtype.
         path: ``.safetensors``, or what ``torch.save`` wrote (``.pt``, ``.pth``, ``.th``): a state dict, or a dictionary
             with one under ``state_dict`` or ``model``. A ``module.`` before every name (DataParallel) is dropped.
+        new_head: Leave the model's last linear layer as it is, whatever the file has for it.
 
     Raises:
         CurvlabError: The file is missing, damaged or no state dict, belongs to another architecture, or holds NaN or
-            infinite weights.
+            infinite weights; or the model has no linear layer that could be its head.
     """
     path = Path(path).expanduser()
     state = _state_dict(path)
     own = model.state_dict()
+    if new_head:
+        heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not heads:
+            raise CurvlabError(f"{type(model).__name__} has no linear layer that could be a new head")
+        of_head = [f"{heads[-1]}.{key}".removeprefix(".") for key in ("weight", "bias")]
+        state = {key: tensor for key, tensor in state.items() if key not in of_head}
+        state |= {key: own[key] for key in of_head if key in own}
     # Checkpoints from before PyTorch 0.4.1 have no such counters; nothing is computed from them.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
@@ -249,6 +305,32 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if not tensor.to(own[key].dtype).isfinite().all():
             raise CurvlabError(f"{path}: {key} holds NaN or infinite weights; choose another checkpoint")
     model.load_state_dict(own | state)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """A ``BatchNorm2d`` that keeps to its running statistics in train mode too."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever ``mode`` is."""
+        del mode
+        return super().train(False)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Make every ``BatchNorm2d`` of a model a fixed map: running statistics, weight and bias stay as they are.
+
+    So is a pre-trained network fine-tuned where its function should be the same in training and in evaluation.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        >>> freeze_batch_norm(model)
+        >>> model.train()[1].training
+        False
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = FrozenBatchNorm2d
+            module.eval().requires_grad_(False)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

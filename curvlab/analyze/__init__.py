@@ -6,4 +6,7 @@ ANALYSES = {
     "doctor": "What can each backend do for this network, and what will it cost? Before any number.",
     "agreement": "Do the backends agree? The same curvature from each: differences, time and memory.",
     "estimators": "Which backend computes what, of which modules? Tables generated from the code itself.",
+    "eigenvalues": "Does the curvature vanish in training? Largest eigenvalues, softmax against squared error.",
+    "softmax_hessian": "Why does it vanish? The softmax loss's Hessian as the network fits, against the formula.",
+    "forgetting_bound": "What bounds forgetting? Loss of an old task against its curvature, over training regimes.",
 }

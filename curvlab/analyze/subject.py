@@ -34,7 +34,7 @@ class SubjectConfig(Config):
     samples: int | None = Field(default=None, ge=1)
     """Take the curvature on so many training samples, the first ones; none means all."""
     model: str = "mlp"
-    """mlp, cnn, resnet20, or torchvision:NAME."""
+    """mlp, cnn, shallow_cnn, resnet20, or torchvision:NAME."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
     """Hidden sizes of the mlp; no number for a linear model."""
     weights: Path | None = None

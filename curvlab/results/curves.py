@@ -1,0 +1,220 @@
+"""Figures of eigenvalues over training, drawn to be read at the width of a page."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+Record = Mapping[str, Any]
+
+_FONT = {"title": 10, "label": 9, "tick": 8}
+_FEW_DECADES = 100.0
+_LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
+_LOSS_COLOURS = {"cross_entropy": "#0b559f", "squared_error": "#e07b39"}
+_QUANTITIES = {"fisher": "Fisher", "hessian": "Hessian", "ekfac": "Fisher by EK-FAC", "ggn": "GGN"}
+# By place, and told apart without colour too. A broken line on top of a whole one shows both where they agree.
+_STYLES = (
+    {"color": "#0b559f", "linestyle": "-", "linewidth": 2.2},
+    {"color": "#e07b39", "linestyle": (0, (3, 1.5)), "linewidth": 1.6},
+    {"color": "#3a7d44", "linestyle": "-.", "linewidth": 1.4},
+    {"color": "#7b3294", "linestyle": ":", "linewidth": 1.6},
+)
+
+
+def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
+    """Draw the largest eigenvalues over training: a column a loss, linear above and logarithmic below.
+
+    Args:
+        records: One a ``loss``, ``seed``, ``step`` and ``quantity``, with the eigenvalue as ``value``.
+        title: What stands above.
+    """
+    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
+    figure, panels = _grid(len(losses), title)
+    for column, loss in enumerate(losses):
+        for row, axes in enumerate(panels[:, column]):
+            for place, quantity in enumerate(quantities):
+                steps, values = _values(records, loss=loss, quantity=quantity)
+                _draw(axes, steps, values, _STYLES[place % len(_STYLES)], log=row == 1)
+            _finish(axes, log=row == 1)
+        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+    for axes in panels[:, 0]:
+        axes.set_ylabel(r"$\lambda_{\max}$ (nats)", fontsize=_FONT["label"])
+    styles = {_QUANTITIES.get(name, name): _STYLES[place % len(_STYLES)] for place, name in enumerate(quantities)}
+    _legend(figure, styles, _number_of_seeds(records))
+    return figure
+
+
+def normalised_curves(records: Sequence[Record], title: str) -> Figure:
+    """Draw every seed's curve over its own maximum: a column a quantity, linear above and logarithmic below.
+
+    Args:
+        records: As for ``eigenvalue_curves``.
+        title: What stands above.
+    """
+    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
+    figure, panels = _grid(len(quantities), title, row_axis=True)
+    styles = {
+        loss: {"color": _LOSS_COLOURS.get(loss, "#3a7d44"), "linestyle": style, "linewidth": 1.8}
+        for loss, style in zip(losses, ("-", "--", "-."), strict=False)
+    }
+    for column, quantity in enumerate(quantities):
+        for row, axes in enumerate(panels[:, column]):
+            for loss in losses:
+                steps, values = _values(records, loss=loss, quantity=quantity)
+                if len(steps):
+                    _draw(axes, steps, values / values.max(axis=1, keepdims=True), styles[loss], log=row == 1)
+            _finish(axes, log=row == 1)
+        panels[0, column].set_title(_QUANTITIES.get(quantity, quantity), fontsize=_FONT["label"])
+    for axes in panels[:, 0]:
+        axes.set_ylabel(r"$\lambda_{\max}$ / its maximum", fontsize=_FONT["label"])
+    _legend(figure, {_LOSSES.get(loss, loss): style for loss, style in styles.items()}, _number_of_seeds(records))
+    return figure
+
+
+def layer_curves(records: Sequence[Record], title: str) -> Figure:
+    """Draw the largest eigenvalue of every layer's block, logarithmic: a column a loss, a row a quantity.
+
+    Args:
+        records: As for ``eigenvalue_curves``, one a ``layer`` too.
+        title: What stands above.
+    """
+    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
+    layers = _distinct(records, "layer")
+    figure, panels = _grid(len(losses), title, rows=len(quantities))
+    colours = _sequence(len(layers))
+    for column, loss in enumerate(losses):
+        for row, quantity in enumerate(quantities):
+            axes = panels[row, column]
+            for layer, colour in zip(layers, colours, strict=True):
+                steps, values = _values(records, loss=loss, quantity=quantity, layer=layer)
+                _draw(axes, steps, values, {"color": colour, "linewidth": 1.5}, log=True)
+            _finish(axes, log=True)
+            if column == 0:
+                axes.set_ylabel(
+                    rf"$\lambda_{{\max}}$, {_QUANTITIES.get(quantity, quantity)} (nats)", fontsize=_FONT["label"]
+                )
+        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+    styles = {layer: {"color": colour, "linewidth": 1.5} for layer, colour in zip(layers, colours, strict=True)}
+    _legend(figure, styles, _number_of_seeds(records))
+    return figure
+
+
+def density_curves(densities: Sequence[Record], title: str) -> Figure:
+    """Draw spectral densities at several steps, in a logarithmic scale: a column a loss, a row a quantity.
+
+    Args:
+        densities: One a ``loss``, ``quantity`` and ``step``, with ``grid`` and ``density``, lists of numbers.
+        title: What stands above.
+    """
+    losses, quantities = _distinct(densities, "loss"), _distinct(densities, "quantity")
+    steps = sorted({record["step"] for record in densities})
+    figure, panels = _grid(len(losses), title, rows=len(quantities), shared=False)
+    colours = _sequence(len(steps))
+    for column, loss in enumerate(losses):
+        for row, quantity in enumerate(quantities):
+            axes = panels[row, column]
+            chosen = [r for r in densities if r["loss"] == loss and r["quantity"] == quantity]
+            top = 0.0
+            for record in chosen:
+                density = np.asarray(record["density"], dtype=float)
+                axes.plot(record["grid"], density, color=colours[steps.index(record["step"])], linewidth=1.4)
+                top = max(top, float(density.max()))
+            axes.set_yscale("log")
+            if top:
+                axes.set_ylim(top * 1e-7, top * 3)
+            _finish(axes, log=True)
+            axes.set_xlabel(f"eigenvalue of the {_QUANTITIES.get(quantity, quantity)} (nats)", fontsize=_FONT["label"])
+            if column == 0:
+                axes.set_ylabel("density, smoothed", fontsize=_FONT["label"])
+        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+    styles = {f"step {step:,}": {"color": colour} for step, colour in zip(steps, colours, strict=True)}
+    _legend(figure, styles, 1)
+    return figure
+
+
+def _distinct(records: Sequence[Record], key: str) -> list[str]:
+    return list(dict.fromkeys(record[key] for record in records))
+
+
+def _number_of_seeds(records: Sequence[Record]) -> int:
+    return len({record["seed"] for record in records})
+
+
+def _values(records: Sequence[Record], **of: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps ``(T,)`` and the eigenvalues ``(seeds, T)`` of one curve."""
+    chosen = [record for record in records if all(record[key] == value for key, value in of.items())]
+    steps = sorted({record["step"] for record in chosen})
+    seeds = sorted({record["seed"] for record in chosen})
+    values = np.full((len(seeds), len(steps)), np.nan)
+    for record in chosen:
+        values[seeds.index(record["seed"]), steps.index(record["step"])] = record["value"]
+    return np.array(steps), values
+
+
+def _grid(
+    columns: int, title: str, rows: int = 2, shared: bool = True, row_axis: bool = False
+) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(max(2.6 * columns + 0.6, 4.2), 2.0 * rows + 0.9), layout="constrained")
+    figure.suptitle(title, fontsize=_FONT["title"])
+    panels: np.ndarray = figure.subplots(
+        rows, columns, squeeze=False, sharex=shared, sharey="row" if row_axis else False
+    )
+    if shared:
+        for axes in panels[-1]:
+            axes.set_xlabel("training step", fontsize=_FONT["label"])
+    return figure, panels
+
+
+def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any], log: bool) -> None:
+    """Draw the mean over seeds and, where there are several, the band from the smallest to the largest."""
+    if log:
+        values = np.where(values > 0, values, np.nan)
+    axes.plot(steps, values.mean(axis=0), marker="o" if len(steps) == 1 else None, markersize=4, **style)
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.22, linewidth=0)
+
+
+def _finish(axes: Axes, log: bool) -> None:
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high / low < _FEW_DECADES:  # powers of ten alone would be one label, or none
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.tick_params(labelsize=_FONT["tick"])
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int) -> None:
+    handles: list[Line2D | Patch] = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    if seeds > 1:
+        handles.append(Patch(facecolor="#808080", alpha=0.3, label=f"mean and range of {seeds} seeds"))
+    # A row holds what the width of the figure does: about six characters a label beside its line.
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() * 13 / (widest + 7)))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(columns, len(handles)),
+        fontsize=_FONT["tick"],
+        frameon=False,
+        handlelength=2.6,
+    )
+
+
+def _sequence(count: int) -> list[Any]:
+    """Return so many colours in an order that is seen: dark first, none as light as the paper."""
+    from matplotlib import colormaps
+
+    colour: Callable[[float], Any] = colormaps["viridis"]
+    return [colour(0.9 * place / max(count - 1, 1)) for place in range(count)]
