@@ -1,6 +1,6 @@
 """Extreme eigenvalues: against dense eigendecompositions and ARPACK, of matrices made to be hard, and of networks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvlab import Problem, estimate
 from curvlab.errors import CurvlabError
 from curvlab.spectrum import EigenResult, deflated_power_iteration, top_eigenvalues
-from curvlab.spectrum.eigenvalues import Which
+from curvlab.spectrum.eigenvalues import Which, _Search
 from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Products, norm
 
@@ -140,6 +140,14 @@ class TestGap:
         assert abs(float(gap.values[0]) - 1.5) < 1.5e-3
         assert residual.residuals[0] <= 1.5e-3 < gap.residuals[0]
 
+    def test_the_estimate(self) -> None:
+        """Of a gap that has settled the square over it, not below a quarter of the residual; else the residual."""
+        search = _Search(Products(Matrix(torch.eye(40))), "LA", 1e-3, "gap", np.random.default_rng(0))
+        residuals, gaps = np.array([1e-3, 0.1, 0.1, 0.1]), np.array([1.0, 0.2, 0.2, 0.01])
+        before = np.array([1.1, 0.2, 0.5, 0.01])
+        assert search.errors(residuals, gaps, before) == pytest.approx([2.5e-4, 0.05, 0.1, 0.1])
+        assert (replace(search, stop="residual").errors(residuals, gaps, before) == residuals).all()
+
     def test_an_eigenvalue_that_hides(self) -> None:
         """Two eigenvalues 0.6 % apart, over many starts."""
         matrix = with_spectrum(np.r_[0.3 * np.random.default_rng(0).standard_normal(300), 0.994, 1.0])
@@ -260,6 +268,12 @@ class TestWarmStart:
         matrix = torch.diag(torch.linspace(-4, 3, 50, dtype=torch.float64))
         for start in torch.eye(50, dtype=torch.float64)[::7]:
             assert_right(top_eigenvalues(Matrix(matrix), which=which, start=start), matrix, which, 1e-3)
+
+    def test_lengths_do_not_matter(self) -> None:
+        matrix = with_spectrum(SPECTRA["gaussian"])
+        start = torch.randn(200, 2, dtype=torch.float64)
+        equal, other = (top_eigenvalues(Matrix(matrix), start=start * scale) for scale in (1, torch.tensor([1, 1e6])))
+        assert torch.allclose(equal.vectors, other.vectors)
 
     def test_shapes(self) -> None:
         operator = Matrix(with_spectrum(np.arange(10)))
@@ -412,6 +426,15 @@ class TestNetworks:
         for structure in ("kfac", "diag", "dense", "block_diag", "ekfac"):
             matrix = estimate(problem, "fisher", structure)
             assert float(top_eigenvalues(matrix, tol=1e-8).values[0]) == pytest.approx(float(matrix.eigenvalues()[-1]))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_small_matrices_are_done_whole(k: int) -> None:
+    """Where a search could end before an eigenvalue has shown itself, and all products cost nothing."""
+    matrix = with_spectrum(np.array([1.5, 2, 2, 2, 2, 2.999, 3]))
+    for seed in range(50):
+        values = top_eigenvalues(Matrix(matrix), k, tol=0.1, seed=seed).values
+        assert torch.allclose(values, torch.tensor([3, 2.999], dtype=torch.float64)[:k], rtol=1e-12)
 
 
 def test_a_norm_in_float32() -> None:
