@@ -83,16 +83,25 @@ def collect(
     """
     return {
         "command": shlex.join(sys.orig_argv),
-        "versions": _versions(),
+        **software(),
         "seeds": list(seeds),
         "data_hash": data_hash,
-        "git": _git(),
         "machine": _machine(torch.device(device)),
         "peak_rss_bytes": _peak_rss(),
         "started": started.astimezone(UTC).isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
     }
+
+
+def software() -> dict[str, Any]:
+    """Return ``versions`` and ``git``, as in ``collect``: what has to be the same for the same numbers.
+
+    Examples:
+        >>> list(software())
+        ['versions', 'git']
+    """
+    return {"versions": _versions(), "git": _git()}
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,0 +1,98 @@
+"""From a base configuration and axes to configurations: a grid, a list, random samples."""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from curvlab.errors import CurvlabError
+
+Config = dict[str, Any]
+
+
+def expand(
+    base: Mapping[str, Any],
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    samples: Sequence[Mapping[str, Any]] | None = None,
+) -> Iterator[Config]:
+    """Yield every combination of a point, a sample and an entry of the grid, over the base configuration.
+
+    Args:
+        base: What all have in common.
+        grid: Key -> its values; the last key varies fastest.
+        points: Configurations in part, such as two keys that only go together.
+        samples: The same, drawn by ``draw``.
+
+    Raises:
+        CurvlabError: An axis is empty, or two of them set the same key.
+
+    Examples:
+        >>> [(c["lr"], c["seed"]) for c in expand({"lr": 0.1}, grid={"lr": [0.1, 0.01], "seed": [0, 1]})]
+        [(0.1, 0), (0.1, 1), (0.01, 0), (0.01, 1)]
+        >>> list(expand({}, points=[{"optimizer": "sgd", "lr": 0.1}, {"optimizer": "adam", "lr": 0.001}]))
+        [{'optimizer': 'sgd', 'lr': 0.1}, {'optimizer': 'adam', 'lr': 0.001}]
+    """
+    grid = grid or {}
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise CurvlabError(f"the grid needs a list of values for {name!r}, not {values!r}")
+    axes = [points or [{}], samples or [{}]]
+    taken = set(grid)
+    for axis in axes:
+        names = {name for point in axis for name in point}
+        if names & taken:
+            raise CurvlabError(f"{min(names & taken)!r} is set by two axes; let one of them do it")
+        taken |= names
+    for point, sample, *values in product(*axes, *grid.values()):
+        yield {**base, **point, **sample, **dict(zip(grid, values, strict=True))}
+
+
+def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: int = 0) -> list[Config]:
+    """Draw values for keys; a larger count begins with the same values, and a key has the same beside any others.
+
+    Args:
+        count: How many.
+        ranges: Key -> one of ``{"uniform": [low, high]}``, ``{"log_uniform": [low, high]}``,
+            ``{"integers": [low, high]}`` (both included) and ``{"choice": [value, ...]}``.
+        seed: Of the draws.
+
+    Raises:
+        CurvlabError: A range is none of these.
+
+    Examples:
+        >>> drawn = draw(3, {"lr": {"log_uniform": [1e-4, 1e-1]}, "width": {"choice": [10, 30]}})
+        >>> [(f"{c['lr']:.4f}", c["width"]) for c in drawn]
+        [('0.0017', 30), ('0.0012', 30), ('0.0002', 10)]
+    """
+    columns = {}
+    for name, given in ranges.items():
+        if not isinstance(given, Mapping) or len(given) != 1:
+            raise CurvlabError(f"random: {name} needs one of uniform, log_uniform, integers and choice, not {given!r}")
+        ((kind, bounds),) = given.items()
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        columns[name] = [_one(name, kind, bounds, float(u)) for u in generator.random(count)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
+    """Return the value at ``u`` of ``[0, 1)``."""
+    if kind == "choice" and isinstance(bounds, Sequence) and not isinstance(bounds, str) and bounds:
+        return bounds[int(u * len(bounds))]
+    numbers = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+    if numbers and bounds[0] <= bounds[1]:
+        low, high = bounds
+        if kind == "uniform":
+            return low + u * (high - low)
+        if kind == "log_uniform" and low > 0:
+            return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
+        if kind == "integers" and isinstance(low, int) and isinstance(high, int):
+            return low + int(u * (high - low + 1))
+    raise CurvlabError(
+        f"random: {name} needs uniform or integers with [low, high], log_uniform with low above 0, "
+        f"or choice with values, not {kind}: {bounds!r}"
+    )

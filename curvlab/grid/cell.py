@@ -1,0 +1,226 @@
+"""One cell of a grid: what it is, what it is given, and what becomes of it."""
+
+import hashlib
+import json
+import os
+import random
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from multiprocessing.connection import Connection
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curvlab.errors import CurvlabError
+
+Value = None | bool | int | float | str
+Record = dict[str, Any]
+
+OUTPUT = "output.txt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell works; none of it changes a number.
+
+    Attributes:
+        folder: The cell's own, for checkpoints: it is the same when a cell that was stopped begins again, and no other
+            process of the same cell is in it.
+        data_root: Where data sets are kept; None for the default place.
+        offline: Never touch the network.
+    """
+
+    folder: Path
+    data_root: Path | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A function and the whole configuration that it is called with.
+
+    Attributes:
+        function: ``module:name`` of a ``(config, Place) -> list of records``. A record is a flat dictionary of
+            numbers, strings, booleans and None; what is not defined is None, for NaN says that the cell has failed.
+        config: The configuration, of JSON values, every default written out: it is what names the cell.
+        name: What the function is called in the store.
+        version: Of the function: a new one makes every cell a new one.
+        seed: The key of the seed in ``config``; the cells that differ in nothing else are repetitions of each other.
+    """
+
+    function: str
+    config: Mapping[str, Any]
+    name: str = ""
+    version: int = 1
+    seed: str = "seed"
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of name, version and configuration.
+
+        Raises:
+            CurvlabError: The configuration is not made of JSON values.
+        """
+        return _digest([self.name or self.function, self.version, self.config])
+
+    @cached_property
+    def point(self) -> str:
+        """The hash of all but the seed."""
+        rest = {name: value for name, value in self.config.items() if name != self.seed}
+        return _digest([self.name or self.function, self.version, rest])
+
+
+def canonical(value: Any) -> str:
+    """Return JSON that is the same text for the same value.
+
+    Raises:
+        CurvlabError: It is not made of JSON values.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CurvlabError(f"a configuration is made of JSON values, and this one is not: {error}") from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        key: Of the cell.
+        kind: How it failed: ``raised``, ``killed``, ``timeout`` or ``nan``; None if it did not.
+        error: One sentence.
+        traceback: What there is to see of an error: the traceback, or the end of what was written to the console.
+        records: What it returned.
+        seconds: Wall time.
+        peak_bytes: The peak of the process's memory, Python and torch included.
+        host: The machine.
+        threads: Of the process.
+        software: Versions and state of the code, as ``curvlab.results.provenance.software`` tells them.
+    """
+
+    key: str
+    kind: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+    records: Sequence[Record] = ()
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    host: str | None = None
+    threads: int | None = None
+    software: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(function: str) -> Callable[[Mapping[str, Any], Place], Sequence[Record]]:
+    """Return the function that ``module:name`` names.
+
+    Raises:
+        CurvlabError: There is none.
+    """
+    module, colon, name = function.partition(":")
+    if not (module and colon and name):
+        raise CurvlabError(f"a function is named as module:name, not {function!r}")
+    try:
+        found: Callable[[Mapping[str, Any], Place], Sequence[Record]] = attrgetter(name)(import_module(module))
+    except ModuleNotFoundError as error:
+        raise CurvlabError(f"function {function}: there is no module {error.name!r} to import") from error
+    except AttributeError as error:
+        raise CurvlabError(f"function {function}: {error}") from error
+    return found
+
+
+# In the process of the cell -----------------------------------------------------------------------------------------
+
+
+def work(connection: Connection) -> None:
+    """Receive a request, do it, and answer with the records or what was raised."""
+    request = json.loads(connection.recv_bytes())
+    started = time.perf_counter()
+    folder = Path(request["folder"])
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _alone(folder)
+        _redirect(folder / OUTPUT)
+        if Path(request["cwd"]).is_dir():
+            os.chdir(request["cwd"])
+        torch.set_num_threads(request["threads"])
+        _seed(request["key"])
+        data_root = request["data_root"]
+        place = Place(folder, None if data_root is None else Path(data_root), request["offline"])
+        records = [_flat(record, n) for n, record in enumerate(find(request["function"])(request["config"], place))]
+        answer = {"records": records}
+    except BaseException as error:  # SystemExit too: the cell has then not given its records
+        message = str(error) if isinstance(error, CurvlabError) else f"{type(error).__name__}: {error}"
+        answer = {"error": " ".join(message.split()), "traceback": traceback.format_exc()}
+    answer["seconds"] = time.perf_counter() - started
+    _tidy(folder)
+    connection.send_bytes(json.dumps(answer).encode())
+
+
+def _alone(folder: Path) -> int | None:
+    """Wait until no other process works in the folder: one whose run was killed may be about to end."""
+    import fcntl  # not on Windows, where sweeps do not run, but this module is imported
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _redirect(file: Path) -> None:
+    """Write to a file what is written to the console, in Python or below it."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _seed(key: str) -> None:
+    """Make a cell that draws without a generator of its own a function of its configuration."""
+    seed = int(key[:8], 16)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002: it is the old global state that is set
+    torch.manual_seed(seed)
+
+
+def _flat(record: Any, number: int) -> Record:
+    if not isinstance(record, Mapping):
+        raise CurvlabError(f"record {number} is a {type(record).__name__}, not a dictionary")
+    flat: Record = {}
+    for name, value in record.items():
+        if isinstance(value, np.generic | torch.Tensor) and not value.shape:
+            value = value.item()
+        if not (value is None or isinstance(value, bool | int | float | str)) or not isinstance(name, str):
+            raise CurvlabError(
+                f"record {number}: {name!r} is a {type(value).__name__}; records are flat, of numbers, strings and None"
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise CurvlabError(f"record {number}: {name!r} is an integer of more than 64 bits")
+        flat[name] = value
+    return flat
+
+
+def _tidy(folder: Path) -> None:
+    """Leave no folder where the cell has left nothing."""
+    import sys
+
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with suppress(OSError):
+        if not (folder / OUTPUT).stat().st_size:
+            (folder / OUTPUT).unlink()
+        folder.rmdir()  # one that holds something stays

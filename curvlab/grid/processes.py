@@ -1,0 +1,276 @@
+"""Processes for cells: forked, within milliseconds, from one that has torch behind it, and watched to their end.
+
+The standard library's fork server would do, but for three things: it starts no children in Dask's workers, which are
+daemonic; every child runs the program's main module again; and it does not tell how much memory a child has taken,
+which of one that was killed is what matters. The server is this module run as a program, with one socket to it. For
+each cell it is sent two descriptors: a socket, on which the child receives the request and answers, and a pipe, to
+which the server writes the child's process id and, when it has ended, how, and its peak of memory.
+"""
+
+import faulthandler
+import gc
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+
+from curvlab.errors import CurvlabError
+
+_PID = struct.Struct("q")
+_END = struct.Struct("qq")  # wait status, peak memory in bytes
+_LOOK = 0.5  # seconds between two looks at whether a cell is still wanted
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        answer: What it sent; None if it sent nothing.
+        code: Its exit code, or minus the number of the signal that ended it.
+        peak_bytes: The peak of its memory.
+        seconds: Its wall time.
+        stopped: Why it was killed here: ``timeout`` or ``unwanted``.
+    """
+
+    answer: bytes | None
+    code: int
+    peak_bytes: int | None
+    seconds: float
+    stopped: str | None = None
+
+
+class Server:
+    """A process that has imported what cells need and forks one for each of them.
+
+    Args:
+        threads: Of the libraries that count them when they are loaded.
+        modules: What is imported beforehand.
+    """
+
+    def __init__(self, threads: int, modules: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair()
+        count = dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), str(threads)
+        )
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._socket, self._lock = ours, threading.Lock()
+        self._process = subprocess.Popen(
+            # -P: what is in the current folder has no precedence. Not -m, which would load this module twice.
+            [sys.executable, "-P", "-c", f"import {__name__} as p; p.main()", str(theirs.fileno()), *modules],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **count, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+            start_new_session=True,  # Ctrl-C is for the one that runs the sweep
+        )
+        theirs.close()
+
+    def alive(self) -> bool:
+        """Say whether it can start processes."""
+        return self._process.poll() is None and self._socket.fileno() >= 0
+
+    def close(self) -> None:
+        """End it, and all that it has started."""
+        with self._lock:
+            self._socket.close()
+        self._process.wait()
+
+    def run(self, request: bytes, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
+        """Do a request in a process of its own.
+
+        Args:
+            request: What the process is sent.
+            timeout: Seconds after which it is killed.
+            wanted: Asked twice a second; it is killed when it is not.
+
+        Raises:
+            OSError: The server has ended before it could start one.
+        """
+        ours, theirs = socket.socketpair()
+        ending, ended = os.pipe()
+        with Connection(ours.detach()) as connection, open(ending, "rb", buffering=0) as end:
+            try:
+                with self._lock:
+                    socket.send_fds(self._socket, [b"."], [theirs.fileno(), ended])
+            finally:
+                theirs.close()
+                os.close(ended)
+            pid = _read(end.fileno(), _PID)
+            if pid is None:
+                raise ConnectionError("the process that starts the cells has ended")
+            started = time.perf_counter()
+            try:
+                with suppress(OSError):  # it has ended already, which is then what there is to say
+                    connection.send_bytes(request)
+                answer, stopped = _watched(connection, end.fileno(), timeout, wanted)
+                if stopped:
+                    _kill(pid[0])
+                seconds = time.perf_counter() - started
+                status = _read(end.fileno(), _END)
+            except BaseException:
+                _kill(pid[0])
+                raise
+        if status is None:  # the server was killed, which leaves the process behind
+            _kill(pid[0])
+            return Ended(answer, -signal.SIGKILL, None, seconds, stopped)
+        return Ended(answer, os.waitstatus_to_exitcode(status[0]), status[1], seconds, stopped)
+
+
+def _watched(
+    connection: Connection, end: int, timeout: float | None, wanted: Callable[[], bool]
+) -> tuple[bytes | None, str | None]:
+    """Wait for the answer of a process, its end, its time, or until it is not wanted; say which of the last two."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
+        ready = wait([connection, end], max(left, 0.0))
+        if connection in ready:
+            try:
+                return connection.recv_bytes(), None
+            except (EOFError, OSError):
+                return None, None
+        if ready:
+            return None, None
+        if deadline is not None and time.monotonic() >= deadline:
+            return None, "timeout"
+        if not wanted():
+            return None, "unwanted"
+
+
+def _read(descriptor: int, form: struct.Struct) -> tuple[int, ...] | None:
+    content = b""
+    while len(content) < form.size:
+        piece = os.read(descriptor, form.size - len(content))
+        if not piece:
+            return None
+        content += piece
+    return form.unpack(content)
+
+
+def _kill(pid: int) -> None:
+    """Kill a process and those that it has started."""
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+# In the server -------------------------------------------------------------------------------------------------------
+
+
+def serve(control: socket.socket) -> None:
+    """Fork a process for each message until the other end is closed; then kill those that still run."""
+    from curvlab.grid.cell import work
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # only a handler makes it wake up
+    woken, wake = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    running: dict[int, int] = {}  # process id -> where to say how it ended
+    gc.collect()
+    gc.freeze()
+    while True:
+        ready = select.select([control, woken], [], [])[0]
+        if woken in ready:
+            with suppress(BlockingIOError):
+                os.read(woken, 4096)
+            _reap(running)
+        if control not in ready:
+            continue
+        message, descriptors, *_ = socket.recv_fds(control, 1, 2)
+        if not message:
+            break
+        theirs, end = descriptors
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            control.close()
+            for descriptor in (woken, wake, end, *running.values()):
+                os.close(descriptor)
+            faulthandler.enable()  # a crash is then told in what the cell has written
+            code = 1
+            try:
+                work(Connection(theirs))
+                code = 0
+            finally:
+                os._exit(code)  # none of what the server has to do at its end
+        with suppress(OSError):
+            os.setpgid(pid, pid)  # here too: whoever is first
+        os.close(theirs)
+        running[pid] = end
+        with suppress(OSError):
+            os.write(end, _PID.pack(pid))
+    for pid in running:
+        _kill(pid)
+
+
+def _reap(running: dict[int, int]) -> None:
+    while running:
+        pid, status, usage = os.wait4(-1, os.WNOHANG)
+        if not pid:
+            return
+        end = running.pop(pid, None)
+        if end is None:
+            continue
+        _kill(pid)  # what it has started and left behind
+        peak = usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        with suppress(OSError):  # whoever wanted to know has ended
+            os.write(end, _END.pack(status, peak))
+        os.close(end)
+
+
+def main() -> None:
+    """Import what cells need, and serve."""
+    for module in sys.argv[2:]:
+        with suppress(Exception):  # a cell will tell it better
+            import_module(module)
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+# The servers of this process -----------------------------------------------------------------------------------------
+
+_servers: dict[tuple[int, str], Server] = {}
+_lock = threading.Lock()
+
+
+def run(function: str, threads: int, request: bytes, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
+    """Do a request for a function in a process of its own; the first one starts the server.
+
+    Raises:
+        CurvlabError: No process can be started.
+    """
+    module = function.partition(":")[0]
+    if not wanted():
+        return Ended(None, 0, None, 0.0, "unwanted")
+    for _ in range(2):  # a server may have been killed: memory is short where cells are
+        with _lock:
+            server = _servers.get((threads, module))
+            if server is None or not server.alive():
+                server = _servers[threads, module] = Server(threads, ["curvlab.grid.cell", module])
+        with suppress(OSError):
+            return server.run(request, timeout, wanted)
+    raise CurvlabError(
+        "the process that starts the cells has ended twice without starting one; "
+        f"is there memory left, and can {module} be imported?"
+    )
+
+
+def close() -> None:
+    """End the servers of this process."""
+    with _lock:
+        while _servers:
+            _servers.popitem()[1].close()

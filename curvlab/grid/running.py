@@ -1,0 +1,202 @@
+"""The engine: cells that are not done yet are run, each in a process of its own, and what becomes of them is stored.
+
+joblib distributes them: over threads of this process, or over the workers of a Dask cluster. Either runs ``supervised``,
+which starts the process of a cell and waits for its end, whatever that is. Only the process that called ``run`` writes
+the store. The processes have the same number of threads however many there are, so that numbers do not depend on it.
+"""
+
+import json
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import joblib
+
+from curvlab.errors import CurvlabError
+from curvlab.grid import processes
+from curvlab.grid.cell import OUTPUT, Cell, Outcome
+from curvlab.grid.store import Store, writing
+from curvlab.progress import progress
+from curvlab.results.provenance import software
+
+_END_OF_OUTPUT = 4000  # characters of what a cell wrote that are stored if it leaves nothing else
+
+Task = Mapping[str, Any]
+Advance = Callable[[Outcome], None]
+
+
+def run(
+    cells: Sequence[Cell],
+    store: Path,
+    *,
+    jobs: int | None = None,
+    threads: int = 1,
+    scheduler: str | None = None,
+    cell_timeout: float | None = None,
+    retry_failed: bool = False,
+    data_root: Path | None = None,
+    offline: bool = False,
+    data: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """Run the cells that the store does not have yet.
+
+    Args:
+        cells: The sweep; a cell that comes twice is one.
+        store: The file; made where there is none. Beside it comes a folder for the cells' own folders.
+        jobs: How many cells run at once; None for as many as the cores bear.
+        threads: Of the process of a cell.
+        scheduler: Address of a Dask scheduler, whose workers then run the cells, a thread of theirs one cell.
+        cell_timeout: Seconds after which a cell is killed; None for no limit.
+        retry_failed: Run the failed cells again.
+        data_root: Where data sets are kept.
+        offline: Never touch the network.
+        data: Names of data sets and the fingerprints that they must have on the workers of a cluster.
+
+    Returns:
+        How many cells are ``done``, ``failed`` and ``absent``, and how many the store has of earlier sweeps.
+
+    Raises:
+        CurvlabError: The store or the cluster cannot be used, now or any more; what is finished is in the store.
+    """
+    if jobs is None:
+        jobs = max(1, joblib.cpu_count() // threads)
+    store = store.absolute()
+    unique = {cell.key: cell for cell in cells}
+    with writing(store) as opened:
+        opened.register(list(unique.values()))
+        todo = opened.open_cells(retry_failed)
+        tasks = [
+            _task(cell, store, threads, cell_timeout, data_root, offline)
+            for cell in unique.values()
+            if cell.key in todo
+        ]
+        if tasks:
+            outcomes = _local(tasks, jobs) if scheduler is None else _cluster(tasks, scheduler, data or {})
+            _stored(opened, outcomes, len(tasks), jobs if scheduler is None else None)
+        return opened.tally()
+
+
+def folder_of(store: Path, key: str) -> Path:
+    """Return the folder that a cell is given, which is there if the cell has left something in it."""
+    return store.with_name(f"{store.name}.cells") / key
+
+
+def _task(
+    cell: Cell, store: Path, threads: int, timeout: float | None, data_root: Path | None, offline: bool
+) -> dict[str, Any]:
+    # A plain dictionary: of larger objects joblib's Dask backend leaves one copy on some worker, lost with that worker.
+    return {
+        "key": cell.key,
+        "function": cell.function,
+        "config": dict(cell.config),
+        "folder": str(folder_of(store, cell.key)),
+        "cwd": str(Path.cwd()),
+        "data_root": None if data_root is None else str(Path(data_root).absolute()),
+        "offline": offline,
+        "threads": threads,
+        "timeout": timeout,
+    }
+
+
+def _stored(store: Store, outcomes: Iterator[Outcome], total: int, jobs: int | None) -> None:
+    left, failed = total, 0
+
+    def note() -> str:
+        running = "" if jobs is None else f"{min(jobs, left)} running, "
+        return f"{running}{failed} failed"
+
+    # Closed at the end, whatever that is: an iterator that is not finished has processes under it.
+    with progress("sweep", total) as advance, closing(outcomes):  # type: ignore[type-var]
+        advance(0, note=note())
+        for outcome in outcomes:
+            store.finish(outcome)
+            left -= 1
+            failed += outcome.kind is not None
+            advance(note=note())
+
+
+def _local(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+    stopping = threading.Event()
+    call = joblib.delayed(supervised)
+    parallel = joblib.Parallel(jobs, backend="threading", return_as="generator_unordered", batch_size=1)
+    try:
+        yield from parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
+    finally:
+        stopping.set()
+        processes.close()
+
+
+def _cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+    try:
+        from curvlab.grid.cluster import distributed
+    except ImportError as error:
+        raise CurvlabError(
+            f"--scheduler needs Dask, and there is no {error.name}: pip install 'curvlab[cluster]'"
+        ) from error
+    yield from distributed(tasks, address, data)
+
+
+# Where a cell is run, here or on a worker ----------------------------------------------------------------------------
+
+
+def supervised(task: Task, wanted: Callable[[], bool]) -> Outcome:
+    """Run a cell in a process of its own and say what became of it; it is killed when it is not wanted any more.
+
+    Raises:
+        CurvlabError: No process can be started.
+    """
+    ended = processes.run(task["function"], task["threads"], json.dumps(task).encode(), task["timeout"], wanted)
+    here = {
+        "key": task["key"],
+        "peak_bytes": ended.peak_bytes,
+        "host": platform.node(),
+        "threads": task["threads"],
+        "software": _software(),
+    }
+    if ended.answer is None or ended.stopped:
+        kind = "timeout" if ended.stopped == "timeout" else "killed"
+        return Outcome(kind=kind, error=_why(task, ended), traceback=_output(task), seconds=ended.seconds, **here)
+    answer = json.loads(ended.answer)
+    if "error" in answer:
+        return Outcome(
+            kind="raised", error=answer["error"], traceback=answer["traceback"], seconds=answer["seconds"], **here
+        )
+    records = answer["records"]
+    nan = next((name for record in records for name, value in record.items() if value != value), None)
+    return Outcome(
+        kind=None if nan is None else "nan",
+        error=None if nan is None else f"{nan} is NaN",
+        records=records,
+        seconds=answer["seconds"],
+        **here,
+    )
+
+
+def _why(task: Task, ended: processes.Ended) -> str:
+    memory = "" if ended.peak_bytes is None else f", with {ended.peak_bytes / 1e9:.2f} GB of memory at its peak"
+    if ended.stopped == "timeout":
+        return f"not done after {task['timeout']:g} seconds{memory}"
+    if ended.code == -signal.SIGKILL:
+        return f"killed (SIGKILL), most likely because memory ran out{memory}"
+    if ended.code < 0:
+        return f"killed ({signal.Signals(-ended.code).name}){memory}"
+    return f"ended with exit code {ended.code} and no records{memory}"
+
+
+def _output(task: Task) -> str | None:
+    try:
+        text = (Path(task["folder"]) / OUTPUT).read_text(errors="replace")
+    except OSError:
+        return None
+    # After a crash Python lists every extension module that there is.
+    return text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:] or None
+
+
+@cache
+def _software() -> dict[str, Any]:
+    return software()

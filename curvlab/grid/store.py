@@ -1,0 +1,498 @@
+"""The store of a sweep: one SQLite file that one process writes and any may read."""
+
+import json
+import math
+import os
+import platform
+import sqlite3
+import statistics
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+
+from curvlab.errors import CurvlabError
+from curvlab.files import make_writable_folder
+from curvlab.grid.cell import Cell, Outcome, canonical
+
+FORMAT = 1  # of the tables below; a file of a later one is refused
+_APPLICATION = 0x63757276  # "curv", in the header of the file
+
+_SCHEMA = """
+CREATE TABLE cells (
+    key TEXT PRIMARY KEY,       -- hash of name, version and configuration
+    point TEXT NOT NULL,        -- the same without the seed
+    position INTEGER,           -- in the sweep; NULL: not of the sweep as it was last run
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    config TEXT NOT NULL,       -- JSON, whole
+    seed INTEGER,
+    seed_name TEXT NOT NULL,    -- its key in config
+    status TEXT NOT NULL DEFAULT 'absent' CHECK (status IN ('absent', 'done', 'failed')),
+    kind TEXT,                  -- how it failed: raised, killed, timeout, nan
+    error TEXT,
+    traceback TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    seconds REAL,
+    peak_bytes INTEGER,
+    host TEXT,
+    threads INTEGER,
+    software INTEGER REFERENCES software (id),
+    ended TEXT                  -- UTC
+);
+CREATE INDEX cells_of_point ON cells (point);
+CREATE TABLE software (id INTEGER PRIMARY KEY, described TEXT NOT NULL UNIQUE);  -- JSON: versions, git
+CREATE TABLE entries (
+    cell TEXT NOT NULL REFERENCES cells (key),
+    row INTEGER NOT NULL,       -- which of the cell's records
+    number INTEGER NOT NULL,    -- which of the record's entries
+    name TEXT NOT NULL,
+    type TEXT NOT NULL CHECK (type IN ('NoneType', 'bool', 'int', 'float', 'str')),
+    value,                      -- of any type, kept as it is; NaN, which SQLite does not have, is a float without a value
+    PRIMARY KEY (cell, row, number)
+) WITHOUT ROWID;
+"""
+
+
+class Store:
+    """The cells of a sweep and what became of them.
+
+    Made by ``reading`` and ``writing``. All tables are of the sweep as it was last run: cells that are no longer of it,
+    by their configuration or version, are kept and counted, and come back with the sweep that has them.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        connection.create_aggregate("mean", 1, _Mean)  # type: ignore[arg-type]
+        connection.create_aggregate("std", 1, _Std)  # type: ignore[arg-type]
+
+    # Writing
+
+    def register(self, cells: Sequence[Cell]) -> None:
+        """Enter the cells of the sweep, in its order; what is known of those that were there stays."""
+        rows = [
+            (
+                cell.key,
+                cell.point,
+                position,
+                cell.name or cell.function,
+                cell.version,
+                canonical(cell.config),
+                _seed(cell),
+                cell.seed,
+            )
+            for position, cell in enumerate(cells)
+        ]
+        with self._writes() as connection:
+            before = connection.execute("SELECT key FROM cells WHERE position IS NOT NULL ORDER BY position").fetchall()
+            if [row[0] for row in rows] == [key for (key,) in before]:
+                return
+            connection.execute("UPDATE cells SET position = NULL")
+            connection.executemany(
+                "INSERT INTO cells (key, point, position, name, version, config, seed, seed_name) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET position = excluded.position",
+                rows,
+            )
+
+    def open_cells(self, retry_failed: bool = False) -> set[str]:
+        """Return the keys of the cells that are to be run: the absent ones, and with ``retry_failed`` the failed."""
+        statuses = ("absent", "failed") if retry_failed else ("absent", "absent")
+        rows = self._rows("SELECT key FROM cells WHERE position IS NOT NULL AND status IN (?, ?)", statuses)
+        return {key for (key,) in rows}
+
+    def finish(self, outcome: Outcome) -> None:
+        """Record what became of a cell, in one transaction; of a cell that is done nothing is changed."""
+        software = canonical(outcome.software)
+        with self._writes() as connection:
+            connection.execute("INSERT OR IGNORE INTO software (described) VALUES (?)", (software,))
+            changed = connection.execute(
+                "UPDATE cells SET status = ?, kind = ?, error = ?, traceback = ?, attempts = attempts + 1, "
+                "seconds = ?, peak_bytes = ?, host = ?, threads = ?, ended = ?, "
+                "software = (SELECT id FROM software WHERE described = ?) WHERE key = ? AND status <> 'done'",
+                (
+                    "done" if outcome.kind is None else "failed",
+                    outcome.kind,
+                    outcome.error,
+                    outcome.traceback,
+                    outcome.seconds,
+                    outcome.peak_bytes,
+                    outcome.host,
+                    outcome.threads,
+                    datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    software,
+                    outcome.key,
+                ),
+            ).rowcount
+            if not changed:
+                return
+            connection.execute("DELETE FROM entries WHERE cell = ?", (outcome.key,))
+            connection.executemany(
+                "INSERT INTO entries (cell, row, number, name, type, value) VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (outcome.key, row, number, name, type(value).__name__, value)
+                    for row, record in enumerate(outcome.records)
+                    for number, (name, value) in enumerate(record.items())
+                ],
+            )
+
+    # Reading
+
+    def tally(self) -> dict[str, int]:
+        """Return how many cells are ``done``, ``failed`` and ``absent``, and how many are kept of earlier sweeps."""
+        counts = dict.fromkeys(("done", "failed", "absent", "earlier"), 0)
+        query = "SELECT CASE WHEN position IS NULL THEN 'earlier' ELSE status END AS what, count(*) FROM cells GROUP BY what"
+        return counts | dict(self._rows(query))
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Return the failed cells in the order of the sweep: their columns, and ``axes``, what sets them apart."""
+        columns = ("key", "kind", "error", "traceback", "seed", "seconds", "peak_bytes", "host", "attempts", "config")
+        rows = self._rows(
+            f"SELECT {', '.join(columns)} FROM cells WHERE position IS NOT NULL AND status = 'failed' ORDER BY position"
+        )
+        varied = self.axes()
+        found = []
+        for row in rows:
+            cell = dict(zip(columns, row, strict=True))
+            config = json.loads(cell.pop("config"))
+            found.append(cell | {"axes": {name: config.get(name) for name in varied}})
+        return found
+
+    def axes(self) -> list[str]:
+        """Return the keys whose values differ between the configurations of the sweep, the seed left out."""
+        rows = self._rows(
+            "SELECT entry.key FROM cells, json_each(cells.config) AS entry "
+            "WHERE position IS NOT NULL AND entry.key <> cells.seed_name GROUP BY entry.key "
+            "HAVING count(DISTINCT entry.type || ':' || coalesce(entry.value, '')) > 1 "
+            "OR count(*) < (SELECT count(*) FROM cells WHERE position IS NOT NULL) ORDER BY entry.key"
+        )
+        return [name for (name,) in rows]
+
+    def software(self) -> list[dict[str, Any]]:
+        """Return every combination of versions and state of the code that cells were computed with."""
+        return [json.loads(text) for (text,) in self._rows("SELECT described FROM software ORDER BY id")]
+
+    def seconds(self) -> float:
+        """Return the seconds that the cells of the sweep have taken, added up."""
+        ((seconds,),) = self._rows("SELECT total(seconds) FROM cells WHERE position IS NOT NULL")
+        return float(seconds)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the records of the cells that are done, as the cells returned them, in the order of the sweep."""
+        return [record for key, record in self._records() if key[1] == "done"]
+
+    def table(self) -> pd.DataFrame:
+        """Return a row a record: the cell, its axes (``config.NAME``), the record, what it took, and how it failed.
+
+        A cell without records, failed or absent, has a row too.
+        """
+        axes, number = self.axes(), {}
+        described = (
+            "key",
+            "status",
+            "kind",
+            "error",
+            "config",
+            "seed",
+            "seconds",
+            "peak_bytes",
+            "host",
+            "threads",
+            "software",
+            "ended",
+        )
+        cells = self._rows(f"SELECT {', '.join(described)} FROM cells WHERE position IS NOT NULL ORDER BY position")
+        of_cell: dict[str, list[dict[str, Any]]] = {}
+        for (key, _), record in self._records():
+            of_cell.setdefault(key, []).append(record)
+        rows = []
+        for values in cells:
+            cell = dict(zip(described, values, strict=True))
+            config = json.loads(cell.pop("config"))
+            head = {"cell": cell.pop("key"), "status": cell.pop("status"), "kind": cell.pop("kind")}
+            head |= {f"config.{name}": _text(config.get(name)) for name in axes} | {"config.seed": cell.pop("seed")}
+            tail = {f"cell.{name}": value for name, value in cell.items()}
+            rows += [head | record | tail for record in of_cell.get(head["cell"], [{}])]
+        number = {name: place for place, name in enumerate(dict.fromkeys(name for row in rows for name in row))}
+        ordered = sorted(number, key=lambda name: (name.startswith("cell."), number[name]))
+        # As objects: a column of integers with a gap stays one of integers, and NaN is told from nothing.
+        return pd.DataFrame([{name: row.get(name) for name in ordered} for row in rows], columns=ordered, dtype=object)
+
+    def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return means and standard deviations over the seeds, a row a configuration and group of records.
+
+        Args:
+            by: The keys of the records that make a group; strings always do.
+            values: The keys of the numbers to average; None for all.
+
+        Returns:
+            The axes, the keys ``by``, ``seeds`` (done), ``failed`` and ``absent`` (how many more there should be) and
+            for each value its mean and ``<value>_std`` (n - 1; missing for one seed). Where a record of the group has
+            None, the mean is missing too. Bit for bit the same in whatever order the cells ended.
+
+        Raises:
+            CurvlabError: No record has such a key, or a seed has several records in a group.
+        """
+        here = "cells.position IS NOT NULL AND cells.status = 'done'"
+        rows = self._rows(
+            f"SELECT e.name, type, count(*) FROM entries AS e JOIN cells ON cells.key = cell WHERE {here} "
+            "GROUP BY e.name, type ORDER BY min(number), e.name"
+        )
+        known = list(dict.fromkeys(name for name, _, _ in rows))
+        texts = [name for name, kind, _ in rows if kind == "str"]
+        numbers = [name for name, kind, _ in rows if kind in ("int", "float")]
+        for name in (*by, *(values or ())):
+            if known and name not in known:
+                raise CurvlabError(f"no record has {name!r}; they have {', '.join(known)}")
+        groups = list(dict.fromkeys([*texts, *by]))
+        averaged = [n for n in dict.fromkeys(numbers) if n not in groups and (values is None or n in values)]
+        joins = "".join(
+            f" LEFT JOIN entries AS g{n} ON g{n}.cell = e.cell AND g{n}.row = e.row AND g{n}.name = ?"
+            for n in range(len(groups))
+        )
+        keys = ", ".join(["point", *(f"g{n}.value" for n in range(len(groups)))])
+        found = self._rows(
+            f"SELECT e.name, mean(e.value), std(e.value), count(*), count(DISTINCT e.cell), {keys} "
+            f"FROM entries AS e JOIN cells ON cells.key = e.cell{joins} "
+            f"WHERE {here} AND e.name IN (SELECT value FROM json_each(?)) "
+            f"GROUP BY e.name, {keys} ORDER BY min(position), min(e.row), min(e.number)",
+            (*groups, json.dumps(averaged)),
+        )
+        seeds = {
+            tuple(group): count
+            for count, *group in self._rows(
+                f"SELECT count(DISTINCT e.cell), {keys} FROM entries AS e "
+                f"JOIN cells ON cells.key = e.cell{joins} WHERE {here} GROUP BY {keys}",
+                groups,
+            )
+        }
+        tables: dict[Any, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        for name, mean, std, count, cells, point, *group in found:
+            if count > cells:
+                raise CurvlabError(
+                    f"a cell has {count // cells} records of the same group; name what tells them apart with "
+                    f"--by (one or several of {', '.join(n for n in known if n not in groups)})"
+                )
+            row = tables.setdefault(point, {}).setdefault(tuple(group), {"seeds": seeds[point, *group]})
+            if cells < row["seeds"]:  # a seed without the number: as one with None
+                mean = std = None
+            row |= {name: mean, f"{name}_std": std}
+        axes = self.axes()
+        points = self._rows(
+            "SELECT point, min(config), sum(status = 'done'), sum(status = 'failed'), sum(status = 'absent') "
+            "FROM cells WHERE position IS NOT NULL GROUP BY point ORDER BY min(position)"
+        )
+        lines = []
+        for point, config, done, failed, absent in points:
+            whole = json.loads(config)
+            head = {f"config.{name}": _text(whole.get(name)) for name in axes}
+            for group, row in tables.get(point, {(): {"seeds": done}}).items():
+                named = dict(zip(groups, group, strict=True)) if group else {}
+                lines.append(head | named | {"seeds": row.pop("seeds"), "failed": failed, "absent": absent} | row)
+        columns = [f"config.{name}" for name in axes] + groups + ["seeds", "failed", "absent"]
+        columns += [name for value in averaged for name in (value, f"{value}_std")]
+        return pd.DataFrame(lines, columns=columns, dtype=object)
+
+    def _records(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+        """Yield ``(key, status)`` and each record of the sweep, in its order."""
+        rows = self._rows(
+            "SELECT cells.key, status, row, entries.name, type, value FROM entries JOIN cells ON cells.key = cell "
+            "WHERE position IS NOT NULL ORDER BY position, row, number"
+        )
+        last, record = None, {}
+        for key, status, row, name, kind, value in rows:
+            if last is not None and last != (key, status, row):
+                yield last[:2], record
+                record = {}
+            last = (key, status, row)
+            record[name] = math.nan if kind == "float" and value is None else bool(value) if kind == "bool" else value
+        if last is not None:
+            yield last[:2], record
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with _told(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _writes(self) -> Iterator[sqlite3.Connection]:
+        with _told(self.path), self._connection:  # commits, or rolls back
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Store]:
+    """Open a store as its one writer; make it where there is none.
+
+    Raises:
+        CurvlabError: Another process writes it, it cannot be written, it is damaged, of a newer version or no store.
+    """
+    make_writable_folder(path.parent)
+    with _lock(path), _told(path):
+        if path.exists():
+            _check(path, begun=False).close()
+        connection = sqlite3.connect(path, isolation_level=None, timeout=30)
+        try:
+            if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                raise CurvlabError(f"{path} lies on a file system without shared memory; choose a local folder")
+            connection.execute("PRAGMA synchronous = FULL")  # also what the machine's power takes is whole or absent
+            connection.execute("PRAGMA foreign_keys = ON")
+            if not connection.execute("PRAGMA user_version").fetchone()[0]:
+                connection.executescript(
+                    f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {FORMAT}; COMMIT;"
+                )
+            yield Store(path, connection)
+        finally:
+            connection.close()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Store]:
+    """Open a store to read it, also while another process writes it.
+
+    Raises:
+        CurvlabError: There is none, or it is damaged, of a newer version or no store.
+    """
+    if not path.exists():
+        raise CurvlabError(f"there is no store {path}")
+    with _told(path):
+        connection = _check(path, begun=True)
+        try:
+            yield Store(path, connection)
+        finally:
+            connection.close()
+
+
+def _check(path: Path, begun: bool) -> sqlite3.Connection:
+    """Return a connection that reads the file, which is whole and one of ours, or if not ``begun`` empty."""
+    if path.is_dir():
+        raise CurvlabError(f"{path} is a folder; name the file of the store in it")
+    place = path.resolve().as_uri()
+    try:
+        connection = sqlite3.connect(f"{place}?mode=ro", uri=True, timeout=30)
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            raise
+        # Where nothing may be written, not even what readers and writers share, nobody writes.
+        connection = sqlite3.connect(f"{place}?mode=ro&immutable=1", uri=True)
+    try:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        if not (application or version or tables or begun):
+            return connection  # a run was killed before it could make the tables
+        if application != _APPLICATION:
+            raise CurvlabError(f"{path} is a database, but not the store of a sweep; choose another file")
+        if version > FORMAT:
+            raise CurvlabError(
+                f"{path} was written by a newer curvlab (format {version}, this one knows {FORMAT}); update curvlab"
+            )
+        ((found),) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise _damaged(path, found)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the right to write the store; the system takes it back from a process that is killed."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise CurvlabError("sweeps run on Linux and macOS; on Windows, run them in WSL") from error
+    file = path.with_name(f"{path.name}.lock")
+    try:
+        held: IO[str] = file.open("a+")
+    except OSError as error:
+        raise CurvlabError(f"cannot write {file}: {error.strerror}; choose a folder that is writable") from error
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held.seek(0)
+            who = held.read().strip() or "another process"
+            raise CurvlabError(
+                f"{path} is being written by {who}; wait for its end, or choose another store"
+            ) from error
+        with suppress(OSError):  # the disk is full: it is then not said who holds the lock
+            held.truncate(0)
+            held.write(f"process {os.getpid()} on {platform.node()}")
+            held.flush()
+        yield
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn the errors of SQLite into one sentence each."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise _damaged(path, str(error)) from error
+        if code == sqlite3.SQLITE_FULL:
+            reason = "there is no space left; make some, and repeat the command: what is finished is in the store"
+        elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            reason = f"{error}; choose a folder that is writable"
+        elif code == sqlite3.SQLITE_BUSY:
+            reason = "another program holds it; close that program"
+        elif code == sqlite3.SQLITE_IOERR:
+            reason = f"{error}; is the disk full or gone? what is finished is in the store"
+        else:
+            raise
+        raise CurvlabError(f"cannot write {path}: {reason}") from error
+
+
+def _damaged(path: Path, what: str) -> CurvlabError:
+    return CurvlabError(
+        f"{path} is damaged or no store ({what}); move it away, or save what can be read with: "
+        f"sqlite3 {path} .recover | sqlite3 recovered.sqlite"
+    )
+
+
+def _seed(cell: Cell) -> int | None:
+    value = cell.config.get(cell.seed)
+    if isinstance(value, Collection) and not isinstance(value, str) and len(value) == 1:
+        (value,) = value
+    return value if isinstance(value, int) else None
+
+
+def _text(value: Any) -> Any:
+    return canonical(value) if isinstance(value, list | dict) else value
+
+
+class _Values:
+    """An SQL aggregate that gathers numbers."""
+
+    def __init__(self) -> None:
+        self.values: list[float | None] = []
+
+    def step(self, value: Any) -> None:
+        self.values.append(float(value) if isinstance(value, int | float) else None)
+
+    def known(self) -> list[float]:
+        """Return the numbers; none if one is missing, not finite or no number."""
+        known = [value for value in self.values if value is not None and math.isfinite(value)]
+        return known if len(known) == len(self.values) else []
+
+
+class _Mean(_Values):
+    def finalize(self) -> float | None:
+        known = self.known()
+        return math.fsum(known) / len(known) if known else None  # exact, whatever the order
+
+
+class _Std(_Values):
+    def finalize(self) -> float | None:
+        known = self.known()
+        return statistics.stdev(known) if len(known) > 1 else None  # in exact fractions
