@@ -8,7 +8,7 @@ import argparse
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +18,9 @@ import pydantic
 import yaml
 from rich.console import Console
 
+from curvlab import grid
 from curvlab.errors import CurvlabError
+from curvlab.grid import Cell, Place
 
 _NONE = "none"
 _WORDS = {"integer": "N", "number": "X", "string": "TEXT", "null": _NONE}
@@ -52,6 +54,48 @@ class RunOptions(Config):
     """Never touch the network: data that are not on disk are an error."""
 
 
+class GridOptions(RunOptions):
+    """How to run an analysis that is a grid of cells."""
+
+    titles: ClassVar[Mapping[str, str]] = {**RunOptions.titles, "jobs": "running"}
+
+    jobs: int | None = pydantic.Field(default=None, ge=1)
+    """Cells at once, each in a process of its own; the numbers are the same to the bit whatever this is. Else as many
+    as the cores bear."""
+    threads: int = pydantic.Field(default=1, ge=1)
+    """Threads of each process; another number of them may round otherwise."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler, such as tcp://HOST:8786, whose workers then run the cells."""
+    cell_timeout: float | None = pydantic.Field(default=None, gt=0)
+    """Seconds after which a cell is stopped and recorded as failed."""
+    retry_failed: bool = False
+    """Run the cells again that have failed."""
+
+    def run(self, cells: Sequence[Cell], store: Path, data: Mapping[str, str] | None = None) -> dict[str, int]:
+        """Run the cells that the store does not have; see ``curvlab.grid.run``.
+
+        Args:
+            cells: The grid.
+            store: The file.
+            data: Names of data sets and their fingerprints, which workers of a cluster must have too.
+
+        Raises:
+            CurvlabError: The store or the cluster cannot be used.
+        """
+        return grid.run(
+            cells,
+            store,
+            jobs=self.jobs,
+            threads=self.threads,
+            scheduler=self.scheduler,
+            cell_timeout=self.cell_timeout,
+            retry_failed=self.retry_failed,
+            data_root=self.data_root,
+            offline=self.offline,
+            data=data,
+        )
+
+
 class _Command(Config):
     """What is said to the command itself."""
 
@@ -79,14 +123,48 @@ class Analysis(Generic[C]):
     Attributes:
         config: Its config, a ``Config``.
         presets: Configs by name; ``default`` among them.
-        run: Does it, and prints its tables; raises ``CurvlabError`` for what a user can mend.
+        run: Does it, and prints its tables; raises ``CurvlabError`` for what a user can mend. It is given the
+            ``GridOptions`` if there is a ``cell``, else the ``RunOptions``.
         description: What ``--help`` says first.
+        cell: One cell of its grid, with one seed: gives flat records. None for an analysis that is no grid.
+        version: Of ``cell``: raised when its numbers change, so that stores do not mix old ones with new.
     """
 
     config: type[C]
     presets: Mapping[str, C]
-    run: Callable[[C, RunOptions, Console], None]
+    run: Callable[[C, Any, Console], None]
     description: str
+    cell: Callable[[C, Place], Sequence[Mapping[str, Any]]] | None = None
+    version: int = 1
+
+    @property
+    def seed(self) -> str:
+        """The field of the seed, ``seed`` or ``seeds``."""
+        return "seeds" if "seeds" in self.config.model_fields else "seed"
+
+    def cells(self, configs: Iterable[C], seeds: Iterable[int] | None = None) -> list[Cell]:
+        """Return the cells of configurations and seeds; without seeds, those of each configuration itself.
+
+        Raises:
+            CurvlabError: The analysis is no grid.
+        """
+        if self.cell is None:
+            raise CurvlabError("this analysis is no grid: it has no cells")
+        module = self.cell.__module__
+        found = []
+        for config in configs:
+            values = config.model_dump(mode="json")
+            own = values.get(self.seed, 0)
+            for seed in (own if isinstance(own, list) else [own]) if seeds is None else seeds:
+                whole = values | {self.seed: [seed] if self.seed == "seeds" else seed}
+                name = module.rpartition(".")[2]
+                found.append(Cell(f"{module}:ANALYSIS.run_cell", whole, name, self.version, self.seed))
+        return found
+
+    def run_cell(self, values: Mapping[str, Any], place: Place) -> Sequence[Mapping[str, Any]]:
+        """Run a cell as ``curvlab.grid`` calls it, with the configuration as JSON values."""
+        assert self.cell is not None
+        return self.cell(self.config(**values), place)
 
 
 def execute(analysis: Analysis[C], arguments: list[str], program: str) -> int:
@@ -95,24 +173,32 @@ def execute(analysis: Analysis[C], arguments: list[str], program: str) -> int:
     Returns:
         The exit code: 0 done, 2 bad input.
     """
+    return told(lambda: _execute(analysis, arguments, program), debug="--debug" in arguments)
+
+
+def told(action: Callable[[], int | None], debug: bool) -> int:
+    """Do something, and turn an error into one sentence on standard error.
+
+    Returns:
+        The exit code: that of the action or 0, 2 for an error.
+    """
     try:
-        _execute(analysis, arguments, program)
+        return action() or 0
     except CurvlabError as error:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
         return 2
-    return 0
 
 
 def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
     # Preset and file set the values that the options start from, which the help shows: they are looked for first.
-    first = _Parser(program)
+    first = Parser(program)
     first.add(_Command())
     chosen, _ = first.parse_known_args(arguments)
-    command = _validated(_Command, _part(vars(chosen), _Command), _option)
+    command = validated(_Command, part(vars(chosen), _Command), option_name)
     if command.preset not in analysis.presets:
         raise CurvlabError(
             f"there is no preset {command.preset!r}; the nearest is {nearest(command.preset, analysis.presets)!r} "
@@ -122,30 +208,27 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
     if command.config is not None:
         base = _read_config(command.config, base)
 
-    parser = _Parser(program, f"{analysis.description} Presets: {', '.join(analysis.presets)}.")
-    sections = (command, base, RunOptions())
+    parser = Parser(program, f"{analysis.description} Presets: {', '.join(analysis.presets)}.")
+    kind = RunOptions if analysis.cell is None else GridOptions
+    sections = (command, base, kind())
     for values in sections:
         parser.add(values)
     if command.help:
         print(parser.format_help(), end="")
         return
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("-"):
-            raise CurvlabError(f"{name!r} belongs to no option ({program} --help shows them all)")
-        names = [_option(field) for values in sections for field in type(values).model_fields]
-        raise CurvlabError(
-            f"there is no option {name}; the nearest is {nearest(name, names)} ({program} --help shows them all)"
-        )
-    given = vars(known)
-    config = _validated(type(base), {**base.model_dump(), **_part(given, type(base))}, _option)
-    options = _validated(RunOptions, _part(given, RunOptions), _option)
+    given = parser.known(arguments, sections)
+    config = validated(type(base), {**base.model_dump(), **part(given, type(base))}, option_name)
+    options = validated(kind, part(given, kind), option_name)
     if command.print_config:
         print(config.to_yaml(), end="")
         return
-    console = _Console()
-    analysis.run(config, options, console if console.is_terminal else _Console(width=_PIPE_WIDTH))
+    analysis.run(config, options, console())
+
+
+def console() -> Console:
+    """Return what tables are printed on."""
+    terminal = _Console()
+    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH)
 
 
 class _Console(Console):
@@ -156,7 +239,7 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Makes options of the fields of configs; they keep the strings that they are given, and only those given."""
 
     def __init__(self, program: str, description: str = "") -> None:
@@ -179,7 +262,7 @@ class _Parser(argparse.ArgumentParser):
         for name, schema in type(values).model_json_schema()["properties"].items():
             if name in values.titles:
                 group = self.add_argument_group(values.titles[name])
-            flags = ["-h", "--help"] if name == "help" else [_option(name)]
+            flags = ["-h", "--help"] if name == "help" else [option_name(name)]
             text = schema["description"].replace("%", "%%")
             if schema.get("type") == "boolean":
                 group.add_argument(*flags, action="store_true", help=text)
@@ -194,6 +277,23 @@ class _Parser(argparse.ArgumentParser):
                 help=f"{text} (default: {_NONE if value is None else shown})",
             )
 
+    def known(self, arguments: list[str], sections: Iterable[Config]) -> dict[str, Any]:
+        """Return what the options were given.
+
+        Raises:
+            CurvlabError: One of them there is not.
+        """
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise CurvlabError(f"{name!r} belongs to no option ({self.prog} --help shows them all)")
+            names = [option_name(field) for values in sections for field in type(values).model_fields]
+            raise CurvlabError(
+                f"there is no option {name}; the nearest is {nearest(name, names)} ({self.prog} --help shows them all)"
+            )
+        return vars(known)
+
 
 def _word(form: Mapping[str, Any]) -> str:
     """Return what stands for a value in the help, from its JSON schema; for a list, what stands for an item."""
@@ -205,7 +305,7 @@ def _word(form: Mapping[str, Any]) -> str:
     return "|".join(choices) if choices != [None] else _WORDS[form["type"]]
 
 
-def _part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+def part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
     """Return what was given for the fields of a config, as its validation takes it.
 
     Raises:
@@ -217,7 +317,7 @@ def _part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
             continue
         words: list[str] = given[name] if isinstance(given[name], list) else [given[name]]
         if "" in words:
-            raise CurvlabError(f"{_option(name)} was given an empty value; leave it out, or write what it is to be")
+            raise CurvlabError(f"{option_name(name)} was given an empty value; leave it out, or write what it is to be")
         forms = schema.get("anyOf", ())
         special: dict[str, Any] = {form["const"]: form["const"] for form in forms if "const" in form}
         if {"type": "null"} in forms:
@@ -226,7 +326,7 @@ def _part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
     return part
 
 
-def _validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str]) -> C:
+def validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str]) -> C:
     """Make a config.
 
     Args:
@@ -249,8 +349,26 @@ def _validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], s
 
 
 def _read_config(file: Path, base: C) -> C:
+    return changed(base, read_yaml(file), file)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-3`` as the number that it is in YAML 1.2, where PyYAML has a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the options that a file holds.
+
+    Raises:
+        CurvlabError: It cannot be read, or holds anything else.
+    """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a safe one
     except OSError as error:
         raise CurvlabError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
@@ -259,11 +377,20 @@ def _read_config(file: Path, base: C) -> C:
         raise CurvlabError(f"{file} is not YAML: {reason}") from error
     if not isinstance(values, dict):
         raise CurvlabError(f"{file} does not hold options, each a line key: value")
+    return values
+
+
+def changed(base: C, values: Mapping[str, Any], file: Path) -> C:
+    """Return a config with other values, which a file has.
+
+    Raises:
+        CurvlabError: It has no such field, or a value is not right.
+    """
     known = type(base).model_fields
     for key in values:
         if key not in known:
             raise CurvlabError(f"{file}: there is no option {key!r}; the nearest is {nearest(str(key), known)!r}")
-    return _validated(type(base), {**base.model_dump(), **values}, lambda name: f"{file}: {name}")
+    return validated(type(base), {**base.model_dump(), **values}, lambda name: f"{file}: {name}")
 
 
 def nearest(name: str, names: Collection[str]) -> str:
@@ -271,5 +398,6 @@ def nearest(name: str, names: Collection[str]) -> str:
     return get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """Return the option of a field."""
     return f"--{name.replace('_', '-')}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -149,10 +150,10 @@ def work(connection: Connection) -> None:
     request = json.loads(connection.recv_bytes())
     started = time.perf_counter()
     folder = Path(request["folder"])
-    lock = None
+    answer: dict[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _alone(folder)
+        _alone(folder)
         _redirect(folder / OUTPUT)
         if Path(request["cwd"]).is_dir():
             os.chdir(request["cwd"])
@@ -170,14 +171,16 @@ def work(connection: Connection) -> None:
     connection.send_bytes(json.dumps(answer).encode())
 
 
-def _alone(folder: Path) -> int | None:
-    """Wait until no other process works in the folder: one whose run was killed may be about to end."""
+def _alone(folder: Path) -> None:
+    """Wait until no other process works in the folder, and hold it as long as this one lives.
+
+    One whose run was killed may be about to end, or on a cluster not know yet.
+    """
     import fcntl  # not on Windows, where sweeps do not run, but this module is imported
 
     descriptor = os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
 
 
 def _redirect(file: Path) -> None:
@@ -192,7 +195,7 @@ def _seed(key: str) -> None:
     """Make a cell that draws without a generator of its own a function of its configuration."""
     seed = int(key[:8], 16)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002: it is the old global state that is set
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -215,8 +218,6 @@ def _flat(record: Any, number: int) -> Record:
 
 def _tidy(folder: Path) -> None:
     """Leave no folder where the cell has left nothing."""
-    import sys
-
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,7 +11,6 @@ import faulthandler
 import gc
 import os
 import platform
-import select
 import signal
 import socket
 import struct
@@ -24,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from curvlab.errors import CurvlabError
 
@@ -64,7 +64,7 @@ class Server:
         count = dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), str(threads)
         )
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._socket, self._lock = ours, threading.Lock()
         self._process = subprocess.Popen(
             # -P: what is in the current folder has no precedence. Not -m, which would load this module twice.
@@ -99,7 +99,7 @@ class Server:
         """
         ours, theirs = socket.socketpair()
         ending, ended = os.pipe()
-        with Connection(ours.detach()) as connection, open(ending, "rb", buffering=0) as end:
+        with Connection(ours.detach()) as connection, os.fdopen(ending, "rb") as end:
             try:
                 with self._lock:
                     socket.send_fds(self._socket, [b"."], [theirs.fileno(), ended])
@@ -181,7 +181,7 @@ def serve(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     while True:
-        ready = select.select([control, woken], [], [])[0]
+        ready: Sequence[object] = wait([control, woken])
         if woken in ready:
             with suppress(BlockingIOError):
                 os.read(woken, 4096)

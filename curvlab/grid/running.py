@@ -1,8 +1,9 @@
 """The engine: cells that are not done yet are run, each in a process of its own, and what becomes of them is stored.
 
-joblib distributes them: over threads of this process, or over the workers of a Dask cluster. Either runs ``supervised``,
-which starts the process of a cell and waits for its end, whatever that is. Only the process that called ``run`` writes
-the store. The processes have the same number of threads however many there are, so that numbers do not depend on it.
+joblib distributes them: over threads of this process, or over the workers of a Dask cluster. Either runs
+``supervised``, which starts the process of a cell and waits for its end, whatever that is. Only the process that
+called ``run`` writes the store. All cells have the same number of threads, however many run at once, so that their
+numbers do not depend on it.
 """
 
 import json

@@ -51,7 +51,7 @@ CREATE TABLE entries (
     number INTEGER NOT NULL,    -- which of the record's entries
     name TEXT NOT NULL,
     type TEXT NOT NULL CHECK (type IN ('NoneType', 'bool', 'int', 'float', 'str')),
-    value,                      -- of any type, kept as it is; NaN, which SQLite does not have, is a float without a value
+    value,                      -- as it is; NaN, which SQLite does not have, is a float without one
     PRIMARY KEY (cell, row, number)
 ) WITHOUT ROWID;
 """
@@ -60,7 +60,7 @@ CREATE TABLE entries (
 class Store:
     """The cells of a sweep and what became of them.
 
-    Made by ``reading`` and ``writing``. All tables are of the sweep as it was last run: cells that are no longer of it,
+    Made by ``reading`` and ``writing``. All tables are of the sweep as it was last run: cells that are no more of it,
     by their configuration or version, are kept and counted, and come back with the sweep that has them.
 
     Attributes:
@@ -147,11 +147,15 @@ class Store:
     def tally(self) -> dict[str, int]:
         """Return how many cells are ``done``, ``failed`` and ``absent``, and how many are kept of earlier sweeps."""
         counts = dict.fromkeys(("done", "failed", "absent", "earlier"), 0)
-        query = "SELECT CASE WHEN position IS NULL THEN 'earlier' ELSE status END AS what, count(*) FROM cells GROUP BY what"
-        return counts | dict(self._rows(query))
+        return counts | dict(
+            self._rows(
+                "SELECT CASE WHEN position IS NULL THEN 'earlier' ELSE status END AS what, count(*) "
+                "FROM cells GROUP BY what"
+            )
+        )
 
     def failed(self) -> list[dict[str, Any]]:
-        """Return the failed cells in the order of the sweep: their columns, and ``axes``, what sets them apart."""
+        """Return the failed cells in the order of the sweep: their columns, and what sets them apart as ``axes``."""
         columns = ("key", "kind", "error", "traceback", "seed", "seconds", "peak_bytes", "host", "attempts", "config")
         rows = self._rows(
             f"SELECT {', '.join(columns)} FROM cells WHERE position IS NOT NULL AND status = 'failed' ORDER BY position"
@@ -160,8 +164,8 @@ class Store:
         found = []
         for row in rows:
             cell = dict(zip(columns, row, strict=True))
-            config = json.loads(cell.pop("config"))
-            found.append(cell | {"axes": {name: config.get(name) for name in varied}})
+            config = json.loads(cell["config"])
+            found.append(cell | {"config": config, "axes": {name: config.get(name) for name in varied}})
         return found
 
     def axes(self) -> list[str]:
@@ -174,9 +178,22 @@ class Store:
         )
         return [name for (name,) in rows]
 
-    def software(self) -> list[dict[str, Any]]:
-        """Return every combination of versions and state of the code that cells were computed with."""
-        return [json.loads(text) for (text,) in self._rows("SELECT described FROM software ORDER BY id")]
+    def kinds(self) -> dict[str, int]:
+        """Return how many cells have failed in which way."""
+        return dict(
+            self._rows(
+                "SELECT kind, count(*) FROM cells WHERE position IS NOT NULL AND status = 'failed' "
+                "GROUP BY kind ORDER BY kind"
+            )
+        )
+
+    def software(self) -> dict[int, dict[str, Any]]:
+        """Return the versions and states of the code that the cells of the sweep were computed with, by their number.
+
+        It is one, unless the sweep was continued with others.
+        """
+        query = "SELECT id, described FROM software WHERE id IN (SELECT software FROM cells WHERE position IS NOT NULL)"
+        return {number: json.loads(text) for number, text in self._rows(query)}
 
     def seconds(self) -> float:
         """Return the seconds that the cells of the sweep have taken, added up."""
@@ -229,7 +246,7 @@ class Store:
 
         Args:
             by: The keys of the records that make a group; strings always do.
-            values: The keys of the numbers to average; None for all.
+            values: The keys of the numbers to average; None for all but ``seed``.
 
         Returns:
             The axes, the keys ``by``, ``seeds`` (done), ``failed`` and ``absent`` (how many more there should be) and
@@ -251,7 +268,7 @@ class Store:
             if known and name not in known:
                 raise CurvlabError(f"no record has {name!r}; they have {', '.join(known)}")
         groups = list(dict.fromkeys([*texts, *by]))
-        averaged = [n for n in dict.fromkeys(numbers) if n not in groups and (values is None or n in values)]
+        averaged = [n for n in dict.fromkeys(numbers) if n not in (*groups, "seed") and (values is None or n in values)]
         joins = "".join(
             f" LEFT JOIN entries AS g{n} ON g{n}.cell = e.cell AND g{n}.row = e.row AND g{n}.name = ?"
             for n in range(len(groups))

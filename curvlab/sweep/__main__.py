@@ -1,0 +1,61 @@
+"""``python -m curvlab.sweep``: run a sweep, and look at what it has in its store."""
+
+import io
+import os
+import signal
+import sys
+
+PROGRAM = "python -m curvlab.sweep"
+
+_USAGE = f"""\
+usage: {PROGRAM} run CONFIG.yaml [OPTIONS]
+
+commands:
+  run CONFIG.yaml      run the cells of the sweep that its store does not have; the store is CONFIG.sqlite
+  status STORE         how many cells are done, failed and absent
+  failed STORE [CELL]  the failed cells and why; of one of them, the traceback
+  export STORE         every record as CSV; --summary: means and standard deviations over the seeds
+
+{PROGRAM} COMMAND --help shows the options of a command."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return the exit code: 0 done, 1 some cells have failed, 2 bad input, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        code = _main(given)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output has left (| head), and Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _main(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    # Imported here: Ctrl-C may come while they are.
+    from curvlab.analyze.command import nearest, told
+    from curvlab.sweep.commands import COMMANDS
+
+    name, rest = given[0], given[1:]
+    if name not in COMMANDS:
+        print(
+            f"error: there is no command {name!r}; the nearest is {nearest(name, COMMANDS)!r} "
+            f"({PROGRAM} lists them all)",
+            file=sys.stderr,
+        )
+        return 2
+    return told(lambda: COMMANDS[name](rest, f"{PROGRAM} {name}"), debug="--debug" in rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What a sweep is, as its YAML file says it, and the cells that it has."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from curvlab.analyze import ANALYSES
+from curvlab.analyze.command import Analysis, Config, changed, nearest, read_yaml
+from curvlab.errors import CurvlabError
+from curvlab.grid import Cell, draw, expand
+
+
+class Samples(Config):
+    """Values drawn at random."""
+
+    count: int = Field(ge=1)
+    """How many; a larger number begins with the same ones."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""
+    ranges: dict[str, dict[str, list[Any]]]
+    """Key -> {uniform: [low, high]}, {log_uniform: [low, high]}, {integers: [low, high]} or {choice: [value, ...]}."""
+
+
+class SweepConfig(Config):
+    """A base configuration and axes; the cells are all combinations of the axes."""
+
+    analysis: str | None = None
+    """Name of the analysis that a cell is; or else"""
+    function: str | None = None
+    """module:name of a function of a configuration and a curvlab.grid.Place that returns flat records."""
+    version: int = Field(default=1, ge=1)
+    """Of the function: raise it when its numbers change. An analysis has its own."""
+    preset: str = "default"
+    """Of the analysis: what the base starts from."""
+    base: dict[str, Any] = Field(default={})
+    """What all cells have in common."""
+    grid: dict[str, list[Any]] = Field(default={})
+    """Key -> values."""
+    points: list[dict[str, Any]] = Field(default=[])
+    """Configurations in part, each of keys that go together."""
+    random: Samples | None = None
+    """Values drawn at random."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] | None = None
+    """Each is one cell of every combination; else the seed is as any other key."""
+
+
+def read(file: Path) -> list[Cell]:
+    """Return the cells of the sweep that a file describes.
+
+    Raises:
+        CurvlabError: It cannot be read, or is not right; the message names the key.
+    """
+    sweep = changed(SweepConfig(), read_yaml(file), file)
+    if (sweep.analysis is None) == (sweep.function is None):
+        raise CurvlabError(f"{file} needs either analysis or function")
+    try:
+        drawn = None
+        if sweep.random is not None:
+            drawn = draw(sweep.random.count, sweep.random.ranges, sweep.random.seed)
+        combined = list(expand(sweep.base, grid=sweep.grid, points=sweep.points, samples=drawn))
+    except CurvlabError as error:
+        raise CurvlabError(f"{file}: {error}") from error
+    if sweep.function is not None:
+        seeded = [{"seed": seed} for seed in sweep.seeds] if sweep.seeds is not None else [{}]
+        return [
+            Cell(sweep.function, {**config, **seed}, version=sweep.version) for config in combined for seed in seeded
+        ]
+    analysis = find_analysis(str(sweep.analysis), file)
+    if sweep.preset not in analysis.presets:
+        raise CurvlabError(
+            f"{file}: there is no preset {sweep.preset!r}; the nearest is {nearest(sweep.preset, analysis.presets)!r}"
+        )
+    base = analysis.presets[sweep.preset]
+    return analysis.cells((changed(base, config, file) for config in combined), sweep.seeds)
+
+
+def find_analysis(name: str, file: Path) -> Analysis[Any]:
+    """Return an analysis whose runs are grids.
+
+    Raises:
+        CurvlabError: There is none of that name.
+    """
+    if name in ANALYSES:
+        analysis: Analysis[Any] = import_module(f"curvlab.analyze.{name}").ANALYSIS
+        if analysis.cell is not None:
+            return analysis
+        raise CurvlabError(f"{file}: the analysis {name} is no grid, so that there is nothing to sweep")
+    raise CurvlabError(f"{file}: there is no analysis {name!r}; the nearest is {nearest(name, ANALYSES)!r}")
