@@ -1,7 +1,9 @@
 """Cells on the workers of a Dask cluster, through joblib's Dask backend."""
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from joblib._dask import DaskDistributedBackend
 
 from curvlab import data as data_sets
 from curvlab.errors import CurvlabError
+from curvlab.grid import processes
 from curvlab.grid.cell import Outcome, find
-from curvlab.grid.running import Task, supervised
+from curvlab.grid.running import Task, forget, supervised
 from curvlab.results.provenance import software
 
 _CONNECT = 10  # seconds until a scheduler or worker that does not answer is not there
@@ -31,6 +34,16 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
     Raises:
         CurvlabError: The scheduler is not there or goes away, or a worker is not fit for the tasks.
     """
+    log = logging.getLogger("distributed.client")  # what it says is said below, in a sentence
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield from _distributed(tasks, address, data)
+    finally:
+        log.setLevel(level)
+
+
+def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
     try:
         client = Client(address, timeout=_CONNECT, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -41,7 +54,13 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
         with joblib.parallel_config(backend=_Backend(client=client)):
             # All at once: workers may join later.
             parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-            yield from parallel(call(task) for task in tasks)
+            outcomes = parallel(call(task) for task in tasks)
+        try:
+            for outcome in outcomes:  # noqa: UP028: not yield from, which would close it before what is below
+                yield outcome
+        finally:
+            with warnings.catch_warnings(action="ignore"):  # that tasks are not finished: it is why we are here
+                outcomes.close()
     except _Lost as error:
         raise CurvlabError(
             f"the scheduler {address} has gone; what is finished is in the store: "
@@ -97,6 +116,9 @@ class Requirements(WorkerPlugin):
         Raises:
             CurvlabError: It lacks something.
         """
+        # Another sweep has begun: its code may be newer than what the processes of an earlier one have imported.
+        processes.close_idle()
+        forget()
         where = f"worker {worker.address} on {worker.name}" if worker.name != worker.address else worker.address
         theirs = software()
         for package, ours in self.software["versions"].items():
@@ -121,6 +143,10 @@ class Requirements(WorkerPlugin):
                 raise CurvlabError(f"{where}: {error}") from error
             if found != fingerprint:
                 raise CurvlabError(f"{where} has other data under {name!r}: give all the same --data-root")
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002
+        """End the processes that start cells."""
+        processes.close_idle()
 
 
 def _on_worker(task: Task) -> Outcome:
@@ -156,25 +182,35 @@ class _Backend(DaskDistributedBackend):  # type: ignore[misc]
         def give_up(done: "Future[Any]") -> None:
             error = done.exception()
             if error is not None and callback is not None:
-                callback(_given_up(task, error))
+                callback(_GivenUp(task, error))
 
         future.add_done_callback(give_up)
         return future
 
     def retrieve_result_callback(self, out: Any) -> Any:
-        if isinstance(out, BaseException):
-            raise out
-        if isinstance(out, list) and out and isinstance(out[0], Outcome):
-            return out
+        if isinstance(out, _GivenUp):
+            return [out.outcome()]
+        if isinstance(out, BaseException):  # in place of a result: it was cancelled
+            raise _Lost from out
         return super().retrieve_result_callback(out)
 
 
-def _given_up(task: Task, error: BaseException) -> Any:
-    if isinstance(error, KilledWorker):
-        return [Outcome(task["key"], "killed", f"every worker that ran it has died: {_first_line(error)}")]
-    if isinstance(error, CancelledError):
-        return _Lost()
-    return error
+class _GivenUp:
+    """A task that has no result."""
+
+    def __init__(self, task: Task, error: BaseException) -> None:
+        self.task, self.error = task, error
+
+    def outcome(self) -> Outcome:
+        """Return what is to be stored, or raise what stops the sweep."""
+        if not isinstance(self.error, KilledWorker):
+            raise self.error
+        return Outcome(
+            self.task["key"],
+            "killed",
+            "every worker that ran it has died with it, most likely because memory ran out",
+            str(self.error),
+        )
 
 
 def _first_line(error: BaseException) -> str:

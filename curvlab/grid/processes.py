@@ -57,6 +57,9 @@ class Server:
     Args:
         threads: Of the libraries that count them when they are loaded.
         modules: What is imported beforehand.
+
+    Attributes:
+        running: How many cells it has, counted by those who give them to it.
     """
 
     def __init__(self, threads: int, modules: Sequence[str]) -> None:
@@ -66,6 +69,7 @@ class Server:
         )
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._socket, self._lock = ours, threading.Lock()
+        self.running = 0
         self._process = subprocess.Popen(
             # -P: what is in the current folder has no precedence. Not -m, which would load this module twice.
             [sys.executable, "-P", "-c", f"import {__name__} as p; p.main()", str(theirs.fileno()), *modules],
@@ -261,12 +265,25 @@ def run(function: str, threads: int, request: bytes, timeout: float | None, want
             server = _servers.get((threads, module))
             if server is None or not server.alive():
                 server = _servers[threads, module] = Server(threads, ["curvlab.grid.cell", module])
-        with suppress(OSError):
+            server.running += 1
+        try:
             return server.run(request, timeout, wanted)
+        except OSError:
+            continue
+        finally:
+            with _lock:
+                server.running -= 1
     raise CurvlabError(
         "the process that starts the cells has ended twice without starting one; "
         f"is there memory left, and can {module} be imported?"
     )
+
+
+def close_idle() -> None:
+    """End the servers of this process that have no cell running."""
+    with _lock:
+        for key in [key for key, server in _servers.items() if not server.running]:
+            _servers.pop(key).close()
 
 
 def close() -> None:

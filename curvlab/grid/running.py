@@ -10,6 +10,7 @@ import json
 import platform
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cache
@@ -67,6 +68,7 @@ def run(
     if jobs is None:
         jobs = max(1, joblib.cpu_count() // threads)
     store = store.absolute()
+    forget()
     unique = {cell.key: cell for cell in cells}
     with writing(store) as opened:
         opened.register(list(unique.values()))
@@ -125,11 +127,15 @@ def _local(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     stopping = threading.Event()
     call = joblib.delayed(supervised)
     parallel = joblib.Parallel(jobs, backend="threading", return_as="generator_unordered", batch_size=1)
+    outcomes = parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
     try:
-        yield from parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
+        for outcome in outcomes:  # noqa: UP028: not yield from, so that what runs is ended before joblib waits for it
+            yield outcome
     finally:
         stopping.set()
         processes.close()
+        with warnings.catch_warnings(action="ignore"):  # that tasks are not finished: it is why we are here
+            outcomes.close()
 
 
 def _cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
@@ -196,6 +202,11 @@ def _output(task: Task) -> str | None:
         return None
     # After a crash Python lists every extension module that there is.
     return text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:] or None
+
+
+def forget() -> None:
+    """Look at the code again, which may have changed since the last sweep, before the next cell."""
+    _software.cache_clear()
 
 
 @cache

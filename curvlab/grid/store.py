@@ -109,9 +109,10 @@ class Store:
 
     def finish(self, outcome: Outcome) -> None:
         """Record what became of a cell, in one transaction; of a cell that is done nothing is changed."""
-        software = canonical(outcome.software)
+        software = canonical(outcome.software) if outcome.software else None
         with self._writes() as connection:
-            connection.execute("INSERT OR IGNORE INTO software (described) VALUES (?)", (software,))
+            if software is not None:
+                connection.execute("INSERT OR IGNORE INTO software (described) VALUES (?)", (software,))
             changed = connection.execute(
                 "UPDATE cells SET status = ?, kind = ?, error = ?, traceback = ?, attempts = attempts + 1, "
                 "seconds = ?, peak_bytes = ?, host = ?, threads = ?, ended = ?, "

@@ -1,0 +1,359 @@
+"""``python -m curvlab.sweep``: its files, commands and errors, and an analysis as cells."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import shlex
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from test_grid import NAME as GRID
+from test_grid import one_server  # noqa: F401
+
+from curvlab.analyze import ANALYSES, fim_diagonality, subject
+from curvlab.analyze.command import Analysis, Config, RunOptions, execute
+from curvlab.errors import CurvlabError
+from curvlab.grid import reading, report
+from curvlab.sweep import config
+from curvlab.sweep.__main__ import main
+
+# An analysis ---------------------------------------------------------------------------------------------------------
+
+
+class SmallConfig(Config):
+    """Two numbers."""
+
+    data: str = "digits"
+    """Data."""
+    lr: float = 0.1
+    """Learning rate."""
+    hidden: tuple[int, ...] = (3, 4)
+    """Sizes."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds."""
+
+
+def small(given, place):
+    assert isinstance(given, SmallConfig)
+    assert place.folder.is_dir()
+    (seed,) = given.seeds
+    return [{"parameter": f"w{i}", "value": given.lr * size + seed} for i, size in enumerate(given.hidden)]
+
+
+def run_small(given, options, console):
+    tally = options.run(ANALYSIS.cells([given]), options.out / "sweep.sqlite")
+    console.print(f"{tally['done']} done of {type(options).__name__}")
+
+
+ANALYSIS = Analysis(SmallConfig, {"default": SmallConfig(), "other": SmallConfig(lr=0.5)}, run_small, "Small.", small)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ANALYSES, "small", "For tests.")
+    monkeypatch.setitem(sys.modules, "curvlab.analyze.small", sys.modules[__name__])
+
+
+@pytest.fixture
+def call(capsys):
+    def call(line):
+        code = main(shlex.split(line))
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """Return a function that requires one sentence and exit code 2, and gives the sentence."""
+
+    def refused(line):
+        code, out, err = call(line)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return refused
+
+
+def write(name="s.yaml", **sweep):
+    Path(name).write_text(yaml.safe_dump(sweep))
+    return name
+
+
+def plain(**others):
+    return write(**{"function": f"{GRID}:plain", "grid": {"a": [1, 2]}} | others)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_axes_of_a_function_in_order():
+    name = write(
+        function="m:f",
+        base={"a": 0, "b": 0},
+        points=[{"c": 1}, {"c": 2}],
+        grid={"b": [5, 6]},
+        random={"count": 2, "ranges": {"r": {"choice": [7]}}},
+        seeds=[3, 4],
+        version=2,
+    )
+    cells = config.read(Path(name))
+    assert len(cells) == 16
+    assert cells[0].config == {"a": 0, "b": 5, "c": 1, "r": 7, "seed": 3}
+    assert [cell.config["seed"] for cell in cells[:4]] == [3, 4, 3, 4]
+    assert {cell.version for cell in cells} == {2}
+    assert len({cell.key for cell in cells}) == 8  # what is drawn twice is one cell
+
+
+def test_an_analysis_has_its_whole_configuration_in_every_cell():
+    cells = config.read(Path(write(analysis="small", preset="other", grid={"hidden": [[1], [2, 3]]}, seeds=[4, 5])))
+    assert [(cell.config["hidden"], cell.config["seeds"]) for cell in cells] == [
+        ([1], [4]),
+        ([1], [5]),
+        ([2, 3], [4]),
+        ([2, 3], [5]),
+    ]
+    assert {cell.config["lr"] for cell in cells} == {0.5}
+    assert {(cell.name, cell.version, cell.seed) for cell in cells} == {("small", 1, "seeds")}
+    assert len({cell.point for cell in cells}) == 2
+
+
+def test_without_seeds_those_of_the_configuration():
+    assert [cell.config["seeds"] for cell in config.read(Path(write(analysis="small")))] == [[0], [1]]
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    Path("s.yaml").write_text("function: m:f\ngrid: {lr: [1e-3, 1.5E+2, 2e5, -1e-8]}\nbase: {text: e5}")
+    cells = config.read(Path("s.yaml"))
+    assert [cell.config["lr"] for cell in cells] == [0.001, 150.0, 200000.0, -1e-8]
+    assert cells[0].config["text"] == "e5"
+
+
+def test_the_same_value_is_the_same_cell_however_it_is_written():
+    Path("s.yaml").write_text("analysis: small\ngrid: {lr: [0.1, 1e-1, '0.1']}\nseeds: [0]")
+    assert len({cell.key for cell in config.read(Path("s.yaml"))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sweep", "fragment"),
+    [
+        ({}, "s.yaml needs either analysis or function"),
+        ({"analysis": "small", "function": "m:f"}, "s.yaml needs either analysis or function"),
+        ({"analysis": "smal"}, "there is no analysis 'smal'; the nearest is 'small'"),
+        ({"analysis": "doctor"}, "the analysis doctor is no grid"),
+        ({"analysis": "small", "preset": "othr"}, "there is no preset 'othr'; the nearest is 'other'"),
+        ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: there is no option 'lrr'; the nearest is 'lr'"),
+        ({"analysis": "small", "grid": {"lr": ["x"]}}, "s.yaml: lr should be a valid number"),
+        ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; the nearest is 'grid'"),
+        ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid should be a valid list"),
+        ({"function": "m:f", "grid": {"a": []}}, "s.yaml: the grid needs a list of values for 'a'"),
+        ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"normal": [0, 1]}}}}, "s.yaml: random: a needs"),
+        ({"function": "m:f", "seeds": [-1]}, "s.yaml: seeds should be greater than or equal to 0"),
+        ({"function": "m:f", "base": {"a": math.nan}}, "JSON values"),
+    ],
+)
+def test_a_sweep_that_is_not_right(refused, sweep, fragment):
+    assert fragment in refused(f"run {write(**sweep)}")
+    assert not Path("s.sqlite").exists()
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_the_commands(call):
+    for line in ("", "--help"):
+        code, out, _ = call(line)
+        assert code == 0
+        for command in ("run", "status", "failed", "export"):
+            assert f"\n  {command} " in out
+            assert call(f"{command} --help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("rn s.yaml", "there is no command 'rn'; the nearest is 'run'"),
+        ("run", "needs CONFIG.yaml"),
+        ("run no.yaml", "cannot read no.yaml: No such file"),
+        ("status no.sqlite", "there is no store no.sqlite"),
+        ("status", "needs STORE"),
+        ("status a b", "'b' belongs to no option"),
+        ("run s.yaml --job 2", "there is no option --job; the nearest is --jobs"),
+        ("run s.yaml --jobs 0", "--jobs should be greater than or equal to 1"),
+        ("run s.yaml --cell-timeout 0", "--cell-timeout should be greater than 0"),
+        ("export x.sqlite --by step", "add --summary"),
+    ],
+)
+def test_a_command_that_is_not_right(refused, line, fragment):
+    plain()
+    assert fragment in refused(line)
+
+
+def test_run_status_failed_and_export(call):
+    name = write(function=f"{GRID}:troubled", grid={"how": ["fine", "raises", "nan"]}, seeds=[0, 1])
+    code, out, err = call(f"run {name}")
+    assert (code, err) == (1, "")
+    assert "6 cells: 2 done, 4 failed (2 nan, 2 raised), 0 absent" in out
+    assert "how=raises seed=1: ValueError: one two" in out
+    assert call("status s.sqlite")[1].startswith("6 cells: 2 done, 4 failed (2 nan, 2 raised), 0 absent")
+    lines = call("failed s.sqlite")[1].splitlines()
+    assert len(lines) == 4
+    key = next(line for line in lines if "how=raises seed=1" in line).split()[0]
+    code, one, _ = call(f"failed s.sqlite {key}")
+    assert 'raise ValueError("one\\ntwo")' in one
+    assert "heard of" not in one
+    table = list(csv.DictReader(io.StringIO(call("export s.sqlite")[1])))
+    assert [row["status"] for row in table] == ["done"] * 2 + ["failed"] * 6
+    assert [row["x"] for row in table] == ["1.0", "1.0", "", "", "1.0", "nan", "1.0", "nan"]
+    summary = list(csv.DictReader(io.StringIO(call("export s.sqlite --summary")[1])))
+    assert [(row["seeds"], row["failed"], row["x"]) for row in summary] == [
+        ("2", "0", "1.0"),
+        ("0", "2", ""),
+        ("0", "2", ""),
+    ]
+
+
+def test_a_key_that_fits_no_failed_cell(call, refused):
+    call(f"run {plain()}")
+    assert "no failed cells of s.sqlite have a key that begins with 'zz'" in refused("failed s.sqlite zz")
+
+
+def test_where_the_store_is(call):
+    Path("in").mkdir()
+    plain(name="in/a.yaml")
+    assert call("run in/a.yaml")[0] == 0
+    assert Path("in/a.sqlite").exists()
+    assert call("run in/a.yaml --out there/deep")[0] == 0
+    assert Path("there/deep/a.sqlite").exists()
+
+
+def test_a_rerun_runs_nothing_and_says_the_same(call):
+    name = plain()
+    first = call(f"run {name} --jobs 1")
+    assert first[0] == 0
+    with sqlite3.connect("s.sqlite") as connection:
+        before = connection.execute("SELECT * FROM cells").fetchall()
+    assert call(f"run {name} --jobs 2") == first
+    with sqlite3.connect("s.sqlite") as connection:
+        assert connection.execute("SELECT * FROM cells").fetchall() == before
+
+
+def test_export_keeps_every_digit_and_kind(call):
+    call(f"run {write(function=f'{GRID}:everything')}")
+    (row, _) = csv.DictReader(io.StringIO(call("export s.sqlite")[1]))
+    assert float(row["third"]) == 1 / 3
+    assert float(row["tiny"]) == 5e-324
+    assert (row["inf"], row["no"], row["none"], row["yes"], row["large"]) == ("inf", "-inf", "", "True", str(2**62))
+    assert row["text"] == "naïve ½"
+    pytest.importorskip("pyarrow")
+    assert call("export s.sqlite --to t.parquet")[:2] == (0, "")
+    table = pd.read_parquet("t.parquet")
+    with reading(Path("s.sqlite")) as store:
+        first, second = store.records()
+    assert {name: table[name][0] for name in first if first[name] is not None} == {
+        name: value for name, value in first.items() if value is not None
+    }
+    assert table["other"][1] == 1
+    assert call("export s.sqlite --to t.csv")[0] == 0
+    assert Path("t.csv").read_text() == call("export s.sqlite")[1]
+
+
+def test_parquet_tells_nan_from_nothing_and_takes_mixed_columns():
+    parquet = pytest.importorskip("pyarrow.parquet")
+    frame = pd.DataFrame({"x": [1.0, math.nan, None], "m": [1, "a", None], "i": [1, None, 3]}, dtype=object)
+    table = parquet.read_table(io.BytesIO(report.write_parquet(frame))).to_pydict()
+    assert table["x"][0] == 1.0
+    assert math.isnan(table["x"][1])
+    assert table["x"][2] is None
+    assert table["m"] == ["1", "a", None]
+    assert table["i"] == [1, None, 3]
+
+
+def test_export_that_cannot_be(call, refused, monkeypatch):
+    call(f"run {plain()}")
+    assert "ends in .csv or .parquet, not to t.txt" in refused("export s.sqlite --to t.txt")
+    assert "cannot write no/t.csv" in refused("export s.sqlite --to no/t.csv")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "Parquet needs pyarrow: pip install 'curvlab[parquet]'" in refused("export s.sqlite --to t.parquet")
+    assert "no record has 'stp'" in refused("export s.sqlite --summary --by stp")
+
+
+def test_nothing_but_the_result_is_written_in_a_pipe(tmp_path):
+    plain()
+    source = Path(fim_diagonality.__file__).parents[2]
+    path = os.pathsep.join([str(source), str(Path(__file__).parent)])
+    command = [sys.executable, "-m", "curvlab.sweep", "run", "s.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == ["In s.sqlite."]
+
+
+# An analysis as cells ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_servers(monkeypatch, tmp_path):
+    """Make the analysis one that the processes of cells can import."""
+    monkeypatch.setattr(Analysis, "cells", _as_test_module(Analysis.cells))
+
+
+def _as_test_module(cells):
+    def changed(self, *arguments):
+        found = cells(self, *arguments)
+        return [dataclasses.replace(cell, function=f"{__name__}:ANALYSIS.run_cell") for cell in found]
+
+    return changed
+
+
+def test_an_analysis_is_run_as_cells(call, in_servers):
+    name = write(analysis="small", grid={"lr": [0.1, 0.2]}, seeds=[0, 2])
+    assert call(f"run {name}")[0] == 0
+    rows = list(csv.DictReader(io.StringIO(call("export s.sqlite --summary")[1])))
+    assert [(row["config.lr"], row["parameter"], row["seeds"]) for row in rows] == [
+        ("0.1", "w0", "2"),
+        ("0.1", "w1", "2"),
+        ("0.2", "w0", "2"),
+        ("0.2", "w1", "2"),
+    ]
+    assert [float(row["value"]) for row in rows] == pytest.approx([1.3, 1.4, 1.6, 1.8])
+
+
+def test_the_options_of_an_analysis_with_cells(in_servers, capsys, tmp_path):
+    assert execute(ANALYSIS, ["--out", "here", "--jobs", "2", "--seeds", "0", "1", "2"], "x") == 0
+    assert capsys.readouterr().out == "3 done of GridOptions\n"
+    with reading(Path("here/sweep.sqlite")) as store:
+        assert [json.loads(json.dumps(record))["parameter"] for record in store.records()] == ["w0", "w1"] * 3
+    assert execute(ANALYSIS, ["--help"], "x") == 0
+    assert "--scheduler" in capsys.readouterr().out
+
+
+def test_an_analysis_without_cells_has_no_such_options(capsys):
+    whole = Analysis(SmallConfig, {"default": SmallConfig()}, lambda *given: print(type(given[1]).__name__), "None.")
+    assert execute(whole, ["--jobs", "2"], "x") == 2
+    assert execute(whole, [], "x") == 0
+    assert capsys.readouterr().out == f"{RunOptions.__name__}\n"
+    with pytest.raises(CurvlabError, match="is no grid"):
+        whole.cells([SmallConfig()])
+
+
+def test_an_analysis_with_one_seed():
+    class One(subject.SubjectConfig):
+        """With a seed."""
+
+        seed: int = 3
+        """Seed."""
+
+    analysis = Analysis(One, {"default": One()}, run_small, "One.", small)
+    assert [cell.config["seed"] for cell in analysis.cells([One()])] == [3]
+    assert [cell.config["seed"] for cell in analysis.cells([One()], [5, 6])] == [5, 6]
