@@ -125,7 +125,7 @@ def test_an_analysis_has_its_whole_configuration_in_every_cell():
         ([2, 3], [5]),
     ]
     assert {cell.config["lr"] for cell in cells} == {0.5}
-    assert {(cell.name, cell.version, cell.seed) for cell in cells} == {("small", 1, "seeds")}
+    assert {(cell.name, cell.version, cell.seed) for cell in cells} == {("test_sweep", 1, "seeds")}
     assert len({cell.point for cell in cells}) == 2
 
 
@@ -260,7 +260,7 @@ def test_export_keeps_every_digit_and_kind(call):
     assert call("export s.sqlite --to t.parquet")[:2] == (0, "")
     table = pd.read_parquet("t.parquet")
     with reading(Path("s.sqlite")) as store:
-        first, second = store.records()
+        first, _ = store.records()
     assert {name: table[name][0] for name in first if first[name] is not None} == {
         name: value for name, value in first.items() if value is not None
     }

@@ -67,7 +67,7 @@ def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: in
     Examples:
         >>> drawn = draw(3, {"lr": {"log_uniform": [1e-4, 1e-1]}, "width": {"choice": [10, 30]}})
         >>> [(f"{c['lr']:.4f}", c["width"]) for c in drawn]
-        [('0.0017', 30), ('0.0012', 30), ('0.0002', 10)]
+        [('0.0002', 10), ('0.0007', 30), ('0.0002', 30)]
     """
     columns = {}
     for name, given in ranges.items():

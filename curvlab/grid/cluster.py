@@ -56,7 +56,8 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
             parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
             outcomes = parallel(call(task) for task in tasks)
         try:
-            for outcome in outcomes:  # noqa: UP028: not yield from, which would close it before what is below
+            for outcome in outcomes:  # noqa: UP028
+                # Not yield from, which would close it without what is below.
                 yield outcome
         finally:
             with warnings.catch_warnings(action="ignore"):  # that tasks are not finished: it is why we are here

@@ -99,7 +99,8 @@ class Server:
             wanted: Asked twice a second; it is killed when it is not.
 
         Raises:
-            OSError: The server has ended before it could start one.
+            ConnectionError: The server has ended before it could start one.
+        OSError: It could not start one.
         """
         ours, theirs = socket.socketpair()
         ending, ended = os.pipe()
@@ -113,6 +114,8 @@ class Server:
             pid = _read(end.fileno(), _PID)
             if pid is None:
                 raise ConnectionError("the process that starts the cells has ended")
+            if pid[0] < 0:
+                raise OSError(-pid[0], os.strerror(-pid[0]))
             started = time.perf_counter()
             try:
                 with suppress(OSError):  # it has ended already, which is then what there is to say
@@ -196,7 +199,13 @@ def serve(control: socket.socket) -> None:
         if not message:
             break
         theirs, end = descriptors
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or too many processes
+            os.write(end, _PID.pack(-(error.errno or 1)))
+            os.close(theirs)
+            os.close(end)
+            continue
         if pid == 0:
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
@@ -268,11 +277,21 @@ def run(function: str, threads: int, request: bytes, timeout: float | None, want
             server.running += 1
         try:
             return server.run(request, timeout, wanted)
-        except OSError:
-            continue
+        except ConnectionError:  # it has ended, even if that is not yet to be seen of the process
+            with _lock:
+                if _servers.get((threads, module)) is server:
+                    del _servers[threads, module]
+        except OSError as error:
+            if not wanted():
+                break
+            raise CurvlabError(
+                f"no process can be started for a cell: {error.strerror}; are too many at work?"
+            ) from error
         finally:
             with _lock:
                 server.running -= 1
+    if not wanted():
+        return Ended(None, 0, None, 0.0, "unwanted")
     raise CurvlabError(
         "the process that starts the cells has ended twice without starting one; "
         f"is there memory left, and can {module} be imported?"

@@ -1,8 +1,8 @@
 """What a store is told as: lines for the console, files for other programs."""
 
+import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,12 @@ def _print(console: Console, *lines: str) -> None:
 
 def write_csv(frame: pd.DataFrame) -> str:
     """Return a table as CSV: every digit, nothing for None, ``nan``, ``inf`` and ``-inf`` as Python writes them."""
-    frame = frame.map(lambda value: str(value) if isinstance(value, float) and not math.isfinite(value) else value)
-    return frame.to_csv(index=False)
+    # Not by pandas, which would make numbers with an exponent of integers beside a gap.
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(frame.columns)
+    rows.writerows(frame.itertuples(index=False, name=None))
+    return text.getvalue()
 
 
 def write_parquet(frame: pd.DataFrame) -> bytes:

@@ -129,7 +129,8 @@ def _local(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     parallel = joblib.Parallel(jobs, backend="threading", return_as="generator_unordered", batch_size=1)
     outcomes = parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
     try:
-        for outcome in outcomes:  # noqa: UP028: not yield from, so that what runs is ended before joblib waits for it
+        for outcome in outcomes:  # noqa: UP028
+            # Not yield from: what runs is to be ended before joblib waits for it.
             yield outcome
     finally:
         stopping.set()

@@ -210,7 +210,7 @@ class Store:
 
         A cell without records, failed or absent, has a row too.
         """
-        axes, number = self.axes(), {}
+        axes = self.axes()
         described = (
             "key",
             "status",
@@ -239,8 +239,7 @@ class Store:
             rows += [head | record | tail for record in of_cell.get(head["cell"], [{}])]
         number = {name: place for place, name in enumerate(dict.fromkeys(name for row in rows for name in row))}
         ordered = sorted(number, key=lambda name: (name.startswith("cell."), number[name]))
-        # As objects: a column of integers with a gap stays one of integers, and NaN is told from nothing.
-        return pd.DataFrame([{name: row.get(name) for name in ordered} for row in rows], columns=ordered, dtype=object)
+        return _frame(rows, ordered)
 
     def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> pd.DataFrame:
         """Return means and standard deviations over the seeds, a row a configuration and group of records.
@@ -315,7 +314,7 @@ class Store:
                 lines.append(head | named | {"seeds": row.pop("seeds"), "failed": failed, "absent": absent} | row)
         columns = [f"config.{name}" for name in axes] + groups + ["seeds", "failed", "absent"]
         columns += [name for value in averaged for name in (value, f"{value}_std")]
-        return pd.DataFrame(lines, columns=columns, dtype=object)
+        return _frame(lines, columns)
 
     def _records(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
         """Yield ``(key, status)`` and each record of the sweep, in its order."""
@@ -483,6 +482,11 @@ def _seed(cell: Cell) -> int | None:
     if isinstance(value, Collection) and not isinstance(value, str) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, int) else None
+
+
+def _frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    # As objects: a column of integers with a gap stays one of integers, and NaN is told from nothing, which is None.
+    return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns), dtype=object)
 
 
 def _text(value: Any) -> Any:
