@@ -152,7 +152,6 @@ def work(connection: Connection) -> None:
     folder = Path(request["folder"])
     answer: dict[str, Any]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _alone(folder)
         _redirect(folder / OUTPUT)
         if Path(request["cwd"]).is_dir():
@@ -172,15 +171,21 @@ def work(connection: Connection) -> None:
 
 
 def _alone(folder: Path) -> None:
-    """Wait until no other process works in the folder, and hold it as long as this one lives.
+    """Make the folder, wait until no other process works in it, and hold it as long as this one lives.
 
     One whose run was killed may be about to end, or on a cluster not know yet.
     """
     import fcntl  # not on Windows, where sweeps do not run, but this module is imported
 
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # the other one has left nothing, and removed it
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return
+        os.close(descriptor)
 
 
 def _redirect(file: Path) -> None:
