@@ -87,19 +87,18 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     overhead: dict[int, list[float]] = {1: [], 2: []}
-    speedup, steps = [], steps_a_second()
+    pairs, steps = [], steps_a_second()
     for _ in range(rounds):
         for jobs, taken in overhead.items():
             start = seconds(cells("nothing", 1), jobs)
             taken.append(1e3 * (seconds(cells("nothing", CELLS + 1), jobs) - start) / CELLS)
         start = seconds(cells("busy", 1, steps=1), 1)
-        one, two = (seconds(cells("busy", BUSY, steps=steps), jobs) - start for jobs in (1, 2))
-        speedup.append(one / two)
+        pairs.append([seconds(cells("busy", BUSY, steps=steps), jobs) - start for jobs in (1, 2)])
     found = {
         "overhead_ms": {f"jobs {jobs}": round(statistics.median(taken), 1) for jobs, taken in overhead.items()},
         "rerun_s": round(statistics.median(rerun(rounds)), 2),
-        "speedup": round(statistics.median(speedup), 2),
-        "speedups": [round(value, 2) for value in speedup],
+        "speedup": round(statistics.median(one / two for one, two in pairs), 2),
+        "busy_s": [[round(value, 2) for value in pair] for pair in pairs],
     }
     print(json.dumps({"machine": machine(), "cores": os.cpu_count(), "rounds": rounds, **found}, indent=2))
 
