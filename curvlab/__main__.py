@@ -1,9 +1,12 @@
-"""The program ``curvlab``: ``curvlab analyze ...`` is ``python -m curvlab.analyze ...``."""
+"""The program ``curvlab``: ``curvlab analyze ...`` is ``python -m curvlab.analyze ...``, and so for ``sweep``."""
 
 import sys
 
 from curvlab._version import __version__
 from curvlab.analyze import __main__ as analyze
+from curvlab.sweep import __main__ as sweep
+
+_USAGE = "curvlab analyze [ANALYSIS] [OPTIONS] | curvlab sweep COMMAND ... | curvlab --version"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -11,13 +14,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["analyze"]:
         return analyze.main(given[1:])
+    if given[:1] == ["sweep"]:
+        return sweep.main(given[1:])
     if given == ["--version"]:
         print(f"curvlab {__version__}")
         return 0
     if not given or given[0] in ("-h", "--help"):
-        print("usage: curvlab analyze [ANALYSIS] [OPTIONS] | curvlab --version")
+        print(f"usage: {_USAGE}")
         return 0
-    print(f"error: there is no command {given[0]!r}; there are curvlab analyze and curvlab --version", file=sys.stderr)
+    print(
+        f"error: there is no command {given[0]!r}; there are curvlab analyze, curvlab sweep and curvlab --version",
+        file=sys.stderr,
+    )
     return 2
 
 

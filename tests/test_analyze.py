@@ -18,12 +18,16 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from test_grid import one_server  # noqa: F401
 
 from curvlab.__main__ import main as program
 from curvlab.analyze import ANALYSES, estimators, fim_diagonality, masq_table2, subject
 from curvlab.analyze.__main__ import main
+from curvlab.analyze.command import RunOptions
+from curvlab.diagonality import records
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
+from curvlab.grid import reading
 from curvlab.models import build
 from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
@@ -76,6 +80,12 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
+def keys(run):
+    """Return the keys of the cells of a run, which name their folders, in the order of the seeds."""
+    config = yaml.safe_load(Path(run, "config.yaml").read_text())
+    return [cell.key for cell in fim_diagonality.ANALYSIS.cells([fim_diagonality.FimDiagonalityConfig(**config)])]
+
+
 def archive(path, **changed):
     x, y = np.random.default_rng(0).random((20, 5), np.float32), np.arange(20) % 3
     arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y} | changed
@@ -109,6 +119,8 @@ def test_unknown_analysis(capsys):
 def test_program(capsys):
     assert program(["analyze"]) == 0
     assert NAME in capsys.readouterr().out
+    assert program(["sweep", "--help"]) == 0
+    assert "run CONFIG.yaml" in capsys.readouterr().out
     assert program(["analyse"]) == 2
     assert "'analyse'" in capsys.readouterr().err
 
@@ -169,8 +181,9 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--validation 1437", "cannot hold out 1437"),
         ("--data digts", "the nearest name is 'digits'"),
         ("--data mnist --offline", "mnist is not whole on disk"),
-        ("--lr 1e30 --steps 200", "the training loss is nan at step 2: lower lr"),
         ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight has 6,400 parameters"),
+        ("--jobs 0", "--jobs should be greater than or equal to 1, not '0'"),
+        ("--scheduler tcp://127.0.0.1:x", "there is no Dask scheduler at tcp://127.0.0.1:x"),
     ],
 )
 def test_bad_value(refused, line, fragment):
@@ -306,8 +319,10 @@ def test_a_run_and_the_same_again(call):
     assert tree("run") == {
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "claims.json", "provenance.json"),
         *("sums_and_means.png", "sums_and_means.pdf", "heat_map.png", "heat_map.pdf"),
-        *(f"seed-{i}{name}" for i in (0, 1) for name in ("", "/checkpoint.pt", "/records.json")),
+        *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite-shm", "sweep.sqlite-wal", "sweep.sqlite.cells"),
+        *(f"sweep.sqlite.cells/{key}{name}" for key in keys("run") for name in ("", "/checkpoint.pt")),
     }
+    assert len(keys("run")) == 2
     records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
     assert len(records) == len(pd.read_csv("run/table.csv")) == 2 * 5
     wanted = "parameter size diag_sum diag_mean diag_max offdiag_abs_sum offdiag_abs_mean offdiag_abs_max "
@@ -319,7 +334,8 @@ def test_a_run_and_the_same_again(call):
     assert (config["hidden"], config["per"]) == ([1], ["tensor", "network"])
     provenance = json.loads(Path("run/provenance.json").read_text())
     assert {"command", "versions", "seeds", "data_hash", "git", "machine", "seconds"} <= set(provenance)
-    assert set(provenance["seconds"]) == {"data", "training", "curvature", "figures"}
+    assert set(provenance["seconds"]) == {"data", "cells", "figures"}
+    assert provenance["cells"] == {"done": 2, "failed": 0, "absent": 0, "earlier": 0}
     assert provenance["continued"] is False
     claims = json.loads(Path("run/claims.json").read_text())
     assert {claim["verdict"] for claim in claims} == {"not tested"}
@@ -360,8 +376,93 @@ def test_out_is_not_writable(refused):
 def test_a_failure_leaves_what_was_in_the_folder(refused):
     Path("mine").mkdir()
     Path("mine/notes.txt").touch()
-    refused("--lr 1e30 --out mine")
-    refused("--quantity hessian --hidden 100 --steps 1 --out mine")
+    refused("--scheduler tcp://127.0.0.1:x --out mine")
+
+
+# The grid.
+
+
+def test_the_number_of_jobs_changes_no_bit(call, one_server):  # noqa: F811
+    line = "--hidden 8 --steps 50 --samples 60 --seeds 4 0 2 --per tensor network --quantity fisher:samples=2"
+    for jobs in (1, 3):
+        assert call(f"{line} --jobs {jobs} --out run{jobs}")[0] == 0
+        one_server()
+    for name in ("table.json", "table.csv", "table.md", "table.tex", "claims.json", "heat_map.pdf"):
+        assert Path("run1", name).read_bytes() == Path("run3", name).read_bytes()
+
+
+def test_records_are_what_the_functions_give(call):
+    assert call(f"{TINY} --out run")[0] == 0
+    config = fim_diagonality.FimDiagonalityConfig(hidden=(4,), steps=3, samples=40, seeds=(1,))
+    data = subject.dataset(config, RunOptions())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, accuracy = subject.trained(config, data, 1)
+        rows = list(records(subject.problem(config, data, model), "empirical_fisher", seed=1))
+    finally:
+        torch.set_num_threads(threads)
+    with reading(Path("run/sweep.sqlite")) as store:
+        found = [record for record in store.records() if record["seed"] == 1]
+    assert len(found) == len(rows) == 4
+    for record, row in zip(found, rows, strict=True):
+        n = row["size"]
+        assert record == row | {
+            "paper_diag_mean": row["diag_sum"] / n**2,
+            "paper_offdiag_mean": row["offdiag_abs_sum"] / n**4,
+            "paper_mean_ratio": n**2 / row["sum_ratio"],
+            "seed": 1,
+            "samples": 40,
+            "test_accuracy": accuracy,
+        }
+
+
+def test_every_cell_fails(call):
+    code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
+    assert (code, out) == (2, "")
+    first, second = err.splitlines()
+    assert first.startswith(
+        "error: 2 of 2 cells have failed, the first (seed 0) so: the training loss is nan at step 2"
+    )
+    assert second == "0 of 2 cells done in run; the same command with --out run --retry-failed continues there"
+    assert not Path("run/table.json").exists()
+    assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
+
+
+def test_a_cell_fails(call):
+    assert call(f"{TINY} --out whole")[0] == 0
+    bad = Path("run/sweep.sqlite.cells", keys("whole")[0], "checkpoint.pt")
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"of another program")
+    code, out, err = call(f"{TINY} --out run")
+    assert code == 2
+    assert err.splitlines()[0].startswith("error: 1 of 2 cells has failed, the first (seed 0) so: checkpoint ")
+    assert err.splitlines()[1].startswith("1 of 2 cells done in run; ")
+    assert "; one seed of 2" in out
+    footer = out.splitlines()[-2:]
+    assert footer[0] == "Failed, and in no number above:"
+    assert footer[1].startswith(f"{keys('run')[0][:8]}  raised   seed=0: ")
+    whole = json.loads(Path("whole/table.json").read_text())
+    assert json.loads(Path("run/table.json").read_text()) == [record for record in whole if record["seed"] == 1]
+    assert Path("run/table.md").read_text().splitlines()[0].endswith("| seeds |")
+    assert Path("run/heat_map.png").exists()
+    assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 1
+
+    bad.unlink()
+    assert call(f"{TINY} --out run") == (code, out, err)
+    code, _, err = call(f"{TINY} --out run --retry-failed")
+    assert (code, err) == (0, "")
+    for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+    assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 0
+
+
+def test_a_network_that_is_on_another_machine_has_no_heat_map(call):
+    assert call(f"{TINY} --out run")[0] == 0
+    Path("run/sweep.sqlite.cells", keys("run")[0], "checkpoint.pt").unlink()
+    Path("run/heat_map.png").unlink()
+    assert call(f"{TINY} --out run")[0] == 0
+    assert not Path("run/heat_map.png").exists()
 
 
 def test_full_disk_at_the_figures(call, monkeypatch):
@@ -378,7 +479,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
     assert code == 2
     assert err.splitlines() == [
         "error: cannot write run/heat_map.png: No space left on device",
-        "8 finished rows in run; the same command with --out run continues there",
+        "2 of 2 cells done in run; the same command with --out run continues there",
     ]
     before = Path("run/table.json").read_bytes()
     assert call(f"{TINY} --out run")[0] == 0
@@ -396,8 +497,8 @@ def test_full_disk(call, tmp_path, kilobytes):
     try:
         code, _, err = call("--seeds 0 --steps 5 --out disk/run")
         assert code == 2
-        assert err.startswith("error: cannot write disk/run")
-        assert "No space left" in err
+        assert err.startswith(("error: cannot write disk/run", f"error: cannot write {disk}/run"))
+        assert "o space left" in err
         assert not list(disk.rglob(".*"))
         if kilobytes == 40:
             assert tree(disk) == set()
@@ -406,36 +507,6 @@ def test_full_disk(call, tmp_path, kilobytes):
 
 
 # Stopping and continuing.
-
-
-@pytest.mark.parametrize("rows", [0, 3, 6])
-def test_interrupted_and_continued(call, monkeypatch, rows):
-    assert call(f"{TINY} --out undisturbed")[0] == 0
-    real, left = fim_diagonality.records, [rows]
-
-    def interrupted(*arguments, **options):
-        for record in real(*arguments, **options):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            yield record
-
-    with monkeypatch.context() as stop:
-        stop.setattr(fim_diagonality, "records", interrupted)
-        code, out, err = call(f"{TINY} --out run")
-    assert (code, out) == (130, "")
-    assert err == f"interrupted\n{rows} finished rows in run; the same command with --out run continues there\n"
-    if rows:
-        assert len(json.loads(Path("run/table.json").read_text())) == rows
-
-    Path("run/seed-0/.checkpoint.pt.0123abcd.tmp").touch()  # what a killed program leaves
-    Path("run/.mine.tmp").touch()
-    code, _, err = call(f"{TINY} --out run")
-    assert (code, err) == (0, "")
-    assert not Path("run/seed-0/.checkpoint.pt.0123abcd.tmp").exists()
-    assert Path("run/.mine.tmp").exists()
-    for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
-        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
 
 
 @pytest.mark.parametrize("where", ["load", "check"])
@@ -460,30 +531,46 @@ def started(line, appears):
     return process
 
 
-def test_interrupt_in_training():
-    process = started("--steps 1000000 --out run", "run/seed-0/checkpoint.pt")
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_training_and_continued(call, sign):
+    line = "--seeds 0 1 --steps 1500 --jobs 1"
+    assert call(f"{line} --out undisturbed")[0] == 0
+    _, second = keys("undisturbed")
+    process = started(f"{line} --out run", f"run/sweep.sqlite.cells/{second}/checkpoint.pt")
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=20)
+    assert out == ""
+    if sign == signal.SIGINT:
+        assert process.returncode == 130
+        assert err == "interrupted\n1 of 2 cells done in run; the same command with --out run continues there\n"
+    else:
+        assert process.returncode == -signal.SIGKILL
+    with reading(Path("run/sweep.sqlite")) as store:
+        assert store.tally() == {"done": 1, "failed": 0, "absent": 1, "earlier": 0}
+        assert {record["seed"] for record in store.records()} == {0}
+    assert not Path("run/table.json").exists()
+
+    left = Path(f"run/sweep.sqlite.cells/{second}/.checkpoint.pt.0123abcd.tmp")
+    left.touch()  # what a killed program leaves
+    Path("run/.mine.tmp").touch()
+    code, _, err = call(f"{line} --out run")
+    assert (code, err) == (0, "")
+    assert not left.exists()
+    Path("run/.mine.tmp").unlink()
+    assert tree("run") == tree("undisturbed")
+    for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
+        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
+    assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
+    with reading(Path("run/sweep.sqlite")) as store:
+        assert store.table()["cell.seconds"].nunique() == 2
+
+
+def test_stopped_before_anything_is_done():
+    process = started("--steps 400 --seeds 0 --out run", "run/sweep.sqlite.lock")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert out == ""
-    first, second, third = err.splitlines()
-    assert first == "interrupted"
-    assert second.startswith("training stopped after step ")
-    assert second.endswith("saved in run/seed-0/checkpoint.pt")
-    assert third == "0 finished rows in run; the same command with --out run continues there"
-    assert tree("run") == {"config.yaml", "seed-0", "seed-0/checkpoint.pt"}
-
-
-def test_killed_and_continued(call):
-    line = "--seeds 0 1 --steps 600"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    process = started(f"{line} --out run", "run/seed-1")
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert call(f"{line} --out run")[0] == 0
-    assert Path("run/table.json").read_bytes() == Path("undisturbed/table.json").read_bytes()
-    assert tree("run") == tree("undisturbed")
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("line", ["--help", "--hidden --steps 0 --samples 20 --seeds 0"])

@@ -1,22 +1,23 @@
 """How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from matplotlib.figure import Figure
 from pydantic import Field
 from rich.console import Console
-from torch import nn
 
-from curvlab.analyze import masq_table2, subject
-from curvlab.analyze.command import Analysis, RunOptions
+from curvlab import grid
+from curvlab.analyze import gridded, masq_table2, subject
+from curvlab.analyze.command import Analysis, GridOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.diagonality import Level, records, submatrix
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import UnsupportedError
+from curvlab.files import remove_leftovers
+from curvlab.grid import Place
 from curvlab.results import (
     Claim,
     Column,
@@ -32,6 +33,8 @@ from curvlab.results import (
 from curvlab.results.plots import block_heat_map, diagonality_bars
 
 Record = dict[str, Any]
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class FimDiagonalityConfig(TrainedSubjectConfig):
@@ -95,85 +98,15 @@ _MEANS = (
     Column("paper_offdiag_mean", "off-diag sum / n⁴", spread="paper_offdiag_mean_std"),
 )
 _TABLE = (*_SUMS[:4], *_MEANS[1:], *_SUMS[4:])
+_SEEDS = Column("seeds", "seeds")  # shown where a seed has failed
 
 
-def run(config: FimDiagonalityConfig, options: RunOptions, console: Console) -> None:
-    """Train, measure, and write the run directory.
-
-    Raises:
-        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
-    """
-    clock = Stopwatch()
-    with clock("data"):
-        dataset = subject.dataset(config, options)
-        data_hash = dataset.fingerprint()
-    _check(config, dataset)
-    directory = open_run(options.out, "fim_diagonality", config.to_yaml())
-    found: list[Record] = []
-    try:
-        for seed in config.seeds:
-            for record in _of_seed(config, dataset, seed, directory, clock):
-                found.append(record)
-        table = summarise(found)
-        claims = masq_table2.claims(found, _is_paper(config))
-        write_tables(directory, found, _TABLE, summary=table)
-        directory.write_json("claims.json", claims)
-        with clock("figures"):
-            _figures(config, dataset, directory, table)
-        # Written last, and once: what a finished run is from stays.
-        if not (directory.path / "provenance.json").exists():
-            directory.write_json("provenance.json", _provenance(config, data_hash, clock, directory))
-    except (CurvlabError, KeyboardInterrupt) as stop:
-        _save_what_is_finished(directory, found, stop)
-        raise
-    _print(console, config, dataset, found, table, claims, directory)
-
-
-def _save_what_is_finished(directory: RunDirectory, found: Sequence[Record], stop: BaseException) -> None:
-    if found:
-        with suppress(CurvlabError):  # the disk may be full: that is then what is reported
-            write_tables(directory, found, _TABLE, summary=summarise(found))
-    elif isinstance(stop, UnsupportedError):
-        directory.discard()  # a trained network is of no use where the configuration can never be done
-    directory.discard_if_empty()
-    if (directory.path / "config.yaml").exists():
-        rows = f"{len(found)} finished row{'' if len(found) == 1 else 's'}"
-        stop.add_note(f"{rows} in {directory.path}; the same command with --out {directory.path} continues there")
-
-
-def _provenance(
-    config: FimDiagonalityConfig, data_hash: str, clock: Stopwatch, directory: RunDirectory
-) -> dict[str, Any]:
-    origin = collect(
-        seeds=config.seeds, data_hash=data_hash, stages=clock.seconds, started=clock.started, device=config.device
-    )
-    return origin | {"continued": directory.resumed}
-
-
-def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written."""
-    subject.check_distinct(seeds=config.seeds, per=config.per)
-    subject.check(config, dataset)
-    problem = subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0]))
-    records(problem, config.quantity, per=config.per)  # the call itself checks; no row is asked for
-
-
-def _trained(
-    config: FimDiagonalityConfig, dataset: Dataset, seed: int, directory: RunDirectory
-) -> tuple[nn.Module, float | None]:
-    """Return the network of a seed and its test accuracy, from its checkpoint if there is one."""
-    return subject.trained(config, dataset, seed, directory.path / f"seed-{seed}" / "checkpoint.pt")
-
-
-def _of_seed(
-    config: FimDiagonalityConfig, dataset: Dataset, seed: int, directory: RunDirectory, clock: Stopwatch
-) -> Iterator[Record]:
-    """Yield the records of a seed, each saved as soon as it is known; those of an earlier run are taken up."""
-    name = f"seed-{seed}/records.json"
-    done = _saved(directory.path / name)
-    yield from done
-    with clock("training"):
-        model, accuracy = _trained(config, dataset, seed, directory)
+def cell(config: FimDiagonalityConfig, place: Place) -> list[Record]:
+    """Train the network of the one seed, and return a record a row."""
+    (seed,) = config.seeds
+    remove_leftovers(place.folder)  # of a checkpoint that was being written when the cell was killed
+    dataset = subject.dataset(config, place)
+    model, accuracy = subject.trained(config, dataset, seed, place.folder / CHECKPOINT)
     problem = subject.problem(config, dataset, model)
     rows = records(
         problem,
@@ -183,14 +116,9 @@ def _of_seed(
         precision=config.precision,
         tile_memory=config.tile_memory * 1e6,
         seed=seed,
-        skip=[record["parameter"] for record in done],
-        progress=True,
     )
-    while True:
-        with clock("curvature"):
-            row = next(rows, None)
-        if row is None:
-            return
+    found = []
+    for row in rows:
         n = row["size"]
         record = row | {
             "paper_diag_mean": row["diag_sum"] / n**2,
@@ -200,17 +128,56 @@ def _of_seed(
             "samples": problem.num_samples,
             "test_accuracy": accuracy,
         }
-        done.append(record)
-        (directory.path / name).parent.mkdir(exist_ok=True)
-        directory.write_json(name, done)
-        yield record
+        # A ratio of nothing to nothing, or a mean of no entries, is not defined.
+        found.append({key: None if value != value else value for key, value in record.items()})
+    return found
 
 
-def _saved(path: Path) -> list[Record]:
-    with suppress(FileNotFoundError):
-        saved: list[Record] = json.loads(path.read_text())
-        return saved
-    return []
+def run(config: FimDiagonalityConfig, options: GridOptions, console: Console) -> None:
+    """Train and measure, a cell a seed, and write the run directory.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
+    """
+    clock = Stopwatch()
+    with clock("data"):
+        dataset = subject.dataset(config, options)
+        data_hash = dataset.fingerprint()
+        workers_data = subject.fingerprints(config, options) if options.scheduler else None
+    _check(config, dataset)
+    directory = open_run(options.out, "fim_diagonality", config.to_yaml())
+    with gridded.resumable(directory):
+        with clock("cells"):
+            tally = options.run(ANALYSIS.cells([config]), directory.path / gridded.STORE, workers_data)
+        found, failed = gridded.results(directory)
+        table = summarise(found)
+        claims = masq_table2.claims(found, _is_paper(config))
+        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        directory.write_json("claims.json", claims)
+        with clock("figures"):
+            _figures(config, dataset, directory, table, seed=found[0]["seed"])
+        # Written last, and not again where nothing has changed: what a finished run is from stays.
+        provenance = directory.path / "provenance.json"
+        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
+            origin = collect(
+                seeds=config.seeds,
+                data_hash=data_hash,
+                stages=clock.seconds,
+                started=clock.started,
+                device=config.device,
+            )
+            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        _print(console, config, dataset, found, table, claims, directory)
+        gridded.report_failures(console, directory)
+
+
+def _check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    subject.check_distinct(seeds=config.seeds, per=config.per)
+    subject.check(config, dataset)
+    problem = subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0]))
+    records(problem, config.quantity, per=config.per)  # the call itself checks; no row is asked for
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
@@ -242,17 +209,22 @@ def _is_paper(config: FimDiagonalityConfig) -> bool:
     return config.model_dump(exclude=_NO_MATTER) == PAPER.model_dump(exclude=_NO_MATTER)
 
 
-def _figures(config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirectory, table: Sequence[Record]) -> None:
+def _figures(
+    config: FimDiagonalityConfig, dataset: Dataset, directory: RunDirectory, table: Sequence[Record], seed: int
+) -> None:
     tensors = [row for row in table if "." in row["parameter"]]
     title = f"{subject.describe(config, dataset, config.quantity)} on {Path(config.data).name}"
     directory.write_figure(
         "sums_and_means",
         diagonality_bars(tensors, title, masq_table2.published()["rows"] if _is_paper(config) else None),
     )
-    model, _ = _trained(config, dataset, config.seeds[0], directory)
-    problem = subject.problem(config, dataset, model)
+    (of_seed,) = ANALYSIS.cells([config], [seed])
+    checkpoint = grid.folder_of(directory.path / gridded.STORE, of_seed.key) / CHECKPOINT
+    if config.steps and not checkpoint.exists():
+        return  # the network was trained on a machine of a cluster that does not share this folder
+    model, _ = subject.trained(config, dataset, seed, checkpoint)
     try:
-        part = submatrix(problem, config.quantity)
+        part = submatrix(subject.problem(config, dataset, model), config.quantity)
     except UnsupportedError:
         return  # the Hessian of a large network: there are no rows to take entries from
     directory.write_figure(
@@ -270,7 +242,10 @@ def _print(
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    seeds = len({record["seed"] for record in found})
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    if seeds < len(config.seeds):
+        spread += f" of {len(config.seeds)}"
     samples = config.samples or len(dataset.x_train)
     title = f"{subject.describe(config, dataset, config.quantity)}, {samples:,} samples of {config.data}; {spread}"
     console.print(render(table, _SUMS, title), crop=False)
@@ -282,7 +257,7 @@ def _print(
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     if accuracies:
         console.print(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")
-    saved = f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures."
+    saved = f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures, {gridded.STORE}."
     console.print(saved, markup=False, soft_wrap=True)
 
 
@@ -292,4 +267,5 @@ ANALYSIS = Analysis(
     run=run,
     description="How diagonal is the Fisher? Trains a network, and measures its curvature on and off the diagonal, a "
     "row a parameter tensor, every entry counted (or sampled, with its interval, where there are too many).",
+    cell=cell,
 )

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from curvlab.analyze.command import Config, RunOptions
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
+from curvlab.grid import Place
 from curvlab.models import build
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.training import fit
-from curvlab.training.optimization import OptimizerName, ScheduleName
+from curvlab.training.optimization import OptimizerName, ScheduleName, make_optimizer
 
 
 class SubjectConfig(Config):
@@ -66,7 +67,16 @@ class TrainedSubjectConfig(SubjectConfig):
     """Samples a training step."""
 
 
-def dataset(config: SubjectConfig, options: RunOptions) -> Dataset:
+def fingerprints(config: SubjectConfig, options: RunOptions | Place) -> dict[str, str]:
+    """Return the fingerprint of the data set, whole as it was loaded, by its name: what all machines must have.
+
+    Raises:
+        CurvlabError: There are no such data.
+    """
+    return {config.data: load(config.data, root=options.data_root, offline=options.offline).fingerprint()}
+
+
+def dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
     """Return the data set, what is held out and the classes that were not chosen left out.
 
     Raises:
@@ -84,7 +94,7 @@ def samples(config: SubjectConfig, data: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def check(config: SubjectConfig, data: Dataset) -> None:
-    """Refuse more samples than there are, and a device that there is not.
+    """Refuse more samples than there are, a device that there is not, and an optimizer that is given what it lacks.
 
     Raises:
         CurvlabError: One of these.
@@ -99,6 +109,9 @@ def check(config: SubjectConfig, data: Dataset) -> None:
         raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
     if device.type not in ("cpu", "cuda"):
         raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
+    if isinstance(config, TrainedSubjectConfig) and config.steps:
+        weight = nn.Parameter(torch.zeros(()))
+        make_optimizer(config.optimizer, [weight], config.lr, config.momentum, config.weight_decay)
 
 
 def check_distinct(**values: Sequence[object]) -> None:
