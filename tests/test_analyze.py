@@ -392,19 +392,20 @@ def test_the_number_of_jobs_changes_no_bit(call, one_server):  # noqa: F811
 
 
 def test_records_are_what_the_functions_give(call):
-    assert call(f"{TINY} --out run")[0] == 0
-    config = fim_diagonality.FimDiagonalityConfig(hidden=(4,), steps=3, samples=40, seeds=(1,))
+    assert call("--hidden 40 --steps 3 --samples 40 --time-budget 1e-6 --seeds 0 1 --out run")[0] == 0
+    config = fim_diagonality.FimDiagonalityConfig(hidden=(40,), steps=3, samples=40, seeds=(1,))
     data = subject.dataset(config, RunOptions())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model, accuracy = subject.trained(config, data, 1)
-        rows = list(records(subject.problem(config, data, model), "empirical_fisher", seed=1))
+        rows = list(records(subject.problem(config, data, model), "empirical_fisher", time_budget=1e-6, seed=1))
     finally:
         torch.set_num_threads(threads)
     with reading(Path("run/sweep.sqlite")) as store:
         found = [record for record in store.records() if record["seed"] == 1]
     assert len(found) == len(rows) == 4
+    assert rows[0]["method"] == "sampled"  # by the seed
     for record, row in zip(found, rows, strict=True):
         n = row["size"]
         assert record == row | {
