@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from test_grid import one_server  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,13 +23,14 @@ from curvlab.analyze import eigenvalues, subject
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.command import RunOptions
 from curvlab.analyze.eigenvalues import PRESETS, EigenvaluesConfig, claims, summarise
+from curvlab.grid import Place, Store, reading
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
 from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
 NAME = "eigenvalues"
 TINY = "--hidden 4 --steps 6 --every 3 --ekfac-every 3 --samples 40 --seeds 0 1 --lr-squared-error 0.01 0.001"
 FILES = {
-    *("config.yaml", "learning_rates.json", "claims.json", "provenance.json"),
+    *("config.yaml", "learning_rates.json", "trainings.json", "claims.json", "provenance.json"),
     *(f"table.{kind}" for kind in ("json", "csv", "md", "tex")),
     *(f"{figure}.{kind}" for figure in ("eigenvalues", "normalised") for kind in ("png", "pdf")),
 }
@@ -65,53 +67,68 @@ def call(capsys):
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    """Return the files of a folder, those of its store left out."""
+    found = (str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+    return {name for name in found if not name.startswith("sweep.sqlite")}
+
+
+def left_by_cells(folder):
+    """Return the names of the files that the cells have left in their folders."""
+    return sorted(path.name for path in Path(folder).glob("sweep.sqlite.cells/*/*"))
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {name: Path(folder, name).read_bytes() for name in tree(folder)}
+
+
+def trainings(folder):
+    """Return what is known of a run's trainings, by seed and loss."""
+    return {(t["seed"], t["loss"]): t for t in json.loads(Path(folder, "trainings.json").read_text())}
 
 
 def results(folder):
     """Return what a run has measured, without the seconds that it took."""
-    units = []
-    for path in sorted(Path(folder).rglob("result.json")):
-        unit = json.loads(path.read_text())
-        for record in (unit, *unit["records"]):
-            for key in [key for key in record if key.endswith("seconds")]:
-                del record[key]
-        units.append(unit)
-    return units
+    records = json.loads(Path(folder, "table.json").read_text()) + list(trainings(folder).values())
+    return [{key: value for key, value in r.items() if not key.endswith("seconds")} for r in records]
 
 
 # The numbers.
 
 
-def test_every_point_is_the_dense_matrix_of_the_network_as_it_was(call, monkeypatch):
+def test_every_point_is_the_dense_matrix_of_the_network_as_it_was(tmp_path, monkeypatch):
     """Each recorded eigenvalue against the dense matrix of a copy of the network taken at that step."""
     networks = {}
-    real = eigenvalues._Progress.__call__
+    real = eigenvalues._EkfacRecorder.__call__
 
     def keep(self, step, model):
-        networks[self._note, step] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        networks[self._loss, step] = {name: p.detach().clone() for name, p in model.named_parameters()}
         real(self, step, model)
 
-    monkeypatch.setattr(eigenvalues._Progress, "__call__", keep)
-    line = "--hidden 3 --steps 5 --every 4 --ekfac-every 4 --samples 30 --seeds 3 --dtype float64 --tol 1e-10"
-    assert call(f"{line} --lr-squared-error 0.003 --per network layer --alpha 7 --out run")[0] == 0
-    records = json.loads(Path("run/table.json").read_text())
-    config = EigenvaluesConfig(hidden=(3,), samples=30, alpha=7, dtype="float64")
+    monkeypatch.setattr(eigenvalues._EkfacRecorder, "__call__", keep)
+    config = EigenvaluesConfig(
+        hidden=(3,),
+        steps=5,
+        every=4,
+        ekfac_every=4,
+        samples=30,
+        seeds=(3,),
+        dtype="float64",
+        tol=1e-10,
+        lr_squared_error=(0.003,),
+        per=("network", "layer"),
+        alpha=7,
+    )
+    records = [record for record in eigenvalues.cell(config, Place(tmp_path)) if "step" in record]
     data, _ = eigenvalues._data(config, RunOptions())
     x, y = data.x_train[:30], data.y_train[:30]
     model = build("mlp", data.sample_shape, 10, hidden=(3,)).double()
     targets = {"cross_entropy": y, "squared_error": 7 * torch.eye(10)[y]}
-    labels = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
     assert {record["step"] for record in records} == {0, 4, 5}
     assert {record["layer"] for record in records} == {"network", "fc1", "fc2"}
     assert {record["quantity"] for record in records} == {"fisher", "hessian", "ekfac"}
     assert len(records) == 2 * 3 * 3 * 3
     for record in records:
-        model.load_state_dict(networks[f"{labels[record['loss']]}, seed 3", record["step"]], strict=True)
+        model.load_state_dict(networks[record["loss"], record["step"]], strict=True)
         problem = Problem(model, record["loss"], (x, targets[record["loss"]]))
         params = None if record["layer"] == "network" else [f"{record['layer']}.*"]
         if record["quantity"] == "ekfac":
@@ -152,14 +169,15 @@ def test_the_networks_are_trained_as_it_is_said(call):
             ):
                 v.mul_(0.9).add_(g)
                 p.data -= lr * (1 - step / 4) * v
-        unit = json.loads(Path(f"run/seed-5/{loss}/result.json").read_text())
-        of_step = {record["step"]: record["train_loss"] for record in unit["records"]}
+        records = json.loads(Path("run/table.json").read_text())
+        of_step = {record["step"]: record["train_loss"] for record in records if record["loss"] == loss}
         assert of_step[0] is None
         assert of_step[2] == pytest.approx(np.mean(losses[:2]), rel=1e-10)
         assert of_step[4] == pytest.approx(np.mean(losses[2:]), rel=1e-10)
         right = (model(data.x_test.double()).argmax(dim=1) == data.y_test).double().mean()
-        assert unit["test_accuracy"] == pytest.approx(float(right))
-        assert unit["lr"] == lr
+        training = trainings("run")[5, loss]
+        assert training["test_accuracy"] == pytest.approx(float(right))
+        assert training["lr"] == lr
 
 
 def test_the_learning_rate_with_the_lowest_validation_loss_is_taken(call):
@@ -170,13 +188,36 @@ def test_the_learning_rate_with_the_lowest_validation_loss_is_taken(call):
     assert rates[0]["validation_loss"] is None
     assert "the training loss is" in rates[0]["note"]
     assert rates[1]["validation_loss"] < rates[2]["validation_loss"]
-    assert json.loads(Path("run/seed-0/squared_error/result.json").read_text())["lr"] == 0.01
+    assert trainings("run")[0, "squared_error"]["lr"] == 0.01
     # The network that was chosen on held-out samples has seen none of them.
     config = EigenvaluesConfig()
     data, held_out = eigenvalues._data(config, RunOptions())
     rows = {tuple(row) for row in data.x_train.flatten(1).tolist()}
     assert not any(tuple(row) in rows for row in held_out[0].flatten(1).tolist())
     assert len(data.x_train) + len(held_out[0]) == 1437
+
+
+def test_the_learning_rate_is_that_of_the_first_seed(call, tmp_path):
+    """Chosen once for all seeds; a cell with several takes the best for its own."""
+    line = f"{TINY} --losses squared_error --lr-squared-error 0.01 0.0000001"
+    assert call(f"{line} --seeds 1 0 --out run")[0] == 0
+    rates = json.loads(Path("run/learning_rates.json").read_text())
+    config = EigenvaluesConfig(
+        hidden=(4,),
+        steps=6,
+        every=3,
+        ekfac_every=3,
+        samples=40,
+        losses=("squared_error",),
+        lr_squared_error=(1e-7, 0.01),
+        seeds=(1,),
+    )
+    data, held_out = eigenvalues._data(config, RunOptions())
+    assert rates == [eigenvalues._rate(config, data, held_out, lr) for lr in (0.01, 1e-7)]
+    records = eigenvalues.cell(config, Place(tmp_path / "place"))
+    values = {record["value"] for record in records if "step" in record}
+    of_run = json.loads(Path("run/table.json").read_text())
+    assert values == {record["value"] for record in of_run if record["seed"] == 1}
 
 
 def test_no_learning_rate_will_do(call):
@@ -387,7 +428,8 @@ def test_fine_tuning(call, monkeypatch):
     assert (code, err) == (0, "")
     assert yaml.safe_load(Path("run/config.yaml").read_text())["weights"] == "weights/ten.pt"
     before = torch.load("root/weights/ten.pt", weights_only=True)
-    trained = torch.load("run/seed-0/cross_entropy/checkpoint.pt", weights_only=True)["model"]
+    (checkpoint,) = Path("run").rglob("cross_entropy.pt")
+    trained = torch.load(checkpoint, weights_only=True)["model"]
     assert torch.equal(trained["buffer bn1.running_mean"], before["bn1.running_mean"])
     assert torch.equal(trained["parameter bn1.weight"], before["bn1.weight"])
     assert not torch.equal(trained["parameter conv1.weight"], before["conv1.weight"])
@@ -443,13 +485,10 @@ def test_fine_tuning(call, monkeypatch):
         ("--model shallow", "the nearest name is 'shallow_cnn'"),
         ("--data mnist --offline", "mnist is not whole on disk"),
         ("--device cuda:99", "there is no GPU"),
-        ("--lr 1e30", "the training loss is"),
         ("--out /dev/null/x", "cannot write /dev/null/x"),
     ],
 )
 def test_bad_value(call, tmp_path, line, fragment):
-    if line == "--lr 1e30":
-        line += " --losses cross_entropy --steps 200"
     code, out, err = call(line)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -488,20 +527,22 @@ def test_a_run_and_the_same_again(call, with_figures):
     assert "\x1b" not in out
     assert "Saved in run: " in out
     assert "taken" in out
-    units = {f"seed-{seed}/{loss}" for seed in (0, 1) for loss in ("cross_entropy", "squared_error")}
-    assert tree("run") == FILES | {f"{unit}/{file}" for unit in units for file in ("result.json", "checkpoint.pt")}
+    assert tree("run") == FILES
+    assert left_by_cells("run") == ["cross_entropy.pt"] * 2 + ["squared_error.pt"] * 2
+    with reading(Path("run/sweep.sqlite")) as store:
+        assert store.tally() == {"done": 2 + 4, "failed": 0, "absent": 0, "earlier": 0}
     records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
     assert len(records) == len(pd.read_csv("run/table.csv")) == 2 * 2 * 3 * 3
     wanted = "loss seed step quantity layer index value residual matvecs converged seconds train_loss"
     assert set(records[0]) == set(wanted.split())
     assert Path("run/table.tex").read_text().isascii()
     provenance = json.loads(Path("run/provenance.json").read_text())
-    assert set(provenance["seconds"]) == {"data", "learning rate", "training", "figures"}
+    assert set(provenance["seconds"]) == {"data", "learning rate", "cells", "figures"}
     assert provenance["continued"] is False
     assert {claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())} == {"not tested"}
 
     before = contents("run")
-    code, again, _ = call(f"{TINY} --out run")
+    code, again, _ = call(f"{TINY} --jobs 3 --out run")
     assert (code, again) == (0, out)
     assert contents("run") == before
     code, _, err = call(f"{TINY} --alpha 3 --out run")
@@ -519,41 +560,42 @@ def test_layers_and_densities_on_request(call, with_figures):
     assert call(f"{line} --per network layer --densities-at 0 4 --quantities hessian --out run")[0] == 0
     figures = {f"{name}.{kind}" for name in ("layers", "densities") for kind in ("png", "pdf")}
     assert figures <= tree("run")
-    unit = json.loads(Path("run/seed-0/cross_entropy/result.json").read_text())
-    assert [(density["step"], density["quantity"]) for density in unit["densities"]] == [(0, "hessian"), (4, "hessian")]
-    (first, last) = unit["densities"]
+    records = [r for r in json.loads(Path("run/table.json").read_text()) if r["loss"] == "cross_entropy"]
+    files = [json.loads(path.read_text()) for path in Path("run").rglob("densities.json")]
+    (densities,) = [of_loss for of_loss in files if of_loss[0]["loss"] == "cross_entropy"]
+    assert [(density["step"], density["quantity"]) for density in densities] == [(0, "hessian"), (4, "hessian")]
+    (first, last) = densities
     # Of a small network the density is all eigenvalues, and the top one is that of the curve.
     assert first["density"]["exact"]
-    tops = [r["value"] for r in unit["records"] if r["layer"] == "network" and r["step"] in (0, 4)]
+    tops = [r["value"] for r in records if r["layer"] == "network" and r["step"] in (0, 4)]
     assert [max(density["density"]["nodes"][0]) for density in (first, last)] == pytest.approx(tops, rel=1e-2)
-    before, after = eigenvalues._drawn(unit["densities"])
+    before, after = eigenvalues._drawn(densities)
     assert before["grid"] == after["grid"]
     for density in (before, after):
         assert np.trapezoid(density["density"], density["grid"]) == pytest.approx(1, abs=0.01)
-    assert {r["quantity"] for r in unit["records"]} == {"hessian"}
+    assert {r["quantity"] for r in records} == {"hessian"}
     assert call(f"{line} --per layer --quantities hessian --out layers")[0] == 0
     assert {"layers.png", "eigenvalues.png"} & tree("layers") == {"layers.png"}
 
 
-@pytest.mark.parametrize("trainings", [0, 1, 3])
-def test_interrupted_and_continued(call, monkeypatch, trainings):
+@pytest.mark.parametrize("cells", [1, 3])
+def test_interrupted_and_continued(call, monkeypatch, cells):
+    """Ctrl-C while the learning rate is chosen, which takes two cells, and after it."""
     assert call(f"{TINY} --out undisturbed")[0] == 0
-    real, left = eigenvalues._unit, [trainings]
+    real, left = Store.finish, [cells]
 
-    def interrupted(*arguments):
+    def interrupted(self, outcome):
+        real(self, outcome)
+        left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        left[0] -= 1
-        return real(*arguments)
 
     with monkeypatch.context() as stop:
-        stop.setattr(eigenvalues, "_unit", interrupted)
-        code, out, err = call(f"{TINY} --out run")
+        stop.setattr(Store, "finish", interrupted)
+        code, out, err = call(f"{TINY} --jobs 1 --out run")
     assert (code, out) == (130, "")
-    done = f"{trainings} finished training{'' if trainings == 1 else 's'} in run"
+    done = f"{cells} of {2 if cells == 1 else 6} cells done in run"
     assert err == f"interrupted\n{done}; the same command with --out run continues there\n"
-    if trainings:
-        assert len(json.loads(Path("run/table.json").read_text())) == 9 * trainings
     code, _, err = call(f"{TINY} --out run")
     assert (code, err) == (0, "")
     assert results("run") == results("undisturbed")
@@ -561,42 +603,89 @@ def test_interrupted_and_continued(call, monkeypatch, trainings):
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
 
 
-def test_interrupted_within_a_training(call, monkeypatch):
-    """Ctrl-C between two points: the training goes on at its checkpoint, the curve without a gap or a point twice."""
-    assert call(f"{TINY} --out undisturbed")[0] == 0
-    real = eigenvalues._Progress.__call__
+def test_a_cell_stopped_within_a_training(tmp_path, monkeypatch):
+    """Between two points: the training goes on at its checkpoint, the curve without a gap or a point twice."""
+    config = EigenvaluesConfig(
+        hidden=(4,), steps=6, every=3, ekfac_every=3, samples=40, seeds=(1,), lr_squared_error=(0.01,)
+    )
+
+    def measured(folder):
+        records = eigenvalues.cell(config, Place(tmp_path / folder))
+        return [{key: value for key, value in r.items() if not key.endswith("seconds")} for r in records]
+
+    undisturbed = measured("whole")
+    real, steps = eigenvalues._EkfacRecorder.__call__, []
 
     def interrupted(self, step, model):
-        if "squared" in self._note and step == 3:
+        steps.append((self._loss, step))
+        if steps[-1] == ("squared_error", 6) and len(steps) == 6:
             raise KeyboardInterrupt
         real(self, step, model)
 
-    with monkeypatch.context() as stop:
-        stop.setattr(eigenvalues._Progress, "__call__", interrupted)
-        code, _, err = call(f"{TINY} --out run")
-    assert code == 130
-    assert "training stopped after step 3 of 6, saved in run/seed-0/squared_error/checkpoint.pt" in err
-    assert "1 finished training in run" in err
-    assert call(f"{TINY} --out run")[0] == 0
-    assert results("run") == results("undisturbed")
+    monkeypatch.setattr(eigenvalues._EkfacRecorder, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured("stopped")
+    assert measured("stopped") == undisturbed
+    assert steps[6:] == [("squared_error", 6)]
 
 
 def test_killed_and_continued(call):
-    line = "--seeds 0 --steps 1000 --every 50 --ekfac-every 500 --samples 100 --lr-squared-error 0.003"
+    line = "--seeds 0 --steps 1000 --every 50 --ekfac-every 500 --samples 100 --lr-squared-error 0.003 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     command = [sys.executable, "-m", "curvlab.analyze", NAME, *shlex.split(line), "--out", "run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint, deadline = Path("run/seed-0/squared_error/checkpoint.pt"), time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None:
+    deadline = time.monotonic() + 120
+    while not list(Path("run").rglob("squared_error.pt")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not Path("run/seed-0/squared_error/result.json").exists()
+    assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
     assert results("run") == results("undisturbed")
     assert tree("run") == tree("undisturbed")
+
+
+def test_a_cell_that_fails_is_told(call):
+    """Three trainings of six fail, and whatever they are needed for is not tested."""
+    line = f"{TINY} --seeds 0 1 2 --lr 1e30 --steps 60 --lr-squared-error 0.001 --out run"
+    code, out, err = call(line)
+    assert code == 2
+    assert err.startswith("error: 3 of 6 cells have failed, the first (seed 0) so: the training loss is")
+    assert "3 of 6 cells done in run; the same command with --out run --retry-failed continues there" in err
+    assert out.count("losses=") == 3
+    assert {(r["loss"], r["seed"]) for r in results("run")} == {("squared_error", seed) for seed in range(3)}
+    verdicts = {claim["text"]: claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())}
+    assert {verdict for text, verdict in verdicts.items() if "squared error's does not" not in text} == {"not tested"}
+
+
+def test_no_cell_is_done(call):
+    line = f"{TINY} --lr 1e30 --losses cross_entropy --steps 60 --out run"
+    code, out, err = call(line)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: 2 of 2 cells have failed, the first (seed 0) so: the training loss is")
+    assert not Path("run/table.json").exists()
+
+
+def test_a_learning_rate_that_is_not_known(call):
+    """A candidate that was not brought to its end may be the best: no other is taken."""
+    code, out, err = call(f"{TINY} --steps 5000 --losses squared_error --cell-timeout 0.05 --out run")
+    assert (code, out) == (2, "")
+    assert "not done after 0.05 seconds" in err
+    assert not Path("run/learning_rates.json").exists()
+
+
+def test_a_learning_rate_of_which_one_is_not_known(monkeypatch, tmp_path):
+    rates = [{"lr": 0.1, "validation_loss": 1.0}], [{"error": "killed"}]
+    monkeypatch.setattr(eigenvalues.gridded, "results", lambda _: rates)
+    with pytest.raises(CurvlabError, match="learning rate of squared_error is not known: a cell has failed: killed"):
+        eigenvalues._learning_rates(tmp_path)
+
+
+def test_a_cell_refuses_what_the_run_refuses(tmp_path):
+    with pytest.raises(CurvlabError, match="samples is 1,238, but there are 1,237"):
+        eigenvalues.cell(EigenvaluesConfig(samples=1238, seeds=(0,)), Place(tmp_path))
 
 
 def test_figure_and_analysis_scripts(call, monkeypatch, capsys):
@@ -616,7 +705,10 @@ def test_figure_and_analysis_scripts(call, monkeypatch, capsys):
 
 def test_the_seconds_are_the_recorders_and_the_trainings(call):
     assert call(f"{TINY} --out run")[0] == 0
-    unit = json.loads(Path("run/seed-0/cross_entropy/result.json").read_text())
-    of_points = {(r["step"], r["quantity"]): r["seconds"] for r in unit["records"]}
-    assert unit["training_seconds"] > 0
-    assert sum(of_points.values()) <= unit["observer_seconds"]
+    records = [
+        r for r in json.loads(Path("run/table.json").read_text()) if (r["seed"], r["loss"]) == (0, "cross_entropy")
+    ]
+    of_points = {(r["step"], r["quantity"]): r["seconds"] for r in records}
+    training = trainings("run")[0, "cross_entropy"]
+    assert training["training_seconds"] > 0
+    assert sum(of_points.values()) <= training["observer_seconds"]

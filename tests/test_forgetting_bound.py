@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
+from test_grid import one_server  # noqa: F401
 from torch import nn
 
 from curvlab import CurvlabError
@@ -34,6 +35,7 @@ from curvlab.analyze.forgetting_bound import (
 from curvlab.continual import permuted
 from curvlab.data import load
 from curvlab.estimators import estimate
+from curvlab.grid import Place, Store
 from curvlab.models import build, mlp
 from curvlab.problem import Problem
 from curvlab.training import evaluate, fit
@@ -326,6 +328,18 @@ def test_claims_of_one_regime_are_not_tested():
     assert {claim.verdict for claim in found if "stable over plastic" in claim.text} == {"not tested"}
 
 
+def test_claims_where_a_cell_has_failed():
+    def without(records):
+        return [r for r in records if (r["stream"], r["regime"], r["seed"]) != ("rotated", "stable", 1)]
+
+    found = claims_of(without(pairs()), without(seen()), [0.0] * 3)
+    for claim in found:
+        untested = claim.text.startswith(("rotated", "1/2 d'H d is at most"))
+        assert claim.verdict == ("not tested" if untested else "reproduced"), claim.text
+    table = summarise(without(pairs()), without(seen()))
+    assert [row["seeds"] for row in table] == [2, 3, 3, 3]
+
+
 def test_figure():
     changes = {"rotated/stable": {"forgetting": -0.1}}
     figure = analysis.figure(pairs(**changes), "title")
@@ -354,17 +368,18 @@ def test_a_run_and_the_same_again(call, monkeypatch):
     line = f"{TINY.replace('--streams permuted', '')} --seeds 0 1 2 --tasks 3 --degrees 30 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
-    units = {
-        f"{stream}-{regime}-seed-{seed}/{name}"
-        for stream in ("rotated", "permuted")
-        for seed in range(3)
-        for regime in ("stable", "plastic")
-        for name in ("records.json", "task-1.pt", "task-2.pt", "task-3.pt")
-    }
-    assert files("run") == units | {
+    assert {name for name in files("run") if not name.startswith("sweep.sqlite")} == {
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "accuracies.json", "correlations.json"),
         *("claims.json", "provenance.json", "bound_and_factors.png", "bound_and_factors.pdf"),
     }
+    checkpoints = sorted(str(Path(*Path(name).parts[-2:])) for name in files("run") if ".cells/" in name)
+    assert checkpoints == sorted(
+        f"{stream}-{regime}/task-{task}.pt"
+        for stream in ("rotated", "permuted")
+        for regime in ("stable", "plastic")
+        for task in (1, 2, 3)
+        for _ in range(3)
+    )
     records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
     assert len(records) == len(pd.read_csv("run/table.csv")) == 2 * 3 * 2 * 2
     for record in records:
@@ -380,59 +395,97 @@ def test_a_run_and_the_same_again(call, monkeypatch):
     ):
         assert text in out
     assert Path("run/table.tex").read_text().isascii()
-    assert set(json.loads(Path("run/provenance.json").read_text())["seconds"]) == {
-        *("data", "training", "evaluation", "curvature", "figures")
-    }
+    assert set(json.loads(Path("run/provenance.json").read_text())["seconds"]) == {*("data", "cells", "figures")}
 
-    before = {name: Path("run", name).read_bytes() for name in files("run")}
-    with monkeypatch.context() as no_training:
-        no_training.setattr(analysis, "fit", None)  # a finished run is only printed again
+    names = {name for name in files("run") if not name.endswith(".lock")}
+    before = {name: Path("run", name).read_bytes() for name in names}
+    with monkeypatch.context() as no_cell:
+        no_cell.setattr("curvlab.grid.running.supervised", None)  # a finished run is only printed again
         assert call(line) == (0, out, "")
-    assert {name: Path("run", name).read_bytes() for name in files("run")} == before
+    assert {name: Path("run", name).read_bytes() for name in names} == before
 
 
-@pytest.mark.parametrize("done", [0, 1, 5])
-def test_interrupted_and_continued(call, monkeypatch, done):
-    line = f"{TINY} --seeds 0 1 --tasks 3"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    real, left = analysis.expansion, [done]
+def same_results(first, second):
+    for name in ("table.json", "table.tex", "accuracies.json", "correlations.json", "bound_and_factors.pdf"):
+        assert Path(first, name).read_bytes() == Path(second, name).read_bytes()
+
+
+def test_a_cell_is_all_of_a_configuration_and_continues(call, tmp_path, monkeypatch):
+    """Cells of one stream and regime each come to the same as one of all; one that is stopped trains nothing again."""
+    assert call(f"{TINY} --seeds 4 --out run")[0] == 0
+    values = {"hidden": (5,), "epochs": 1, "task_samples": 64, "samples": 40, "regimes": ("stable", "plastic")}
+    config = PRESETS["default"].model_copy(update={**values, "streams": ("permuted",), "seeds": (4,)})
+    real, left = analysis.expansion, [3]
 
     def interrupted(*arguments, **options):
+        left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        left[0] -= 1
         return real(*arguments, **options)
 
     with monkeypatch.context() as stop:
         stop.setattr(analysis, "expansion", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            analysis.cell(config, Place(tmp_path / "place"))
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "place").rglob("*.pt")}
+    assert len(trained) == 5
+    records = analysis.cell(config, Place(tmp_path / "place"))
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    assert [r for r in records if "forgetting" in r] == json.loads(Path("run/table.json").read_text())
+    assert [r for r in records if "accuracy" in r] == json.loads(Path("run/accuracies.json").read_text())
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_interrupted_and_continued(call, monkeypatch, done):
+    line = f"{TINY} --seeds 0 1 --tasks 3 --jobs 1"
+    assert call(f"{line} --out undisturbed")[0] == 0
+    real, left = Store.finish, [done]
+
+    def interrupted(self, outcome):
+        real(self, outcome)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stop:
+        stop.setattr(Store, "finish", interrupted)
         code, out, err = call(f"{line} --out run")
     assert (code, out) == (130, "")
-    number = f"{done} finished pair{'' if done == 1 else 's'} of tasks"
-    assert err == f"interrupted\n{number} in run; the same command with --out run continues there\n"
-    if done:
-        assert len(json.loads(Path("run/table.json").read_text())) == done
-    assert call(f"{line} --out run")[0] == 0
-    for name in ("table.json", "table.tex", "accuracies.json", "correlations.json", "bound_and_factors.pdf"):
-        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
+    assert err == f"interrupted\n{done} of 4 cells done in run; the same command with --out run continues there\n"
+    assert call(f"{line} --out run --jobs 2")[0] == 0
+    same_results("run", "undisturbed")
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
 
 
 def test_killed_and_continued(call):
-    line = "--hidden 8 --epochs 6 --regimes plastic --streams permuted --seeds 0 1"
+    line = "--hidden 8 --epochs 6 --regimes plastic --streams permuted --seeds 0 1 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     process = subprocess.Popen([*COMMAND, *shlex.split(line), "--out", "run"], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not Path("run/permuted-plastic-seed-1/task-1.pt").exists() and process.poll() is None:
+    while len([name for name in files("run") if name.endswith("task-1.pt")]) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    Path("run/permuted-plastic-seed-1/.records.json.0123abcd.tmp").touch()  # what a killed program may leave
+    assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
-    assert Path("run/table.json").read_bytes() == Path("undisturbed/table.json").read_bytes()
-    assert Path("run/accuracies.json").read_bytes() == Path("undisturbed/accuracies.json").read_bytes()
-    assert files("run") == files("undisturbed")
+    same_results("run", "undisturbed")
+
+
+def test_a_cell_that_fails_is_told(call):
+    line = f"{TINY} --seeds 0 1 2 --plastic-lr 1e30 --out run"
+    code, out, err = call(line)
+    assert code == 2
+    assert err.startswith(
+        "error: 3 of 6 cells have failed, the first (seed 0) so: the loss of the evaluation data is nan"
+    )
+    assert "3 of 6 cells done in run; the same command with --out run --retry-failed continues there" in err
+    assert out.count("regimes=") == 3
+    records = json.loads(Path("run/table.json").read_text())
+    assert {(r["regime"], r["seed"]) for r in records} == {("stable", seed) for seed in range(3)}
+    claims = {claim["text"]: claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())}
+    assert {verdict for text, verdict in claims.items() if "stable over plastic" in text} == {"not tested"}
 
 
 @pytest.mark.parametrize(
@@ -457,7 +510,6 @@ def test_killed_and_continued(call):
         ("--data flat.npz", "only images (C, H, W) can be rotated"),
         ("--weights gone.pt", "gone.pt: there is no such file"),
         ("--device cuda:99", "there is no GPU 'cuda:99' here"),
-        ("--plastic-lr 1e30", "lower lr"),
         ("--regime stable", "there is no option --regime; the nearest is --regimes"),
     ],
 )

@@ -22,16 +22,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab.analyze import subject
-from curvlab.analyze.command import Analysis, RunOptions
+from curvlab import grid
+from curvlab.analyze import gridded, subject
+from curvlab.analyze.command import Analysis, GridOptions, RunOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.grid import Cell, Place
 from curvlab.matrices import EKFAC, Composite
 from curvlab.models import build, freeze_batch_norm
 from curvlab.problem import Problem
-from curvlab.progress import Advance, progress
 from curvlab.recorder import EigenvalueRecorder, Level
 from curvlab.results import (
     Claim,
@@ -56,6 +57,7 @@ Samples = tuple[Tensor, Tensor]
 LossChoice = Literal["cross_entropy", "squared_error"]
 Rate = Annotated[float, Field(gt=0)]
 
+_DENSITIES = "densities.json"  # in the folder of a cell
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
 
 
@@ -184,6 +186,7 @@ _SUMMARY = (
     Column("end_of_start", "end / start", spread="end_of_start_std"),
     Column("matvecs", "products"),
 )
+_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
 _RATES = (
     Column("lr", "learning rate", format=lambda value: f"{value:g}"),
     Column("validation_loss", "validation loss"),
@@ -192,34 +195,50 @@ _RATES = (
 )
 
 
-def run(config: EigenvaluesConfig, options: RunOptions, console: Console) -> None:
-    """Choose the learning rate, train and record, and write the run directory.
+def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> None:
+    """Choose the learning rate, train and record, a cell a seed and loss, and write the run directory.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
     """
     clock = Stopwatch()
     with clock("data"):
-        dataset, held_out = _data(config, options)
+        dataset, _ = _data(config, options)
         data_hash = dataset.fingerprint()
-    config_here = config.model_copy(update={"weights": _weights(config, options)})
-    _check(config_here, dataset)
+        workers_data = subject.fingerprints(config, options) if options.scheduler else None
+    _check(_with_weights(config, options), dataset)
     directory = open_run(options.out, "eigenvalues", config.to_yaml())
-    units: list[Record] = []
-    try:
-        rates = _learning_rates(config_here, dataset, held_out, directory, clock)
-        lrs = {"cross_entropy": config.lr, "squared_error": _best(rates) if rates else config.lr_squared_error[0]}
-        total = config.steps * len(config.seeds) * len(config.losses)
-        with progress("eigenvalues", total) as advance:
-            for seed in config.seeds:
-                for loss in config.losses:
-                    units.append(_unit(config_here, dataset, loss, lrs[loss], seed, directory, clock, advance))
-        table, found = _write(directory, units)
-        directory.write_json("claims.json", found)
+    with gridded.resumable(directory):
+        with clock("learning rate"):
+            rates = []
+            chosen = config.lr_squared_error
+            if candidates := _rate_cells(config):
+                options.run(candidates, directory.path / gridded.STORE, workers_data)
+                rates = _learning_rates(directory)
+                chosen = (_best(rates),)
+        cells = ANALYSIS.cells(
+            config.model_copy(update={"seeds": (seed,), "losses": (loss,), "lr_squared_error": chosen})
+            for seed in config.seeds
+            for loss in config.losses
+        )
+        with clock("cells"):
+            tally = options.run([*candidates, *cells], directory.path / gridded.STORE, workers_data)
+        found, failed = gridded.results(directory)
+        records = [record for record in found if "step" in record]
+        trainings = [record for record in found if "test_accuracy" in record]
+        if not records:
+            gridded.report_failures(console, directory)
+        table, verdicts = summarise(records), claims(records)
+        columns = (*_SUMMARY, _SEEDS) if failed else _SUMMARY
+        write_tables(directory, records, columns, summary=_readable(table))
+        directory.write_json("trainings.json", trainings)
+        directory.write_json("claims.json", verdicts)
         with clock("figures"):
-            _figures(config, dataset, directory, units)
-        # Written last, and once: what a finished run is from stays.
-        if not (directory.path / "provenance.json").exists():
+            _figures(config, dataset, directory, records, cells)
+        # Written last, and not again where nothing has changed: what a finished run is from stays.
+        provenance = directory.path / "provenance.json"
+        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
             origin = collect(
                 seeds=config.seeds,
                 data_hash=data_hash,
@@ -227,23 +246,42 @@ def run(config: EigenvaluesConfig, options: RunOptions, console: Console) -> Non
                 started=clock.started,
                 device=config.device,
             )
-            directory.write_json("provenance.json", origin | {"continued": directory.resumed})
-    except (CurvlabError, KeyboardInterrupt) as stop:
-        if units:
-            with suppress(CurvlabError):  # the disk may be full: that is then what is reported
-                _write(directory, units)
-        directory.discard_if_empty()
-        if (directory.path / "config.yaml").exists():
-            done = f"{len(units)} finished training{'' if len(units) == 1 else 's'}"
-            stop.add_note(f"{done} in {directory.path}; the same command with --out {directory.path} continues there")
-        raise
-    _print(console, config, dataset, directory, rates, units, table, found)
+            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        _print(console, config, dataset, directory, rates, trainings, table, verdicts)
+        gridded.report_failures(console, directory)
+
+
+def cell(config: EigenvaluesConfig, place: Place) -> list[Record]:
+    """Return the records of a seed, for every loss: one of its training, and the points of its curves, with ``step``.
+
+    Of several learning rates for squared_error the best for this seed is taken.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
+    """
+    dataset, held_out = _data(config, place)
+    config = _with_weights(config, place)
+    _check(config, dataset)
+    records: list[Record] = []
+    densities: list[Record] = []
+    for loss in config.losses:
+        lr = config.lr
+        if loss == "squared_error":
+            (lr, *others) = config.lr_squared_error
+            if others:
+                lr = _best([_rate(config, dataset, held_out, lr) for lr in config.lr_squared_error])
+        training, found = _training(config, dataset, loss, lr, place.folder)
+        records += training
+        densities += found
+    if densities:
+        RunDirectory(place.folder, resumed=True).write_json(_DENSITIES, densities)
+    return records
 
 
 # The data, the network, the losses -----------------------------------------------------------------------------------
 
 
-def _data(config: EigenvaluesConfig, options: RunOptions) -> tuple[Dataset, Samples | None]:
+def _data(config: EigenvaluesConfig, options: RunOptions | Place) -> tuple[Dataset, Samples | None]:
     """Return the data set, its training samples in a random order that is always the same, and what is held out.
 
     Files may have their samples class by class: their first ones would then be of a few classes.
@@ -276,14 +314,14 @@ def _normalised(data: Dataset) -> Dataset:
     return replace(data, x_train=(data.x_train - mean) / deviation, x_test=(data.x_test - mean) / deviation)
 
 
-def _weights(config: EigenvaluesConfig, options: RunOptions) -> Path | None:
-    """Return the file of the weights: as it was given, or else below the data root."""
+def _with_weights(config: EigenvaluesConfig, options: RunOptions | Place) -> EigenvaluesConfig:
+    """Return the configuration with the file of the weights where it is: as it was given, or below the data root."""
     if config.weights is None or config.weights.expanduser().exists():
-        return config.weights
+        return config
     root = Path(options.data_root or os.environ.get("CURVLAB_DATA") or "~/.cache/curvlab/data").expanduser()
     if not (root / config.weights).is_file():
         raise CurvlabError(f"{config.weights}: there is no such file of weights, here or in the data root {root}")
-    return root / config.weights
+    return config.model_copy(update={"weights": root / config.weights})
 
 
 def _network(config: EigenvaluesConfig, data: Dataset, seed: int) -> nn.Module:
@@ -341,40 +379,60 @@ def _check(config: EigenvaluesConfig, data: Dataset) -> None:
 # The learning rate ---------------------------------------------------------------------------------------------------
 
 
-def _learning_rates(
-    config: EigenvaluesConfig,
-    data: Dataset,
-    held_out: Samples | None,
-    directory: RunDirectory,
-    clock: Stopwatch,
-) -> list[Record]:
-    """Return what became of a training with each candidate, those of an earlier run taken up; none for a single one."""
+def _rate_cells(config: EigenvaluesConfig) -> list[Cell]:
+    """Return a cell for each candidate, a training of the first seed; none for a single one."""
     if "squared_error" not in config.losses or len(config.lr_squared_error) == 1:
         return []
-    assert held_out is not None
-    name = "learning_rates.json"
-    rates: list[Record] = _saved(directory.path / name) or []
-    with clock("learning rate"), progress("learning rate", len(config.lr_squared_error)) as advance:
-        for lr in config.lr_squared_error:
-            if any(rate["lr"] == lr for rate in rates):
-                advance()
-                continue
-            model = _network(config, data, config.seeds[0])
-            rate: Record = {"loss": "squared_error", "lr": lr, "validation_loss": None, "validation_accuracy": None}
-            try:
-                _train(config, model, data, "squared_error", lr, config.seeds[0])
-                inputs, targets = _with_targets(config, data, "squared_error", held_out)
-                rate["validation_loss"] = evaluate(model, inputs, targets, loss="squared_error").loss
-                rate["validation_accuracy"] = evaluate(model, *held_out).accuracy
-                rate["note"] = ""
-            except CurvlabError as error:
-                # The options have been checked and nothing is written: what is left is a loss that is not finite.
-                rate["note"] = str(error)
-            rates.append(rate)
-            directory.write_json(name, rates)
-            advance(note=f"{lr:g}")
-    _best(rates)
+    common = {"seeds": config.seeds[:1], "losses": ("squared_error",)}
+    return [
+        Cell(
+            f"{__name__}:rate_cell",
+            config.model_copy(update={**common, "lr_squared_error": (lr,)}).model_dump(mode="json"),
+            "eigenvalues-rate",
+            ANALYSIS.version,
+            ANALYSIS.seed,
+        )
+        for lr in config.lr_squared_error
+    ]
+
+
+def _learning_rates(directory: RunDirectory) -> list[Record]:
+    """Return what became of the trainings with the candidates.
+
+    Raises:
+        CurvlabError: One was not brought to its end, and the best of the others may not be the best.
+    """
+    rates, failed = gridded.results(directory)
+    if failed:
+        raise CurvlabError(f"the learning rate of squared_error is not known: a cell has failed: {failed[0]['error']}")
+    directory.write_json("learning_rates.json", rates)
     return rates
+
+
+def rate_cell(values: Mapping[str, Any], place: Place) -> list[Record]:
+    """Return what becomes of a training with squared_error, at one learning rate, on the held-out samples."""
+    config = _with_weights(EigenvaluesConfig(**values), place)
+    (lr,) = config.lr_squared_error
+    return [_rate(config, *_data(config, place), lr)]
+
+
+def _rate(config: EigenvaluesConfig, data: Dataset, held_out: Samples | None, lr: float) -> Record:
+    assert held_out is not None
+    model = _network(config, data, config.seeds[0])
+    rate: Record = {"loss": "squared_error", "lr": lr, "validation_loss": None, "validation_accuracy": None}
+    try:
+        _train(config, model, data, "squared_error", lr)
+        inputs, targets = _with_targets(config, data, "squared_error", held_out)
+        validation_loss = evaluate(model, inputs, targets, loss="squared_error").loss
+        if not math.isfinite(validation_loss):
+            raise CurvlabError(f"the loss on the held-out samples is {validation_loss}")
+        rate["validation_loss"] = validation_loss
+        rate["validation_accuracy"] = evaluate(model, *held_out).accuracy
+        rate["note"] = ""
+    except CurvlabError as error:
+        # The options have been checked and nothing is written: what is left is a loss that is not finite.
+        rate["note"] = str(error)
+    return rate
 
 
 def _best(rates: Sequence[Record]) -> float:
@@ -397,7 +455,6 @@ def _train(
     data: Dataset,
     loss: str,
     lr: float,
-    seed: int,
     observers: Sequence[Observer] = (),
     checkpoint: Path | None = None,
 ) -> FitResult:
@@ -412,7 +469,7 @@ def _train(
         schedule=config.schedule,
         steps=config.steps,
         batch_size=config.batch_size,
-        seed=seed,
+        seed=config.seeds[0],
         evaluate_every=config.every,
         observers=observers,
         checkpoint=checkpoint,
@@ -421,23 +478,12 @@ def _train(
     )
 
 
-def _unit(
-    config: EigenvaluesConfig,
-    data: Dataset,
-    loss: str,
-    lr: float,
-    seed: int,
-    directory: RunDirectory,
-    clock: Stopwatch,
-    advance: Advance,
-) -> Record:
-    """Return what was recorded over one training, saved as soon as it is known; or what an earlier run has saved."""
-    name = f"seed-{seed}/{loss}/result.json"
-    saved: Record | None = _saved(directory.path / name)
-    if saved is not None:
-        advance(config.steps)
-        return saved
+def _training(
+    config: EigenvaluesConfig, data: Dataset, loss: str, lr: float, folder: Path
+) -> tuple[list[Record], list[Record]]:
+    """Return what was recorded over a training: records, that of the training itself first, and densities."""
     samples = _with_targets(config, data, loss, subject.samples(config, data))
+    (seed,) = config.seeds
     recorders = [
         EigenvalueRecorder(
             samples,
@@ -452,23 +498,10 @@ def _unit(
         for level in config.per
     ]
     ekfac = [] if config.ekfac_every is None else [_EkfacRecorder(samples, loss, config.ekfac_every, config.per)]
-    watching = _Progress(advance, config.every, f"{_LABELS[loss]}, seed {seed}")
     model = _network(config, data, seed)
-    with clock("training"):
-        result = _train(
-            config,
-            model,
-            data,
-            loss,
-            lr,
-            seed,
-            [*recorders, *ekfac, watching],
-            directory.path / f"seed-{seed}" / loss / "checkpoint.pt",
-        )
+    result = _train(config, model, data, loss, lr, [*recorders, *ekfac], folder / f"{loss}.pt")
     losses = {point["step"]: point["train_loss"] for point in result.history}
-    records = [record for recorder in recorders for record in recorder.records]
-    records += [record for recorder in ekfac for record in recorder.records]
-    unit = {
+    training = {
         "loss": loss,
         "seed": seed,
         "lr": lr,
@@ -476,13 +509,14 @@ def _unit(
         # Of the call that ended the training: one that was stopped before has taken more.
         "training_seconds": result.seconds - result.observer_seconds,
         "observer_seconds": result.observer_seconds,
-        "records": [
-            {"loss": loss, "seed": seed, **record, "train_loss": losses.get(record["step"])} for record in records
-        ],
-        "densities": [{"loss": loss, "seed": seed, **found} for recorder in recorders for found in recorder.densities],
     }
-    directory.write_json(name, unit)
-    return dict(_saved(directory.path / name))  # the same values, whether they come from this run or an earlier one
+    points = [record for recorder in recorders for record in recorder.records]
+    points += [record for recorder in ekfac for record in recorder.records]
+    return (
+        [training]
+        + [{"loss": loss, "seed": seed, **point, "train_loss": losses.get(point["step"])} for point in points],
+        [{"loss": loss, "seed": seed, **found} for recorder in recorders for found in recorder.densities],
+    )
 
 
 def _drawn(densities: Sequence[Record]) -> list[Record]:
@@ -499,12 +533,6 @@ def _drawn(densities: Sequence[Record]) -> list[Record]:
         values, _ = SpectralDensity(**{**saved, **tensors}).pdf(grid, width)
         drawn.append({**record, "grid": grid.tolist(), "density": values.tolist()})
     return drawn
-
-
-def _saved(path: Path) -> Any:
-    with suppress(FileNotFoundError):
-        return json.loads(path.read_text())
-    return None
 
 
 class _EkfacRecorder:
@@ -546,27 +574,6 @@ class _EkfacRecorder:
 
     def load_state_dict(self, states: Mapping[str, Any], /) -> None:
         self.records = list(states["records"])
-
-
-class _Progress:
-    """Moves the bar of the whole analysis."""
-
-    def __init__(self, advance: Advance, every: int, note: str) -> None:
-        self._advance, self._every, self._note, self._step = advance, every, note, 0
-
-    def due(self, step: int) -> bool:
-        return step % self._every == 0
-
-    def __call__(self, step: int, model: nn.Module) -> None:
-        del model
-        self._advance(step - self._step, note=self._note)
-        self._step = step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, states: Mapping[str, Any], /) -> None:
-        del states
 
 
 # What is made of the curves ------------------------------------------------------------------------------------------
@@ -699,13 +706,6 @@ def curves_figures(records: Sequence[Record], title: str) -> dict[str, Any]:
     return figures
 
 
-def _write(directory: RunDirectory, units: Sequence[Record]) -> tuple[list[Record], list[Claim]]:
-    records = [record for unit in units for record in unit["records"]]
-    table = summarise(records)
-    write_tables(directory, records, _SUMMARY, summary=_readable(table))
-    return table, claims(records)
-
-
 def _readable(table: Sequence[Record]) -> list[Record]:
     return [
         {
@@ -725,11 +725,19 @@ def describe(config: EigenvaluesConfig, data: Dataset) -> str:
     return f"{network} on {Path(config.data).name}"
 
 
-def _figures(config: EigenvaluesConfig, data: Dataset, directory: RunDirectory, units: Sequence[Record]) -> None:
+def _figures(
+    config: EigenvaluesConfig, data: Dataset, directory: RunDirectory, records: Sequence[Record], cells: Sequence[Cell]
+) -> None:
     title = describe(config, data)
-    for name, figure in curves_figures([record for unit in units for record in unit["records"]], title).items():
+    for name, figure in curves_figures(records, title).items():
         directory.write_figure(name, figure)
-    densities = [density for unit in units if unit["seed"] == config.seeds[0] for density in unit["densities"]]
+    densities: list[Record] = []
+    for one in cells:
+        if one.config["seeds"] == [config.seeds[0]]:
+            # None of a cell that has failed, or was run on a machine of a cluster that does not share the folder.
+            with suppress(FileNotFoundError):
+                folder = grid.folder_of(directory.path / gridded.STORE, one.key)
+                densities += json.loads((folder / _DENSITIES).read_text())
     if densities:
         directory.write_figure("densities", density_curves(_drawn(densities), title))
 
@@ -740,7 +748,7 @@ def _print(
     data: Dataset,
     directory: RunDirectory,
     rates: Sequence[Record],
-    units: Sequence[Record],
+    trainings: Sequence[Record],
     table: Sequence[Record],
     found: Sequence[Claim],
 ) -> None:
@@ -752,19 +760,27 @@ def _print(
     spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     samples = len(subject.samples(config, data)[0])
     title = f"Largest eigenvalue over {config.steps:,} steps: {describe(config, data)}, {samples:,} samples; {spread}"
-    console.print(render(_readable(table), _SUMMARY, title), crop=False)
+    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    console.print(render(_readable(table), (*_SUMMARY, *seeds), title), crop=False)
     console.print(render_claims(found), crop=False)
     notes = []
     for loss in config.losses:
-        of_loss = [unit for unit in units if unit["loss"] == loss]
-        accuracies = [unit["test_accuracy"] for unit in of_loss]
-        trained, watched = (sum(unit[key] for unit in of_loss) for key in ("training_seconds", "observer_seconds"))
+        of_loss = [training for training in trainings if training["loss"] == loss]
+        if not of_loss:
+            continue
+        accuracies = [training["test_accuracy"] for training in of_loss]
+        trained, watched = (
+            sum(training[key] for training in of_loss) for key in ("training_seconds", "observer_seconds")
+        )
         notes.append(
             f"{_LABELS[loss]}: learning rate {of_loss[0]['lr']:g}; test accuracy {min(accuracies):.1%} to "
             f"{max(accuracies):.1%}; {significant(trained, 3)} s of training and {significant(watched, 3)} s of "
             f"recording ({watched / trained:.1f} times the training)."
         )
-    notes.append(f"Saved in {directory.path}: table (.json .csv .md .tex), claims, provenance, figures.")
+    notes.append(
+        f"Saved in {directory.path}: table (.json .csv .md .tex), trainings, claims, provenance, figures, "
+        f"{gridded.STORE}."
+    )
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -775,4 +791,5 @@ ANALYSIS = Analysis(
     run=run,
     description="Does the curvature vanish in training? Trains a network with softmax cross-entropy and with squared "
     "error, and follows the largest eigenvalue of Fisher and Hessian, by Lanczos' method and by EK-FAC.",
+    cell=cell,
 )

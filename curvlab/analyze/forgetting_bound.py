@@ -8,7 +8,6 @@ What a network forgets of a task when it learns the next one, ``F1 = L1(w2) - L1
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,17 +22,17 @@ from rich.console import Console
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from curvlab.analyze import subject
-from curvlab.analyze.command import Analysis, RunOptions
+from curvlab.analyze import gridded, subject
+from curvlab.analyze.command import Analysis, GridOptions
 from curvlab.analyze.subject import SubjectConfig
 from curvlab.continual import Task, permuted, rotated
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.grid import Place
 from curvlab.matrices import CurvatureMatrix
 from curvlab.models import build
 from curvlab.problem import Problem
-from curvlab.progress import Advance, progress
 from curvlab.results import (
     Claim,
     Column,
@@ -142,6 +141,7 @@ _ACCURACY = (
     Column("learning_accuracy", "of each task when learnt", spread="learning_accuracy_std"),
 )
 _TABLE = (*_EXPANSION, *_ACCURACY)
+_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
 _CORRELATED = ("bound", "quadratic", "second_order", "lambda_max", "distance")
 _CORRELATIONS = (
     Column("stream", "stream"),
@@ -153,30 +153,35 @@ _CORRELATIONS = (
 )
 
 
-def run(config: ForgettingBoundConfig, options: RunOptions, console: Console) -> None:
-    """Train, measure, and write the run directory.
+def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -> None:
+    """Train and measure, a cell a stream, seed and regime, and write the run directory.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
     """
     clock = Stopwatch()
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
+        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     _check(config, dataset)
     directory = open_run(options.out, "forgetting_bound", config.to_yaml())
-    found: list[Record] = []
-    accuracies: list[Record] = []
-    units = [(stream, seed, regime) for stream in config.streams for seed in config.seeds for regime in config.regimes]
-    try:
-        with progress("forgetting bound", total=len(units) * config.tasks) as advance:
-            for unit in units:
-                for part in _of_unit(config, dataset, unit, directory, clock, advance):
-                    found += part["pairs"]
-                    accuracies += part["accuracies"]
+    parts = [
+        config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
+        for stream in config.streams
+        for seed in config.seeds
+        for regime in config.regimes
+    ]
+    with gridded.resumable(directory):
+        with clock("cells"):
+            tally = options.run(ANALYSIS.cells(parts), directory.path / gridded.STORE, workers_data)
+        records, failed = gridded.results(directory)
+        found = [record for record in records if "forgetting" in record]
+        accuracies = [record for record in records if "accuracy" in record]
         table, correlations = summarise(found, accuracies), correlations_of(found)
         claims = claims_of(found, accuracies, [toy(seed) for seed in config.seeds], config.tol)
-        write_tables(directory, found, _TABLE, summary=table)
+        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("accuracies.json", accuracies)
         directory.write_json("correlations.json", correlations)
         directory.write_json("claims.json", claims)
@@ -184,8 +189,9 @@ def run(config: ForgettingBoundConfig, options: RunOptions, console: Console) ->
             directory.write_figure(
                 "bound_and_factors", figure(found, f"{_title(config, dataset)}: forgetting of a task by the next")
             )
-        # Written last, and once: what a finished run is from stays.
-        if not (directory.path / "provenance.json").exists():
+        # Written last, and not again where nothing has changed: what a finished run is from stays.
+        provenance = directory.path / "provenance.json"
+        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
             origin = collect(
                 seeds=config.seeds,
                 data_hash=data_hash,
@@ -193,35 +199,43 @@ def run(config: ForgettingBoundConfig, options: RunOptions, console: Console) ->
                 started=clock.started,
                 device=config.device,
             )
-            directory.write_json("provenance.json", origin | {"continued": directory.resumed})
-    except (CurvlabError, KeyboardInterrupt) as stop:
-        _save_what_is_finished(directory, found, stop)
-        raise
-    _print(console, config, dataset, found, table, correlations, claims, directory)
+            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        _print(console, config, dataset, found, table, correlations, claims, directory)
+        gridded.report_failures(console, directory)
 
 
-def _save_what_is_finished(directory: RunDirectory, found: Sequence[Record], stop: BaseException) -> None:
-    if found:
-        with suppress(CurvlabError):  # the disk may be full: that is then what is reported
-            write_tables(directory, found)
-    directory.discard_if_empty()
-    if (directory.path / "config.yaml").exists():
-        rows = f"{len(found)} finished pair{'' if len(found) == 1 else 's'} of tasks"
-        stop.add_note(f"{rows} in {directory.path}; the same command with --out {directory.path} continues there")
+def cell(config: ForgettingBoundConfig, place: Place) -> list[Record]:
+    """Return the records of a seed, for every stream and regime: accuracies and, with ``forgetting``, expansions.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
+    """
+    dataset = subject.dataset(config, place)
+    _check_values(config, dataset)  # what else there is to refuse is refused when it is made
+    return [
+        record
+        for stream in config.streams
+        for regime in config.regimes
+        for record in _of_network(config, dataset, stream, regime, place.folder / f"{stream}-{regime}")
+    ]
 
 
 def _check(config: ForgettingBoundConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
-    subject.check_distinct(seeds=config.seeds, streams=config.streams, regimes=config.regimes)
-    of_task = config.task_samples
-    if of_task is not None and of_task > len(dataset.x_train):
-        raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
-    subject.check(config, _shortened(config, dataset))
+    _check_values(config, dataset)
     for regime in config.regimes:
         model = _network(config, dataset, config.seeds[0], Regime.of(config, regime))
     for stream in config.streams:
         first = _stream(config, dataset, stream, config.seeds[0])[0]
         estimate(Problem(model, "cross_entropy", _samples(config, first)), "hessian", "implicit")  # checks both
+
+
+def _check_values(config: ForgettingBoundConfig, dataset: Dataset) -> None:
+    subject.check_distinct(seeds=config.seeds, streams=config.streams, regimes=config.regimes)
+    of_task = config.task_samples
+    if of_task is not None and of_task > len(dataset.x_train):
+        raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
+    subject.check(config, _shortened(config, dataset))
 
 
 # Regimes and tasks ----------------------------------------------------------------------------------------------------
@@ -292,64 +306,35 @@ def _samples(config: ForgettingBoundConfig, task: Task) -> tuple[Tensor, Tensor]
 # A network that learns one task after another -------------------------------------------------------------------------
 
 
-def _of_unit(
-    config: ForgettingBoundConfig,
-    dataset: Dataset,
-    unit: tuple[str, int, str],
-    directory: RunDirectory,
-    clock: Stopwatch,
-    advance: Advance,
-) -> Iterator[dict[str, list[Record]]]:
-    """Yield the records of a stream, seed and regime task by task, each saved when it is known.
-
-    Those of an earlier run are taken up; a network whose training is in its checkpoints is not trained again.
-    """
-    stream, seed, name = unit
-    folder = f"{stream}-{name}-seed-{seed}"
+def _of_network(
+    config: ForgettingBoundConfig, dataset: Dataset, stream: str, name: str, folder: Path
+) -> Iterator[Record]:
+    """Yield the records of a stream and regime; a training that is in its checkpoint is not repeated."""
+    (seed,) = config.seeds
     keys = {"stream": stream, "regime": name, "seed": seed}
-    done: list[dict[str, list[Record]]] = []
-    with suppress(FileNotFoundError):
-        done = json.loads((directory.path / folder / "records.json").read_text())
-    yield from done
-    advance(len(done), note=folder)
-    if len(done) == config.tasks:
-        return
     regime = Regime.of(config, name)
     model = _network(config, dataset, seed, regime)
     tasks = _stream(config, dataset, stream, seed)
     before: Problem | None = None
     for number, task in enumerate(tasks, start=1):
-        with clock("training"):
-            fit(
-                model,
-                task.train,
-                optimizer="sgd",
-                lr=regime.rate(number),
-                momentum=config.momentum,
-                epochs=config.epochs,
-                batch_size=regime.batch_size,
-                seed=derived_seed(seed, number),
-                checkpoint=directory.path / folder / f"task-{number}.pt",
-                progress=False,
-            )
+        fit(
+            model,
+            task.train,
+            optimizer="sgd",
+            lr=regime.rate(number),
+            momentum=config.momentum,
+            epochs=config.epochs,
+            batch_size=regime.batch_size,
+            seed=derived_seed(seed, number),
+            checkpoint=folder / f"task-{number}.pt",
+            progress=False,
+        )
         after = Problem(deepcopy(model), "cross_entropy", _samples(config, task))
-        if number > len(done):
-            with clock("evaluation"):
-                seen = [_accuracy(model, old) for old in tasks[:number]]
-            part: dict[str, list[Record]] = {
-                "accuracies": [
-                    {**keys, "after": number, "task": i, "accuracy": a} for i, a in enumerate(seen, start=1)
-                ],
-                "pairs": [],
-            }
-            if before is not None:
-                with clock("curvature"):
-                    pair = expansion(before, after.model, solver=config.solver, tol=config.tol)
-                part["pairs"].append({**keys, "task": number - 1, **pair})
-            done.append(part)
-            directory.write_json(f"{folder}/records.json", done)
-            yield part
-            advance(note=folder)
+        for i, old in enumerate(tasks[:number], start=1):
+            yield {**keys, "after": number, "task": i, "accuracy": _accuracy(model, old)}
+        if before is not None:
+            pair = expansion(before, after.model, solver=config.solver, tol=config.tol)
+            yield {**keys, "task": number - 1, **pair}
         before = after
 
 
@@ -519,7 +504,7 @@ def claims_of(
         Claim.of(
             "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative excess)",
             paper,
-            [largest_excess(seed) for seed in seeds],
+            _of_whole(found, seeds, largest_excess),
             lambda value: value <= tol,
         ),
         Claim.of(
@@ -532,13 +517,13 @@ def claims_of(
     ]
     for stream in dict.fromkeys(record["stream"] for record in found):
         of_stream, seen = _of(found, stream=stream), _of(accuracies, stream=stream)
-        ranks = [row["bound"] for row in correlations_of(of_stream)]
+        ranks = {row["seed"]: row["bound"] for row in correlations_of(of_stream)}
         claims.append(
             Claim.of(
                 f"{stream}: what is forgotten goes with the bound (Spearman's correlation of F1 and 1/2 λmax |d|² over "
                 "regimes and tasks at least 0.5)",
                 paper,
-                [math.nan if rank is None else rank for rank in ranks],
+                _of_whole(of_stream, seeds, ranks.__getitem__),
                 lambda value: value >= 0.5,
             )
         )
@@ -597,7 +582,14 @@ def _compared(
     """Return stable beside plastic for every seed; none if one of the two was not run."""
     if not {"stable", "plastic"} <= {record["regime"] for record in records}:
         return []
-    return [compare(value(seed, "stable"), value(seed, "plastic")) for seed in seeds]
+    return _of_whole(records, seeds, lambda seed: compare(value(seed, "stable"), value(seed, "plastic")))
+
+
+def _of_whole(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:
+    """Return a value for every seed, NaN where there is none, or where the seed lacks records that another one has."""
+    counts = {seed: len(_of(records, seed=seed)) for seed in seeds}
+    values = [value(seed) if counts[seed] == max(counts.values()) else None for seed in seeds]
+    return [math.nan if found is None else found for found in values]
 
 
 def _of(records: Sequence[Record], **wanted: object) -> list[Record]:
@@ -623,11 +615,11 @@ def _print(
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    seeds = len(config.seeds)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
     title = f"What a {_title(config, dataset)} forgets, {config.tasks} tasks; mean over pairs of tasks, {spread}"
-    console.print(render(table, _EXPANSION, title), crop=False)
-    console.print(render(table, (*_NAMES, *_ACCURACY), "Test accuracy, mean over tasks"), crop=False)
+    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    console.print(render(table, (*_EXPANSION, *seeds), title), crop=False)
+    console.print(render(table, (*_NAMES, *_ACCURACY, *seeds), "Test accuracy, mean over tasks"), crop=False)
     ranks = aggregate(correlations, ["stream"], list(_CORRELATED))
     console.print(
         render(ranks, _CORRELATIONS, "Spearman's rank correlation with F1, over regimes and pairs of tasks"), crop=False
@@ -642,7 +634,7 @@ def _print(
         f"F1 is at most 1/2 λmax |d|² for {below} of {len(found)} pairs; 1/2 d'Hd is {tightness:.2g} of that in the "
         f"median, and g'd + 1/2 d'Hd misses F1 by {missed:.2g}.",
         f"Saved in {directory.path}: table (.json .csv .md .tex), accuracies, correlations, claims, provenance, "
-        "figure.",
+        f"figure, {gridded.STORE}.",
     ):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -654,4 +646,5 @@ ANALYSIS = Analysis(
     description="Is forgetting bounded by curvature and distance? Trains a network on one task after another under "
     "several regimes, and sets what it forgets of each task beside 1/2 d'H d and 1/2 λmax |d|², with the Hessian of "
     "the old task's loss at its end and the step d to the weights after the next one.",
+    cell=cell,
 )

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
-from curvlab.analyze import subject
-from curvlab.analyze.command import Analysis, RunOptions
+from curvlab.analyze import gridded, subject
+from curvlab.analyze.command import Analysis, GridOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.grid import Place
 from curvlab.losses import get_loss
 from curvlab.problem import Problem
 from curvlab.results import (
@@ -90,38 +90,39 @@ _NETWORK = (
     Column("ggn", "of the GGN", spread="ggn_std"),
     Column("hessian", "of the Hessian", spread="hessian_std"),
 )
+_SEEDS = Column("seeds", "seeds")  # shown where a seed has failed
 
 
-def run(config: SoftmaxHessianConfig, options: RunOptions, console: Console) -> None:
+def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) -> None:
     """Measure at random logits, train and measure networks, and write the run directory.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
     """
     clock = Stopwatch()
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
-    subject.check_distinct(seeds=config.seeds)
-    subject.check(config, dataset)
-    estimate(subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0])), "hessian", "implicit")
+        workers_data = subject.fingerprints(config, options) if options.scheduler else None
+    _check(config, dataset)
     directory = open_run(options.out, "softmax_hessian", config.to_yaml())
-    of_network: list[Record] = []
-    try:
-        with clock("logits"):
-            of_logits = [record for seed in config.seeds for record in logit_records(config, seed)]
-        for seed in config.seeds:
-            with clock("network"):
-                of_network += _of_seed(config, dataset, seed, directory)
+    with gridded.resumable(directory):
+        with clock("cells"):
+            tally = options.run(ANALYSIS.cells([config]), directory.path / gridded.STORE, workers_data)
+        found, failed = gridded.results(directory)
+        of_logits = [record for record in found if "step" not in record]
+        of_network = [record for record in found if "step" in record]
         tables = summarise(of_logits, of_network)
         claims = claims_of(of_logits, of_network)
-        write_tables(directory, of_logits, _LOGITS, summary=tables[0])
+        write_tables(directory, of_logits, (*_LOGITS, _SEEDS) if failed else _LOGITS, summary=tables[0])
         directory.write_json("network.json", of_network)
         directory.write_json("claims.json", claims)
         with clock("figures"):
             directory.write_figure("vanishing_curvature", vanishing_curvature(*tables, _title(config, dataset)))
-        # Written last, and once: what a finished run is from stays.
-        if not (directory.path / "provenance.json").exists():
+        # Written last, and not again where nothing has changed: what a finished run is from stays.
+        provenance = directory.path / "provenance.json"
+        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
             origin = collect(
                 seeds=config.seeds,
                 data_hash=data_hash,
@@ -129,17 +130,28 @@ def run(config: SoftmaxHessianConfig, options: RunOptions, console: Console) -> 
                 started=clock.started,
                 device=config.device,
             )
-            directory.write_json("provenance.json", origin | {"continued": directory.resumed})
-    except (CurvlabError, KeyboardInterrupt) as stop:
-        directory.discard_if_empty()
-        if (directory.path / "config.yaml").exists():
-            done = len({record["seed"] for record in of_network})
-            stop.add_note(
-                f"{done} of {len(config.seeds)} seeds finished in {directory.path}; "
-                f"the same command with --out {directory.path} continues there"
-            )
-        raise
-    _print(console, config, dataset, tables, claims, directory)
+            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        _print(console, config, dataset, tables, claims, directory)
+        gridded.report_failures(console, directory)
+
+
+def cell(config: SoftmaxHessianConfig, place: Place) -> list[Record]:
+    """Return the records of a seed: those of the random logits, and those of its network, which have a ``step``.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, or the training diverges.
+    """
+    dataset = subject.dataset(config, place)
+    _check(config, dataset)
+    (seed,) = config.seeds
+    return logit_records(config, seed) + _of_network(config, dataset, seed, place.folder / "checkpoint.pt")
+
+
+def _check(config: SoftmaxHessianConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    subject.check_distinct(seeds=config.seeds)
+    subject.check(config, dataset)
+    estimate(subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0])), "hessian", "implicit")
 
 
 # At random logits -----------------------------------------------------------------------------------------------------
@@ -225,7 +237,10 @@ def _logit_record(config: SoftmaxHessianConfig, seed: int, complement: float) ->
 
 
 def _relative(matrices: Tensor, reference: Tensor) -> float:
-    return float(((matrices - reference).norm(dim=(1, 2)) / reference.norm(dim=(1, 2))).max())
+    # By a power of two, which changes no digit: entries of 1e-300 have squares that are none.
+    largest = reference.abs().amax(dim=(1, 2), keepdim=True)
+    scale = largest / largest.frexp().mantissa
+    return float((((matrices - reference) / scale).norm(dim=(1, 2)) / (reference / scale).norm(dim=(1, 2))).max())
 
 
 # Of a network ---------------------------------------------------------------------------------------------------------
@@ -255,12 +270,8 @@ class NetworkRecorder:
         self.records = list(states["records"])
 
 
-def _of_seed(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, directory: RunDirectory) -> list[Record]:
-    """Return the records of a seed's training, those of an earlier run if it is finished."""
-    name = f"seed-{seed}/records.json"
-    with suppress(FileNotFoundError):
-        saved: list[Record] = json.loads((directory.path / name).read_text())
-        return saved
+def _of_network(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, checkpoint: Path) -> list[Record]:
+    """Return the records of a seed's training."""
     model = subject.network(config, dataset, seed)
     steps = np.geomspace(1, config.steps, config.points).round().astype(int).tolist()
     recorder = NetworkRecorder(
@@ -278,11 +289,9 @@ def _of_seed(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, director
         batch_size=config.batch_size,
         seed=seed,
         observers=[recorder],
-        checkpoint=directory.path / f"seed-{seed}" / "checkpoint.pt",
+        checkpoint=checkpoint,
     )
-    records = [{"seed": seed, **record} for record in recorder.records]
-    directory.write_json(name, records)
-    return records
+    return [{"seed": seed, **record} for record in recorder.records]
 
 
 def network_record(problem: Problem, tol: float) -> Record:
@@ -421,9 +430,11 @@ def _print(
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    seeds = len(config.seeds)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     of_logits, of_network = tables
+    seeds = of_network[0]["seeds"]
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    if seeds < len(config.seeds):
+        spread += f" of {len(config.seeds)}"
     title = f"Hessian of the softmax loss at {config.draws:,} random logits of {config.categories} classes; {spread}"
     console.print(render(of_logits, _LOGITS, title), crop=False)
     samples = config.samples or len(dataset.x_train)
@@ -433,7 +444,8 @@ def _print(
     for note in (
         "Relative differences are to equations (20) and (21), the largest over the draws. Automatic differentiation "
         "in float64 takes p_t - p_t², of which no digit is left once 1 - p_t is below 1e-16.",
-        f"Saved in {directory.path}: table (.json .csv .md .tex), network, claims, provenance, figure.",
+        f"Saved in {directory.path}: table (.json .csv .md .tex), network, claims, provenance, figure, "
+        f"{gridded.STORE}.",
     ):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -445,4 +457,5 @@ ANALYSIS = Analysis(
     description="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? At random "
     "logits, by automatic differentiation, by the formulas of the DLCFT supplement and by the output factors of the "
     "estimators here; and what becomes of a network's curvature while it learns.",
+    cell=cell,
 )
