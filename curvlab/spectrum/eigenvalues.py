@@ -76,7 +76,7 @@ def top_eigenvalues(
             is (Parlett 1998, theorem 11.7.1), with the gap to the nearest other Ritz value, once that has settled, and
             the residual is at most ``4 tol |theta|``. That takes a tenth to a fifth fewer products and is no
             certificate: where the two largest eigenvalues are within a few per cent it sometimes took a mixture of
-            them for the first (1 of 288 networks, 0.6 % off; none with ``residual``).
+            them for the first (in 1 of 144 searches, 0.6 % off; in none with ``residual``).
         method: ``lanczos`` (ours), or ``eigsh``: ARPACK, as SciPy has it, which stops by residuals.
 
     Raises:
