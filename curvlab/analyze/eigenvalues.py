@@ -317,6 +317,10 @@ def _check(config: EigenvaluesConfig, data: Dataset) -> None:
         subject.check_distinct(densities_at=config.densities_at)
         if max(config.densities_at) > config.steps:
             raise CurvlabError(f"densities_at has {max(config.densities_at)}, but there are {config.steps} steps")
+    if off := [step for step in config.densities_at if step % config.every]:
+        raise CurvlabError(
+            f"densities_at has {off[0]}, which is no point of the curves: they have one every {config.every}"
+        )
     if "squared_error" in config.losses and len(config.lr_squared_error) > 1 and not config.validation:
         raise CurvlabError(
             "a learning rate is chosen on held-out samples: set validation, or give lr_squared_error a single one"
@@ -647,9 +651,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             found.append(math.nan if value is None else value)
         return found
 
-    def claim(text: str, published: str, measured: list[float], test: Callable[[float], bool]) -> Claim:
+    def claim(quantity: str, text: str, published: str, measured: list[float], test: Callable[[float], bool]) -> Claim:
+        if quantity not in ("fisher", "ekfac"):  # of which alone the publication's caption speaks
+            return Claim.of(f"{_QUANTITIES.get(quantity, quantity)}: {text}", "ours, as for the Fisher", measured, test)
         source = "Shon et al. (2022): poster, panels (a), (b); supplement, Fig. 7"
-        return Claim.of(text, source, measured, test, published)
+        return Claim.of(f"{_QUANTITIES[quantity]}: {text}", source, measured, test, published)
 
     def ratio(softmax: Record, squared: Record) -> float | None:
         mine, other = softmax.get("end_of_maximum"), squared.get("end_of_maximum")
@@ -657,22 +663,24 @@ def claims(records: Sequence[Record]) -> list[Claim]:
 
     answers = []
     for quantity in dict.fromkeys(record["quantity"] for record in of_network):
-        label = _QUANTITIES.get(quantity, quantity)
         answers += [
             claim(
-                f"{label}: softmax cross-entropy's largest eigenvalue vanishes: at the end at most 0.2 of its maximum",
+                quantity,
+                "softmax cross-entropy's largest eigenvalue vanishes: at the end at most 0.2 of its maximum",
                 "→ 0",
                 values(quantity, lambda softmax, _: softmax.get("end_of_maximum")),
                 lambda value: value <= 0.2,
             ),
             claim(
-                f"{label}: squared error's does not: at the end at least 0.5 of that at the start",
+                quantity,
+                "squared error's does not: at the end at least 0.5 of that at the start",
                 "curve",
                 values(quantity, lambda _, squared: squared.get("end_of_start")),
                 lambda value: value >= 0.5,
             ),
             claim(
-                f"{label}: at the end, each over its own maximum, squared error's is at least 3 times as large",
+                quantity,
+                "at the end, each over its own maximum, squared error's is at least 3 times as large",
                 "curve",
                 values(quantity, ratio),
                 lambda value: value >= 3,

@@ -217,6 +217,8 @@ def _check(config: ForgettingBoundConfig, dataset: Dataset) -> None:
     if of_task is not None and of_task > len(dataset.x_train):
         raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
     subject.check(config, _shortened(config, dataset))
+    if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
+        raise CurvlabError(f"dropout is for the mlp: with {config.model} set stable_dropout and plastic_dropout to 0")
     for regime in config.regimes:
         model = _network(config, dataset, config.seeds[0], Regime.of(config, regime))
     for stream in config.streams:

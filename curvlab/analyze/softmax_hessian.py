@@ -62,7 +62,7 @@ class SoftmaxHessianConfig(TrainedSubjectConfig):
     """Classes of the random logits."""
     draws: int = Field(default=100, ge=1)
     """Random logits a seed and probability."""
-    decades: int = Field(default=16, ge=1, le=300)
+    decades: int = Field(default=16, ge=1, le=150)
     """The probability of the label goes from 1 - 0.5 to 1 - 0.5 * 10^-decades."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
     """Logits are drawn and a network is trained for each; the tables have mean and standard deviation."""

@@ -34,7 +34,7 @@ def per_layer(
 
     Returns:
         By the name of the module, in the model's order; the name of the model itself is empty. A parameter that several
-        modules share is with the first of them.
+        modules share is with the first of them. An implicit matrix keeps graphs of up to 1 GB from its first product.
 
     Raises:
         CurvlabError: As ``estimate``.
