@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from glob import escape
 from hashlib import sha256
 from math import sqrt
 from typing import Any, Literal, get_args
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.estimators.per_layer import patterns_by_module
 from curvlab.forms import unknown
 from curvlab.losses import get_loss
 from curvlab.matrices import CurvatureMatrix
-from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, BatchSource, Problem
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
@@ -222,10 +221,8 @@ class EigenvalueRecorder:
         """Return names and the patterns of their parameters."""
         if self._per == "network":
             return {"network": self._params}
-        layers: dict[str, list[str]] = {}
-        for name in ParameterSpace.of(model, self._params).names:
-            layers.setdefault(name.rpartition(".")[0] or type(model).__name__, []).append(escape(name))
-        return dict(layers)
+        modules = patterns_by_module(model, self._params)
+        return {name or type(model).__name__: patterns for name, patterns in modules.items()}
 
     def _top(self, matrix: CurvatureMatrix, near: Tensor | None, step: int) -> EigenResult:
         if near is not None and len(near) != matrix.shape[0]:  # parameters have been frozen, or unfrozen

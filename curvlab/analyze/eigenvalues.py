@@ -6,7 +6,6 @@ panels (a) and (b), and supplement, Fig. 7.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from curvlab.analyze import subject
 from curvlab.analyze.command import Analysis, RunOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
-from curvlab.data import Dataset, load
+from curvlab.data import Dataset, data_root, load
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.matrices import EKFAC, Composite
@@ -280,7 +279,7 @@ def _weights(config: EigenvaluesConfig, options: RunOptions) -> Path | None:
     """Return the file of the weights: as it was given, or else below the data root."""
     if config.weights is None or config.weights.expanduser().exists():
         return config.weights
-    root = Path(options.data_root or os.environ.get("CURVLAB_DATA") or "~/.cache/curvlab/data").expanduser()
+    root = data_root(options.data_root)
     if not (root / config.weights).is_file():
         raise CurvlabError(f"{config.weights}: there is no such file of weights, here or in the data root {root}")
     return root / config.weights
