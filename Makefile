@@ -15,7 +15,7 @@ help: ## list the targets
 		printf '%-22s%s\n' "  $$target" "$$what"; done
 
 demo: install ## the main analysis on the embedded digits: how diagonal is the Fisher?
-	@$(RUN) curvlab.analyze fim_diagonality
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(RUN) curvlab.analyze fim_diagonality # or threads spin, see test
 
 test: install-test ## the tests (seconds to minutes; those marked slow are left out)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest # OpenMP's threads spin: on a busy machine two are far slower

@@ -206,7 +206,7 @@ def table(seeds: int, root: str | None, peers: bool) -> dict[str, object]:
             }
         for name in PEERS:
             if runs.get(name) and name not in failed:
-                for own in OURS:
+                for own in OURS.keys() - failed.keys():
                     ratios = [a[1] / b[1] for a, b in zip(runs[own], runs[name], strict=True)]
                     rows[name][f"{own} over this"] = round(statistics.median(ratios), 2)  # type: ignore[index]
         report[state] = rows

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from glob import escape
 from hashlib import sha256
 from math import sqrt
 from typing import Any, Literal, get_args
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.estimators.per_layer import patterns_by_module
 from curvlab.forms import unknown
 from curvlab.losses import get_loss
 from curvlab.matrices import CurvatureMatrix
-from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, BatchSource, Problem
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
@@ -36,7 +35,8 @@ class EigenvalueRecorder:
     The search for the first quantity is started from its eigenvectors of the point before, that for the others from
     those of the first quantity at the same point (for ``SA`` from their own), with a random part. That takes about half
     the products of random starts. As an eigenvector that owes nothing to the old one can hide from such a start, every
-    twentieth point is started at random, and a random start goes on until the residual is below the tolerance.
+    twentieth point is started at random for the first quantity, and a random start goes on until the residual is below
+    the tolerance.
 
     The model is measured in eval mode: without dropout, and batch normalisation with its running statistics. It is
     not changed, and nothing of it is kept between points. In a loop of one's own, call ``recorder(step, model)``.
@@ -50,7 +50,8 @@ class EigenvalueRecorder:
         which: The largest (``LA``), the smallest (``SA``), or the largest in magnitude (``LM``).
         every: Steps from point to point; there is one at step 0 and one at the end, too.
         tol: Relative error of an eigenvalue.
-        max_matvecs: Products that a point may take for one quantity of one layer; None for no limit.
+        max_matvecs: Products that a point may take for one quantity of one layer; None for 1,000, or ``20 k`` if that
+            is more.
         params: Glob patterns of parameter names; None for all trainable ones.
         per: ``network``, or ``layer`` for the block of every module's own parameters.
         batch_size: Samples taken at once; None for the data's own batches. Never changes the result.
@@ -117,6 +118,9 @@ class EigenvalueRecorder:
             data if callable(data) else lambda model: Problem(model, loss, data)
         )
         self._quantities = list(dict.fromkeys(parse_quantity(quantity) for quantity in quantities))
+        # A checkpoint takes numbers of Python's alone.
+        k, every, tol, seed = int(k), int(every), float(tol), int(seed)
+        max_matvecs = None if max_matvecs is None else int(max_matvecs)
         self._k, self._which, self._tol, self._max_matvecs = k, which, tol, max_matvecs
         self._params, self._per, self._batch_size = params, per, batch_size
         self._every, self._warm, self._seed = every, warm, seed
@@ -217,12 +221,12 @@ class EigenvalueRecorder:
         """Return names and the patterns of their parameters."""
         if self._per == "network":
             return {"network": self._params}
-        layers: dict[str, list[str]] = {}
-        for name in ParameterSpace.of(model, self._params).names:
-            layers.setdefault(name.rpartition(".")[0] or type(model).__name__, []).append(escape(name))
-        return dict(layers)
+        modules = patterns_by_module(model, self._params)
+        return {name or type(model).__name__: patterns for name, patterns in modules.items()}
 
     def _top(self, matrix: CurvatureMatrix, near: Tensor | None, step: int) -> EigenResult:
+        if near is not None and len(near) != matrix.shape[0]:  # parameters have been frozen, or unfrozen
+            near = None
         start = self._start(matrix, near, step) if self._warm and near is not None else None
         # From a random start, a gap can look settled before the first eigenvector has appeared at all.
         stop: Stop = "residual" if start is None else "gap"

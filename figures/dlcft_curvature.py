@@ -20,7 +20,7 @@ NAMES = {"eigenvalues": "dlcft_curvature", "normalised": "dlcft_curvature-normal
 
 def main(run: Path) -> int:
     """Draw ``dlcft_curvature`` and ``dlcft_curvature-normalised``, ``.png`` and ``.pdf``, in the run's folder."""
-    if not (run / "table.json").exists():
+    if not (run / "provenance.json").exists():  # written last: the run is finished
         code = analyze(["eigenvalues", "--preset", "paper", "--out", str(run)])
         if code:
             return code

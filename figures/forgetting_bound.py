@@ -16,7 +16,7 @@ from curvlab.results import RunDirectory
 
 def main(run: Path) -> int:
     """Draw ``forgetting_bound.png`` and ``.pdf`` in the run's folder."""
-    if not (run / "table.json").exists():
+    if not (run / "provenance.json").exists():  # written last: the run is finished
         code = analyze(["forgetting_bound", "--preset", "paper", "--out", str(run)])
         if code:
             return code

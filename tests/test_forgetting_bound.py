@@ -505,7 +505,7 @@ def test_a_cell_that_fails_is_told(call):
         ("--plastic-lr 0", "--plastic-lr should be greater than 0"),
         ("--solver arnoldi", "--solver should be 'lanczos' or 'power_iteration'"),
         ("--degrees nan", "--degrees should be a finite number"),
-        ("--model cnn", "dropout belongs to mlp; cnn takes none, so leave dropout at 0"),
+        ("--model cnn", "with cnn set stable_dropout and plastic_dropout to 0"),
         ("--model resnet20 --regimes plastic", "resnet20 takes images of shape (3, 32, 32)"),
         ("--data flat.npz", "only images (C, H, W) can be rotated"),
         ("--weights gone.pt", "gone.pt: there is no such file"),

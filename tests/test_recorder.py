@@ -414,3 +414,15 @@ def test_it_is_a_start_for_top_eigenvalues_of_the_end() -> None:
     top = top_eigenvalues(estimate(Problem(model.eval(), "cross_entropy", blobs()), "hessian", "implicit"))
     assert recorder.records[-1]["step"] == 60
     assert recorder.records[-1]["value"] == pytest.approx(float(top.values[0]), rel=2e-3)
+
+
+def test_a_layer_that_is_unfrozen_between_points() -> None:
+    model = network()
+    first = next(model.parameters()).requires_grad_(False)
+    recorder = EigenvalueRecorder(blobs(), quantities=["hessian"])
+    recorder(0, model)
+    first.requires_grad_()
+    recorder(1, model)
+    problem = Problem(model.eval(), "cross_entropy", blobs())
+    exact = float(estimate(problem, "hessian", "dense").eigenvalues()[-1])
+    assert recorder.records[1]["value"] == pytest.approx(exact, rel=1e-3)

@@ -298,7 +298,7 @@ def test_a_cell_refuses_what_the_run_refuses(tmp_path):
     [
         ("--categories 1", "--categories should be greater than or equal to 2"),
         ("--draws 0", "--draws should be greater than or equal to 1"),
-        ("--decades 400", "--decades should be less than or equal to 300"),
+        ("--decades 400", "--decades should be less than or equal to 150"),
         ("--steps 0", "--steps should be greater than or equal to 1"),
         ("--tol 0", "--tol should be greater than 0"),
         ("--seeds 1 1", "seeds needs one value or several different ones"),

@@ -386,3 +386,19 @@ def test_refused_effective_dimensions() -> None:
         effective_dimension(symmetric([1.0]), 1.0, probes=1)
     rounding = symmetric(np.concatenate([[-1e-7], np.linspace(0, 1, 20)]), dtype=torch.float32)
     assert effective_dimension(rounding, 0.1).value > 0
+
+
+@pytest.mark.parametrize("size", [40, 2000])
+def test_a_damping_within_rounding_errors_is_refused(size: int) -> None:
+    """Rounding errors of null eigenvalues would count as eigenvalues beside it."""
+    basis = torch.linalg.qr(torch.randn(size, 10)).Q
+
+    class LowRank:
+        shape, dtype, device = (size, size), torch.float32, torch.device("cpu")
+
+        def matvec(self, vector: Tensor) -> Tensor:
+            return basis @ (basis.mT @ vector)
+
+    assert float(effective_dimension(LowRank(), 1e-3, probes=10, steps=30).value) == pytest.approx(10, rel=0.5)
+    with pytest.raises(CurvlabError, match="within the rounding errors"):
+        effective_dimension(LowRank(), 1e-8, probes=10, steps=30)

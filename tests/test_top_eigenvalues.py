@@ -302,6 +302,11 @@ class TestArpack:
         operator = Matrix(with_spectrum(np.arange(5)))
         with pytest.raises(CurvlabError, match="less than all eigenvalues"):
             top_eigenvalues(operator, 5, method="eigsh")
+        with pytest.raises(CurvlabError, match="eigsh fails"):
+            top_eigenvalues(Matrix(torch.zeros(50, 50)), method="eigsh")
+        assert not top_eigenvalues(
+            Matrix(with_spectrum(SPECTRA["gaussian"]).float()), tol=1e-9, method="eigsh"
+        ).converged
         with pytest.raises(CurvlabError, match="more than 10 products"):
             top_eigenvalues(Matrix(with_spectrum(SPECTRA["gaussian"])), method="eigsh", max_matvecs=10)
 
@@ -329,6 +334,16 @@ class TestPowerIteration:
         assert result.matvecs == operator.products == 3 * 18
         assert deflated_power_iteration(Matrix(torch.eye(4))).matvecs == 3 * 2  # it sees no change
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_does_not_find_an_eigenvalue_twice(self, dtype: torch.dtype) -> None:
+        """Where those found are all, rounding errors along them are no direction."""
+        u = torch.randn(50, dtype=dtype)
+        u /= u.norm()
+        result = deflated_power_iteration(Matrix(100 * torch.outer(u, u)))
+        assert np.allclose(result.values.numpy(), [100, 0, 0], atol=1e-3)
+        gram = result.vectors.mT @ result.vectors
+        assert torch.allclose(gram, torch.eye(3, dtype=dtype), atol=1e-4)
+
     def test_hard_matrices(self) -> None:
         assert not deflated_power_iteration(Matrix(torch.zeros(4, 4))).values.any()
         assert float(deflated_power_iteration(Matrix(torch.tensor([[-2.0]])), k=1).values) == -2
@@ -336,6 +351,47 @@ class TestPowerIteration:
             deflated_power_iteration(Matrix(torch.eye(4)), k=5)
         with pytest.raises(CurvlabError, match="steps must be at least 1"):
             deflated_power_iteration(Matrix(torch.eye(4)), steps=0)
+
+
+class TestOperatorsOfOnesOwn:
+    """What a ``matvec`` may do with what it is given and returns."""
+
+    DIAGONAL = torch.arange(50, dtype=torch.float64)
+
+    def operators(self) -> dict[str, Matrix]:
+        buffer = torch.zeros(50, dtype=torch.float64)
+        weights = nn.Parameter(torch.diag(self.DIAGONAL))
+        behaviours = {
+            "writes into its argument": lambda v: v.mul_(self.DIAGONAL),
+            "uses one buffer": lambda v: torch.mul(v, self.DIAGONAL, out=buffer),
+            "has a graph": lambda v: weights @ v,
+        }
+        operators = {}
+        for name, behaviour in behaviours.items():
+            operators[name] = Matrix(torch.diag(self.DIAGONAL))
+            operators[name].matvec = behaviour  # type: ignore[method-assign, assignment]
+        return operators
+
+    @pytest.mark.parametrize("method", ["lanczos", "eigsh"])
+    def test_any_of_these(self, method: str) -> None:
+        for name, operator in self.operators().items():
+            result = top_eigenvalues(operator, 2, tol=1e-8, method=method)  # type: ignore[arg-type]
+            assert np.allclose(result.values.numpy(), [49, 48], rtol=1e-6), name
+            assert not result.vectors.requires_grad
+
+    def test_the_identity_returns_its_argument(self) -> None:
+        operator = Matrix(torch.eye(50, dtype=torch.float64))
+        operator.matvec = lambda v: v  # type: ignore[method-assign, assignment]
+        result = top_eigenvalues(operator)
+        assert float(result.values[0]) == pytest.approx(1)
+        assert float(result.vectors.norm()) == pytest.approx(1)
+
+    def test_products_that_are_finite_with_a_form_that_is_not(self) -> None:
+        u = torch.full((2000,), 2000**-0.5)
+        operator = Matrix(torch.zeros(2000, 2000))
+        operator.matvec = lambda v: (1e39 * (u.double() @ v.double()) * u.double()).float()  # type: ignore[method-assign, assignment]
+        with pytest.raises(CurvlabError, match=r"too large|not finite"):
+            top_eigenvalues(operator, start=u)
 
 
 class TestRefusals:
@@ -347,6 +403,8 @@ class TestRefusals:
             ({"k": 3, "max_matvecs": 2}, "3 eigenvalues take 3 products at least"),
             ({"max_matvecs": 0}, "max_matvecs must be at least 1, not 0"),
             ({"tol": 0.0}, "tol must be above 0"),
+            ({"seed": -1}, "seed must be at least 0"),
+            ({"start": torch.ones(6) * 1j}, "start is complex"),
             ({"tol": float("nan")}, "tol must be above 0"),
             ({"which": "LR"}, "which"),
             ({"stop": "never"}, "stop"),

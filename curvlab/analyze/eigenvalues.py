@@ -6,7 +6,6 @@ panels (a) and (b), and supplement, Fig. 7.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from curvlab import grid
 from curvlab.analyze import gridded, subject
 from curvlab.analyze.command import Analysis, GridOptions, RunOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
-from curvlab.data import Dataset, load
+from curvlab.data import Dataset, data_root, load
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.grid import Cell, Place
@@ -318,7 +317,7 @@ def _with_weights(config: EigenvaluesConfig, options: RunOptions | Place) -> Eig
     """Return the configuration with the file of the weights where it is: as it was given, or below the data root."""
     if config.weights is None or config.weights.expanduser().exists():
         return config
-    root = Path(options.data_root or os.environ.get("CURVLAB_DATA") or "~/.cache/curvlab/data").expanduser()
+    root = data_root(options.data_root)
     if not (root / config.weights).is_file():
         raise CurvlabError(f"{config.weights}: there is no such file of weights, here or in the data root {root}")
     return config.model_copy(update={"weights": root / config.weights})
@@ -355,6 +354,10 @@ def _check(config: EigenvaluesConfig, data: Dataset) -> None:
         subject.check_distinct(densities_at=config.densities_at)
         if max(config.densities_at) > config.steps:
             raise CurvlabError(f"densities_at has {max(config.densities_at)}, but there are {config.steps} steps")
+    if off := [step for step in config.densities_at if step % config.every]:
+        raise CurvlabError(
+            f"densities_at has {off[0]}, which is no point of the curves: they have one every {config.every}"
+        )
     if "squared_error" in config.losses and len(config.lr_squared_error) > 1 and not config.validation:
         raise CurvlabError(
             "a learning rate is chosen on held-out samples: set validation, or give lr_squared_error a single one"
@@ -654,9 +657,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             found.append(math.nan if value is None else value)
         return found
 
-    def claim(text: str, published: str, measured: list[float], test: Callable[[float], bool]) -> Claim:
+    def claim(quantity: str, text: str, published: str, measured: list[float], test: Callable[[float], bool]) -> Claim:
+        if quantity not in ("fisher", "ekfac"):  # of which alone the publication's caption speaks
+            return Claim.of(f"{_QUANTITIES.get(quantity, quantity)}: {text}", "ours, as for the Fisher", measured, test)
         source = "Shon et al. (2022): poster, panels (a), (b); supplement, Fig. 7"
-        return Claim.of(text, source, measured, test, published)
+        return Claim.of(f"{_QUANTITIES[quantity]}: {text}", source, measured, test, published)
 
     def ratio(softmax: Record, squared: Record) -> float | None:
         mine, other = softmax.get("end_of_maximum"), squared.get("end_of_maximum")
@@ -664,22 +669,24 @@ def claims(records: Sequence[Record]) -> list[Claim]:
 
     answers = []
     for quantity in dict.fromkeys(record["quantity"] for record in of_network):
-        label = _QUANTITIES.get(quantity, quantity)
         answers += [
             claim(
-                f"{label}: softmax cross-entropy's largest eigenvalue vanishes: at the end at most 0.2 of its maximum",
+                quantity,
+                "softmax cross-entropy's largest eigenvalue vanishes: at the end at most 0.2 of its maximum",
                 "→ 0",
                 values(quantity, lambda softmax, _: softmax.get("end_of_maximum")),
                 lambda value: value <= 0.2,
             ),
             claim(
-                f"{label}: squared error's does not: at the end at least 0.5 of that at the start",
+                quantity,
+                "squared error's does not: at the end at least 0.5 of that at the start",
                 "curve",
                 values(quantity, lambda _, squared: squared.get("end_of_start")),
                 lambda value: value >= 0.5,
             ),
             claim(
-                f"{label}: at the end, each over its own maximum, squared error's is at least 3 times as large",
+                quantity,
+                "at the end, each over its own maximum, squared error's is at least 3 times as large",
                 "curve",
                 values(quantity, ratio),
                 lambda value: value >= 3,

@@ -236,6 +236,8 @@ def _check_values(config: ForgettingBoundConfig, dataset: Dataset) -> None:
     if of_task is not None and of_task > len(dataset.x_train):
         raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
     subject.check(config, _shortened(config, dataset))
+    if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
+        raise CurvlabError(f"dropout is for the mlp: with {config.model} set stable_dropout and plastic_dropout to 0")
 
 
 # Regimes and tasks ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class SoftmaxHessianConfig(TrainedSubjectConfig):
     """Classes of the random logits."""
     draws: int = Field(default=100, ge=1)
     """Random logits a seed and probability."""
-    decades: int = Field(default=16, ge=1, le=300)
+    decades: int = Field(default=16, ge=1, le=150)
     """The probability of the label goes from 1 - 0.5 to 1 - 0.5 * 10^-decades."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
     """Logits are drawn and a network is trained for each; the tables have mean and standard deviation."""
@@ -280,13 +280,7 @@ def _of_network(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, check
     fit(
         model,
         (dataset.x_train, dataset.y_train),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        steps=config.steps,
-        batch_size=config.batch_size,
+        **subject.fit_options(config),
         seed=seed,
         observers=[recorder],
         checkpoint=checkpoint,

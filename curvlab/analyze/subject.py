@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -152,6 +152,12 @@ def problem(config: SubjectConfig, data: Dataset, model: nn.Module) -> Problem:
     return Problem(model, "cross_entropy", samples(config, data))
 
 
+def fit_options(config: TrainedSubjectConfig) -> dict[str, Any]:
+    """Return what ``curvlab.training.fit`` takes of a config."""
+    names = ("optimizer", "lr", "momentum", "weight_decay", "schedule", "steps", "batch_size")
+    return {name: getattr(config, name) for name in names}
+
+
 def trained(
     config: TrainedSubjectConfig, data: Dataset, seed: int, checkpoint: Path | None = None
 ) -> tuple[nn.Module, float | None]:
@@ -166,13 +172,7 @@ def trained(
     result = fit(
         model,
         (data.x_train, data.y_train),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        steps=config.steps,
-        batch_size=config.batch_size,
+        **fit_options(config),
         seed=seed,
         evaluation=(data.x_test, data.y_test),
         evaluate_every=config.steps,

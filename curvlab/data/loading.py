@@ -42,6 +42,11 @@ def load(name: str | Path, *, root: str | Path | None = None, offline: bool = Fa
         raise CurvlabError(f"{source}: {error}") from error
 
 
+def data_root(root: str | Path | None = None) -> Path:
+    """Return the folder where data sets and weights are looked for: the one given, or as ``load`` says."""
+    return Path(root or os.environ.get("CURVLAB_DATA") or Path.home() / ".cache/curvlab/data").expanduser()
+
+
 def _reader(name: str | Path, root: str | Path | None, offline: bool) -> tuple[str, Callable[[], dict[str, Array]]]:
     """Return what to call the source in an error, and what reads it.
 
@@ -53,7 +58,7 @@ def _reader(name: str | Path, root: str | Path | None, offline: bool) -> tuple[s
 
         return name, read_digits
     if isinstance(name, str) and name in NAMES:
-        base = Path(root or os.environ.get("CURVLAB_DATA") or Path.home() / ".cache/curvlab/data").expanduser()
+        base = data_root(root)
         archive = base / f"{name}.npz"
         if archive.exists():
             return str(archive), partial(read_archive, archive)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from glob import escape
 
+from torch import nn
+
 from curvlab.estimators.registry import estimate
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
@@ -34,7 +36,7 @@ def per_layer(
 
     Returns:
         By the name of the module, in the model's order; the name of the model itself is empty. A parameter that several
-        modules share is with the first of them.
+        modules share is with the first of them. An implicit matrix keeps graphs of up to 1 GB from its first product.
 
     Raises:
         CurvlabError: As ``estimate``.
@@ -48,9 +50,6 @@ def per_layer(
         >>> [(name, matrix.shape) for name, matrix in matrices.items()]
         [('0', (9, 9)), ('2', (8, 8))]
     """
-    layers: dict[str, list[str]] = {}
-    for name in ParameterSpace.of(problem.model, params).names:
-        layers.setdefault(name.rpartition(".")[0], []).append(escape(name))
     return {
         layer: estimate(
             problem,
@@ -61,5 +60,13 @@ def per_layer(
             batch_size=batch_size,
             progress=progress,
         )
-        for layer, names in layers.items()
+        for layer, names in patterns_by_module(problem.model, params).items()
     }
+
+
+def patterns_by_module(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, list[str]]:
+    """Return, by the name of the module, patterns that match just its own parameters among those selected."""
+    modules: dict[str, list[str]] = {}
+    for name in ParameterSpace.of(model, params).names:
+        modules.setdefault(name.rpartition(".")[0], []).append(escape(name))
+    return modules

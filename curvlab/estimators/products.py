@@ -149,7 +149,7 @@ class _Passes:
     ) -> None:
         self._batches = partial(problem.batches, batch_size)
         self._keep, self._build = keep, build
-        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in problem.parameters().values()}
+        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in problem.model.parameters()}
         self._kept: list[Term] = []
         self._rng = label_stream(quantity)
         self._room: float = _KEPT_BYTES
@@ -244,7 +244,7 @@ def _gram_term(
         seeds = [torch.einsum("nrc,nr->nc", rows, coefficients) for coefficients in along]
         return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds)
 
-    return term, [outputs, *pushed_from]
+    return term, [rows, outputs, *pushed_from]
 
 
 # The Jacobian --------------------------------------------------------------------------------------------------------
@@ -324,10 +324,11 @@ def _pull(
 
 
 def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
-    """Return what the graphs of some tensors keep in memory, but for storages that begin at one of these addresses."""
+    """Return what tensors and their graphs keep in memory, but for storages that begin at one of these addresses."""
+    outputs = list(outputs)
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(waiting)
-    sizes: dict[int, int] = {}
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in (output.untyped_storage() for output in outputs)}
     while waiting:
         node = waiting.pop()
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]

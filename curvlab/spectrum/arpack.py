@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from curvlab.errors import CurvlabError
 from curvlab.spectrum.operator import Products
@@ -32,7 +32,10 @@ def by_arpack(
     operator = LinearOperator((products.size, products.size), matvec=multiply, dtype=dtype)
     try:
         values, vectors = eigsh(operator, k=k, which=which, tol=tol, v0=start.cpu().numpy())
-    except ArpackNoConvergence as error:
-        raise CurvlabError(f"eigsh does not converge in {products.count} products: raise tol") from error
+    except ArpackError as error:
+        reason = str(error).removeprefix("ARPACK error ").partition("\n")[0]
+        raise CurvlabError(
+            f"eigsh fails after {products.count} products ({reason}): raise tol, or take method='lanczos'"
+        ) from error
     images = np.stack([multiply(vector) for vector in vectors.T], axis=1).astype(np.float64)
     return values, vectors, np.linalg.norm(images - vectors * values, axis=0)

@@ -26,7 +26,7 @@ def condition_number(
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
         damping: Added to the diagonal.
         tol: Relative error of the eigenvalues of the damped matrix.
-        max_matvecs: Products that may be taken for an end, at most; None for as many as it takes.
+        max_matvecs: Products that may be taken for an end, at most; None for 1,000.
         seed: Of the random vectors.
 
     Returns:
@@ -106,7 +106,8 @@ def effective_dimension(
         The estimate; ``converged`` says whether the error is that of the probes, and more steps would not lessen it.
 
     Raises:
-        CurvlabError: The matrix has a negative eigenvalue, or an argument is not right.
+        CurvlabError: The matrix has a negative eigenvalue, the damping is within rounding errors, or an argument is not
+            right.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -121,7 +122,7 @@ def effective_dimension(
     products = Products(operator)
     if small(products, probes, steps):
         values, noise = eigenvalues_of_formed(products)
-        clamped = _clamp(values.numpy(), noise, products)
+        clamped = _clamp(values.numpy(), noise, products, damping)
         value = torch.tensor((clamped / (clamped + damping)).sum())
         return Estimate(value, torch.zeros_like(value), products.count, True, products.size)
     rules = [_bounds(lanczos, products, damping) for lanczos in quadratures(products, probes, steps, seed)]
@@ -154,17 +155,22 @@ class _Shifted:
         return self.operator.matvec(vector) + self.shift * vector
 
 
-def _clamp(values: np.ndarray, noise: float, products: Products) -> np.ndarray:
+def _clamp(values: np.ndarray, noise: float, products: Products, damping: float) -> np.ndarray:
     """Return eigenvalues with those that are zero but for rounding errors at zero.
 
     Raises:
-        CurvlabError: One is negative beyond that.
+        CurvlabError: One is negative beyond that, or the damping is within it.
     """
     rounding = 10 * (noise + torch.finfo(products.dtype).eps * np.abs(values).max())
     if values.min() < -rounding:
         raise CurvlabError(
             f"the matrix is not positive semi-definite: an eigenvalue is {values.min():.3g} or less, where rounding "
             f"errors are at most {rounding:.2g}; take the effective dimension of a Fisher or a GGN"
+        )
+    if damping < rounding:
+        raise CurvlabError(
+            f"a damping of {damping:.2g} is within the rounding errors of the eigenvalues, {rounding:.2g}, which would "
+            "count as eigenvalues beside it: take float64 or a larger damping"
         )
     return values.clip(min=0.0)
 
@@ -174,7 +180,7 @@ def _bounds(lanczos: Lanczos, products: Products, damping: float) -> tuple[float
 
     def average(matrix: np.ndarray) -> float:
         nodes, weights = gauss(matrix)
-        clamped = _clamp(nodes, lanczos.noise, products)
+        clamped = _clamp(nodes, lanczos.noise, products, damping)
         return float(weights @ (clamped / (clamped + damping)))
 
     matrix, beta = lanczos.matrix, lanczos.beta

@@ -5,7 +5,7 @@ References:
     Eigenvalue Problem, chapter 13; Wu and Simon (2000), SIAM Journal on Matrix Analysis 22 (thick restart).
 """
 
-from math import hypot, sqrt
+from math import hypot, isfinite, sqrt
 
 import numpy as np
 import torch
@@ -91,6 +91,8 @@ class Lanczos:
         product.addmv_(basis.mT, rest, alpha=-1)
         column = rest.double().cpu().numpy() + np.append(self._coupling, along)
         left = norm(product)
+        if not isfinite(along + left):
+            raise CurvlabError("a product of the operator is too large for its dtype: take float64")
         length = hypot(float(np.linalg.norm(column)), left)
         self._check(column, length)
         self._matrix[: m + 1, m] = self._matrix[m, : m + 1] = column
@@ -125,7 +127,8 @@ class Lanczos:
             self.beta = 0.0
             return
         # What is left after rounding errors only is no direction.
-        self.beta = rest if rest > 10 * torch.finfo(vector.dtype).eps * max(length, self._products.largest) else 0.0
+        scale = max(length, self._products.largest) if m else length
+        self.beta = rest if rest > 10 * torch.finfo(vector.dtype).eps * scale else 0.0
         self._coupling = np.zeros(m)
         self._coupling[-1:] = self.beta
         if not self.beta:

@@ -63,7 +63,8 @@ class Products:
     def __call__(self, vector: Tensor) -> Tensor:
         """Return the product with ``(P,)``."""
         self.count += 1
-        product = self._operator.matvec(vector.to(self._operator.dtype)).to(self.dtype)
+        # Copies, so that an operator may write into what it is given and use what it returns again.
+        product = self._operator.matvec(vector.to(self._operator.dtype, copy=True)).detach().to(self.dtype, copy=True)
         if product.shape != vector.shape:
             raise CurvlabError(f"the operator gives shape {tuple(product.shape)} for {tuple(vector.shape)}")
         # A sum is quicker than a mask, and is not finite where an entry is not.

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.spectrum.eigenvalues import EigenResult
@@ -36,23 +37,32 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
     generator = np.random.default_rng(seed)
     rows = torch.zeros(k, products.size, dtype=products.dtype, device=products.device)
     values, residuals = np.zeros(k), np.zeros(k)
-    ended = 0
+    largest, ended = 0.0, 0
     for i in range(k):
         found = rows[:i]
         following = products.gaussian(generator)
         for step in range(steps):
-            following -= found.mT @ (found @ following)
-            length = norm(following)
-            if not length:  # the matrix is zero on all that is left
+            left = _without(following, found)
+            length = norm(left)
+            # What rounding leaves of those found before is no direction: on all that is left the matrix is zero.
+            if step and length <= 10 * torch.finfo(products.dtype).eps * largest:
+                values[i], residuals[i] = 0.0, length
                 ended += 1
                 break
-            rows[i] = following / length
+            rows[i] = left / length
             before = values[i]
             following = products(rows[i])
             values[i] = float(rows[i] @ following)
             residuals[i] = norm(following - values[i] * rows[i])
+            largest = max(largest, norm(following))
             if step and abs(values[i] - before) <= 1e-5 * abs(values[i]):
                 ended += 1
                 break
     errors = products.tensor(residuals)
     return EigenResult(products.tensor(values), rows.mT, errors, products.count, ended == k, "residual")
+
+
+def _without(vector: Tensor, found: Tensor) -> Tensor:
+    for _ in range(2):  # once leaves rounding errors that are large beside a small rest
+        vector = vector - found.mT @ (found @ vector)
+    return vector
