@@ -60,8 +60,11 @@ class CheckpointFile:
         torch.save({"format": FORMAT, "fingerprint": self.fingerprint, **states}, buffer)
         write_whole(self.path, buffer.getvalue())
 
-    def read(self) -> dict[str, Any] | None:
-        """Return what was last written, tensors on the CPU; None if there is no file.
+    def read(self, map_location: str | None = "cpu") -> dict[str, Any] | None:
+        """Return what was last written; None if there is no file.
+
+        Args:
+            map_location: Where tensors go; None for where they were.
 
         Raises:
             CurvlabError: The file cannot be read, or belongs to another run; the message says what differs.
@@ -69,7 +72,7 @@ class CheckpointFile:
         if not self.path.exists():
             return None
         try:
-            states = torch.load(self.path, map_location="cpu", weights_only=True)
+            states = torch.load(self.path, map_location=map_location, weights_only=True)
         except Exception as error:  # a broken file can make the unpickler fail in any way
             raise CurvlabError(
                 f"checkpoint {self.path} cannot be read (truncated, or not a checkpoint): "

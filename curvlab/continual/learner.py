@@ -1,0 +1,127 @@
+"""What a strategy is given: the network in training, and what it may know of the tasks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.continual.outputs import Outputs, mean_loss, one_hot
+from curvlab.continual.tasks import Task
+from curvlab.problem import Problem
+from curvlab.training.samples import reference
+
+
+class Batch(NamedTuple):
+    """Samples of one task or of several.
+
+    Attributes:
+        x: Inputs ``(N, ...)`` on the model's device, in its dtype.
+        y: Which output stands for the label, ``(N,)``.
+        task: The task that all are of, or that of each, ``(N,)``.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: int | Tensor
+
+
+class Learner:
+    """The state of a run as a strategy sees it.
+
+    Attributes:
+        model: The network.
+        stream: The tasks. By the rules of continual learning a method looks at the samples of the present one only.
+        task: Which one is being learnt, from 0.
+        outputs: Which outputs of the network count for a task.
+        loss_name: ``cross_entropy`` or ``squared_error``.
+        target_scale: Of the one-hot targets of squared error.
+        lr: Learning rate at the start of the present task.
+        batch_size: Samples a step.
+        steps: How many steps the present task has.
+        step: How many of them are done.
+        generator: For what a strategy draws; on the CPU, and seeded anew at every task.
+    """
+
+    def __init__(
+        self, model: nn.Module, stream: Sequence[Task], outputs: Outputs, loss_name: str, target_scale: float
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.outputs = outputs
+        self.loss_name = loss_name
+        self.target_scale = target_scale
+        self.task = 0
+        self.lr = 0.0
+        self.batch_size = 0
+        self.steps = 0
+        self.step = 0
+        self.generator = torch.Generator()
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return reference(self.model).device
+
+    def loss(self, outputs: Tensor, y: Tensor, task: int | Tensor) -> Tensor:
+        """Return the mean loss of outputs ``(N, C)`` of the network, a scalar.
+
+        Args:
+            outputs: Of the network, all of them.
+            y: Which output stands for the label, ``(N,)``.
+            task: Of all samples, or of each, ``(N,)``; outputs that do not count for a task have no part in its loss.
+        """
+        return mean_loss(self.loss_name, outputs, y, self.outputs.counting(task, self.task), self.target_scale)
+
+    def samples(self, task: int | None = None, limit: int | None = None) -> Batch:
+        """Return training samples of a task, in the model's dtype and on its device.
+
+        Args:
+            task: None for the present one.
+            limit: At most so many, drawn with ``generator``; None for all.
+        """
+        task = self.task if task is None else task
+        x, y = self.stream[task].train
+        if limit is not None and limit < len(x):
+            rows = torch.randperm(len(x), generator=self.generator)[:limit].to(x.device)
+            x, y = x[rows], y[rows]
+        like = reference(self.model)
+        return Batch(x.to(like), self.outputs.of_labels(y, task).to(like.device), task)
+
+    @contextmanager
+    def problem(self, samples: Batch | None = None) -> Iterator[Problem]:
+        """Give the present task as a ``Problem``, whose outputs are those that count for it.
+
+        Args:
+            samples: Of one task; None for all training samples of the present one.
+
+        Raises:
+            CurvlabError: As ``Problem`` raises it.
+        """
+        samples = self.samples() if samples is None else samples
+        assert isinstance(samples.task, int)
+        counting = self.outputs.counting(samples.task, self.task)
+        y: Any = samples.y
+        handle = None
+        columns = torch.arange(self.outputs.count, device=y.device)
+        if counting is not None:
+            columns = counting.nonzero()[:, 0]
+            y = (counting.cumsum(0) - 1)[y]
+            handle = self.model.register_forward_hook(lambda _module, _inputs, output: output[:, columns])
+        if self.loss_name == "squared_error":
+            y = one_hot(y, reference(self.model).new_empty(len(y), len(columns)), self.target_scale)
+        training = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield Problem(self.model, self.loss_name, (samples.x, y))
+        finally:
+            if handle is not None:
+                handle.remove()
+            for module, mode in training:
+                module.training = mode
