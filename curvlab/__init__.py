@@ -7,6 +7,7 @@ from curvlab.doctor import doctor
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.standard_error import standard_error
+from curvlab.linearize import linearize
 from curvlab.matrices import Penalty, load
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
@@ -30,6 +31,7 @@ __all__ = [
     "diagonality",
     "doctor",
     "estimate",
+    "linearize",
     "load",
     "spectral_density",
     "standard_error",

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from curvlab.errors import CurvlabError
 from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.registry import BACKENDS, estimate
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.matrices import CurvatureMatrix
@@ -107,7 +108,7 @@ def doctor(
     try:
         with torch.inference_mode(False), torch.enable_grad():
             problem.check()
-            layers, reasons = kronecker_layers(problem, space)
+            layers, reasons = kronecker_layers(to_first_order(problem), space)
             probe = _Probe(problem, params, layers)
             names = list(STRUCTURES)
             if layers and reasons:

@@ -1,7 +1,8 @@
 """Networks by name, and weights from a file."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from itertools import pairwise
 from math import prod
@@ -10,10 +11,11 @@ from typing import Any, Self, TypeGuard
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, UnsupportedError
 
 _NAMES = ("mlp", "cnn", "shallow_cnn", "resnet20")
 _TORCHVISION = "torchvision:"
@@ -129,9 +131,12 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, before, H, W)`` to ``(N, after, H / stride, W / stride)``."""
         residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        out: Tensor = self.relu2(residual + shortcut)
+        out: Tensor = self.relu2(residual + self.shortcut(x))
         return out
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Return what is added to the residual: the block's input, or every second pixel of it in more channels."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class ResNet20(nn.Module):
@@ -331,6 +336,82 @@ def freeze_batch_norm(model: nn.Module) -> None:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = FrozenBatchNorm2d
             module.eval().requires_grad_(False)
+
+
+class _LayerTracer(fx.Tracer):
+    """Takes layers as they are, those of ours that derive from torch's too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def merge_batch_norm(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in which a convolution and the batch normalisation behind it are one convolution.
+
+    The convolution has a bias then and is trained where it was before; an ``Identity`` takes the place of the
+    normalisation, so that the other names stay. It is the model's function in eval mode, with the running statistics.
+    A normalisation that has no convolution to itself stays as it is.
+
+    Raises:
+        UnsupportedError: The model's forward pass cannot be traced by ``torch.fx``, as where it depends on values.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        >>> merge_batch_norm(model)
+        Sequential(
+          (0): Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    model = deepcopy(model)
+    try:
+        graph = _LayerTracer().trace(model)
+    except Exception as error:  # a forward pass that does not take the place-holders can fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(
+            f"the forward pass of {type(model).__name__} cannot be traced ({reason}), so that what follows a "
+            "convolution is not known: freeze the batch normalisation by freeze_batch_norm"
+        ) from error
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # A weight that is used on its own is an operation of its own in the graph.
+    calls.update(str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, norm = (model.get_submodule(str(n.target)) for n in (before, node))
+        alone = calls[node.target] == calls[before.target] == 1
+        if alone and _can_merge(convolution, norm) and owners[id(convolution.weight)] == 1:
+            _merge(convolution, norm)
+            model.set_submodule(str(node.target), nn.Identity())
+    return model
+
+
+def _can_merge(convolution: nn.Module, norm: nn.Module) -> bool:
+    return (
+        type(convolution) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
+        and norm.running_mean is not None
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (convolution, norm))
+    )
+
+
+def _merge(convolution: Any, norm: Any) -> None:
+    """Have a convolution do what a batch normalisation in eval mode does with its outputs."""
+    weight = convolution.weight.detach().double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        gain, bias = norm.weight.detach().double(), norm.bias.detach().double()
+        scale, shift = scale * gain, shift * gain + bias
+    if convolution.bias is not None:
+        shift = shift + scale * convolution.bias.detach().double()
+    merged = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    for key, value in (("weight", merged), ("bias", shift)):
+        trained = convolution.weight.requires_grad
+        setattr(convolution, key, nn.Parameter(value.to(convolution.weight.dtype), requires_grad=trained))
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

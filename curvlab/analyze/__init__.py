@@ -9,4 +9,7 @@ ANALYSES = {
     "eigenvalues": "Does the curvature vanish in training? Largest eigenvalues, softmax against squared error.",
     "softmax_hessian": "Why does it vanish? The softmax loss's Hessian as the network fits, against the formula.",
     "forgetting_bound": "What bounds forgetting? Loss of an old task against its curvature, over training regimes.",
+    "training_regimes": "What does a stable training change? Forgetting, curvature and distance against a plastic one.",
+    "methods": "Which method forgets least? Naive, EWC, A-GEM, ER, Stable SGD and joint, each at its best.",
+    "dlcft": "Does a linear network with squared error forget less? DLCFT and its baselines in three settings.",
 }

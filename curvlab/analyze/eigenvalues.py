@@ -25,7 +25,7 @@ from curvlab import grid
 from curvlab.analyze import gridded, subject
 from curvlab.analyze.command import Analysis, GridOptions, RunOptions
 from curvlab.analyze.subject import TrainedSubjectConfig
-from curvlab.data import Dataset, data_root, load
+from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.grid import Cell, Place
@@ -57,7 +57,6 @@ LossChoice = Literal["cross_entropy", "squared_error"]
 Rate = Annotated[float, Field(gt=0)]
 
 _DENSITIES = "densities.json"  # in the folder of a cell
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
 
 
 class EigenvaluesConfig(TrainedSubjectConfig):
@@ -206,7 +205,7 @@ def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> No
         dataset, _ = _data(config, options)
         data_hash = dataset.fingerprint()
         workers_data = subject.fingerprints(config, options) if options.scheduler else None
-    _check(_with_weights(config, options), dataset)
+    _check(subject.with_weights(config, options), dataset)
     directory = open_run(options.out, "eigenvalues", config.to_yaml())
     with gridded.resumable(directory):
         with clock("learning rate"):
@@ -259,7 +258,7 @@ def cell(config: EigenvaluesConfig, place: Place) -> list[Record]:
         CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
     """
     dataset, held_out = _data(config, place)
-    config = _with_weights(config, place)
+    config = subject.with_weights(config, place)
     _check(config, dataset)
     records: list[Record] = []
     densities: list[Record] = []
@@ -289,7 +288,7 @@ def _data(config: EigenvaluesConfig, options: RunOptions | Place) -> tuple[Datas
     if config.classes != "all":
         data = data.select(config.classes)
     if config.normalize == "imagenet":
-        data = _normalised(data)
+        data = subject.normalised(data)
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     data = replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
     held_out = None
@@ -302,25 +301,6 @@ def _data(config: EigenvaluesConfig, options: RunOptions | Place) -> tuple[Datas
             )
         data = replace(data, x_train=data.x_train[: config.train_samples], y_train=data.y_train[: config.train_samples])
     return data, held_out
-
-
-def _normalised(data: Dataset) -> Dataset:
-    mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in _IMAGENET)
-    if len(data.sample_shape) != 3 or data.sample_shape[0] != 3:
-        raise CurvlabError(
-            f"normalize=imagenet is for images with three channels, not for samples of shape {data.sample_shape}"
-        )
-    return replace(data, x_train=(data.x_train - mean) / deviation, x_test=(data.x_test - mean) / deviation)
-
-
-def _with_weights(config: EigenvaluesConfig, options: RunOptions | Place) -> EigenvaluesConfig:
-    """Return the configuration with the file of the weights where it is: as it was given, or below the data root."""
-    if config.weights is None or config.weights.expanduser().exists():
-        return config
-    root = data_root(options.data_root)
-    if not (root / config.weights).is_file():
-        raise CurvlabError(f"{config.weights}: there is no such file of weights, here or in the data root {root}")
-    return config.model_copy(update={"weights": root / config.weights})
 
 
 def _network(config: EigenvaluesConfig, data: Dataset, seed: int) -> nn.Module:
@@ -414,7 +394,7 @@ def _learning_rates(directory: RunDirectory) -> list[Record]:
 
 def rate_cell(values: Mapping[str, Any], place: Place) -> list[Record]:
     """Return what becomes of a training with squared_error, at one learning rate, on the held-out samples."""
-    config = _with_weights(EigenvaluesConfig(**values), place)
+    config = subject.with_weights(EigenvaluesConfig(**values), place)
     (lr,) = config.lr_squared_error
     return [_rate(config, *_data(config, place), lr)]
 

@@ -6,32 +6,28 @@ What a network forgets of a task when it learns the next one, ``F1 = L1(w2) - L1
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
 from rich.console import Console
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from curvlab.analyze import gridded, subject
+from curvlab.analyze import gridded, regimes, subject
 from curvlab.analyze.command import Analysis, GridOptions
-from curvlab.analyze.subject import SubjectConfig
-from curvlab.continual import Task, permuted, rotated
+from curvlab.analyze.regimes import Record, RegimesConfig, by_seed, stable_beside_plastic, where
+from curvlab.continual import Task
+from curvlab.continual.regimes import Regime
 from curvlab.data import Dataset
-from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.grid import Place
 from curvlab.matrices import CurvatureMatrix
-from curvlab.models import build
 from curvlab.problem import Problem
 from curvlab.results import (
     Claim,
@@ -50,71 +46,9 @@ from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
 
-Record = dict[str, Any]
-RegimeName = Literal[
-    "stable",
-    "stable-lr",
-    "stable-decay",
-    "stable-batch_size",
-    "stable-dropout",
-    "plastic",
-    "plastic+lr",
-    "plastic+decay",
-    "plastic+batch_size",
-    "plastic+dropout",
-]
 
-_LOWEST_RATE = 5e-5
-
-
-class ForgettingBoundConfig(SubjectConfig):
+class ForgettingBoundConfig(RegimesConfig):
     """Train a network on one task after another under several regimes, and expand what it forgets to second order."""
-
-    titles: ClassVar[Mapping[str, str]] = {
-        **SubjectConfig.titles,
-        "streams": "tasks",
-        "regimes": "training",
-        "solver": "curvature",
-    }
-
-    samples: int | None = Field(default=None, ge=1)
-    """Take losses and curvature on so many training samples of a task, the first ones; none means all."""
-    streams: tuple[Literal["rotated", "permuted"], ...] = ("rotated", "permuted")
-    """What tells tasks apart: every image is rotated, or its pixels permuted; one or both."""
-    tasks: int = Field(default=3, ge=2)
-    """Tasks of a stream."""
-    degrees: float = 10.0
-    """Rotated: from a task's angle to the next one's."""
-    task_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a task, the first ones, the same images in every task; none means all."""
-    regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
-    """stable and plastic are given below; stable-X has the X of plastic, plastic+X that of stable."""
-    epochs: int = Field(default=5, ge=1)
-    """Passes over the samples of each task."""
-    momentum: float = Field(default=0.8, ge=0, lt=1)
-    """Of stochastic gradient descent, which starts anew with each task."""
-    stable_lr: float = Field(default=0.1, gt=0)
-    """Learning rate, before the decay."""
-    stable_decay: float = Field(default=0.4, gt=0, le=1)
-    """The learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
-    stable_batch_size: int = Field(default=16, ge=1)
-    """Samples a training step."""
-    stable_dropout: float = Field(default=0.25, ge=0, lt=1)
-    """Share of the hidden units left out in training, of an mlp."""
-    plastic_lr: float = Field(default=0.01, gt=0)
-    """As stable_lr."""
-    plastic_decay: float = Field(default=1.0, gt=0, le=1)
-    """As stable_decay."""
-    plastic_batch_size: int = Field(default=64, ge=1)
-    """As stable_batch_size."""
-    plastic_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """As stable_dropout."""
-    solver: Literal["lanczos", "power_iteration"] = "lanczos"
-    """Of the largest eigenvalue; power_iteration is that of published curves: 18 products, largest in magnitude."""
-    tol: float = Field(default=1e-3, gt=0, lt=1)
-    """Relative error of the largest eigenvalue, for lanczos."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Tasks are drawn and a network is trained for each; the table has mean and standard deviation."""
 
 
 PRESETS = {
@@ -165,7 +99,7 @@ def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
         workers_data = subject.fingerprints(config, options) if options.scheduler else None
-    _check(config, dataset)
+    regimes.check(config, dataset)
     directory = open_run(options.out, "forgetting_bound", config.to_yaml())
     parts = [
         config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
@@ -211,98 +145,13 @@ def cell(config: ForgettingBoundConfig, place: Place) -> list[Record]:
         CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
     """
     dataset = subject.dataset(config, place)
-    _check_values(config, dataset)  # what else there is to refuse is refused when it is made
+    regimes.check_values(config, dataset)  # what else there is to refuse is refused when it is made
     return [
         record
         for stream in config.streams
         for regime in config.regimes
         for record in _of_network(config, dataset, stream, regime, place.folder / f"{stream}-{regime}")
     ]
-
-
-def _check(config: ForgettingBoundConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written."""
-    _check_values(config, dataset)
-    for regime in config.regimes:
-        model = _network(config, dataset, config.seeds[0], Regime.of(config, regime))
-    for stream in config.streams:
-        first = _stream(config, dataset, stream, config.seeds[0])[0]
-        estimate(Problem(model, "cross_entropy", _samples(config, first)), "hessian", "implicit")  # checks both
-
-
-def _check_values(config: ForgettingBoundConfig, dataset: Dataset) -> None:
-    subject.check_distinct(seeds=config.seeds, streams=config.streams, regimes=config.regimes)
-    of_task = config.task_samples
-    if of_task is not None and of_task > len(dataset.x_train):
-        raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
-    subject.check(config, _shortened(config, dataset))
-    if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
-        raise CurvlabError(f"dropout is for the mlp: with {config.model} set stable_dropout and plastic_dropout to 0")
-
-
-# Regimes and tasks ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How a network is trained on each task (Mirzadeh et al. 2020).
-
-    Attributes:
-        lr: Learning rate before the decay.
-        decay: Its factor from a task to the next one.
-        batch_size: Samples a step.
-        dropout: Share of the hidden units left out.
-    """
-
-    lr: float
-    decay: float
-    batch_size: int
-    dropout: float
-
-    @classmethod
-    def of(cls, config: ForgettingBoundConfig, name: str) -> "Regime":
-        """Return the regime of that name: ``stable``, ``stable-dropout`` (dropout as in plastic) and so on."""
-        stable, plastic = (
-            cls(*(getattr(config, f"{kind}_{key}") for key in ("lr", "decay", "batch_size", "dropout")))
-            for kind in ("stable", "plastic")
-        )
-        own, other = (stable, plastic) if name.startswith("stable") else (plastic, stable)
-        changed = name.replace("+", "-").partition("-")[2]
-        return replace(own, **{changed: getattr(other, changed)}) if changed else own
-
-    def rate(self, task: int) -> float:
-        """Return the learning rate of task 1, 2, ...; the first is decayed already, as in the authors' code."""
-        return max(self.lr * self.decay**task, _LOWEST_RATE)
-
-
-def _shortened(config: ForgettingBoundConfig, dataset: Dataset) -> Dataset:
-    n = config.task_samples
-    return replace(dataset, x_train=dataset.x_train[:n], y_train=dataset.y_train[:n])
-
-
-def _stream(config: ForgettingBoundConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, ...]:
-    of_task = _shortened(config, dataset)
-    if stream == "rotated":
-        return rotated(of_task, tasks=config.tasks, seed=seed, degrees=config.degrees)
-    return permuted(of_task, tasks=config.tasks, seed=seed)
-
-
-def _network(config: ForgettingBoundConfig, dataset: Dataset, seed: int, regime: Regime) -> nn.Module:
-    model = build(
-        config.model,
-        dataset.sample_shape,
-        dataset.num_classes,
-        hidden=config.hidden,
-        dropout=regime.dropout,
-        seed=seed,
-        weights=config.weights,
-    )
-    return model.to(config.device, getattr(torch, config.dtype)).eval()
-
-
-def _samples(config: ForgettingBoundConfig, task: Task) -> tuple[Tensor, Tensor]:
-    x, y = task.train
-    return x[: config.samples], y[: config.samples]
 
 
 # A network that learns one task after another -------------------------------------------------------------------------
@@ -315,8 +164,8 @@ def _of_network(
     (seed,) = config.seeds
     keys = {"stream": stream, "regime": name, "seed": seed}
     regime = Regime.of(config, name)
-    model = _network(config, dataset, seed, regime)
-    tasks = _stream(config, dataset, stream, seed)
+    model = regimes.network(config, dataset, seed, regime)
+    tasks = regimes.tasks(config, dataset, stream, seed)
     before: Problem | None = None
     for number, task in enumerate(tasks, start=1):
         fit(
@@ -331,7 +180,7 @@ def _of_network(
             checkpoint=folder / f"task-{number}.pt",
             progress=False,
         )
-        after = Problem(deepcopy(model), "cross_entropy", _samples(config, task))
+        after = Problem(deepcopy(model), "cross_entropy", regimes.samples(config, task))
         for i, old in enumerate(tasks[:number], start=1):
             yield {**keys, "after": number, "task": i, "accuracy": _accuracy(model, old)}
         if before is not None:
@@ -442,7 +291,7 @@ def summarise(found: Sequence[Record], accuracies: Sequence[Record]) -> list[Rec
     by = ("stream", "regime", "seed")
     units = []
     for names in dict.fromkeys(tuple(record[key] for key in by) for record in found):
-        pairs, seen = (_of(records, **dict(zip(by, names, strict=True))) for records in (found, accuracies))
+        pairs, seen = (where(records, **dict(zip(by, names, strict=True))) for records in (found, accuracies))
         means = {key: fmean(pair[key] for pair in pairs) for key in _VALUES if None not in [p[key] for p in pairs]}
         units.append(dict(zip(by, names, strict=True)) | means | accuracy_metrics(seen))
     return aggregate(units, by[:2], [*_VALUES, "accuracy", "accuracy_lost", "learning_accuracy"])
@@ -474,7 +323,7 @@ def correlations_of(found: Sequence[Record]) -> list[Record]:
         {"stream": stream, "seed": seed, "points": len(points)}
         | {key: _spearman([p["forgetting"] for p in points], [p[key] for p in points]) for key in _CORRELATED}
         for stream, seed in groups
-        for points in [_of(found, stream=stream, seed=seed)]
+        for points in [where(found, stream=stream, seed=seed)]
     ]
 
 
@@ -498,7 +347,9 @@ def claims_of(
     seeds = list(dict.fromkeys(record["seed"] for record in found))
 
     def largest_excess(seed: int) -> float:
-        worst: float = max((p["quadratic"] - p["bound"]) / max(abs(p["bound"]), 1e-300) for p in _of(found, seed=seed))
+        worst: float = max(
+            (p["quadratic"] - p["bound"]) / max(abs(p["bound"]), 1e-300) for p in where(found, seed=seed)
+        )
         return worst
 
     paper = "Mirzadeh et al. (2020)"
@@ -506,7 +357,7 @@ def claims_of(
         Claim.of(
             "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative excess)",
             paper,
-            _of_whole(found, seeds, largest_excess),
+            by_seed(found, seeds, largest_excess),
             lambda value: value <= tol,
         ),
         Claim.of(
@@ -518,24 +369,26 @@ def claims_of(
         ),
     ]
     for stream in dict.fromkeys(record["stream"] for record in found):
-        of_stream, seen = _of(found, stream=stream), _of(accuracies, stream=stream)
+        of_stream, seen = where(found, stream=stream), where(accuracies, stream=stream)
         ranks = {row["seed"]: row["bound"] for row in correlations_of(of_stream)}
         claims.append(
             Claim.of(
                 f"{stream}: what is forgotten goes with the bound (Spearman's correlation of F1 and 1/2 λmax |d|² over "
                 "regimes and tasks at least 0.5)",
                 paper,
-                _of_whole(of_stream, seeds, ranks.__getitem__),
+                by_seed(of_stream, seeds, ranks.__getitem__),
                 lambda value: value >= 0.5,
             )
         )
 
         def difference(key: str, seen: Sequence[Record] = seen) -> list[float]:
-            return _compared(seeds, lambda s, r: accuracy_metrics(_of(seen, seed=s, regime=r))[key], seen, _minus)
+            return stable_beside_plastic(
+                seeds, lambda s, r: accuracy_metrics(where(seen, seed=s, regime=r))[key], seen, _minus
+            )
 
         def ratio(key: str, of_stream: Sequence[Record] = of_stream) -> list[float]:
-            return _compared(
-                seeds, lambda s, r: fmean(p[key] for p in _of(of_stream, seed=s, regime=r)), of_stream, _over
+            return stable_beside_plastic(
+                seeds, lambda s, r: fmean(p[key] for p in where(of_stream, seed=s, regime=r)), of_stream, _over
             )
 
         claims += [
@@ -573,29 +426,6 @@ def _minus(stable: float, plastic: float) -> float:
 
 def _over(stable: float, plastic: float) -> float:
     return stable / plastic
-
-
-def _compared(
-    seeds: Sequence[int],
-    value: Callable[[int, str], float],
-    records: Sequence[Record],
-    compare: Callable[[float, float], float],
-) -> list[float]:
-    """Return stable beside plastic for every seed; none if one of the two was not run."""
-    if not {"stable", "plastic"} <= {record["regime"] for record in records}:
-        return []
-    return _of_whole(records, seeds, lambda seed: compare(value(seed, "stable"), value(seed, "plastic")))
-
-
-def _of_whole(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:
-    """Return a value for every seed, NaN where there is none, or where the seed lacks records that another one has."""
-    counts = {seed: len(_of(records, seed=seed)) for seed in seeds}
-    values = [value(seed) if counts[seed] == max(counts.values()) else None for seed in seeds]
-    return [math.nan if found is None else found for found in values]
-
-
-def _of(records: Sequence[Record], **wanted: object) -> list[Record]:
-    return [record for record in records if all(record[key] == value for key, value in wanted.items())]
 
 
 def figure(found: Sequence[Record], title: str) -> Figure:

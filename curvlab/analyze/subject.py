@@ -1,16 +1,17 @@
 """What the analyses are about: a network on the training samples of a data set, as the command line gives them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from curvlab.analyze.command import Config, RunOptions
-from curvlab.data import Dataset, load
+from curvlab.data import Dataset, data_root, load
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.models import build
@@ -19,6 +20,8 @@ from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.training import fit
 from curvlab.training.optimization import OptimizerName, ScheduleName, make_optimizer
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
 
 
 class SubjectConfig(Config):
@@ -44,6 +47,9 @@ class SubjectConfig(Config):
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network and of what is computed of it."""
+
+
+S = TypeVar("S", bound=SubjectConfig)
 
 
 class TrainedSubjectConfig(SubjectConfig):
@@ -86,6 +92,34 @@ def dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
     if config.validation:
         loaded, _ = loaded.hold_out(config.validation)
     return loaded if config.classes == "all" else loaded.select(config.classes)
+
+
+def normalised(data: Dataset) -> Dataset:
+    """Return images less the means of ImageNet's channels and over their deviations, as pre-trained networks expect.
+
+    Raises:
+        CurvlabError: They are no images with three channels.
+    """
+    mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in _IMAGENET)
+    if len(data.sample_shape) != 3 or data.sample_shape[0] != 3:
+        raise CurvlabError(
+            f"normalize=imagenet is for images with three channels, not for samples of shape {data.sample_shape}"
+        )
+    return replace(data, x_train=(data.x_train - mean) / deviation, x_test=(data.x_test - mean) / deviation)
+
+
+def with_weights(config: S, options: RunOptions | Place) -> S:
+    """Return the configuration with the file of the weights where it is: as it was given, or below the data root.
+
+    Raises:
+        CurvlabError: It is in neither place.
+    """
+    if config.weights is None or config.weights.expanduser().exists():
+        return config
+    root = data_root(options.data_root)
+    if not (root / config.weights).is_file():
+        raise CurvlabError(f"{config.weights}: there is no such file of weights, here or in the data root {root}")
+    return config.model_copy(update={"weights": root / config.weights})
 
 
 def samples(config: SubjectConfig, data: Dataset) -> tuple[Tensor, Tensor]:

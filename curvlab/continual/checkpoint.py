@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from curvlab.continual.buffers import Reservoir, Ring
+from curvlab.continual.strategies.base import Strategy
+from curvlab.errors import CurvlabError
 from curvlab.matrices import CurvatureMatrix, Info, Penalty
 from curvlab.matrices.kronecker import Eigenbasis, Factors
 from curvlab.matrices.layers import Layer
@@ -15,8 +18,9 @@ from curvlab.parameters import ParameterSpace
 from curvlab.training.checkpoint import CheckpointFile
 
 # What a method may hold besides tensors and plain values: a checkpoint is read without running anything else.
-_HELD = (*CurvatureMatrix.kinds.values(), Info, Layer, Eigenbasis, Factors, ParameterSpace, Penalty, _Term)
+_HELD = (*CurvatureMatrix.kinds.values(), Info, Layer, Eigenbasis, Factors, ParameterSpace, slice, Penalty, _Term)
 _BUFFERS = (Reservoir, Ring)
+_PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def read(file: CheckpointFile) -> dict[str, Any] | None:
@@ -29,10 +33,44 @@ def read(file: CheckpointFile) -> dict[str, Any] | None:
         return file.read(map_location=None)
 
 
+def describe(strategy: Strategy) -> str:
+    """Describe a method by its options, the same in every process; what is no plain value is named by its type."""
+    options = ", ".join(
+        f"{name}={value!r}" if _foreign(value, _PLAIN) is None else f"{name}: {type(value).__name__}"
+        for name, value in vars(strategy).items()
+    )
+    return f"{type(strategy).__name__}({options})"
+
+
+def check_held(strategy: Strategy, record: Mapping[str, Any]) -> None:
+    """Require that a checkpoint can be read again with what the method holds and the record of a task.
+
+    Raises:
+        CurvlabError: There is something else in them; the message names it.
+    """
+    for owner, held in ((type(strategy).__name__, strategy.state()), ("the record of a task", record)):
+        for name, value in held.items():
+            foreign = _foreign(value, (*_PLAIN, Tensor, nn.Parameter, *_HELD, *_BUFFERS))
+            if foreign is not None:
+                way_out = "" if held is record else ", or override state and restore"
+                raise CurvlabError(
+                    f"{name} of {owner} holds a {foreign.__name__}, which a checkpoint does not keep: make it tensors "
+                    f"or plain values{way_out}"
+                )
+
+
 def bytes_held(state: Any) -> int:
     """Return the bytes of all tensors in a state, memory that they share counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}
     return sum(storages.values())
+
+
+def _foreign(value: object, known: tuple[type, ...]) -> type | None:
+    """Return a type in lists, tuples and dictionaries that is not a known one."""
+    if type(value) in (list, tuple, dict):
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+        return next((found for part in parts if (found := _foreign(part, known)) is not None), None)
+    return None if type(value) in known else type(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

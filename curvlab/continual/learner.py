@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from curvlab.continual.outputs import Outputs, mean_loss, one_hot
+from curvlab.continual.outputs import LossName, Outputs, mean_loss, one_hot
 from curvlab.continual.tasks import Task
 from curvlab.problem import Problem
-from curvlab.training.samples import reference
+from curvlab.training.samples import reference, take
+from curvlab.training.state import modes_restored
 
 
 class Batch(NamedTuple):
@@ -25,6 +26,11 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     task: int | Tensor
+
+    @property
+    def tasks(self) -> Tensor:
+        """The task of each sample, ``(N,)``."""
+        return torch.full_like(self.y, self.task) if isinstance(self.task, int) else self.task
 
 
 class Learner:
@@ -41,22 +47,30 @@ class Learner:
         batch_size: Samples a step.
         steps: How many steps the present task has.
         step: How many of them are done.
+        epoch_steps: How many steps it takes to see each sample once.
         generator: For what a strategy draws; on the CPU, and seeded anew at every task.
     """
 
     def __init__(
-        self, model: nn.Module, stream: Sequence[Task], outputs: Outputs, loss_name: str, target_scale: float
+        self,
+        model: nn.Module,
+        stream: Sequence[Task],
+        outputs: Outputs,
+        loss_name: LossName,
+        target_scale: float,
+        batch_size: int,
     ) -> None:
         self.model = model
         self.stream = stream
         self.outputs = outputs
         self.loss_name = loss_name
         self.target_scale = target_scale
+        self.batch_size = batch_size
         self.task = 0
         self.lr = 0.0
-        self.batch_size = 0
         self.steps = 0
         self.step = 0
+        self.epoch_steps = 1
         self.generator = torch.Generator()
 
     @property
@@ -69,6 +83,11 @@ class Learner:
         """Where the network is."""
         return reference(self.model).device
 
+    @property
+    def epoch(self) -> int:
+        """How many times each sample has been seen, so that 0 means that those of this step are new."""
+        return self.step // self.epoch_steps
+
     def loss(self, outputs: Tensor, y: Tensor, task: int | Tensor) -> Tensor:
         """Return the mean loss of outputs ``(N, C)`` of the network, a scalar.
 
@@ -79,6 +98,17 @@ class Learner:
         """
         return mean_loss(self.loss_name, outputs, y, self.outputs.counting(task, self.task), self.target_scale)
 
+    def batch(self, x: Tensor, y: Tensor, task: int) -> Batch:
+        """Return samples of a task, in the model's dtype and on its device.
+
+        Args:
+            x: Inputs ``(N, ...)``.
+            y: Labels ``(N,)``.
+            task: The task that all are of.
+        """
+        x, y = take((x, self.outputs.of_labels(y, task)), slice(None), reference(self.model))
+        return Batch(x, y, task)
+
     def samples(self, task: int | None = None, limit: int | None = None) -> Batch:
         """Return training samples of a task, in the model's dtype and on its device.
 
@@ -87,16 +117,17 @@ class Learner:
             limit: At most so many, drawn with ``generator``; None for all.
         """
         task = self.task if task is None else task
-        x, y = self.stream[task].train
-        if limit is not None and limit < len(x):
-            rows = torch.randperm(len(x), generator=self.generator)[:limit].to(x.device)
-            x, y = x[rows], y[rows]
-        like = reference(self.model)
-        return Batch(x.to(like), self.outputs.of_labels(y, task).to(like.device), task)
+        chosen = self.stream[task]
+        size = chosen.sizes["train"]
+        if limit is None or limit >= size:
+            return self.batch(*chosen.train, task)
+        return self.batch(*chosen.take(torch.randperm(size, generator=self.generator)[:limit]), task)
 
     @contextmanager
     def problem(self, samples: Batch | None = None) -> Iterator[Problem]:
         """Give the present task as a ``Problem``, whose outputs are those that count for it.
+
+        In between the network is in eval mode, and gives these outputs alone.
 
         Args:
             samples: Of one task; None for all training samples of the present one.
@@ -116,12 +147,10 @@ class Learner:
             handle = self.model.register_forward_hook(lambda _module, _inputs, output: output[:, columns])
         if self.loss_name == "squared_error":
             y = one_hot(y, reference(self.model).new_empty(len(y), len(columns)), self.target_scale)
-        training = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
         try:
-            yield Problem(self.model, self.loss_name, (samples.x, y))
+            with modes_restored(self.model):
+                self.model.eval()
+                yield Problem(self.model, self.loss_name, (samples.x, y))
         finally:
             if handle is not None:
                 handle.remove()
-            for module, mode in training:
-                module.training = mode

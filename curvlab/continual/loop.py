@@ -5,30 +5,38 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvlab.continual import checkpoint as checkpoints
+from curvlab.continual.checks import check_model, check_options, check_strategy, check_stream, lengths
 from curvlab.continual.learner import Batch, Learner
-from curvlab.continual.outputs import Head, Outputs
+from curvlab.continual.measure import accuracies
+from curvlab.continual.outputs import Head, LossName, Outputs
+from curvlab.continual.source import Source
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.tasks import Task
+from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
+from curvlab.problem import preserved_random_state
+from curvlab.progress import Advance
 from curvlab.progress import progress as progress_bar
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
+from curvlab.training.observers import unchanged
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.samples import check_weights, model_errors, reference
 from curvlab.training.state import derived_seed, gradients_restored, modes_restored, random_state_restored
 
 Record = dict[str, Any]
+Observe = Callable[[Learner], Mapping[str, Any]]
 
 _SHOW_EVERY = 0.1  # seconds
 _CHECK_EVERY = 500  # steps between two looks at the losses, each of which waits for the device
-_EVALUATION_BATCH = 1000
+_LOSSES = 100  # how many of the last ones the loss of a task is the mean of
 
 _ORDER, _DROPOUT, _STRATEGY = range(3)  # the independent random streams of a run
 
@@ -42,7 +50,7 @@ class Result:
             measured. Measured are the tasks so far, and, unless the head grows, the next one.
         initial: ``(T,)``: the accuracy before the first task; NaN with a growing head.
         curves: With ``evaluate_every``, records of ``task``, ``step`` (since the task began), ``on`` and ``accuracy``.
-        tasks: A record a task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over its last steps, at most 500),
+        tasks: A record a task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over its last 100 steps),
             ``seconds`` of training, ``strategy_seconds`` of what the method does between tasks, ``evaluation_seconds``,
             ``bytes`` that the method holds after it, and what ``observe`` has returned.
         resumed_at: Tasks that were taken from the checkpoint.
@@ -61,7 +69,7 @@ def run(
     strategy: Strategy,
     *,
     head: Head = "single",
-    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy",
+    loss: LossName = "cross_entropy",
     target_scale: float = 1.0,
     optimizer: str = "sgd",
     lr: float = 0.1,
@@ -75,9 +83,9 @@ def run(
     steps: int | Sequence[int] | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    evaluation: Literal["test", "validation"] = "test",
+    evaluation: Part = "test",
     evaluate_every: int | None = None,
-    observe: Callable[[Learner], Mapping[str, Any]] | None = None,
+    observe: Observe | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Result:
@@ -132,6 +140,8 @@ def run(
         True
     """
     stream = tuple(stream)
+    check_stream(stream, evaluation)
+    check_strategy(strategy)
     options: dict[str, Any] = {
         "head": head,
         "loss": loss,
@@ -149,131 +159,165 @@ def run(
         "evaluation": evaluation,
         "evaluate_every": evaluate_every,
     }
-    _check_options(options)
-    _check_stream(stream, evaluation)
-    lengths = _lengths(epochs, steps, len(stream))
-    check_weights(model, "at the start of the run")
-    with modes_restored(model), random_state_restored(reference(model).device):
-        model.eval()
-        count = _check_model(model, stream, evaluation)
-    outputs = Outputs(stream, head, count, reference(model).device)
-    rates = [max(lr * lr_decay**task, min_lr) for task in range(len(stream))]
-    given, strategy = strategy, copy.deepcopy(strategy)
-    learner = Learner(model, stream, outputs, loss, target_scale)
-    learner.batch_size = batch_size
-    size = len(stream)
-    result = Result(torch.full((size, size), torch.nan, dtype=torch.float64), torch.full((size,), torch.nan).double())
+    check_options(options)
+    kind, each = lengths(epochs, steps, len(stream))
+    options[kind] = each
+    outputs = Outputs(stream, head, check_model(model, stream), reference(model).device)
     file = None
     if checkpoint is not None:
-        options |= {
-            "lengths": lengths,
-            "stream": [task.fingerprint() for task in stream],
-            "strategy": _describe(given),
-        }
-        file = CheckpointFile(Path(checkpoint), fingerprint(options, model))
-
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    with (
-        modes_restored(model),
-        gradients_restored(model),
-        random_state_restored(learner.device),
-        torch.enable_grad(),
-        progress_bar("learning", size, enabled=progress) as advance,
-    ):
-        try:
-            _begin(learner, strategy, seed)
-            states = None if file is None else checkpoints.read(file)
-            if states is not None:
-                _restore(states, learner, strategy, result)
-            elif file is not None:
-                make_writable_folder(file.path.parent)
-            if not result.tasks and head != "growing":
-                result.initial = _accuracies(learner, range(size), evaluation)
-            advance(result.resumed_at)
-            for task in range(result.resumed_at, size):
-                learner.task, learner.lr = task, rates[task]
-                learned = _Task(learner, strategy, options, lengths[task])
-                record = learned.run(result, advance)
-                started = time.perf_counter()
-                measured = range(task + 1 if head == "growing" else min(task + 2, size))
-                if learned.steps:
-                    found = _accuracies(learner, measured, evaluation)
-                    result.accuracy[task, : len(found)] = found
-                record["evaluation_seconds"] += time.perf_counter() - started
-                record["bytes"] = checkpoints.bytes_held(strategy.state())
-                if observe is not None:
-                    record |= observe(learner)
-                result.tasks.append(record)
-                if file is not None:
-                    file.write(_states(learner, strategy, result))
-        finally:
-            for name, p in model.named_parameters():
-                p.requires_grad_(requires_grad[name])
-    return result
+        described = options | {"strategy": checkpoints.describe(strategy)}
+        described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
+        file = CheckpointFile(Path(checkpoint), fingerprint(described, model))
+    learner = Learner(model, stream, outputs, loss, target_scale, batch_size)
+    return _Run(learner, copy.deepcopy(strategy), options, observe, file).all_tasks(progress)
 
 
-class _Task:
-    """The training on one task."""
+class _Run:
+    """Where a run stands."""
 
     def __init__(
-        self, learner: Learner, strategy: Strategy, options: Mapping[str, Any], length: tuple[str, int]
+        self,
+        learner: Learner,
+        strategy: Strategy,
+        options: Mapping[str, Any],
+        observe: Observe | None,
+        file: CheckpointFile | None,
     ) -> None:
-        self.learner, self.strategy, self.options = learner, strategy, options
-        self.source = _Source(learner, strategy.tasks(learner))
-        self.batch_size: int = options["batch_size"]
-        self.batches = math.ceil(len(self.source) / self.batch_size)
-        kind, count = length
-        self.steps = 0 if not len(self.source) else count * self.batches if kind == "epochs" else count
-        learner.steps, learner.step = self.steps, 0
-        self.losses: list[Tensor] = []
-        self.loss: float | None = None
+        self.learner, self.strategy, self.options, self.observe, self.file = learner, strategy, options, observe, file
+        tasks = len(learner.stream)
+        self.result = Result(torch.full((tasks, tasks), torch.nan).double(), torch.full((tasks,), torch.nan).double())
+        self.saved = 0
 
-    def run(self, result: Result, advance: Callable[..., None]) -> Record:
-        learner, strategy, options = self.learner, self.strategy, self.options
-        task, seed = learner.task, options["seed"]
-        learner.generator.manual_seed(derived_seed(seed, task, _STRATEGY))
-        with random_state_restored(learner.device, derived_seed(seed, task, _DROPOUT)):
+    # The stream -------------------------------------------------------------------------------------------------------
+
+    def all_tasks(self, progress: bool) -> Result:
+        learner, result = self.learner, self.result
+        model, tasks = learner.model, len(learner.stream)
+        requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        with (
+            modes_restored(model),
+            gradients_restored(model),
+            random_state_restored(learner.device),
+            torch.enable_grad(),
+            progress_bar("learning", tasks, enabled=progress) as advance,
+        ):
+            try:
+                self._begin()
+                advance(result.resumed_at)
+                for learner.task in range(result.resumed_at, tasks):
+                    record = self._task(advance)
+                    self._measure(record)
+                    result.tasks.append(record)
+                    if self.file is not None:
+                        checkpoints.check_held(self.strategy, record)
+                        self.file.write(self._states())
+                        self.saved = len(result.tasks)
+            except KeyboardInterrupt as interrupt:
+                interrupt.add_note(self._how_to_continue())
+                raise
+            finally:
+                for name, p in model.named_parameters():
+                    p.requires_grad_(requires_grad[name])
+        return result
+
+    def _begin(self) -> None:
+        learner, seed, tasks = self.learner, self.options["seed"], len(self.learner.stream)
+        states = None
+        if self.file is not None:
+            states = checkpoints.read(self.file)
+            if states is None:
+                make_writable_folder(self.file.path.parent)
+        learner.generator.manual_seed(derived_seed(seed, tasks, _STRATEGY))
+        with random_state_restored(learner.device, derived_seed(seed, tasks, _DROPOUT)):
+            self.strategy.start(learner)
+        if states is not None:
+            self._restore(states)
+        elif self.options["head"] != "growing":
+            self.result.initial = accuracies(learner, range(tasks), self.options["evaluation"])
+
+    def _measure(self, record: Record) -> None:
+        """Evaluate the tasks so far and, unless the head grows, the next one, and let ``observe`` look."""
+        learner, options, model = self.learner, self.options, self.learner.model
+        if record["steps"]:
             started = time.perf_counter()
+            ahead = 1 if options["head"] == "growing" else 2
+            measured = range(min(learner.task + ahead, len(learner.stream)))
+            found = accuracies(learner, measured, options["evaluation"])
+            self.result.accuracy[learner.task, : len(found)] = found
+            record["evaluation_seconds"] += time.perf_counter() - started
+        record["bytes"] = checkpoints.bytes_held(self.strategy.state())
+        if self.observe is not None:
+            with unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
+                model.eval()
+                seen = self.observe(learner)
+            if taken := sorted(record.keys() & seen.keys()):
+                raise CurvlabError(f"the record of a task has {taken[0]!r} already: let observe call its own otherwise")
+            record |= seen
+
+    # One task ---------------------------------------------------------------------------------------------------------
+
+    def _task(self, advance: Advance) -> Record:
+        learner, strategy, options, result = self.learner, self.strategy, self.options, self.result
+        task, seed = learner.task, options["seed"]
+        # Counted is what was trained on: joint training is at its first rate when the stream is at its last task.
+        decay = options["lr_decay"] ** sum(record["steps"] > 0 for record in result.tasks)
+        learner.lr = max(options["lr"] * decay, options["min_lr"])
+        learner.generator.manual_seed(derived_seed(seed, task, _STRATEGY))
+        learner.step, learner.steps, learner.epoch_steps = 0, 0, 1
+        with random_state_restored(learner.device, derived_seed(seed, task, _DROPOUT)):
+            # As in a run that continues here.
+            learner.model.train()
+            learner.model.zero_grad()
+            times = [time.perf_counter()]
+            source = None
+            if tasks := strategy.tasks(learner):
+                source = Source(learner, tasks)
+                learner.epoch_steps = math.ceil(len(source) / learner.batch_size)
+                length = options.get("steps") or options["epochs"]
+                learner.steps = length[task] * (1 if "steps" in options else learner.epoch_steps)
+            times.append(time.perf_counter())
             strategy.before_task(learner)
-            before = time.perf_counter()
-            evaluating = self._train(result, advance)
-            after = time.perf_counter()
+            times.append(time.perf_counter())
+            loss, evaluating = None, 0.0
+            if source is None:
+                advance()
+            else:
+                loss, evaluating = self._train(source, advance)
+            times.append(time.perf_counter())
             strategy.after_task(learner)
             check_weights(learner.model, f"after task {task}")
-            ended = time.perf_counter()
+            times.append(time.perf_counter())
+        prepared, before, trained, after = (later - earlier for earlier, later in pairwise(times))
         return {
             "task": task,
             "name": learner.stream[task].name,
-            "steps": self.steps,
+            "steps": learner.steps,
             "lr": learner.lr,
-            "loss": self.loss,
-            "seconds": after - before - evaluating,
-            "strategy_seconds": before - started + ended - after,
+            "loss": loss,
+            "seconds": prepared + trained - evaluating,
+            "strategy_seconds": before + after,
             "evaluation_seconds": evaluating,
         }
 
-    def _train(self, result: Result, advance: Callable[..., None]) -> float:
-        """Do all steps, and return the seconds of the evaluations between them."""
+    def _train(self, source: Source, advance: Advance) -> tuple[float, float]:
+        """Do all steps; return the loss, and the seconds of the evaluations between them."""
         learner, strategy, options = self.learner, self.strategy, self.options
-        model = learner.model
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = list(learner.parameters.values())
         if not parameters:
-            raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")
+            raise CurvlabError(f"{type(strategy).__name__} leaves no parameter to train")
         optimizer = make_optimizer(
             options["optimizer"], parameters, learner.lr, options["momentum"], options["weight_decay"]
         )
-        scheduler = make_schedule(options["schedule"], optimizer, max(self.steps, 1))
+        scheduler = make_schedule(options["schedule"], optimizer, learner.steps)
         clip, every = options["clip_norm"], options["evaluate_every"]
         # What naive fine-tuning does not do costs nothing.
-        after_backward = _own(strategy, "after_backward")
-        after_step = _own(strategy, "after_step")
-        evaluating, shown, shown_at, note = 0.0, 0.0, -math.inf, ""
-        model.train()
-        batches = self._batches()
+        after_backward, after_step = _own(strategy, "after_backward"), _own(strategy, "after_step")
+        evaluating, shown, shown_at, note = 0.0, 0, -math.inf, ""
+        losses = _Losses(learner)
         with model_errors(f"fails in task {learner.task}"):
-            for step in range(1, self.steps + 1):
+            for step, batch in enumerate(self._batches(source), start=1):
                 optimizer.zero_grad()
-                loss = strategy.loss(learner, next(batches))
+                loss = strategy.loss(learner, batch)
                 loss.backward()
                 if after_backward is not None:
                     after_backward(learner)
@@ -285,233 +329,99 @@ class _Task:
                 learner.step = step
                 if after_step is not None:
                     after_step(learner)
-                self.losses.append(loss.detach())
-                if len(self.losses) == _CHECK_EVERY or step == self.steps:
-                    self._check_losses()
-                if every is not None and (step % every == 0 or step == self.steps):
+                losses.new.append(loss.detach())
+                last = step == learner.steps
+                measured = every is not None and (last or step % every == 0)
+                if last or measured or len(losses.new) == _CHECK_EVERY:
+                    losses.check()
+                if measured:
                     started = time.perf_counter()
-                    note = self._point(result)
+                    note = self._point()
                     evaluating += time.perf_counter() - started
-                if (now := time.monotonic()) > shown_at + _SHOW_EVERY:
-                    advance(step / self.steps - shown, note=f"task {learner.task} {note}")
-                    shown, shown_at = step / self.steps, now
-        advance(1 - shown, note=f"task {learner.task} {note}")
-        return evaluating
+                if (now := time.monotonic()) > shown_at + _SHOW_EVERY or last:
+                    advance((step - shown) / learner.steps, note=f"task {learner.task} {note}")
+                    shown, shown_at = step, now
+        return losses.mean, evaluating
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, source: Source) -> Iterator[Batch]:
         learner = self.learner
-        for epoch in range(math.ceil(self.steps / max(self.batches, 1))):
-            generator = torch.Generator().manual_seed(
-                derived_seed(self.options["seed"], learner.task, _ORDER, epoch) % 2**63
-            )
-            order = torch.randperm(len(self.source), generator=generator)
-            for index in order.split(self.batch_size):
-                yield self.source.take(index)
+        epoch_steps = learner.epoch_steps
+        for epoch in range(math.ceil(learner.steps / epoch_steps)):
+            generator = torch.Generator().manual_seed(derived_seed(self.options["seed"], learner.task, _ORDER, epoch))
+            order = torch.randperm(len(source), generator=generator)
+            left = learner.steps - epoch * epoch_steps
+            yield from source.batches(order[: left * learner.batch_size], learner.batch_size)
 
-    def _check_losses(self) -> None:
-        losses = torch.stack(self.losses)
-        self.losses.clear()
-        self.loss = float(losses.double().mean())
-        if not math.isfinite(self.loss):
-            bad = int(losses.isfinite().logical_not().nonzero()[0])
-            step = self.learner.step - len(losses) + 1 + bad
-            raise CurvlabError(
-                f"the training loss is {float(losses[bad])} at step {step} of task {self.learner.task}: lower lr (here "
-                f"{self.learner.lr:g}) or the method's strength, or look at the scale of the inputs"
-            )
-
-    def _point(self, result: Result) -> str:
+    def _point(self) -> str:
+        """Evaluate the tasks so far for the curves, and return what to show of it."""
         learner = self.learner
-        found = _accuracies(learner, range(learner.task + 1), self.options["evaluation"]).tolist()
-        result.curves += [
+        found = accuracies(learner, range(learner.task + 1), self.options["evaluation"]).tolist()
+        self.result.curves += [
             {"task": learner.task, "step": learner.step, "on": on, "accuracy": value} for on, value in enumerate(found)
         ]
         return f"accuracy {sum(found) / len(found):.1%}"
+
+    # A run that is continued ------------------------------------------------------------------------------------------
+
+    def _states(self) -> dict[str, Any]:
+        model, result = self.learner.model, self.result
+        return {
+            "model": model_tensors(model),
+            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+            "strategy": dict(self.strategy.state()),
+            "accuracy": result.accuracy,
+            "initial": result.initial,
+            "curves": result.curves,
+            "tasks": result.tasks,
+        }
+
+    def _restore(self, states: Mapping[str, Any]) -> None:
+        model, result = self.learner.model, self.result
+        with torch.no_grad():
+            for name, tensor in model_tensors(model).items():
+                tensor.copy_(states["model"][name])
+        for name, p in model.named_parameters():
+            p.requires_grad_(states["requires_grad"][name])
+        self.strategy.restore(self.learner, states["strategy"])
+        result.accuracy, result.initial = states["accuracy"], states["initial"]
+        result.curves, result.tasks = states["curves"], states["tasks"]
+        self.saved = result.resumed_at = len(result.tasks)
+
+    def _how_to_continue(self) -> str:
+        stopped = f"the run stopped in task {self.learner.task} of {len(self.learner.stream)}, counted from 0"
+        if self.file is None:
+            return f"{stopped}, and nothing is saved: with checkpoint=PATH it could be continued"
+        if not self.saved:
+            return f"{stopped}, before anything was saved in {self.file.path}"
+        return f"{stopped}; the same call goes on after task {self.saved - 1}, which is saved in {self.file.path}"
+
+
+class _Losses:
+    """Those of one task; new ones are still on the device, as bringing each one would stall it at every step."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.new: list[Tensor] = []
+        self.last: list[float] = []
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.last) / len(self.last)
+
+    def check(self) -> None:
+        """Bring the new ones, and make sure that they are finite."""
+        values = torch.stack(self.new).tolist()
+        self.new.clear()
+        for step, value in enumerate(values, start=self.learner.step - len(values) + 1):
+            if not math.isfinite(value):
+                raise CurvlabError(
+                    f"the training loss is {value} at step {step} of task {self.learner.task}: lower lr (here "
+                    f"{self.learner.lr:g}) or the method's strength, or look at the scale of the inputs"
+                )
+        self.last = (self.last + values)[-_LOSSES:]
 
 
 def _own(strategy: Strategy, hook: str) -> Callable[[Learner], None] | None:
     """Return a hook that is not the one of the base, which does nothing."""
     bound: Callable[[Learner], None] = getattr(strategy, hook)
     return None if getattr(bound, "__func__", None) is getattr(Strategy, hook) else bound
-
-
-class _Source:
-    """The training samples of one task, held as it sees them, or of several, made when they are drawn."""
-
-    def __init__(self, learner: Learner, tasks: Sequence[int]) -> None:
-        self.like = reference(learner.model)
-        self.learner, self.tasks = learner, tuple(tasks)
-        sizes = []
-        if len(self.tasks) == 1:
-            x, y = learner.stream[self.tasks[0]].train
-            self.x, self.y = self._here(x), self._labels(y, self.tasks[0])
-            sizes.append(len(x))
-        else:
-            sizes += [learner.stream[task].sizes["train"] for task in self.tasks]
-        self.starts = torch.tensor([0, *sizes]).cumsum(0)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def take(self, index: Tensor) -> Batch:
-        if len(self.tasks) == 1:
-            index = index.to(self.x.device)
-            return Batch(self.x[index], self.y[index], self.tasks[0])
-        # Grouped by task; the order within a batch does not matter.
-        which = torch.bucketize(index, self.starts[1:-1], right=True)
-        parts = []
-        for i in which.unique().tolist():
-            task = self.tasks[i]
-            x, y = self.learner.stream[task].take(index[which == i] - self.starts[i])
-            parts.append((self._here(x), self._labels(y, task), torch.full((len(x),), task, device=self.like.device)))
-        x, y, task = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Batch(x, y, task)
-
-    def _here(self, x: Tensor) -> Tensor:
-        return x.to(self.like.device, self.like.dtype if x.is_floating_point() else None)
-
-    def _labels(self, y: Tensor, task: int) -> Tensor:
-        return self.learner.outputs.of_labels(y, task).to(self.like.device)
-
-
-def _accuracies(learner: Learner, tasks: Sequence[int], evaluation: str) -> Tensor:
-    """Return the accuracies on tasks; samples that several of them share are gone through once."""
-    model, like = learner.model, reference(learner.model)
-    known: list[tuple[int, float]] = []
-    with (
-        modes_restored(model),
-        random_state_restored(like.device),
-        torch.no_grad(),
-        model_errors("fails in evaluation"),
-    ):
-        model.eval()
-        for i in tasks:
-            task = learner.stream[i]
-            same = next((a for j, a in known if _same(learner, i, j, evaluation)), None)
-            if same is None:
-                x, y = getattr(task, evaluation)
-                counting = learner.outputs.counting(i, learner.task)
-                right = torch.zeros((), dtype=torch.int64, device=like.device)
-                for start in range(0, len(x), _EVALUATION_BATCH):
-                    rows = slice(start, start + _EVALUATION_BATCH)
-                    part = model(x[rows].to(like.device, like.dtype if x.is_floating_point() else None))
-                    if counting is not None:
-                        part = part.masked_fill(~counting, -torch.inf)
-                    right += (part.argmax(1) == learner.outputs.of_labels(y[rows], i).to(like.device)).sum()
-                same = int(right) / len(x)
-            known.append((i, same))
-    return torch.tensor([accuracy for _, accuracy in known], dtype=torch.float64)
-
-
-def _same(learner: Learner, i: int, j: int, evaluation: str) -> bool:
-    outputs = learner.outputs
-    whole = outputs.counting(i, learner.task) is None and outputs.counting(j, learner.task) is None
-    return whole and outputs.head == "single" and learner.stream[i].shares(learner.stream[j], evaluation)
-
-
-# A run that is continued ----------------------------------------------------------------------------------------------
-
-
-def _begin(learner: Learner, strategy: Strategy, seed: int) -> None:
-    learner.generator.manual_seed(derived_seed(seed, len(learner.stream), _STRATEGY))
-    with random_state_restored(learner.device, derived_seed(seed, len(learner.stream), _DROPOUT)):
-        strategy.start(learner)
-
-
-def _states(learner: Learner, strategy: Strategy, result: Result) -> dict[str, Any]:
-    return {
-        "model": model_tensors(learner.model),
-        "requires_grad": {name: p.requires_grad for name, p in learner.model.named_parameters()},
-        "strategy": dict(strategy.state()),
-        "accuracy": result.accuracy,
-        "initial": result.initial,
-        "curves": result.curves,
-        "tasks": result.tasks,
-    }
-
-
-def _restore(states: dict[str, Any], learner: Learner, strategy: Strategy, result: Result) -> None:
-    with torch.no_grad():
-        for name, tensor in model_tensors(learner.model).items():
-            tensor.copy_(states["model"][name])
-    for name, p in learner.model.named_parameters():
-        p.requires_grad_(states["requires_grad"][name])
-    strategy.restore(learner, states["strategy"])
-    result.accuracy, result.initial = states["accuracy"], states["initial"]
-    result.curves, result.tasks = states["curves"], states["tasks"]
-    result.resumed_at = len(result.tasks)
-
-
-def _describe(strategy: Strategy) -> str:
-    options = ", ".join(f"{name}={value!r}" for name, value in vars(strategy).items())
-    return f"{type(strategy).__name__}({options})"
-
-
-# What there is to refuse ----------------------------------------------------------------------------------------------
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    if options["loss"] not in ("cross_entropy", "squared_error"):
-        raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
-    if options["evaluation"] not in ("test", "validation"):
-        raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
-    for name in ("batch_size", "evaluate_every"):
-        if options[name] is not None and options[name] < 1:
-            raise CurvlabError(f"{name} must be at least 1, not {options[name]}")
-    for name in ("target_scale", "lr", "lr_decay", "clip_norm"):
-        if options[name] is not None and not 0 < options[name] < math.inf:
-            raise CurvlabError(f"{name} must be a positive number, not {options[name]}")
-    if not 0 <= options["min_lr"] < math.inf:
-        raise CurvlabError(f"min_lr must be at least 0, not {options['min_lr']}")
-    if options["seed"] < 0:
-        raise CurvlabError(f"seed must be at least 0, not {options['seed']}")
-    if options["target_scale"] != 1 and options["loss"] != "squared_error":
-        raise CurvlabError("target_scale belongs to the loss squared_error; leave it at 1")
-    parameter = nn.Parameter(torch.zeros(()))
-    optimizer = make_optimizer(
-        options["optimizer"], [parameter], options["lr"], options["momentum"], options["weight_decay"]
-    )
-    make_schedule(options["schedule"], optimizer, 1)
-
-
-def _lengths(
-    epochs: int | Sequence[int] | None, steps: int | Sequence[int] | None, tasks: int
-) -> list[tuple[str, int]]:
-    """Return for each task what its length is counted in, and how long it is."""
-    if epochs is not None and steps is not None:
-        raise CurvlabError("give either epochs or steps, not both")
-    kind, value = ("epochs", 1 if epochs is None else epochs) if steps is None else ("steps", steps)
-    each = [value] * tasks if isinstance(value, int) else list(value)
-    if len(each) != tasks:
-        raise CurvlabError(f"{kind} has {len(each)} values, and there are {tasks} tasks")
-    if min(each) < 1:
-        raise CurvlabError(f"{kind} must be at least 1, not {min(each)}")
-    return [(kind, count) for count in each]
-
-
-def _check_stream(stream: Sequence[Task], evaluation: str) -> None:
-    if not stream:
-        raise CurvlabError("the stream has no tasks")
-    shapes = {task.dataset.sample_shape for task in stream}
-    if len(shapes) > 1:
-        raise CurvlabError(f"the samples of a stream have one shape, and here they have {sorted(shapes)}")
-    for i, task in enumerate(stream):
-        for part in ("train", evaluation):
-            if not task.sizes[part]:
-                hint = "; make the stream with validation=N" if part == "validation" else ""
-                raise CurvlabError(f"task {i} ({task.name}) has no {part} samples{hint}")
-
-
-def _check_model(model: nn.Module, stream: Sequence[Task], evaluation: str) -> int:
-    """Require samples that the model takes, and return how many outputs it has."""
-    if all(not p.requires_grad for p in model.parameters()):
-        raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")
-    x, y = stream[0].take(torch.arange(1))
-    with torch.no_grad(), model_errors("cannot take the samples"):
-        like = reference(model)
-        outputs = model(x.to(like.device, like.dtype if x.is_floating_point() else None))
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise CurvlabError(f"the model must return one tensor (N, C); for one sample it returned {shape}")
-    del y, evaluation
-    return outputs.shape[1]

@@ -16,6 +16,7 @@ from curvlab.continual.tasks import Task
 from curvlab.errors import CurvlabError
 
 Head = Literal["single", "growing", "masked", "multi"]
+LossName = Literal["cross_entropy", "squared_error"]
 
 
 class Outputs:
@@ -29,8 +30,19 @@ class Outputs:
         count: How many outputs the network has.
         device: Of the network.
 
+    Attributes:
+        classes: How many the tasks have, one that is in two tasks counted twice.
+
     Raises:
-        CurvlabError: There is no such head, or the network has fewer outputs than it needs.
+        CurvlabError: There is no such head, or the network has not as many outputs as it needs.
+
+    Examples:
+        >>> from curvlab.continual import split_classes
+        >>> from curvlab.data import load
+        >>> stream = split_classes(load("digits"), tasks=5)
+        >>> outputs = Outputs(stream, "growing", 10, torch.device("cpu"))
+        >>> outputs.counting(0, now=1).nonzero()[:, 0]
+        tensor([0, 1, 2, 3])
     """
 
     def __init__(self, stream: Sequence[Task], head: Head, count: int, device: torch.device) -> None:
@@ -40,53 +52,70 @@ class Outputs:
         needed = sum(map(len, classes)) if head == "multi" else 1 + max(map(max, classes))
         if count < needed or (head == "multi" and count != needed):
             raise CurvlabError(
-                f"head {head!r} of these {len(stream)} tasks needs {needed} outputs, and the model has {count}: "
+                f"head {head!r} needs {needed} outputs for these {len(stream)} tasks, and the model has {count}: "
                 f"build it with {needed}"
             )
         self.head, self.count = head, count
-        self._counts = torch.zeros(len(stream), count, dtype=torch.bool)
+        self.classes = sum(map(len, classes))
+        #: Row t: the outputs that stand for the classes of task t.
+        self._own = torch.zeros(len(stream), count, dtype=torch.bool)
         self._output_of: list[Tensor | None] = []
         first = 0
-        for i, present in enumerate(classes):
-            output_of = None
-            if head == "single":
-                self._counts[i] = True
-            elif head == "multi":
-                self._counts[i, first : first + len(present)] = True
+        for own, present in zip(self._own, classes, strict=True):
+            if head == "multi":
                 output_of = torch.full((1 + max(present),), -1)
                 output_of[list(present)] = torch.arange(first, first + len(present))
+                own[first : first + len(present)] = True
                 first += len(present)
+                self._output_of.append(output_of.to(device))
             else:
-                self._counts[i, list(present)] = True
-                if head == "growing" and i:
-                    self._counts[i] |= self._counts[i - 1]
-            self._output_of.append(output_of)
-        self._counts = self._counts.to(device)
-        self._whole = [bool(row.all()) for row in self._counts]
+                own[list(present)] = True
+                self._output_of.append(None)
+        #: Row t: those that count for task t, with a growing head while t is the last one that has come.
+        self._counts = self._own
+        if head == "single":
+            self._counts = torch.ones_like(self._own)
+        elif head == "growing":
+            self._counts = self._own.cumsum(0) > 0
+        self._whole = self._counts.all(1).tolist()  # looked up at every step, without waiting for the device
+        self._own, self._counts = self._own.to(device), self._counts.to(device)
 
     def of_labels(self, y: Tensor, task: int) -> Tensor:
-        """Return the outputs ``(N,)`` that stand for the labels ``(N,)`` of a task."""
+        """Return the outputs ``(N,)``, on the device of ``y``, that stand for the labels ``(N,)`` of a task."""
         output_of = self._output_of[task]
         return y.long() if output_of is None else output_of.to(y.device)[y.long()]
 
-    def counting(self, task: int | Tensor, now: int) -> Tensor | None:
+    def counting(self, task: int | Tensor, now: int | None) -> Tensor | None:
         """Return which outputs count, booleans ``(C,)``, or ``(N, C)`` for the tasks ``(N,)`` of samples.
 
         Args:
             task: The task of a batch, or of each of its samples.
-            now: The last task that has come; with a growing head, what counts for all.
+            now: The last task that has come; with a growing head, what counts for all. None for those that counted
+                when each task was learnt.
 
         Returns:
             None if all of them do.
         """
-        if self.head == "growing":
+        if self.head == "growing" and now is not None:
             task = now
         if isinstance(task, int):
             return None if self._whole[task] else self._counts[task]
         return None if all(self._whole) else self._counts[task]
 
+    def learnt(self, before: int) -> Tensor:
+        """Return which outputs the tasks before one have taught, as booleans ``(G, C)``, a row for each softmax.
 
-def mean_loss(loss: str, outputs: Tensor, y: Tensor, counting: Tensor | None, scale: float = 1.0) -> Tensor:
+        That is a row for each task where each task has outputs that count for it alone (``masked``, ``multi``; tasks
+        with the same outputs have one together), and otherwise one row, of all classes so far.
+        """
+        own = self._own[:before]
+        if before == 0:
+            return own
+        learnt: Tensor = own.unique(dim=0) if self.head in ("masked", "multi") else own.any(0, keepdim=True)
+        return learnt
+
+
+def mean_loss(loss: LossName, outputs: Tensor, y: Tensor, counting: Tensor | None, scale: float = 1.0) -> Tensor:
     """Return the mean loss of a batch, a scalar; outputs that do not count have no part in it.
 
     Args:
@@ -99,11 +128,11 @@ def mean_loss(loss: str, outputs: Tensor, y: Tensor, counting: Tensor | None, sc
     """
     if loss == "cross_entropy":
         if counting is not None:
-            outputs = outputs.masked_fill(~counting, -torch.inf)
+            outputs = outputs.where(counting, -torch.inf)
         return F.cross_entropy(outputs, y)
     difference = outputs - one_hot(y, outputs, scale)
     if counting is not None:
-        difference = difference * counting
+        difference = difference.where(counting, 0.0)
     return difference.square().sum() / (2 * len(outputs))
 
 

@@ -21,6 +21,7 @@ from curvlab.diagonality.statistics import Record, block_record, dense_record
 from curvlab.diagonality.streamed import StreamedBlock
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
+from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -211,6 +212,7 @@ class _Blocks:
     """Makes the block of some parameters in the cheapest form that is right for them."""
 
     def __init__(self, problem: Problem, quantity: Quantity, tile_memory: float) -> None:
+        problem = problem if isinstance(quantity, Hessian) else to_first_order(problem)
         self.problem, self.quantity, self.tile_memory = problem, quantity, tile_memory
         rank_one = not isinstance(quantity, (Hessian, MaSQ))
         self.linear = linear_layers(problem) if rank_one else {}

@@ -12,12 +12,13 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend, Compute
 from curvlab.estimators.layers import kronecker_layers
+from curvlab.estimators.linearized import to_first_order
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
-from curvlab.quantities import Fisher, MaSQ, Quantity, parse_quantity
+from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
@@ -72,6 +73,8 @@ def estimate(
     space = ParameterSpace.of(problem.model, params)
     able(quantity, structure, backend)  # a cell that no one fills is said before the data are gone through
     problem.check()
+    if not isinstance(quantity, Hessian):
+        problem = to_first_order(problem)
     # Also where the caller has switched gradients off.
     with (
         torch.inference_mode(False),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import row_batches
 from curvlab.parameters import ParameterSpace, Vectors
 from curvlab.problem import Problem
@@ -67,6 +68,7 @@ def standard_error(
     vectors = None if deltas is None else space.flatten(deltas).to(problem.device, torch.float64)
     draws = max(quantity.samples, 2)
     problem.check()
+    problem = to_first_order(problem)
     sums: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad():
         for rows in row_batches(problem, Fisher(draws, quantity.seed), space.names):

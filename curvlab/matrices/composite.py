@@ -108,9 +108,9 @@ class Composite(CurvatureMatrix):
 
     __rmul__ = __mul__
 
-    def average_factors(self) -> Self:
+    def average_factors(self, weights: Sequence[float] | None = None) -> Self:
         """Return the matrix with the Kronecker parts merged; see ``KFAC.average_factors``."""
-        return self._of([part.average_factors() if isinstance(part, KFAC) else part for part in self.parts])
+        return self._of([part.average_factors(weights) if isinstance(part, KFAC) else part for part in self.parts])
 
     def nearest(self) -> Self:
         """Return the matrix with the Kronecker parts merged; see ``KFAC.nearest``."""

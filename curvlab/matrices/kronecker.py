@@ -1,7 +1,7 @@
 """Kronecker factors: a block ``S (x) A`` a layer, and sums of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple, Self
 
@@ -203,14 +203,30 @@ class KFAC(Layered):
 
     # Merges ------------------------------------------------------------------------------------------------------
 
-    def average_factors(self) -> Self:
-        """Return the one pair ``K (mean S) (x) (mean A)`` a layer.
+    def average_factors(self, weights: Sequence[float] | None = None) -> Self:
+        """Return the one pair ``(sum S) (x) (mean A)`` a layer.
 
         Exact where all ``A`` or all ``S`` are equal. K times the average of the factors is what continual learners
         accumulate who keep running means of both (DLCFT, Shon et al., 2022); it depends on how the size of a product
         is shared between its factors. The product of the sums (Ritter et al., 2018) is K times this.
+
+        Args:
+            weights: Of each pair in the mean: with ``(K, 1)`` a matrix that stands for K pairs takes in one more, to
+                the average of them all. None for equal ones.
+
+        Raises:
+            CurvlabError: There are not as many weights as pairs.
         """
-        return self._merged(lambda f: Factors(f.A.mean(dim=0, keepdim=True), f.S.sum(dim=0, keepdim=True)))
+
+        def merge(factors: Factors) -> Factors:
+            a, s = factors
+            if weights is not None and len(weights) != len(a):
+                raise CurvlabError(f"there are {len(a)} pairs of factors, and {len(weights)} weights")
+            shares = a.new_tensor([1.0] * len(a) if weights is None else list(weights))
+            mean = torch.tensordot(shares / shares.sum(), a, dims=1)
+            return Factors(mean.unsqueeze(0), s.sum(dim=0, keepdim=True))
+
+        return self._merged(merge)
 
     def nearest(self) -> Self:
         """Return the one pair a layer that is nearest to the sum in Frobenius norm.

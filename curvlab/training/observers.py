@@ -78,7 +78,7 @@ class Observers:
             observer = self._observers[index]
             started = time.perf_counter()
             try:
-                with _unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
+                with unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
                     model.eval()
                     observer(step, model)
             except BaseException as error:
@@ -106,7 +106,12 @@ class Observers:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Require that parameters and buffers are afterwards the same tensors with the same values.
+
+    Raises:
+        CurvlabError: One is not; the message names it.
+    """
     before = _versions(model)
     yield
     after = _versions(model)

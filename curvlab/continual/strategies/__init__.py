@@ -1,6 +1,33 @@
 """The methods of continual learning, one a file."""
 
+from curvlab.continual.strategies.agem import AGEM
 from curvlab.continual.strategies.base import Strategy
+from curvlab.continual.strategies.der import DER
+from curvlab.continual.strategies.dlcft import DLCFT
+from curvlab.continual.strategies.er import ER
+from curvlab.continual.strategies.ewc import EWC
+from curvlab.continual.strategies.imm import IMM
+from curvlab.continual.strategies.joint import Joint
+from curvlab.continual.strategies.linear_probe import LinearProbe
+from curvlab.continual.strategies.lwf import LwF
+from curvlab.continual.strategies.mas import MAS
 from curvlab.continual.strategies.naive import Naive
+from curvlab.continual.strategies.osla import OSLA
+from curvlab.continual.strategies.si import SI
 
-__all__ = ["Naive", "Strategy"]
+__all__ = [
+    "AGEM",
+    "DER",
+    "DLCFT",
+    "ER",
+    "EWC",
+    "IMM",
+    "MAS",
+    "OSLA",
+    "SI",
+    "Joint",
+    "LinearProbe",
+    "LwF",
+    "Naive",
+    "Strategy",
+]

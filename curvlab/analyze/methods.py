@@ -1,0 +1,326 @@
+"""Methods of continual learning beside each other: Mirzadeh et al. (2020), Table 2 and Figure 4."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from curvlab.analyze import gridded, subject
+from curvlab.analyze import training_regimes_table2 as table2
+from curvlab.analyze.command import Analysis, GridOptions
+from curvlab.analyze.methods_cell import dataset_of, learnt, network_of, strategy_of, tasks_of
+from curvlab.analyze.methods_config import (
+    LISTS,
+    PRESETS,
+    TUNED,
+    Candidate,
+    MethodsConfig,
+    candidates,
+    pairs,
+    single,
+    trials,
+)
+from curvlab.data import Dataset
+from curvlab.errors import CurvlabError
+from curvlab.grid import Place
+from curvlab.results import (
+    Claim,
+    Column,
+    RunDirectory,
+    Stopwatch,
+    aggregate,
+    collect,
+    open_run,
+    render,
+    render_claims,
+    write_tables,
+)
+from curvlab.results.continual import accuracy_curves, method_bars
+
+Record = dict[str, Any]
+
+_VALUES = ["acc", "forgetting", "learning_accuracy", "bytes", "seconds"]
+_NAMES = (Column("stream", "stream"), Column("label", "method"))
+_TABLE = (
+    *_NAMES,
+    Column("acc", "accuracy", spread="acc_std"),
+    Column("forgetting", "forgetting", spread="forgetting_std"),
+    Column("learning_accuracy", "when learnt", spread="learning_accuracy_std"),
+    Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
+    Column("seconds", "seconds", format=lambda value: f"{value:.0f}"),
+)
+_PUBLISHED = (
+    *_NAMES,
+    Column("acc", "accuracy", spread="acc_std"),
+    Column("published_acc", "published", spread="published_acc_std"),
+    Column("forgetting", "forgetting", spread="forgetting_std"),
+    Column("published_forgetting", "published", spread="published_forgetting_std"),
+)
+_SELECTED = (
+    *_NAMES,
+    *(Column(name, name.replace("_", " "), format=lambda value: f"{value:g}") for name in TUNED),
+    Column("validation_acc", "held-out accuracy", spread="validation_acc_std"),
+    Column("tried", "of candidates"),
+    Column("failed", "of them failed"),
+)
+_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
+
+
+def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
+    """Choose hyper-parameters, learn and measure, a cell a stream, method and seed, and write the run directory.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
+    """
+    clock = Stopwatch()
+    with clock("data"):
+        dataset = dataset_of(config, options)
+        data_hash = dataset.fingerprint()
+        workers_data = subject.fingerprints(config, options) if options.scheduler else None
+    _check(subject.with_weights(config, options), dataset)
+    directory = open_run(options.out, "methods", config.to_yaml())
+    with gridded.resumable(directory):
+        with clock("selection"):
+            tries = ANALYSIS.cells(part for name in pairs(config) for part in trials(config, *name))
+            of_tries: list[Record] = []
+            if tries:
+                options.run(tries, directory.path / gridded.STORE, workers_data)
+                of_tries = _of_tries(directory)
+            tried = [record for record in of_tries if "acc" in record]
+            chosen = {name: _chosen(config, *name, tried) for name in pairs(config)}
+        with clock("cells"):
+            cells = ANALYSIS.cells(
+                single(config, *name, chosen[name], seed, config.evaluation)
+                for name in pairs(config)
+                for seed in config.seeds
+            )
+            tally = options.run([*tries, *cells], directory.path / gridded.STORE, workers_data)
+        records, failed = gridded.results(directory)
+        records = records[len(of_tries) :]
+        found = [record for record in records if "acc" in record]
+        accuracies = [record for record in records if "accuracy" in record]
+        if not found:
+            gridded.report_failures(console, directory)
+        table = table2.beside_published(summarise(found), Path(config.data).name, config.tasks)
+        verdicts = table2.claims(found)
+        selection = _selection(tried, chosen)
+        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        directory.write_json("accuracies.json", accuracies)
+        directory.write_json("selection.json", selection)
+        directory.write_json("claims.json", verdicts)
+        with clock("figures"):
+            for name, figure in figures(accuracies, table, describe(config)).items():
+                directory.write_figure(name, figure)
+        # Written last, and not again where nothing has changed: what a finished run is from stays.
+        provenance = directory.path / "provenance.json"
+        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
+            origin = collect(
+                seeds=config.seeds,
+                data_hash=data_hash,
+                stages=clock.seconds,
+                started=clock.started,
+                device=config.device,
+            )
+            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        _print(console, config, table, selection, verdicts, directory)
+        gridded.report_failures(console, directory)
+
+
+def cell(config: MethodsConfig, place: Place) -> list[Record]:
+    """Return the records of a seed, for every stream and method: one of the run, with ``acc``, and its accuracies.
+
+    Of several candidates the best on the held-out samples is taken.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
+    """
+    dataset = dataset_of(config, place)
+    config = subject.with_weights(config, place)
+    _check(config, dataset)
+    records: list[Record] = []
+    for stream, method in pairs(config):
+        tried = []
+        for number, part in enumerate(trials(config, stream, method)):
+            found = cell(part, replace(place, folder=place.folder / f"{stream}-{method}-{number}"))
+            tried += [record for record in found if "acc" in record]
+        chosen = _chosen(config, stream, method, tried)
+        for seed in config.seeds:
+            part = single(config, stream, method, chosen, seed, config.evaluation)
+            records += learnt(part, dataset, chosen, place.folder / f"{stream}-{method}.pt")
+    return records
+
+
+def _check(config: MethodsConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    subject.check_distinct(seeds=config.seeds, streams=config.streams, methods=config.methods)
+    subject.check(config, dataset)
+    for method in config.methods:
+        tuned = {field: getattr(config, field) for field in LISTS[method].values()}
+        subject.check_distinct(**tuned)
+        if len(candidates(config, method)) == 1:
+            continue
+        subject.check_distinct(selection_seeds=config.selection_seeds)
+        if not config.validation:
+            raise CurvlabError(
+                f"the hyper-parameters of {method} are chosen on held-out samples: set validation, or give "
+                f"{', '.join(tuned)} a single value each"
+            )
+        if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
+            raise CurvlabError(
+                "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
+                "give seeds and selection_seeds no value in common"
+            )
+    if config.fine_tune and config.weights is None:
+        raise CurvlabError("fine_tune is for weights from a file: set weights")
+    tried = [(method, candidate) for method in config.methods for candidate in candidates(config, method)]
+    for dropout in {candidate.get("dropout", 0.0) for _, candidate in tried}:
+        network_of(config, dataset, config.seeds[0], dropout)
+    for stream in config.streams:
+        tasks = tasks_of(config, dataset, stream, config.seeds[0])
+        for method, candidate in tried:
+            strategy_of(config, method, candidate, tasks)
+
+
+# Hyper-parameters -----------------------------------------------------------------------------------------------------
+
+
+def _of_tries(directory: RunDirectory) -> list[Record]:
+    """Return the records of the candidates.
+
+    Raises:
+        CurvlabError: A cell was not brought to its end, and the best of the others may not be the best.
+    """
+    records, failed = gridded.results(directory)
+    if failed:
+        raise CurvlabError(f"the best hyper-parameters are not known: a cell has failed: {failed[0]['error']}")
+    return records
+
+
+def _judged(stream: str, method: str, tried: Sequence[Record]) -> list[Record]:
+    """Return a record a candidate: its mean accuracy on the held-out samples over the seeds; None if one diverged."""
+    tuned = LISTS[method]
+    of_method = [
+        {**record, "validation_acc": record["acc"]}
+        for record in tried
+        if (record["stream"], record["method"]) == (stream, method)
+    ]
+    rows = aggregate(of_method, ["stream", "method", *tuned], ["validation_acc"])
+    for row in rows:
+        row["note"] = next(
+            (r["note"] for r in of_method if r["note"] and all(r[name] == row[name] for name in tuned)), ""
+        )
+    return rows
+
+
+def _chosen(config: MethodsConfig, stream: str, method: str, tried: Sequence[Record]) -> Candidate:
+    """Return the candidate with the highest accuracy on the held-out samples, the first of several.
+
+    Raises:
+        CurvlabError: All of them have diverged.
+    """
+    every = candidates(config, method)
+    if len(every) == 1:
+        return every[0]
+    rows = _judged(stream, method, tried)
+    able = [row for row in rows if row["validation_acc"] is not None]
+    if not able:
+        raise CurvlabError(
+            f"{method} fails on the {stream} stream with every one of its {len(rows)} candidates ({rows[-1]['note']}); "
+            "give lower values with --lrs"
+        )
+    best = max(able, key=lambda row: cast(float, row["validation_acc"]))
+    return {name: best[name] for name in LISTS[method]}
+
+
+def _selection(tried: Sequence[Record], chosen: Mapping[tuple[str, str], Candidate]) -> list[Record]:
+    """Return a record a candidate that was tried, and of a method with a single one this, with ``chosen``."""
+    selection: list[Record] = []
+    for (stream, method), best in chosen.items():
+        rows = _judged(stream, method, tried) or [{"stream": stream, "method": method, **best}]
+        selection += [{**row, "chosen": all(row[name] == best[name] for name in best)} for row in rows]
+    return selection
+
+
+# What is made of them -------------------------------------------------------------------------------------------------
+
+
+def summarise(found: Sequence[Record]) -> list[Record]:
+    """Return mean and standard deviation over the seeds, a record a stream and method.
+
+    Args:
+        found: Records as ``table.json`` has them.
+    """
+    table = aggregate(found, ["stream", "method"], _VALUES)
+    return [
+        {**row, "label": table2.LABELS[row["method"]], "megabytes": None if (n := row["bytes"]) is None else n / 1e6}
+        for row in table
+    ]
+
+
+def figures(accuracies: Sequence[Record], table: Sequence[Record], title: str) -> dict[str, Figure]:
+    """Return the figures by name: accuracies over the tasks, and the table as bars.
+
+    Args:
+        accuracies: Records as ``accuracies.json`` has them.
+        table: Of ``summarise``, with published numbers where there are some.
+        title: What stands above.
+    """
+    return {
+        "accuracy_curves": accuracy_curves(accuracies, table2.LABELS, title),
+        "accuracy_and_forgetting": method_bars(table, title),
+    }
+
+
+def describe(config: MethodsConfig) -> str:
+    """Return what a title says: how many tasks of what."""
+    held_out = "" if config.evaluation == "test" else ", on the held-out samples"
+    return f"{config.tasks} tasks of {Path(config.data).name}{held_out}"
+
+
+def _print(
+    console: Console,
+    config: MethodsConfig,
+    table: Sequence[Record],
+    selection: Sequence[Record],
+    claims: Sequence[Claim],
+    directory: RunDirectory,
+) -> None:
+    number = "the seeds that did not fail" if (failed := len({row["seeds"] for row in table}) > 1) else None
+    number = number or f"{len(config.seeds)} seeds"
+    spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
+    columns = (*_TABLE, _SEEDS) if failed else _TABLE
+    console.print(render(table, columns, f"Methods after {describe(config)}; {spread}"), crop=False)
+    chosen = [{**row, "label": table2.LABELS[row["method"]]} for row in selection if row["chosen"]]
+    for row in chosen:
+        tried = [r for r in selection if (r["stream"], r["method"]) == (row["stream"], row["method"])]
+        row["tried"], row["failed"] = len(tried), sum(r.get("validation_acc") is None for r in tried if "note" in r)
+    console.print(render(chosen, _SELECTED, "Hyper-parameters, chosen on the held-out samples"), crop=False)
+    if any("published_acc" in row for row in table):
+        console.print(render(table, _PUBLISHED, f"{table2.published()['source']}, beside ours"), crop=False)
+    console.print(render_claims(claims), crop=False)
+    seeds = ", ".join(map(str, config.selection_seeds))
+    for note in (
+        f"Candidates were trained with seed {seeds}, the table's runs with {', '.join(map(str, config.seeds))}; all "
+        "learn from the same number of samples, none of them held out. The learning rate of stable falls by the decay "
+        "before its first task too.",
+        table2.UNMATCHED,
+        f"Saved in {directory.path}: table (.json .csv .md .tex), accuracies, selection, claims, provenance, figures, "
+        f"{gridded.STORE}.",
+    ):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+ANALYSIS = Analysis(
+    config=MethodsConfig,
+    presets=PRESETS,
+    run=run,
+    description="Which method forgets least? Learns streams of tasks by naive fine-tuning, EWC, A-GEM, experience "
+    "replay, Stable SGD and joint training under the same conditions, the hyper-parameters of each chosen on held-out "
+    "samples from equally many candidates, and sets accuracy and forgetting beside the published ones.",
+    cell=cell,
+)

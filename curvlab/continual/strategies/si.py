@@ -1,0 +1,84 @@
+"""Synaptic intelligence."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvlab.continual.strategies.base import Strategy
+from curvlab.continual.strategies.quadratic import around_here, check_number, importance
+from curvlab.errors import CurvlabError
+from curvlab.matrices import Penalty
+from curvlab.parameters import ParameterSpace
+
+if TYPE_CHECKING:
+    from curvlab.continual.learner import Learner
+
+
+class SI(Strategy):
+    """Synaptic intelligence (Zenke et al., 2017): what a parameter has done for the loss is how much it is held.
+
+    Minimised is ``loss + strength * sum_k Omega_k (theta_k - theta~_k)^2`` (equation 4; no factor 1/2), where
+    ``theta~`` is the last solution. Over the steps of a task ``w_k`` adds up ``-g_k (change of theta_k)``,
+    with the gradient of the loss alone, before the penalty, clipping and weight decay; after it,
+    ``Omega_k <- max(0, Omega_k + w_k / (Delta_k^2 + xi))`` (equation 5), where ``Delta_k`` is the whole change. The
+    maximum is not in the paper, but in its authors' code: where something else than the loss moves a parameter, ``w_k``
+    can be negative.
+
+    Memory: two vectors; during a task three more, and two of a step.
+
+    Args:
+        strength: Of the penalty, ``c`` in the paper.
+        xi: Keeps the importance finite.
+        params: Glob patterns of the parameters to protect; None for all.
+
+    Raises:
+        CurvlabError: The strength is negative, or ``xi`` is not positive.
+    """
+
+    def __init__(self, strength: float, *, xi: float = 0.1, params: Sequence[str] | str | None = None) -> None:
+        check_number("strength", strength)
+        if not 0 < xi < math.inf:
+            raise CurvlabError(f"xi must be a positive number, not {xi}")
+        self.strength, self.xi = strength, xi
+        self.params = params if params is None or isinstance(params, str) else list(params)
+
+    def start(self, learner: "Learner") -> None:
+        """See ``Strategy``."""
+        self.space = ParameterSpace.of(learner.model, self.params)
+        self.penalty = Penalty()
+        self.omega = torch.zeros_like(self._parameters(learner))
+        self.path: dict[str, Tensor] = {}
+        self.step: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def before_task(self, learner: "Learner") -> None:
+        """See ``Strategy``."""
+        self.since = self._parameters(learner)
+        self.path = self.space.unflatten(torch.zeros_like(self.since))
+
+    def after_backward(self, learner: "Learner") -> None:
+        """See ``Strategy``."""
+        parameters = learner.parameters
+        of_space = {name: parameters[name] for name in self.space.names}
+        self.step = {n: (p.grad.clone(), p.detach().clone()) for n, p in of_space.items() if p.grad is not None}
+        self.penalty.add_gradient_(parameters, 2 * self.strength)
+
+    def after_step(self, learner: "Learner") -> None:
+        """See ``Strategy``."""
+        parameters = learner.parameters
+        for name, (gradient, before) in self.step.items():
+            self.path[name].addcmul_(gradient, before.sub_(parameters[name].detach()))
+
+    def after_task(self, learner: "Learner") -> None:
+        """See ``Strategy``."""
+        change = self._parameters(learner) - self.since
+        path = self.space.flatten(self.path)
+        self.omega = (self.omega + path / (change.square() + self.xi)).clamp(min=0)
+        self.penalty = around_here(importance(self.omega, self.space, "si", learner), learner)
+        self.path, self.step, self.since = {}, {}, change.new_empty(0)  # they are of no more use
+
+    def _parameters(self, learner: "Learner") -> Tensor:
+        parameters = learner.parameters
+        return self.space.flatten({name: parameters[name] for name in self.space.names}).detach().clone()

@@ -1,0 +1,244 @@
+"""A model to first order in its parameters, as a module."""
+
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from difflib import get_close_matches
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.linearize import augmented, pushforward
+from curvlab.linearize.point import move_to, parameters_of, place, value_at
+from curvlab.linearize.pushforward import Arguments, Keywords
+from curvlab.parameters import ParameterSpace
+from curvlab.problem import preserved_random_state
+
+
+def linearize(
+    model: nn.Module, at: Tensor | Mapping[str, Tensor] | None = None, *, head: str | None = None
+) -> "Linearized":
+    """Return ``f(x; theta0) + J(x; theta0) (theta - theta0)``, as a module with the model's own parameter names.
+
+    It trains, is saved and is measured like any module: its parameters ``theta`` start at ``theta0``, which it keeps in
+    a buffer beside each (``fc1.weight_at``), so that a state dict holds the whole function. With the squared error its
+    loss is exactly quadratic, and so is a quadratic penalty on a past task (Shon et al., "DLCFT: Deep linear
+    continual fine-tuning for general incremental learning", ECCV 2022; Mu, Liang and Li, "Gradients as features for
+    deep representation learning", ICLR 2020).
+
+    Where every module of the model has a rule (Linear, Conv2d, ReLU, LeakyReLU, MaxPool2d, AvgPool2d,
+    AdaptiveAvgPool2d, Flatten, Identity, Dropout, BatchNorm2d in eval mode, Sequential, and the blocks of ``ResNet20``)
+    outputs and their change are computed layer by layer; any other model is differentiated in forward mode
+    (``torch.func.jvp``). In train mode dropout draws one mask for both: the linearization of the thinned network.
+
+    Args:
+        model: Any module with one output tensor. It is copied and stays as it is. What is frozen in it
+            (``requires_grad`` is False) stays frozen: a constant of the function, as are buffers.
+        at: ``theta0``, which the parameters start at: a dict with all trainable parameters, such as a state dict, or
+            a flat vector ``(P,)`` of them; None for the model's own values.
+        head: Name of the last module, such as ``"fc"``, to leave outside: the outputs are then ``head(g(x))`` with the
+            linearized features ``g``, DLCFT's form. They are linear in the features' parameters and in the head's, but
+            not in both together. The head may be exchanged for another.
+
+    Returns:
+        A module on the model's device, in its dtype and mode.
+
+    Raises:
+        CurvlabError: Nothing is trainable, ``at`` does not fit the model, or there is no such head.
+        UnsupportedError: The model cannot be copied; when it is called: batch normalisation is in train mode, torch
+            lacks a forward derivative, or the head is not what the model ends with. The message names the module.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> linear, x = linearize(model), torch.randn(5, 2)
+        >>> bool(torch.allclose(linear(x), model(x)))
+        True
+        >>> [name for name, _ in linear.named_parameters()]
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    try:
+        model = deepcopy(model)
+    except Exception as error:  # a module may hold anything
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be copied ({reason}), so it cannot be linearized"
+        ) from error
+    if at is not None:
+        _set(model, at)
+    outside = set() if head is None else _parameters_of_head(model, head)
+    points: dict[int, Tensor] = {}  # of shared parameters one
+    for name, module, key, parameter in list(parameters_of(model)):
+        if not parameter.requires_grad or id(parameter) in outside:
+            continue
+        if value_at(module, key) is not None:
+            raise CurvlabError(f"{name} is of a model that is linearized already: linearize that model itself")
+        place(module, key, points.setdefault(id(parameter), parameter.detach().clone()))
+    if not points:
+        but = f" but those of {head}" if head else ""
+        raise CurvlabError(f"{type(model).__name__} has no trainable parameter{but} to linearize in")
+    return Linearized(model, head)
+
+
+class Linearized(nn.Module):
+    """What ``linearize`` returns."""
+
+    def __init__(self, model: nn.Module, head: str | None) -> None:
+        super().__init__()
+        # The very dictionaries of the model: what it has under a name this module has under that name, also what is
+        # put there later.
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        self.head = head
+        self._model = (model,)  # in a tuple, so that it is no submodule
+        self._tried: bool | None = None  # by rules, or not
+        self._original: tuple[Linearized, ...] = ()  # of what ``first_order`` returns
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+        """Return the outputs of the linearized model.
+
+        Raises:
+            CurvlabError: A parameter is trainable that was not when the model was linearized.
+            UnsupportedError: See ``linearize``.
+        """
+        if self._original:
+            # With its graph: the inputs may depend on parameters of other modules.
+            change = self._original[0].push(inputs, keywords)[1]
+            outputs = self._features()(*inputs, **keywords) + change
+        else:
+            at_point, change = self.push(inputs, keywords)
+            outputs = at_point + change
+        if self.head is not None:
+            outputs = self.get_submodule(self.head)(outputs)
+        result: Tensor = outputs
+        return result
+
+    def push(self, inputs: Arguments, keywords: Keywords) -> tuple[Tensor, Tensor]:
+        """Return the outputs, or features, at ``theta0`` and their change from there to ``theta``."""
+        model = self._features()
+        _check(model)
+        ruled = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not keywords and augmented.has_rule(model)
+        if self._tried is not ruled:
+            self._try(model, inputs, keywords, ruled)
+        return augmented.push(model, inputs[0]) if ruled else pushforward.push(model, inputs, keywords)
+
+    def _features(self) -> nn.Module:
+        """Return the model without its head."""
+        (model,) = self._model
+        model.training = self.training
+        return model if self.head is None else _without(model, self.head)
+
+    def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> None:
+        """Check, at the first call of either way, what only inputs can show."""
+        # Nothing can be read off numbers that torch.func has wrapped; the next call may be outside of that.
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs if isinstance(x, Tensor)):
+            return
+        with torch.inference_mode(False), preserved_random_state():
+            if self.head is not None:
+                _check_head(self._model[0], self.head, inputs, keywords)
+            if not ruled:
+                pushforward.check_adjoint(model, inputs, keywords)
+        self._tried = ruled
+
+
+def first_order(model: nn.Module) -> nn.Module:
+    """Return a model with the same outputs and the same Jacobian, whose layers are called as those of any model.
+
+    A linearized model does not call its layers with its parameters, so that what looks at the inputs of layers and at
+    the gradients of their outputs sees nothing or the wrong thing. But its Jacobian is that of the model at ``theta0``,
+    and so it is, to first order in the parameters, that model with ``f_lin(x) - f(x; theta0)`` added to its
+    outputs, a constant in the parameters. Second derivatives are others: they are zero in the one and not in the other.
+
+    Args:
+        model: Any module; a copy is returned if a module of it is linearized, else the model itself.
+    """
+    if not any(map(_to_replace, model.modules())):
+        return model
+    model = deepcopy(model)
+    for module in filter(_to_replace, model.modules()):
+        module._original = (deepcopy(module).requires_grad_(False),)
+        move_to(module)
+    return model
+
+
+def _to_replace(module: nn.Module) -> TypeGuard[Linearized]:
+    return isinstance(module, Linearized) and not module._original
+
+
+def _set(model: nn.Module, at: Tensor | Mapping[str, Tensor]) -> None:
+    space = ParameterSpace.of(model)
+    if isinstance(at, Tensor):
+        if at.shape != (space.total,):
+            raise CurvlabError(
+                f"at is a flat vector of shape ({space.total},) or a dict by parameter name, not {tuple(at.shape)}"
+            )
+        at = space.unflatten(at)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    faults = [f"no {name}" for name in space.names if name not in at]
+    faults += [f"an unexpected {name}" for name in at if name not in own]
+    faults += [
+        f"{name} of shape {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in at.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CurvlabError(f"at does not fit {type(model).__name__}: it has {', '.join(faults[:3])}{more}")
+    with torch.no_grad():
+        for name, value in at.items():
+            own[name].copy_(value)
+
+
+def _parameters_of_head(model: nn.Module, head: str) -> set[int]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if head not in modules:
+        near = get_close_matches(head, modules, n=1, cutoff=0.0)
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        raise CurvlabError(f"{type(model).__name__} has no module {head!r} to be its head{hint}")
+    inside = {id(parameter) for parameter in modules[head].parameters()}
+    for name, _, _, parameter in parameters_of(_without(model, head)):
+        if id(parameter) in inside:
+            raise CurvlabError(f"{name} is shared with the head {head}, so it cannot be linear and outside; untie them")
+    return inside
+
+
+def _without(model: nn.Module, name: str) -> nn.Module:
+    """Return a view of a model without one of its modules; the model stays as it is."""
+    first, _, rest = name.partition(".")
+    view = copy(model)
+    view._modules = dict(model._modules)
+    view._modules[first] = _without(model.get_submodule(first), rest) if rest else nn.Identity()
+    return view
+
+
+def _check(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise UnsupportedError(
+                f"{name or 'the model'} ({type(module).__name__}) normalises by its batch in train mode, which is no "
+                "function of a sample to linearize: freeze it first, by curvlab.models.freeze_batch_norm, or merge it "
+                "into its convolution, by merge_batch_norm"
+            )
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and value_at(module, key) is None:
+                raise CurvlabError(
+                    f"{name}.{key}".removeprefix(".")
+                    + " is trainable, but was frozen or absent when the model was linearized: linearize it again"
+                )
+
+
+def _check_head(model: nn.Module, head: str, inputs: Arguments, keywords: Keywords) -> None:
+    given: list[Any] = []
+    handle = model.get_submodule(head).register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        with torch.no_grad():
+            outputs = pushforward.outputs(model, inputs, keywords)
+    finally:
+        handle.remove()
+    if len(given) != 1 or outputs is not given[0]:
+        raise UnsupportedError(
+            f"{head} cannot be left outside as the head: the outputs of {type(model).__name__} are not what it returns"
+            + ("" if len(given) == 1 else f" (it is called {len(given)} times)")
+        )

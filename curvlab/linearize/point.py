@@ -1,0 +1,45 @@
+"""Where a model is linearized: a buffer beside every parameter, with its value there."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+_SUFFIX = "_at"
+
+
+def place(module: nn.Module, key: str, value: Tensor) -> None:
+    """Give a parameter of a module its value at the point of linearization.
+
+    Raises:
+        KeyError: The module has something else of that name.
+    """
+    module.register_buffer(key + _SUFFIX, value)
+
+
+def value_at(module: nn.Module, key: str) -> Tensor | None:
+    """Return the value of a parameter at the point of linearization; None for one that is a constant."""
+    return module._buffers.get(key + _SUFFIX)
+
+
+def move_to(model: nn.Module) -> None:
+    """Set every parameter to its value at the point of linearization, and forget that point."""
+    for _, module, key, parameter in parameters_of(model):
+        at = module._buffers.pop(key + _SUFFIX, None)
+        if at is not None:
+            parameter.data = at.clone()
+
+
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield the full name, the module, the name there and the tensor of every parameter, a shared one as often."""
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}".removeprefix("."), module, key, parameter
+
+
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full name and the tensor of every buffer of the model itself."""
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key.removesuffix(_SUFFIX) not in module._parameters:
+                yield f"{prefix}.{key}".removeprefix("."), buffer

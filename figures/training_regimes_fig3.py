@@ -1,0 +1,31 @@
+"""Fig. 3 of Mirzadeh et al. (2020): accuracies, eigenvalues and distances, of stable and plastic training.
+
+    python figures/training_regimes_fig3.py [RUN]
+
+Draws from the results in RUN (default runs/training_regimes_fig3), running the analysis first if there are none.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from curvlab.analyze.__main__ import main as analyze
+from curvlab.analyze.training_regimes import figure
+from curvlab.results import RunDirectory
+
+
+def main(run: Path) -> int:
+    """Draw ``training_regimes_fig3.png`` and ``.pdf`` in the run's folder."""
+    if not (run / "provenance.json").exists():  # written last: the run is finished
+        code = analyze(["training_regimes", "--preset", "paper", "--out", str(run)])
+        if code:
+            return code
+    points, accuracies = (json.loads((run / f"{name}.json").read_text()) for name in ("points", "accuracies"))
+    drawn = figure(points, accuracies, "Stable and plastic training")
+    for path in RunDirectory(run, resumed=True).write_figure("training_regimes_fig3", drawn):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/training_regimes_fig3")))

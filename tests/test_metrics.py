@@ -1,0 +1,184 @@
+"""The metrics of a stream against hand-computed matrices and one plain loop."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curvlab import CurvlabError
+from curvlab.continual.metrics import (
+    acc,
+    average_accuracy,
+    bwt,
+    forgetting,
+    fwt,
+    learning_accuracy,
+    summary,
+)
+
+NAN = math.nan
+HAND = torch.tensor([[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.75, 0.6, 1.0]], dtype=torch.float64)
+INITIAL = torch.tensor([0.3, 0.1, 0.05], dtype=torch.float64)
+
+
+def close(value, expected):
+    return math.isclose(value, expected, rel_tol=0, abs_tol=1e-12)
+
+
+@st.composite
+def matrices(draw, smallest=1):
+    size = draw(st.integers(smallest, 6))
+    row = st.lists(st.floats(0, 1), min_size=size, max_size=size)
+    return torch.tensor(draw(st.lists(row, min_size=size, max_size=size)), dtype=torch.float64)
+
+
+def lower(a):
+    """Return what a run measures that looks at the tasks so far only."""
+    return torch.where(torch.ones_like(a).tril().bool(), a, torch.nan)
+
+
+def test_by_hand():
+    assert torch.allclose(
+        average_accuracy(HAND), torch.tensor([0.9, 0.75, 2.35 / 3], dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    assert close(acc(HAND), 2.35 / 3)
+    assert close(bwt(HAND), ((0.75 - 0.9) + (0.6 - 0.8)) / 2)
+    assert close(fwt(HAND, INITIAL), ((0.2 - 0.1) + (0.3 - 0.05)) / 2)
+    assert close(forgetting(HAND), ((0.9 - 0.75) + (0.8 - 0.6)) / 2)
+    assert close(learning_accuracy(HAND), (0.9 + 0.8 + 1.0) / 3)
+    found = summary(HAND, INITIAL)
+    assert found == {
+        "acc": acc(HAND),
+        "bwt": bwt(HAND),
+        "fwt": fwt(HAND, INITIAL),
+        "forgetting": forgetting(HAND),
+        "learning_accuracy": learning_accuracy(HAND),
+    }
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_the_best_is_not_always_the_first():
+    a = torch.tensor([[0.5, NAN, NAN], [0.9, 0.6, NAN], [0.7, 0.8, 0.9]], dtype=torch.float64)
+    assert close(forgetting(a), ((0.9 - 0.7) + (0.6 - 0.8)) / 2)
+    assert close(forgetting(a, include_last=True), (0.9 - 0.7) / 2)
+    assert close(bwt(a), ((0.7 - 0.5) + (0.8 - 0.6)) / 2)
+
+
+@given(matrices(smallest=2))
+def test_equal_to_plain_loops(a):
+    last, size, values = len(a) - 1, len(a), a.tolist()
+    assert close(acc(a), sum(values[last]) / size)
+    assert close(bwt(a), sum(values[last][i] - values[i][i] for i in range(last)) / last)
+    zero = torch.zeros(size)
+    assert close(fwt(a, zero), sum(values[i - 1][i] for i in range(1, size)) / last)
+    best = [max(values[t][i] for t in range(i, last)) for i in range(last)]
+    assert close(forgetting(a), sum(best[i] - values[last][i] for i in range(last)) / last)
+    best = [max(values[t][i] for t in range(i, size)) for i in range(last)]
+    assert close(forgetting(a, include_last=True), sum(best[i] - values[last][i] for i in range(last)) / last)
+    assert close(learning_accuracy(a), sum(values[i][i] for i in range(size)) / size)
+    for t, value in enumerate(average_accuracy(a).tolist()):
+        assert close(value, sum(values[t][: t + 1]) / (t + 1))
+
+
+@given(matrices(smallest=2))
+def test_relations(a):
+    assert close(acc(a), float(average_accuracy(a)[-1]))
+    assert -bwt(a) <= forgetting(a) + 1e-12  # the best is at least the first
+    assert forgetting(a, include_last=True) >= max(forgetting(a), 0) - 1e-12
+    # ACC = LA + BWT (T - 1) / T
+    assert close(acc(a), learning_accuracy(a) + bwt(a) * (len(a) - 1) / len(a))
+    two = a[:2, :2]
+    assert close(forgetting(two), -bwt(two))
+
+
+@given(matrices(smallest=2))
+def test_accuracies_before_a_task_is_learnt_matter_to_forward_transfer_only(a):
+    measured = lower(a)
+    found, expected = summary(measured, torch.zeros(len(a))), summary(a)
+    assert math.isnan(found.pop("fwt"))
+    del expected["fwt"]
+    assert found == expected
+    assert torch.equal(average_accuracy(measured), average_accuracy(a))
+
+
+NEEDED = {
+    "acc": lambda t, i, last: t == last,
+    "bwt": lambda t, i, last: i < last and t in (i, last),
+    "fwt": lambda t, i, last: t == i - 1,
+    "forgetting": lambda t, i, last: i < last and t >= i,
+    "learning_accuracy": lambda t, i, last: t == i,
+}
+
+
+@pytest.mark.parametrize("t", range(4))
+@pytest.mark.parametrize("i", range(4))
+def test_a_missing_accuracy_makes_what_needs_it_nan_and_nothing_else(t, i):
+    a = torch.rand(4, 4, dtype=torch.float64)
+    initial = torch.rand(4).double()
+    expected = summary(a, initial)
+    a[t, i] = NAN
+    for name, value in summary(a, initial).items():
+        if NEEDED[name](t, i, 3):
+            assert math.isnan(value), name
+        else:
+            assert value == expected[name], name
+    assert average_accuracy(a).isnan().tolist() == [t == row and i <= t for row in range(4)]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_missing_initial_accuracy(i):
+    initial = torch.rand(4)
+    initial[i] = NAN
+    assert math.isnan(fwt(torch.rand(4, 4), initial)) == (i > 0)
+
+
+def test_joint_training_has_its_last_row_only():
+    a = torch.full((3, 3), NAN)
+    a[-1] = torch.tensor([0.5, 0.75, 1.0])
+    found = summary(a)
+    assert found.pop("acc") == 0.75
+    assert all(math.isnan(value) for value in found.values())
+    assert average_accuracy(a).isnan().tolist() == [True, True, False]
+
+
+def test_one_task():
+    found = summary(torch.tensor([[0.5]]), torch.tensor([0.1]))
+    assert (found.pop("acc"), found.pop("learning_accuracy")) == (0.5, 0.5)
+    assert all(math.isnan(value) for value in found.values())
+    assert math.isnan(forgetting(torch.tensor([[0.5]]), include_last=True))
+
+
+def test_without_initial_accuracies_forward_transfer_is_unknown():
+    assert math.isnan(summary(HAND)["fwt"])
+
+
+def test_single_precision_and_whole_numbers():
+    assert close(acc(torch.tensor([[1, 0], [0, 1]])), 0.5)
+    assert average_accuracy(HAND.float()).dtype == torch.float64
+    assert close(bwt(torch.tensor([[100, 0], [40, 90]])), -60)
+    before = HAND.clone()
+    summary(HAND, INITIAL)
+    assert torch.equal(HAND, before)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "fragment"),
+    [
+        (torch.rand(3), r"accuracies are a matrix \(T, T\).* not of shape \(3,\)"),
+        (torch.rand(2, 3), r"not of shape \(2, 3\)"),
+        (torch.rand(0, 0), r"not of shape \(0, 0\)"),
+        (torch.tensor([[math.inf]]), "an accuracy is infinite; give NaN where none was measured"),
+    ],
+)
+@pytest.mark.parametrize("metric", [average_accuracy, acc, bwt, forgetting, learning_accuracy, summary])
+def test_what_is_no_matrix_of_accuracies_is_refused(metric, accuracy, fragment):
+    with pytest.raises(CurvlabError, match=fragment):
+        metric(accuracy)
+
+
+@pytest.mark.parametrize("initial", [torch.rand(2), torch.rand(3, 1), torch.tensor(0.1)])
+def test_initial_accuracies_that_do_not_fit(initial):
+    with pytest.raises(CurvlabError, match=r"for each of the 3 tasks, shape \(3,\), not"):
+        summary(HAND, initial)
