@@ -1,9 +1,15 @@
 """What tests share."""
 
+import signal
+
 import pytest
 import torch
 
 from curvlab.grid import processes
+
+# Shells ignore Ctrl-C for what they start in the background, and tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
