@@ -18,7 +18,7 @@ demo: install ## the main analysis on the embedded digits: how diagonal is the F
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(RUN) curvlab.analyze fim_diagonality # or threads spin, see test
 
 test: install-test ## the tests (seconds to minutes; those marked slow are left out)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest # OpenMP's threads spin: on a busy machine two are far slower
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -n 2 --dist worksteal # OpenMP's threads spin: two processes, a thread each
 
 check: lint docs ## all but the tests: style, types, layers, documentation
 

@@ -74,7 +74,9 @@ def rerun(rounds: int) -> list[float]:
         for _ in range(rounds):
             started = time.perf_counter()
             command = [sys.executable, "-m", "curvlab.sweep", "run", str(file)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+            here = {**os.environ, "PYTHONPATH": path}  # where the function is
+            out = subprocess.run(command, check=True, capture_output=True, text=True, env=here).stdout
             taken.append(time.perf_counter() - started)
             assert f"{RERUN:,} cells: {RERUN:,} done" in out
     return taken

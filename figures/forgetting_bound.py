@@ -3,6 +3,7 @@
     python figures/forgetting_bound.py [RUN]
 
 Draws from the results in RUN (default runs/forgetting_bound), running the analysis first if there are none.
+If cells have failed, the figure says so.
 """
 
 import json
@@ -11,20 +12,22 @@ from pathlib import Path
 
 from curvlab.analyze.__main__ import main as analyze
 from curvlab.analyze.forgetting_bound import figure
+from curvlab.analyze.gridded import marked
 from curvlab.results import RunDirectory
 
 
 def main(run: Path) -> int:
     """Draw ``forgetting_bound.png`` and ``.pdf`` in the run's folder."""
+    code = 0
     if not (run / "provenance.json").exists():  # written last: the run is finished
         code = analyze(["forgetting_bound", "--preset", "paper", "--out", str(run)])
-        if code:
+        if not (run / "provenance.json").exists():
             return code
     records = json.loads((run / "table.json").read_text())
     drawn = figure(records, "Forgetting of a task by the next, its bound, and the bound's factors")
-    for path in RunDirectory(run, resumed=True).write_figure("forgetting_bound", drawn):
+    for path in RunDirectory(run, resumed=True).write_figure("forgetting_bound", marked(drawn, run)):
         print(path)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

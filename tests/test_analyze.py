@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from test_grid import one_server  # noqa: F401
 
 from curvlab.__main__ import main as program
 from curvlab.analyze import ANALYSES, estimators, fim_diagonality, masq_table2, subject
@@ -29,8 +28,10 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.grid import reading
 from curvlab.models import build
-from curvlab.results import run_directory
+from curvlab.results import RunDirectory, run_directory
 from curvlab.results.tables import Column, render
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 NAME = "fim_diagonality"
 TINY = "--hidden 4 --steps 3 --samples 40 --seeds 0 1"
@@ -319,7 +320,7 @@ def test_a_run_and_the_same_again(call):
     assert tree("run") == {
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "claims.json", "provenance.json"),
         *("sums_and_means.png", "sums_and_means.pdf", "heat_map.png", "heat_map.pdf"),
-        *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite-shm", "sweep.sqlite-wal", "sweep.sqlite.cells"),
+        *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite.cells"),
         *(f"sweep.sqlite.cells/{key}{name}" for key in keys("run") for name in ("", "/checkpoint.pt")),
     }
     assert len(keys("run")) == 2
@@ -361,6 +362,24 @@ def test_folder_of_another_configuration(call, refused):
     )
 
 
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_files_that_have_changed_since(call, what):
+    archive("a.npz")
+    torch.save(build("mlp", (5,), 3, hidden=(4,), seed=1).state_dict(), "w.pt")
+    line = "--data a.npz --weights w.pt --classes all --hidden 4 --steps 1 --out run --seeds 0"
+    assert call(line)[0] == 0
+    before = contents("run")
+    if what == "data":
+        archive("a.npz", y_test=np.zeros(20, int))
+    else:
+        torch.save(build("mlp", (5,), 3, hidden=(4,), seed=2).state_dict(), "w.pt")
+    code, out, err = call(line)
+    assert (code, out) == (2, "")
+    file = {"data": "a.npz", "weights": "w.pt"}[what]
+    assert err.startswith(f"error: {file} is not what it was for the cells that ")
+    assert contents("run") == before
+
+
 def test_out_is_a_file(refused):
     Path("file").touch()
     assert "file is a file, not a folder" in refused("--out file")
@@ -382,11 +401,10 @@ def test_a_failure_leaves_what_was_in_the_folder(refused):
 # The grid.
 
 
-def test_the_number_of_jobs_changes_no_bit(call, one_server):  # noqa: F811
+def test_the_number_of_jobs_changes_no_bit(call):
     line = "--hidden 8 --steps 50 --samples 60 --seeds 4 0 2 --per tensor network --quantity fisher:samples=2"
     for jobs in (1, 3):
         assert call(f"{line} --jobs {jobs} --out run{jobs}")[0] == 0
-        one_server()
     for name in ("table.json", "table.csv", "table.md", "table.tex", "claims.json", "heat_map.pdf"):
         assert Path("run1", name).read_bytes() == Path("run3", name).read_bytes()
 
@@ -420,12 +438,12 @@ def test_records_are_what_the_functions_give(call):
 
 def test_every_cell_fails(call):
     code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     first, second = err.splitlines()
     assert first.startswith(
         "error: 2 of 2 cells have failed, the first (seed 0) so: the training loss is nan at step 2"
     )
-    assert second == "0 of 2 cells done in run; the same command with --out run --retry-failed continues there"
+    assert second == "cells done in run: 0; the same command with --out run --retry-failed continues there"
     assert not Path("run/table.json").exists()
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
 
@@ -436,9 +454,9 @@ def test_a_cell_fails(call):
     bad.parent.mkdir(parents=True)
     bad.write_bytes(b"of another program")
     code, out, err = call(f"{TINY} --out run")
-    assert code == 2
+    assert code == 1
     assert err.splitlines()[0].startswith("error: 1 of 2 cells has failed, the first (seed 0) so: checkpoint ")
-    assert err.splitlines()[1].startswith("1 of 2 cells done in run; ")
+    assert err.splitlines()[1].startswith("cells done in run: 1; ")
     assert "; one seed of 2" in out
     footer = out.splitlines()[-2:]
     assert footer[0] == "Failed, and in no number above:"
@@ -447,6 +465,7 @@ def test_a_cell_fails(call):
     assert json.loads(Path("run/table.json").read_text()) == [record for record in whole if record["seed"] == 1]
     assert Path("run/table.md").read_text().splitlines()[0].endswith("| seeds |")
     assert Path("run/heat_map.png").exists()
+    assert Path("run/sums_and_means.png").read_bytes() != Path("whole/sums_and_means.png").read_bytes()
     assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 1
 
     bad.unlink()
@@ -456,6 +475,31 @@ def test_a_cell_fails(call):
     for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
         assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
     assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 0
+
+
+def test_a_figure_says_how_many_cells_are_in_it(call, monkeypatch):
+    """Also that of a script, which draws what the cells have given that did not fail."""
+    script = Path(fim_diagonality.__file__).parents[2] / "figures" / "masq_table2.py"
+    if not script.exists():
+        pytest.skip("the scripts are not installed with the package")
+    names = {"__name__": "script"}
+    exec(compile(script.read_text(), script, "exec"), names)
+    notes = []
+
+    def write(self, stem, figure):
+        notes.append(figure.get_suptitle().splitlines()[1:])
+        return ()
+
+    monkeypatch.setattr(RunDirectory, "write_figure", write)
+    monkeypatch.setitem(names, "analyze", lambda line: main(line[:1] + shlex.split(TINY) + line[3:]))
+    assert names["main"](Path("whole")) == 0
+    assert notes == [[]] * 3
+    notes.clear()
+    Path("run/sweep.sqlite.cells").mkdir(parents=True)
+    Path("run/sweep.sqlite.cells", keys("whole")[0]).write_text("where the folder of the cell belongs")
+    assert names["main"](Path("run")) == 1
+    assert names["main"](Path("run")) == 0
+    assert [note for note in notes if note] == [["1 of 2 cells; the others have failed (seed 0)"]] * 3
 
 
 def test_a_network_that_is_on_another_machine_has_no_heat_map(call):
@@ -480,7 +524,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
     assert code == 2
     assert err.splitlines() == [
         "error: cannot write run/heat_map.png: No space left on device",
-        "2 of 2 cells done in run; the same command with --out run continues there",
+        "cells done in run: 2; the same command with --out run continues there",
     ]
     before = Path("run/table.json").read_bytes()
     assert call(f"{TINY} --out run")[0] == 0
@@ -488,7 +532,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
 
 
-@pytest.mark.parametrize("kilobytes", [40, 96, 160])
+@pytest.mark.parametrize("kilobytes", [40, 96, 168])
 def test_full_disk(call, tmp_path, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -543,7 +587,7 @@ def test_stopped_in_training_and_continued(call, sign):
     assert out == ""
     if sign == signal.SIGINT:
         assert process.returncode == 130
-        assert err == "interrupted\n1 of 2 cells done in run; the same command with --out run continues there\n"
+        assert err == "interrupted\ncells done in run: 1; the same command with --out run continues there\n"
     else:
         assert process.returncode == -signal.SIGKILL
     with reading(Path("run/sweep.sqlite")) as store:

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from test_grid import one_server  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,9 +22,11 @@ from curvlab.analyze import eigenvalues, subject
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.command import RunOptions
 from curvlab.analyze.eigenvalues import PRESETS, EigenvaluesConfig, claims, summarise
-from curvlab.grid import Place, Store, reading
+from curvlab.grid import Place, Store, folder_of, reading
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
 from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 NAME = "eigenvalues"
 TINY = "--hidden 4 --steps 6 --every 3 --ekfac-every 3 --samples 40 --seeds 0 1 --lr-squared-error 0.01 0.001"
@@ -594,8 +595,7 @@ def test_interrupted_and_continued(call, monkeypatch, cells):
         stop.setattr(Store, "finish", interrupted)
         code, out, err = call(f"{TINY} --jobs 1 --out run")
     assert (code, out) == (130, "")
-    done = f"{cells} of {2 if cells == 1 else 6} cells done in run"
-    assert err == f"interrupted\n{done}; the same command with --out run continues there\n"
+    assert err == f"interrupted\ncells done in run: {cells}; the same command with --out run continues there\n"
     code, _, err = call(f"{TINY} --out run")
     assert (code, err) == (0, "")
     assert results("run") == results("undisturbed")
@@ -651,19 +651,35 @@ def test_a_cell_that_fails_is_told(call):
     """Three trainings of six fail, and whatever they are needed for is not tested."""
     line = f"{TINY} --seeds 0 1 2 --lr 1e30 --steps 60 --lr-squared-error 0.001 --out run"
     code, out, err = call(line)
-    assert code == 2
+    assert code == 1
     assert err.startswith("error: 3 of 6 cells have failed, the first (seed 0) so: the training loss is")
-    assert "3 of 6 cells done in run; the same command with --out run --retry-failed continues there" in err
+    assert "cells done in run: 3; the same command with --out run --retry-failed continues there" in err
     assert out.count("losses=") == 3
     assert {(r["loss"], r["seed"]) for r in results("run")} == {("squared_error", seed) for seed in range(3)}
     verdicts = {claim["text"]: claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())}
     assert {verdict for text, verdict in verdicts.items() if "squared error's does not" not in text} == {"not tested"}
 
 
+def test_one_seed_of_a_loss_fails(call):
+    """The title does not say of all rows how many seeds there are."""
+    config = EigenvaluesConfig(
+        hidden=(4,), steps=6, every=3, ekfac_every=None, samples=40, seeds=(0,), losses=("cross_entropy",)
+    )
+    (one,) = eigenvalues.ANALYSIS.cells([config])
+    folder = folder_of(Path("run/sweep.sqlite"), one.key)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("where the folder of the cell belongs")
+    line = "--hidden 4 --steps 6 --every 3 --ekfac-every none --samples 40 --seeds 0 1 --losses cross_entropy --out run"
+    code, out, _ = call(line)
+    assert code == 1
+    assert "standard deviation over the seeds that did not fail" in " ".join(out.split())
+    assert "┃ seeds" in out
+
+
 def test_no_cell_is_done(call):
     line = f"{TINY} --lr 1e30 --losses cross_entropy --steps 60 --out run"
     code, out, err = call(line)
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert err.startswith("error: 2 of 2 cells have failed, the first (seed 0) so: the training loss is")
     assert not Path("run/table.json").exists()
 
@@ -671,16 +687,18 @@ def test_no_cell_is_done(call):
 def test_a_learning_rate_that_is_not_known(call):
     """A candidate that was not brought to its end may be the best: no other is taken."""
     code, out, err = call(f"{TINY} --steps 5000 --losses squared_error --cell-timeout 0.05 --out run")
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert "not done after 0.05 seconds" in err
     assert not Path("run/learning_rates.json").exists()
 
 
-def test_a_learning_rate_of_which_one_is_not_known(monkeypatch, tmp_path):
+def test_a_learning_rate_of_which_one_is_not_known(call, monkeypatch):
     rates = [{"lr": 0.1, "validation_loss": 1.0}], [{"error": "killed"}]
-    monkeypatch.setattr(eigenvalues.gridded, "results", lambda _: rates)
-    with pytest.raises(CurvlabError, match="learning rate of squared_error is not known: a cell has failed: killed"):
-        eigenvalues._learning_rates(tmp_path)
+    monkeypatch.setattr(eigenvalues.gridded, "run", lambda *_: rates)
+    code, out, err = call(f"{TINY} --out run")
+    assert (code, out) == (1, "")
+    assert err == "error: the best hyper-parameters are not known: a cell has failed: killed\n"
+    assert not Path("run").exists()
 
 
 def test_a_cell_refuses_what_the_run_refuses(tmp_path):

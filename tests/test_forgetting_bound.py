@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
-from test_grid import one_server  # noqa: F401
 from torch import nn
 
 from curvlab import CurvlabError
@@ -40,6 +39,8 @@ from curvlab.models import build, mlp
 from curvlab.problem import Problem
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 TINY = "--hidden 5 --epochs 1 --task-samples 64 --samples 40 --regimes stable plastic --streams permuted"
 COMMAND = [sys.executable, "-m", "curvlab.analyze", "forgetting_bound"]
@@ -451,7 +452,7 @@ def test_interrupted_and_continued(call, monkeypatch, done):
         stop.setattr(Store, "finish", interrupted)
         code, out, err = call(f"{line} --out run")
     assert (code, out) == (130, "")
-    assert err == f"interrupted\n{done} of 4 cells done in run; the same command with --out run continues there\n"
+    assert err == f"interrupted\ncells done in run: {done}; the same command with --out run continues there\n"
     assert call(f"{line} --out run --jobs 2")[0] == 0
     same_results("run", "undisturbed")
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
@@ -476,16 +477,28 @@ def test_killed_and_continued(call):
 def test_a_cell_that_fails_is_told(call):
     line = f"{TINY} --seeds 0 1 2 --plastic-lr 1e30 --out run"
     code, out, err = call(line)
-    assert code == 2
+    assert code == 1
     assert err.startswith(
         "error: 3 of 6 cells have failed, the first (seed 0) so: the loss of the evaluation data is nan"
     )
-    assert "3 of 6 cells done in run; the same command with --out run --retry-failed continues there" in err
+    assert "cells done in run: 3; the same command with --out run --retry-failed continues there" in err
     assert out.count("regimes=") == 3
     records = json.loads(Path("run/table.json").read_text())
     assert {(r["regime"], r["seed"]) for r in records} == {("stable", seed) for seed in range(3)}
     claims = {claim["text"]: claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())}
     assert {verdict for text, verdict in claims.items() if "stable over plastic" in text} == {"not tested"}
+
+
+def test_one_seed_of_a_regime_fails(call):
+    """The titles do not say of all rows how many seeds there are."""
+    assert call(f"{TINY} --seeds 0 --regimes stable --out one")[0] == 0
+    (folder,) = Path("one/sweep.sqlite.cells").iterdir()
+    Path("run/sweep.sqlite.cells").mkdir(parents=True)
+    Path("run/sweep.sqlite.cells", folder.name).write_text("where the folder of the cell belongs")
+    code, out, _ = call(f"{TINY} --seeds 0 1 --out run")
+    assert code == 1
+    assert "standard deviation over the seeds that did not fail" in " ".join(out.split())
+    assert out.count("┃ seeds") == 3
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +21,8 @@ from curvlab.grid import Cell, Outcome, draw, expand, folder_of, processes, read
 from curvlab.grid import store as store_module
 from curvlab.grid.cell import OUTPUT
 from curvlab.sweep import config
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 # Cells ---------------------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,22 @@ def troubled(config, place):
             return [{"x": [1, 2]}]
         case "huge":
             return [{"x": 2**63}]
+        case "memory":
+            raise MemoryError
+        case "escapes":
+            raise ValueError("\udc80 \x1b[2J")
+        case "not UTF-8":
+            return [{"x": "\udc80"}]
+        case "named so":
+            return [{"\udc80": 1}]
+        case "nothing":
+            return None
+        case "dictionary":
+            return {"x": 1}
+        case "column":
+            return [{"seeds": 1}]
+        case "prefix":
+            return [{"config.how": 1}]
     return [{"x": 1.0}]
 
 
@@ -97,8 +114,29 @@ def waiting(config, place):
     return [{"x": 1}]
 
 
+def twice(config, place):
+    """Kill the process that has started this one."""
+    file = place.folder / "begun"
+    begun = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(str(begun))
+    if begun <= config["kills"]:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    return [{"begun": begun}]
+
+
+def slow(config, place):
+    (place.folder / "begun").write_text("")
+    time.sleep(0.2)
+    return [{"x": config["seed"] / 3}]
+
+
 def steps(config, place):
     return [{"step": step, "loss": config["seed"] + 0.1 * step} for step in range(3)]
+
+
+def imported(config, place):
+    return [{name: name in sys.modules for name in ("torch._dynamo", "sklearn.datasets")}]
 
 
 def forgetful(config, place):
@@ -115,16 +153,6 @@ def cells(function, *configs, version=1):
 
 def grid_of(function, **axes):
     return cells(function, *expand({}, grid=axes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_server():
-    """Let the runs of these tests share the process that starts cells: it takes seconds to import torch."""
-    close = processes.close
-    processes.close = lambda: None
-    yield close
-    processes.close = close
-    close()
 
 
 @pytest.fixture
@@ -160,6 +188,7 @@ def test_expand_is_the_product_with_the_last_axis_fastest():
         ({"grid": {"a": "xy"}}, "list of values for 'a'"),
         ({"grid": {"a": [1]}, "points": [{"a": 2}]}, "'a' is set by two axes"),
         ({"points": [{"b": 1}], "samples": [{"b": 2}]}, "'b' is set by two axes"),
+        ({"grid": {name: range(20) for name in "abcdefgh"}}, "25,600,000,000 combinations, and a sweep has at most"),
     ],
 )
 def test_expand_refuses(axes, fragment):
@@ -202,6 +231,7 @@ def test_draw_goes_on_where_it_was():
         {"log_uniform": [0, 1]},
         {"integers": [0.5, 2]},
         {"choice": []},
+        {"uniform": [0, math.inf]},
         {"normal": [0, 1]},
         3,
     ],
@@ -247,10 +277,9 @@ def test_records_come_back_to_the_bit(file):
     assert list(first) == list(expected)
 
 
-def test_the_number_of_jobs_changes_no_bit(tmp_path, one_server):
+def test_the_number_of_jobs_changes_no_bit(tmp_path):
     work = grid_of("drawn", seed=list(range(12)))
     run(work, tmp_path / "one.sqlite", jobs=1)
-    one_server()  # the next run is one by another server
     run(work, tmp_path / "three.sqlite", jobs=3)
     one, three = contents(tmp_path / "one.sqlite"), contents(tmp_path / "three.sqlite")
     assert one == three
@@ -307,6 +336,14 @@ TROUBLES = {
     "nan": ("nan", "x is NaN"),
     "nested": ("raised", "'x' is a list; records are flat"),
     "huge": ("raised", "more than 64 bits"),
+    "memory": ("raised", "MemoryError"),
+    "escapes": ("raised", r"ValueError: \udc80 \x1b[2J"),
+    "not UTF-8": ("raised", "'x' is not UTF-8"),
+    "named so": ("raised", r"'\udc80' is not UTF-8"),
+    "nothing": ("raised", "returned None, not a list of records"),
+    "dictionary": ("raised", "returned a dict, not a list of records"),
+    "column": ("raised", "'seeds' is a column that the tables have themselves"),
+    "prefix": ("raised", "'config.how' is a column that the tables have themselves"),
 }
 
 
@@ -316,12 +353,14 @@ def test_every_way_to_fail_is_told_and_the_rest_goes_on(file):
     with reading(file) as store:
         failed = {cell["axes"]["how"]: cell for cell in store.failed()}
         table, summary = store.table(), store.summary()
-        assert store.kinds() == {"killed": 3, "nan": 1, "raised": 4, "timeout": 1}
+        assert store.kinds() == {"killed": 3, "nan": 1, "raised": 12, "timeout": 1}
     assert list(failed) == list(TROUBLES)
     for how, (kind, error) in TROUBLES.items():
         assert failed[how]["kind"] == kind
         assert error in failed[how]["error"]
+    assert failed["memory"]["error"] == "MemoryError"
     assert 'raise ValueError("one\\ntwo")' in failed["raises"]["traceback"]
+    assert "\x1b" not in failed["escapes"]["traceback"]
     assert failed["killed"]["traceback"] == "heard of killed"
     assert "Segmentation fault" in failed["crashes"]["traceback"]
     assert failed["killed"]["peak_bytes"] > failed["vanishes"]["peak_bytes"] + 300e6
@@ -357,7 +396,10 @@ def test_failed_cells_are_run_again_when_asked_and_find_their_checkpoint(file):
     assert run(work, file)["failed"] == 1
     assert run(work, file)["failed"] == 1
     assert (folder_of(file, work[0].key) / "count").read_text() == "1"
+    left = folder_of(file, work[0].key) / ".count.0123abcd.tmp"  # as writing leaves it when it is killed
+    left.write_text("")
     assert run(work, file, retry_failed=True)["failed"] == 1
+    assert not left.exists()
     assert run(work, file, retry_failed=True)["done"] == 1
     with reading(file) as store:
         assert store.records() == [{"count": 3}]
@@ -373,6 +415,12 @@ def test_a_cell_that_leaves_nothing_has_no_folder(file):
     assert (folder_of(file, work[1].key) / OUTPUT).read_text() == "heard of fine\n"
 
 
+def test_what_training_imports_is_there_when_a_cell_begins(file):
+    run(cells("imported", {}), file)
+    with reading(file) as store:
+        assert store.records() == [{"torch._dynamo": True, "sklearn.datasets": True}]
+
+
 def test_what_a_cell_prints_is_not_printed(file, capfd):
     run(cells("troubled", {"how": "fine"}), file)
     assert capfd.readouterr() == ("", "")
@@ -383,21 +431,6 @@ def test_a_function_that_there_is_not(file, function):
     run([Cell(function, {"a": 1})], file)
     with reading(file) as store:
         assert function in store.failed()[0]["error"]
-
-
-def test_a_server_that_is_killed_is_started_again(file):
-    run(cells("plain", {"a": 1}), file)
-    server = processes._servers[1, NAME]
-    os.kill(server._process.pid, signal.SIGKILL)
-    assert run(cells("plain", {"a": 2}), file)["done"] == 1
-    work = threading.Thread(target=run, args=(cells("waiting", {"seconds": 60}), file))
-    work.start()
-    time.sleep(1)
-    os.kill(processes._servers[1, NAME]._process.pid, signal.SIGKILL)
-    work.join(10)
-    assert not work.is_alive()
-    with reading(file) as store:
-        assert store.kinds() == {"killed": 1}
 
 
 def test_two_processes_of_one_cell_are_one_after_the_other(file):
@@ -462,6 +495,46 @@ def test_summary_wants_to_know_what_tells_records_apart(file):
         assert store.summary(by=["step"], values=["loss"]).equals(summary)
 
 
+def test_summary_does_not_mix_a_record_with_a_deviation(file):
+    (cell,) = work = cells("plain", {"a": 1})
+    with writing(file) as store:
+        store.register(work)
+        store.finish(outcome(cell, {"loss": 1.0, "loss_std": 2.0}))
+        with pytest.raises(CurvlabError, match=r"the records have loss_std, which is what .* of loss is called"):
+            store.summary()
+        assert store.summary(values=["loss"])["loss"].tolist() == [1.0]
+        assert store.summary(values=["loss_std"])["loss_std"].tolist() == [2.0]
+        assert store.table()["loss_std"].tolist() == [2.0]
+
+
+def test_axes_are_of_different_values(file):
+    """Not of their first fifteen digits, and not of what is the same in another form."""
+    near = 0.30000000000000004
+    points = [{"a": 0.3, "b": 1, "c": None, "d": [near]}, {"a": near, "b": 1.0, "c": "", "d": [near]}]
+    with writing(file) as store:
+        store.register(cells("plain", *points))
+        assert store.axes() == ["a", "b", "c"]
+        assert store.table()["config.a"].tolist() == [0.3, near]
+
+
+def test_another_key_of_the_seed_makes_other_points(file):
+    configs = [{"seed": 0, "draw": draw} for draw in range(3)]
+    with writing(file) as store:
+        for seed, rows in (("seed", 3), ("draw", 1)):
+            store.register([Cell("m:f", config, seed=seed) for config in configs])
+            assert len(store.summary()) == rows
+            assert store.table()["config.seed"].tolist() == ([0, 0, 0] if seed == "seed" else [0, 1, 2])
+
+
+def test_a_store_is_not_continued_with_other_data(file):
+    run(cells("plain", {"a": 1}), file, data={"digits": "1"})
+    with pytest.raises(CurvlabError, match=r"digits is not what it was for the cells that .*s.sqlite has"):
+        run(cells("plain", {"a": 2}), file, data={"mnist": "1", "digits": "2"})
+    with reading(file) as store:
+        assert store.tally() == {"done": 1, "failed": 0, "absent": 0, "earlier": 0}
+    assert run(cells("plain", {"a": 2}), file, data={"mnist": "2", "digits": "1"})["done"] == 1
+
+
 def test_mean_and_spread_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     values = rng.standard_normal(50) * 10.0 ** rng.integers(-8, 8, 50)
@@ -494,6 +567,38 @@ def test_a_second_writer_is_refused_and_readers_are_not(file):
         with reading(file) as reader:
             assert reader.tally()["absent"] == 1
     assert run(cells("plain", {"a": 1}), file)["done"] == 1
+
+
+def test_a_store_by_another_name_is_the_same(file):
+    link = file.parent / "there" / "link.sqlite"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    with writing(file), pytest.raises(CurvlabError, match="is being written by"):
+        run(cells("plain", {"a": 1}), link)
+    (cell,) = cells("troubled", {"how": "fine"})
+    assert run([cell], link)["done"] == 1
+    assert folder_of(link, cell.key) == folder_of(file, cell.key)
+    assert (folder_of(file, cell.key) / OUTPUT).exists()
+
+
+def test_nothing_is_left_beside_a_store(file):
+    """Of SQLite's files, by whoever leaves last; a reader changes nothing."""
+    with writing(file) as store:
+        store.register(cells("plain", {"a": 1}))
+    beside = {file.name, f"{file.name}.lock"}
+    assert {path.name for path in file.parent.iterdir()} == beside
+    before = file.read_bytes()
+    with reading(file) as store:
+        assert store.tally()["absent"] == 1
+        with pytest.raises(CurvlabError, match="readonly"):
+            store.register([])
+    assert {path.name for path in file.parent.iterdir()} == beside
+    assert file.read_bytes() == before
+    with reading(file) as reader:
+        with writing(file) as store:
+            store.register(cells("plain", {"a": 2}))
+        assert reader.tally()["absent"] == 1
+    assert {path.name for path in file.parent.iterdir()} == beside
 
 
 def test_a_store_that_there_is_not(file):
@@ -530,6 +635,20 @@ def test_a_store_of_a_newer_version_and_another_database(file, tmp_path):
             pass
     with pytest.raises(CurvlabError, match="is a folder"), reading(tmp_path):
         pass
+    os.mkfifo(tmp_path / "pipe")
+    for use in (reading, writing):
+        with pytest.raises(CurvlabError, match="no regular file"), use(tmp_path / "pipe"):
+            pass
+
+
+@pytest.mark.parametrize("change", ["DROP TABLE entries", "PRAGMA user_version = 0"])
+def test_a_store_that_lacks_something(file, change):
+    run(cells("plain", {"a": 1}), file)
+    with sqlite3.connect(file) as connection:
+        connection.execute(change)
+    for use in (reading, writing):
+        with pytest.raises(CurvlabError, match=r"is damaged or no store \(it lacks (entries|its version)\)"), use(file):
+            pass
 
 
 @pytest.mark.parametrize("how", ["empty", "without tables"])
@@ -544,8 +663,8 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(file, monkeypatch):
     work = cells("plain", *({"a": a} for a in range(30)))
     register = store_module.Store.register
 
-    def little(store, cells):
-        register(store, cells)
+    def little(store, cells, data):
+        register(store, cells, data)
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count = {pages + 1}")
 
@@ -604,8 +723,15 @@ def test_a_store_is_read_where_nothing_can_be_written(file, monkeypatch):
         return connect(name, **others)
 
     monkeypatch.setattr(sqlite3, "connect", cannot_share)
-    with reading(file) as store:
-        assert len(store.records()) == 1
+    log = file.with_name("s.sqlite-wal")
+    for content in (None, b""):
+        if content is not None:
+            log.write_bytes(content)
+        with reading(file) as store:
+            assert len(store.records()) == 1
+    log.write_bytes(b"what is newer")
+    with pytest.raises(CurvlabError, match=r"the newest part of .*s.sqlite is in s.sqlite-wal"), reading(file):
+        pass
 
 
 def test_software_is_kept_once_a_state(file):
@@ -626,7 +752,7 @@ def test_software_is_kept_once_a_state(file):
 
 
 def killed_at_random(tmp_path, number, kills, longest):
-    """Kill a sweep at random moments, and require in the end what an undisturbed one gives."""
+    """Kill a sweep at random moments, and require in the end what an undisturbed one gives, and no word beside that."""
     sweep = {"function": f"{NAME}:drawn", "seeds": list(range(number))}
     (tmp_path / "killed.yaml").write_text(json.dumps(sweep))
     source = Path(store_module.__file__).parents[2]
@@ -634,7 +760,8 @@ def killed_at_random(tmp_path, number, kills, longest):
 
     def start():
         command = [sys.executable, "-m", "curvlab.sweep", "run", "killed.yaml", "--jobs", "2"]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
 
     run(config.read(tmp_path / "killed.yaml"), tmp_path / "undisturbed.sqlite", jobs=1)
     rng, file, ended = random.Random(0), tmp_path / "killed.sqlite", {}
@@ -647,14 +774,17 @@ def killed_at_random(tmp_path, number, kills, longest):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, longest))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         now = dict(rows(file))
         assert {key: now[key] for key in ended} == ended  # what was finished was not touched
         ended = now
         counts.append(len(ended))
     assert counts[0] < number  # it was not at its end before the kills
     last = start()
-    assert last.wait(600) == 0
+    out, err = last.communicate(timeout=600)
+    assert (last.returncode, err) == (0, "")
+    assert out.splitlines()[0].startswith(f"{number} cells: {number} done, 0 failed, 0 absent; ")
+    assert out.splitlines()[1:] == ["In killed.sqlite."]
     assert contents(file) == contents(tmp_path / "undisturbed.sqlite")
     assert set(attempts(file)) == {1}
     assert store_is_whole(file)
@@ -681,19 +811,23 @@ def test_a_large_sweep_that_is_killed_ten_times(tmp_path):
     killed_at_random(tmp_path, number=200, kills=10, longest=0.5)
 
 
-def test_nothing_is_left_of_a_run_that_is_killed(tmp_path, monkeypatch):
+def test_nothing_is_left_of_a_run_that_is_killed(tmp_path):
     code = f"""
-import sys, os
+import sys, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from curvlab.grid import Cell, run
-run([Cell("{NAME}:waiting", {{"seconds": 1000 + i}}) for i in range(3)], Path("s.sqlite"), jobs=2)
+run([Cell("{NAME}:waiting", {{"seconds": 1000 + i}}) for i in range(3)], Path(sys.argv[1]) / "s.sqlite", jobs=2)
 """
-    for sign in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    folders = {sign: tmp_path / sign.name for sign in (signal.SIGKILL, signal.SIGINT)}
+    started = {
+        sign: subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.DEVNULL)
+        for sign, folder in folders.items()
+    }
+    for sign, process in started.items():
         deadline = time.monotonic() + 60
-        folder = tmp_path / "s.sqlite.cells"
-        while time.monotonic() < deadline and len(list(folder.glob(f"*/{OUTPUT}"))) < 2:
+        while time.monotonic() < deadline and len(list(folders[sign].glob(f"s.sqlite.cells/*/{OUTPUT}"))) < 2:
             time.sleep(0.05)
         children = descendants(process.pid)
         assert len(children) == 3  # the server and two cells
@@ -703,7 +837,6 @@ run([Cell("{NAME}:waiting", {{"seconds": 1000 + i}}) for i in range(3)], Path("s
         while time.monotonic() < deadline and any(Path(f"/proc/{child}").exists() for child in children):
             time.sleep(0.05)
         assert not [child for child in children if Path(f"/proc/{child}").exists()]
-        shutil.rmtree(folder)
 
 
 def descendants(pid):
@@ -712,3 +845,40 @@ def descendants(pid):
         for child in map(int, task.read_text().split()):
             found += [child, *descendants(child)]
     return found
+
+
+def test_a_server_that_is_killed_is_started_again(file):
+    run(cells("plain", {"a": 1}), file)
+    server = processes._servers[1, NAME]
+    os.kill(server._process.pid, signal.SIGKILL)
+    assert run(cells("plain", {"a": 2}), file)["done"] == 1
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_cell_whose_server_is_killed_is_begun_again_once(file, kills):
+    (cell,) = cells("twice", {"kills": kills})
+    assert run([cell], file)["done" if kills == 1 else "failed"] == 1
+    with reading(file) as store:
+        if kills == 1:
+            assert store.records() == [{"begun": 2}]
+        else:
+            (failed,) = store.failed()
+            assert failed["kind"] == "killed"
+            assert failed["error"].startswith("the process that starts the cells was killed, and when this one")
+
+
+def test_a_server_that_is_importing(tmp_path, monkeypatch, capfd):
+    """It is ended all the same, and what a module prints is not for our output."""
+    (tmp_path / "sluggish.py").write_text(
+        "import time, pathlib; print('here', flush=True); pathlib.Path(__file__).with_suffix('.begun').touch(); "
+        "time.sleep(100)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    server = processes.Server(1, ["sluggish"])
+    while not (tmp_path / "sluggish.begun").exists():
+        time.sleep(0.05)
+    started = time.perf_counter()
+    server.close()
+    assert time.perf_counter() - started < 20
+    assert not server.alive()
+    assert capfd.readouterr().out == ""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell, expand, reading, run
+from curvlab.grid import Cell, reading, run
 
 pytest.importorskip("distributed")
 
@@ -24,6 +24,8 @@ from test_grid import attempts, contents, grid_of, store_is_whole
 from curvlab import data
 from curvlab.grid import cluster as cluster_module
 from curvlab.results.provenance import software
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 NAME = __name__
 
@@ -41,12 +43,6 @@ def kills_its_worker(config, place):
         os.kill(parent(os.getppid()), signal.SIGKILL)
         time.sleep(60)
     return [{"x": 1.0}]
-
-
-def slow(config, place):
-    (place.folder / "begun").write_text("")
-    time.sleep(0.2)
-    return [{"x": config["seed"] / 3}]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def test_the_cluster_gives_the_same_bits(cluster, tmp_path):
 
 def one_killed(cluster, tmp_path, number):
     """Kill a worker in the middle of a sweep, and require what a sweep on this machine gives."""
-    work = [Cell(f"{NAME}:slow", config) for config in expand({}, grid={"seed": list(range(number))})]
+    work = grid_of("slow", seed=list(range(number)))
     victim = next(iter(cluster.workers.values()))
 
     def kill():
@@ -111,13 +107,6 @@ def test_a_cell_that_kills_every_worker_is_given_up_and_the_rest_goes_on(cluster
     assert "every worker that ran it has died" in failed[1]["error"]
 
 
-def test_a_cluster_of_one_thread_is_used_all_the_same(file):
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
-        run([Cell(f"{NAME}:where", {})], file, scheduler=cluster.scheduler_address)
-    with reading(file) as store:
-        assert store.records()[0]["runner"] != os.getpid()
-
-
 def test_a_scheduler_that_is_not_there(file, monkeypatch):
     monkeypatch.setattr(cluster_module, "_CONNECT", 1)
     with pytest.raises(CurvlabError, match=r"there is no Dask scheduler at tcp://127.0.0.1:9"):
@@ -126,8 +115,25 @@ def test_a_scheduler_that_is_not_there(file, monkeypatch):
         run(grid_of("plain", a=[1]), file, scheduler="nonsense://x")
 
 
-def test_a_scheduler_without_workers_and_one_that_goes_away(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "_CONNECT", 2)
+def test_two_sweeps_have_each_its_own_plugin(cluster, tmp_path, monkeypatch):
+    names, register = [], cluster_module.Client.register_plugin
+
+    def noted(self, plugin, name=None, **others):
+        names.append(name)
+        return register(self, plugin, name=name, **others)
+
+    monkeypatch.setattr(cluster_module.Client, "register_plugin", noted)
+    for stem in ("one", "two"):
+        run(grid_of("plain", a=[1]), tmp_path / f"{stem}.sqlite", scheduler=cluster.scheduler_address)
+    assert len(set(names)) == 2
+
+
+def test_a_client_that_is_not_connected_goes_without_a_word():
+    cluster_module._Client.__new__(cluster_module._Client).__del__()
+
+
+def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_CONNECT", 1)
     address = tmp_path / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -138,12 +144,16 @@ def test_a_scheduler_without_workers_and_one_that_goes_away(file, tmp_path, monk
         while not address.exists() or not address.read_text():
             time.sleep(0.1)
         tcp = json.loads(address.read_text())["address"]
-        work = [Cell(f"{NAME}:slow", {"seed": seed}) for seed in range(100)]
+        work = grid_of("slow", seed=list(range(100)))
         with pytest.raises(CurvlabError, match="has no worker: start some"):
             run(work, file, scheduler=tcp)
-        command = [sys.executable, "-m", "distributed.cli.dask_worker", tcp, "--nthreads", "2", "--no-nanny"]
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", tcp, "--nthreads", "1", "--no-nanny"]
         worker = subprocess.Popen([*command, "--no-dashboard"], cwd=tmp_path, env=environment, **quiet)
-        monkeypatch.setattr(cluster_module, "_CONNECT", 6)
+        monkeypatch.setattr(cluster_module, "_CONNECT", 10)
+        single = tmp_path / "single.sqlite"
+        run([Cell(f"{NAME}:where", {})], single, scheduler=tcp)
+        with reading(single) as store:
+            assert store.records() == [{"runner": worker.pid}]  # joblib alone would have run it here
 
         def kill():
             while len(list(file.parent.glob("*/*/begun"))) < 6:

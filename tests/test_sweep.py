@@ -5,25 +5,25 @@ import dataclasses
 import io
 import json
 import math
-import os
 import shlex
 import sqlite3
-import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from test_grid import NAME as GRID
-from test_grid import one_server  # noqa: F401
 
-from curvlab.analyze import ANALYSES, fim_diagonality, subject
+from curvlab.analyze import ANALYSES, subject
 from curvlab.analyze.command import Analysis, Config, RunOptions, execute
 from curvlab.errors import CurvlabError
 from curvlab.grid import reading, report
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("one_server")
 
 # An analysis ---------------------------------------------------------------------------------------------------------
 
@@ -145,6 +145,10 @@ def test_the_same_value_is_the_same_cell_however_it_is_written():
     assert len({cell.key for cell in config.read(Path("s.yaml"))}) == 1
 
 
+CIRCLE = []
+CIRCLE.append(CIRCLE)
+
+
 @pytest.mark.parametrize(
     ("sweep", "fragment"),
     [
@@ -156,11 +160,34 @@ def test_the_same_value_is_the_same_cell_however_it_is_written():
         ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: there is no option 'lrr'; the nearest is 'lr'"),
         ({"analysis": "small", "grid": {"lr": ["x"]}}, "s.yaml: lr should be a valid number"),
         ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; the nearest is 'grid'"),
-        ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid should be a valid list"),
+        ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid.a should be a valid list"),
         ({"function": "m:f", "grid": {"a": []}}, "s.yaml: the grid needs a list of values for 'a'"),
         ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"normal": [0, 1]}}}}, "s.yaml: random: a needs"),
+        (
+            {"function": "m:f", "random": {"count": 1, "ranges": {"a": {"uniform": 3}}}},
+            "random.ranges.a.uniform should",
+        ),
         ({"function": "m:f", "seeds": [-1]}, "s.yaml: seeds should be greater than or equal to 0"),
-        ({"function": "m:f", "base": {"a": math.nan}}, "JSON values"),
+        ({"function": "m:f", "seeds": [0, 0, 1]}, "s.yaml: seeds needs one value or several different ones"),
+        ({"function": "m:f", "seeds": []}, "s.yaml: seeds needs one value or several different ones"),
+        ({"function": "m:f", "seeds": [True]}, "s.yaml: seeds should be a valid integer, not True"),
+        ({"function": "m:f", "seeds": ["3"]}, "s.yaml: seeds should be a valid integer, not '3'"),
+        ({"function": "m:f", "seeds": [5], "grid": {"seed": [0, 1]}}, "s.yaml: 'seed' is set by seeds and by grid"),
+        ({"function": "m:f", "seeds": [5], "base": {"seed": 0}}, "s.yaml: 'seed' is set by seeds and by base"),
+        ({"function": "m:f", "seeds": [5], "points": [{"seed": 0}]}, "'seed' is set by seeds and by points"),
+        (
+            {"function": "m:f", "seeds": [5], "random": {"count": 1, "ranges": {"seed": {"integers": [0, 9]}}}},
+            "s.yaml: 'seed' is set by seeds and by random",
+        ),
+        ({"analysis": "small", "seeds": [5], "base": {"seeds": [0]}}, "'seeds' is set by seeds and by base"),
+        ({"analysis": "small", "base": {"seeds": []}}, "s.yaml: there are no cells: seeds is empty"),
+        ({"analysis": "small", "version": 2}, "s.yaml: version is for function, and does nothing beside analysis"),
+        ({"function": "m:f", "preset": "cpu"}, "s.yaml: preset is for analysis, and does nothing beside function"),
+        ({"function": "m:f", "base": {"a": math.nan}}, "s.yaml: base: 'a': a configuration is made of JSON values"),
+        ({"function": "m:f", "grid": {"a": [date(2020, 1, 1)]}}, "s.yaml: grid: 'a': a configuration is made of JSON"),
+        ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml: points: 'a': a configuration is made of JSON"),
+        ({"function": f"{GRID}:plane"}, f"function {GRID}:plane: AttributeError: "),
+        ({"function": "no_such:f"}, "function no_such:f: there is no module 'no_such'"),
     ],
 )
 def test_a_sweep_that_is_not_right(refused, sweep, fragment):
@@ -168,16 +195,28 @@ def test_a_sweep_that_is_not_right(refused, sweep, fragment):
     assert not Path("s.sqlite").exists()
 
 
+def test_a_key_that_is_there_twice(refused):
+    Path("s.yaml").write_text("function: m:f\ngrid:\n  lr: [1]\n  lr: [2]\n")
+    assert "s.yaml is not YAML: the key 'lr' is there twice, line 4" in refused("run s.yaml")
+    Path("s.yaml").write_text("function: m:f\nbase: &b {a: 1, b: 1}\npoints: [{<<: *b, a: 2}, {<<: *b, b: 3}]\n")
+    assert [cell.config for cell in config.read(Path("s.yaml"))] == [{"a": 2, "b": 1}, {"a": 1, "b": 3}]
+
+
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
 def test_lists_the_commands(call):
+    descriptions = set()
     for line in ("", "--help"):
         code, out, _ = call(line)
         assert code == 0
         for command in ("run", "status", "failed", "export"):
             assert f"\n  {command} " in out
-            assert call(f"{command} --help")[0] == 0
+            code, shown, _ = call(f"{command} --help")
+            assert code == 0
+            descriptions.add(shown.split("\n\n")[1])
+            assert "Exit codes: 0 done; 1 done, but cells have failed;" in " ".join(shown.split())
+    assert len(descriptions) == 4
 
 
 @pytest.mark.parametrize(
@@ -222,6 +261,17 @@ def test_run_status_failed_and_export(call):
         ("0", "2", ""),
         ("0", "2", ""),
     ]
+
+
+def test_output_that_cannot_be_written(call, monkeypatch, capsys):
+    call(f"run {plain()}")
+    for line in ("status s.sqlite", "export s.sqlite", "run --help", ""):
+        with Path("/dev/full").open("w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            code, _, err = call(line)
+            assert (code, err) == (2, "error: cannot write the output: No space left on device\n")
+        monkeypatch.setattr(sys, "stdout", None)
+        assert call(line)[::2] == (0, "")
 
 
 def test_a_key_that_fits_no_failed_cell(call, refused):
@@ -287,16 +337,6 @@ def test_export_that_cannot_be(call, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "Parquet needs pyarrow: pip install 'curvlab[parquet]'" in refused("export s.sqlite --to t.parquet")
     assert "no record has 'stp'" in refused("export s.sqlite --summary --by stp")
-
-
-def test_nothing_but_the_result_is_written_in_a_pipe(tmp_path):
-    plain()
-    source = Path(fim_diagonality.__file__).parents[2]
-    path = os.pathsep.join([str(source), str(Path(__file__).parent)])
-    command = [sys.executable, "-m", "curvlab.sweep", "run", "s.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[1:] == ["In s.sqlite."]
 
 
 # An analysis as cells ------------------------------------------------------------------------------------------------

@@ -1,33 +1,18 @@
 """``python -m curvlab.analyze``: list the analyses, or run one."""
 
-import io
-import os
-import signal
 import sys
 from importlib import import_module
 
 from curvlab.analyze import ANALYSES
+from curvlab.analyze.program import ended
 
 PROGRAM = "python -m curvlab.analyze"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run an analysis by name and return the exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run an analysis by name and return the exit code: 0 done, 1 cells have failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not have the plus-minus sign
-    try:
-        code = _main(given)
-        if sys.stdout is not None:  # it is None where the caller has closed it
-            sys.stdout.flush()
-    except KeyboardInterrupt as interrupt:
-        print("interrupted", *getattr(interrupt, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader of our output has left (| head): not an error, and Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
+    return ended(lambda: _main(given))
 
 
 def _main(given: list[str]) -> int:
@@ -38,7 +23,7 @@ def _main(given: list[str]) -> int:
             print(f"  {name:{width}}  {line}")
         print(f"\n{PROGRAM} ANALYSIS --help shows the options of an analysis.")
         return 0
-    # Imported here, as the analysis is: Ctrl-C may come while they are, and the list needs neither.
+    # Imported here, as the analysis is: the list needs neither.
     from curvlab.analyze.command import execute, nearest
 
     name, rest = given[0], given[1:]

@@ -19,12 +19,21 @@ import yaml
 from rich.console import Console
 
 from curvlab import grid
+from curvlab.data import fingerprint
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Place
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 done, but cells have failed; 2 bad input, or it cannot go on; 130 interrupted by Ctrl-C."
+)
 
 _NONE = "none"
 _WORDS = {"integer": "N", "number": "X", "string": "TEXT", "null": _NONE}
 _PIPE_WIDTH = 150  # characters; a pipe has no width of its own, and the widest table needs so many
+
+
+class CellsFailed(CurvlabError):
+    """A run is at its end, but some of its cells have failed."""
 
 
 class Config(pydantic.BaseModel):
@@ -67,21 +76,24 @@ class GridOptions(RunOptions):
     scheduler: str | None = None
     """Address of a Dask scheduler, such as tcp://HOST:8786, whose workers then run the cells."""
     cell_timeout: float | None = pydantic.Field(default=None, gt=0)
-    """Seconds after which a cell is stopped and recorded as failed."""
+    """Seconds after which a cell is stopped and recorded as failed; what its module takes to import, once for all
+    cells, is not counted."""
     retry_failed: bool = False
     """Run the cells again that have failed."""
 
-    def run(self, cells: Sequence[Cell], store: Path, data: Mapping[str, str] | None = None) -> dict[str, int]:
+    def run(self, cells: Sequence[Cell], store: Path) -> dict[str, int]:
         """Run the cells that the store does not have; see ``curvlab.grid.run``.
 
         Args:
             cells: The grid.
             store: The file.
-            data: Names of data sets and their fingerprints, which workers of a cluster must have too.
 
         Raises:
-            CurvlabError: The store or the cluster cannot be used.
+            CurvlabError: The store or the cluster cannot be used, or the store was begun with other data.
         """
+        # Of analyses: another function may call anything data.
+        configs = [cell.config for cell in cells if cell.function.startswith("curvlab.analyze.")]
+        names = sorted({str(config[key]) for config in configs for key in ("data", "weights") if config.get(key)})
         return grid.run(
             cells,
             store,
@@ -92,7 +104,7 @@ class GridOptions(RunOptions):
             retry_failed=self.retry_failed,
             data_root=self.data_root,
             offline=self.offline,
-            data=data,
+            data={name: fingerprint(name, root=self.data_root, offline=self.offline) for name in names},
         )
 
 
@@ -171,7 +183,7 @@ def execute(analysis: Analysis[C], arguments: list[str], program: str) -> int:
     """Parse, run, and turn an error into one sentence on standard error.
 
     Returns:
-        The exit code: 0 done, 2 bad input.
+        The exit code, as ``told`` gives it.
     """
     return told(lambda: _execute(analysis, arguments, program), debug="--debug" in arguments)
 
@@ -180,7 +192,7 @@ def told(action: Callable[[], int | None], debug: bool) -> int:
     """Do something, and turn an error into one sentence on standard error.
 
     Returns:
-        The exit code: that of the action or 0, 2 for an error.
+        The exit code: that of the action or 0; 1 if only cells have failed, 2 for any other error.
     """
     try:
         return action() or 0
@@ -190,7 +202,7 @@ def told(action: Callable[[], int | None], debug: bool) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, CellsFailed) else 2
 
 
 def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
@@ -209,7 +221,9 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
         base = _read_config(command.config, base)
 
     parser = Parser(program, f"{analysis.description} Presets: {', '.join(analysis.presets)}.")
-    kind = RunOptions if analysis.cell is None else GridOptions
+    kind = RunOptions
+    if analysis.cell is not None:
+        kind, parser.epilog = GridOptions, EXIT_CODES
     sections = (command, base, kind())
     for values in sections:
         parser.add(values)
@@ -341,11 +355,16 @@ def validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], st
         return kind(**values)
     except pydantic.ValidationError as error:
         faults = error.errors()
-        name = str(faults[0]["loc"][0])
+        name = _where(faults[0]["loc"])
         # One fault an alternative that the field has, or one an item of a list.
-        reasons = (fault["msg"].removeprefix("Input ") for fault in faults if fault["loc"][0] == name)
+        reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _where(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
         raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
+
+
+def _where(location: Iterable[int | str]) -> str:
+    """Return field.key.key, without what tells the alternatives of a field or the items of a list apart."""
+    return ".".join(part for part in location if isinstance(part, str) and part.isidentifier())
 
 
 def _read_config(file: Path, base: C) -> C:
@@ -353,7 +372,16 @@ def _read_config(file: Path, base: C) -> C:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as the number that it is in YAML 1.2, where PyYAML has a string."""
+    """Reads ``1e-3`` as the number that it is in YAML 1.2, where PyYAML has a string, and refuses a key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Look at the keys here, before those of ``<<`` are among them."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for number, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:number]):
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -1,6 +1,5 @@
 """Deep linear continual fine-tuning beside its baselines: the tables of Shon et al. (2022), DLCFT."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,8 +39,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     write_tables,
@@ -276,24 +273,19 @@ def run(config: DlcftConfig, options: GridOptions, console: Console) -> None:
     """
     clock = Stopwatch()
     with clock("data"):
-        data_hash = subject.fingerprints(config, options)
         source, target = data(config, options)
+        data_hash = target.fingerprint()
     _check(subject.with_weights(config, options), source, target)
-    workers_data = data_hash if options.scheduler else None
-    directory = open_run(options.out, "dlcft", config.to_yaml())
-    with gridded.resumable(directory):
-        store = directory.path / gridded.STORE
+    with gridded.opened("dlcft", config, options) as directory:
         with clock("selection"):
             tries = ANALYSIS.cells(_part(config, *at, point, config.seeds[0]) for at, point in _tries(config))
-            options.run(tries, store, workers_data)
-            tried = _runs(gridded.results(directory)[0])
+            tried = _runs(gridded.candidates(tries, options, directory))
             chosen = choose(config, tried)
         with clock("cells"):
             others = ANALYSIS.cells(
                 _part(config, *at, point, seed) for at, point in chosen.items() for seed in config.seeds
             )
-            tally = options.run([*tries, *others], store, workers_data)
-        records, failed = gridded.results(directory)
+            records, failed = gridded.run([*tries, *others], options, directory)
         every = _runs(records)
         found = [record for record in every if _point(record) == chosen.get((record["setting"], record["method"]))]
         places = {pair: place for place, pair in enumerate(_pairs(config))}
@@ -306,18 +298,8 @@ def run(config: DlcftConfig, options: GridOptions, console: Console) -> None:
         directory.write_json("claims.json", verdicts)
         with clock("figures"):
             for name, figure in figures(table, curves, describe(config)).items():
-                directory.write_figure(name, figure)
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash[config.data],
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+                directory.write_figure(name, gridded.marked(figure, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, table, verdicts, directory, bool(failed))
         gridded.report_failures(console, directory)
 

@@ -39,8 +39,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     significant,
@@ -204,16 +202,14 @@ def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> No
     with clock("data"):
         dataset, _ = _data(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     _check(subject.with_weights(config, options), dataset)
-    directory = open_run(options.out, "eigenvalues", config.to_yaml())
-    with gridded.resumable(directory):
+    with gridded.opened("eigenvalues", config, options) as directory:
         with clock("learning rate"):
-            rates = []
+            rates: list[Record] = []
             chosen = config.lr_squared_error
             if candidates := _rate_cells(config):
-                options.run(candidates, directory.path / gridded.STORE, workers_data)
-                rates = _learning_rates(directory)
+                rates = gridded.candidates(candidates, options, directory)
+                directory.write_json("learning_rates.json", rates)
                 chosen = (_best(rates),)
         cells = ANALYSIS.cells(
             config.model_copy(update={"seeds": (seed,), "losses": (loss,), "lr_squared_error": chosen})
@@ -221,8 +217,7 @@ def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> No
             for loss in config.losses
         )
         with clock("cells"):
-            tally = options.run([*candidates, *cells], directory.path / gridded.STORE, workers_data)
-        found, failed = gridded.results(directory)
+            found, failed = gridded.run([*candidates, *cells], options, directory)
         records = [record for record in found if "step" in record]
         trainings = [record for record in found if "test_accuracy" in record]
         if not records:
@@ -234,17 +229,7 @@ def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> No
         directory.write_json("claims.json", verdicts)
         with clock("figures"):
             _figures(config, dataset, directory, records, cells)
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, dataset, directory, rates, trainings, table, verdicts)
         gridded.report_failures(console, directory)
 
@@ -377,19 +362,6 @@ def _rate_cells(config: EigenvaluesConfig) -> list[Cell]:
         )
         for lr in config.lr_squared_error
     ]
-
-
-def _learning_rates(directory: RunDirectory) -> list[Record]:
-    """Return what became of the trainings with the candidates.
-
-    Raises:
-        CurvlabError: One was not brought to its end, and the best of the others may not be the best.
-    """
-    rates, failed = gridded.results(directory)
-    if failed:
-        raise CurvlabError(f"the learning rate of squared_error is not known: a cell has failed: {failed[0]['error']}")
-    directory.write_json("learning_rates.json", rates)
-    return rates
 
 
 def rate_cell(values: Mapping[str, Any], place: Place) -> list[Record]:
@@ -717,7 +689,7 @@ def _figures(
 ) -> None:
     title = describe(config, data)
     for name, figure in curves_figures(records, title).items():
-        directory.write_figure(name, figure)
+        directory.write_figure(name, gridded.marked(figure, directory.path))
     densities: list[Record] = []
     for one in cells:
         if one.config["seeds"] == [config.seeds[0]]:
@@ -744,10 +716,11 @@ def _print(
         best = _best(rates)
         marked = [{**rate, "note": "taken" if rate["lr"] == best else rate["note"]} for rate in rates]
         console.print(render(marked, _RATES, title), crop=False)
-    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
+    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    number = "the seeds that did not fail" if seeds else f"{len(config.seeds)} seeds"
+    spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
     samples = len(subject.samples(config, data)[0])
     title = f"Largest eigenvalue over {config.steps:,} steps: {describe(config, data)}, {samples:,} samples; {spread}"
-    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
     console.print(render(_readable(table), (*_SUMMARY, *seeds), title), crop=False)
     console.print(render_claims(found), crop=False)
     notes = []

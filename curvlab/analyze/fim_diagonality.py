@@ -1,6 +1,5 @@
 """How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +15,6 @@ from curvlab.analyze.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.diagonality import Level, records, submatrix
 from curvlab.errors import UnsupportedError
-from curvlab.files import remove_leftovers
 from curvlab.grid import Place
 from curvlab.results import (
     Claim,
@@ -24,8 +22,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     write_tables,
@@ -104,7 +100,6 @@ _SEEDS = Column("seeds", "seeds")  # shown where a seed has failed
 def cell(config: FimDiagonalityConfig, place: Place) -> list[Record]:
     """Train the network of the one seed, and return a record a row."""
     (seed,) = config.seeds
-    remove_leftovers(place.folder)  # of a checkpoint that was being written when the cell was killed
     dataset = subject.dataset(config, place)
     model, accuracy = subject.trained(config, dataset, seed, place.folder / CHECKPOINT)
     problem = subject.problem(config, dataset, model)
@@ -144,30 +139,17 @@ def run(config: FimDiagonalityConfig, options: GridOptions, console: Console) ->
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     _check(config, dataset)
-    directory = open_run(options.out, "fim_diagonality", config.to_yaml())
-    with gridded.resumable(directory):
+    with gridded.opened("fim_diagonality", config, options) as directory:
         with clock("cells"):
-            tally = options.run(ANALYSIS.cells([config]), directory.path / gridded.STORE, workers_data)
-        found, failed = gridded.results(directory)
+            found, failed = gridded.run(ANALYSIS.cells([config]), options, directory)
         table = summarise(found)
         claims = masq_table2.claims(found, _is_paper(config))
         write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("claims.json", claims)
         with clock("figures"):
             _figures(config, dataset, directory, table, seed=found[0]["seed"])
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, dataset, found, table, claims, directory)
         gridded.report_failures(console, directory)
 
@@ -216,7 +198,10 @@ def _figures(
     title = f"{subject.describe(config, dataset, config.quantity)} on {Path(config.data).name}"
     directory.write_figure(
         "sums_and_means",
-        diagonality_bars(tensors, title, masq_table2.published()["rows"] if _is_paper(config) else None),
+        gridded.marked(
+            diagonality_bars(tensors, title, masq_table2.published()["rows"] if _is_paper(config) else None),
+            directory.path,
+        ),
     )
     (of_seed,) = ANALYSIS.cells([config], [seed])
     checkpoint = grid.folder_of(directory.path / gridded.STORE, of_seed.key) / CHECKPOINT

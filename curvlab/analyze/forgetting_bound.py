@@ -5,7 +5,6 @@ What a network forgets of a task when it learns the next one, ``F1 = L1(w2) - L1
 ``1/2 d'H d <= 1/2 lambda_max |d|^2``. The inequality holds of the quadratic form, not of F1.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -35,8 +34,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     write_tables,
@@ -98,19 +95,16 @@ def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     regimes.check(config, dataset)
-    directory = open_run(options.out, "forgetting_bound", config.to_yaml())
     parts = [
         config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
         for stream in config.streams
         for seed in config.seeds
         for regime in config.regimes
     ]
-    with gridded.resumable(directory):
+    with gridded.opened("forgetting_bound", config, options) as directory:
         with clock("cells"):
-            tally = options.run(ANALYSIS.cells(parts), directory.path / gridded.STORE, workers_data)
-        records, failed = gridded.results(directory)
+            records, failed = gridded.run(ANALYSIS.cells(parts), options, directory)
         found = [record for record in records if "forgetting" in record]
         accuracies = [record for record in records if "accuracy" in record]
         table, correlations = summarise(found, accuracies), correlations_of(found)
@@ -120,20 +114,9 @@ def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -
         directory.write_json("correlations.json", correlations)
         directory.write_json("claims.json", claims)
         with clock("figures"):
-            directory.write_figure(
-                "bound_and_factors", figure(found, f"{_title(config, dataset)}: forgetting of a task by the next")
-            )
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+            drawn = figure(found, f"{_title(config, dataset)}: forgetting of a task by the next")
+            directory.write_figure("bound_and_factors", gridded.marked(drawn, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, dataset, found, table, correlations, claims, directory)
         gridded.report_failures(console, directory)
 
@@ -447,14 +430,16 @@ def _print(
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
-    title = f"What a {_title(config, dataset)} forgets, {config.tasks} tasks; mean over pairs of tasks, {spread}"
     seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    number = "the seeds that did not fail" if seeds else f"{len(config.seeds)} seeds"
+    spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
+    title = f"What a {_title(config, dataset)} forgets, {config.tasks} tasks; mean over pairs of tasks, {spread}"
     console.print(render(table, (*_EXPANSION, *seeds), title), crop=False)
     console.print(render(table, (*_NAMES, *_ACCURACY, *seeds), "Test accuracy, mean over tasks"), crop=False)
     ranks = aggregate(correlations, ["stream"], list(_CORRELATED))
     console.print(
-        render(ranks, _CORRELATIONS, "Spearman's rank correlation with F1, over regimes and pairs of tasks"), crop=False
+        render(ranks, (*_CORRELATIONS, *seeds), "Spearman's rank correlation with F1, over regimes and pairs of tasks"),
+        crop=False,
     )
     console.print(render_claims(claims), crop=False)
     below = sum(pair["forgetting"] <= pair["bound"] for pair in found)

@@ -1,6 +1,5 @@
 """Methods of continual learning beside each other: Mirzadeh et al. (2020), Table 2 and Figure 4."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +32,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     write_tables,
@@ -81,16 +78,11 @@ def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
     with clock("data"):
         dataset = dataset_of(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     _check(subject.with_weights(config, options), dataset)
-    directory = open_run(options.out, "methods", config.to_yaml())
-    with gridded.resumable(directory):
+    with gridded.opened("methods", config, options) as directory:
         with clock("selection"):
             tries = ANALYSIS.cells(part for name in pairs(config) for part in trials(config, *name))
-            of_tries: list[Record] = []
-            if tries:
-                options.run(tries, directory.path / gridded.STORE, workers_data)
-                of_tries = _of_tries(directory)
+            of_tries = gridded.candidates(tries, options, directory) if tries else []
             tried = [record for record in of_tries if "acc" in record]
             chosen = {name: _chosen(config, *name, tried) for name in pairs(config)}
         with clock("cells"):
@@ -99,8 +91,7 @@ def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
                 for name in pairs(config)
                 for seed in config.seeds
             )
-            tally = options.run([*tries, *cells], directory.path / gridded.STORE, workers_data)
-        records, failed = gridded.results(directory)
+            records, failed = gridded.run([*tries, *cells], options, directory)
         records = records[len(of_tries) :]
         found = [record for record in records if "acc" in record]
         accuracies = [record for record in records if "accuracy" in record]
@@ -115,18 +106,8 @@ def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
         directory.write_json("claims.json", verdicts)
         with clock("figures"):
             for name, figure in figures(accuracies, table, describe(config)).items():
-                directory.write_figure(name, figure)
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+                directory.write_figure(name, gridded.marked(figure, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, table, selection, verdicts, directory)
         gridded.report_failures(console, directory)
 
@@ -187,18 +168,6 @@ def _check(config: MethodsConfig, dataset: Dataset) -> None:
 
 
 # Hyper-parameters -----------------------------------------------------------------------------------------------------
-
-
-def _of_tries(directory: RunDirectory) -> list[Record]:
-    """Return the records of the candidates.
-
-    Raises:
-        CurvlabError: A cell was not brought to its end, and the best of the others may not be the best.
-    """
-    records, failed = gridded.results(directory)
-    if failed:
-        raise CurvlabError(f"the best hyper-parameters are not known: a cell has failed: {failed[0]['error']}")
-    return records
 
 
 def _judged(stream: str, method: str, tried: Sequence[Record]) -> list[Record]:

@@ -1,6 +1,5 @@
 """Does the Hessian of the softmax loss vanish? Shon et al. (DLCFT, 2022), supplement, Appendix A, in numbers."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +28,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     significant,
@@ -104,13 +101,10 @@ def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) ->
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     _check(config, dataset)
-    directory = open_run(options.out, "softmax_hessian", config.to_yaml())
-    with gridded.resumable(directory):
+    with gridded.opened("softmax_hessian", config, options) as directory:
         with clock("cells"):
-            tally = options.run(ANALYSIS.cells([config]), directory.path / gridded.STORE, workers_data)
-        found, failed = gridded.results(directory)
+            found, failed = gridded.run(ANALYSIS.cells([config]), options, directory)
         of_logits = [record for record in found if "step" not in record]
         of_network = [record for record in found if "step" in record]
         tables = summarise(of_logits, of_network)
@@ -119,18 +113,9 @@ def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) ->
         directory.write_json("network.json", of_network)
         directory.write_json("claims.json", claims)
         with clock("figures"):
-            directory.write_figure("vanishing_curvature", vanishing_curvature(*tables, _title(config, dataset)))
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+            drawn = vanishing_curvature(*tables, _title(config, dataset))
+            directory.write_figure("vanishing_curvature", gridded.marked(drawn, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, dataset, tables, claims, directory)
         gridded.report_failures(console, directory)
 

@@ -73,15 +73,6 @@ class TrainedSubjectConfig(SubjectConfig):
     """Samples a training step."""
 
 
-def fingerprints(config: SubjectConfig, options: RunOptions | Place) -> dict[str, str]:
-    """Return the fingerprint of the data set, whole as it was loaded, by its name: what all machines must have.
-
-    Raises:
-        CurvlabError: There are no such data.
-    """
-    return {config.data: load(config.data, root=options.data_root, offline=options.offline).fingerprint()}
-
-
 def dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
     """Return the data set, what is held out and the classes that were not chosen left out.
 

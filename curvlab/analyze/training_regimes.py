@@ -1,6 +1,5 @@
 """What does a stable training change? Mirzadeh et al. (2020): stable against plastic, over a stream of tasks."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from operator import sub, truediv
 from pathlib import Path
@@ -28,8 +27,6 @@ from curvlab.results import (
     RunDirectory,
     Stopwatch,
     aggregate,
-    collect,
-    open_run,
     render,
     render_claims,
     write_tables,
@@ -75,19 +72,16 @@ def run(config: TrainingRegimesConfig, options: GridOptions, console: Console) -
     with clock("data"):
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
-        workers_data = subject.fingerprints(config, options) if options.scheduler else None
     regimes.check(config, dataset)
-    directory = open_run(options.out, "training_regimes", config.to_yaml())
     parts = [
         config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
         for stream in config.streams
         for seed in config.seeds
         for regime in config.regimes
     ]
-    with gridded.resumable(directory):
+    with gridded.opened("training_regimes", config, options) as directory:
         with clock("cells"):
-            tally = options.run(ANALYSIS.cells(parts), directory.path / gridded.STORE, workers_data)
-        records, failed = gridded.results(directory)
+            records, failed = gridded.run(ANALYSIS.cells(parts), options, directory)
         found = [record for record in records if "acc" in record]
         points = [record for record in records if "matvecs" in record]
         accuracies = [record for record in records if "accuracy" in record]
@@ -98,18 +92,9 @@ def run(config: TrainingRegimesConfig, options: GridOptions, console: Console) -
         directory.write_json("claims.json", claims)
         with clock("figures"):
             title = f"{config.tasks} tasks of {Path(config.data).name}"
-            directory.write_figure("regime_curves", figure(points, accuracies, title))
-        # Written last, and not again where nothing has changed: what a finished run is from stays.
-        provenance = directory.path / "provenance.json"
-        if not provenance.exists() or json.loads(provenance.read_text()).get("cells") != tally:
-            origin = collect(
-                seeds=config.seeds,
-                data_hash=data_hash,
-                stages=clock.seconds,
-                started=clock.started,
-                device=config.device,
-            )
-            directory.write_json(provenance.name, origin | {"continued": directory.resumed, "cells": tally})
+            drawn = figure(points, accuracies, title)
+            directory.write_figure("regime_curves", gridded.marked(drawn, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, table, claims, directory)
         gridded.report_failures(console, directory)
 

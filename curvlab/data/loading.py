@@ -1,5 +1,6 @@
 """``load``: from a name or a path to a data set."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -40,6 +41,27 @@ def load(name: str | Path, *, root: str | Path | None = None, offline: bool = Fa
         return from_arrays(str(name), read())
     except CurvlabError as error:
         raise CurvlabError(f"{source}: {error}") from error
+
+
+def fingerprint(name: str | Path, *, root: str | Path | None = None, offline: bool = False) -> str:
+    """Return the SHA-256 (hex) of a file, or of the tensors of a data set that is none.
+
+    Args:
+        name: As ``load`` takes it, or of any file, such as one of weights: where it is, here or below the data root.
+        root: As for ``load``.
+        offline: As for ``load``.
+
+    Raises:
+        CurvlabError: There is no such data set or file, or it cannot be read.
+    """
+    for path in (Path(name).expanduser(), data_root(root) / name):
+        if name not in NAMES and path.is_file():
+            try:
+                with path.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise CurvlabError(f"cannot read {path}: {error.strerror}") from error
+    return load(name, root=root, offline=offline).fingerprint()
 
 
 def data_root(root: str | Path | None = None) -> Path:

@@ -12,6 +12,14 @@ from curvlab.errors import CurvlabError
 
 Config = dict[str, Any]
 
+_MOST = 1_000_000  # combinations: more are a slip, and would fill the memory before the first is run
+_RANGES = {
+    "uniform": "[low, high], finite numbers in this order",
+    "log_uniform": "[low, high], finite numbers above 0 in this order",
+    "integers": "[low, high], whole numbers in this order",
+    "choice": "a list of values",
+}
+
 
 def expand(
     base: Mapping[str, Any],
@@ -29,7 +37,7 @@ def expand(
         samples: The same, drawn by ``draw``.
 
     Raises:
-        CurvlabError: An axis is empty, or two of them set the same key.
+        CurvlabError: An axis is empty, two of them set the same key, or there are more than a million combinations.
 
     Examples:
         >>> [(c["lr"], c["seed"]) for c in expand({"lr": 0.1}, grid={"lr": [0.1, 0.01], "seed": [0, 1]})]
@@ -48,6 +56,10 @@ def expand(
         if names & taken:
             raise CurvlabError(f"{min(names & taken)!r} is set by two axes; let one of them do it")
         taken |= names
+    if (count := math.prod(map(len, (*axes, *grid.values())))) > _MOST:
+        raise CurvlabError(
+            f"the axes have {count:,} combinations, and a sweep has at most {_MOST:,}; take fewer values"
+        )
     for point, sample, *values in product(*axes, *grid.values()):
         yield {**base, **point, **sample, **dict(zip(grid, values, strict=True))}
 
@@ -72,8 +84,10 @@ def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: in
     columns = {}
     for name, given in ranges.items():
         if not isinstance(given, Mapping) or len(given) != 1:
-            raise CurvlabError(f"random: {name} needs one of uniform, log_uniform, integers and choice, not {given!r}")
+            raise CurvlabError(f"random: {name} needs one of {', '.join(_RANGES)}, not {given!r}")
         ((kind, bounds),) = given.items()
+        if kind not in _RANGES:
+            raise CurvlabError(f"random: {name} needs one of {', '.join(_RANGES)}, not {kind!r}")
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         columns[name] = [_one(name, kind, bounds, float(u)) for u in generator.random(count)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -84,7 +98,7 @@ def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
     if kind == "choice" and isinstance(bounds, Sequence) and not isinstance(bounds, str) and bounds:
         return bounds[int(u * len(bounds))]
     numbers = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    if numbers and bounds[0] <= bounds[1]:
+    if numbers and -math.inf < bounds[0] <= bounds[1] < math.inf:
         low, high = bounds
         if kind == "uniform":
             return low + u * (high - low)
@@ -92,7 +106,4 @@ def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
             return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
         if kind == "integers" and isinstance(low, int) and isinstance(high, int):
             return low + int(u * (high - low + 1))
-    raise CurvlabError(
-        f"random: {name} needs uniform or integers with [low, high], log_uniform with low above 0, "
-        f"or choice with values, not {kind}: {bounds!r}"
-    )
+    raise CurvlabError(f"random: {name} needs {kind}: {_RANGES[kind]}, not {bounds!r}")

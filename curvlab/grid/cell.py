@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +22,17 @@ import numpy as np
 import torch
 
 from curvlab.errors import CurvlabError
+from curvlab.files import remove_leftovers
 
 Value = None | bool | int | float | str
 Record = dict[str, Any]
 
 OUTPUT = "output.txt"
+
+# What the tables of a store have beside what is in the records.
+_RESERVED = {"cell", "status", "kind", "seeds", "failed", "absent"}
+_RESERVED_BEGINNINGS = ("cell.", "config.")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and newline
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Cell:
     Attributes:
         function: ``module:name`` of a ``(config, Place) -> list of records``. A record is a flat dictionary of
             numbers, strings, booleans and None; what is not defined is None, for NaN says that the cell has failed.
+            Its names are not those that the tables have themselves: ``cell``, ``status``, ``kind``, ``seeds``,
+            ``failed``, ``absent``, ``cell.*`` and ``config.*``.
         config: The configuration, of JSON values, every default written out: it is what names the cell.
         name: What the function is called in the store.
         version: Of the function: a new one makes every cell a new one.
@@ -137,9 +146,15 @@ def find(function: str) -> Callable[[Mapping[str, Any], Place], Sequence[Record]
         found: Callable[[Mapping[str, Any], Place], Sequence[Record]] = attrgetter(name)(import_module(module))
     except ModuleNotFoundError as error:
         raise CurvlabError(f"function {function}: there is no module {error.name!r} to import") from error
-    except AttributeError as error:
-        raise CurvlabError(f"function {function}: {error}") from error
+    except (Exception, SystemExit) as error:  # of whatever kind: the module runs when it is imported
+        raise CurvlabError(f"function {function}: {_sentence(error)}") from error
     return found
+
+
+def plain(text: str) -> str:
+    """Return text that a store and a terminal can take: what is not UTF-8, or controls a terminal, is written out."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 # In the process of the cell -----------------------------------------------------------------------------------------
@@ -153,6 +168,7 @@ def work(connection: Connection) -> None:
     answer: dict[str, Any]
     try:
         _alone(folder)
+        remove_leftovers(folder)  # of a checkpoint that was being written when the cell was killed
         _redirect(folder / OUTPUT)
         if Path(request["cwd"]).is_dir():
             os.chdir(request["cwd"])
@@ -160,11 +176,9 @@ def work(connection: Connection) -> None:
         _seed(request["key"])
         data_root = request["data_root"]
         place = Place(folder, None if data_root is None else Path(data_root), request["offline"])
-        records = [_flat(record, n) for n, record in enumerate(find(request["function"])(request["config"], place))]
-        answer = {"records": records}
+        answer = {"records": _records(find(request["function"])(request["config"], place))}
     except BaseException as error:  # SystemExit too: the cell has then not given its records
-        message = str(error) if isinstance(error, CurvlabError) else f"{type(error).__name__}: {error}"
-        answer = {"error": " ".join(message.split()), "traceback": traceback.format_exc()}
+        answer = {"error": plain(_sentence(error)), "traceback": plain(traceback.format_exc())}
     answer["seconds"] = time.perf_counter() - started
     _tidy(folder)
     connection.send_bytes(json.dumps(answer).encode())
@@ -204,6 +218,18 @@ def _seed(key: str) -> None:
     torch.manual_seed(seed)
 
 
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CurvlabError) else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+def _records(returned: Any) -> list[Record]:
+    if isinstance(returned, Mapping) or not isinstance(returned, Iterable):
+        what = "None" if returned is None else f"a {type(returned).__name__}"
+        raise CurvlabError(f"the function returned {what}, not a list of records; return [{{...}}]")
+    return [_flat(record, number) for number, record in enumerate(returned)]
+
+
 def _flat(record: Any, number: int) -> Record:
     if not isinstance(record, Mapping):
         raise CurvlabError(f"record {number} is a {type(record).__name__}, not a dictionary")
@@ -217,6 +243,12 @@ def _flat(record: Any, number: int) -> Record:
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise CurvlabError(f"record {number}: {name!r} is an integer of more than 64 bits")
+        if name in _RESERVED or name.startswith(_RESERVED_BEGINNINGS):
+            raise CurvlabError(f"record {number}: {name!r} is a column that the tables have themselves; rename it")
+        try:
+            f"{name}{value}".encode()
+        except UnicodeEncodeError as error:
+            raise CurvlabError(f"record {number}: {name!r} is not UTF-8, as names and strings have to be") from error
         flat[name] = value
     return flat
 

@@ -1,6 +1,7 @@
 """Cells on the workers of a Dask cluster, through joblib's Dask backend."""
 
 import logging
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,6 @@ from curvlab.grid.running import Task, forget, supervised
 from curvlab.results.provenance import software
 
 _CONNECT = 10  # seconds until a scheduler or worker that does not answer is not there
-_PLUGIN = "curvlab-sweep"
 
 
 def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
@@ -29,7 +29,7 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
     Args:
         tasks: As ``supervised`` takes them.
         address: Of the scheduler.
-        data: Names of data sets and their fingerprints here.
+        data: Names of data sets and files, and their fingerprints here.
 
     Raises:
         CurvlabError: The scheduler is not there or goes away, or a worker is not fit for the tasks.
@@ -45,11 +45,15 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
 
 def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
     try:
-        client = Client(address, timeout=_CONNECT, set_as_default=False)
+        client: Client = _Client(address)
     except (OSError, ValueError) as error:
-        raise CurvlabError(f"there is no Dask scheduler at {address} ({_first_line(error)})") from error
+        raise CurvlabError(
+            f"there is no Dask scheduler at {address} ({_first_line(error)}); start one (dask scheduler), "
+            "or run without --scheduler"
+        ) from error
+    plugin = f"curvlab-sweep-{secrets.token_hex(4)}"  # of this sweep: there may be another one on the cluster
     try:
-        _prepared(client, address, tasks, data)
+        _prepared(client, address, plugin, tasks, data)
         call = joblib.delayed(_on_worker)
         with joblib.parallel_config(backend=_Backend(client=client)):
             # All at once: workers may join later.
@@ -68,15 +72,27 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
             "repeat the command when there is a scheduler again"
         ) from error
     finally:
-        with suppress(Exception):  # it may have gone
-            client.unregister_worker_plugin(_PLUGIN)
+        if client.status == "running":  # one that has gone would be waited for
+            with suppress(Exception):  # it may go now
+                client.unregister_worker_plugin(plugin)
         client.close(timeout=_CONNECT)
 
 
-def _prepared(client: Client, address: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
-    """Have each worker checked, those that join later too."""
+class _Client(Client):
+    """A client that is quiet when it is thrown away because it could not connect."""
+
+    def __init__(self, address: str) -> None:
+        Client.__init__(self, address, timeout=_CONNECT, set_as_default=False)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            Client.__del__(self)
+
+
+def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
+    """Have each worker checked, those that join later too, by a plugin of that name."""
     first = tasks[0]
-    plugin = Requirements(
+    requirements = Requirements(
         software(), sorted({task["function"] for task in tasks}), data, first["data_root"], first["offline"]
     )
     try:
@@ -84,7 +100,7 @@ def _prepared(client: Client, address: str, tasks: Sequence[Task], data: Mapping
     except TimeoutError as error:
         raise CurvlabError(f"the scheduler {address} has no worker: start some (dask worker {address})") from error
     try:
-        client.register_plugin(plugin, name=_PLUGIN)
+        client.register_plugin(requirements, name=name)
     except Exception as error:  # of whatever kind: the worker may not even have the plugin's module
         raise CurvlabError(f"a worker of {address} cannot do it: {_first_line(error)}") from error
 
@@ -95,7 +111,7 @@ class Requirements(WorkerPlugin):
     Args:
         software: As ``curvlab.results.provenance.software`` tells it here.
         functions: ``module:name`` of the cells.
-        data: Names of data sets and their fingerprints.
+        data: Names of data sets and files, and their fingerprints.
         data_root: Where they are kept; None for the default place.
         offline: Whether they must be there already.
     """
@@ -139,7 +155,7 @@ class Requirements(WorkerPlugin):
         for name, fingerprint in self.data.items():
             try:
                 root = None if self.data_root is None else Path(self.data_root)
-                found = data_sets.load(name, root=root, offline=self.offline).fingerprint()
+                found = data_sets.fingerprint(name, root=root, offline=self.offline)
             except CurvlabError as error:
                 raise CurvlabError(f"{where}: {error}") from error
             if found != fingerprint:

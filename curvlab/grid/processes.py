@@ -30,6 +30,9 @@ from curvlab.errors import CurvlabError
 _PID = struct.Struct("q")
 _END = struct.Struct("qq")  # wait status, peak memory in bytes
 _LOOK = 0.5  # seconds between two looks at whether a cell is still wanted
+_PATIENCE = 2.0  # seconds for the end of a server, which may be importing something
+# What torch's optimizers import at their first step, for more than a second, and what digits are read with.
+_PRELOADED = ("curvlab.grid.cell", "torch._dynamo", "sklearn.datasets")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Ended:
         code: Its exit code, or minus the number of the signal that ended it.
         peak_bytes: The peak of its memory.
         seconds: Its wall time.
-        stopped: Why it was killed here: ``timeout`` or ``unwanted``.
+        stopped: Why it was killed here: ``timeout``, ``unwanted`` or ``orphaned`` (what starts the processes has
+            ended, which is then not known of this one).
     """
 
     answer: bytes | None
@@ -75,6 +79,7 @@ class Server:
             [sys.executable, "-P", "-c", f"import {__name__} as p; p.main()", str(theirs.fileno()), *modules],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # ours is for tables, not for what a module prints when it is imported
             env={**os.environ, **count, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the one that runs the sweep
         )
@@ -88,19 +93,23 @@ class Server:
         """End it, and all that it has started."""
         with self._lock:
             self._socket.close()
-        self._process.wait()
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def run(self, request: bytes, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
         """Do a request in a process of its own.
 
         Args:
             request: What the process is sent.
-            timeout: Seconds after which it is killed.
+            timeout: Seconds from its start after which it is killed.
             wanted: Asked twice a second; it is killed when it is not.
 
         Raises:
             ConnectionError: The server has ended before it could start one.
-        OSError: It could not start one.
+            OSError: It could not start one.
         """
         ours, theirs = socket.socketpair()
         ending, ended = os.pipe()
@@ -130,7 +139,7 @@ class Server:
                 raise
         if status is None:  # the server was killed, which leaves the process behind
             _kill(pid[0])
-            return Ended(answer, -signal.SIGKILL, None, seconds, stopped)
+            return Ended(answer, -signal.SIGKILL, None, seconds, stopped or (None if answer else "orphaned"))
         return Ended(answer, os.waitstatus_to_exitcode(status[0]), status[1], seconds, stopped)
 
 
@@ -252,6 +261,7 @@ def main() -> None:
         with suppress(Exception):  # a cell will tell it better
             import_module(module)
     serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # at Python's own end some libraries print what they have not tidied up
 
 
 # The servers of this process -----------------------------------------------------------------------------------------
@@ -267,20 +277,21 @@ def run(function: str, threads: int, request: bytes, timeout: float | None, want
         CurvlabError: No process can be started.
     """
     module = function.partition(":")[0]
-    if not wanted():
-        return Ended(None, 0, None, 0.0, "unwanted")
+    ended = None
     for _ in range(2):  # a server may have been killed: memory is short where cells are
+        if not wanted():
+            return Ended(None, 0, None, 0.0, "unwanted")
         with _lock:
             server = _servers.get((threads, module))
             if server is None or not server.alive():
-                server = _servers[threads, module] = Server(threads, ["curvlab.grid.cell", module])
+                server = _servers[threads, module] = Server(threads, [*_PRELOADED, module])
             server.running += 1
         try:
-            return server.run(request, timeout, wanted)
-        except ConnectionError:  # it has ended, even if that is not yet to be seen of the process
-            with _lock:
-                if _servers.get((threads, module)) is server:
-                    del _servers[threads, module]
+            ended = server.run(request, timeout, wanted)
+            if ended.stopped != "orphaned":
+                return ended
+        except ConnectionError:
+            pass
         except OSError as error:
             if not wanted():
                 break
@@ -290,6 +301,11 @@ def run(function: str, threads: int, request: bytes, timeout: float | None, want
         finally:
             with _lock:
                 server.running -= 1
+        with _lock:  # it has ended, even if that is not yet to be seen of the process
+            if _servers.get((threads, module)) is server:
+                del _servers[threads, module]
+    if ended is not None:
+        return ended
     if not wanted():
         return Ended(None, 0, None, 0.0, "unwanted")
     raise CurvlabError(

@@ -118,7 +118,9 @@ def save(frame: pd.DataFrame, file: Path) -> None:
         CurvlabError: It ends otherwise, or cannot be written.
     """
     if file.suffix == ".csv":
-        write_whole(file, write_csv(frame).encode())
+        write_whole(
+            file, write_csv(frame).encode(errors="backslashreplace")
+        )  # a file of a configuration may be so named
     elif file.suffix == ".parquet":
         write_whole(file, write_parquet(frame))
     else:

@@ -7,6 +7,7 @@ numbers do not depend on it.
 """
 
 import json
+import os
 import platform
 import signal
 import threading
@@ -21,7 +22,7 @@ import joblib
 
 from curvlab.errors import CurvlabError
 from curvlab.grid import processes
-from curvlab.grid.cell import OUTPUT, Cell, Outcome
+from curvlab.grid.cell import OUTPUT, Cell, Outcome, plain
 from curvlab.grid.store import Store, writing
 from curvlab.progress import progress
 from curvlab.results.provenance import software
@@ -57,7 +58,8 @@ def run(
         retry_failed: Run the failed cells again.
         data_root: Where data sets are kept.
         offline: Never touch the network.
-        data: Names of data sets and the fingerprints that they must have on the workers of a cluster.
+        data: Names of data sets and files that the cells read, and their fingerprints: the store is not continued
+            with others, and the workers of a cluster must have the same.
 
     Returns:
         How many cells are ``done``, ``failed`` and ``absent``, and how many the store has of earlier sweeps.
@@ -67,11 +69,10 @@ def run(
     """
     if jobs is None:
         jobs = max(1, joblib.cpu_count() // threads)
-    store = store.absolute()
     forget()
     unique = {cell.key: cell for cell in cells}
     with writing(store) as opened:
-        opened.register(list(unique.values()))
+        opened.register(list(unique.values()), data or {})
         todo = opened.open_cells(retry_failed)
         tasks = [
             _task(cell, store, threads, cell_timeout, data_root, offline)
@@ -86,6 +87,7 @@ def run(
 
 def folder_of(store: Path, key: str) -> Path:
     """Return the folder that a cell is given, which is there if the cell has left something in it."""
+    store = store.resolve()  # not by another name: a cell must find its checkpoint
     return store.with_name(f"{store.name}.cells") / key
 
 
@@ -189,6 +191,8 @@ def _why(task: Task, ended: processes.Ended) -> str:
     memory = "" if ended.peak_bytes is None else f", with {ended.peak_bytes / 1e9:.2f} GB of memory at its peak"
     if ended.stopped == "timeout":
         return f"not done after {task['timeout']:g} seconds{memory}"
+    if ended.stopped == "orphaned":
+        return f"the process that starts the cells was killed, and when this one was begun again, once more{memory}"
     if ended.code == -signal.SIGKILL:
         return f"killed (SIGKILL), most likely because memory ran out{memory}"
     if ended.code < 0:
@@ -198,11 +202,13 @@ def _why(task: Task, ended: processes.Ended) -> str:
 
 def _output(task: Task) -> str | None:
     try:
-        text = (Path(task["folder"]) / OUTPUT).read_text(errors="replace")
+        with (Path(task["folder"]) / OUTPUT).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16 * _END_OF_OUTPUT))
+            text = file.read().decode(errors="replace")
     except OSError:
         return None
     # After a crash Python lists every extension module that there is.
-    return text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:] or None
+    return plain(text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:]) or None
 
 
 def forget() -> None:

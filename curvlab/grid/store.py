@@ -6,10 +6,11 @@ import os
 import platform
 import sqlite3
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from curvlab.grid.cell import Cell, Outcome, canonical
 
 FORMAT = 1  # of the tables below; a file of a later one is refused
 _APPLICATION = 0x63757276  # "curv", in the header of the file
+_TABLES = {"cells", "software", "data", "entries"}
 
 _SCHEMA = """
 CREATE TABLE cells (
@@ -45,6 +47,7 @@ CREATE TABLE cells (
 );
 CREATE INDEX cells_of_point ON cells (point);
 CREATE TABLE software (id INTEGER PRIMARY KEY, described TEXT NOT NULL UNIQUE);  -- JSON: versions, git
+CREATE TABLE data (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;  -- what the cells read
 CREATE TABLE entries (
     cell TEXT NOT NULL REFERENCES cells (key),
     row INTEGER NOT NULL,       -- which of the cell's records
@@ -75,8 +78,16 @@ class Store:
 
     # Writing
 
-    def register(self, cells: Sequence[Cell]) -> None:
-        """Enter the cells of the sweep, in its order; what is known of those that were there stays."""
+    def register(self, cells: Sequence[Cell], data: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Enter the cells of the sweep, in its order; what is known of those that were there stays.
+
+        Args:
+            cells: The sweep.
+            data: Names of data sets and files that the cells read, and their fingerprints.
+
+        Raises:
+            CurvlabError: The store was begun with other data.
+        """
         rows = [
             (
                 cell.key,
@@ -91,13 +102,23 @@ class Store:
             for position, cell in enumerate(cells)
         ]
         with self._writes() as connection:
-            before = connection.execute("SELECT key FROM cells WHERE position IS NOT NULL ORDER BY position").fetchall()
-            if [row[0] for row in rows] == [key for (key,) in before]:
+            known = dict(connection.execute("SELECT name, fingerprint FROM data"))
+            if other := [name for name, fingerprint in data.items() if known.get(name, fingerprint) != fingerprint]:
+                raise CurvlabError(
+                    f"{other[0]} is not what it was for the cells that {self.path} has, and one table would mix them; "
+                    "put back what it was, or choose another store (--out)"
+                )
+            connection.executemany("INSERT OR IGNORE INTO data VALUES (?, ?)", data.items())
+            before = connection.execute(
+                "SELECT key, point FROM cells WHERE position IS NOT NULL ORDER BY position"
+            ).fetchall()
+            if [row[:2] for row in rows] == before:
                 return
             connection.execute("UPDATE cells SET position = NULL")
             connection.executemany(
                 "INSERT INTO cells (key, point, position, name, version, config, seed, seed_name) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET position = excluded.position",
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET position = excluded.position, "
+                "point = excluded.point, seed = excluded.seed, seed_name = excluded.seed_name",
                 rows,
             )
 
@@ -172,10 +193,10 @@ class Store:
     def axes(self) -> list[str]:
         """Return the keys whose values differ between the configurations of the sweep, the seed left out."""
         rows = self._rows(
-            "SELECT entry.key FROM cells, json_each(cells.config) AS entry "
-            "WHERE position IS NOT NULL AND entry.key <> cells.seed_name GROUP BY entry.key "
-            "HAVING count(DISTINCT entry.type || ':' || coalesce(entry.value, '')) > 1 "
-            "OR count(*) < (SELECT count(*) FROM cells WHERE position IS NOT NULL) ORDER BY entry.key"
+            "SELECT name FROM (SELECT entry.key AS name, count(*) AS number FROM cells, json_each(config) AS entry "
+            "WHERE position IS NOT NULL AND entry.key <> seed_name GROUP BY entry.key, entry.type, entry.value) "
+            "GROUP BY name HAVING count(*) > 1 "
+            "OR sum(number) < (SELECT count(*) FROM cells WHERE position IS NOT NULL) ORDER BY name"
         )
         return [name for (name,) in rows]
 
@@ -251,10 +272,12 @@ class Store:
         Returns:
             The axes, the keys ``by``, ``seeds`` (done), ``failed`` and ``absent`` (how many more there should be) and
             for each value its mean and ``<value>_std`` (n - 1; missing for one seed). Where a record of the group has
-            None, the mean is missing too. Bit for bit the same in whatever order the cells ended.
+            None or an infinite number, the mean is missing too. Booleans have none. Bit for bit the same in whatever
+            order the cells ended.
 
         Raises:
-            CurvlabError: No record has such a key, or a seed has several records in a group.
+            CurvlabError: No record has such a key, a seed has several records in a group, or one of the values is
+                called as another one's standard deviation.
         """
         here = "cells.position IS NOT NULL AND cells.status = 'done'"
         rows = self._rows(
@@ -269,6 +292,11 @@ class Store:
                 raise CurvlabError(f"no record has {name!r}; they have {', '.join(known)}")
         groups = list(dict.fromkeys([*texts, *by]))
         averaged = [n for n in dict.fromkeys(numbers) if n not in (*groups, "seed") and (values is None or n in values)]
+        if twice := [name for name in averaged if f"{name}_std" in (*groups, *averaged)]:
+            raise CurvlabError(
+                f"the records have {twice[0]}_std, which is what the standard deviation of {twice[0]} is called here; "
+                "name with --values those to average, without one of the two"
+            )
         joins = "".join(
             f" LEFT JOIN entries AS g{n} ON g{n}.cell = e.cell AND g{n}.row = e.row AND g{n}.name = ?"
             for n in range(len(groups))
@@ -350,6 +378,7 @@ def writing(path: Path) -> Iterator[Store]:
     Raises:
         CurvlabError: Another process writes it, it cannot be written, it is damaged, of a newer version or no store.
     """
+    path = path.resolve()  # under any name it has one lock
     make_writable_folder(path.parent)
     with _lock(path), _told(path):
         if path.exists():
@@ -377,20 +406,39 @@ def reading(path: Path) -> Iterator[Store]:
         CurvlabError: There is none, or it is damaged, of a newer version or no store.
     """
     if not path.exists():
-        raise CurvlabError(f"there is no store {path}")
+        raise CurvlabError(f"there is no store {path}; name the file that a run has made, which ends in .sqlite")
     with _told(path):
-        connection = _check(path, begun=True)
+        connection = _reader(path)
         try:
             yield Store(path, connection)
         finally:
             connection.close()
 
 
+def _reader(path: Path) -> sqlite3.Connection:
+    """Return a connection that changes nothing, but removes SQLite's other two files when it is the last one."""
+    checked = _check(path, begun=True)
+    with suppress(sqlite3.OperationalError):  # they may not be written, and are then not there
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        checked.close()
+        return connection
+    return checked
+
+
 def _check(path: Path, begun: bool) -> sqlite3.Connection:
     """Return a connection that reads the file, which is whole and one of ours, or if not ``begun`` empty."""
     if path.is_dir():
         raise CurvlabError(f"{path} is a folder; name the file of the store in it")
-    place = path.resolve().as_uri()
+    if not path.is_file():
+        raise CurvlabError(f"{path} is no regular file; choose another one for the store")
+    file = path.resolve()
+    place = file.as_uri()
     try:
         connection = sqlite3.connect(f"{place}?mode=ro", uri=True, timeout=30)
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -398,11 +446,17 @@ def _check(path: Path, begun: bool) -> sqlite3.Connection:
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             raise
         # Where nothing may be written, not even what readers and writers share, nobody writes.
+        log = file.with_name(f"{file.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise CurvlabError(
+                f"the newest part of {path} is in {log.name}, which cannot be read where nothing can be written; "
+                "copy both to a folder that is writable"
+            ) from error
         connection = sqlite3.connect(f"{place}?mode=ro&immutable=1", uri=True)
     try:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not (application or version or tables or begun):
             return connection  # a run was killed before it could make the tables
         if application != _APPLICATION:
@@ -414,6 +468,8 @@ def _check(path: Path, begun: bool) -> sqlite3.Connection:
         ((found),) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise _damaged(path, found)
+        if version < 1 or not tables >= _TABLES:
+            raise _damaged(path, f"it lacks {', '.join(sorted(_TABLES - tables)) or 'its version'}")
     except BaseException:
         connection.close()
         raise
@@ -466,7 +522,7 @@ def _told(path: Path) -> Iterator[None]:
         elif code == sqlite3.SQLITE_IOERR:
             reason = f"{error}; is the disk full or gone? what is finished is in the store"
         else:
-            raise
+            raise CurvlabError(f"cannot use {path}: {error}") from error
         raise CurvlabError(f"cannot write {path}: {reason}") from error
 
 

@@ -11,7 +11,6 @@ from math import pi, sqrt
 
 import numpy as np
 import torch
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -104,6 +103,8 @@ class SpectralDensity:
         The distance is the area between the two distribution functions. The second number is the area under the
         standard error of ours: the root mean square of the distance of an estimate to its expectation is at most that.
         """
+        from scipy.stats import wasserstein_distance  # half a second, which every command would take longer to start
+
         nodes, weights = self.nodes.flatten().numpy(), self.weights.flatten().numpy()
         seen = weights > 0
         distance = wasserstein_distance(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -46,7 +46,7 @@ class Estimate:
 
 def student_factor(samples: int) -> float:
     """Return the half-width of a 95 % interval in standard errors that come from that many samples."""
-    return float(student.ppf((1 + CONFIDENCE) / 2, max(samples - 1, 1)))
+    return float(stdtrit(max(samples - 1, 1), (1 + CONFIDENCE) / 2))
 
 
 def mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:

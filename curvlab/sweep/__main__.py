@@ -1,9 +1,8 @@
 """``python -m curvlab.sweep``: run a sweep, and look at what it has in its store."""
 
-import io
-import os
-import signal
 import sys
+
+from curvlab.analyze.program import ended
 
 PROGRAM = "python -m curvlab.sweep"
 
@@ -20,29 +19,16 @@ commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit code: 0 done, 1 some cells have failed, 2 bad input, 130 interrupted."""
+    """Run a command and return the exit code: 0 done, 1 cells have failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        code = _main(given)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader of our output has left (| head), and Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
+    return ended(lambda: _main(given), "interrupted; the same command continues")
 
 
 def _main(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
-    # Imported here: Ctrl-C may come while they are.
+    # Imported here: the help above needs neither.
     from curvlab.analyze.command import nearest, told
     from curvlab.sweep.commands import COMMANDS
 

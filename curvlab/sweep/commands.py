@@ -2,18 +2,20 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from curvlab import grid
-from curvlab.analyze.command import Config, GridOptions, Parser, console, option_name, part, validated
+from curvlab.analyze.command import EXIT_CODES, Config, GridOptions, Parser, console, option_name, part, validated
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell, report
+from curvlab.grid import report
+from curvlab.grid.cell import find
 from curvlab.sweep import config
 
 
 class RunSweep(GridOptions):
-    """Run the cells of a sweep that its store does not have."""
+    """Options of ``run``."""
 
     out: Path | None = None
     """Folder for the store, which has the name of CONFIG.yaml with the ending .sqlite. Else that of CONFIG.yaml."""
@@ -22,14 +24,14 @@ class RunSweep(GridOptions):
 
 
 class Look(Config):
-    """Say what a store has."""
+    """Options of ``status`` and ``failed``."""
 
     debug: bool = False
     """Show the traceback of an error."""
 
 
 class Export(Look):
-    """Give the records of a store, with their cells, as a table."""
+    """Options of ``export``."""
 
     titles: ClassVar[dict[str, str]] = {"to": "table"}
 
@@ -47,15 +49,18 @@ C = TypeVar("C", bound=Config)
 
 
 def run(arguments: list[str], program: str) -> int:
-    """Run a sweep, and say what became of it."""
-    given = _given(RunSweep(), arguments, program, ["CONFIG.yaml"])
+    """Run the cells of a sweep that its store does not have, and say what became of them."""
+    given = _given(RunSweep(), run, arguments, program, ["CONFIG.yaml"])
     if given is None:
         return 0
     options, (name,) = given
     file = Path(name)
     cells = config.read(file)
+    with redirect_stdout(sys.stderr):  # what a module prints when it is imported is no table
+        for function in {cell.function for cell in cells}:
+            find(function)
     store = (options.out or file.parent) / f"{file.stem}.sqlite"
-    tally = options.run(cells, store, _data(cells, options) if options.scheduler else {})
+    tally = options.run(cells, store)
     with grid.reading(store) as opened:
         report.print_status(console(), opened)
         report.print_failures(console(), opened)
@@ -65,7 +70,7 @@ def run(arguments: list[str], program: str) -> int:
 
 def status(arguments: list[str], program: str) -> int:
     """Say how many cells are done, failed and absent."""
-    given = _given(Look(), arguments, program, ["STORE"])
+    given = _given(Look(), status, arguments, program, ["STORE"])
     if given is not None:
         with grid.reading(Path(given[1][0])) as store:
             report.print_status(console(), store)
@@ -73,8 +78,8 @@ def status(arguments: list[str], program: str) -> int:
 
 
 def failed(arguments: list[str], program: str) -> int:
-    """Say which cells have failed and why; of one, all."""
-    given = _given(Look(), arguments, program, ["STORE", "[CELL]"])
+    """Say which cells have failed and why; of one of them, all, with its traceback."""
+    given = _given(Look(), failed, arguments, program, ["STORE", "[CELL]"])
     if given is not None:
         with grid.reading(Path(given[1][0])) as store:
             if given[1][1:]:
@@ -85,8 +90,8 @@ def failed(arguments: list[str], program: str) -> int:
 
 
 def export(arguments: list[str], program: str) -> int:
-    """Give the records, or their summary, as a table."""
-    given = _given(Export(), arguments, program, ["STORE"])
+    """Give the records of a store, with their cells, or their summary, as a table."""
+    given = _given(Export(), export, arguments, program, ["STORE"])
     if given is None:
         return 0
     options, (name,) = given
@@ -95,7 +100,7 @@ def export(arguments: list[str], program: str) -> int:
     with grid.reading(Path(name)) as store:
         table = store.summary(options.by, options.values) if options.summary else store.table()
     if options.to is None:
-        sys.stdout.write(report.write_csv(table))
+        print(report.write_csv(table), end="")
     else:
         report.save(table, options.to)
     return 0
@@ -110,7 +115,9 @@ COMMANDS: dict[str, Callable[[list[str], str], int]] = {
 }
 
 
-def _given(defaults: C, arguments: list[str], program: str, names: list[str]) -> tuple[C, list[str]] | None:
+def _given(
+    defaults: C, command: Callable[[list[str], str], int], arguments: list[str], program: str, names: list[str]
+) -> tuple[C, list[str]] | None:
     """Return the options and the arguments that are none; None if the help was asked for and is shown.
 
     Raises:
@@ -121,7 +128,8 @@ def _given(defaults: C, arguments: list[str], program: str, names: list[str]) ->
     while words and not words[0].startswith("-") and len(files) < len(names):
         files.append(words.pop(0))
     usage = f"{program} {' '.join(names)}"
-    parser = Parser(usage, str(type(defaults).__doc__))
+    parser = Parser(usage, str(command.__doc__))
+    parser.epilog = EXIT_CODES
     parser.add(defaults)
     if "-h" in words or "--help" in words:
         print(parser.format_help(), end="")
@@ -132,11 +140,3 @@ def _given(defaults: C, arguments: list[str], program: str, names: list[str]) ->
         )
     options = validated(type(defaults), part(parser.known(words, [defaults]), type(defaults)), option_name)
     return options, files
-
-
-def _data(cells: list[Cell], options: GridOptions) -> dict[str, str]:
-    """Return the fingerprints of the data sets that cells of analyses name; a function may call anything ``data``."""
-    from curvlab.data import load
-
-    names = {str(cell.config["data"]) for cell in cells if cell.function.startswith("curvlab.analyze.")}
-    return {name: load(name, root=options.data_root, offline=options.offline).fingerprint() for name in sorted(names)}

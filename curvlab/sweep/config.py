@@ -8,14 +8,16 @@ from pydantic import Field
 
 from curvlab.analyze import ANALYSES
 from curvlab.analyze.command import Analysis, Config, changed, nearest, read_yaml
+from curvlab.analyze.subject import check_distinct
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, draw, expand
+from curvlab.grid.cell import canonical
 
 
 class Samples(Config):
     """Values drawn at random."""
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=1_000_000)
     """How many; a larger number begins with the same ones."""
     seed: int = Field(default=0, ge=0)
     """Of the draws."""
@@ -42,7 +44,7 @@ class SweepConfig(Config):
     """Configurations in part, each of keys that go together."""
     random: Samples | None = None
     """Values drawn at random."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] | None = None
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63, strict=True)], ...] | None = None
     """Each is one cell of every combination; else the seed is as any other key."""
 
 
@@ -52,28 +54,53 @@ def read(file: Path) -> list[Cell]:
     Raises:
         CurvlabError: It cannot be read, or is not right; the message names the key.
     """
-    sweep = changed(SweepConfig(), read_yaml(file), file)
+    values = read_yaml(file)
+    sweep = changed(SweepConfig(), values, file)
     if (sweep.analysis is None) == (sweep.function is None):
         raise CurvlabError(f"{file} needs either analysis or function")
+    for key, owner, other in (("version", "function", "analysis"), ("preset", "analysis", "function")):
+        if key in values and getattr(sweep, owner) is None:
+            raise CurvlabError(f"{file}: {key} is for {owner}, and does nothing beside {other}; leave it out")
+    analysis = None if sweep.analysis is None else find_analysis(sweep.analysis, file)
     try:
-        drawn = None
-        if sweep.random is not None:
-            drawn = draw(sweep.random.count, sweep.random.ranges, sweep.random.seed)
-        combined = list(expand(sweep.base, grid=sweep.grid, points=sweep.points, samples=drawn))
+        combined = _combined(sweep, "seed" if analysis is None else analysis.seed)
     except CurvlabError as error:
         raise CurvlabError(f"{file}: {error}") from error
-    if sweep.function is not None:
+    if analysis is None:
         seeded = [{"seed": seed} for seed in sweep.seeds] if sweep.seeds is not None else [{}]
         return [
-            Cell(sweep.function, {**config, **seed}, version=sweep.version) for config in combined for seed in seeded
+            Cell(str(sweep.function), {**config, **seed}, version=sweep.version)
+            for config in combined
+            for seed in seeded
         ]
-    analysis = find_analysis(str(sweep.analysis), file)
     if sweep.preset not in analysis.presets:
         raise CurvlabError(
             f"{file}: there is no preset {sweep.preset!r}; the nearest is {nearest(sweep.preset, analysis.presets)!r}"
         )
     base = analysis.presets[sweep.preset]
-    return analysis.cells((changed(base, config, file) for config in combined), sweep.seeds)
+    cells = analysis.cells((changed(base, config, file) for config in combined), sweep.seeds)
+    if not cells:
+        raise CurvlabError(f"{file}: there are no cells: {analysis.seed} is empty")
+    return cells
+
+
+def _combined(sweep: SweepConfig, seed: str) -> list[dict[str, Any]]:
+    """Return the combinations of the axes but the seeds, whose key is ``seed``."""
+    drawn = None
+    if sweep.random is not None:
+        drawn = draw(sweep.random.count, sweep.random.ranges, sweep.random.seed)
+    parts = {"base": [sweep.base], "grid": [sweep.grid], "points": sweep.points, "random": drawn or []}
+    for part, given in parts.items():
+        for name, value in (item for values in given for item in values.items()):
+            try:
+                canonical(value)
+            except CurvlabError as error:
+                raise CurvlabError(f"{part}: {name!r}: {error}") from error
+            if name == seed and sweep.seeds is not None:
+                raise CurvlabError(f"{name!r} is set by seeds and by {part}; let one of them do it")
+    if sweep.seeds is not None:
+        check_distinct(seeds=sweep.seeds)
+    return list(expand(sweep.base, grid=sweep.grid, points=sweep.points, samples=drawn))
 
 
 def find_analysis(name: str, file: Path) -> Analysis[Any]:
