@@ -1,11 +1,19 @@
-"""Continual learning: the streams of tasks that a network learns one after another, the loop, and what it measures."""
+"""Continual learning: streams of tasks, the loop in which a network learns them one after another, and metrics.
+
+The methods are in ``curvlab.continual.strategies``.
+"""
 
 from curvlab.continual import metrics
+from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.loop import Result, run
+from curvlab.continual.regimes import Regime
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Task, disjoint, permuted, rotated, split_classes, split_data
 
 __all__ = [
+    "Batch",
+    "Learner",
+    "Regime",
     "Result",
     "Strategy",
     "Task",

@@ -1,4 +1,7 @@
-"""The methods of continual learning, one a file."""
+"""The methods of continual learning, one a file: a class that is given its options, and is run by the loop.
+
+Stable SGD is ``Naive`` with the options of a ``curvlab.continual.Regime``, DER++ is ``DER`` with ``beta``.
+"""
 
 from curvlab.continual.strategies.agem import AGEM
 from curvlab.continual.strategies.base import Strategy
