@@ -20,6 +20,8 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.linearize import Linearized
 
+pytestmark = pytest.mark.usefixtures("one_server")
+
 TINY = (
     "--hidden 8 --source-steps 5 --steps 2 --long-steps 1 --long-tasks 12 --stream-samples 300 --test-samples 60 "
     "--buffer-size 10"
