@@ -251,6 +251,13 @@ def test_accuracies_are_measured_where_they_should_be() -> None:
         assert end == result.accuracy[t, t]
 
 
+def test_a_model_that_works_in_place_changes_no_data() -> None:
+    stream = split_data(blobs(), tasks=2)
+    before = stream[0].dataset.x_test.clone()
+    learn(stream, nn.Sequential(nn.Hardtanh(-0.1, 0.1, inplace=True), nn.Linear(8, CLASSES)), steps=2)
+    assert torch.equal(stream[0].dataset.x_test, before)
+
+
 def test_tasks_with_the_same_samples_and_other_outputs_are_measured_each() -> None:
     stream = split_data(blobs(), tasks=3)
     model = network(3 * CLASSES)

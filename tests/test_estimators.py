@@ -506,3 +506,24 @@ class TestRefusals:
         batches: list[Batch] = [(whole.inputs, whole.targets), (whole.inputs, whole.targets + 1)]
         with pytest.raises(CurvlabError, match="label is 3, but the model has 3 outputs"):
             estimate(Problem(whole.model, whole.loss, batches), "empirical_fisher", "diag")
+
+
+class _WithUnused(nn.Module):
+    """A layer that takes no part: vectorised, the rows of its gradients are one zero spread out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2).double()
+        self.used = nn.Linear(3, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher:samples=1", "fisher"])
+@pytest.mark.parametrize("structure", ["diag", "dense"])
+def test_a_layer_that_is_not_used_has_no_curvature(quantity: str, structure: str) -> None:
+    problem = Problem(_WithUnused(), "cross_entropy", (torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])))
+    found = estimate(problem, quantity, structure, backend="hooks").diagonal()
+    assert (found[:6] == 0).all()
+    assert (found[6:] > 0).any()

@@ -54,6 +54,12 @@ def frozen_norm() -> nn.Module:
     return model.eval()
 
 
+def half_norm(missing: str) -> nn.Module:
+    model = images(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    model[1].register_parameter(missing, None)
+    return model
+
+
 def partly_frozen() -> nn.Module:
     model = images(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(48, 6), nn.ReLU())
     model.append(nn.Linear(6, 3).double())
@@ -84,6 +90,8 @@ RULED: dict[str, Callable[[], nn.Module]] = {
     ),
     "BatchNorm2d first": lambda: images(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.Flatten()),
     "frozen BatchNorm2d": frozen_norm,
+    "BatchNorm2d without weight": lambda: half_norm("weight"),
+    "BatchNorm2d without bias": lambda: half_norm("bias"),
     "partly frozen": partly_frozen,
     "Identity, Dropout in eval mode": lambda: images(nn.Flatten(), nn.Identity(), nn.Linear(72, 4), nn.Dropout()),
     "nothing to linearize last": lambda: images(nn.Flatten(), nn.Linear(72, 3), nn.ReLU()),

@@ -46,7 +46,7 @@ def _accuracy(learner: Learner, task: int, part: Part) -> float:
     right = torch.zeros((), dtype=torch.int64, device=like.device)
     for start in range(0, len(x), _BATCH):
         inputs, labels = take((x, y), slice(start, start + _BATCH), like)
-        outputs = learner.model(inputs)
+        outputs = learner.model(inputs.clone())  # a model may work in place, and a slice is of the data set itself
         if counting is not None:
             outputs = outputs.where(counting, -torch.inf)
         right += (outputs.argmax(1) == labels).sum()

@@ -114,7 +114,7 @@ def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Te
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
         rows: Tensor = vmap(of_sample)(inputs, seeds)
-    return rows.flatten(0, 1)
+    return rows.flatten(0, 1).contiguous()  # those of a parameter that is not used are one zero, spread out
 
 
 def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:

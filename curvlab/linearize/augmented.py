@@ -80,9 +80,10 @@ def _batch_norm(module: nn.BatchNorm2d, x: Tensor, t: Tangent) -> Pair:
     out = F.batch_norm(x, mean, variance, weight, bias, eps=module.eps)
     scale = (variance + module.eps).rsqrt() if weight is None else weight * (variance + module.eps).rsqrt()
     change = None if t is None else t * scale.view(-1, 1, 1)
-    if weight is not None and bias is not None and _displaced(module):
-        moved = F.batch_norm(x, mean, variance, module.weight - weight, module.bias - bias, eps=module.eps)
-        change = _add(change, moved)
+    if _displaced(module):
+        moved_weight = torch.zeros_like(mean) if weight is None else module.weight - weight
+        moved_bias = None if bias is None else module.bias - bias
+        change = _add(change, F.batch_norm(x, mean, variance, moved_weight, moved_bias, eps=module.eps))
     return out, change
 
 
