@@ -182,7 +182,6 @@ _SUMMARY = (
     Column("end_of_start", "end / start", spread="end_of_start_std"),
     Column("matvecs", "products"),
 )
-_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
 _RATES = (
     Column("lr", "learning rate", format=lambda value: f"{value:g}"),
     Column("validation_loss", "validation loss"),
@@ -223,7 +222,7 @@ def run(config: EigenvaluesConfig, options: GridOptions, console: Console) -> No
         if not records:
             gridded.report_failures(console, directory)
         table, verdicts = summarise(records), claims(records)
-        columns = (*_SUMMARY, _SEEDS) if failed else _SUMMARY
+        columns = (*_SUMMARY, gridded.SEEDS) if failed else _SUMMARY
         write_tables(directory, records, columns, summary=_readable(table))
         directory.write_json("trainings.json", trainings)
         directory.write_json("claims.json", verdicts)
@@ -716,7 +715,7 @@ def _print(
         best = _best(rates)
         marked = [{**rate, "note": "taken" if rate["lr"] == best else rate["note"]} for rate in rates]
         console.print(render(marked, _RATES, title), crop=False)
-    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (gridded.SEEDS,)
     number = "the seeds that did not fail" if seeds else f"{len(config.seeds)} seeds"
     spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
     samples = len(subject.samples(config, data)[0])

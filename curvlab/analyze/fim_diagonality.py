@@ -94,7 +94,6 @@ _MEANS = (
     Column("paper_offdiag_mean", "off-diag sum / n⁴", spread="paper_offdiag_mean_std"),
 )
 _TABLE = (*_SUMS[:4], *_MEANS[1:], *_SUMS[4:])
-_SEEDS = Column("seeds", "seeds")  # shown where a seed has failed
 
 
 def cell(config: FimDiagonalityConfig, place: Place) -> list[Record]:
@@ -145,7 +144,7 @@ def run(config: FimDiagonalityConfig, options: GridOptions, console: Console) ->
             found, failed = gridded.run(ANALYSIS.cells([config]), options, directory)
         table = summarise(found)
         claims = masq_table2.claims(found, _is_paper(config))
-        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        write_tables(directory, found, (*_TABLE, gridded.SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("claims.json", claims)
         with clock("figures"):
             _figures(config, dataset, directory, table, seed=found[0]["seed"])

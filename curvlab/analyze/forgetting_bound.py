@@ -72,7 +72,6 @@ _ACCURACY = (
     Column("learning_accuracy", "of each task when learnt", spread="learning_accuracy_std"),
 )
 _TABLE = (*_EXPANSION, *_ACCURACY)
-_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
 _CORRELATED = ("bound", "quadratic", "second_order", "lambda_max", "distance")
 _CORRELATIONS = (
     Column("stream", "stream"),
@@ -109,7 +108,7 @@ def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -
         accuracies = [record for record in records if "accuracy" in record]
         table, correlations = summarise(found, accuracies), correlations_of(found)
         claims = claims_of(found, accuracies, [toy(seed) for seed in config.seeds], config.tol)
-        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        write_tables(directory, found, (*_TABLE, gridded.SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("accuracies.json", accuracies)
         directory.write_json("correlations.json", correlations)
         directory.write_json("claims.json", claims)
@@ -430,7 +429,7 @@ def _print(
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (_SEEDS,)
+    seeds = () if all(row["seeds"] == len(config.seeds) for row in table) else (gridded.SEEDS,)
     number = "the seeds that did not fail" if seeds else f"{len(config.seeds)} seeds"
     spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
     title = f"What a {_title(config, dataset)} forgets, {config.tasks} tasks; mean over pairs of tasks, {spread}"

@@ -13,12 +13,13 @@ from curvlab.analyze.command import CellsFailed, GridOptions
 from curvlab.analyze.subject import SubjectConfig
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, report
-from curvlab.results import RunDirectory, Stopwatch, collect, open_run
+from curvlab.results import Column, RunDirectory, Stopwatch, collect, open_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STORE = "sweep.sqlite"
+SEEDS = Column("seeds", "seeds")  # of a table, shown where a cell has failed
 _TITLE = 10  # size of the titles of figures
 
 

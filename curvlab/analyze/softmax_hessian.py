@@ -87,7 +87,6 @@ _NETWORK = (
     Column("ggn", "of the GGN", spread="ggn_std"),
     Column("hessian", "of the Hessian", spread="hessian_std"),
 )
-_SEEDS = Column("seeds", "seeds")  # shown where a seed has failed
 
 
 def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) -> None:
@@ -109,7 +108,7 @@ def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) ->
         of_network = [record for record in found if "step" in record]
         tables = summarise(of_logits, of_network)
         claims = claims_of(of_logits, of_network)
-        write_tables(directory, of_logits, (*_LOGITS, _SEEDS) if failed else _LOGITS, summary=tables[0])
+        write_tables(directory, of_logits, (*_LOGITS, gridded.SEEDS) if failed else _LOGITS, summary=tables[0])
         directory.write_json("network.json", of_network)
         directory.write_json("claims.json", claims)
         with clock("figures"):

@@ -24,7 +24,6 @@ import torch
 from curvlab.errors import CurvlabError
 from curvlab.files import remove_leftovers
 
-Value = None | bool | int | float | str
 Record = dict[str, Any]
 
 OUTPUT = "output.txt"

@@ -30,7 +30,6 @@ from curvlab.results.provenance import software
 _END_OF_OUTPUT = 4000  # characters of what a cell wrote that are stored if it leaves nothing else
 
 Task = Mapping[str, Any]
-Advance = Callable[[Outcome], None]
 
 
 def run(
