@@ -100,11 +100,12 @@ _MNIST = MethodsConfig(
     test_samples=2000,
     samples=1000,
     epochs=1,
-    trials=8,
-    lrs=(0.1, 0.03, 0.01, 0.003),
-    ewc_strengths=(1.0, 3.0),
-    ewc_lrs=(0.1, 0.03),
-    decays=(0.9, 0.8, 0.65, 0.5),
+    trials=12,
+    lrs=(0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
+    ewc_strengths=(3.0, 30.0, 100.0),
+    ewc_lrs=(0.03, 0.01),
+    stable_lrs=(0.1, 0.05),
+    decays=(0.9, 0.8, 0.65),
 )
 _CIFAR = MethodsConfig(
     data="cifar100",
@@ -119,12 +120,12 @@ _CIFAR = MethodsConfig(
     test_samples=2000,
     samples=100,
     epochs=3,
-    trials=4,
-    lrs=(0.01, 0.003),
-    ewc_strengths=(10.0, 100.0),
+    trials=6,
+    lrs=(0.03, 0.01, 0.003),
+    ewc_strengths=(1.0, 10.0, 100.0),
     ewc_lrs=(0.01,),
     stable_lrs=(0.01,),
-    decays=(0.95, 0.85),
+    decays=(0.95, 0.9, 0.8),
     dropouts=(0.0,),  # the network has none
 )
 PRESETS = {
@@ -136,14 +137,9 @@ PRESETS = {
             "task_samples": None,
             "validation": 5000,
             "test_samples": None,
-            "trials": 16,
+            "trials": 18,
             "seeds": (0, 1, 2, 3, 4),
-            "ewc_strengths": (0.3, 1.0, 3.0, 10.0),
-            "ewc_lrs": (0.1, 0.03, 0.01),
-            "stable_lrs": (0.1, 0.05),
-            "lrs": (0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
             "batch_sizes": (10, 32, 64),
-            "dropouts": (0.25, 0.5),
         }
     ),
     "paper-cifar100": _CIFAR.model_copy(
