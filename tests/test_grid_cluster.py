@@ -1,5 +1,6 @@
 """Grids on a Dask cluster: the same bits as here, also when workers die, and what workers must have."""
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from curvlab.grid import Cell, reading, run
 pytest.importorskip("distributed")
 
 from distributed import LocalCluster
+from distributed.utils import LoopRunner
 from test_grid import NAME as GRID
 from test_grid import attempts, contents, grid_of, store_is_whole
 
@@ -113,6 +115,22 @@ def test_a_scheduler_that_is_not_there(file, monkeypatch):
         run(grid_of("plain", a=[1]), file, scheduler="tcp://127.0.0.1:9")
     with pytest.raises(CurvlabError, match=r"there is no Dask scheduler at nonsense"):
         run(grid_of("plain", a=[1]), file, scheduler="nonsense://x")
+
+
+def test_a_client_that_could_not_connect_is_collected_while_another_starts(file, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_CONNECT", 1)
+    gc.disable()
+    try:
+        for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+            with pytest.raises(CurvlabError, match="there is no Dask scheduler"):
+                run(grid_of("plain", a=[1]), file, scheduler=address)
+        collector = threading.Thread(target=gc.collect, daemon=True)
+        with LoopRunner._lock:  # as the client that starts holds it, waiting for a thread that may collect garbage
+            collector.start()
+            collector.join(5)
+            assert not collector.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_two_sweeps_have_each_its_own_plugin(cluster, tmp_path, monkeypatch):

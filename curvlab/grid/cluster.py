@@ -79,14 +79,22 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
 
 
 class _Client(Client):
-    """A client that is quiet when it is thrown away because it could not connect."""
+    """A client that is closed at once if it could not connect, and never by the garbage collector.
+
+    The collector runs in any thread. In the thread in which the loop of another client is starting, the closing that
+    Dask does there would wait for a lock that is held until that loop has started.
+    """
 
     def __init__(self, address: str) -> None:
-        Client.__init__(self, address, timeout=_CONNECT, set_as_default=False)
+        try:
+            Client.__init__(self, address, timeout=_CONNECT, set_as_default=False)
+        except BaseException:
+            with suppress(Exception):
+                self.close(timeout=_CONNECT)  # type: ignore[no-untyped-call]
+            raise
 
     def __del__(self) -> None:
-        with suppress(Exception):
-            Client.__del__(self)
+        pass
 
 
 def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
