@@ -90,7 +90,7 @@ class _Client(Client):
             Client.__init__(self, address, timeout=_CONNECT, set_as_default=False)
         except BaseException:
             with suppress(Exception):
-                self.close(timeout=_CONNECT)
+                self.close(timeout=_CONNECT)  # type: ignore[no-untyped-call]
             raise
 
     def __del__(self) -> None:
