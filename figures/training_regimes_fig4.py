@@ -3,6 +3,7 @@
     python figures/training_regimes_fig4.py [RUN]
 
 Draws from the results in RUN (default runs/training_regimes_table2), running the analysis first if there are none.
+If cells have failed, the figure says so.
 """
 
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 import yaml
 
 from curvlab.analyze.__main__ import main as analyze
+from curvlab.analyze.gridded import marked
+from curvlab.analyze.methods import describe
+from curvlab.analyze.methods_config import MethodsConfig
 from curvlab.analyze.training_regimes_table2 import LABELS
 from curvlab.results import RunDirectory
 from curvlab.results.continual import accuracy_curves
@@ -19,16 +23,17 @@ from curvlab.results.continual import accuracy_curves
 
 def main(run: Path) -> int:
     """Draw ``training_regimes_fig4.png`` and ``.pdf`` in the run's folder."""
+    code = 0
     if not (run / "provenance.json").exists():  # written last: the run is finished
         code = analyze(["methods", "--preset", "paper", "--out", str(run)])
-        if code:
+        if not (run / "provenance.json").exists():
             return code
     accuracies = json.loads((run / "accuracies.json").read_text())
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    figure = accuracy_curves(accuracies, LABELS, f"{config['tasks']} tasks of {Path(config['data']).name}")
-    for path in RunDirectory(run, resumed=True).write_figure("training_regimes_fig4", figure):
+    config = MethodsConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    figure = accuracy_curves(accuracies, LABELS, describe(config))
+    for path in RunDirectory(run, resumed=True).write_figure("training_regimes_fig4", marked(figure, run)):
         print(path)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

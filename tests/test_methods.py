@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_server")
 
 TINY = (
     "--hidden 6 --tasks 2 --epochs 1 --task-samples 96 --validation 60 --test-samples 90 --streams permuted "
-    "--batch-sizes 16 --replay-batch-size 8 --ewc-strengths 1 --decays 0.8"
+    "--batch-sizes 16 --replay-batch-size 8 --ewc-lrs 0.1 --ewc-strengths 1 --stable-lrs 0.1 --decays 0.8"
 )
 
 
@@ -73,8 +73,11 @@ def tiny(**changes):
 
 
 def test_every_method_has_as_many_candidates():
+    """And they are all combinations of its lists, so that none of a preset's values is left out by chance."""
     for name, config in PRESETS.items():
         assert {len(candidates(config, method)) for method in ALL} == {config.trials}, name
+        for method in ALL:
+            assert math.prod(len(getattr(config, field)) for field in LISTS[method].values()) == config.trials, name
 
 
 def test_candidates_are_all_combinations_or_draws_of_them():
@@ -234,7 +237,7 @@ def of_methods(stream="permuted", **changes):
 @pytest.mark.parametrize("stream", ["permuted", "rotated", "split"])
 def test_the_published_numbers_are_as_the_claims_say(stream):
     claims = table2.claims(of_methods(stream))
-    assert len(claims) == 6
+    assert len(claims) == 7
     assert {claim.verdict for claim in claims} == {"reproduced"}
     for claim in claims:
         assert claim.ours == pytest.approx(claim.published, abs=1e-9)
@@ -244,17 +247,17 @@ def test_the_published_numbers_are_as_the_claims_say(stream):
     ("stream", "changes", "lost"),
     [
         ("permuted", {"joint": {"acc": 0.80}}, {0}),
-        ("permuted", {"ewc": {"acc": 0.81}}, {1}),
-        ("permuted", {"ewc": {"acc": 0.444}}, {2}),
-        ("rotated", {"ewc": {"acc": 0.46}}, {2}),
-        ("rotated", {"ewc": {"acc": 0.5}, "naive": {"acc": 0.5}}, set()),
-        ("permuted", {"naive": {"acc": 0.71}, "ewc": {"acc": 0.75}}, {3}),
+        ("permuted", {"ewc": {"acc": 0.81}}, {1, 2}),
+        ("permuted", {"ewc": {"acc": 0.444}}, {1, 3}),
+        ("rotated", {"ewc": {"acc": 0.46}}, {1, 3}),
+        ("rotated", {"ewc": {"acc": 0.5}, "naive": {"acc": 0.5}}, {1}),
+        ("permuted", {"naive": {"acc": 0.71}, "ewc": {"acc": 0.75}}, {4}),
         ("rotated", {"naive": {"acc": 0.60}, "ewc": {"acc": 0.61}}, set()),
-        ("rotated", {"naive": {"acc": 0.64}, "ewc": {"acc": 0.65}}, {3}),
+        ("rotated", {"naive": {"acc": 0.64}, "ewc": {"acc": 0.65}}, {4}),
         ("split", {"naive": {"acc": 0.58}, "ewc": {"acc": 0.59}}, set()),
-        ("permuted", {"agem": {"acc": 0.81}}, {4}),
-        ("permuted", {"er": {"acc": 0.81}}, {4}),
-        ("permuted", {"ewc": {"forgetting": 0.08}}, {5}),
+        ("permuted", {"agem": {"acc": 0.81}}, {5}),
+        ("permuted", {"er": {"acc": 0.81}}, {5}),
+        ("permuted", {"ewc": {"forgetting": 0.08}}, {6}),
         ("permuted", {"er": {"forgetting": 0.08}}, set()),
     ],
 )
@@ -266,11 +269,61 @@ def test_claims(stream, changes, lost):
 def test_claims_where_cells_are_missing():
     without = [record for record in of_methods() if record["method"] != "ewc"]
     assert [claim.verdict for claim in table2.claims(without)] == [
-        *("reproduced", "not tested", "not tested", "reproduced", "reproduced", "not tested")
+        *("reproduced", *["not tested"] * 3, "reproduced", "reproduced", "not tested")
     ]
     failed = [record for record in of_methods() if (record["method"], record["seed"]) != ("joint", 1)]
-    assert [claim.verdict for claim in table2.claims(failed)] == ["not tested", *["reproduced"] * 5]
+    assert [claim.verdict for claim in table2.claims(failed)] == ["not tested", *["reproduced"] * 6]
     assert {claim.verdict for claim in table2.claims(of_methods()[::3])} == {"not tested"}  # one seed
+
+
+def test_the_order_of_a_stream_seed_by_seed():
+    ewc = dict(zip(range(3), (0.75, 0.82, 0.30), strict=True))
+    found = [record | ({"acc": ewc[record["seed"]]} if record["method"] == "ewc" else {}) for record in of_methods()]
+    rows = table2.order([*found, *of_methods("rotated")])
+    assert [(row["stream"], row["seed"], row["holds"]) for row in rows] == [
+        *(("permuted", 0, True), ("permuted", 1, False), ("permuted", 2, False)),
+        *(("rotated", seed, True) for seed in range(3)),
+    ]
+    differences = [[row[key] for key in ("stable-ewc", "ewc-naive", "stable-naive", "smallest")] for row in rows[:3]]
+    np.testing.assert_allclose(differences[0], [0.051, 0.306, 0.357, 0.051])
+    np.testing.assert_allclose(differences[1], [-0.009, 0.366, 0.357, -0.009])
+    np.testing.assert_allclose(differences[2], [0.521, -0.164, 0.357, -0.164])
+    gone = [record for record in found if (record["method"], record["seed"]) != ("ewc", 1)]
+    assert [row["holds"] for row in table2.order(gone)] == [True, None, False]
+    assert table2.order([record for record in found if record["method"] != "ewc"]) == []
+
+
+def test_a_value_at_an_end_of_those_tried():
+    rows = [
+        {"stream": "permuted", "method": "stable", "lr": lr, "batch_size": size, "decay": decay, "dropout": 0.0}
+        for lr in (0.1, 0.2, 0.3)
+        for size in (1, 64)
+        for decay in (0.5, 1.0)
+    ]
+    other = {**rows[0], "stream": "rotated", "lr": 7.0}
+    ends = {(row["lr"], row["batch_size"], row["decay"]): analysis.at_an_end(row, [*rows, other]) for row in rows}
+    assert ends[0.2, 1, 1.0] == []  # no batch is smaller and no rate rises
+    assert ends[0.1, 64, 0.5] == ["lr", "batch_size", "decay"]
+    assert ends[0.3, 1, 0.5] == ["lr", "decay"]
+
+
+def test_deviations_are_those_of_the_configuration():
+    mnist = PRESETS["paper"].model_copy(update={"task_samples": None, "methods": ("naive", "stable")})
+    same = {"batch_sizes": (10,), "validation": 0}
+    lines = table2.deviations(mnist.model_copy(update=same), dict.fromkeys(mnist.streams, (60_000, 10_000)))
+    assert [line.partition(":")[0] for line in lines] == ["All methods"]
+    lines = table2.deviations(PRESETS["cpu"], dict.fromkeys(mnist.streams, (10_000, 2000)))
+    assert lines[0] == (
+        "permuted, rotated: training samples a task 10,000 (60,000); test samples 2,000 (10,000); batch size 10 or 64 "
+        "(10); seeds 3 (5)."
+    )
+    assert lines[1].startswith("EWC: empirical_fisher, diag, of 1,000 random samples")
+    split, *_ = table2.deviations(PRESETS["cpu-cifar100"], {"split": (200, 2000)})
+    for text in ("passes 3 (1)", "resnet20_cifar10-12fca82f.th, BatchNorm frozen (narrow ResNet-18", "SGD 0 (0.1)"):
+        assert text in split
+    digits, rotated, *_ = table2.deviations(MethodsConfig(), dict.fromkeys(mnist.streams, (1237, 360)))
+    assert "data digits (mnist); tasks 5 (20)" in digits
+    assert "degrees a task 40 (10)" in rotated
 
 
 def test_summary_beside_the_published_numbers():
@@ -281,6 +334,8 @@ def test_summary_beside_the_published_numbers():
     assert table[0]["acc"] == pytest.approx(0.454)
     assert table[0]["acc_std"] == pytest.approx(0.01)
     assert table[5]["forgetting"] is None
+    slow = [record | {"seconds": 100.0 if record["seed"] == 1 else 2.0} for record in of_methods()]
+    assert {row["seconds"] for row in summarise(slow)} == {2.0}
     beside = table2.beside_published(table, "mnist", 20)
     assert beside[4]["published_acc"] == pytest.approx(0.801)
     assert beside[4]["published_acc_std"] == pytest.approx(0.0051)
@@ -315,6 +370,8 @@ def test_figures():
     diamonds = [line.get_ydata()[0] for line in bars.axes[0].lines if line.get_marker() == "D"]
     np.testing.assert_allclose(diamonds, [row["published_acc"] for row in table])
     assert len(bars.axes[1].patches) == 5  # joint training has no forgetting
+    labels = [text.get_text() for text in bars.legends[0].get_texts()]
+    assert labels == ["standard deviation of 3 seeds", "published mean"]
 
 
 # The run.
@@ -330,7 +387,7 @@ def test_a_run_and_the_same_again(call, monkeypatch):
     assert (code, err) == (0, "")
     assert {name for name in files("run") if not name.startswith("sweep.sqlite")} == {
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "accuracies.json", "selection.json"),
-        *("claims.json", "provenance.json", "accuracy_curves.png", "accuracy_curves.pdf"),
+        *("claims.json", "order.json", "provenance.json", "accuracy_curves.png", "accuracy_curves.pdf"),
         *("accuracy_and_forgetting.png", "accuracy_and_forgetting.pdf"),
     }
     table, selection = read("run/table.json"), read("run/selection.json")
@@ -349,10 +406,12 @@ def test_a_run_and_the_same_again(call, monkeypatch):
     assert row["validation_acc"] == expected(config, "naive", 1000, "validation", lr=0.1)[0]["acc"]
     accuracies = read("run/accuracies.json")
     assert len(accuracies) == 5 * 3 + 2
-    assert len(read("run/claims.json")) == 6
+    assert len(read("run/claims.json")) == 7
+    assert len(read("run/order.json")) == 1
     for text in ("Methods after 2 tasks of digits", "Hyper-parameters", "seed 1000", "another code", "Saved in run"):
         assert text in out
     assert "Table 2, beside ours" not in out  # these are not the paper's data
+    assert " 0.094 " in out
     assert Path("run/table.tex").read_text().isascii()
     origin = read("run/provenance.json")
     assert set(origin["seconds"]) == {"data", "selection", "cells", "figures"}
@@ -433,9 +492,16 @@ def test_a_candidate_that_diverges_is_not_chosen(call):
     assert "loss is nan" in first["note"]
     assert (second["lr"], second["chosen"], second["note"]) == (0.1, True, "")
     (row,) = [
-        line.split("│") for line in out.splitlines() if line.startswith("permuted │ Naive SGD") and " 0.1 " in line
+        line.split("│") for line in out.splitlines() if line.startswith("permuted │ Naive SGD") and " 0.1* " in line
     ]
     assert [cell.strip() for cell in row[-2:]] == ["2", "1"]
+
+
+def test_a_candidate_that_diverges_late_leaves_nothing(tmp_path):
+    config = tiny(methods=("ewc",), ewc_lrs=(0.1,), ewc_strengths=(1e9,), evaluation="validation")
+    (record,) = ANALYSIS.cell(config, Place(tmp_path))
+    assert "of task 1" in record["note"]
+    assert not files(tmp_path)
 
 
 def test_candidates_that_all_diverge(call):
@@ -483,7 +549,7 @@ def test_a_candidate_whose_cell_is_lost_ends_the_run(call):
         ("--quantity hessien", "there is no quantity 'hessien'"),
         ("--ewc-mode onlin", "--ewc-mode should be 'separate' or 'online'"),
         ("--per-class 0", "--per-class should be greater than or equal to 1"),
-        ("--model cnn", "dropout belongs to mlp; cnn takes none"),
+        ("--model cnn", "with cnn set dropouts to 0"),
         ("--fine-tune", "fine_tune is for weights from a file: set weights"),
         ("--weights gone.pt", "gone.pt: there is no such file of weights"),
         ("--normalize imagenet", "normalize=imagenet is for images with three channels"),
@@ -501,8 +567,29 @@ def test_bad_value(call, line, fragment, tmp_path):
 
 
 def test_unused_lists_may_be_empty(call):
-    code, _, err = call(f"{TINY} --methods naive --lrs 0.1 --seeds 0 --ewc-strengths --decays --dropouts --out run")
+    code, out, err = call(f"{TINY} --methods naive --lrs 0.1 --seeds 0 --ewc-strengths --decays --dropouts --out run")
     assert (code, err) == (0, "")
+    for text in ("chosen on", "Candidates were", "* The smallest", "Stable SGD above EWC above"):
+        assert text not in out  # nothing was chosen, and these were not run
+
+
+def test_a_seed_that_failed_in_every_row(call, monkeypatch):
+    line = f"{TINY} --methods naive --lrs 0.1 --seeds 0 1 2 --out run"
+    assert "over 3 seeds" in call(line)[1]
+    real = analysis.gridded.run
+
+    def without_one(*given):
+        records, _ = real(*given)
+        return [record for record in records if record["seed"] != 1], [{}]
+
+    monkeypatch.setattr("curvlab.analyze.gridded.run", without_one)
+    as_published = {**table2.published(), "data": {"permuted": "digits"}, "tasks": 2}
+    monkeypatch.setattr(table2, "published", lambda: as_published)
+    out = call(line)[1]
+    for text in ("0.444 ± 0.025", "0.53 ± 0.03"):  # no digits that were not printed
+        assert text in out
+    assert "over the seeds that did not fail" in out
+    assert out.splitlines()[1].split()[-1] == "seeds"
 
 
 def test_what_the_options_say():

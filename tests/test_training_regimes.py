@@ -123,6 +123,28 @@ def test_measuring_does_not_change_the_training(tmp_path):
     assert network["acc"] == metrics.acc(result.accuracy)
 
 
+def test_a_cell_continues_after_the_last_finished_task(tmp_path, monkeypatch):
+    config = tiny(regimes=("stable",), seeds=(0,))
+    whole = ANALYSIS.cell(config, Place(tmp_path / "whole"))
+    real, left = Naive.loss, [10]  # in the third task, of four steps each
+
+    def interrupted(self, learner, batch):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(self, learner, batch)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(Naive, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ANALYSIS.cell(config, Place(tmp_path / "stopped"))
+    steps = []
+    monkeypatch.setattr(Naive, "loss", lambda *given: (steps.append(1), real(*given))[1])
+    assert ANALYSIS.cell(config, Place(tmp_path / "stopped")) == whole
+    assert len(steps) == 4
+    assert not files(tmp_path)  # what was in them is in the records
+
+
 def test_the_two_solvers(tmp_path):
     exact, powered = (
         ANALYSIS.cell(tiny(regimes=("plastic",), seeds=(0,), solver=solver), Place(tmp_path))[0]
@@ -202,6 +224,9 @@ def test_figure():
     ]
     drawn = figure(points(), accuracies, "title")
     assert len(drawn.axes) == 8
+    mixed = [record | {"regime": "stable-batch_size"} for record in (*points(), *accuracies)]
+    (legend,) = figure(mixed[: len(points())], mixed[len(points()) :], "title").legends
+    assert legend.get_texts()[0].get_text() == "stable, batch size of plastic"
     mean, first, eigenvalue, distance = drawn.axes[4:]
     np.testing.assert_allclose(mean.lines[0].get_xydata(), [[1, 0.91], [2, 0.86], [3, 0.81]])
     np.testing.assert_allclose(first.lines[1].get_xydata(), [[1, 0.91], [2, 0.81], [3, 0.71]])

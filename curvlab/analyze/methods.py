@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from matplotlib.figure import Figure
@@ -40,31 +41,40 @@ from curvlab.results.continual import accuracy_curves, method_bars
 
 Record = dict[str, Any]
 
-_VALUES = ["acc", "forgetting", "learning_accuracy", "bytes", "seconds"]
+_VALUES = ["acc", "forgetting", "learning_accuracy", "bytes"]
 _NAMES = (Column("stream", "stream"), Column("label", "method"))
-_TABLE = (
+_TABLE: tuple[Column, ...] = (
     *_NAMES,
     Column("acc", "accuracy", spread="acc_std"),
     Column("forgetting", "forgetting", spread="forgetting_std"),
     Column("learning_accuracy", "when learnt", spread="learning_accuracy_std"),
     Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
-    Column("seconds", "seconds", format=lambda value: f"{value:.0f}"),
+    Column("seconds", "median seconds", format=lambda value: f"{value:.0f}"),
 )
 _PUBLISHED = (
     *_NAMES,
     Column("acc", "accuracy", spread="acc_std"),
-    Column("published_acc", "published", spread="published_acc_std"),
+    Column("printed_acc", "published"),
     Column("forgetting", "forgetting", spread="forgetting_std"),
-    Column("published_forgetting", "published", spread="published_forgetting_std"),
+    Column("printed_forgetting", "published"),
 )
 _SELECTED = (
     *_NAMES,
-    *(Column(name, name.replace("_", " "), format=lambda value: f"{value:g}") for name in TUNED),
+    *(Column(f"chosen_{name}", name.replace("_", " ")) for name in TUNED),
     Column("validation_acc", "held-out accuracy", spread="validation_acc_std"),
     Column("tried", "of candidates"),
     Column("failed", "of them failed"),
 )
-_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
+_ORDER = (
+    Column("stream", "stream"),
+    Column("seed", "seed"),
+    Column("stable-ewc", "Stable SGD less EWC", format=lambda value: f"{value:.4f}"),
+    Column("ewc-naive", "EWC less naive", format=lambda value: f"{value:.4f}"),
+    Column("stable-naive", "Stable SGD less naive", format=lambda value: f"{value:.4f}"),
+    Column("holds", "in this order", format=lambda value: "yes" if value else "no"),
+)
+#: Values beyond which there are none.
+_LAST = {"batch_size": (1,), "decay": (1.0,), "dropout": (0.0,)}
 
 
 def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
@@ -98,17 +108,18 @@ def run(config: MethodsConfig, options: GridOptions, console: Console) -> None:
         if not found:
             gridded.report_failures(console, directory)
         table = table2.beside_published(summarise(found), Path(config.data).name, config.tasks)
-        verdicts = table2.claims(found)
+        verdicts, order = table2.claims(found), table2.order(found)
         selection = _selection(tried, chosen)
-        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        write_tables(directory, found, (*_TABLE, gridded.SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("accuracies.json", accuracies)
         directory.write_json("selection.json", selection)
         directory.write_json("claims.json", verdicts)
+        directory.write_json("order.json", order)
         with clock("figures"):
             for name, figure in figures(accuracies, table, describe(config)).items():
                 directory.write_figure(name, gridded.marked(figure, directory.path))
         gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
-        _print(console, config, table, selection, verdicts, directory)
+        _print(console, config, dataset, table, selection, order, verdicts, directory)
         gridded.report_failures(console, directory)
 
 
@@ -156,6 +167,8 @@ def _check(config: MethodsConfig, dataset: Dataset) -> None:
                 "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
                 "give seeds and selection_seeds no value in common"
             )
+    if config.model != "mlp" and "stable" in config.methods and any(config.dropouts):
+        raise CurvlabError(f"dropout is for the mlp: with {config.model} set dropouts to 0")
     if config.fine_tune and config.weights is None:
         raise CurvlabError("fine_tune is for weights from a file: set weights")
     tried = [(method, candidate) for method in config.methods for candidate in candidates(config, method)]
@@ -215,20 +228,38 @@ def _selection(tried: Sequence[Record], chosen: Mapping[tuple[str, str], Candida
     return selection
 
 
+def at_an_end(row: Record, selection: Sequence[Record]) -> list[str]:
+    """Return the hyper-parameters whose value is the smallest or largest that was tried, and could be surpassed.
+
+    Args:
+        row: A candidate of ``selection``.
+        selection: Records as ``selection.json`` has them.
+    """
+    mine = [other for other in selection if (other["stream"], other["method"]) == (row["stream"], row["method"])]
+    values = {name: {other[name] for other in mine} for name in LISTS[row["method"]]}
+    return [
+        name
+        for name, tried in values.items()
+        if len(tried) > 1 and row[name] in (min(tried), max(tried)) and row[name] not in _LAST.get(name, ())
+    ]
+
+
 # What is made of them -------------------------------------------------------------------------------------------------
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
-    """Return mean and standard deviation over the seeds, a record a stream and method.
+    """Return mean and standard deviation over the seeds, a record a stream and method; of the seconds the median.
 
     Args:
         found: Records as ``table.json`` has them.
     """
     table = aggregate(found, ["stream", "method"], _VALUES)
-    return [
-        {**row, "label": table2.LABELS[row["method"]], "megabytes": None if (n := row["bytes"]) is None else n / 1e6}
-        for row in table
-    ]
+    for row in table:
+        mine = [record for record in found if (record["stream"], record["method"]) == (row["stream"], row["method"])]
+        row["label"] = table2.LABELS[row["method"]]
+        row["megabytes"] = None if row["bytes"] is None else row["bytes"] / 1e6
+        row["seconds"] = median(record["seconds"] for record in mine)  # another program may disturb one of them
+    return table
 
 
 def figures(accuracies: Sequence[Record], table: Sequence[Record], title: str) -> dict[str, Figure]:
@@ -254,34 +285,76 @@ def describe(config: MethodsConfig) -> str:
 def _print(
     console: Console,
     config: MethodsConfig,
+    dataset: Dataset,
     table: Sequence[Record],
     selection: Sequence[Record],
+    order: Sequence[Record],
     claims: Sequence[Claim],
     directory: RunDirectory,
 ) -> None:
-    number = "the seeds that did not fail" if (failed := len({row["seeds"] for row in table}) > 1) else None
-    number = number or f"{len(config.seeds)} seeds"
+    number, columns = f"{len(config.seeds)} seeds", _TABLE
+    if any(row["seeds"] < len(config.seeds) for row in table):
+        number, columns = "the seeds that did not fail", (*_TABLE, gridded.SEEDS)
     spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
-    columns = (*_TABLE, _SEEDS) if failed else _TABLE
     console.print(render(table, columns, f"Methods after {describe(config)}; {spread}"), crop=False)
-    chosen = [{**row, "label": table2.LABELS[row["method"]]} for row in selection if row["chosen"]]
-    for row in chosen:
-        tried = [r for r in selection if (r["stream"], r["method"]) == (row["stream"], row["method"])]
-        row["tried"], row["failed"] = len(tried), sum(r.get("validation_acc") is None for r in tried if "note" in r)
-    console.print(render(chosen, _SELECTED, "Hyper-parameters, chosen on the held-out samples"), crop=False)
+    chosen, ends = _shown(selection)
+    if any(row["tried"] > 1 for row in chosen):
+        console.print(render(chosen, _SELECTED, "Hyper-parameters, chosen on the held-out samples"), crop=False)
     if any("published_acc" in row for row in table):
-        console.print(render(table, _PUBLISHED, f"{table2.published()['source']}, beside ours"), crop=False)
-    console.print(render_claims(claims), crop=False)
-    seeds = ", ".join(map(str, config.selection_seeds))
-    for note in (
-        f"Candidates were trained with seed {seeds}, the table's runs with {', '.join(map(str, config.seeds))}; all "
-        "learn from the same number of samples, none of them held out. The learning rate of stable falls by the decay "
-        "before its first task too.",
-        table2.UNMATCHED,
-        f"Saved in {directory.path}: table (.json .csv .md .tex), accuracies, selection, claims, provenance, figures, "
-        f"{gridded.STORE}.",
-    ):
+        rows = [row | {f"printed_{key}": _printed(row, key) for key in ("acc", "forgetting")} for row in table]
+        console.print(render(rows, _PUBLISHED, f"{table2.published()['source']}, beside ours"), crop=False)
+    # A published number has no more digits than were printed.
+    printed = [c if c.published is None else replace(c, published=f"{c.published:g}") for c in claims]
+    console.print(render_claims(printed), crop=False)
+    if order:
+        console.print(render(order, _ORDER, "Stable SGD above EWC above naive: differences of accuracy"), crop=False)
+    for note in (*_notes(config, dataset, ends), f"{_SAVED.format(directory.path)}, {gridded.STORE}."):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+_SAVED = "Saved in {}: table (.json .csv .md .tex), accuracies, selection, claims, order, provenance, figures"
+
+
+def _shown(selection: Sequence[Record]) -> tuple[list[Record], bool]:
+    """Return what is printed of the chosen candidates, and whether a value is at an end of those tried."""
+    shown, ends = [], False
+    for row in (row for row in selection if row["chosen"]):
+        tried = [other for other in selection if (other["stream"], other["method"]) == (row["stream"], row["method"])]
+        marked = at_an_end(row, selection)
+        values = {f"chosen_{name}": f"{row[name]:g}{'*' * (name in marked)}" for name in LISTS[row["method"]]}
+        failed = sum(other.get("validation_acc") is None for other in tried if "note" in other)
+        shown.append(
+            row | values | {"label": table2.LABELS[row["method"]], "tried": len(tried), "failed": failed},
+        )
+        ends = ends or bool(marked)
+    return shown, ends
+
+
+def _printed(row: Record, key: str) -> str | None:
+    """Return a published number with the digits that it was printed with."""
+    if row.get(f"published_{key}") is None:
+        return None
+    digits = 3 if key == "acc" else 2
+    return f"{row[f'published_{key}']:.{digits}f} ± {row[f'published_{key}_std']:.{digits}f}"
+
+
+def _notes(config: MethodsConfig, dataset: Dataset, ends: bool) -> list[str]:
+    sizes: dict[str, tuple[int, int]] = {}
+    for stream in config.streams:
+        first = tasks_of(config, dataset, stream, config.seeds[0])[0]
+        sizes[stream] = (first.sizes["train"], len(dataset.x_test))
+    notes = []
+    if any(trials(config, *name) for name in pairs(config)):
+        notes.append(
+            f"Candidates were trained with seed {', '.join(map(str, config.selection_seeds))}, the table's runs with "
+            f"{', '.join(map(str, config.seeds))}; all learn from the same number of samples, none of them held out."
+        )
+    if ends:
+        notes.append("* The smallest or largest value that was tried: beyond it may be a better one.")
+    if "stable" in config.methods:
+        notes.append("The learning rate of stable falls by the decay before its first task too.")
+    deviations = table2.deviations(config, sizes)
+    return [*notes, "Here, and in the published runs (in brackets):", *(f"- {line}" for line in deviations)]
 
 
 ANALYSIS = Analysis(

@@ -114,6 +114,7 @@ def learnt(config: MethodsConfig, dataset: Dataset, candidate: Candidate, checkp
         if config.evaluation == "test":
             raise
         # The options have been checked: what is left is a loss that is not finite.
+        checkpoint.unlink(missing_ok=True)
         return [{**names, "acc": None, "forgetting": None, "note": str(error)}]
     checkpoint.unlink(missing_ok=True)  # all that is wanted of it is in the records
     summary = {

@@ -129,7 +129,16 @@ _CIFAR = MethodsConfig(
     dropouts=(0.0,),  # the network has none
 )
 PRESETS = {
-    "default": MethodsConfig(),
+    # Lists in which the best values of most methods are inside, and no candidate diverges.
+    "default": MethodsConfig(
+        trials=9,
+        lrs=(0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.003),
+        batch_sizes=(16,),
+        ewc_strengths=(3.0, 10.0, 30.0),
+        ewc_lrs=(0.1, 0.05, 0.02),
+        stable_lrs=(0.4, 0.2, 0.1),
+        decays=(0.5, 0.4, 0.3),
+    ),
     "cpu": _MNIST,
     "cpu-cifar100": _CIFAR,
     "paper": _MNIST.model_copy(
@@ -151,10 +160,10 @@ PRESETS = {
             "epochs": 1,
             "trials": 8,
             "lrs": (0.1, 0.03, 0.01, 0.003),
-            "ewc_strengths": (1.0, 10.0, 100.0),
-            "ewc_lrs": (0.1, 0.03, 0.01),
-            "stable_lrs": (0.1, 0.03),
-            "decays": (0.95, 0.9, 0.8),
+            "ewc_strengths": (10.0, 100.0),
+            "ewc_lrs": (0.03, 0.01),
+            "stable_lrs": (0.03, 0.01),
+            "decays": (0.95, 0.85),
             "seeds": (0, 1, 2, 3, 4),
         }
     ),

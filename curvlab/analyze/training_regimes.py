@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 
 from curvlab.analyze import gridded, regimes, subject
 from curvlab.analyze.command import Analysis, GridOptions
@@ -58,7 +58,6 @@ _TABLE: tuple[Column, ...] = (
     Column("distance", "|dw|", spread="distance_std"),
     Column("loss_forgetting", "F1", spread="loss_forgetting_std"),
 )
-_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
 
 
 def run(config: TrainingRegimesConfig, options: GridOptions, console: Console) -> None:
@@ -86,13 +85,12 @@ def run(config: TrainingRegimesConfig, options: GridOptions, console: Console) -
         points = [record for record in records if "matvecs" in record]
         accuracies = [record for record in records if "accuracy" in record]
         table, claims = summarise(found), claims_of(found, points)
-        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=table)
+        write_tables(directory, found, (*_TABLE, gridded.SEEDS) if failed else _TABLE, summary=table)
         directory.write_json("points.json", points)
         directory.write_json("accuracies.json", accuracies)
         directory.write_json("claims.json", claims)
         with clock("figures"):
-            title = f"{config.tasks} tasks of {Path(config.data).name}"
-            drawn = figure(points, accuracies, title)
+            drawn = figure(points, accuracies, describe(config))
             directory.write_figure("regime_curves", gridded.marked(drawn, directory.path))
         gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
         _print(console, config, table, claims, directory)
@@ -114,12 +112,16 @@ def cell(config: TrainingRegimesConfig, place: Place) -> list[Record]:
         record
         for stream in config.streams
         for regime in config.regimes
-        for record in _of_network(config, dataset, stream, regime)
+        for record in _of_network(config, dataset, stream, regime, place.folder / f"{stream}-{regime}.pt")
     ]
 
 
-def _of_network(config: TrainingRegimesConfig, dataset: Dataset, stream: str, name: str) -> list[Record]:
+def _of_network(
+    config: TrainingRegimesConfig, dataset: Dataset, stream: str, name: str, checkpoint: Path
+) -> list[Record]:
+    """Return the records of a stream and regime; what was learnt before the cell was stopped is in the checkpoint."""
     (seed,) = config.seeds
+    observer = _Observer(config, checkpoint)
     keys = {"stream": stream, "regime": name, "seed": seed}
     regime = Regime.of(config, name)
     result = learn(
@@ -130,9 +132,12 @@ def _of_network(config: TrainingRegimesConfig, dataset: Dataset, stream: str, na
         momentum=config.momentum,
         epochs=config.epochs,
         seed=seed,
-        observe=_Observer(config),
+        observe=observer,
+        checkpoint=checkpoint,
         progress=False,
     )
+    for file in (checkpoint, *map(observer.file, range(config.tasks))):
+        file.unlink()  # all that is wanted of it is in the records
     measured = ("lambda_max", "residual", "matvecs", "task_loss", "distance", "loss_forgetting")
     points = [{**keys, "task": t, **{key: r[key] for key in measured}} for t, r in enumerate(result.tasks, start=1)]
     summary = metrics.summary(result.accuracy)
@@ -148,12 +153,17 @@ def _of_network(config: TrainingRegimesConfig, dataset: Dataset, stream: str, na
 
 
 class _Observer:
-    """Measures a network after each task: its curvature there, how far it has come, what that cost the task before."""
+    """Measures a network after each task: its curvature there, how far it has come, what that cost the task before.
 
-    def __init__(self, config: TrainingRegimesConfig) -> None:
-        self._config = config
-        self._weights: Tensor | None = None
-        self._loss = 0.0
+    What the next measurement needs of one is in a file, which is there before the checkpoint of that task is.
+    """
+
+    def __init__(self, config: TrainingRegimesConfig, checkpoint: Path) -> None:
+        self._config, self._checkpoint = config, checkpoint
+
+    def file(self, task: int) -> Path:
+        """Return the file of a task, counted from 0."""
+        return self._checkpoint.with_stem(f"{self._checkpoint.stem}-{task}")
 
     def __call__(self, learner: Learner) -> Mapping[str, Any]:
         config, task = self._config, learner.task
@@ -164,16 +174,16 @@ class _Observer:
             lanczos = config.solver == "lanczos"
             top = top_eigenvalues(hessian, tol=config.tol) if lanczos else deflated_power_iteration(hessian)
             weights = problem.space.flatten(problem.parameters()).double()
-        seen = {
+        before = torch.load(self.file(task - 1)) if task else None
+        torch.save({"weights": weights, "loss": losses[-1]}, self.file(task))
+        return {
             "lambda_max": float(top.values[0]),
             "residual": float(top.residuals[0]),
             "matvecs": top.matvecs,
             "task_loss": losses[-1],
-            "distance": None if self._weights is None else float((weights - self._weights).norm()),
-            "loss_forgetting": None if self._weights is None else losses[0] - self._loss,
+            "distance": None if before is None else float((weights - before["weights"]).norm()),
+            "loss_forgetting": None if before is None else losses[0] - before["loss"],
         }
-        self._weights, self._loss = weights, losses[-1]
-        return seen
 
 
 # What is made of them -------------------------------------------------------------------------------------------------
@@ -270,6 +280,11 @@ def figure(points: Sequence[Record], accuracies: Sequence[Record], title: str) -
     return regime_curves(points, accuracies, title)
 
 
+def describe(config: TrainingRegimesConfig) -> str:
+    """Return what a title says: how many tasks of what."""
+    return f"{config.tasks} tasks of {Path(config.data).name}"
+
+
 def _print(
     console: Console,
     config: TrainingRegimesConfig,
@@ -279,9 +294,9 @@ def _print(
 ) -> None:
     number, columns = f"{len(config.seeds)} seeds", _TABLE
     if any(row["seeds"] < len(config.seeds) for row in table):
-        number, columns = "the seeds that did not fail", (*_TABLE, _SEEDS)
+        number, columns = "the seeds that did not fail", (*_TABLE, gridded.SEEDS)
     spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
-    title = f"Training regimes after {config.tasks} tasks of {Path(config.data).name}; {spread}"
+    title = f"Training regimes after {describe(config)}; {spread}"
     console.print(render(table, columns, title), crop=False)
     console.print(render_claims(claims), crop=False)
     for note in (

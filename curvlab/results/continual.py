@@ -1,5 +1,6 @@
 """Figures of continual learning: accuracies over a stream of tasks, methods and training regimes beside each other."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,8 +72,8 @@ def method_bars(table: Sequence[Record], title: str) -> Figure:
     """Draw accuracy and, below it, forgetting of methods as bars: a column a stream; published ones as diamonds.
 
     Args:
-        table: A record a ``stream`` and method (``label``) with ``acc`` and ``forgetting``, each with its ``_std``, and
-            where there are some ``published_acc`` and ``published_forgetting``.
+        table: A record a ``stream`` and method (``label``) with ``acc`` and ``forgetting``, each with its ``_std``, the
+            number of ``seeds``, and where there are some ``published_acc`` and ``published_forgetting``.
         title: What stands above.
     """
     streams = _distinct(table, "stream")
@@ -95,11 +96,14 @@ def method_bars(table: Sequence[Record], title: str) -> Figure:
         column[0].tick_params(labelbottom=False)
     panels[0, 0].set_ylabel("accuracy, mean over all tasks", fontsize=_FONT["label"])
     panels[1, 0].set_ylabel("forgetting", fontsize=_FONT["label"])
+    handles = []
+    if any(row["acc_std"] is not None for row in table):
+        seeds = max(row["seeds"] for row in table)
+        handles.append(_symbol("|", f"standard deviation of {seeds} seeds", markersize=9, markeredgewidth=1.5))
     if any(row.get("published_acc") is not None for row in table):
-        diamond = Line2D(
-            [], [], linestyle="none", marker="D", color="white", markeredgecolor="black", label="published"
-        )
-        figure.legend(handles=[diamond], loc="outside lower center", fontsize=_FONT["tick"], frameon=False)
+        handles.append(_symbol("D", "published mean", markerfacecolor="white", markersize=5))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=_FONT["tick"], frameon=False)
     return figure
 
 
@@ -113,7 +117,7 @@ def regime_curves(points: Sequence[Record], accuracies: Sequence[Record], title:
         title: What stands above.
     """
     streams, regimes = _distinct(points, "stream"), _distinct(points, "regime")
-    figure = Figure(figsize=(9.6, 2.3 * len(streams) + 0.9), layout="constrained")
+    figure = Figure(figsize=(7.6, 1.9 * len(streams) + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=_FONT["title"])
     panels: np.ndarray = figure.subplots(len(streams), 4, squeeze=False, sharex=True)
     for row, stream in zip(panels, streams, strict=True):
@@ -146,9 +150,15 @@ def regime_curves(points: Sequence[Record], accuracies: Sequence[Record], title:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[-1]:
         axes.set_xlabel("task", fontsize=_FONT["label"])
-    names = [regime.replace("-", " − ").replace("+", " + ").replace("_", " ") for regime in regimes]
-    _legend(figure, {name: _style(place) for place, name in enumerate(names, start=1)}, _seeds(points))
+    _legend(figure, {_in_words(regime): _style(place) for place, regime in enumerate(regimes, start=1)}, _seeds(points))
     return figure
+
+
+def _in_words(regime: str) -> str:
+    """Return ``stable, batch size of plastic`` for ``stable-batch_size`` and so on."""
+    own, _, other = regime.replace("+", "-").partition("-")
+    of = "plastic" if own == "stable" else "stable"
+    return f"{own}, {other.replace('_', ' ')} of {of}" if other else own
 
 
 def _distinct(records: Sequence[Record], key: str) -> list[str]:
@@ -183,9 +193,19 @@ def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, **style: An
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
 
 
+def _symbol(marker: str, label: str, **style: Any) -> Line2D:
+    return Line2D([], [], linestyle="none", color="black", marker=marker, label=label, **style)
+
+
 def _finish(axes: Axes) -> None:
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        low, high = axes.get_ylim()
+        decades = math.log10(high / low)
+        subs = (
+            (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+        )
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=_FONT["tick"])
     axes.spines[["top", "right"]].set_visible(False)
@@ -195,5 +215,6 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int)
     handles: list[Line2D | Patch] = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     if seeds > 1:
         handles.append(Patch(facecolor="#808080", alpha=0.3, label=f"mean and range of {seeds} seeds"))
-    columns = max(1, int(figure.get_figwidth() / 1.7))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * longest)))  # inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=_FONT["tick"], frameon=False)
