@@ -95,15 +95,9 @@ def run(config: ForgettingBoundConfig, options: GridOptions, console: Console) -
         dataset = subject.dataset(config, options)
         data_hash = dataset.fingerprint()
     regimes.check(config, dataset)
-    parts = [
-        config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
-        for stream in config.streams
-        for seed in config.seeds
-        for regime in config.regimes
-    ]
     with gridded.opened("forgetting_bound", config, options) as directory:
         with clock("cells"):
-            records, failed = gridded.run(ANALYSIS.cells(parts), options, directory)
+            records, failed = gridded.run(ANALYSIS.cells(regimes.parts(config)), options, directory)
         found = [record for record in records if "forgetting" in record]
         accuracies = [record for record in records if "accuracy" in record]
         table, correlations = summarise(found, accuracies), correlations_of(found)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -84,6 +84,9 @@ class RegimesConfig(SubjectConfig):
     """Tasks are drawn and a network is trained for each; the table has mean and standard deviation."""
 
 
+C = TypeVar("C", bound=RegimesConfig)
+
+
 def check(config: RegimesConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written.
 
@@ -111,6 +114,16 @@ def check_values(config: RegimesConfig, dataset: Dataset) -> None:
     subject.check(config, _shortened(config, dataset))
     if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
         raise CurvlabError(f"dropout is for the mlp: with {config.model} set stable_dropout and plastic_dropout to 0")
+
+
+def parts(config: C) -> list[C]:
+    """Return the configuration of each cell: a stream, seed and regime."""
+    return [
+        config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
+        for stream in config.streams
+        for seed in config.seeds
+        for regime in config.regimes
+    ]
 
 
 def tasks(config: RegimesConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, ...]:
