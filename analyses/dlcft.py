@@ -5,8 +5,8 @@
 The MNIST version (--preset cpu): a network that was pre-trained on the digits 0 to 3 learns 4 to 9, linearized with
 squared error and as it is, over three seeds, beside the published numbers and with each claim's verdict. Results in
 runs/dlcft; a finished run is printed again, an interrupted one continues. Needs MNIST. With another --out: --preset
-cpu-cifar100 is CIFAR-100 with a ResNet-20 that was trained on CIFAR-10, and paper the same in full, for a machine with
-a GPU.
+cpu-cifar100 is 20 classes of CIFAR-100 with a ResNet-20 that was trained on CIFAR-10, and paper all classes, for a
+machine with a GPU.
 """
 
 import sys

@@ -11,8 +11,9 @@ from torch import nn
 
 from curvlab.analyze import dlcft as analysis
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.dlcft import PRESETS, DlcftConfig, choose, figures, summarise
+from curvlab.analyze.dlcft import PRESETS, DlcftConfig, at_an_end, choose, figures, summarise
 from curvlab.analyze.dlcft_claims import beside_published, claims, published
+from curvlab.analyze.dlcft_deviations import deviations
 from curvlab.analyze.dlcft_methods import METHODS, SETTINGS, network, steps, stream
 from curvlab.analyze.dlcft_network import data, pretrained
 from curvlab.data import load
@@ -44,6 +45,18 @@ def call(capsys):
     return call
 
 
+SINGLE: dict[str, Any] = {
+    "nonlinear_lrs": (3e-3,),
+    "linear_lrs": (1e-2,),
+    "lwf_strengths": (1.0,),
+    "ewc_strengths": (1.0,),
+    "mas_strengths": (0.1,),
+    "osla_strengths": (1.0,),
+    "der_alphas": (0.1,),
+    "dlcft_strengths": (1.0,),
+}
+
+
 def tiny(**options: Any) -> DlcftConfig:
     return DlcftConfig(
         hidden=(8,),
@@ -54,7 +67,7 @@ def tiny(**options: Any) -> DlcftConfig:
         stream_samples=300,
         test_samples=60,
         buffer_size=10,
-        **options,
+        **SINGLE | options,
     )
 
 
@@ -82,12 +95,11 @@ def test_the_network_keeps_what_it_was_pre_trained_to_be_but_for_its_last_layer(
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_method_of_a_setting_learns_its_stream(setting, tmp_path):
     names = [name for name, method in METHODS.items() if setting in method.settings]
-    config = tiny(settings=(setting,), seeds=(1,), lwf_strengths=(1.0,), ewc_strengths=(1.0,), mas_strengths=(0.1,))
-    config = config.model_copy(update={"osla_strengths": (1.0,), "der_alphas": (0.1,), "dlcft_strengths": (1.0,)})
+    config = tiny(settings=(setting,), seeds=(1,))
     records = analysis.cell(config, Place(tmp_path))
     runs = [record for record in records if "acc" in record]
     assert [record["method"] for record in runs] == list(dict.fromkeys([n for n in config.methods if n in names]))
-    assert all(0 <= record["acc"] <= 1 and 0 <= record["validation_acc"] <= 1 for record in runs)
+    assert all(0 <= record["acc"] <= 1 for record in runs)
     for record in runs:
         after = [r["after"] for r in records if "after" in r and r["method"] == record["method"]]
         tasks = {"data": 10, "data_long": 12}.get(setting, 3)
@@ -139,27 +151,52 @@ def test_joint_training_has_all_steps_at_the_end(tmp_path):
 
 
 def test_the_best_on_held_out_samples_is_chosen():
-    config = DlcftConfig(settings=("data", "data_long"), methods=("lwf", "fine_tuning"), lwf_strengths=(1.0, 10.0))
-    tried = [
-        {"setting": "data", "method": "lwf", "lr": 3e-3, "strength": 1.0, "validation_acc": 0.5},
-        {"setting": "data", "method": "lwf", "lr": 3e-3, "strength": 10.0, "validation_acc": 0.7},
-        {"setting": "class", "method": "lwf", "lr": 3e-3, "strength": 1.0, "validation_acc": 0.9},
-    ]
+    config = DlcftConfig(settings=("data", "data_long"), methods=("lwf", "fine_tuning"))
+    config = config.model_copy(update={"nonlinear_lrs": (3e-3,), "lwf_strengths": (1.0, 10.0)})
+
+    def tried(setting, strength, *of_seeds):
+        keys = {"setting": setting, "method": "lwf", "lr": 3e-3, "strength": strength, "note": ""}
+        return [{**keys, "seed": 1000 + i, "acc": acc} for i, acc in enumerate(of_seeds)]
+
+    records = [*tried("data", 1.0, 0.8, 0.4), *tried("data", 10.0, 0.7, 0.7), *tried("class", 1.0, 0.9)]
     best = {"nonlinear_lrs": 3e-3, "lwf_strengths": 10.0}
-    found = choose(config, tried)
+    found = choose(config, records)
     assert found["data", "lwf"] == found["data_long", "lwf"] == best  # the long stream has what is best in the short
     assert found["data", "fine_tuning"] == {"nonlinear_lrs": 3e-3}
-    for record in tried:
-        record["validation_acc"] = None
-    with pytest.raises(CurvlabError, match="lower nonlinear_lrs or lwf_strengths"):
-        choose(config, tried)
+    records[2]["acc"] = None  # one of two seeds has diverged
+    assert choose(config, records)["data", "lwf"]["lwf_strengths"] == 1.0
+    for record in records:
+        record["acc"] = None
+    with pytest.raises(CurvlabError, match="any of its 2 candidates: lower nonlinear_lrs or lwf_strengths"):
+        choose(config, records)
 
 
-def test_a_run_that_diverges_is_recorded_as_such(tmp_path):
-    config = tiny(settings=("task",), methods=("ewc",), seeds=(0,), ewc_strengths=(1e30,), nonlinear_optimizer="sgd")
-    (record,) = analysis.cell(config, Place(tmp_path))
+def test_a_candidate_that_diverges_is_recorded_and_a_run_of_the_table_fails(tmp_path):
+    config = tiny(settings=("task",), methods=("ewc",), seeds=(0,), nonlinear_optimizer="sgd")
+    config = config.model_copy(update={"ewc_strengths": (1e30,)})
+    (record,) = analysis.cell(config.model_copy(update={"evaluation": "validation"}), Place(tmp_path))
     assert record["acc"] is None
     assert "finite" in record["note"] or "inf" in record["note"] or "nan" in record["note"]
+    with pytest.raises(CurvlabError, match=r"finite|inf|nan"):
+        analysis.cell(config, Place(tmp_path))
+
+
+def test_a_cell_with_several_candidates_chooses_as_the_analysis_does(tmp_path):
+    config = tiny(settings=("task",), methods=("fine_tuning",), seeds=(0,))
+    config = config.model_copy(update={"nonlinear_lrs": (1e-9, 0.03), "steps": 20})
+    found = analysis.cell(config, Place(tmp_path))
+    assert {record["lr"] for record in found} == {0.03}
+    single = config.model_copy(update={"nonlinear_lrs": (0.03,)})
+    assert _without_seconds(analysis.cell(single, Place(tmp_path))) == _without_seconds(found)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compared_arms_have_equally_many_candidates_in_all_presets():
+    for preset in PRESETS.values():
+        counts = {name: len(METHODS[name].points(preset)) for name in preset.methods}
+        assert len({counts[name] for name in preset.methods if METHODS[name].strengths}) == 1
+        assert len({counts[name] for name in preset.methods if not METHODS[name].strengths}) == 1
+        assert min(counts.values()) >= 2
 
 
 # Tables and claims ----------------------------------------------------------------------------------------------------
@@ -178,8 +215,8 @@ def made(**accuracies: float) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def verdicts(**accuracies: float) -> dict[str, str]:
-    return {claim.text: claim.verdict for claim in claims(made(**accuracies))}
+def verdicts(images: int = 10_000, **accuracies: float) -> dict[str, str]:
+    return {claim.text: claim.verdict for claim in claims(made(**accuracies), images)}
 
 
 def test_claims_on_data_il():
@@ -188,7 +225,11 @@ def test_claims_on_data_il():
     assert list(found.values()) == ["reproduced", "not reproduced", "not tested", "reproduced"]
     found = verdicts(**values, data__joint=0.7, data__joint_linear=0.844)
     assert list(found.values())[-1] == "not reproduced"
-    (first, *_) = claims(made(**values))
+    assert "the best of 4 on average" in list(found)[-1]
+    found = verdicts(100, **values, data__joint=0.7, data__joint_linear=0.844)
+    assert "half a point is less than one of 100 test images" in list(found)[-1]
+    assert list(found.values())[-1] == "not tested"
+    (first, *_) = claims(made(**values), 1000)
     assert first.published == pytest.approx(0.8217 - 0.7888)
     assert first.ours == pytest.approx(0.02)
 
@@ -200,6 +241,20 @@ def test_claims_on_task_il_are_judged_only_where_something_is_forgotten():
     found = verdicts(**values, task__ewc=0.98, task__ewc__bwt=-0.2)
     assert set(found.values()) == {"not tested"}
     assert all("nothing to judge" in text for text in found)
+    found = verdicts(**values)  # without EWC it is not known whether there is something to judge
+    assert set(found.values()) == {"not tested"}
+    assert all("no value of EWC" in text for text in found)
+
+
+def test_claims_are_not_judged_where_nothing_can_be_told_apart():
+    found = verdicts(50, data__dlcft_kfac=0.85, data__osla=0.84)
+    (text,) = [text for text in found if "K-FAC" in text and "less than one of 50 test images" in text]
+    assert found[text] == "not tested"
+    assert verdicts(110, data__dlcft_kfac=0.85, data__osla=0.84)[text.partition(" (they")[0]] == "reproduced"
+    found = verdicts(data__dlcft_kfac=0.99, data__osla=0.975, class__der=0.98, class__dlcft_tkfac=0.975)
+    saturated = {text: verdict for text, verdict in found.items() if "both are above 0.97" in text}
+    assert len(saturated) == 2
+    assert set(saturated.values()) == {"not tested"}
 
 
 def test_claims_on_class_il():
@@ -209,11 +264,15 @@ def test_claims_on_class_il():
         class__dlcft_no_replay=0.5,
         class__dlcft_neither=0.4,
         class__dlcft_kfac=0.6,
+        class__dlcft_kfac_no_regularization=0.49,
         class__osla=0.5,
         class__osla_tkfac=0.65,
         class__der=0.61,
     )
-    assert list(found.values()) == ["not reproduced", "reproduced", "reproduced", "not reproduced", "reproduced"]
+    yes, no = "reproduced", "not reproduced"
+    assert list(found.values()) == [no, yes, yes, no, no, no, yes]
+    like = [verdict for text, verdict in found.items() if "no classifier regularised" in text]
+    assert like == [no, no]
 
 
 def test_published_numbers_stand_beside_ours():
@@ -221,6 +280,8 @@ def test_published_numbers_stand_beside_ours():
     osla, other = beside_published(table)
     assert osla["published_acc"] == pytest.approx(0.7923)
     assert osla["published_read"] is None
+    (task,) = beside_published(summarise(made(task__dlcft_tkfac=0.9)))
+    assert task["published_read"] == "our reading"  # it is printed as "DLCFT (Ours)"
     assert other.get("published_acc") is None
     rows = published()["rows"]
     assert set(rows) == {*SETTINGS, "mit67"}
@@ -228,6 +289,37 @@ def test_published_numbers_stand_beside_ours():
     # The poster's ablation is Table 5, and Table 6 has the better of the two curvatures.
     assert rows["data"]["dlcft_tkfac"]["acc"] == 82.70
     assert rows["class"]["dlcft_tkfac"]["acc"] == 59.98
+
+
+def test_seconds_are_the_median():
+    found = made(data__osla=0.8)
+    for record, seconds in zip(found, (1.0, 50.0, 2.0), strict=True):
+        record["seconds"] = seconds
+    assert summarise(found)[0]["seconds"] == 2.0
+
+
+def test_deviations_are_those_of_the_configuration(tmp_path):
+    config = tiny(settings=("data",), methods=("osla", "dlcft_kfac"))
+    _, target = data(config, Place(tmp_path))
+    differing, objective, _, given, _ = deviations(config, target)
+    assert "classes 6 (100); training samples of a stream 180 (50,000); test samples 60 (10,000)" in differing
+    assert "tasks" not in differing  # ten, as published
+    assert "optimizer of the linear network" not in differing
+    assert "learning rate of the linear network 0.01 (0.0001)" in differing
+    assert "DLCFT" in objective
+    assert (
+        given
+        == "Given, and not chosen from several values: nonlinear_lrs, osla_strengths, linear_lrs, dlcft_strengths."
+    )
+    default = deviations(DlcftConfig(methods=("dlcft_kfac",)), target)
+    assert "learning rate of the linear network 0.01 or 0.03 (0.0001)" in default[0]
+    assert not any("not chosen" in line or "OSLA" in line for line in default)
+
+
+def test_values_at_an_end_of_their_list_are_told():
+    config = DlcftConfig(nonlinear_lrs=(1e-3, 3e-3, 1e-2), ewc_strengths=(1.0, 10.0))
+    assert at_an_end(config, "ewc", {"nonlinear_lrs": 1e-2, "ewc_strengths": 1.0}) == ["nonlinear_lrs"]
+    assert at_an_end(config, "ewc", {"nonlinear_lrs": 3e-3, "ewc_strengths": 1.0}) == []
 
 
 def test_figures_show_every_setting():
@@ -243,13 +335,16 @@ def test_figures_show_every_setting():
     lines = drawn["accuracy_curves"].axes[0].lines
     assert [line.get_linestyle() for line in lines] == ["--", "-"]
     assert lines[1].get_ydata()[0] == pytest.approx(0.801)
+    (legend,) = drawn["accuracy_curves"].legends
+    assert legend.get_texts()[-1].get_text() == "from the lowest to the highest seed"
 
 
 # The run --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path):
-    line = f"{TINY} --settings task --methods osla dlcft_kfac --seeds 0 1 --osla-strengths 1 --jobs 2 --out run"
+    line = f"{TINY} --settings task --methods osla dlcft_kfac --seeds 0 1 --osla-strengths 1 --nonlinear-lrs 1e-3 "
+    line += "--linear-lrs 1e-2 --jobs 2 --out run"
     code, out, error = call(line)
     assert (code, error) == (0, "")
     assert "task-IL, 3 tasks" in out
@@ -260,6 +355,7 @@ def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path):
     found = json.loads((tmp_path / "run" / "table.json").read_text())
     assert [(r["method"], r["seed"]) for r in found] == [(m, s) for m in ("osla", "dlcft_kfac") for s in (0, 1)]
     tried = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert "runs with seed 1000; the table's have 0, 1" in out
     assert [(r["method"], r["strength"]) for r in tried] == [
         ("osla", 1.0),
         ("dlcft_kfac", 1.0),
@@ -274,6 +370,17 @@ def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path):
     assert (tmp_path / "run" / "provenance.json").read_bytes() == before
 
 
+def test_a_run_that_diverges_fails_and_is_named_below_the_tables(call, tmp_path):
+    line = f"{TINY} --settings task --methods fine_tuning ewc --ewc-strengths 1e30 --nonlinear-lrs 0.01 --seeds 0 "
+    code, out, error = call(line + "--nonlinear-optimizer sgd --jobs 1 --out run")
+    assert code == 1
+    assert "Failed, and in no number above" in out
+    assert "Given, and not chosen from several values: nonlinear_lrs, ewc_strengths" in out
+    assert "chosen on" not in out
+    assert "1 of 2 cells has failed" in error
+    assert [r["method"] for r in json.loads((tmp_path / "run" / "table.json").read_text())] == ["fine_tuning"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -285,6 +392,10 @@ def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path):
         ("--seeds 1 1", "seeds"),
         ("--dlcft-strengths 1 1", "dlcft_strengths"),
         ("--source-classes --weights nowhere.pt", "no such file"),
+        ("--source-classes 0 4", "pre-trained on class 4"),
+        ("--classes all", "pre-trained on class 0"),
+        ("--evaluation validation --seeds 0 1000", "no value in common"),
+        ("--selection-seeds 7 7", "selection_seeds"),
         ("--settings classes", "settings"),
         ("--device gpu", "device"),
         ("--normalize imagenet", "three channels"),

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from statistics import median
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from torch import nn
 
 from curvlab.analyze import gridded, subject
 from curvlab.analyze.command import Analysis, GridOptions
 from curvlab.analyze.dlcft_claims import beside_published, claims, published
+from curvlab.analyze.dlcft_config import PRESETS, DlcftConfig
+from curvlab.analyze.dlcft_deviations import deviations
 from curvlab.analyze.dlcft_methods import (
     METHODS,
     SETTINGS,
@@ -25,11 +28,9 @@ from curvlab.analyze.dlcft_methods import (
     stream,
 )
 from curvlab.analyze.dlcft_network import data, pretrained
-from curvlab.analyze.subject import SubjectConfig
 from curvlab.continual import metrics
 from curvlab.continual import run as learn
-from curvlab.continual.learner import Learner
-from curvlab.continual.measure import accuracies
+from curvlab.continual.tasks import Part
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.grid import Place
@@ -44,192 +45,10 @@ from curvlab.results import (
     write_tables,
 )
 from curvlab.results.incremental import method_points, setting_curves
-from curvlab.training.optimization import OptimizerName, ScheduleName, make_optimizer
+from curvlab.training.optimization import OptimizerName, make_optimizer
 
 Record = dict[str, Any]
-Positive = Annotated[float, Field(gt=0)]
-Label = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class DlcftConfig(SubjectConfig):
-    """Fine-tune a pre-trained network on streams of tasks, linearized with squared error and as it is."""
-
-    titles: ClassVar[Mapping[str, str]] = {
-        **SubjectConfig.titles,
-        "settings": "tasks",
-        "methods": "methods",
-        "steps": "training",
-        "nonlinear_lrs": "hyper-parameters",
-        "seeds": "evaluation",
-    }
-
-    classes: tuple[Label, ...] | Literal["all"] = (4, 5, 6, 7, 8, 9)
-    """Class indices that the tasks are made of, or all."""
-    validation: int = Field(default=120, ge=0)
-    """Training samples that a stream holds out, equally many of each task, to choose hyper-parameters on."""
-    samples: int | None = Field(default=None, ge=1)
-    """Take curvatures on so many training samples of a task, random ones; none means all."""
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100,)
-    """Hidden sizes of the mlp; no number for a linear model."""
-    weights: Path | None = None
-    """Start from the weights in this file, with a new last layer; no source classes are needed then."""
-    normalize: Literal["none", "imagenet"] = "none"
-    """imagenet: subtract its channels' means and divide by their deviations, as pre-trained networks expect."""
-    source_classes: tuple[Label, ...] = (0, 1, 2, 3)
-    """Classes that the network is pre-trained on; no number with weights."""
-    source_steps: int = Field(default=300, ge=1)
-    """Steps of that, with Adam at a learning rate of 0.001."""
-    slope: float = Field(default=0.01, ge=0, lt=1)
-    """Of the LeakyReLU that takes the place of every ReLU; 0 leaves it."""
-    batch_norm: Literal["merged", "frozen"] = "merged"
-    """What becomes of batch normalisation after pre-training: part of the convolution before it, or a fixed map."""
-    settings: tuple[Setting, ...] = ("data", "task", "class")
-    """data and data_long (data-IL: random parts of the data, one head), task (task-IL: some classes each, whose outputs
-    alone count), class (class-IL: the outputs of the classes so far count)."""
-    stream_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a stream, held-out ones included, random ones; none means all."""
-    test_samples: int | None = Field(default=None, ge=1)
-    """Test on so many samples, random ones; none means all."""
-    data_tasks: int = Field(default=10, ge=2)
-    """Tasks of data."""
-    long_tasks: int = Field(default=50, ge=2)
-    """Tasks of data_long."""
-    class_tasks: int = Field(default=3, ge=2)
-    """Tasks of task and of class, with equally many classes each."""
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    """osla: online structured Laplace, with K-FAC or TK-FAC; dlcft: the same of the linear network with squared error;
-    with diag, EWC's curvature. Those of class keep samples for replay. A setting runs those that it has."""
-    buffer_size: int = Field(default=100, ge=1)
-    """Samples kept for replay, of er, der, derpp, and in class of osla and dlcft."""
-    draws: int | None = Field(default=None, ge=1)
-    """Draw so many labels of the network a sample for a Fisher; none takes the expectation, at a pass an output."""
-    steps: int = Field(default=60, ge=1)
-    """Steps of a task; the first one of a stream has twice as many."""
-    long_steps: int = Field(default=10, ge=1)
-    """The same of data_long."""
-    batch_size: int = Field(default=64, ge=1)
-    """New samples a step; as many are replayed."""
-    schedule: ScheduleName = "linear"
-    """Learning-rate schedule of a task; linear and cosine end at 0."""
-    weight_decay: float = Field(default=1e-5, ge=0)
-    """As the optimizer of torch.optim understands it."""
-    clip_norm: Positive | None = None
-    """Largest norm of a gradient; none means no limit."""
-    nonlinear_optimizer: OptimizerName = "adam"
-    """Of methods with the network as it is; sgd has a momentum of 0.9."""
-    linear_optimizer: OptimizerName = "adam"
-    """Of methods with the linear network."""
-    target_scale: Positive = 15.0
-    """What the one-hot targets of squared error have in place of 1."""
-    nonlinear_lrs: tuple[Positive, ...] = (3e-3,)
-    """Learning rates tried for methods with the network as it is."""
-    linear_lrs: tuple[Positive, ...] = (3e-2,)
-    """Learning rates tried for methods with the linear network."""
-    lwf_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for lwf."""
-    ewc_strengths: tuple[Positive, ...] = (10.0, 100.0)
-    """Strengths tried for ewc; 1 is Bayes' rule."""
-    mas_strengths: tuple[Positive, ...] = (0.01, 0.1)
-    """Strengths tried for mas."""
-    osla_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for osla, with either curvature; 1 is Bayes' rule."""
-    der_alphas: tuple[Positive, ...] = (0.1, 0.5)
-    """Weights of the old outputs that are tried for der and derpp."""
-    der_beta: Positive = 0.5
-    """Weight of the old labels for derpp."""
-    dlcft_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for dlcft; the authors' is 1."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    """A network is pre-trained, and streams are drawn, for each; the table has mean and standard deviation. The first
-    one is that for which hyper-parameters are tried."""
-
-
-_MNIST = DlcftConfig(
-    data="mnist",
-    hidden=(256,),
-    settings=("data", "data_long", "task", "class"),
-    stream_samples=2400,
-    validation=600,
-    test_samples=3000,
-    long_tasks=100,
-    buffer_size=200,
-    source_steps=500,
-    steps=100,
-    long_steps=20,
-    nonlinear_lrs=(1e-3, 3e-3),
-    linear_lrs=(1e-3, 3e-3),
-    lwf_strengths=(1.0, 3.0, 10.0),
-    ewc_strengths=(10.0, 100.0, 1000.0),
-    mas_strengths=(0.01, 0.1, 1.0),
-    osla_strengths=(1.0, 10.0, 100.0),
-    der_alphas=(0.1, 0.3, 1.0),
-    dlcft_strengths=(1.0, 10.0, 100.0),
-)
-_CIFAR = DlcftConfig(
-    data="cifar100",
-    classes="all",
-    model="resnet20",
-    weights=Path("weights/resnet20_cifar10-12fca82f.th"),
-    normalize="imagenet",
-    source_classes=(),
-    slope=0.0,  # the weights are of a network with ReLU
-    validation=0,
-    samples=200,
-    test_samples=1000,
-    class_tasks=10,
-    methods=(
-        "fine_tuning",
-        "lwf",
-        "ewc",
-        "osla",
-        "der",
-        "dlcft_diag",
-        "dlcft_kfac",
-        "dlcft_tkfac",
-        "dlcft_no_regularization",
-        "joint",
-        "joint_linear",
-    ),
-    buffer_size=500,
-    draws=1,
-    steps=20,
-    batch_size=32,
-    nonlinear_lrs=(1e-3,),
-    linear_lrs=(1e-3,),
-    lwf_strengths=(1.0,),
-    ewc_strengths=(10.0,),
-    osla_strengths=(1.0,),
-    der_alphas=(0.1,),
-    dlcft_strengths=(1.0,),
-)
-PRESETS = {
-    "default": DlcftConfig(),
-    "cpu": _MNIST,
-    "cpu-cifar100": _CIFAR,
-    "paper": _CIFAR.model_copy(
-        update={
-            "device": "cuda",
-            "settings": ("data", "data_long", "task", "class"),
-            "methods": get_args(MethodName),
-            "validation": 5000,
-            "samples": None,
-            "test_samples": None,
-            "long_tasks": 100,
-            "steps": 10_000,
-            "long_steps": 10_000,
-            "batch_size": 128,
-            "clip_norm": 1.0,
-            "nonlinear_optimizer": "sgd",
-            "linear_lrs": (1e-4,),
-            "lwf_strengths": (1.0, 10.0),
-            "ewc_strengths": (1.0, 10.0, 100.0),
-            "mas_strengths": (0.01, 0.1, 1.0),
-            "osla_strengths": (1.0, 10.0),
-            "der_alphas": (0.1, 0.3),
-        }
-    ),
-}
+Name = tuple[Setting, MethodName]
 
 
 def _four_decimals(value: float) -> str:
@@ -249,19 +68,22 @@ _TRANSFER = (
 _CHOSEN = (
     Column("lr", "lr", format=lambda value: f"{value:g}"),
     Column("strength", "strength", format=lambda value: f"{value:g}"),
+)
+_COSTS = (
     Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
-    Column("seconds", "seconds", format=lambda value: f"{value:.1f}"),
+    Column("seconds", "median s", format=lambda value: f"{value:.1f}"),
 )
-_TABLE = (*_NAMES, *_ACCURACY, *_TRANSFER, *_CHOSEN)
-_SEEDS = Column("seeds", "seeds")  # shown where a cell has failed
-_VALUES = ["acc", "bwt", "forgetting", "learning_accuracy", "validation_acc", "bytes", "seconds"]
-
-DEVIATIONS = (
-    "Not as published: the network is pre-trained on other data (there are no weights of ImageNet32 here), images are "
-    "not cropped or flipped, strengths and learning rates are chosen on held-out samples, the authors' pull of 1e-4 to "
-    "the first weights is left out, and so is Seq-MIT-67. ER, DER and the memory of DLCFT have sizes of ours: none is "
-    "published."
+_TABLE = (*_NAMES, *_ACCURACY, *_TRANSFER, *_CHOSEN, *_COSTS)
+#: What is printed in place of the published columns and of the chosen values.
+_PUBLISHED = {key: Column(f"printed_{key}", "published") for key in ("acc", "bwt")}
+_CHOICE = (
+    Column("chosen_lr", "lr"),
+    Column("chosen_strength", "strength"),
+    Column("validation_acc", "held-out", spread="validation_acc_std"),
+    Column("tried", "tried"),
+    Column("failed", "failed"),
 )
+_VALUES = ["acc", "bwt", "forgetting", "learning_accuracy", "bytes"]
 
 
 def run(config: DlcftConfig, options: GridOptions, console: Console) -> None:
@@ -278,48 +100,63 @@ def run(config: DlcftConfig, options: GridOptions, console: Console) -> None:
     _check(subject.with_weights(config, options), source, target)
     with gridded.opened("dlcft", config, options) as directory:
         with clock("selection"):
-            tries = ANALYSIS.cells(_part(config, *at, point, config.seeds[0]) for at, point in _tries(config))
-            tried = _runs(gridded.candidates(tries, options, directory))
-            chosen = choose(config, tried)
+            tries = ANALYSIS.cells(_part(config, *one, "validation") for one in _tries(config))
+            of_tries = gridded.candidates(tries, options, directory) if tries else []
+            chosen = choose(config, of_tries)
         with clock("cells"):
-            others = ANALYSIS.cells(
-                _part(config, *at, point, seed) for at, point in chosen.items() for seed in config.seeds
+            cells = ANALYSIS.cells(
+                _part(config, name, point, seed, config.evaluation)
+                for name, point in chosen.items()
+                for seed in config.seeds
             )
-            records, failed = gridded.run([*tries, *others], options, directory)
-        every = _runs(records)
-        found = [record for record in every if _point(record) == chosen.get((record["setting"], record["method"]))]
-        places = {pair: place for place, pair in enumerate(_pairs(config))}
-        found.sort(key=lambda record: (places[record["setting"], record["method"]], config.seeds.index(record["seed"])))
-        curves = [record for record in records if "after" in record and _is_of(record, found)]
-        table, verdicts = summarise(found), claims(found)
-        write_tables(directory, found, (*_TABLE, _SEEDS) if failed else _TABLE, summary=beside_published(table))
-        directory.write_json("selection.json", selection(every, chosen, config.seeds[0]))
+            records, failed = gridded.run([*tries, *cells], options, directory)
+        records = records[len(of_tries) :]
+        found = [record for record in records if "acc" in record]
+        curves = [record for record in records if "after" in record]
+        if not found:
+            gridded.report_failures(console, directory)
+        images = len(target.x_test) if config.evaluation == "test" else config.validation
+        table, verdicts, picked = summarise(found), claims(found, images), selection(of_tries, chosen)
+        columns = (*_TABLE, gridded.SEEDS) if failed else _TABLE
+        write_tables(directory, found, columns, summary=beside_published(table))
+        directory.write_json("selection.json", picked)
         directory.write_json("curves.json", curves)
         directory.write_json("claims.json", verdicts)
         with clock("figures"):
             for name, figure in figures(table, curves, describe(config)).items():
                 directory.write_figure(name, gridded.marked(figure, directory.path))
         gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
-        _print(console, config, table, verdicts, directory, bool(failed))
+        _print(console, config, target, table, picked, verdicts, directory)
         gridded.report_failures(console, directory)
 
 
 def cell(config: DlcftConfig, place: Place) -> list[Record]:
-    """Return the records of all settings, methods, hyper-parameters and seeds of a configuration.
+    """Return the records of all settings, methods and seeds of a configuration.
 
-    One a run, with ``acc``; and one a task of it, with the accuracy so far ``after`` that task. Of a run that diverges
-    the one record has no ``acc``.
+    One a run, with ``acc``; and one a task of it, with the accuracy so far ``after`` that task. Of several
+    hyper-parameters the best on the held-out samples are taken.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable.
+        CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
     """
-    config = subject.with_weights(config, place)
     source, target = data(config, place)
+    config = subject.with_weights(config, place)
+    _check(config, source, target)
+
+    def learnt(name: Name, point: Point, seed: int, evaluation: Part, file: str) -> list[Record]:
+        part = _part(config, name, point, seed, evaluation)
+        return _learnt(part, source, target, name, point, seed, place.folder / file)
+
+    tried = [
+        record
+        for number, one in enumerate(_tries(config))
+        for record in learnt(*one, "validation", f"candidate-{number}.pt")
+    ]
     return [
         record
-        for (setting, name), point in _tries(config)
+        for name, point in choose(config, tried).items()
         for seed in config.seeds
-        for record in _learnt(config, source, target, setting, name, point, seed, place.folder / "run.pt")
+        for record in learnt(name, point, seed, config.evaluation, f"{'-'.join(name)}-{seed}.pt")
     ]
 
 
@@ -333,11 +170,23 @@ def _check(config: DlcftConfig, source: Dataset | None, target: Dataset) -> None
         )
     for setting in config.settings:
         tasks = stream(config, target, setting, config.seeds[0])
-        trials = max((len(METHODS[name].points(config)) for at, name in _pairs(config) if at == setting), default=1)
-        if trials > 1 and not tasks[0].sizes["validation"]:
+        needs = any(_chosen_in(config, at, name) == setting and _many(config, name) for at, name in _pairs(config))
+        if (needs or config.evaluation == "validation") and not tasks[0].sizes["validation"]:
             raise CurvlabError(
-                f"hyper-parameters are chosen on held-out samples, and validation={config.validation} gives none to "
-                f"each of the {len(tasks)} tasks of {setting}: hold out {len(tasks)} or more, or give single values"
+                f"validation={config.validation} gives none of its held-out samples to each of the {len(tasks)} tasks "
+                f"of {setting}, where "
+                + (
+                    f"hyper-parameters are chosen on them: hold out {len(tasks)} or more, or give single values"
+                    if needs
+                    else f"the table is of them: hold out {len(tasks)} or more"
+                )
+            )
+    if any(_many(config, name) for _, name in _pairs(config)):
+        subject.check_distinct(selection_seeds=config.selection_seeds)
+        if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
+            raise CurvlabError(
+                "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
+                "give seeds and selection_seeds no value in common"
             )
     for setting, name in _pairs(config):
         method = METHODS[name]
@@ -363,24 +212,18 @@ def _learnt(
     config: DlcftConfig,
     source: Dataset | None,
     target: Dataset,
-    setting: Setting,
-    name: MethodName,
+    name: Name,
     point: Point,
     seed: int,
     checkpoint: Path,
 ) -> list[Record]:
-    """Learn the tasks of a setting by a method, and return what came of it."""
-    method = METHODS[name]
+    """Learn the tasks of a setting by a method, and return what came of it; of a candidate that diverges, this."""
+    setting, method = name[0], METHODS[name[1]]
     lr, strength = point[method.lists[0]], point.get(method.strengths or "")
-    keys: Record = {"setting": setting, "method": name, "seed": seed, "lr": lr, "strength": strength}
+    keys: Record = {"setting": setting, "method": name[1], "seed": seed, "evaluation": config.evaluation}
+    keys |= {"lr": lr, "strength": strength}
     tasks = stream(config, target, setting, seed)
-    optimizer, _, _, momentum = _optimizer(config, name)
-
-    def held_out(learner: Learner) -> dict[str, float]:
-        if learner.task < len(tasks) - 1 or not tasks[0].sizes["validation"]:
-            return {}
-        return {"held_out": float(accuracies(learner, range(len(tasks)), "validation").mean())}
-
+    optimizer, _, _, momentum = _optimizer(config, name[1])
     try:
         result = learn(
             tasks,
@@ -395,23 +238,25 @@ def _learnt(
             weight_decay=config.weight_decay,
             schedule=config.schedule,
             clip_norm=config.clip_norm,
-            steps=steps(config, name, setting),
+            steps=steps(config, name[1], setting),
             batch_size=config.batch_size,
             seed=seed,
-            observe=held_out,
+            evaluation=config.evaluation,
             checkpoint=checkpoint,
             progress=False,
         )
     except UnsupportedError:
         raise
     except CurvlabError as error:
+        if config.evaluation == "test":
+            raise
         # The options have been checked: what is left is a loss, or a weight, that is not finite.
-        return [{**keys, **dict.fromkeys(_VALUES), "note": str(error)}]
+        checkpoint.unlink(missing_ok=True)
+        return [{**keys, **dict.fromkeys([*_VALUES, "seconds"]), "note": str(error)}]
     checkpoint.unlink(missing_ok=True)  # all that is wanted of it is in the records
     whole = {
         **keys,
         **metrics.summary(result.accuracy),
-        "validation_acc": result.tasks[-1].get("held_out"),
         "bytes": result.tasks[-1]["bytes"],
         "seconds": sum(task["seconds"] + task["strategy_seconds"] for task in result.tasks),
         "note": "",
@@ -424,52 +269,72 @@ def _learnt(
 # Hyper-parameters -----------------------------------------------------------------------------------------------------
 
 
-def _pairs(config: DlcftConfig) -> list[tuple[Setting, MethodName]]:
+def _pairs(config: DlcftConfig) -> list[Name]:
     return [
         (setting, name) for setting in config.settings for name in config.methods if setting in METHODS[name].settings
     ]
 
 
-def _tries(config: DlcftConfig) -> Iterator[tuple[tuple[Setting, MethodName], Point]]:
-    """Yield what is tried: all points of each method. data_long has those that are chosen in data, if that is run."""
+def _many(config: DlcftConfig, name: MethodName) -> bool:
+    return len(METHODS[name].points(config)) > 1
+
+
+def _tries(config: DlcftConfig) -> Iterator[tuple[Name, Point, int]]:
+    """Yield the candidates of each method, each with all selection seeds; none for a single one.
+
+    In data_long a method has what is chosen in data, if it is run there.
+    """
     for setting, name in _pairs(config):
-        if setting == "data_long" and (_chosen_in(config, setting, name) != setting):
-            continue
-        for point in METHODS[name].points(config):
-            yield (setting, name), point
+        if _chosen_in(config, setting, name) == setting and _many(config, name):
+            for point in METHODS[name].points(config):
+                for seed in config.selection_seeds:
+                    yield (setting, name), point, seed
 
 
 def _chosen_in(config: DlcftConfig, setting: Setting, name: MethodName) -> Setting:
     return "data" if setting == "data_long" and ("data", name) in _pairs(config) else setting
 
 
-def _part(config: DlcftConfig, setting: Setting, name: MethodName, point: Point, seed: int) -> DlcftConfig:
+def _part(config: DlcftConfig, name: Name, point: Point, seed: int, evaluation: Part) -> DlcftConfig:
     """Return the configuration of one cell, in which what has no part in it is always the same."""
     lists = {key: (value,) for key, value in point.items()}
-    one = {"settings": (setting,), "methods": (name,), "seeds": (seed,)}
-    return config.model_copy(update=canonical(config, name) | lists | one)
+    one = {"settings": name[:1], "methods": name[1:], "seeds": (seed,), "evaluation": evaluation}
+    return config.model_copy(update=canonical(config, name[1]) | lists | one)
 
 
-def choose(config: DlcftConfig, tried: Sequence[Record]) -> dict[tuple[Setting, MethodName], Point]:
+def _judged(name: Name, tried: Sequence[Record]) -> list[Record]:
+    """Return a record a candidate: its mean accuracy on the held-out samples over the seeds; None if one diverged."""
+    of_name = [
+        {**record, "validation_acc": record["acc"]}
+        for record in tried
+        if "acc" in record and (record["setting"], record["method"]) == name
+    ]
+    rows = aggregate(of_name, ["setting", "method", "lr", "strength"], ["validation_acc"])
+    for row in rows:
+        row["note"] = next((r["note"] for r in of_name if r["note"] and _point(r) == _point(row)), "")
+    return rows
+
+
+def choose(config: DlcftConfig, tried: Sequence[Record]) -> dict[Name, Point]:
     """Return for every setting and method the point with the best accuracy on held-out samples, the first of several.
 
     Raises:
-        CurvlabError: A method has diverged with all of them, or its cells have failed.
+        CurvlabError: A method has diverged with all of them.
     """
     chosen = {}
     for setting, name in _pairs(config):
-        within = _chosen_in(config, setting, name)
-        points = METHODS[name].points(config)
-        if len(points) == 1:
-            chosen[setting, name] = points[0]
+        if not _many(config, name):
+            chosen[setting, name] = METHODS[name].points(config)[0]
             continue
-        able = [r for r in tried if (r["setting"], r["method"]) == (within, name) and r["validation_acc"] is not None]
+        within = _chosen_in(config, setting, name)
+        rows = _judged((within, name), tried)
+        able = [row for row in rows if row["validation_acc"] is not None]
         if not able:
             raise CurvlabError(
-                f"{METHODS[name].label} does not come to an end in {within} with any of its hyper-parameters: lower "
-                f"{' or '.join(METHODS[name].lists)}"
+                f"{METHODS[name].label} does not come to an end in {within} with any of its {len(rows)} candidates: "
+                f"lower {' or '.join(METHODS[name].lists)}"
             )
-        chosen[setting, name] = _point(max(able, key=lambda record: float(record["validation_acc"])))
+        chosen[setting, name] = _point(max(able, key=lambda row: float(row["validation_acc"])))
     return chosen
 
 
@@ -478,24 +343,24 @@ def _point(record: Record) -> Point:
     return dict(zip(METHODS[record["method"]].lists, values, strict=False))
 
 
-def selection(every: Sequence[Record], chosen: Mapping[tuple[Setting, MethodName], Point], seed: int) -> list[Record]:
-    """Return a record a point that was tried, with the accuracy on held-out samples and whether it was ``chosen``."""
-    keys = ("setting", "method", "lr", "strength", "validation_acc", "note")
-    return [
-        {key: record[key] for key in keys}
-        | {"chosen": _point(record) == chosen.get((record["setting"], record["method"]))}
-        for record in every
-        if record["seed"] == seed
-    ]
+def selection(tried: Sequence[Record], chosen: Mapping[Name, Point]) -> list[Record]:
+    """Return a record a candidate that was tried, and of a method with a single one this, with ``chosen``."""
+    found: list[Record] = []
+    for name, point in chosen.items():
+        rows = _judged(name, tried) or [_single(name, point)]
+        found += [{**row, "chosen": _point(row) == point} for row in rows]
+    return found
 
 
-def _runs(records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if "acc" in record]
+def _single(name: Name, point: Point) -> Record:
+    lr, strength = [*point.values(), None][:2]
+    return {"setting": name[0], "method": name[1], "lr": lr, "strength": strength}
 
 
-def _is_of(record: Record, found: Sequence[Record]) -> bool:
-    keys = ("setting", "method", "seed", "lr", "strength")
-    return any(all(record[key] == other[key] for key in keys) for other in found)
+def at_an_end(config: DlcftConfig, name: MethodName, point: Point) -> list[str]:
+    """Return the lists of a method, of three values or more, of which a point has the smallest or the largest."""
+    values = {key: getattr(config, key) for key in METHODS[name].lists}
+    return [key for key, tried in values.items() if len(tried) > 2 and point[key] in (min(tried), max(tried))]
 
 
 # What is made of them -------------------------------------------------------------------------------------------------
@@ -503,6 +368,8 @@ def _is_of(record: Record, found: Sequence[Record]) -> bool:
 
 def summarise(found: Sequence[Record]) -> list[Record]:
     """Return mean and standard deviation over the seeds, a record a setting and method, in the order of the tables.
+
+    Of the seconds it is the median: another program may have disturbed one of the runs.
 
     Args:
         found: Records as ``table.json`` has them.
@@ -517,6 +384,7 @@ def summarise(found: Sequence[Record]) -> list[Record]:
             "label": METHODS[row["method"]].label,
             "linear": METHODS[row["method"]].linear,
             "megabytes": None if row["bytes"] is None else row["bytes"] / 1e6,
+            "seconds": median(r["seconds"] for r in found if all(r[key] == row[key] for key in ("setting", "method"))),
         }
         for row in rows
     ]
@@ -545,34 +413,84 @@ def describe(config: DlcftConfig) -> str:
     if config.classes != "all" and len(config.classes) > 1:
         first, last = config.classes[0], config.classes[-1]
         name += f", classes {first} to {last}" if [*config.classes] == [*range(first, last + 1)] else ""
-    return f"{config.model} fine-tuned on {name}"
+    held_out = "" if config.evaluation == "test" else ", measured on the held-out samples"
+    return f"{config.model} fine-tuned on {name}{held_out}"
 
 
 def _print(
     console: Console,
     config: DlcftConfig,
+    target: Dataset,
     table: Sequence[Record],
+    picked: Sequence[Record],
     verdicts: Sequence[Claim],
     directory: RunDirectory,
-    failed: bool,
 ) -> None:
-    spread = f"mean ± standard deviation over {len(config.seeds)} seeds" if len(config.seeds) > 1 else "one seed"
-    seeds = (_SEEDS,) if failed else ()
+    seeds: tuple[Column, ...] = ()
+    number = f"{len(config.seeds)} seeds"
+    if any(row["seeds"] < len(config.seeds) for row in table):
+        number, seeds = "the seeds that did not fail", (gridded.SEEDS,)
+    spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
+    every, notes = [row | _printed(row) | _choice(config, row, picked) for row in beside_published(table)], []
     for setting, (label, _) in SETTINGS.items():
-        rows = [row for row in beside_published(table) if row["setting"] == setting]
+        rows = [row for row in every if row["setting"] == setting]
         if not rows:
             continue
         tasks = len(steps(config, "fine_tuning", setting))
-        columns = [_NAMES[1], *_ACCURACY, *(_TRANSFER if setting == "task" else ()), *_CHOSEN, *seeds]
+        transfer = (_TRANSFER[0], _PUBLISHED["bwt"]) if setting == "task" else ()
+        columns = [_NAMES[1], _ACCURACY[0], _PUBLISHED["acc"], *transfer, *_CHOICE, *_COSTS, *seeds]
         shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
         console.print(render(rows, shown, f"{label}, {tasks} tasks: {describe(config)}; {spread}"), crop=False)
-    console.print(render_claims(verdicts), crop=False)
+    # A published number has no more digits than were printed.
+    printed = [c if c.published is None else replace(c, published=f"{c.published:g}") for c in verdicts]
+    console.print(render_claims(printed), crop=False)
+    lists = dict.fromkeys(key for name in config.methods for key in METHODS[name].lists)
+    if any(_many(config, name) for name in config.methods):
+        notes.append(
+            "lr and strength are those with the best mean accuracy on held-out samples, of runs with seed "
+            f"{', '.join(map(str, config.selection_seeds))}; the table's have {', '.join(map(str, config.seeds))}."
+            + (" data-IL, long has what is chosen in data-IL." if {"data", "data_long"} <= {*config.settings} else "")
+        )
+    if any("*" in f"{row['chosen_lr']}{row['chosen_strength']}" for row in every):
+        notes.append("* The smallest or largest of the values that were tried: beyond it may be a better one.")
+    if of_two := [key for key in lists if len(getattr(config, key)) == 2]:
+        notes.append(f"Of two values only, each of which is the smallest or the largest, are {', '.join(of_two)}.")
+    if any(row["published_read"] for row in every):
+        notes.append("† Where it is printed the name of this method is not beside it: it is our reading.")
     for note in (
-        f"Published: {published()['source']}, of a ResNet-18 on CIFAR-100. {DEVIATIONS}",
+        *notes,
+        f"Published: {published()['source']}, of a ResNet-18 on CIFAR-100. Here, and there (in brackets):",
+        *(f"- {line}" for line in deviations(config, target)),
         f"Saved in {directory.path}: table (.json .csv .md .tex), selection, curves, claims, provenance, figures, "
         f"{gridded.STORE}.",
     ):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _printed(row: Record) -> Record:
+    """Return the published numbers with the digits that they were printed with, and marked where they are a reading."""
+    mark = "†" if row["published_read"] else ""
+    values = {key: row.get(f"published_{key}") for key in _PUBLISHED}
+    return {f"printed_{key}": None if value is None else f"{value:.4f}{mark}" for key, value in values.items()}
+
+
+def _choice(config: DlcftConfig, row: Record, picked: Sequence[Record]) -> Record:
+    """Return what is printed of how the hyper-parameters of a row were chosen."""
+    names = METHODS[row["method"]].lists
+    tried = [r for r in picked if (r["setting"], r["method"]) == (row["setting"], row["method"])]
+    ends = at_an_end(config, row["method"], _point(row))
+    texts = [f"{value:g}{'*' * (key in ends)}" for key, value in zip(names, _point(row).values(), strict=True)]
+    best = next((r for r in tried if r["chosen"]), {})
+    of_several = len(tried) > 1
+    failed = sum(r["validation_acc"] is None for r in tried) if of_several else 0
+    return {
+        "chosen_lr": texts[0],
+        "chosen_strength": texts[1] if len(texts) > 1 else None,
+        "validation_acc": best.get("validation_acc"),
+        "validation_acc_std": best.get("validation_acc_std"),
+        "tried": len(tried) if of_several else None,
+        "failed": failed or None,
+    }
 
 
 ANALYSIS = Analysis(

@@ -14,7 +14,7 @@ from curvlab.data import Dataset
 from curvlab.linearize import linearize
 
 if TYPE_CHECKING:
-    from curvlab.analyze.dlcft import DlcftConfig
+    from curvlab.analyze.dlcft_config import DlcftConfig
 
 Setting = Literal["data", "data_long", "task", "class"]
 MethodName = Literal[
@@ -32,6 +32,7 @@ MethodName = Literal[
     "dlcft_tkfac",
     "dlcft_no_replay",
     "dlcft_no_regularization",
+    "dlcft_kfac_no_regularization",
     "dlcft_neither",
     "joint",
     "joint_linear",
@@ -100,7 +101,8 @@ class Method:
 def canonical(config: "DlcftConfig", name: MethodName) -> dict[str, Any]:
     """Return the lists that have no part in a method, as they are by default: no cell is then run twice."""
     fields = type(config).model_fields
-    return {other: fields[other].default for other in _LISTS if other not in METHODS[name].lists}
+    unused = {*_LISTS, "selection_seeds"} - {*METHODS[name].lists}
+    return {other: fields[other].default for other in unused}
 
 
 def network(method: Method, model: nn.Module) -> nn.Module:
@@ -219,6 +221,13 @@ METHODS: dict[MethodName, Method] = {
         "DLCFT (TK-FAC), classifier not regularised",
         ("class",),
         _dlcft(_TKFAC, regularization=False),
+        "dlcft_strengths",
+        linear=True,
+    ),
+    "dlcft_kfac_no_regularization": Method(
+        "DLCFT (K-FAC), classifier not regularised",
+        ("class",),
+        _dlcft(_KFAC, regularization=False),
         "dlcft_strengths",
         linear=True,
     ),

@@ -18,7 +18,7 @@ from curvlab.models import build, freeze_batch_norm, merge_batch_norm
 from curvlab.training import fit
 
 if TYPE_CHECKING:
-    from curvlab.analyze.dlcft import DlcftConfig
+    from curvlab.analyze.dlcft_config import DlcftConfig
 
 
 def data(config: "DlcftConfig", options: RunOptions | Place) -> tuple[Dataset | None, Dataset]:
@@ -35,6 +35,12 @@ def data(config: "DlcftConfig", options: RunOptions | Place) -> tuple[Dataset | 
         raise CurvlabError("fine-tuning needs a pre-trained network: give weights, or source_classes to pre-train on")
     if source is not None and config.weights is not None:
         raise CurvlabError("the weights are those of a pre-trained network: leave source_classes empty")
+    streamed = range(whole.num_classes) if config.classes == "all" else config.classes
+    if both := sorted({*config.source_classes} & {*streamed}):
+        raise CurvlabError(
+            f"the network would be pre-trained on class {both[0]}, which is then to be learnt as new: give "
+            "source_classes and classes no value in common"
+        )
     target = whole if config.classes == "all" else _relabelled(whole, config.classes)
     generator = torch.Generator().manual_seed(0)  # files may have samples class by class
     train = _some(target.y_train, config.stream_samples, "stream_samples", generator)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 Record = Mapping[str, Any]
@@ -13,7 +14,16 @@ Record = Mapping[str, Any]
 _FONT = {"title": 10, "label": 9, "tick": 8}
 _LINEAR, _NONLINEAR, _PUBLISHED = "#0b559f", "#e07b39", "#404040"
 #: Of lines by place; those of linear networks are whole, others broken, and the two kinds have colours of their own.
-_LINEAR_COLOURS = ("#222222", "#4fa3c7", "#0b559f", "#8e5ea2", "#7b3294", "#12a0a0")
+_LINEAR_COLOURS = (
+    "#222222",
+    "#7cc4ec",
+    "#0b3d91",
+    "#9b6bc9",
+    "#e377c2",
+    "#12a0a0",
+    "#b8860b",
+    "#4fa3c7",
+)
 _NONLINEAR_COLOURS = (
     "#767676",
     "#3a8f5c",
@@ -59,7 +69,10 @@ def method_points(table: Sequence[Record], title: str) -> Figure:
         axes.set_title(setting, fontsize=_FONT["label"])
         axes.tick_params(labelsize=_FONT["tick"])
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("accuracy after the last task", fontsize=_FONT["label"])
+    text = "accuracy after the last task"
+    if any(row.get("acc_std") is not None for row in table):
+        text += " (mean and standard deviation over seeds)"
+    panels[-1].set_xlabel(text, fontsize=_FONT["label"])
     handles = [
         Line2D([], [], color=_LINEAR, marker="o", linestyle="none", label="linear network, squared error"),
         Line2D([], [], color=_NONLINEAR, marker="s", linestyle="none", label="non-linear, cross-entropy"),
@@ -89,6 +102,8 @@ def setting_curves(
 ) -> Figure:
     """Draw the accuracy on the tasks so far over tasks, the mean over seeds and its range: a panel a setting.
 
+    Every other line is wide, and below the rest: it is seen, too, where the next one covers it.
+
     Args:
         curves: Records of ``setting``, ``method``, ``seed`` and ``after`` (tasks, from 1) with the ``accuracy``. Of a
             method that is measured after the last task only, a dotted line goes across.
@@ -101,9 +116,15 @@ def setting_curves(
     methods = [name for name in labels if name in _distinct(curves, "method")]
     after_the_last = {name for name in methods if all(r["after"] > 1 for r in curves if r["method"] == name)}
     styles = {name: _style(name in linear, place, name in after_the_last) for name, place in _places(methods, linear)}
+    handles: list[Any] = [Line2D([], [], label=labels[method], **style) for method, style in styles.items()]
+    if len(_distinct(curves, "seed")) > 1:
+        handles.append(Patch(color="#767676", alpha=0.3, linewidth=0, label="from the lowest to the highest seed"))
     columns = min(len(shown), 2)
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.5 * columns + 0.4, 2.6 * rows + 0.9), layout="constrained")
+    width = max(3.5 * columns + 0.4, 5.0)
+    of_legend = max(int(width / (0.9 + 0.058 * max(len(handle.get_label()) for handle in handles))), 1)
+    height = 2.3 * rows + 0.17 * -(-len(handles) // of_legend) + 0.6
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=_FONT["title"])
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(shown) :]:
@@ -128,8 +149,7 @@ def setting_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=_FONT["tick"])
         axes.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], label=labels[method], **style) for method, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns + 1, fontsize=_FONT["tick"], frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=of_legend, fontsize=_FONT["tick"], frameon=False)
     return figure
 
 
@@ -142,7 +162,9 @@ def _places(methods: Sequence[str], linear: Collection[str]) -> list[tuple[str, 
 def _style(linear: bool, place: int, level: bool) -> dict[str, Any]:
     colours = _LINEAR_COLOURS if linear else _NONLINEAR_COLOURS
     line: Any = ":" if level else "-" if linear else (0, (4, 1.5))
-    return {"color": colours[place % len(colours)], "linestyle": line, "linewidth": 1.6 if linear else 1.2}
+    wide = place % 2 == 1 and not level
+    width = 3.8 if wide and linear else 2.4 if wide else 1.4
+    return {"color": colours[place % len(colours)], "linestyle": line, "linewidth": width, "zorder": 2 if wide else 3}
 
 
 def _distinct(records: Sequence[Record], key: str) -> list[str]:
