@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from curvlab.continual.buffers import Reservoir, Ring
+from curvlab.continual.checkpoint import bytes_held
 from curvlab.errors import CurvlabError
 
 
@@ -120,8 +121,37 @@ def test_rows_are_copied_and_detached(memory: Reservoir | Ring) -> None:
     assert bool((memory.draw(5, generator())["x"] == 2).all())
 
 
+@pytest.mark.parametrize("memory", [Reservoir(10**5), Ring(10**5), Reservoir(150), Ring(25)])
+def test_memory_grows_with_what_is_held(memory: Reservoir | Ring) -> None:
+    """A row of ``numbered`` has 32 bytes, ``task`` and ``y`` 16 more."""
+    most = 150 if isinstance(memory, Reservoir) else 6 * 25
+    for first in range(0, 1000, 10):
+        numbers = torch.arange(first, first + 10)
+        memory.add(numbered(first, 10) | {"task": numbers // 5 % 2, "y": numbers % 3}, generator(first))
+        whole = (memory.capacity if isinstance(memory, Reservoir) else memory.per_class) == 10**5
+        filled = len(memory)
+        assert filled == (first + 10 if whole else min(first + 10, most))
+        assert 48 * filled <= bytes_held(vars(memory)) <= 48 * (2 * filled if whole else min(2 * filled, most))
+
+
+def test_draws_do_not_depend_on_how_memory_grows() -> None:
+    """These were drawn when all places were made at the start."""
+    memory, source = Reservoir(40), generator(3)
+    for first in range(0, 90, 9):
+        memory.add(numbered(first, 9), source)
+    assert memory.draw(6, source)["number"].tolist() == [75, 57, 85, 18, 28, 29]
+    ring = Ring(3)
+    for first in range(0, 90, 9):
+        numbers = torch.arange(first, first + 9)
+        ring.add(numbered(first, 9) | {"task": numbers // 45, "y": numbers * 7 % 4})
+    assert ring.draw(6, source)["number"].tolist() == [42, 86, 36, 85, 37, 39]
+    assert ring.draw(4, source, before=1)["number"].tolist() == [41, 44, 36, 35]
+
+
 def test_sizes_are_checked() -> None:
-    with pytest.raises(CurvlabError, match="capacity must be at least 1 sample, not 0"):
+    with pytest.raises(CurvlabError, match="capacity must be a whole number from 1, not 0"):
         Reservoir(0)
-    with pytest.raises(CurvlabError, match="per_class must be at least 1 sample, not -1"):
+    with pytest.raises(CurvlabError, match=r"capacity must be a whole number from 1, not 2\.5"):
+        Reservoir(2.5)  # type: ignore[arg-type]
+    with pytest.raises(CurvlabError, match="per_class must be a whole number from 1, not -1"):
         Ring(-1)

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab.continual import Result, Strategy, Task, disjoint, permuted, run, split_classes, split_data
+from curvlab import linearize
+from curvlab.continual import Regime, Result, Strategy, Task, disjoint, permuted, run, split_classes, split_data
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.outputs import Outputs, mean_loss
 from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive
@@ -422,8 +424,8 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) 
         options = {"epochs": 2, "lr_decay": 0.9, "evaluate_every": 5, "observe": observe, "checkpoint": path}
         return learn(permuted(blobs(), tasks=4), model, METHODS[name], **options)
 
-    def fresh(seed: int = 3) -> nn.Module:
-        return network(dropout=0.3, norm=True, seed=seed)
+    def fresh() -> nn.Module:
+        return network(dropout=0.3, norm=True)
 
     whole, path = fresh(), tmp_path / "folder" / "run.pt"
     calls = stop_at(whole, 0)
@@ -436,7 +438,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) 
             go(model, path)
         except Stop:
             assert model.training
-    model = fresh(seed=99)  # the weights are those of the checkpoint
+    model = fresh()
     result = go(model, path)
     assert result.resumed_at > 0
     for _ in range(2):
@@ -444,13 +446,13 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) 
         assert same(result.accuracy, expected.accuracy)
         assert same(result.initial, expected.initial)
         assert plain_results(result) == plain_results(expected)
-        model = fresh(seed=100)
+        model = fresh()
         result = go(model, path)
         assert result.resumed_at == 4
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    """The process is killed at random moments, four times, and at last left to finish."""
+    """The process is killed at random moments, three times, and at last left to finish."""
     script = textwrap.dedent(
         """
         import os, random, signal, sys, time
@@ -464,11 +466,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
         def work(name):
             found = {}
-            for method in ("naive", "er", "ewc", "lwf", "der++"):
+            for method in ("er", "ewc", "lwf"):
                 model = network(dropout=0.3, norm=True)
                 path = None if name == "whole" else folder / f"{method}.pt"
-                options = {"epochs": 10, "evaluate_every": 20, "checkpoint": path}
-                result = learn(permuted(blobs(), tasks=5), model, METHODS[method], **options)
+                options = {"epochs": 6, "evaluate_every": 20, "checkpoint": path}
+                result = learn(permuted(blobs(), tasks=4), model, METHODS[method], **options)
                 numbers = {"accuracy": result.accuracy, "resumed_at": torch.tensor(result.resumed_at)}
                 found[method] = numbers | {f"model {n}": p.detach() for n, p in model.state_dict().items()}
             torch.save(found, folder / f"{name}.done")
@@ -491,7 +493,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         started = time.monotonic()
         assert attempt("whole", None) == 0
         seconds = time.monotonic() - started
-        killed = [attempt("killed", seconds * random.uniform(0.1, 0.4)) for _ in range(4)]
+        killed = [attempt("killed", seconds * random.uniform(0.1, 0.4)) for _ in range(3)]
         print(killed.count(signal.SIGKILL), attempt("killed", None))
         """
     )
@@ -522,7 +524,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     for call, path, said in (
         (2, None, "before|nothing is saved: with checkpoint=PATH"),
         (8, tmp_path / "a.pt", r"task 0 of 3, counted from 0, before anything was saved in .*a\.pt"),
-        (calls[0] - 2, tmp_path / "a.pt", r"task 2 of 3, .*the same call goes on after task 1, .*a\.pt"),
+        (
+            calls[0] - 2,
+            tmp_path / "a.pt",
+            r"task 2 of 3, .*the same call, with the model as it was at first, goes on after task 1, .*a\.pt",
+        ),
     ):
         model = network()
         stop_at(model, call, KeyboardInterrupt())
@@ -607,7 +613,7 @@ def test_a_strategy_is_used_again() -> None:
         ({"lr": -1.0}, "lr must be a positive number"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"lr_decay": 0.0}, "lr_decay must be a positive number"),
-        ({"min_lr": -1e-3}, "min_lr must be at least 0"),
+        ({"min_lr": -1e-3}, "min_lr must be a number of at least 0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"optimizer": "adam", "momentum": 0.9}, "momentum belongs to sgd"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
@@ -617,9 +623,33 @@ def test_a_strategy_is_used_again() -> None:
         ({"epochs": 1.5}, "epochs must be a whole number from 1, not 1.5"),
         ({"steps": [1, 2, 3]}, "steps has 3 values, and there are 2 tasks"),
         ({"steps": "10"}, "steps must be a whole number from 1, not '1'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"epochs": True}, "epochs must be a whole number from 1, not True"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
+        ({"batch_size": 8.0}, "batch_size must be a whole number from 1, not 8.0"),
+        ({"batch_size": None}, "batch_size must be a whole number from 1, not None"),
+        ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1, not 0"),
+        ({"evaluate_every": 2.5}, "evaluate_every must be a whole number from 1, not 2.5"),
+        ({"seed": -1}, "seed must be a whole number from 0, not -1"),
+        ({"seed": 1.5}, "seed must be a whole number from 0, not 1.5"),
+        ({"lr": "0.1"}, "lr must be a number, not '0.1'"),
+        ({"momentum": None}, "momentum must be a number, not None"),
+        ({"clip_norm": "1"}, "clip_norm must be a positive number, not '1'"),
+        ({"min_lr": None}, "min_lr must be a number of at least 0, not None"),
+        ({"stream": blobs()}, r"a stream is a sequence of tasks, such as permuted\(dataset, tasks=5\), not Dataset"),
+        ({"stream": permuted(blobs(), tasks=1)[0]}, "a stream is a sequence of tasks, .*not Task"),
+        (
+            {"observe": lambda _: None},
+            "observe must return a dictionary of plain values, which may be empty, not NoneT",
+        ),
+        ({"observe": 5}, "observe must be a function of the learner, not int"),
+        (
+            {"model": network().to("meta")},
+            "the parameter 0.weight of the model has no values: it is on the meta device",
+        ),
+        (
+            {"model": nn.Sequential(nn.LazyLinear(6))},
+            "the parameter 0.weight .* no shape yet: call the lazy model once",
+        ),
         ({"evaluation": "train"}, "evaluation is on test or validation"),
         ({"evaluation": "validation"}, r"task 0 \(permuted 1\) has no validation samples: make the stream with valid"),
         ({"model": nn.Flatten()}, "the model has no trainable parameters"),
@@ -649,8 +679,76 @@ def test_weights_and_losses_that_are_not_finite_are_refused() -> None:
         def after_task(self, learner: Learner) -> None:
             learner.model[0].bias.data.fill_(torch.inf)
 
-    with pytest.raises(CurvlabError, match=r"parameter 0\.bias holds NaN or infinite values after task 0"):
+    with pytest.raises(
+        CurvlabError, match=r"parameter 0\.bias holds NaN or infinite values after Breaks.after_task of"
+    ):
         learn(permuted(blobs(), tasks=2), network(), Breaks())
+
+
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), IMM("mode"), LwF()], ids=["naive", "ewc", "imm", "lwf"])
+def test_a_last_step_that_diverges_is_noticed_before_the_method_consolidates(strategy: Strategy) -> None:
+    """The loss of the last step, at the weights before it, is finite."""
+    said = r"parameter 0\.weight holds NaN or infinite values after the last step of task 0: lower lr \(here 1e\+38\)"
+    options = {"lr": 1e38, "steps": 1, "loss": "squared_error", "target_scale": 1e3}
+    with pytest.raises(CurvlabError, match=said):
+        learn(permuted(blobs(), tasks=2), network(), strategy, **options)
+
+
+@pytest.mark.parametrize("hook", ["loss", "after_backward", "after_step"])
+def test_the_model_is_not_blamed_for_the_faults_of_a_method(hook: str) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("the method's own")
+
+    with pytest.raises((CurvlabError, ValueError), match="the method's own") as raised:
+        learn(permuted(blobs(), tasks=2), network(), type("Broken", (Strategy,), {hook: fails})())
+    assert "the model fails" not in str(raised.value)
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        with pytest.raises(
+            CurvlabError, match=r"a run has to take gradients: call it outside of torch\.inference_mode"
+        ):
+            learn(permuted(blobs(), tasks=2), network())
+        model = network()
+    with pytest.raises(CurvlabError, match=r"parameter 0\.weight .* was made in torch\.inference_mode"):
+        learn(permuted(blobs(), tasks=2), model)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    options = {"lr": np.float32(0.5), "seed": np.int64(3), "batch_size": np.int32(8), "steps": 3}
+    models = [network() for _ in range(3)]
+    learn(permuted(blobs(), tasks=2), models[0], lr=0.5, seed=3, batch_size=8, steps=3)
+    for model in models[1:]:
+        learn(permuted(blobs(), tasks=2), model, checkpoint=tmp_path / "run.pt", **options)
+        assert equal(values(model), values(models[0]))
+
+
+@pytest.mark.parametrize(
+    ("head", "classes", "said"),
+    [
+        ("masked", [range(5), [5]], r"task 1 \(class 5\) has a single output to choose from .* take head='single' or"),
+        (
+            "multi",
+            [range(5), [5]],
+            r"task 1 \(class 5\) has a single output .* head='growing', or loss='squared_error'",
+        ),
+        (
+            "growing",
+            [[0], range(1, 6)],
+            r"task 0 \(class 0\) has a single .*: begin with a task of several classes, take",
+        ),
+    ],
+)
+def test_a_task_with_nothing_to_choose_from_is_refused(head: Any, classes: Any, said: str) -> None:
+    """Its cross-entropy is zero whatever the network does, and its accuracy 1."""
+    stream = disjoint(blobs(), classes=classes)
+    with pytest.raises(CurvlabError, match=said):
+        learn(stream, network(), head=head)
+    learn(stream, network(), head=head, loss="squared_error")
+    learn(stream, network(), head="single")
+    if head != "growing":
+        learn(stream, network(), head="growing")
 
 
 def test_samples_of_several_shapes_are_refused() -> None:
@@ -688,11 +786,30 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CurvlabError, match=said) as raised:
             learn(**given)
         assert len(str(raised.value)) < 800
+    for changed in (network(seed=4), network().requires_grad_(True)):
+        if equal(values(changed), values(network())):
+            changed[4].bias.data[1] += 1e-6
+        with pytest.raises(CurvlabError, match=r"run\.pt began from other weights: build the model as it was then"):
+            learn(stream, changed, ER(10), checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CurvlabError, match="cannot be read"):
         learn(stream, network(), ER(10), checkpoint=path)
     with pytest.raises(CurvlabError, match="is a file, not a folder"):
         learn(stream, network(), checkpoint=path / "run.pt")
+
+
+def test_a_checkpoint_began_at_a_point_of_linearization(tmp_path: Path) -> None:
+    def linear(seed: int) -> nn.Module:
+        model = linearize(network(seed=seed))
+        for p, start in zip(model.parameters(), network().parameters(), strict=True):
+            p.data.copy_(start)
+        return model
+
+    path, stream = tmp_path / "run.pt", permuted(blobs(), tasks=2)
+    learn(stream, linear(1), checkpoint=path)
+    assert learn(stream, linear(1), checkpoint=path).resumed_at == 2
+    with pytest.raises(CurvlabError, match="began from other weights"):
+        learn(stream, linear(2), checkpoint=path)
 
 
 def test_what_a_checkpoint_cannot_keep_is_refused(tmp_path: Path) -> None:
@@ -715,6 +832,19 @@ def test_what_a_checkpoint_cannot_keep_is_refused(tmp_path: Path) -> None:
         result = learn(permuted(blobs(), tasks=2), network(), held, checkpoint=tmp_path / "run.pt")
     assert result.resumed_at == 2
     assert result.tasks[-1]["bytes"] == 3 * 4 + 2 * 8
+
+
+@pytest.mark.parametrize(
+    "name", ["foo", "", "stable-drop", "stable+lr", "plastic-lr", "stableX", "stable-", "stable-rate"]
+)
+def test_unknown_regimes_are_refused(name: str) -> None:
+    numbers = {"lr": 0.1, "decay": 0.5, "batch_size": 16, "dropout": 0.0}
+    config = SimpleNamespace(**{f"{kind}_{key}": v for kind in ("stable", "plastic") for key, v in numbers.items()})
+    assert Regime.of(config, "stable-lr") == Regime.of(config, "plastic+dropout") == Regime(**numbers)
+    with pytest.raises(
+        CurvlabError, match=r"is stable, plastic, stable-X or plastic.X, with X of lr, decay, batch_size"
+    ):
+        Regime.of(config, name)
 
 
 # What a strategy is given ---------------------------------------------------------------------------------------------
@@ -838,8 +968,9 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
         for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(left.cpu(), right, rtol=0, atol=1e-9)
     path = tmp_path / "run.pt"
-    stop_at(models[2], 25)
+    stopped = deepcopy(models[2])
+    stop_at(stopped, 25)
     with pytest.raises(Stop):
-        learn(two_by_two(), models[2], METHODS[name], head=head, epochs=2, checkpoint=path)
+        learn(two_by_two(), stopped, METHODS[name], head=head, epochs=2, checkpoint=path)
     result = learn(two_by_two(), models[2], METHODS[name], head=head, epochs=2, checkpoint=path)
     assert same(results[0].accuracy, result.accuracy)

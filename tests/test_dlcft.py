@@ -253,6 +253,32 @@ def test_new_outputs_that_cannot_be_protected_are_refused(options: dict[str, Any
     learn(stream, network(4), DLCFT(**options, classifier_regularization=False), 1, head="growing", loss=loss)
 
 
+@pytest.mark.parametrize("form", ["plain", "linearized", "head outside"])
+def test_the_rows_of_new_outputs_are_those_of_the_last_layer(form: str) -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.body, self.aside = nn.Linear(5, 4), nn.Linear(4, 5), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.body(x).relu()
+            self.aside(features)
+            out: Tensor = self.fc(features)
+            return out
+
+    model: nn.Module = HeadFirst().double()
+    if form != "plain":
+        model = linearize(model, head="fc" if form == "head outside" else None)
+    learner, method = learner_of(model, by_classes(2)), DLCFT(structure="kfac")
+    learner.outputs = Outputs(learner.stream, "growing", 4, torch.device("cpu"))
+    aside = model.aside.weight.detach().clone()
+    method.start(learner)
+    assert not model.fc.weight[2:].any()
+    assert model.fc.weight[:2].all()
+    assert torch.equal(model.aside.weight, aside)
+    learn(by_classes(2), model, method, head="growing", **SQUARED)
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(CurvlabError, match="strength"):
         DLCFT(-1.0)
@@ -261,5 +287,6 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(CurvlabError, match="buffer_size"):
         DLCFT(buffer_size=0)
     model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 4, 4), nn.Flatten()).double()
-    with pytest.raises(CurvlabError, match=r"end with an nn\.Linear"):
-        learn(by_classes(2), model, DLCFT(structure="kfac"), head="growing", **SQUARED)
+    for ending in (model, nn.Sequential(network(4), nn.Sigmoid())):
+        with pytest.raises(CurvlabError, match=r"DLCFT .* outputs must be what an nn\.Linear returns"):
+            learn(by_classes(2), ending, DLCFT(structure="kfac"), head="growing", **SQUARED)

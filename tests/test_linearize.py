@@ -1,7 +1,8 @@
 """The linearized model against plain reverse-mode Jacobians at the point of linearization, in float64."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import count
 
@@ -408,6 +409,53 @@ def test_hooks_on_the_module_change_its_outputs() -> None:
     assert torch.equal(linear(x), expected)
 
 
+@contextmanager
+def tf32() -> Iterator[None]:
+    """The old switch; without a GPU it changes no number."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "half", "autocast"])
+def test_small_changes_are_not_lost_where_products_are_rounded(kind: str) -> None:
+    """The difference of two products would be that of their rounding errors, some 1e-3 of the product itself."""
+    torch.manual_seed(0)
+    exact = linearize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double())
+    x = randn(32, 64)
+    low = torch.float32 if kind == "autocast" else getattr(torch, kind)
+    exact, x = exact.to(low).double(), x.to(low).double()
+    with torch.no_grad():
+        for p in exact.parameters():
+            p.mul_(1 + 2.0**-7)  # which bfloat16 can tell from 1
+    exact = exact.to(low).double()
+    changes = {}
+    for dtype in (torch.float64, low):
+        model = deepcopy(exact).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            changes[dtype] = model.push((x.to(dtype),), {})[1].double()
+    expected, found = changes.values()
+    assert close(found, expected, 0.02)
+
+
+def test_products_are_taken_of_the_change_where_torch_may_round_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(2, 3)
+    assert not augmented._rounds(x)
+    assert not augmented._rounds(x.float())
+    with tf32():
+        assert augmented._rounds(x.float())
+        assert not augmented._rounds(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert augmented._rounds(x.float())
+
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert augmented._rounds(x.float())
+
+
 def test_frozen_later_keeps_its_displacement() -> None:
     model, x = model_and_inputs("mlp")
     linear = moved(linearize(model))
@@ -469,6 +517,24 @@ def test_head_outside_is_bilinear() -> None:
     assert close(linear(x), F.linear(features, linear.fc.weight, linear.fc.bias))
     assert not hasattr(linear.fc, "weight_at")
     assert ParameterSpace.of(linear) == ParameterSpace.of(model)
+
+
+@pytest.mark.parametrize("outside", [None, "head"])
+def test_a_module_may_be_called_head(outside: str | None) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.body(x).relu())
+            return out
+
+    model = settled(Model())
+    linear, x = linearize(model, head=outside), randn(N, 3)
+    assert isinstance(linear.head, nn.Linear)
+    assert torch.equal(linear(x), model(x))
+    assert [name for name, _ in linear.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
 def test_head_deep_inside_and_a_new_one() -> None:

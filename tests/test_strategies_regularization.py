@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab import estimate
+from curvlab import estimate, linearize
 from curvlab.continual.learner import Learner
 from curvlab.continual.loop import Result, run
 from curvlab.continual.outputs import Head, Outputs
@@ -204,6 +204,11 @@ class TestEWC:
                 for p, value in zip(model.parameters(), here, strict=True):
                     p.copy_(value)
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+    def test_online_without_memory_keeps_the_factors_of_one_task(self) -> None:
+        model, stream = mlp(), tasks(3)
+        held = [r["bytes"] for r in full_batch(stream, model, EWC(5.0, structure="kfac", mode="online", gamma=0)).tasks]
+        assert held[0] == held[1] == held[2]
 
     def test_parameters_that_are_not_selected_are_free(self) -> None:
         model, stream = mlp(), tasks(1)
@@ -500,6 +505,14 @@ class TestMAS:
         problem = Problem(model, "cross_entropy", [(x[:5], torch.zeros(5).long()), (x[5:], torch.ones(2).long())])
         found = sensitivity(problem, problem.space)
         torch.testing.assert_close(found, slow_sensitivity(model, x), rtol=1e-10, atol=1e-12)
+
+    def test_sensitivity_of_a_linearized_network_is_had_layer_by_layer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = linearize(mlp()), torch.randn(7, 4, dtype=torch.float64)
+        moved(model)
+        monkeypatch.delattr("curvlab.continual.strategies.mas.row_batches")  # the slow way
+        problem = Problem(model, "cross_entropy", (x, torch.zeros(7).long()))
+        expected = slow_sensitivity(model, x)
+        torch.testing.assert_close(sensitivity(problem, problem.space), expected, rtol=1e-10, atol=1e-12)
 
     def test_it_is_a_plain_loop(self) -> None:
         mine, theirs, stream = mlp(), mlp(), tasks(3)
@@ -823,7 +836,10 @@ class TestRefusals:
             (lambda: EWC(1.0, mode="both"), "mode is separate or online, not 'both'"),
             (lambda: EWC(1.0, gamma=0.5), "gamma belongs to mode='online'"),
             (lambda: EWC(1.0, mode="online", gamma=1.5), "gamma must be a number of at least 0 and at most 1, not 1.5"),
-            (lambda: EWC(1.0, samples=0), "samples must be at least 1, or None for all, not 0"),
+            (lambda: EWC("1"), "strength must be a number of at least 0, not '1'"),  # type: ignore[arg-type]
+            (lambda: EWC(None), "strength must be a number of at least 0, not None"),  # type: ignore[arg-type]
+            (lambda: EWC(1.0, samples=0), "samples must be a whole number from 1, not 0"),
+            (lambda: EWC(1.0, samples=1.5), r"samples must be a whole number from 1, not 1\.5"),
             (lambda: EWC(1.0, structure="implicit"), "an implicit matrix .* take a structure that is stored"),
             (lambda: EWC(1.0, structure="ekfac", mode="online"), "no sum of ekfac's structure: take kfac"),
             (lambda: EWC(1.0, structure="full"), "full"),
@@ -837,7 +853,7 @@ class TestRefusals:
             (lambda: SI(-1.0), "strength must be a number of at least 0"),
             (lambda: SI(1.0, xi=0.0), "xi must be a positive number, not 0.0"),
             (lambda: MAS(-1.0), "strength must be a number of at least 0"),
-            (lambda: MAS(1.0, samples=-3), "samples must be at least 1"),
+            (lambda: MAS(1.0, samples=-3), "samples must be a whole number from 1"),
             (lambda: IMM("median"), "mode is mean or mode, not 'median'"),
             (lambda: IMM(l2=-1.0), "l2 must be a number of at least 0"),
         ],

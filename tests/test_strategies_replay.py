@@ -10,6 +10,7 @@ from test_continual_loop import CLASSES, blobs, equal, learn, network, order, tw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab import linearize
 from curvlab.continual import Strategy, Task, permuted, split_classes, split_data
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.strategies import AGEM, DER, ER, Joint, LinearProbe, LwF, Naive
@@ -76,13 +77,47 @@ def test_linear_probing_is_training_of_a_linear_model_on_features() -> None:
     assert equal(values(model[:-1]), values(features))
 
 
+class HeadFirst(nn.Module):
+    """The order in which layers are registered says nothing of what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body, self.aside = nn.Linear(7, CLASSES), network()[:-1], nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        self.aside(features)
+        outputs: Tensor = self.head(features)
+        return outputs
+
+
+class Twice(nn.Module):
+    """What its layer returns is used before, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(self.layer(x))
+        return outputs
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_layer_that_is_probed_is_that_of_the_outputs(linear: bool) -> None:
+    model: nn.Module = linearize(HeadFirst()) if linear else HeadFirst()
+    before = values(model)
+    learn(permuted(blobs(), tasks=2), model, LinearProbe())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
 def test_linear_probing_needs_a_last_linear_layer() -> None:
     stream = permuted(blobs(), tasks=2)
     convolution = nn.Sequential(nn.Linear(8, 7), nn.Unflatten(1, (7, 1)), nn.Conv1d(7, 6, 1), nn.Flatten())
-    with pytest.raises(CurvlabError, match="must give the 6 outputs of the model; here it gives 7"):
-        learn(stream, convolution, LinearProbe())
-    with pytest.raises(CurvlabError, match="here it does not exist"):
-        learn(stream, nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Conv1d(8, 6, 1), nn.Flatten()), LinearProbe())
+    for model in (convolution, nn.Sequential(network(), nn.Sigmoid()), Twice()):
+        with pytest.raises(CurvlabError, match=r"outputs must be what an nn\.Linear returns, and those of (Seq|Twice)"):
+            learn(stream, model, LinearProbe())
     frozen = network()
     frozen[-1].requires_grad_(False)
     with pytest.raises(CurvlabError, match="LinearProbe leaves no parameter to train"):
@@ -195,7 +230,7 @@ def test_er_offers_each_sample_once(epochs: int) -> None:
 
     learn(permuted(blobs(), tasks=2), network(), Keeps(1000), epochs=epochs)
     assert [seen for seen, _ in memories] == [60, 120]
-    assert memories[1][1] == 121  # and the place that is empty
+    assert memories[1][1] == 121  # and the places that are empty
 
     memories.clear()
     learn(permuted(blobs(), tasks=2), network(), Keeps(1000), steps=[3, 20])
@@ -361,15 +396,19 @@ def test_they_forget_less_than_naive_fine_tuning(strategy: Strategy) -> None:
     [
         (lambda: LwF(-1.0), "strength must be a number of at least 0, not -1"),
         (lambda: LwF(temperature=0.0), "temperature must be a positive number, not 0"),
-        (lambda: ER(0), "buffer_size must be at least 1 sample, not 0"),
-        (lambda: ER(5, batch_size=0), "batch_size must be at least 1 sample, not 0"),
+        (lambda: LwF(temperature="2"), "temperature must be a positive number, not '2'"),  # type: ignore[arg-type]
+        (lambda: ER(0), "buffer_size must be a whole number from 1, not 0"),
+        (lambda: ER(2.5), r"buffer_size must be a whole number from 1, not 2\.5"),  # type: ignore[arg-type]
+        (lambda: ER(True), "buffer_size must be a whole number from 1, not True"),
+        (lambda: ER(None), "buffer_size must be a whole number from 1, not None"),  # type: ignore[arg-type]
+        (lambda: ER(5, batch_size=0), "batch_size must be a whole number from 1, not 0"),
         (lambda: ER(5, buffer="heap"), "buffer is reservoir or ring, not 'heap'"),  # type: ignore[arg-type]
-        (lambda: DER(0, alpha=0.1), "buffer_size must be at least 1"),
+        (lambda: DER(0, alpha=0.1), "buffer_size must be a whole number from 1"),
         (lambda: DER(5, alpha=-0.1), "alpha must be a number of at least 0"),
         (lambda: DER(5, alpha=0.1, beta=float("nan")), "beta must be a number of at least 0"),
-        (lambda: DER(5, alpha=0.1, batch_size=0), "batch_size must be at least 1"),
-        (lambda: AGEM(0), "per_class must be at least 1"),
-        (lambda: AGEM(batch_size=0), "batch_size must be at least 1"),
+        (lambda: DER(5, alpha=0.1, batch_size=0), "batch_size must be a whole number from 1"),
+        (lambda: AGEM(0), "per_class must be a whole number from 1"),
+        (lambda: AGEM(batch_size=0), "batch_size must be a whole number from 1"),
     ],
 )
 def test_refusals(make: Callable[[], Strategy], said: str) -> None:

@@ -10,33 +10,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.continual.options import check_whole
 
 Rows = Mapping[str, Tensor]
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Require that what is to hold samples holds one.
-
-    Args:
-        sizes: By their names; None is right.
-
-    Raises:
-        CurvlabError: One is less than 1.
-    """
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise CurvlabError(f"{name} must be at least 1 sample, not {size}")
 
 
 class Reservoir:
     """A uniform sample of all rows that it has been given.
 
+    Memory grows with the rows that are held: there are at most twice as many places as rows.
+
     Args:
         capacity: Rows that it holds.
 
     Raises:
-        CurvlabError: The capacity is less than 1.
+        CurvlabError: The capacity is no whole number from 1.
 
     Examples:
         >>> memory = Reservoir(2)
@@ -46,7 +34,7 @@ class Reservoir:
     """
 
     def __init__(self, capacity: int) -> None:
-        check_sizes(capacity=capacity)
+        check_whole("capacity", capacity)
         self.capacity = capacity
         self.seen = 0
         self.rows: dict[str, Tensor] = {}
@@ -62,13 +50,12 @@ class Reservoir:
             generator: On the CPU.
         """
         count = len(next(iter(rows.values())))
-        if not self.rows:
-            self.rows = _places(rows, self.capacity)
         # Row n = 1, 2, ... of all draws one of n places, and stays if that is one of those here.
         order = torch.arange(self.seen, self.seen + count)
         drawn = (torch.rand(count, generator=generator, dtype=torch.float64) * (order + 1)).long()
         places = torch.where(order < self.capacity, order, drawn).tolist()
         self.seen += count
+        self.rows = _grown(self.rows, rows, len(self), self.capacity)
         # Of rows with one place the last stays, as if they had come one by one.
         _put(rows, {place: row for row, place in enumerate(places) if place < self.capacity}, self.rows)
 
@@ -85,11 +72,13 @@ class Reservoir:
 class Ring:
     """The last rows of each class of each task.
 
+    Memory grows with the rows that are held: there are at most twice as many places as rows.
+
     Args:
         per_class: Rows that it holds of a class of a task.
 
     Raises:
-        CurvlabError: It is less than 1.
+        CurvlabError: It is no whole number from 1.
 
     Examples:
         >>> memory = Ring(2)
@@ -99,10 +88,12 @@ class Ring:
     """
 
     def __init__(self, per_class: int) -> None:
-        check_sizes(per_class=per_class)
+        check_whole("per_class", per_class)
         self.per_class = per_class
-        #: By task and class: where its ring begins, and how many rows have come.
+        #: By task and class: the places of its ring.
         self.rings: dict[tuple[int, int], list[int]] = {}
+        #: By task and class: how many rows have come.
+        self.seen: dict[tuple[int, int], int] = {}
         #: By task: the places that hold a row.
         self.filled: dict[int, list[int]] = {}
         self.rows: dict[str, Tensor] = {}
@@ -118,19 +109,16 @@ class Ring:
             generator: Nothing is drawn.
         """
         del generator
-        placed = {}
+        placed, held = {}, len(self)
         for row, key in enumerate(zip(rows["task"].tolist(), rows["y"].tolist(), strict=True)):
-            ring = self.rings.setdefault(key, [len(self.rings) * self.per_class, 0])
-            first, seen = ring
-            place = first + seen % self.per_class
+            ring, seen = self.rings.setdefault(key, []), self.seen.get(key, 0)
             if seen < self.per_class:
-                self.filled.setdefault(key[0], []).append(place)
-            ring[1] += 1
-            placed[place] = row
-        missing = len(self.rings) * self.per_class - len(self.rows.get("y", ()))
-        if missing:
-            more = _places(rows, missing)
-            self.rows = {name: torch.cat([self.rows[name], part]) for name, part in more.items()} if self.rows else more
+                ring.append(held)
+                self.filled.setdefault(key[0], []).append(held)
+                held += 1
+            placed[ring[seen % self.per_class]] = row
+            self.seen[key] = seen + 1
+        self.rows = _grown(self.rows, rows, held, len(self.rings) * self.per_class)
         _put(rows, placed, self.rows)
 
     def draw(self, count: int, generator: torch.Generator, before: int | None = None) -> dict[str, Tensor]:
@@ -148,8 +136,14 @@ class Ring:
         return _rows_at(torch.tensor([places[i] for i in chosen]), self.rows)
 
 
-def _places(rows: Rows, count: int) -> dict[str, Tensor]:
-    return {name: part.new_zeros((count, *part.shape[1:])) for name, part in rows.items()}
+def _grown(places: dict[str, Tensor], rows: Rows, needed: int, most: int) -> dict[str, Tensor]:
+    """Return places for ``needed`` rows, those that are there if they are enough; doubled, so that few are copied."""
+    have = len(next(iter(places.values()))) if places else 0
+    if needed <= have:
+        return places
+    missing = min(max(needed, 2 * have), most) - have
+    more = {name: part.new_zeros((missing, *part.shape[1:])) for name, part in rows.items()}
+    return {name: torch.cat([places[name], part]) for name, part in more.items()} if places else more
 
 
 def _put(rows: Rows, placed: Mapping[int, int], into: Rows) -> None:

@@ -1,5 +1,6 @@
 """The state of a run after each of its tasks, in one file, and how much memory a method holds."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,27 +11,46 @@ from torch.serialization import safe_globals
 from curvlab.continual.buffers import Reservoir, Ring
 from curvlab.continual.strategies.base import Strategy
 from curvlab.errors import CurvlabError
-from curvlab.matrices import CurvatureMatrix, Info, Penalty
+from curvlab.matrices import CurvatureMatrix, Info
 from curvlab.matrices.kronecker import Eigenbasis, Factors
 from curvlab.matrices.layers import Layer
-from curvlab.matrices.penalty import _Term
+from curvlab.matrices.penalty import STORED
 from curvlab.parameters import ParameterSpace
-from curvlab.training.checkpoint import CheckpointFile
+from curvlab.training.checkpoint import CheckpointFile, model_tensors
 
 # What a method may hold besides tensors and plain values: a checkpoint is read without running anything else.
-_HELD = (*CurvatureMatrix.kinds.values(), Info, Layer, Eigenbasis, Factors, ParameterSpace, slice, Penalty, _Term)
+_HELD = (*CurvatureMatrix.kinds.values(), Info, Layer, Eigenbasis, Factors, ParameterSpace, slice, *STORED)
 _BUFFERS = (Reservoir, Ring)
 _PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 
-def read(file: CheckpointFile) -> dict[str, Any] | None:
+def read(file: CheckpointFile, began: str) -> dict[str, Any] | None:
     """Return what was last written, each tensor on the kind of device that it was on; None if there is no file.
+
+    Args:
+        file: Of the run.
+        began: What ``weights`` returned of the model before the first task.
 
     Raises:
         CurvlabError: The file cannot be read, or belongs to another run; the message says what differs.
     """
     with safe_globals([*_HELD, *_BUFFERS]):
-        return file.read(map_location=None)
+        states = file.read(map_location=None)
+    if states is not None and states["began"] != began:
+        raise CurvlabError(
+            f"the run in checkpoint {file.path} began from other weights: build the model as it was then (one that was "
+            "trained already is another), delete the checkpoint or choose another file"
+        )
+    return states
+
+
+def weights(model: nn.Module) -> str:
+    """Return a SHA-256 (hex) of all parameters and buffers of a model, those of a point of linearization included."""
+    digest = hashlib.sha256()
+    for name, tensor in model_tensors(model).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def describe(strategy: Strategy) -> str:

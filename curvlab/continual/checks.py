@@ -1,13 +1,14 @@
 """What a run refuses: streams, models and options that do not go together."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from curvlab.continual.outputs import LossName
+from curvlab.continual.options import check_number, check_positive, check_whole, is_number
+from curvlab.continual.outputs import LossName, Outputs
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
@@ -26,16 +27,18 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
     if options["evaluation"] not in ("test", "validation"):
         raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
-    for name in ("batch_size", "evaluate_every"):
-        if options[name] is not None and options[name] < 1:
-            raise CurvlabError(f"{name} must be at least 1, not {options[name]}")
-    for name in ("target_scale", "lr_decay", "clip_norm"):
-        if options[name] is not None and not 0 < options[name] < math.inf:
-            raise CurvlabError(f"{name} must be a positive number, not {options[name]}")
-    if not 0 <= options["min_lr"] < math.inf:
-        raise CurvlabError(f"min_lr must be at least 0, not {options['min_lr']}")
-    if options["seed"] < 0:
-        raise CurvlabError(f"seed must be at least 0, not {options['seed']}")
+    check_whole("batch_size", options["batch_size"])
+    check_whole("seed", options["seed"], least=0)
+    if options["evaluate_every"] is not None:
+        check_whole("evaluate_every", options["evaluate_every"])
+    for name in ("target_scale", "lr_decay"):
+        check_positive(name, options[name])
+    if options["clip_norm"] is not None:
+        check_positive("clip_norm", options["clip_norm"])
+    check_number("min_lr", options["min_lr"])
+    for name in ("lr", "momentum", "weight_decay"):
+        if not is_number(options[name]):
+            raise CurvlabError(f"{name} must be a number, not {options[name]!r}")
     if options["target_scale"] != 1 and options["loss"] != "squared_error":
         raise CurvlabError("target_scale belongs to the loss squared_error; leave it at 1")
     parameter = nn.Parameter(torch.zeros(()))
@@ -60,17 +63,21 @@ def lengths(
     if len(each) != tasks:
         raise CurvlabError(f"{kind} has {len(each)} values, and there are {tasks} tasks")
     for count in each:
-        if not isinstance(count, int) or count < 1:
-            raise CurvlabError(f"{kind} must be a whole number from 1, not {count!r}")
+        check_whole(kind, count)
     return kind, each
 
 
-def check_stream(stream: Sequence[Task], evaluation: Part) -> None:
-    """Require tasks with samples of one shape, to learn from and to be evaluated on.
+def check_stream(stream: object, evaluation: Part) -> tuple[Task, ...]:
+    """Require tasks with samples of one shape, to learn from and to be evaluated on, and return them.
 
     Raises:
         CurvlabError: There is no task, one is something else, or has other samples or none.
     """
+    if not isinstance(stream, Iterable):
+        raise CurvlabError(
+            f"a stream is a sequence of tasks, such as permuted(dataset, tasks=5), not {type(stream).__name__}"
+        )
+    stream = tuple(stream)
     if not stream:
         raise CurvlabError("the stream has no tasks")
     for i, task in enumerate(stream):
@@ -83,6 +90,30 @@ def check_stream(stream: Sequence[Task], evaluation: Part) -> None:
             )
         if not task.sizes[evaluation]:
             raise CurvlabError(f"task {i} ({task.name}) has no {evaluation} samples: make the stream with validation=N")
+    return stream
+
+
+def check_loss(stream: Sequence[Task], outputs: Outputs, loss: LossName) -> None:
+    """Require that the loss depends on the network in every task.
+
+    Raises:
+        CurvlabError: It is the cross-entropy of a single output.
+    """
+    if loss != "cross_entropy":
+        return
+    for i, task in enumerate(stream):
+        counting = outputs.counting(i, now=i)
+        if (outputs.count if counting is None else int(counting.sum())) == 1:
+            ways_out = {
+                "growing": "begin with a task of several classes, take head='single', or ",
+                "single": "give the model an output more, or take ",
+            }
+            raise CurvlabError(
+                f"task {i} ({task.name}) has a single output to choose from with head {outputs.head!r}, so that its "
+                "cross-entropy is zero and nothing is learnt: "
+                + ways_out.get(outputs.head, "take head='single' or head='growing', or ")
+                + "loss='squared_error'"
+            )
 
 
 def check_strategy(strategy: object) -> None:
@@ -101,8 +132,13 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
 
     Raises:
         CurvlabError: It does not take the samples, does not give one vector of outputs for each, has no trainable
-            parameters, or holds values that are not finite.
+            parameters, or holds values that are not finite or not there; or gradients cannot be had here.
     """
+    if torch.is_inference_mode_enabled():
+        raise CurvlabError("a run has to take gradients: call it outside of torch.inference_mode")
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            _check_made(f"{kind} {name}", tensor)
     if all(not p.requires_grad for p in model.parameters()):
         raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")
     check_weights(model, "at the start of the run")
@@ -118,3 +154,15 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise CurvlabError(f"the model must return one tensor (N, C); for one sample it returned {shape}")
     return outputs.shape[1]
+
+
+def _check_made(name: str, tensor: Tensor) -> None:
+    fault = None
+    if is_lazy(tensor):
+        fault = "has no shape yet: call the lazy model once, on a sample"
+    elif tensor.is_meta:
+        fault = "has no values: it is on the meta device"
+    elif tensor.is_inference():
+        fault = "cannot be trained, as it was made in torch.inference_mode: build or copy the model outside of it"
+    if fault:
+        raise CurvlabError(f"the {name} of the model {fault}")

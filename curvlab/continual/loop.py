@@ -9,11 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvlab.continual import checkpoint as checkpoints
-from curvlab.continual.checks import check_model, check_options, check_strategy, check_stream, lengths
+from curvlab.continual.checks import check_loss, check_model, check_options, check_strategy, check_stream, lengths
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.measure import accuracies
 from curvlab.continual.outputs import Head, LossName, Outputs
@@ -50,9 +51,10 @@ class Result:
             measured. Measured are the tasks so far, and, unless the head grows, the next one.
         initial: ``(T,)``: the accuracy before the first task; NaN with a growing head.
         curves: With ``evaluate_every``, records of ``task``, ``step`` (since the task began), ``on`` and ``accuracy``.
-        tasks: A record a task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over its last 100 steps),
-            ``seconds`` of training, ``strategy_seconds`` of what the method does between tasks, ``evaluation_seconds``,
-            ``bytes`` that the method holds after it, and what ``observe`` has returned.
+        tasks: A record a task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over its last 100 steps; of
+            ``DLCFT`` it is divided by the number of tasks so far), ``seconds`` of training, ``strategy_seconds`` of
+            what the method does between tasks, ``evaluation_seconds``, ``bytes`` that the method holds after it, and
+            what ``observe`` has returned.
         resumed_at: Tasks that were taken from the checkpoint.
     """
 
@@ -102,7 +104,8 @@ def run(
         head: Which outputs count for a task, and which stand for its classes: ``single`` (all, output k for class k),
             ``masked`` (those of the task's classes), ``multi`` (each task has its own, one after another), ``growing``
             (those of the classes that have come so far). All rows of the last layer are there from the start;
-            ``weight_decay`` acts on the ones too that do not count.
+            ``weight_decay`` acts on the ones too that do not count. With ``cross_entropy``, no task may have a single
+            output that counts.
         loss: ``cross_entropy``, or ``squared_error`` on one-hot targets, half the squared distance; minimised is the
             mean over a batch.
         target_scale: What a one-hot target has in place of 1 (15 in the code of Shon et al. 2022).
@@ -120,9 +123,11 @@ def run(
         seed: Decides the order of the samples and what dropout and the method draw; not the initial weights.
         evaluation: What accuracies are measured on; hyper-parameters are chosen on ``validation``.
         evaluate_every: Steps between two points of the curves of the tasks so far; None for no curves.
-        observe: Called after every task, with the model as it is evaluated; what it returns (plain values) joins the
-            record of the task. It must not change the model.
-        checkpoint: A file for the state after every task; if it exists, the run goes on from there.
+        observe: Called after every task, with the model as it is evaluated; what it returns (a dictionary of plain
+            values) joins the record of the task. It must not change the model; that is checked, but for what is written
+            through ``.data``.
+        checkpoint: A file for the state after every task; if it exists, the run goes on from there. The model has to be
+            as it was before the first task, not the one that a run that stopped has left.
         progress: Whether a terminal shows a progress bar.
 
     Raises:
@@ -139,9 +144,10 @@ def run(
         >>> bool(result.accuracy[0, 0] > result.accuracy[1, 0])
         True
     """
-    stream = tuple(stream)
-    check_stream(stream, evaluation)
+    stream = check_stream(stream, evaluation)
     check_strategy(strategy)
+    if observe is not None and not callable(observe):
+        raise CurvlabError(f"observe must be a function of the learner, not {type(observe).__name__}")
     options: dict[str, Any] = {
         "head": head,
         "loss": loss,
@@ -159,16 +165,19 @@ def run(
         "evaluation": evaluation,
         "evaluate_every": evaluate_every,
     }
+    # A checkpoint keeps plain values.
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     check_options(options)
     kind, each = lengths(epochs, steps, len(stream))
     options[kind] = each
     outputs = Outputs(stream, head, check_model(model, stream), reference(model).device)
+    check_loss(stream, outputs, loss)
     file = None
     if checkpoint is not None:
         described = options | {"strategy": checkpoints.describe(strategy)}
         described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
         file = CheckpointFile(Path(checkpoint), fingerprint(described, model))
-    learner = Learner(model, stream, outputs, loss, target_scale, batch_size)
+    learner = Learner(model, stream, outputs, loss, options["target_scale"], options["batch_size"])
     return _Run(learner, copy.deepcopy(strategy), options, observe, file).all_tasks(progress)
 
 
@@ -187,6 +196,7 @@ class _Run:
         tasks = len(learner.stream)
         self.result = Result(torch.full((tasks, tasks), torch.nan).double(), torch.full((tasks,), torch.nan).double())
         self.saved = 0
+        self.began = "" if file is None else checkpoints.weights(learner.model)
 
     # The stream -------------------------------------------------------------------------------------------------------
 
@@ -224,7 +234,7 @@ class _Run:
         learner, seed, tasks = self.learner, self.options["seed"], len(self.learner.stream)
         states = None
         if self.file is not None:
-            states = checkpoints.read(self.file)
+            states = checkpoints.read(self.file, self.began)
             if states is None:
                 make_writable_folder(self.file.path.parent)
         learner.generator.manual_seed(derived_seed(seed, tasks, _STRATEGY))
@@ -250,6 +260,10 @@ class _Run:
             with unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
                 model.eval()
                 seen = self.observe(learner)
+            if not isinstance(seen, Mapping):
+                raise CurvlabError(
+                    f"observe must return a dictionary of plain values, which may be empty, not {type(seen).__name__}"
+                )
             if taken := sorted(record.keys() & seen.keys()):
                 raise CurvlabError(f"the record of a task has {taken[0]!r} already: let observe call its own otherwise")
             record |= seen
@@ -284,8 +298,10 @@ class _Run:
             else:
                 loss, evaluating = self._train(source, advance)
             times.append(time.perf_counter())
+            way_out = f"lower lr (here {learner.lr:g}) or the method's strength"
+            check_weights(learner.model, f"after the last step of task {task}: {way_out}")
             strategy.after_task(learner)
-            check_weights(learner.model, f"after task {task}")
+            check_weights(learner.model, f"after {type(strategy).__name__}.after_task of task {task}: {way_out}")
             times.append(time.perf_counter())
         prepared, before, trained, after = (later - earlier for earlier, later in pairwise(times))
         return {
@@ -314,33 +330,36 @@ class _Run:
         after_backward, after_step = _own(strategy, "after_backward"), _own(strategy, "after_step")
         evaluating, shown, shown_at, note = 0.0, 0, -math.inf, ""
         losses = _Losses(learner)
-        with model_errors(f"fails in task {learner.task}"):
-            for step, batch in enumerate(self._batches(source), start=1):
-                optimizer.zero_grad()
+        # A loss of its own is the method's, and what fails in it may be, too.
+        own = "" if type(strategy).loss is Strategy.loss else f", or the loss of {type(strategy).__name__},"
+        blamed, fails = f"the model{own}", f"fails in task {learner.task}"
+        for step, batch in enumerate(self._batches(source), start=1):
+            optimizer.zero_grad()
+            with model_errors(fails, of=blamed):
                 loss = strategy.loss(learner, batch)
                 loss.backward()
-                if after_backward is not None:
-                    after_backward(learner)
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(parameters, clip)
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-                learner.step = step
-                if after_step is not None:
-                    after_step(learner)
-                losses.new.append(loss.detach())
-                last = step == learner.steps
-                measured = every is not None and (last or step % every == 0)
-                if last or measured or len(losses.new) == _CHECK_EVERY:
-                    losses.check()
-                if measured:
-                    started = time.perf_counter()
-                    note = self._point()
-                    evaluating += time.perf_counter() - started
-                if (now := time.monotonic()) > shown_at + _SHOW_EVERY or last:
-                    advance((step - shown) / learner.steps, note=f"task {learner.task} {note}")
-                    shown, shown_at = step, now
+            if after_backward is not None:
+                after_backward(learner)
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            learner.step = step
+            if after_step is not None:
+                after_step(learner)
+            losses.new.append(loss.detach())
+            last = step == learner.steps
+            measured = every is not None and (last or step % every == 0)
+            if last or measured or len(losses.new) == _CHECK_EVERY:
+                losses.check()
+            if measured:
+                started = time.perf_counter()
+                note = self._point()
+                evaluating += time.perf_counter() - started
+            if (now := time.monotonic()) > shown_at + _SHOW_EVERY or last:
+                advance((step - shown) / learner.steps, note=f"task {learner.task} {note}")
+                shown, shown_at = step, now
         return losses.mean, evaluating
 
     def _batches(self, source: Source) -> Iterator[Batch]:
@@ -366,6 +385,7 @@ class _Run:
     def _states(self) -> dict[str, Any]:
         model, result = self.learner.model, self.result
         return {
+            "began": self.began,
             "model": model_tensors(model),
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "strategy": dict(self.strategy.state()),
@@ -393,7 +413,10 @@ class _Run:
             return f"{stopped}, and nothing is saved: with checkpoint=PATH it could be continued"
         if not self.saved:
             return f"{stopped}, before anything was saved in {self.file.path}"
-        return f"{stopped}; the same call goes on after task {self.saved - 1}, which is saved in {self.file.path}"
+        return (
+            f"{stopped}; the same call, with the model as it was at first, goes on after task {self.saved - 1}, which "
+            f"is saved in {self.file.path}"
+        )
 
 
 class _Losses:

@@ -4,8 +4,10 @@ References:
     Mirzadeh et al. (2020), Understanding the role of training regimes in continual learning.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from curvlab.errors import CurvlabError
 
 _LOWEST_RATE = 5e-5
 
@@ -43,11 +45,16 @@ class Regime:
         Args:
             config: What has the numbers of both as ``stable_lr``, ``plastic_lr`` and so on.
             name: ``stable``, ``plastic``, ``stable-X`` or ``plastic+X``, with X of the attributes.
+
+        Raises:
+            CurvlabError: There is no such regime.
         """
-        stable, plastic = (
-            cls(*(getattr(config, f"{kind}_{key}") for key in ("lr", "decay", "batch_size", "dropout")))
-            for kind in ("stable", "plastic")
-        )
+        keys = [field.name for field in fields(cls)]
+        if name not in ("stable", "plastic", *(f"stable-{key}" for key in keys), *(f"plastic+{key}" for key in keys)):
+            raise CurvlabError(
+                f"a regime is stable, plastic, stable-X or plastic+X, with X of {', '.join(keys)}, not {name!r}"
+            )
+        stable, plastic = (cls(*(getattr(config, f"{kind}_{key}") for key in keys)) for kind in ("stable", "plastic"))
         own, other = (stable, plastic) if name.startswith("stable") else (plastic, stable)
         changed = name.replace("+", "-").partition("-")[2]
         return replace(own, **{changed: getattr(other, changed)}) if changed else own

@@ -56,10 +56,12 @@ def _linear(module: nn.Linear, x: Tensor, t: Tangent) -> Pair:
     weight, bias = _values(module)
     out = F.linear(x, weight, bias)
     change = None if t is None else F.linear(t, weight)
-    if _displaced(module):
-        # The difference of two products, not the product with a difference: that costs a pass over the weights.
-        change = _add(change, F.linear(x, module.weight, module.bias) - out)
-    return out, change
+    if not _displaced(module):
+        return out, change
+    if _rounds(x):
+        return out, _add(change, F.linear(x, module.weight - weight, _moved_bias(module, bias)))
+    # The difference of two products, not the product with a difference: that costs a pass over the weights.
+    return out, _add(change, F.linear(x, module.weight, module.bias) - out)
 
 
 def _convolution(module: nn.Conv2d, x: Tensor, t: Tangent) -> Pair:
@@ -67,8 +69,7 @@ def _convolution(module: nn.Conv2d, x: Tensor, t: Tangent) -> Pair:
     out = module._conv_forward(x, weight, bias)
     change = None if t is None else module._conv_forward(t, weight, None)
     if _displaced(module):
-        moved = None if bias is None or module.bias is None else module.bias - bias
-        change = _add(change, module._conv_forward(x, module.weight - weight, moved))
+        change = _add(change, module._conv_forward(x, module.weight - weight, _moved_bias(module, bias)))
     return out, change
 
 
@@ -140,6 +141,27 @@ def _values(module: Any) -> tuple[Any, Any]:
         value if (at := value_at(module, key)) is None else at
         for key, value in (("weight", module.weight), ("bias", module.bias))
     )  # type: ignore[return-value]
+
+
+def _moved_bias(module: Any, bias: Tangent) -> Tangent:
+    return None if bias is None or module.bias is None else module.bias - bias
+
+
+def _rounds(x: Tensor) -> bool:
+    """Return whether products of ``x`` with weights may be rounded so that a small change is lost in their difference.
+
+    That is in half precision, under autocast, and where float32 is multiplied as TF32 or bfloat16.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return True
+    if x.dtype != torch.float32:  # neither autocast nor TF32 is of float64
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch does not tell where its newer switches were used, too
+        return True
 
 
 def _displaced(module: nn.Module) -> bool:

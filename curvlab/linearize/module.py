@@ -86,12 +86,12 @@ class Linearized(nn.Module):
 
     def __init__(self, model: nn.Module, head: str | None) -> None:
         super().__init__()
+        self._head = head  # not ``head``, which is what many models call a module
         # The very dictionaries of the model: what it has under a name this module has under that name, also what is
         # put there later.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
-        self.head = head
         self._model = (model,)  # in a tuple, so that it is no submodule
         self._tried: bool | None = None  # by rules, or not
         self._original: tuple[Linearized, ...] = ()  # of what ``first_order`` returns
@@ -110,8 +110,8 @@ class Linearized(nn.Module):
         else:
             at_point, change = self.push(inputs, keywords)
             outputs = at_point + change
-        if self.head is not None:
-            outputs = self.get_submodule(self.head)(outputs)
+        if self._head is not None:
+            outputs = self.get_submodule(self._head)(outputs)
         result: Tensor = outputs
         return result
 
@@ -128,7 +128,7 @@ class Linearized(nn.Module):
         """Return the model without its head."""
         (model,) = self._model
         model.training = self.training
-        return model if self.head is None else _without(model, self.head)
+        return model if self._head is None else _without(model, self._head)
 
     def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> None:
         """Check, at the first call of either way, what only inputs can show."""
@@ -136,8 +136,8 @@ class Linearized(nn.Module):
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs if isinstance(x, Tensor)):
             return
         with torch.inference_mode(False), preserved_random_state():
-            if self.head is not None:
-                _check_head(self._model[0], self.head, inputs, keywords)
+            if self._head is not None:
+                _check_head(self._model[0], self._head, inputs, keywords)
             if not ruled:
                 pushforward.check_adjoint(model, inputs, keywords)
         self._tried = ruled
@@ -161,6 +161,19 @@ def first_order(model: nn.Module) -> nn.Module:
         module._original = (deepcopy(module).requires_grad_(False),)
         move_to(module)
     return model
+
+
+def outputs_at_point(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a model by its own layers, which are called: those of a linearized one at ``theta0``.
+
+    Args:
+        model: Any module with one output tensor.
+        inputs: ``(N, ...)``.
+    """
+    if isinstance(model, Linearized):
+        training, (model,) = model.training, model._model
+        model.training = training
+    return pushforward.outputs(model, (inputs,), {})
 
 
 def _to_replace(module: nn.Module) -> TypeGuard[Linearized]:

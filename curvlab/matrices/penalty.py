@@ -123,6 +123,10 @@ class Penalty:
                         gradients[name].add_(pull, alpha=-strength)
 
 
+#: The types of which a penalty consists, besides tensors and matrices: what a file that holds one may be read with.
+STORED = (Penalty, _Term)
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

@@ -74,14 +74,14 @@ def take(data: Samples, index: Tensor | slice, like: Tensor) -> Samples:
 
 
 @contextmanager
-def model_errors(what: str) -> Iterator[None]:
+def model_errors(what: str, of: str = "the model") -> Iterator[None]:
     """Turn what a model raises on its inputs (shapes, dtypes, memory) into one sentence, the cause kept.
 
     Raises:
-        CurvlabError: ``the model <what>: <first line of the cause>``.
+        CurvlabError: ``<of> <what>: <first line of the cause>``.
     """
     try:
         yield
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CurvlabError(f"the model {what}: {reason}") from error
+        raise CurvlabError(f"{of} {what}: {reason}") from error

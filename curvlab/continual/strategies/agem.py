@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from curvlab.continual.buffers import Ring, check_sizes
+from curvlab.continual.buffers import Ring
+from curvlab.continual.options import check_whole
 from curvlab.continual.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ class AGEM(Strategy):
         batch_size: Samples of earlier tasks, drawn at every step, that the second gradient is of.
 
     Raises:
-        CurvlabError: A size is less than 1.
+        CurvlabError: A size is no whole number from 1.
     """
 
     def __init__(self, per_class: int = 1, *, batch_size: int = 256) -> None:
-        check_sizes(per_class=per_class, batch_size=batch_size)
+        check_whole("per_class", per_class)
+        check_whole("batch_size", batch_size)
         self.per_class, self.batch_size = per_class, batch_size
 
     def start(self, learner: "Learner") -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvlab.continual.buffers import Reservoir, Rows, check_sizes
+from curvlab.continual.buffers import Reservoir, Rows
+from curvlab.continual.options import check_number, check_whole
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.strategies.quadratic import check_number
 
 if TYPE_CHECKING:
     from curvlab.continual.learner import Batch, Learner
@@ -27,7 +27,10 @@ class DER(Strategy):
     one can so come in more than once, with other outputs: those of the first epoch alone would be of a network that has
     hardly learnt them.
 
-    Memory: ``buffer_size`` samples with their outputs.
+    With a ``growing`` head a sample keeps the outputs of the classes that had come by then, so that nothing is kept of
+    the outputs of later classes. The authors have all outputs from the start: that is ``head="single"``.
+
+    Memory: at most ``buffer_size`` samples with their outputs.
 
     Args:
         buffer_size: Samples that are kept.
@@ -36,13 +39,15 @@ class DER(Strategy):
         batch_size: Samples of a draw; None for as many as there are new ones in a full batch.
 
     Raises:
-        CurvlabError: A size is less than 1, or a weight is negative.
+        CurvlabError: A size is no whole number from 1, or a weight is negative.
     """
 
     def __init__(self, buffer_size: int, *, alpha: float, beta: float = 0.0, batch_size: int | None = None) -> None:
         check_number("alpha", alpha)
         check_number("beta", beta)
-        check_sizes(buffer_size=buffer_size, batch_size=batch_size)
+        check_whole("buffer_size", buffer_size)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
         self.buffer_size, self.alpha, self.beta, self.batch_size = buffer_size, alpha, beta, batch_size
 
     def start(self, learner: "Learner") -> None:

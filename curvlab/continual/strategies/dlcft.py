@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlab.continual.buffers import Reservoir, check_sizes
+from curvlab.continual.buffers import Reservoir
+from curvlab.continual.options import check_whole
+from curvlab.continual.strategies.last_layer import last_linear
 from curvlab.continual.strategies.osla import OSLA
 from curvlab.continual.strategies.quadratic import around_here
 from curvlab.errors import CurvlabError
@@ -36,9 +38,10 @@ class DLCFT(OSLA):
     Minimised is the mean over the tasks so far, ``(loss + replay + 1/2 (theta - mu)' L (theta - mu)) / (t + 1)`` after
     ``t`` tasks, with ``mu`` the last solution and ``L`` the sum of ``strength`` times their curvature (``OSLA``, which
     has the sum in place of the mean). The division is that of the authors' code and of the paper's objective: steps do
-    not grow with the number of tasks. With TK-FAC, merges keep the exact trace of every layer, in all settings. For the
-    squared error a merge is exact in the last layer with ``kfac`` and ``rescaled``, whose ``S`` are alike there; the
-    factors of TK-FAC's own paper are scaled otherwise, and their mean is not that of ``z z'``.
+    not grow with the number of tasks. So the ``loss`` that a run records of a task is divided, too. With TK-FAC, merges
+    keep the exact trace of every layer, in all settings. For the squared error a merge is exact in the last layer with
+    ``kfac`` and ``rescaled``, whose ``S`` are alike there; the factors of TK-FAC's own paper are scaled otherwise, and
+    their mean is not that of ``z z'``.
 
     With a ``growing`` head, new outputs come with rows of zeros in the last layer (its rows are set to zero before the
     first task, but for those of that task's classes), and ``classifier_regularization`` gives them the curvature of the
@@ -90,7 +93,8 @@ class DLCFT(OSLA):
             params=params,
             samples=samples,
         )
-        check_sizes(buffer_size=buffer_size)
+        if buffer_size is not None:
+            check_whole("buffer_size", buffer_size)
         self.classifier_regularization, self.buffer_size = classifier_regularization, buffer_size
 
     def start(self, learner: "Learner") -> None:
@@ -103,9 +107,10 @@ class DLCFT(OSLA):
         self.memory = None if self.buffer_size is None else Reservoir(self.buffer_size)
         if learner.outputs.head != "growing":
             return
+        self.last = last_linear(learner, "DLCFT with a growing head")
         if self.classifier_regularization:
             self._check_regularization(learner)
-        rows, layer = ~_counting(learner, 0), learner.model.get_submodule(_head(learner))
+        rows, layer = ~_counting(learner, 0), learner.model.get_submodule(self.last)
         with torch.no_grad():
             for tensor in (*layer.parameters(), *layer.buffers()):  # the latter: where it is linearized, too
                 tensor[rows] = 0.0
@@ -115,7 +120,7 @@ class DLCFT(OSLA):
         if self.precision is None or not self.classifier_regularization or learner.outputs.head != "growing":
             return
         before, now = (_counting(learner, task) for task in (learner.task - 1, learner.task))
-        self.precision = with_new_outputs(self.precision, _head(learner), before, now)
+        self.precision = with_new_outputs(self.precision, self.last, before, now)
         self.penalty = around_here(self.precision, learner)
 
     def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
@@ -151,11 +156,13 @@ class DLCFT(OSLA):
                 f"classifier_regularization is of Kronecker factors, and {structure} has none: take kfac or tkfac, or "
                 "classifier_regularization=False"
             )
-        head = _head(learner)
-        if f"{head}.weight".removeprefix(".") not in ParameterSpace.of(learner.model, self.curvature["params"]).names:
+        if (
+            f"{self.last}.weight".removeprefix(".")
+            not in ParameterSpace.of(learner.model, self.curvature["params"]).names
+        ):
             raise CurvlabError(
-                f"classifier_regularization protects the rows of {head}, which is not among the protected parameters: "
-                "add it to params, or take classifier_regularization=False"
+                f"classifier_regularization protects the rows of {self.last}, which is not among the protected "
+                "parameters: add it to params, or take classifier_regularization=False"
             )
 
 
@@ -182,14 +189,3 @@ def _counting(learner: "Learner", task: int) -> Tensor:
     """Return which outputs count while a task is the last one that has come, booleans ``(C,)``."""
     counting = learner.outputs.counting(task, task)
     return torch.ones(learner.outputs.count, dtype=torch.bool, device=learner.device) if counting is None else counting
-
-
-def _head(learner: "Learner") -> str:
-    """Return the name of the last linear layer, whose outputs are those of the network."""
-    modules = learner.model.named_modules()
-    layers: dict[str, nn.Linear] = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    if not layers or [*layers.values()][-1].out_features != learner.outputs.count:
-        raise CurvlabError(
-            f"with a growing head the network must end with an nn.Linear, of its {learner.outputs.count} outputs"
-        )
-    return [*layers][-1]

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from curvlab.continual.buffers import Reservoir, Ring, check_sizes
+from curvlab.continual.buffers import Reservoir, Ring
+from curvlab.continual.options import check_whole
 from curvlab.continual.strategies.base import Strategy
 from curvlab.errors import CurvlabError
 
@@ -19,8 +20,9 @@ class ER(Strategy):
     Both go through the network in one pass, and the loss is the mean over all of them. A sample is offered to the
     memory when it is seen for the first time, after the step's draw, so that the present task is in it too.
 
-    Memory: ``buffer_size`` samples. A reservoir is a uniform sample of all that were seen; a ring keeps the last ones
-    of each class of each task, with a place for each from the start, so that it is full at the end only.
+    Memory: at most ``buffer_size`` samples. A reservoir is a uniform sample of all that were seen; a ring keeps the
+    last ones of each class of each task, with the same share for each from the start, so that it is full at the end
+    only.
 
     Args:
         buffer_size: Samples that are kept in all.
@@ -28,7 +30,7 @@ class ER(Strategy):
         buffer: ``reservoir`` or ``ring``.
 
     Raises:
-        CurvlabError: A size is less than 1, or there is no such buffer.
+        CurvlabError: A size is no whole number from 1, or there is no such buffer.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class ER(Strategy):
     ) -> None:
         if buffer not in ("reservoir", "ring"):
             raise CurvlabError(f"buffer is reservoir or ring, not {buffer!r}")
-        check_sizes(buffer_size=buffer_size, batch_size=batch_size)
+        check_whole("buffer_size", buffer_size)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
         self.buffer_size, self.batch_size, self.buffer = buffer_size, batch_size, buffer
 
     def start(self, learner: "Learner") -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import (
     around_here,
-    check_number,
     curvature,
     curvature_options,
     try_curvature,
@@ -24,14 +24,16 @@ class EWC(Strategy):
     """Elastic weight consolidation: a quadratic around the solution of every past task, of its curvature there.
 
     Minimised is ``loss + strength/2 sum_t (theta - theta_t)' F_t (theta - theta_t)`` with the factor 1/2 and means over
-    samples, so that with tasks of one size, and a loss that is a negative log-likelihood, ``strength=1`` is Bayes' rule
-    with Laplace's approximation. Other codes leave out the 1/2 or estimate another quantity, which the strength has to
-    make up for.
+    samples. So ``strength=1`` is Bayes' rule with Laplace's approximation, for tasks of one size and a loss that is
+    a negative log-likelihood: with ``online`` and ``gamma=1``, and with ``separate`` for two tasks only. Other
+    codes leave out the 1/2 or estimate another quantity, which the strength has to make up for.
 
     ``separate`` keeps the centre of every task (Kirkpatrick et al., 2017). ``online`` has one matrix
     ``F <- gamma F + F_t`` around the last solution (Schwarz et al., 2018; Huszar, 2018), which for quadratic
     losses and ``gamma=1`` is exact: the gradient of a task at its own solution, which ``separate`` leaves out from the
     second task on, is minus that of the penalty before it.
+
+    The curvature of the last task is estimated, too: a stream that goes on would need it.
 
     Memory: ``separate``, a matrix and two vectors for all tasks where matrices can be added; for ``kfac`` and ``tkfac``
     factors a task, for ``ekfac`` a matrix and a vector a task. ``online``, a matrix and a vector (factors a task).
@@ -92,5 +94,7 @@ class EWC(Strategy):
         if self.mode == "separate":
             self.penalty.add(matrix, learner.parameters)
             return
-        self.matrix = matrix if self.matrix is None else self.gamma * self.matrix + matrix
-        self.penalty = around_here(self.matrix, learner)
+        if self.matrix is not None and self.gamma > 0:  # factors of weight zero would be kept as others are
+            matrix = self.gamma * self.matrix + matrix
+        self.matrix = matrix
+        self.penalty = around_here(matrix, learner)

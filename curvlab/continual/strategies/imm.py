@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.strategies.quadratic import check_number, curvature, curvature_options, try_curvature
+from curvlab.continual.strategies.quadratic import curvature, curvature_options, try_curvature
 from curvlab.errors import CurvlabError
 from curvlab.parameters import ParameterSpace
 from curvlab.quantities import Quantity
@@ -22,12 +23,12 @@ _FLOOR = 1e-8  # of the curvature, as in the authors' code: a parameter without 
 class IMM(Strategy):
     """Incremental moment matching (Lee et al., 2017): tasks are learnt without hindrance, and their solutions merged.
 
-    After each task the network is the merged one, and is evaluated so: ``mean`` is the mean of the solutions (section
-    3.1), ``mode`` the mean weighted by each one's diagonal curvature, ``sum_t F_t theta_t / sum_t F_t`` with
-    1e-8 added to all of ``F_t`` (section 3.2, and the authors' code); every task has the same weight. Training goes on
-    from the last task's own solution (the paper's weight-transfer), held to it by ``l2 * ||theta - theta_{t-1}||^2``
-    (its L2-transfer; no factor 1/2). Its drop-transfer is not there. Buffers, such as the statistics of
-    BatchNorm, are not merged: they are the last task's.
+    After each task the network is the merged one, and is evaluated so: ``mean`` is the mean of the solutions (the
+    paper's mean-IMM), ``mode`` the mean weighted by each one's diagonal curvature, ``sum_t F_t theta_t / sum_t
+    F_t`` with 1e-8 added to all of ``F_t`` (its mode-IMM, and the authors' code); every task has the same weight.
+    Training goes on from the last task's own solution (the paper's weight-transfer), held to it by ``l2 * ||theta -
+    theta_{t-1}||^2`` (its L2-transfer; no factor 1/2). Its drop-transfer is not there. Buffers, such as the
+    statistics of BatchNorm, are not merged: they are the last task's.
 
     Points of a curve within a task (``evaluate_every``) are of the solution in the making, not of a merged one.
 

@@ -1,7 +1,6 @@
 """Learning without forgetting: distillation from the network before the task."""
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.continual.options import check_number, check_positive
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.strategies.quadratic import check_number
-from curvlab.errors import CurvlabError
 from curvlab.training.checkpoint import model_tensors
 
 if TYPE_CHECKING:
@@ -41,8 +39,7 @@ class LwF(Strategy):
 
     def __init__(self, strength: float = 1.0, *, temperature: float = 2.0) -> None:
         check_number("strength", strength)
-        if not 0 < temperature < math.inf:
-            raise CurvlabError(f"temperature must be a positive number, not {temperature}")
+        check_positive("temperature", temperature)
         self.strength, self.temperature = strength, temperature
 
     def start(self, learner: "Learner") -> None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from curvlab.continual.options import check_number, check_whole
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import (
     PROBE_SAMPLES,
     around_here,
-    check_number,
-    check_samples,
     importance,
 )
+from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
 from curvlab.matrices import Penalty
 from curvlab.parameters import ParameterSpace
@@ -48,7 +48,8 @@ class MAS(Strategy):
         self, strength: float, *, params: Sequence[str] | str | None = None, samples: int | None = None
     ) -> None:
         check_number("strength", strength)
-        check_samples(samples)
+        if samples is not None:
+            check_whole("samples", samples)
         self.strength, self.samples = strength, samples
         self.params = params if params is None or isinstance(params, str) else list(params)
 
@@ -82,6 +83,7 @@ def sensitivity(problem: Problem, space: ParameterSpace) -> Tensor:
         space: Of parameters of the model.
     """
     problem.check()
+    problem = to_first_order(problem)  # the outputs and their gradients are the same, and its layers can be looked into
     total = torch.zeros(space.total, dtype=problem.dtype, device=problem.device)
     named = space.unflatten(total)  # views
     layers = {

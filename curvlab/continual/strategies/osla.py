@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import (
     around_here,
-    check_number,
     curvature,
     curvature_options,
     try_curvature,
@@ -27,9 +27,11 @@ class OSLA(Strategy):
     ``L <- L + strength * H`` of the task that was learnt there. Matrices are means over samples, so that 1 is Bayes'
     rule for tasks of one size. There is no prior: give ``weight_decay`` to the run.
 
-    A sum of Kronecker products is none. ``exact`` keeps the pair of factors of every task. ``average`` has one pair
-    a layer, the running mean of one factor and the sum of the other, as Shon et al. (2022) accumulate them. ``nearest``
-    has the pair that is nearest in Frobenius norm to the last one plus the new one. Codes that add both factors (van de
+    A sum of Kronecker products is none. ``exact`` keeps the pair of factors of every task. ``average`` has one pair a
+    layer, the running mean of one factor and the sum of the other, as Shon et al. (2022) accumulate them; it is
+    exact where one factor is the same in all tasks, such as the last layer's ``S`` with squared error, but not even
+    there with ``tkfac`` as in its own paper (Gao et al.), which weighs each factor by the other. ``nearest`` has
+    the pair that is nearest in Frobenius norm to the last one plus the new one. Codes that add both factors (van de
     Ven's after balancing their traces) count the products of one task's with another's, too; that is not offered.
 
     Memory: a matrix and a vector; with ``exact``, factors a task.

@@ -1,11 +1,11 @@
 """What the methods share that keep a quadratic in the parameters for the tasks of the past."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from curvlab.continual.options import check_whole
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.registry import able
@@ -19,27 +19,6 @@ if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
 
 PROBE_SAMPLES = 4  # that show whether a method can be had of a network
-
-
-def check_number(name: str, value: float, most: float = math.inf) -> None:
-    """Require a finite number from 0 to ``most``.
-
-    Raises:
-        CurvlabError: It is not one.
-    """
-    if not (0 <= value <= most and math.isfinite(value)):
-        limit = "" if most == math.inf else f" and at most {most:g}"
-        raise CurvlabError(f"{name} must be a number of at least 0{limit}, not {value}")
-
-
-def check_samples(samples: int | None) -> None:
-    """Require a limit of samples that leaves some.
-
-    Raises:
-        CurvlabError: It leaves none.
-    """
-    if samples is not None and samples < 1:
-        raise CurvlabError(f"samples must be at least 1, or None for all, not {samples}")
 
 
 def curvature_options(
@@ -77,7 +56,8 @@ def curvature_options(
     if backend not in ("auto", *BACKENDS):
         raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
     able(quantity, structure, backend)
-    check_samples(samples)
+    if samples is not None:
+        check_whole("samples", samples)
     params = params if params is None or isinstance(params, str) else list(params)
     return {
         "quantity": str(quantity),

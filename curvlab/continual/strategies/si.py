@@ -1,15 +1,14 @@
 """Synaptic intelligence."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from curvlab.continual.options import check_number, check_positive
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.strategies.quadratic import around_here, check_number, importance
-from curvlab.errors import CurvlabError
+from curvlab.continual.strategies.quadratic import around_here, importance
 from curvlab.matrices import Penalty
 from curvlab.parameters import ParameterSpace
 
@@ -40,8 +39,7 @@ class SI(Strategy):
 
     def __init__(self, strength: float, *, xi: float = 0.1, params: Sequence[str] | str | None = None) -> None:
         check_number("strength", strength)
-        if not 0 < xi < math.inf:
-            raise CurvlabError(f"xi must be a positive number, not {xi}")
+        check_positive("xi", xi)
         self.strength, self.xi = strength, xi
         self.params = params if params is None or isinstance(params, str) else list(params)
 
