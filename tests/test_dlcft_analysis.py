@@ -387,6 +387,7 @@ def test_a_run_that_diverges_fails_and_is_named_below_the_tables(call, tmp_path)
         ("--methods er --settings data", "none of the methods er is run in data"),
         ("--source-classes", "give weights, or source_classes"),
         ("--class-tasks 4", "cannot be split equally"),
+        ("--settings task --class-tasks 6", "has a single output to choose from with head 'masked'"),
         ("--validation 2", "hold out"),
         ("--stream-samples 100000", "stream_samples is 100,000"),
         ("--seeds 1 1", "seeds"),

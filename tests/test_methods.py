@@ -534,6 +534,7 @@ def test_a_candidate_whose_cell_is_lost_ends_the_run(call):
         ("--methods naive naive", "methods needs one value or several different ones"),
         ("--methods sgd", "--methods should be 'naive'"),
         ("--streams split", "the 10 classes of digits cannot be split equally into 3 tasks"),
+        ("--streams split --tasks 10 --validation 40", "has a single output to choose from with head 'masked'"),
         ("--lrs", "lrs needs one value or several different ones"),
         ("--lrs 0.1 0.1", "lrs needs one value or several different ones"),
         ("--lrs 0", "--lrs should be greater than 0"),

@@ -30,6 +30,8 @@ from curvlab.analyze.dlcft_methods import (
 from curvlab.analyze.dlcft_network import data, pretrained
 from curvlab.continual import metrics
 from curvlab.continual import run as learn
+from curvlab.continual.checks import check_loss
+from curvlab.continual.outputs import Outputs
 from curvlab.continual.tasks import Part
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
@@ -192,6 +194,9 @@ def _check(config: DlcftConfig, source: Dataset | None, target: Dataset) -> None
         method = METHODS[name]
         subject.check_distinct(**{key: getattr(config, key) for key in method.lists})
         method.make(config, setting, 1.0)
+        tasks = stream(config, target, setting, config.seeds[0])
+        outputs = Outputs(tasks, method.head(setting), target.num_classes, torch.device("cpu"))
+        check_loss(tasks, outputs, method.loss)
         make_optimizer(*_optimizer(config, name), config.weight_decay)
     model = pretrained(config, source, target, config.seeds[0], trained=False)
     network(METHODS["dlcft_tkfac"], model)(target.x_train[:2].to(config.device, getattr(torch, config.dtype)))
@@ -230,7 +235,7 @@ def _learnt(
             network(method, pretrained(config, source, target, seed)),
             method.make(config, setting, 0.0 if strength is None else strength),
             head=method.head(setting),
-            loss="squared_error" if method.linear else "cross_entropy",
+            loss=method.loss,
             target_scale=config.target_scale if method.linear else 1.0,
             optimizer=optimizer,
             lr=lr,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from curvlab.continual import Task, split_classes, split_data
-from curvlab.continual.outputs import Head
+from curvlab.continual.outputs import Head, LossName
 from curvlab.continual.strategies import DER, DLCFT, ER, EWC, MAS, OSLA, Joint, LwF, Naive, Strategy
 from curvlab.data import Dataset
 from curvlab.linearize import linearize
@@ -85,6 +85,11 @@ class Method:
     def head(self, setting: Setting) -> Head:
         """Return which outputs count in a setting."""
         return "single" if self.wide and setting == "class" else SETTINGS[setting][1]
+
+    @property
+    def loss(self) -> LossName:
+        """The loss that is minimised."""
+        return "squared_error" if self.linear else "cross_entropy"
 
     @property
     def lists(self) -> tuple[str, ...]:

@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from curvlab.analyze import gridded, subject
 from curvlab.analyze import training_regimes_table2 as table2
 from curvlab.analyze.command import Analysis, GridOptions
-from curvlab.analyze.methods_cell import dataset_of, learnt, network_of, strategy_of, tasks_of
+from curvlab.analyze.methods_cell import dataset_of, head_of, learnt, network_of, strategy_of, tasks_of
 from curvlab.analyze.methods_config import (
     LISTS,
     PRESETS,
@@ -24,6 +25,8 @@ from curvlab.analyze.methods_config import (
     single,
     trials,
 )
+from curvlab.continual.checks import check_loss
+from curvlab.continual.outputs import Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
@@ -176,6 +179,7 @@ def _check(config: MethodsConfig, dataset: Dataset) -> None:
         network_of(config, dataset, config.seeds[0], dropout)
     for stream in config.streams:
         tasks = tasks_of(config, dataset, stream, config.seeds[0])
+        check_loss(tasks, Outputs(tasks, head_of(stream), dataset.num_classes, torch.device("cpu")), "cross_entropy")
         for method, candidate in tried:
             strategy_of(config, method, candidate, tasks)
 

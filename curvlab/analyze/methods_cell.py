@@ -13,6 +13,7 @@ from curvlab.analyze import subject
 from curvlab.analyze.command import RunOptions
 from curvlab.analyze.methods_config import TUNED, Candidate, MethodsConfig
 from curvlab.continual import Task, metrics, permuted, rotated, run, split_classes
+from curvlab.continual.outputs import Head
 from curvlab.continual.regimes import Regime
 from curvlab.continual.strategies import AGEM, ER, EWC, Joint, Naive, Strategy
 from curvlab.data import Dataset
@@ -50,6 +51,11 @@ def tasks_of(config: MethodsConfig, dataset: Dataset, stream: str, seed: int) ->
     if stream == "rotated":
         return rotated(dataset, **common, degrees=config.degrees)
     return (permuted if stream == "permuted" else split_classes)(dataset, **common)
+
+
+def head_of(stream: str) -> Head:
+    """Return which outputs count in a stream."""
+    return "masked" if stream == "split" else "single"
 
 
 def network_of(config: MethodsConfig, dataset: Dataset, seed: int, dropout: float) -> nn.Module:
@@ -101,7 +107,7 @@ def learnt(config: MethodsConfig, dataset: Dataset, candidate: Candidate, checkp
             tasks,
             network_of(config, dataset, seed, regime.dropout),
             strategy_of(config, method, candidate, tasks),
-            head="masked" if stream == "split" else "single",
+            head=head_of(stream),
             **regime.options(),
             momentum=config.momentum,
             epochs=config.epochs,
