@@ -55,8 +55,8 @@ def plus_minus(mean: float | None, deviation: float | None) -> str:
     """Format a mean and its standard deviation to the same decimal, two digits of the deviation.
 
     Examples:
-        >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(0.5, None)
-        ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.5000')
+        >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(-1e-9, 0.1), plus_minus(0.5, None)
+        ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.00 ± 0.10', '0.5000')
     """
     if mean is None or deviation is None or not math.isfinite(mean) or not math.isfinite(deviation):
         return significant(mean)
@@ -65,7 +65,7 @@ def plus_minus(mean: float | None, deviation: float | None) -> str:
     top = _exponent(max(abs(mean), deviation))
     if -4 <= top < 6:
         decimals = max(1 - _exponent(deviation), 0)
-        return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}"
+        return f"{mean:z,.{decimals}f} ± {deviation:,.{decimals}f}"
     decimals = max(1 - (_exponent(deviation) - top), 0)
     return f"({mean / 10.0**top:.{decimals}f} ± {deviation / 10.0**top:.{decimals}f})e{top}"
 
