@@ -29,7 +29,7 @@ from curvlab.progress import progress as progress_bar
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
 from curvlab.training.observers import unchanged
 from curvlab.training.optimization import make_optimizer, make_schedule
-from curvlab.training.samples import check_weights, model_errors, reference
+from curvlab.training.samples import MODEL_ERRORS, check_weights, model_error, reference
 from curvlab.training.state import derived_seed, gradients_restored, modes_restored, random_state_restored
 
 Record = dict[str, Any]
@@ -335,9 +335,11 @@ class _Run:
         blamed, fails = f"the model{own}", f"fails in task {learner.task}"
         for step, batch in enumerate(self._batches(source), start=1):
             optimizer.zero_grad()
-            with model_errors(fails, of=blamed):
+            try:  # a context manager, entered at every step, would take a percent of a small one
                 loss = strategy.loss(learner, batch)
                 loss.backward()
+            except MODEL_ERRORS as error:
+                raise model_error(error, fails, of=blamed) from error
             if after_backward is not None:
                 after_backward(learner)
             if clip is not None:

@@ -73,15 +73,24 @@ def take(data: Samples, index: Tensor | slice, like: Tensor) -> Samples:
     return inputs, targets if targets.is_floating_point() else targets.long()
 
 
+#: What a model raises on inputs that do not suit it, or for want of memory.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
+
+
+def model_error(cause: Exception, what: str, of: str = "the model") -> CurvlabError:
+    """Return one sentence in place of what a model has raised: ``<of> <what>: <first line of the cause>``."""
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
+    return CurvlabError(f"{of} {what}: {reason}")
+
+
 @contextmanager
-def model_errors(what: str, of: str = "the model") -> Iterator[None]:
+def model_errors(what: str) -> Iterator[None]:
     """Turn what a model raises on its inputs (shapes, dtypes, memory) into one sentence, the cause kept.
 
     Raises:
-        CurvlabError: ``<of> <what>: <first line of the cause>``.
+        CurvlabError: As ``model_error`` returns it.
     """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CurvlabError(f"{of} {what}: {reason}") from error
+    except MODEL_ERRORS as error:
+        raise model_error(error, what) from error
