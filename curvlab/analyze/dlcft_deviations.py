@@ -1,14 +1,13 @@
 """In what a configuration of the analysis ``dlcft`` differs from the published runs."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from curvlab.analyze.conditions import differing, either
 from curvlab.analyze.dlcft_claims import published
 from curvlab.analyze.dlcft_config import DlcftConfig
 from curvlab.analyze.dlcft_methods import METHODS
 from curvlab.data import Dataset
-from curvlab.results import significant
 
 _ALWAYS = (
     "Images are neither cropped nor flipped (both); no pull to the first weights (1e-4); Seq-MIT-67 is not run; ER and "
@@ -23,13 +22,8 @@ def deviations(config: DlcftConfig, target: Dataset) -> list[str]:
         config: Of the analysis.
         target: What its streams are made of.
     """
-    theirs = published()["conditions"]
-    differing = [
-        f"{name} {_word(ours)} ({_word(theirs[name])})"
-        for name, ours in _conditions(config, target).items()
-        if ours != theirs[name]
-    ]
-    lines = [f"{'; '.join(differing)}."] if differing else []
+    differ = differing(_conditions(config, target), published()["conditions"])
+    lines = [f"{differ}."] if differ else []
     if "osla" in config.methods or "ewc" in config.methods:
         lines.append(
             "OSLA and EWC minimise the loss and the penalty, DLCFT, and OSLA in class-IL, the same over the number of "
@@ -77,9 +71,9 @@ def _conditions(config: DlcftConfig, target: Dataset) -> dict[str, Any]:
         if linear in kinds:
             conditions[f"optimizer of {text}"] = config.linear_optimizer if linear else config.nonlinear_optimizer
             lrs = config.linear_lrs if linear else config.nonlinear_lrs
-            conditions[f"learning rate of {text}"] = lrs[0] if len(lrs) == 1 else _either(lrs)
+            conditions[f"learning rate of {text}"] = lrs[0] if len(lrs) == 1 else either(lrs)
     if True in kinds:
-        conditions |= {"strength of DLCFT": _either(config.dlcft_strengths), "target scale": config.target_scale}
+        conditions |= {"strength of DLCFT": either(config.dlcft_strengths), "target scale": config.target_scale}
     return conditions | {"weight decay": config.weight_decay, "largest gradient": config.clip_norm}
 
 
@@ -88,13 +82,3 @@ def _steps(config: DlcftConfig) -> str:
     if "data_long" not in config.settings:
         return f"{short:,}"
     return f"{long:,}" if set(config.settings) == {"data_long"} else f"{short:,}, of data_long {long:,}"
-
-
-def _either(values: Sequence[float]) -> str:
-    return " or ".join(f"{value:g}" for value in values)
-
-
-def _word(value: object) -> str:
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else significant(value)

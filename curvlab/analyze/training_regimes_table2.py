@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from curvlab.analyze.conditions import differing, either
 from curvlab.analyze.methods_config import MethodsConfig
-from curvlab.results import Claim, significant
+from curvlab.results import Claim
 
 Record = dict[str, Any]
 
@@ -77,12 +78,8 @@ def deviations(config: MethodsConfig, sizes: Mapping[str, tuple[int, int]]) -> l
     for stream in config.streams:
         theirs = {"data": published()["data"][stream], "tasks": published()["tasks"]}
         theirs |= published()["conditions"][stream]
-        differing = [
-            f"{name} {_word(ours)} ({_word(theirs[name])})"
-            for name, ours in _conditions(config, *sizes[stream]).items()
-            if name in theirs and ours != theirs[name]
-        ]
-        streams.setdefault("; ".join(differing), []).append(stream)
+        differ = differing(_conditions(config, *sizes[stream]), theirs)
+        streams.setdefault(differ, []).append(stream)
     lines = [f"{', '.join(names)}: {text}." for text, names in streams.items() if text]
     if "ewc" in config.methods:
         taken = "all" if config.samples is None else f"{config.samples:,} random"
@@ -112,23 +109,15 @@ def _conditions(config: MethodsConfig, training: int, test: int) -> dict[str, An
         "network": network,
         "normalisation": config.normalize,
         "momentum": config.momentum,
-        "batch size": _either(config.batch_sizes),
+        "batch size": either(config.batch_sizes),
         "seeds": len(config.seeds),
     }
     if "stable" in config.methods:
-        conditions["dropout of Stable SGD"] = _either(config.dropouts)
+        conditions["dropout of Stable SGD"] = either(config.dropouts)
     if {"agem", "er"} & set(config.methods):
         conditions["replayed a step"] = config.replay_batch_size
         conditions["kept a class and task"] = config.per_class
     return conditions
-
-
-def _either(values: Sequence[float]) -> str:
-    return " or ".join(f"{value:g}" for value in values)
-
-
-def _word(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else significant(value)
 
 
 # Claims ---------------------------------------------------------------------------------------------------------------
