@@ -170,8 +170,8 @@ def _check(config: DlcftConfig, source: Dataset | None, target: Dataset) -> None
         raise CurvlabError(
             f"none of the methods {', '.join(config.methods)} is run in {', '.join(config.settings)}: choose others"
         )
-    for setting in config.settings:
-        tasks = stream(config, target, setting, config.seeds[0])
+    streams = {setting: stream(config, target, setting, config.seeds[0]) for setting in config.settings}
+    for setting, tasks in streams.items():
         needs = any(_chosen_in(config, at, name) == setting and _many(config, name) for at, name in _pairs(config))
         if (needs or config.evaluation == "validation") and not tasks[0].sizes["validation"]:
             raise CurvlabError(
@@ -194,9 +194,8 @@ def _check(config: DlcftConfig, source: Dataset | None, target: Dataset) -> None
         method = METHODS[name]
         subject.check_distinct(**{key: getattr(config, key) for key in method.lists})
         method.make(config, setting, 1.0)
-        tasks = stream(config, target, setting, config.seeds[0])
-        outputs = Outputs(tasks, method.head(setting), target.num_classes, torch.device("cpu"))
-        check_loss(tasks, outputs, method.loss)
+        outputs = Outputs(streams[setting], method.head(setting), target.num_classes, torch.device("cpu"))
+        check_loss(streams[setting], outputs, method.loss)
         make_optimizer(*_optimizer(config, name), config.weight_decay)
     model = pretrained(config, source, target, config.seeds[0], trained=False)
     network(METHODS["dlcft_tkfac"], model)(target.x_train[:2].to(config.device, getattr(torch, config.dtype)))
