@@ -1,32 +1,21 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import chain
-from typing import Any, Protocol, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
+from curvlab.randomness import preserved_random_state
 
-Batch = tuple[Tensor, Tensor]
+__all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
-_BATCH_SIZE = 500
-_PROBE_SAMPLES = 4
-
-
-class BatchSource(Protocol):
-    """Data that can be gone through more than once: a DataLoader or a list of batches."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Start from the first batch."""
+_FEW = 4  # samples whose outputs show the number of classes
 
 
 class Problem:
@@ -57,22 +46,13 @@ class Problem:
         self.loss: Loss = get_loss(loss)
         self.data = data
         self.space = ParameterSpace.of(model)
-        if _is_pair(data):
-            if len(data[0]) != len(data[1]):
-                raise CurvlabError(f"the data have {len(data[0])} inputs but {len(data[1])} targets")
-        elif not isinstance(data, Iterable):
-            raise CurvlabError(
-                f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
-            )
-        elif isinstance(data, Iterator):
-            raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
+        self._intake = Intake(data)
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
             raise CurvlabError(
                 f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
             )
-        self._random_state = _random_state(None if _is_pair(data) else data)  # that every pass starts from
         self.dtype, self.device = kinds.pop()
         if not self.dtype.is_floating_point:
             raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
@@ -83,7 +63,22 @@ class Problem:
 
         Counted by a pass over the data, once.
         """
-        return len(self.data[0]) if _is_pair(self.data) else sum(len(y) for _, y in self.batches())
+        return self._intake.count()
+
+    def probe(self) -> list[Batch]:
+        """Return a few samples on which a computation can be verified, on the model's device and in its dtype.
+
+        Two are from the beginning of the data, two from about the middle and two from the end; fewer if there are
+        fewer. Those of equal shape and dtype are one batch, so that there is one batch of six as a rule. They are
+        kept from the first pass over the data that was a whole one.
+
+        Examples:
+            >>> x, y = torch.arange(20.0)[:, None], torch.zeros(20).long()
+            >>> [(inputs, _)] = Problem(nn.Linear(1, 3), "cross_entropy", (x, y)).probe()
+            >>> inputs.flatten().tolist()
+            [0.0, 1.0, 8.0, 9.0, 18.0, 19.0]
+        """
+        return [(self._place(inputs), self._place(targets)) for inputs, targets in self._intake.first().probe()]
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name, detached: nothing done with them reaches the model's."""
@@ -127,36 +122,11 @@ class Problem:
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
-        empty = True
-        for inputs, targets in _regroup(self._own_batches(batch_size or _BATCH_SIZE), batch_size):
-            empty = False
+        for inputs, targets in self._intake.batches(batch_size):
             yield self._place(inputs), self._place(targets)
-        if empty:
-            raise CurvlabError("the data have no samples")
-
-    def _own_batches(self, pair_batch_size: int) -> Iterator[Batch]:
-        if _is_pair(self.data):
-            if not len(self.data[0]):
-                return
-            inputs, targets = self.data
-            yield from zip(torch.split(inputs, pair_batch_size), torch.split(targets, pair_batch_size), strict=True)
-            return
-        # A list holds its batches; anything else may draw them.
-        held = isinstance(self.data, (list, tuple))
-        for index, batch in enumerate(self.data if held else _with_own_randomness(self.data, self._random_state)):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-                raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
-            if len(batch[0]) != len(batch[1]):
-                raise CurvlabError(f"batch {index} has {len(batch[0])} inputs but {len(batch[1])} targets")
-            if len(batch[0]):
-                yield batch[0], batch[1]
 
     def _place(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(self.device)
-        if not _finite(tensor):
-            raise CurvlabError("the data hold NaN or infinite values")
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def check(self) -> None:
         """Refuse what would make a per-sample quantity wrong, before any is computed.
@@ -167,7 +137,7 @@ class Problem:
                 shows that a sample's output depends on its batch.
         """
         for name, parameter in self.model.named_parameters():
-            if not _finite(parameter):
+            if not is_finite(parameter):
                 bad = int((~parameter.isfinite()).sum())
                 raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
@@ -187,12 +157,18 @@ class Problem:
                 )
         outputs: Tensor | None = None
         for inputs, targets in self.batches():
-            # A batch of one cannot show whether samples are mixed; a longer one later can.
-            if outputs is None or len(outputs) == 1 < len(inputs):
-                outputs = self._probe(inputs[:_PROBE_SAMPLES])
+            if outputs is None:
+                with torch.no_grad(), preserved_random_state():
+                    outputs = self.forward({}, inputs[:_FEW])
             self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+        for inputs, _ in self.probe():
+            self._check_independence(inputs)
 
-    def _probe(self, inputs: Tensor) -> Tensor:
+    def _check_independence(self, inputs: Tensor) -> None:
+        """Refuse outputs that depend on the rest of the batch: the first sample is tried alone, and every other one.
+
+        The first alone does not show what reaches a sample from those before it.
+        """
         with torch.no_grad(), preserved_random_state():
             outputs = self.forward({}, inputs)
             for part in (slice(0, 1), slice(0, None, 2)):
@@ -203,69 +179,6 @@ class Problem:
                         f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                         "batch; per-sample curvature is not defined for it"
                     )
-        return outputs
-
-
-def _finite(tensor: Tensor) -> bool:
-    # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states as they were."""
-    restore = _random_state()
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _with_own_randomness(data: BatchSource, start: Callable[[], None]) -> Iterator[Any]:
-    """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
-
-    The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
-    alive by a traceback, would give back old ones at any later time.
-    """
-    iterator = chain(data)  # starts the data only at the first step
-    within = start
-    while True:
-        restore = _random_state(data)
-        within()
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            within = _random_state(data)
-            restore()
-        yield batch
-
-
-def _random_state(data: object = None) -> Callable[[], None]:
-    """Return what sets the global random states, and those of a DataLoader's generators, to what they are now."""
-    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
-    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
-    states = [g.get_state() for g in generators]
-    python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transforms may use it
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-    return restore
-
-
-def _is_pair(data: BatchSource | Batch) -> TypeGuard[Batch]:
-    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
 
 
 def is_stochastic(module: nn.Module) -> bool:
@@ -275,23 +188,3 @@ def is_stochastic(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.RNNBase) and module.dropout > 0
-
-
-def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
-    """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
-    if size is None:
-        yield from batches
-        return
-    held: list[Batch] = []
-    count = 0
-    for inputs, targets in batches:
-        while len(inputs):
-            take = size - count
-            held.append((inputs[:take], targets[:take]))
-            count += len(held[-1][0])
-            inputs, targets = inputs[take:], targets[take:]
-            if count == size:
-                yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
-                held, count = [], 0
-    if held:
-        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
