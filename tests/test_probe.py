@@ -124,7 +124,7 @@ class Sized(Running):
     """Does with a batch of one what it does with no other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x if len(x) == 1 else 2 * x)
+        return self.fc(x + (len(x) == 1))
 
 
 @pytest.mark.parametrize("mixing", [Running(), Late(), Backwards(), Sized()])
