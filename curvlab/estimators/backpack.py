@@ -19,11 +19,11 @@ from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian, SumG
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import few_inputs, unfaithful_modules
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import unfaithful
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
@@ -55,7 +55,7 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
@@ -63,8 +63,8 @@ def compute(
     finally:
         del CTX.hook_handles[hooks:]  # which the library would keep for the rest of the process
     if structure.name == "diag":
-        return {"entries": torch.cat([means[name].reshape(-1) for name in space.names])}
-    return means
+        return Computed({"entries": torch.cat([means[name].reshape(-1) for name in space.names])})
+    return Computed(means)
 
 
 def _means(
@@ -250,8 +250,8 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return told
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
             return f"its factors of {_label(name, layer.module)} are of another approximation"
-    for name, reason in unfaithful_modules(problem, {name: layer.module for name, layer in layers.items()}).items():
-        return f"{next(n for n in space.names if n.rpartition('.')[0] == name)} {reason}"
+    if told := unfaithful(problem, space, layers):
+        return told
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)
         rules = _KRONECKER_RULES if kronecker else _HESSIAN_RULES if hessian else _GGN_RULES
@@ -289,7 +289,7 @@ def _chain_obstacle(problem: Problem, rules: tuple[type[nn.Module], ...], flat: 
 
     for name, module in _leaves(problem.model).items():
         module.register_forward_hook(recorder(name), with_kwargs=True)
-    outputs = problem.forward(_trainable(problem), few_inputs(problem))
+    outputs = problem.forward(_trainable(problem), problem.probe()[0][0])
     previous: Tensor | None = None
     for index, (name, module, given, output) in enumerate(calls):
         if type(module) not in rules:

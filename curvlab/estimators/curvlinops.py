@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from curvlab.estimators import products
-from curvlab.estimators.backend import Backend
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
@@ -98,7 +98,7 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     assert isinstance(structure, Kronecker)
     n = problem.num_samples
@@ -124,7 +124,7 @@ def compute(
     slopes = operator.state_dict()["gradient_covariances"]
     if not corrected:
         factors = {f"{name}|A": a for name, a in inputs.items()}
-        return factors | {f"{name}|S": s / n for name, s in slopes.items()}
+        return Computed(factors | {f"{name}|S": s / n for name, s in slopes.items()})
     # The library's own eigenvectors are in the model's dtype: float32 does not converge on some factors of low rank.
     bases = {f"{name}|U_A": symmetric_eigh(a)[1] for name, a in inputs.items()}
     bases |= {f"{name}|U_S": symmetric_eigh(s)[1] for name, s in slopes.items()}
@@ -135,7 +135,7 @@ def compute(
         # By parameter where the layer has but one.
         both = values if isinstance(values, Tensor) else next(iter(values.values()))
         bases[f"{name}|values"] = both.reshape(len(both), -1) / n
-    return bases
+    return Computed(bases)
 
 
 def _layer_names(space: ParameterSpace) -> list[str]:

@@ -18,11 +18,12 @@ from nngeometry.layercollection import LayerCollection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import few_inputs, forward, unfaithful_modules
+from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.capture import forward
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import unfaithful
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -45,16 +46,16 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     mean = partial(_mean, problem, quantity, space, batch_size)
     if isinstance(structure, Kronecker):
-        return _kronecker(problem.model, structure, space, mean, advance)
+        return Computed(_kronecker(problem.model, structure, space, mean, advance))
     collection = _collection(problem.model, space)
     parts = _parts(collection)
     if structure.name == "block_diag":
         blocks = mean(advance, lambda jacobians, data: jacobians.get_covariance_layer_blocks(data))
-        return {name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names}
+        return Computed({name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names})
     kept: Tensor | slice = slice(None)
     if space.total < collection.numel():
         flat = torch.arange(collection.numel()).split([layer.numel() for layer in collection.layers.values()])
@@ -62,9 +63,9 @@ def compute(
         kept = torch.cat([indices[_layer(name)][parts[name]] for name in space.names])
     if structure.name == "diag":
         entries = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_diag(data)})[""]
-        return {"entries": entries[kept]}
+        return Computed({"entries": entries[kept]})
     matrix = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_matrix(data)})[""]
-    return {"matrix": matrix[kept][:, kept]}
+    return Computed({"matrix": matrix[kept][:, kept]})
 
 
 def _layer(parameter: str) -> str:
@@ -205,16 +206,17 @@ def obstacle(
     space: ParameterSpace,
 ) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
-    inputs = few_inputs(problem)
+    inputs = problem.probe()[0][0]
     if not inputs.is_floating_point():
         return "it differentiates in the inputs, and these are integers"
-    modules = {name: layer.module for name, layer in layers_of(problem.model, space).items()}
+    layers = layers_of(problem.model, space)
+    modules = {name: layer.module for name, layer in layers.items()}
     for name, module in modules.items():
         told = _rule_obstacle(module, structure)
         if told:
             return f"{told} ({name or 'the model'})"
-    for name, reason in unfaithful_modules(problem, modules).items():
-        return f"{next(n for n in space.names if _layer(n) == name)} {reason}"
+    if told := unfaithful(problem, space, layers):
+        return told
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():
         found, right = calls[name][0].inputs.ndim, _input_dimensions(module)

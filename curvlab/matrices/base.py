@@ -24,7 +24,11 @@ FORMAT = 1  # of the files that ``save`` writes
 
 @dataclass(frozen=True)
 class Info:
-    """Where a matrix came from. ``seconds`` is wall time; ``samples`` and ``seed`` are those of Monte Carlo labels."""
+    """Where a matrix came from.
+
+    ``seconds`` is wall time; ``samples`` and ``seed`` are those of Monte Carlo labels; ``rejected`` says what was not
+    taken, a backend or the rule for a parameter, and why.
+    """
 
     quantity: str
     structure: str
@@ -35,6 +39,7 @@ class Info:
     seed: int | None = None
     batch_size: int | None = None
     seconds: float = 0.0
+    rejected: tuple[str, ...] = ()
 
 
 class CurvatureMatrix(ABC):
