@@ -323,7 +323,7 @@ class _Probe:
         inputs, targets = next(self.few.batches())
         with torch.no_grad():
             outputs = self.problem.forward({}, inputs)
-            rows = output_rows(self.problem.loss, quantity, outputs, targets, label_stream(quantity)).shape[1]
+            rows = len(output_rows(self.problem.loss, quantity, outputs, targets, label_stream(quantity)))
         return 2 * rows if structure.name == "ekfac" else rows
 
     def _matrix_bytes(self, structure: Structure) -> int:

@@ -301,7 +301,7 @@ def layer_samples(whole: Case, quantity: Quantity) -> dict[str, list[LayerSample
     rng = label_stream(quantity)
     for x, y in zip(whole.inputs.clone().split(1), whole.targets.split(1), strict=True):
         outputs = model(x)
-        rows = output_rows(problem.loss, quantity, outputs.detach(), y, rng)[0]
+        rows = output_rows(problem.loss, quantity, outputs.detach(), y, rng)[:][0]
         for name, layer in layers.items():
 
             def by_position(t: Tensor, layer: nn.Module = layer) -> Tensor:

@@ -22,7 +22,7 @@ from curvlab.estimators.capture import backward, forward, unfaithful_modules
 from curvlab.estimators.layers import Layer, has_factors, kronecker_layers, layer_in
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.seeds import Seeds, label_stream, output_rows
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
@@ -271,7 +271,7 @@ def _batches(
                     f"{name} was called {len(seen)} times on some batch, and once on the first samples: "
                     "what a model calls must not depend on its data; backend torch does such models"
                 )
-        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
+        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
         yield {name: seen[0].inputs for name, seen in calls.items()}, _pulled_back(outputs, calls, rows)
 
 
@@ -280,10 +280,10 @@ def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield from zip(inputs.split(size), targets.split(size), strict=True)
 
 
-def _pulled_back(outputs: Tensor, calls: Mapping[str, list[Any]], rows: Tensor) -> Iterator[Sequence[Tensor]]:
+def _pulled_back(outputs: Tensor, calls: Mapping[str, list[Any]], rows: Seeds) -> Iterator[Sequence[Tensor]]:
     once = [seen[0] for seen in calls.values()]
-    last = rows.shape[1] - 1
-    for index, row in enumerate(rows.unbind(dim=1)):
+    last = len(rows) - 1
+    for index, row in enumerate(rows):
         # A list that is emptied: whoever still holds it when the next row is computed holds no gradients.
         gradients = list(backward(outputs, once, row, keep=index < last))
         yield gradients

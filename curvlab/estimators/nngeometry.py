@@ -128,8 +128,8 @@ class _Rows:
         with default_dtype(self.default):
             outputs = self.problem.forward({}, inputs)
             seeds = output_rows(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
-        self.count = seeds.shape[1]
-        return torch.einsum("nc,nrc->nr", outputs, seeds.to(outputs.dtype))
+        self.count = len(seeds)
+        return torch.einsum("nc,nrc->nr", outputs, seeds[:])
 
 
 def _loader(inputs: Tensor, targets: Tensor) -> _Loader:

@@ -56,8 +56,8 @@ def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Li
         outputs, calls = forward(problem, {name: layer}, inputs)
         if len(calls[name]) != 1 or calls[name][0].inputs.ndim != 2:
             raise UnsupportedError(f"{name} was not called once on (N, d) for every batch of the data")
-        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in rows.unbind(dim=1)]
+        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in rows]
         collected.append(LinearFactors(calls[name][0].inputs, torch.stack(gradients, dim=1)))
     return LinearFactors(torch.cat([f.inputs for f in collected]), torch.cat([f.gradients for f in collected]))
 
@@ -90,9 +90,11 @@ def row_batches(
     rows_of = _vectorised_rows
     for inputs, targets in problem.batches():
         with torch.no_grad():
-            seeds = output_rows(problem.loss, quantity, problem.forward({}, inputs), targets, rng).to(problem.dtype)
-        step = max(1, int(max_bytes / (size * seeds.shape[1])))
-        for x, s in zip(inputs.split(step), seeds.split(step), strict=True):
+            seeds = output_rows(problem.loss, quantity, problem.forward({}, inputs), targets, rng)
+        step = max(1, int(max_bytes / (size * len(seeds))))
+        for start in range(0, len(inputs), step):
+            some = slice(start, start + step)
+            x, s = inputs[some], seeds.of(some)[:]
             try:
                 rows = rows_of(problem, parameters, x, s)
             except RuntimeError:
