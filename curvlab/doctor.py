@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvlab.errors import CurvlabError
-from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.layers import Layer
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.registry import BACKENDS, estimate
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem, is_stochastic
@@ -323,7 +324,7 @@ class _Probe:
         inputs, targets = next(self.few.batches())
         with torch.no_grad():
             outputs = self.problem.forward({}, inputs)
-            rows = output_rows(self.problem.loss, quantity, outputs, targets, label_stream(quantity)).shape[1]
+            rows = len(output_rows(self.problem.loss, quantity, outputs, targets, label_stream(quantity)))
         return 2 * rows if structure.name == "ekfac" else rows
 
     def _matrix_bytes(self, structure: Structure) -> int:

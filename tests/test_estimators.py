@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab import estimators
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators.layers import kronecker_layers
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.problem import Batch, BatchSource, Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
@@ -301,7 +301,7 @@ def layer_samples(whole: Case, quantity: Quantity) -> dict[str, list[LayerSample
     rng = label_stream(quantity)
     for x, y in zip(whole.inputs.clone().split(1), whole.targets.split(1), strict=True):
         outputs = model(x)
-        rows = output_rows(problem.loss, quantity, outputs.detach(), y, rng)[0]
+        rows = output_rows(problem.loss, quantity, outputs.detach(), y, rng)[:][0]
         for name, layer in layers.items():
 
             def by_position(t: Tensor, layer: nn.Module = layer) -> Tensor:
@@ -464,7 +464,7 @@ class TestRefusals:
             estimate(case("mlp").problem, **{"quantity": "hessian", "structure": "dense"} | arguments)
 
     def test_what_no_backend_computes(self) -> None:
-        with pytest.raises(UnsupportedError, match=r"no backend computes hessian as kfac; it is had as .*dense"):
+        with pytest.raises(UnsupportedError, match=r"no backend computes hessian as kfac; available structures: .*dense"):
             estimate(case("mlp").problem, "hessian", "kfac")
 
     def test_overflow(self) -> None:

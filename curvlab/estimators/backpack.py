@@ -149,8 +149,8 @@ def _row_terms(
     rng = label_stream(quantity)
     for inputs, targets in problem.batches(batch_size):
         outputs = problem.forward(parameters, inputs)
-        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        for left, seed in zip(range(seeds.shape[1] - 1, -1, -1), seeds.unbind(dim=1), strict=True):
+        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        for left, seed in zip(range(len(seeds) - 1, -1, -1), seeds, strict=True):
             with backpack(extension, retain_graph=left > 0):
                 _backward((outputs * seed).sum(), keep=left > 0)
             if structure.name == "diag":
@@ -200,7 +200,7 @@ def _propagate(
     for inputs, targets in problem.batches(batch_size):
         outputs = problem.forward(parameters, inputs)
         given = outputs.detach()
-        rows = output_rows(problem.loss, of_outputs, given, targets, rng).to(given.dtype)
+        rows = output_rows(problem.loss, of_outputs, given, targets, rng)[:]
         extension = extension_type()
         extension.set_module_extension(_OutputSpace, _Seeds(rows.transpose(0, 1)))
         with backpack(extension, extension_hook=hook):

@@ -6,7 +6,7 @@ have no part. Its check of determinism, which costs several passes, is off: ``Pr
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class _Passes:
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the output rows of the batch that is under way."""
-        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng).to(outputs.dtype)
+        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng)[:]
 
 
 class _WithRows(_Passes):

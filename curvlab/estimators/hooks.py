@@ -163,9 +163,7 @@ def _pulled_back(outputs: Tensor, calls: Sequence[Call], seeds: Seeds) -> Iterat
 # Kronecker factors ---------------------------------------------------------------------------------------------------
 
 
-def _kfac(
-    batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem
-) -> dict[str, Tensor]:
+def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem) -> dict[str, Tensor]:
     sums = _sums(layers, problem)
     for inputs, gradients in batches():
         at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}

@@ -129,8 +129,8 @@ class _Rows:
         with default_dtype(self.default):
             outputs = self.problem.forward({}, inputs)
             seeds = output_rows(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
-        self.count = seeds.shape[1]
-        return torch.einsum("nc,nrc->nr", outputs, seeds.to(outputs.dtype))
+        self.count = len(seeds)
+        return torch.einsum("nc,nrc->nr", outputs, seeds[:])
 
 
 def _loader(inputs: Tensor, targets: Tensor) -> _Loader:
@@ -219,7 +219,8 @@ def obstacle(
         return told
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():
-        found, right = calls[name][0].inputs.ndim, _input_dimensions(module)
+        given = calls[name][0].inputs
+        found, right = given.ndim if given is not None else 0, _input_dimensions(module)
         if found != right:
             kind = type(module).__name__
             return f"its rule for {kind} is for inputs of {right} dimensions, not {found} ({name or 'the model'})"

@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.seeds import label_stream, output_product
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
@@ -236,15 +236,14 @@ def _gram_term(
     inputs, targets = batch
     leaves = _leaves(problem, space)
     outputs = problem.forward(leaves, inputs)
-    rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
+    fisher = output_product(problem.loss, quantity, outputs.detach(), targets, rng)
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        along = [torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector))) for vector in vectors]
-        seeds = [torch.einsum("nrc,nr->nc", rows, coefficients) for coefficients in along]
+        seeds = [fisher(push(space.unflatten(vector))) for vector in vectors]
         return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds)
 
-    return term, [rows, outputs, *pushed_from]
+    return term, [outputs, *pushed_from]
 
 
 # The Jacobian --------------------------------------------------------------------------------------------------------

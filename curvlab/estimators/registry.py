@@ -205,7 +205,9 @@ def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> lis
     if not having:
         offered = {s for b in BACKENDS.values() for s in b.cells.get(type(quantity), ())}
         names = ", ".join(name for name in STRUCTURES if name in offered)
-        raise UnsupportedError(f"no backend computes {quantity.name} as {structure.name}; available structures: {names}")
+        raise UnsupportedError(
+            f"no backend computes {quantity.name} as {structure.name}; available structures: {names}"
+        )
     if structure.name == "implicit":  # of products, our own do every model
         having.sort(key=lambda b: b.library)
     if backend == "auto":
@@ -264,6 +266,6 @@ def _disagreement(
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
         return None
     return (
-        f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not that of "
-        "automatic differentiation"
+        f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not "
+        "that of automatic differentiation"
     )

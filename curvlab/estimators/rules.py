@@ -247,4 +247,5 @@ def agree(one: Tensor, other: Tensor, scale: float) -> bool:
     """
     eps = torch.finfo(one.dtype if one.dtype.itemsize < other.dtype.itemsize else other.dtype).eps
     error = float((one - other).norm())
-    return error <= min(3 * eps**0.5, 0.05) * float(other.norm()) + 100 * eps * scale
+    allowed: float = min(3 * eps**0.5, 0.05) * float(other.norm()) + 100 * eps * scale
+    return error <= allowed

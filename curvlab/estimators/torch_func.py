@@ -136,7 +136,9 @@ def _output_factors(loss: Loss, quantity: Quantity, outputs: Tensor, target: Ten
         p = outputs.sigmoid()[0]
         return (p * (1 - p)).sqrt().diag()
     if isinstance(quantity, Fisher):
-        raise UnsupportedError(f"the reference has no exact Fisher of {type(loss).__name__}; fisher:samples=k draws labels")
+        raise UnsupportedError(
+            f"the reference has no exact Fisher of {type(loss).__name__}; fisher:samples=k draws labels"
+        )
     at = outputs.requires_grad_()
     slope = _gradient(loss.values(at, target), [at], create_graph=True)
     hessian = torch.stack([_gradient(s, [at]) for s in slope])
@@ -197,7 +199,9 @@ def _factors(
     problem: Problem, quantity: Quantity, structure: Kronecker, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
     weighted = isinstance(structure, TKFAC) and structure.variant == "gao"
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device))
+    sums: dict[str, Tensor] = defaultdict(
+        lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device)
+    )
     for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
         a, g = inputs, gradients
         if structure.sharing == "reduce":

@@ -3,12 +3,12 @@
 A rule takes a module's inputs and the gradient of its output and gives the gradients of its parameters. It is right if
 the parameters act there and nowhere else, in the way that the module's kind says. Hooks, replaced forwards, tied
 weights, parametrizations, in-place operations, derivatives inside the forward and whatever else can make a rule wrong
-need no list: on a few samples from several places of the data, the rule's gradients are compared with those of automatic
-differentiation, in one forward and one backward pass. What these samples cannot show, since only others take another
-way through the model, the graph of every later batch does: it must use the parameters as that of the samples did.
+need no list: on a few samples from several places of the data, the rule's gradients are compared with those of
+automatic differentiation, in one forward and one backward pass. What these samples cannot show, since only others take
+another way through the model, the graph of every later batch does: it must use the parameters as theirs did.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,13 +130,13 @@ def _verify(problem: Problem, space: ParameterSpace, kind: Callable[[nn.Module],
         for key in module._parameters:
             parameter = f"{name}.{key}".removeprefix(".")
             if parameter in space.names and parameter not in inside:
-                others[parameter] = _no_rule(layer, key, kind)
+                others[parameter] = _no_rule(layer, kind)
     verified = _verified(problem, candidates)
     reasons = {**others, **verified.reasons}
     return replace(verified, reasons={name: reasons[name] for name in space.names if name in reasons})
 
 
-def _no_rule(layer: Layer, key: str, kind: Callable[[nn.Module], bool]) -> str:
+def _no_rule(layer: Layer, kind: Callable[[nn.Module], bool]) -> str:
     module = layer.module
     if kind(module):
         return f"is no weight or bias of its {type(module).__name__} ({layer.name or 'the model'})"
@@ -208,9 +208,7 @@ def _attempt(
     return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
 
 
-def _differences(
-    layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph
-) -> dict[str, str]:
+def _differences(layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
     """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
     label = _label(layer)
     if bool(slope[1::2].any()):
@@ -257,7 +255,7 @@ def _reached(call: Call, graph: Graph) -> bool:
     return call.output is not None and call.output.node in graph.nodes
 
 
-def _restricted(layers: Mapping[str, Layer], reasons: Iterable[str]) -> dict[str, Layer]:
+def _restricted(layers: Mapping[str, Layer], reasons: Mapping[str, str]) -> dict[str, Layer]:
     """Return layers without some of their parameters, and without those that have none left."""
     left = {
         name: replace(
