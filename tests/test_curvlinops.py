@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate, torch_func
 from curvlab.estimators.curvlinops import BACKEND
-from curvlab.estimators.verification import kronecker_layers
 from curvlab.estimators.seeds import label_stream
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.progress import silent

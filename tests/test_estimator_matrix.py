@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import BACKENDS, estimate
-from curvlab.estimators.verification import kronecker_layers
 from curvlab.estimators.torch_func import per_sample_rows
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.matrices import EKFAC, CurvatureMatrix
 from curvlab.matrices.layers import layers_of
 from curvlab.problem import BatchSource, Problem

@@ -90,8 +90,19 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
 
 
 def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the layers with Kronecker factors."""
-    return _verify(problem, space, has_factors)
+    """Return the layers with Kronecker factors: where a weight has none, its bias has none either."""
+    verified = _verify(problem, space, has_factors)
+    own = {id(p): name for name, p in problem.model.named_parameters()}
+    reasons: dict[str, str] = {}
+    for layer in verified.layers.values():
+        weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
+        if weight is not None and own[id(weight)] != name:
+            reasons.update(
+                dict.fromkeys(layer.parameters, f"is beside {name}, which is {own[id(weight)]}, a tied weight")
+            )
+        elif name in verified.reasons:
+            reasons.update(dict.fromkeys(layer.parameters, f"is beside {name}, which {verified.reasons[name]}"))
+    return verified.without(reasons)
 
 
 def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
