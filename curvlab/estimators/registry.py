@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import working_dtype
@@ -191,8 +191,7 @@ def _failure(error: Exception, problem: Problem) -> str:
         return str(error)
     if isinstance(error, CurvlabError):
         raise error
-    reason = str(error).strip().partition("\n")[0]
-    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
+    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {first_line(error)})"
 
 
 def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
