@@ -1,8 +1,11 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from copy import copy
 from functools import cached_property
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import draws_seen, preserved_random_state
+from curvlab.randomness import preserved_random_state, watched
 from curvlab.stateless import call, check_dtype, check_module, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
@@ -116,8 +119,9 @@ class Problem:
             raise UnsupportedError(
                 f"{type(self.model).__name__} returns {outputs.dtype}; the losses are defined on real floating outputs"
             )
-        # As a model with autocast inside returns others.
-        return outputs.to(next((p.dtype for p in parameters.values()), self.dtype))
+        # A model with autocast inside returns other ones.
+        given = (parameters[name].dtype for name in self.space.names if name in parameters)
+        return outputs.to(next(given, self.dtype))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Go through the data once, in the same order at every call, on the model's device.
@@ -158,6 +162,7 @@ class Problem:
             UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
                 shows that a sample's output depends on its batch.
         """
+        _import_what_warns()
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
                 bad = int((~parameter.isfinite()).sum())
@@ -225,21 +230,30 @@ class Problem:
         The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
         in the first.
         """
-        with draws_seen(self.model) as draws:
+        with watched(self.model) as watch:
             outputs = self._tried(parameters, inputs)
             parts = [(part, self._tried(parameters, inputs[part])) for part in (slice(0, 1), slice(0, None, 2))]
-        if draws:
+        if watch.drawing:
             raise UnsupportedError(
-                f"{draws[0]}, so that a sample's output is random: call model.eval() first, or draw nothing in the "
-                "forward pass"
+                f"{watch.drawing}, so that a sample's output is random: call model.eval() first, or draw nothing in "
+                "the forward pass"
             )
         scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
+        # What rounding may do: in half precision, which a model may also use within, its few digits allow less slack.
+        bound = 10 * watch.eps**0.5 if watch.eps < 1e-6 else 16 * watch.eps
         for part, alone in parts:
-            if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
+            if bool((alone - outputs[part]).abs().max() / scale > bound):
                 raise UnsupportedError(
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                     "batch; per-sample curvature is not defined for it"
                 )
+
+
+def _import_what_warns() -> None:
+    """Import what torch imports at its first gradient, without the filter of warnings that this adds for good."""
+    if (name := "torch.fx.experimental.symbolic_shapes") not in sys.modules:
+        with warnings.catch_warnings():
+            import_module(name)
 
 
 def is_stochastic(module: nn.Module) -> bool:

@@ -68,36 +68,51 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
 
 
 @contextmanager
-def draws_seen(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a list which, at the end, says what within has drawn random numbers; their states are given back.
+def watched(model: nn.Module) -> Iterator["Watch"]:
+    """Watch what runs within for draws of random numbers, and give back the states of those that have drawn.
 
     An operation of torch that draws is seen as such, by its tag; what draws elsewhere, by a state that has moved:
     Python's, NumPy's and torch's own, and those of generators that the modules hold.
     """
-    found: list[str] = []
+    watch = Watch(model)
     sources = _sources(model.modules())
     before = [get() for _, get, _ in sources]
     try:
-        with _Draws(model, found):
-            yield found
+        with watch:
+            yield watch
     finally:
         for (name, get, put), state in zip(sources, before, strict=True):
             if not _same(get(), state):
-                if not found:
-                    found.append(f"the forward pass of {type(model).__name__} draws random numbers from {name}")
+                watch.drawing = watch.drawing or (
+                    f"the forward pass of {type(model).__name__} draws random numbers from {name}"
+                )
                 put(state)
 
 
-class _Draws(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """What the operations of torch show that run under this mode.
+
+    Attributes:
+        drawing: What draws random numbers, the first that does: the beginning of a sentence. None if nothing does.
+        eps: The coarsest precision of a floating result, as ``torch.finfo(dtype).eps``.
+    """
+
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, found: list[str]) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import all of its compiler
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.found = model, found
+        self.drawing: str | None = None
+        self.eps = 0.0
+        self._model = model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note an operation, and run it."""
         kwargs = kwargs or {}
-        if not self.found and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+        if self.drawing is None and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             arguments = func._schema.arguments
             given = {a.name: a.default_value for a in arguments if a.has_default_value()}
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -105,19 +120,23 @@ class _Draws(TorchDispatchMode):
             chances = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
             off = any(given.get(name) is False for name in ("train", "training"))
             if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
-                self.found.append(f"{self._calling()} draws random numbers ({func._schema.name.split('::')[-1]})")
-        return func(*args, **kwargs)
+                name = func._schema.name.partition("::")[2]
+                self.drawing = f"{self._calling()} draws random numbers ({name})"
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
 
     def _calling(self) -> str:
         """Name the innermost module whose code is running."""
-        names = {id(module): name for name, module in self.model.named_modules()}
+        names = {id(module): name for name, module in self._model.named_modules()}
         frame = sys._getframe()
         while (above := frame.f_back) is not None:
             frame = above
             module = frame.f_locals.get("self")
             if id(module) in names:
                 return f"{names[id(module)] or 'the model'} ({type(module).__name__})"
-        return f"the forward pass of {type(self.model).__name__}"
+        return f"the forward pass of {type(self._model).__name__}"
 
 
 def _sources(holders: Iterable[object]) -> list[_Source]:

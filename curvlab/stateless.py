@@ -23,7 +23,8 @@ def check_module(model: object) -> None:
         CurvlabError: It is no module, or a scripted, parallel or lazy one, or one without values.
     """
     if not isinstance(model, nn.Module):
-        raise CurvlabError(f"model is a torch.nn.Module, not {_called(model)}")
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}")
     for name, module in model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -149,7 +150,3 @@ def _parametrizations_computed() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = enabled, cache
-
-
-def _called(thing: object) -> str:
-    return getattr(thing, "__name__", type(thing).__name__)
