@@ -189,7 +189,7 @@ class Problem:
             outputs: Tensor | None = None
             for inputs, targets in self.batches():
                 if outputs is None:
-                    with preserved_random_state():
+                    with preserved_random_state(self.model.modules()):
                         outputs = self._tried(copies, inputs[:_FEW])
                 self.loss.check(outputs[:1].expand(len(targets), -1), targets)
             for inputs, _ in self.probe():

@@ -21,22 +21,17 @@ _Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states as they were."""
-    restore = random_state()
+def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
+    """Give back Python's, NumPy's and torch's global random states, and those of generators that objects hold."""
+    restore = random_state(holders)
     try:
         yield
     finally:
         restore()
 
 
-def random_state(data: object = None) -> Callable[[], None]:
-    """Return what sets the global random states, and those of generators that data hold, to what they are now.
-
-    Looked at are the attributes of a DataLoader, of its samplers and of its data set.
-    """
-    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
-    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None))
+def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
+    """Return what sets the global random states, and those of generators that objects hold, to what they are now."""
     states = [(put, get()) for _, get, put in _sources(holders)]
 
     def restore() -> None:
@@ -46,23 +41,30 @@ def random_state(data: object = None) -> Callable[[], None]:
     return restore
 
 
+def holders_of(data: object) -> list[object]:
+    """Return what may hold a generator that data draw from: a DataLoader, its samplers and its data set."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    return [data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
+
+
 def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
     """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
 
     The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
     alive by a traceback, would give back old ones at any later time.
     """
+    holders = holders_of(data)
     iterator = chain(data)  # starts the data only at the first step
     within = start
     while True:
-        restore = random_state(data)
+        restore = random_state(holders)
         within()
         try:
             batch = next(iterator)
         except StopIteration:
             return
         finally:
-            within = random_state(data)
+            within = random_state(holders)
             restore()
         yield batch
 
