@@ -15,7 +15,7 @@ from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state, watched
-from curvlab.stateless import call, check_dtype, check_module, writes
+from curvlab.stateless import call, check_dtype, check_module, leaves, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
@@ -210,7 +210,14 @@ class Problem:
             if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
                 reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
             raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
-        if not outputs.requires_grad:
+        reached = leaves(outputs)
+        for parameter, own in self.model.named_parameters():
+            if id(own) in reached:
+                raise UnsupportedError(
+                    f"{name} uses its parameter {parameter} by a tensor or a function that was made before the forward "
+                    "pass, so that it cannot be moved: take it from the module at every call"
+                )
+        if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
             raise UnsupportedError(
                 f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
                 "its forward pass must not use torch.no_grad, detach or .data"

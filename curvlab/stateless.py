@@ -117,6 +117,23 @@ def writes(model: nn.Module, name: str) -> str:
     )
 
 
+def leaves(outputs: Tensor) -> dict[int, Tensor]:
+    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+    waiting = [outputs.grad_fn]
+    seen = set(waiting)
+    found: dict[int, Tensor] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (variable := getattr(node, "variable", None)) is not None:
+            found[id(variable)] = variable
+        further = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(further)
+        waiting += further
+    return found
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy, also of a model whose modules hold tensors that they have computed.
 
