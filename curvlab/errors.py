@@ -10,10 +10,10 @@ class UnsupportedError(CurvlabError):
 
 
 def first_line(error: BaseException, length: int = 160) -> str:
-    """Return the first line of what an error of other code says, for a clause of a message; cut where it is long.
+    r"""Return the first line of what an error of other code says, for a clause of a message; cut where it is long.
 
     Examples:
-        >>> first_line(RuntimeError("it does not fit\\nHere is how to report it ..."))
+        >>> first_line(RuntimeError("it does not fit\nHere is how to report it ..."))
         'it does not fit'
     """
     line = str(error).strip().partition("\n")[0]

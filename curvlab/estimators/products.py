@@ -8,7 +8,7 @@ from the gradients of its mini-batches. Nothing is vectorised over samples, so t
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from itertools import chain, islice
 from math import sqrt
@@ -26,6 +26,7 @@ from curvlab.estimators.seeds import label_stream, output_product
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
+from curvlab.stateless import copied
 
 _PROBE_SAMPLES = 3
 _KEPT_BYTES = 1e9  # of graphs that are kept from product to product, a matrix
@@ -72,16 +73,12 @@ def product(
 
 def snapshot(problem: Problem) -> Problem:
     """Return the problem with a copy of its model, which nothing that is done to either then shares."""
-    # Torch copies leaves only; a module may hold a tensor that it computed, such as the older weight_norm's weight.
-    held = (tensor for module in problem.model.modules() for tensor in vars(module).values())
-    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
-    copied = copy(problem)  # with what it knows of the data
-    copied.model = deepcopy(problem.model, {id(t): t.detach().clone() for t in computed})
-    for module in copied.model.modules():
+    at = problem.with_model(copied(problem.model))
+    for module in at.model.modules():
         # Not a subclass: it may do more than that.
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
             module.__class__ = _AffineBatchNorm
-    return copied
+    return at
 
 
 class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
