@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,11 @@ class Problem:
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
 
-        Buffers that the model writes are written on copies, and so are inputs that it changes in place.
+        Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
+        in place.
         """
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        named = chain(self.model.named_parameters(), self.model.named_buffers())
+        names = {id(tensor): name for name, tensor in named}
         used: dict[int, Tensor] = {}
         slots: dict[str, Tensor] = {}
         for prefix, module in self.model.named_modules():
@@ -98,7 +101,7 @@ class Problem:
                 if tensor is None:
                     continue
                 if id(tensor) not in used:
-                    own = tensor.detach() if id(tensor) in names else tensor.clone()
+                    own = tensor.detach() if key in module._parameters else tensor.clone()
                     used[id(tensor)] = parameters.get(names.get(id(tensor), ""), own)
                 slots[f"{prefix}.{key}".removeprefix(".")] = used[id(tensor)]
         # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
