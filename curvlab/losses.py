@@ -279,6 +279,8 @@ def get_loss(name: str) -> Loss:
         >>> get_loss("cross_entropy").values(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
+    if not isinstance(name, str):
+        raise CurvlabError(f"a loss goes by its name, one of {', '.join(LOSSES)}; this is a {type(name).__name__}")
     if name not in LOSSES:
         raise CurvlabError(f"there is no loss {name!r}; the losses are {', '.join(LOSSES)}")
     return LOSSES[name]

@@ -1,18 +1,18 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
 from collections.abc import Iterator
+from copy import copy
 from functools import cached_property
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import draws_seen
+from curvlab.stateless import call, check_dtype, check_module, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
@@ -43,6 +43,7 @@ class Problem:
     def __init__(
         self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Batch = ()
     ) -> None:
+        check_module(model)
         self.model = model
         self.loss: Loss = get_loss(loss)
         self.data = data
@@ -55,8 +56,16 @@ class Problem:
                 f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
             )
         self.dtype, self.device = kinds.pop()
-        if not self.dtype.is_floating_point:
-            raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
+        check_dtype(self.dtype)
+
+    def with_model(self, model: nn.Module) -> "Problem":
+        """Return the problem of another model on the same data, with what is known of them.
+
+        Passes over the data count as passes of this problem: their first is that of both.
+        """
+        other = copy(self)
+        other.model, other.space = model, ParameterSpace.of(model)
+        return other
 
     @cached_property
     def num_samples(self) -> int:
@@ -92,26 +101,24 @@ class Problem:
         Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
         in place.
         """
-        named = chain(self.model.named_parameters(), self.model.named_buffers())
-        names = {id(tensor): name for name, tensor in named}
-        used: dict[int, Tensor] = {}
-        slots: dict[str, Tensor] = {}
-        for prefix, module in self.model.named_modules():
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in used:
-                    own = tensor.detach() if key in module._parameters else tensor.clone()
-                    used[id(tensor)] = parameters.get(names.get(id(tensor), ""), own)
-                slots[f"{prefix}.{key}".removeprefix(".")] = used[id(tensor)]
-        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
-        outputs = functional_call(self.model, slots, (inputs.clone(),), tie_weights=False)
+        if torch.is_autocast_enabled(self.device.type):
+            raise UnsupportedError(
+                "torch.autocast is on around this call, and would round what the curvature is computed from: leave it "
+                "outside (the model's own forward pass may use it)"
+            )
+        outputs = call(self.model, parameters, inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise UnsupportedError(
-                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave {shape}"
+                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave "
+                f"{shape}: wrap it in a module that returns such a tensor"
             )
-        return outputs
+        if not outputs.is_floating_point():
+            raise UnsupportedError(
+                f"{type(self.model).__name__} returns {outputs.dtype}; the losses are defined on real floating outputs"
+            )
+        # As a model with autocast inside returns others.
+        return outputs.to(next((p.dtype for p in parameters.values()), self.dtype))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Go through the data once, in the same order at every call, on the model's device.
@@ -129,7 +136,20 @@ class Problem:
             yield self._place(inputs), self._place(targets)
 
     def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        """Return a tensor on the model's device, without a graph, and in its precision unless it holds integers."""
+        tensor = tensor.detach()
+        if tensor.is_inference():
+            with torch.inference_mode(False):
+                tensor = tensor.clone()  # one that has gradients
+        dtype = tensor.dtype
+        if tensor.is_floating_point():
+            dtype = self.dtype
+        elif tensor.is_complex() and self.dtype != torch.bfloat16:  # which has no complex numbers
+            dtype = self.dtype.to_complex()
+        placed = tensor.to(self.device, dtype)
+        if dtype.itemsize < tensor.dtype.itemsize and not is_finite(placed):
+            raise CurvlabError(f"the data hold values beyond the range of the model's {self.dtype}: scale them")
+        return placed
 
     def check(self) -> None:
         """Refuse what would make a per-sample quantity wrong, before any is computed.
@@ -158,30 +178,67 @@ class Problem:
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
                     "random or depends on its batch: call model.eval() first"
                 )
-        outputs: Tensor | None = None
-        for inputs, targets in self.batches():
-            if outputs is None:
-                with torch.no_grad(), preserved_random_state():
-                    outputs = self.forward({}, inputs[:_FEW])
-            self.loss.check(outputs[:1].expand(len(targets), -1), targets)
-        for inputs, _ in self.probe():
-            self._check_independence(inputs)
+        with torch.inference_mode(False), torch.enable_grad():
+            own = {name: (p.detach(), p.requires_grad) for name, p in self.model.named_parameters()}
+            # A model that writes into its parameters writes into these.
+            copies = {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()}
+            outputs: Tensor | None = None
+            for inputs, targets in self.batches():
+                if outputs is None:
+                    outputs = self._tried(copies, inputs[:_FEW])
+                self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+            for inputs, _ in self.probe():
+                self._check_independence(copies, inputs)
+            for name, (p, _) in own.items():
+                if not torch.equal(copies[name], p):
+                    raise UnsupportedError(writes(self.model, name))
 
-    def _check_independence(self, inputs: Tensor) -> None:
+    def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the outputs for a few inputs, of a model that is deterministic and depends on its parameters."""
+        name = type(self.model).__name__
+        with draws_seen(self.model) as draws:
+            try:
+                outputs = self.forward(parameters, inputs)
+            except CurvlabError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
+                    reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
+                raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
+        if draws:
+            raise UnsupportedError(
+                f"{draws[0]}, so that a sample's output is random: call model.eval() first, or draw nothing in the "
+                "forward pass"
+            )
+        if not outputs.requires_grad:
+            raise UnsupportedError(
+                f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
+                "its forward pass must not use torch.no_grad, detach or .data"
+            )
+        return outputs.detach()
+
+    def _takes(self, parameters: dict[str, Tensor], inputs: Tensor) -> bool:
+        try:
+            self.forward(parameters, inputs)
+        except Exception:
+            return False
+        return True
+
+    def _check_independence(self, parameters: dict[str, Tensor], inputs: Tensor) -> None:
         """Refuse outputs that depend on the rest of the batch: the first sample is tried alone, and every other one.
 
         The first alone does not show what reaches a sample from those before it.
         """
-        with torch.no_grad(), preserved_random_state():
-            outputs = self.forward({}, inputs)
-            for part in (slice(0, 1), slice(0, None, 2)):
-                alone = self.forward({}, inputs[part])
-                scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
-                if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
-                    raise UnsupportedError(
-                        f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
-                        "batch; per-sample curvature is not defined for it"
-                    )
+        outputs = self._tried(parameters, inputs)
+        scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
+        for part in (slice(0, 1), slice(0, None, 2)):
+            alone = self._tried(parameters, inputs[part])
+            if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
+                raise UnsupportedError(
+                    f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
+                    "batch; per-sample curvature is not defined for it"
+                )
 
 
 def is_stochastic(module: nn.Module) -> bool:

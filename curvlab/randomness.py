@@ -1,13 +1,20 @@
-"""The global random states: given back as they were, and kept from what data draw."""
+"""Random numbers: their states given back as they were, kept from what data draw, and draws of a model seen."""
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: What a source of random numbers is called, and what reads and sets its state.
+_Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
 @contextmanager
@@ -21,23 +28,17 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def random_state(data: object = None) -> Callable[[], None]:
-    """Return what sets the global random states, and those of a DataLoader's generators, to what they are now."""
+    """Return what sets the global random states, and those of generators that data hold, to what they are now.
+
+    Looked at are the attributes of a DataLoader, of its samplers and of its data set.
+    """
     sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
-    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
-    states = [g.get_state() for g in generators]
-    python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transforms may use it
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None))
+    states = [(put, get()) for _, get, put in _sources(holders)]
 
     def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        for put, state in states:
+            put(state)
 
     return restore
 
@@ -61,3 +62,93 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
             within = random_state(data)
             restore()
         yield batch
+
+
+@contextmanager
+def draws_seen(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a list which, at the end, says what within has drawn random numbers; their states are given back.
+
+    An operation of torch that draws is seen as such, by its tag; what draws elsewhere, by a state that has moved:
+    Python's, NumPy's and torch's own, and those of generators that the modules hold.
+    """
+    found: list[str] = []
+    sources = _sources(model.modules())
+    before = [get() for _, get, _ in sources]
+    try:
+        with _Draws(model, found):
+            yield found
+    finally:
+        for (name, get, put), state in zip(sources, before, strict=True):
+            if not _same(get(), state):
+                if not found:
+                    found.append(f"the forward pass of {type(model).__name__} draws random numbers from {name}")
+                put(state)
+
+
+class _Draws(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, found: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.found = model, found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.found and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            arguments = func._schema.arguments
+            given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+            given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+            # Dropout that is off, also that of fused attention and recurrent kernels, draws nothing.
+            chances = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
+            off = any(given.get(name) is False for name in ("train", "training"))
+            if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
+                self.found.append(f"{self._calling()} draws random numbers ({func._schema.name.split('::')[-1]})")
+        return func(*args, **kwargs)
+
+    def _calling(self) -> str:
+        """Name the innermost module whose code is running."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        frame = sys._getframe()
+        while (above := frame.f_back) is not None:
+            frame = above
+            module = frame.f_locals.get("self")
+            if id(module) in names:
+                return f"{names[id(module)] or 'the model'} ({type(module).__name__})"
+        return f"the forward pass of {type(self.model).__name__}"
+
+
+def _sources(holders: Iterable[object]) -> list[_Source]:
+    """Return the global sources of random numbers, and the generators among the attributes of some objects."""
+    sources: list[_Source] = [
+        ("Python's random", random.getstate, random.setstate),
+        ("NumPy's global generator", np.random.get_state, np.random.set_state),
+        ("torch's global generator", torch.get_rng_state, torch.set_rng_state),
+    ]
+    if torch.cuda.is_available():
+        sources.append(("torch's CUDA generators", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    for holder in holders:
+        for name, held in getattr(holder, "__dict__", {}).items():
+            called = f"{type(holder).__name__}.{name}"
+            if isinstance(held, torch.Generator):
+                sources.append((called, held.get_state, held.set_state))
+            elif isinstance(held, random.Random):
+                sources.append((called, held.getstate, held.setstate))
+            elif isinstance(held, np.random.RandomState):
+                sources.append((called, held.get_state, held.set_state))
+            elif isinstance(held, np.random.Generator):
+                bits = held.bit_generator
+                sources.append((called, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+    return sources
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two states, of tensors, arrays and numbers, are equal."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return all(map(_same, one, other))
+    if isinstance(one, dict):
+        return all(_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)

@@ -8,7 +8,6 @@ error divided by ``N C``), its limits (one output for binary cross-entropy) and 
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -28,6 +27,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -104,14 +104,14 @@ def _copy(problem: Problem, space: ParameterSpace) -> Problem:
 
     The library's hooks on the model would stay, and keep ``torch.func`` from it.
     """
-    model = deepcopy(problem.model)
+    model = copied(problem.model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in space.names)
     for module in model.modules():
         # What a module with a backward hook returns may not be changed in place.
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
-    return Problem(model, problem.loss.name, problem.data)
+    return problem.with_model(model)
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +148,7 @@ def _row_terms(
     parameters = _trainable(problem)
     rng = label_stream(quantity)
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.forward(parameters, inputs)
+        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
         seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
         for left, seed in zip(range(len(seeds) - 1, -1, -1), seeds, strict=True):
             with backpack(extension, retain_graph=left > 0):
@@ -193,12 +193,11 @@ def _propagate(
     for module in _leaves(problem.model).values():
         extend(module)
     loss = extend(_OutputSpace())
-    parameters = _trainable(problem)
     rng = label_stream(quantity)
     # The Hessian of these losses in the outputs is the exact Fisher's.
     of_outputs = GGN() if isinstance(quantity, Hessian) else quantity
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.forward(parameters, inputs)
+        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
         given = outputs.detach()
         rows = output_rows(problem.loss, of_outputs, given, targets, rng)[:]
         extension = extension_type()

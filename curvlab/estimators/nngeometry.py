@@ -7,7 +7,6 @@ are those of ``R`` functions ``s_r' f`` of the outputs, whose gradients are the 
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -29,6 +28,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
+from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -100,7 +100,7 @@ def _mean(
 ) -> dict[str, Tensor]:
     """Return the mean over samples of what the library makes of every batch as a mean over that."""
     # A copy: after an exception the library's hooks stay on the model.
-    copy = Problem(deepcopy(problem.model), problem.loss.name, problem.data)
+    copy = problem.with_model(copied(problem.model))
     collection = _collection(copy.model, space)
     jacobians = TorchHooksJacobianBackend(copy.model, _Rows(copy, quantity), layer_collection=collection)
     working_dtype = torch.promote_types(problem.dtype, torch.get_default_dtype())

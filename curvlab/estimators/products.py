@@ -218,7 +218,7 @@ def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Ten
     """Push by a forward pass with dual numbers."""
 
     def push(vector: Leaves) -> Tensor:
-        with torch.no_grad(), forward_ad.dual_level():
+        with forward_ad.dual_level():  # with gradients on, which a derivative in the forward pass needs
             duals = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in leaves.items()}
             tangent: Tensor | None = forward_ad.unpack_dual(problem.forward(duals, inputs)).tangent
         return torch.zeros_like(outputs) if tangent is None else tangent
@@ -297,20 +297,28 @@ def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
     outputs = list(outputs)
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(waiting)
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in (output.untyped_storage() for output in outputs)}
+    sizes = dict(map(_storage, outputs))
     while waiting:
         node = waiting.pop()
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         saved += getattr(node, "saved_tensors", ())  # of a torch.autograd.Function in Python
         for tensor in chain.from_iterable(item if isinstance(item, (tuple, list)) else [item] for item in saved):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+                sizes.update([_storage(tensor)])
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
     return sum(size for address, size in sizes.items() if address not in besides)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins, or what tells it apart, and its bytes."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # of a sparse tensor, or one within torch.func
+        return -id(tensor), tensor.numel() * tensor.element_size()
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -8,14 +8,13 @@ values of all parameters and buffers, as the model does. Else the model itself i
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrize
 
+from curvlab import stateless
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators.capture import gradients, graph_of
 from curvlab.estimators.rules import random_like
@@ -41,12 +40,8 @@ def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
 
     Batch norms in eval mode are replaced by plain products, and embeddings give dense gradients.
     """
-    # Torch copies leaves only; a module may hold a tensor that it computed, such as the older weight_norm's weight.
-    held = (tensor for module in problem.model.modules() for tensor in vars(module).values())
-    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
-    alone = copy(problem)  # with what it knows of the data
     try:
-        alone.model = deepcopy(problem.model, {id(t): t.detach().clone() for t in computed})
+        alone = problem.with_model(stateless.copied(problem.model))
         for module in alone.model.modules():
             # Not a subclass: it may do more than that.
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
@@ -96,7 +91,8 @@ class HeldProblem(Problem):
         try:
             for name, module in self.model.named_modules():
                 module.training = self._modes.get(name, module.training)
-            return super().forward(self._parameters | _cloned(self._buffers.items()) | parameters, inputs)
+            held = self.parameters() | self._parameters | _cloned(self._buffers.items())
+            return super().forward(held | parameters, inputs)
         finally:
             for module, training in now:
                 module.training = training
@@ -232,11 +228,7 @@ def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def differentiable(problem: Problem) -> Iterator[None]:
-    """Have torch take kernels with all their derivatives, as they are outside of whatever the caller has set.
-
-    That is gradients that are off, autocasting, and parametrizations that are cached: what they made of a parameter
-    stays where other values are given for it.
-    """
+    """Have torch take kernels with all their derivatives, where the caller has gradients off or autocasts, too."""
     with ExitStack() as settings:
         # It is torch's own, the first time that numbers with a dual part are used.
         settings.enter_context(warnings.catch_warnings())
@@ -244,12 +236,10 @@ def differentiable(problem: Problem) -> Iterator[None]:
         settings.enter_context(torch.inference_mode(False))  # also within no_grad
         settings.enter_context(torch.autocast(problem.device.type, enabled=False))
         settings.enter_context(sdpa_kernel(SDPBackend.MATH))
-        switches: list[tuple[object, str, object]] = [(parametrize, "_cache_enabled", 0)]
         if any(isinstance(module, nn.RNNBase) for module in problem.model.modules()):
-            switches += [(fused, "enabled", False) for fused in (torch.backends.mkldnn, torch.backends.cudnn)]
-        for holder, name, value in switches:
-            settings.callback(setattr, holder, name, getattr(holder, name))
-            setattr(holder, name, value)
+            for fused in (torch.backends.mkldnn, torch.backends.cudnn):
+                settings.callback(setattr, fused, "enabled", fused.enabled)
+                fused.enabled = False  # type: ignore[attr-defined]
         yield
 
 

@@ -1,0 +1,154 @@
+"""Models called at other parameters, with nothing of the call left on them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from curvlab.errors import CurvlabError, UnsupportedError
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_module(model: object) -> None:
+    """Refuse what cannot be called at other parameters, or has none.
+
+    Raises:
+        CurvlabError: It is no module, or a scripted, parallel or lazy one, or one without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise CurvlabError(f"model is a torch.nn.Module, not {_called(model)}")
+    for name, module in model.named_modules():
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{what} is a scripted or traced module, which takes no other parameters: give the module that it was "
+                "made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise UnsupportedError(
+                f"{what} splits a batch over devices or processes: give the module inside it, its .module"
+            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise CurvlabError(f"{kind} {name} of a lazy module has no shape yet: call the model once on a batch")
+            if tensor.is_meta:
+                raise CurvlabError(
+                    f"{kind} {name} is on the meta device, where tensors have no values: model.to_empty(device=...) "
+                    "and a state dict give it some"
+                )
+            if tensor.is_inference():
+                raise CurvlabError(
+                    f"{kind} {name} was made under torch.inference_mode, which has no gradients: make the model outside"
+                )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse parameters of a dtype that has no curvature.
+
+    Raises:
+        CurvlabError: It is not one of float64, float32, bfloat16 and float16.
+    """
+    if dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise CurvlabError(f"the trainable parameters are {dtype}; curvature needs a real floating dtype: {names}")
+
+
+def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
+    """Return what the model returns at the given parameters; those not given are its own, as constants.
+
+    Buffers may be given, too.
+    Buffers that it writes are written on copies, and so are inputs that it changes in place. What it sets on its
+    modules, such as a weight that a hook computes of others, is afterwards what it was. Of what is compiled, the
+    original is run.
+
+    Raises:
+        UnsupportedError: The model writes into a parameter.
+    """
+    names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
+    used: dict[int, Tensor] = {}
+    slots: dict[str, Tensor] = {}
+    written: dict[str, tuple[Tensor, int]] = {}
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            slot = f"{prefix}.{key}".removeprefix(".")
+            if id(tensor) not in used:
+                own = tensor.detach() if key in module._parameters else tensor.clone()
+                used[id(tensor)] = own = parameters.get(names.get(id(tensor), ""), own)
+                if key in module._parameters:
+                    written[slot] = own, own._version
+            slots[slot] = used[id(tensor)]
+    with _attributes_restored(model), _parametrizations_computed():
+        for module in model.modules():
+            if "_orig_mod" in module._modules:  # made by torch.compile
+                vars(module)["forward"] = module._modules["_orig_mod"]
+            elif module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
+        outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
+    for name, (tensor, version) in written.items():
+        if tensor._version != version:
+            raise UnsupportedError(writes(model, name))
+    return outputs
+
+
+def writes(model: nn.Module, name: str) -> str:
+    """Return a sentence about a model that writes into a parameter."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    way_out = "write it once, before the curvature is computed, and not in the forward pass"
+    if getattr(module, "max_norm", None) is not None:
+        way_out = "renormalise the weight once and set max_norm to None"
+    return (
+        f"the forward pass of {type(model).__name__} writes into its parameter {name} ({type(module).__name__}), "
+        f"so that there is no one point at which to differentiate: {way_out}"
+    )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model whose modules hold tensors that they have computed.
+
+    Torch copies leaves only. Pruning and the older ``weight_norm`` leave a weight that is none.
+    """
+    held = (tensor for module in model.modules() for tensor in vars(module).values())
+    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
+    return deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    kept = [
+        (held, dict(held))
+        for module in model.modules()
+        for held in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+
+
+@contextmanager
+def _parametrizations_computed() -> Iterator[None]:
+    """Have weights of ``parametrize`` computed, also where the caller caches those of other parameters."""
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache
+
+
+def _called(thing: object) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)
