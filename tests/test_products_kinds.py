@@ -493,12 +493,14 @@ def test_a_product_within_autocast() -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("quantity", [*QUANTITIES, "fisher:samples=2"])
+@pytest.mark.parametrize(
+    ("quantity", "repeats"), [*((quantity, 1) for quantity in (*QUANTITIES, "fisher:samples=2")), ("ggn", 150)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, quantity: str) -> None:
-    """As near as the dtype's rounding allows, however many terms are added up: here four hundred equal ones."""
+def test_half_precision(dtype: torch.dtype, quantity: str, repeats: int) -> None:
+    """As near as the dtype's rounding allows, also where three hundred equal terms are added up."""
     problem = problem_of(mlp)
-    x, y = (tensor[:2].repeat(200, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
+    x, y = (tensor[:2].repeat(repeats, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
     half = Problem(problem.model.to(dtype), "cross_entropy", (x, y))
     matrix = estimate(half, quantity, "implicit", batch_size=1)
     found = matrix @ vectors_of(problem).float()
