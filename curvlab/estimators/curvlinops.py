@@ -200,13 +200,11 @@ def product(
 
 
 def _copy(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem with a copy of the model that leaves its inputs alone, trainable where the space says so."""
+    """Return the problem with a copy of the model that leaves its inputs alone."""
     with differentiable(problem):
         copied = snapshots.copied(problem, space)
     if copied is None:
         raise UnsupportedError(f"{type(problem.model).__name__} cannot be copied, or its copy computes something else")
-    for name, parameter in copied.model.named_parameters():
-        parameter.requires_grad_(name in space.names)
     copied.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
     return copied
 

@@ -42,6 +42,9 @@ def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
     """
     try:
         alone = problem.with_model(stateless.copied(problem.model))
+        for name, parameter in alone.model.named_parameters():
+            # As the leaves do in whose place they are: a checkpoint computes with them again.
+            parameter.requires_grad_(name in space.names)
         for module in alone.model.modules():
             # Not a subclass: it may do more than that.
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
@@ -135,7 +138,7 @@ def check_reached(problem: Problem, space: ParameterSpace) -> None:
     Raises:
         UnsupportedError: The model does, or torch cannot differentiate it.
     """
-    with told(problem.model):
+    with torch.inference_mode(False), told(problem.model):
         # All that the model holds, on copies: a forward may renormalise its weights in place.
         response(problem, space, dict(problem.model.named_parameters()))
 
