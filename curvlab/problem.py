@@ -11,7 +11,7 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import draws_seen
+from curvlab.randomness import draws_seen, preserved_random_state
 from curvlab.stateless import call, check_dtype, check_module, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
@@ -185,10 +185,11 @@ class Problem:
             outputs: Tensor | None = None
             for inputs, targets in self.batches():
                 if outputs is None:
-                    outputs = self._tried(copies, inputs[:_FEW])
+                    with preserved_random_state():
+                        outputs = self._tried(copies, inputs[:_FEW])
                 self.loss.check(outputs[:1].expand(len(targets), -1), targets)
             for inputs, _ in self.probe():
-                self._check_independence(copies, inputs)
+                self._check_samples(copies, inputs)
             for name, (p, _) in own.items():
                 if not torch.equal(copies[name], p):
                     raise UnsupportedError(writes(self.model, name))
@@ -196,21 +197,15 @@ class Problem:
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs for a few inputs, of a model that is deterministic and depends on its parameters."""
         name = type(self.model).__name__
-        with draws_seen(self.model) as draws:
-            try:
-                outputs = self.forward(parameters, inputs)
-            except CurvlabError:
-                raise
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
-                    reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
-                raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
-        if draws:
-            raise UnsupportedError(
-                f"{draws[0]}, so that a sample's output is random: call model.eval() first, or draw nothing in the "
-                "forward pass"
-            )
+        try:
+            outputs = self.forward(parameters, inputs)
+        except CurvlabError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
+                reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
+            raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
         if not outputs.requires_grad:
             raise UnsupportedError(
                 f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
@@ -225,15 +220,22 @@ class Problem:
             return False
         return True
 
-    def _check_independence(self, parameters: dict[str, Tensor], inputs: Tensor) -> None:
-        """Refuse outputs that depend on the rest of the batch: the first sample is tried alone, and every other one.
+    def _check_samples(self, parameters: dict[str, Tensor], inputs: Tensor) -> None:
+        """Refuse outputs that are random or depend on the rest of the batch.
 
-        The first alone does not show what reaches a sample from those before it.
+        The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
+        in the first.
         """
-        outputs = self._tried(parameters, inputs)
+        with draws_seen(self.model) as draws:
+            outputs = self._tried(parameters, inputs)
+            parts = [(part, self._tried(parameters, inputs[part])) for part in (slice(0, 1), slice(0, None, 2))]
+        if draws:
+            raise UnsupportedError(
+                f"{draws[0]}, so that a sample's output is random: call model.eval() first, or draw nothing in the "
+                "forward pass"
+            )
         scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
-        for part in (slice(0, 1), slice(0, None, 2)):
-            alone = self._tried(parameters, inputs[part])
+        for part, alone in parts:
             if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
                 raise UnsupportedError(
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
+_numpy_state = partial(np.random.get_state, legacy=False)
+
 #: What a source of random numbers is called, and what reads and sets its state.
 _Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
@@ -121,21 +124,24 @@ def _sources(holders: Iterable[object]) -> list[_Source]:
     """Return the global sources of random numbers, and the generators among the attributes of some objects."""
     sources: list[_Source] = [
         ("Python's random", random.getstate, random.setstate),
-        ("NumPy's global generator", np.random.get_state, np.random.set_state),
+        ("NumPy's global generator", _numpy_state, np.random.set_state),
         ("torch's global generator", torch.get_rng_state, torch.set_rng_state),
     ]
     if torch.cuda.is_available():
         sources.append(("torch's CUDA generators", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     for holder in holders:
         for name, held in getattr(holder, "__dict__", {}).items():
+            # Not ``isinstance`` of torch's, which is slow.
+            if type(held) is not torch.Generator and not isinstance(held, _GENERATORS):
+                continue
             called = f"{type(holder).__name__}.{name}"
             if isinstance(held, torch.Generator):
                 sources.append((called, held.get_state, held.set_state))
             elif isinstance(held, random.Random):
                 sources.append((called, held.getstate, held.setstate))
             elif isinstance(held, np.random.RandomState):
-                sources.append((called, held.get_state, held.set_state))
-            elif isinstance(held, np.random.Generator):
+                sources.append((called, partial(held.get_state, legacy=False), held.set_state))
+            else:
                 bits = held.bit_generator
                 sources.append((called, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
     return sources
@@ -147,8 +153,8 @@ def _same(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     if isinstance(one, np.ndarray):
         return np.array_equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return all(map(_same, one, other))
     if isinstance(one, dict):
         return all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return all(map(_same, one, other))
     return bool(one == other)

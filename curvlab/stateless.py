@@ -1,9 +1,8 @@
 """Models called at other parameters, with nothing of the call left on them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import chain
 from typing import Any
 
 import torch
@@ -65,40 +64,45 @@ def check_dtype(dtype: torch.dtype) -> None:
 def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
     """Return what the model returns at the given parameters; those not given are its own, as constants.
 
-    Buffers may be given, too.
-    Buffers that it writes are written on copies, and so are inputs that it changes in place. What it sets on its
-    modules, such as a weight that a hook computes of others, is afterwards what it was. Of what is compiled, the
-    original is run.
+    Buffers may be given, too. Those of its own that it writes are written on copies, and so are inputs that it changes
+    in place. What it sets on its modules, such as a weight that a hook computes of others, is afterwards what it was.
+    Of what is compiled, the original is run.
 
     Raises:
         UnsupportedError: The model writes into a parameter.
     """
-    names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
+    modules = list(model.named_modules())
     used: dict[int, Tensor] = {}
     slots: dict[str, Tensor] = {}
-    written: dict[str, tuple[Tensor, int]] = {}
-    for prefix, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            slot = f"{prefix}.{key}".removeprefix(".")
-            if id(tensor) not in used:
-                own = tensor.detach() if key in module._parameters else tensor.clone()
-                used[id(tensor)] = own = parameters.get(names.get(id(tensor), ""), own)
-                if key in module._parameters:
-                    written[slot] = own, own._version
-            slots[slot] = used[id(tensor)]
-    with _attributes_restored(model), _parametrizations_computed():
-        for module in model.modules():
+    versions: dict[str, int] = {}
+    for prefix, module in modules:
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                slot = f"{prefix}.{key}" if prefix else key
+                if id(tensor) not in used:
+                    given = parameters.get(slot)  # its first name is the one that it goes by
+                    used[id(tensor)] = own = tensor.detach() if given is None else given
+                    versions[slot] = own._version
+                slots[slot] = used[id(tensor)]
+    for prefix, module in modules:
+        for key, tensor in module._buffers.items():
+            if tensor is not None:
+                slot = f"{prefix}.{key}" if prefix else key
+                if id(tensor) not in used:
+                    given = parameters.get(slot)
+                    used[id(tensor)] = tensor.clone() if given is None else given
+                slots[slot] = used[id(tensor)]
+    with _attributes_restored([module for _, module in modules]), _parametrizations_computed():
+        for _, module in modules:
             if "_orig_mod" in module._modules:  # made by torch.compile
                 vars(module)["forward"] = module._modules["_orig_mod"]
             elif module._compiled_call_impl is not None:
                 module._compiled_call_impl = None
         # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
         outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
-    for name, (tensor, version) in written.items():
-        if tensor._version != version:
-            raise UnsupportedError(writes(model, name))
+    for slot, version in versions.items():
+        if slots[slot]._version != version:
+            raise UnsupportedError(writes(model, slot))
     return outputs
 
 
@@ -125,12 +129,11 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    kept = [
-        (held, dict(held))
-        for module in model.modules()
-        for held in (vars(module), module._parameters, module._buffers, module._modules)
-    ]
+def _attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    dictionaries: Iterator[dict[str, Any]] = (
+        held for m in modules for held in (m.__dict__, m._parameters, m._buffers, m._modules)
+    )
+    kept = [(held, held.copy()) for held in dictionaries]
     try:
         yield
     finally:
