@@ -101,7 +101,8 @@ class Problem:
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
 
-        Buffers that the model writes are written on copies, and so are inputs that it changes in place.
+        Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
+        in place.
         """
         if torch.is_autocast_enabled(self.device.type):
             raise UnsupportedError(

@@ -65,9 +65,9 @@ def check_dtype(dtype: torch.dtype) -> None:
 def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
     """Return what the model returns at the given parameters; those not given are its own, as constants.
 
-    Buffers that it writes are written on copies, and so are inputs that it changes in place. What it sets on its
-    modules, such as a weight that a hook computes of others, is afterwards what it was. Of what is compiled, the
-    original is run.
+    Buffers may be given, too. Those of its own that it writes are written on copies, and so are inputs that it changes
+    in place. What it sets on its modules, such as a weight that a hook computes of others, is afterwards what it was.
+    Of what is compiled, the original is run.
 
     Raises:
         UnsupportedError: The model writes into a parameter.
@@ -88,9 +88,11 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
     for prefix, module in modules:
         for key, tensor in module._buffers.items():
             if tensor is not None:
+                slot = f"{prefix}.{key}" if prefix else key
                 if id(tensor) not in used:
-                    used[id(tensor)] = tensor.clone()
-                slots[f"{prefix}.{key}" if prefix else key] = used[id(tensor)]
+                    given = parameters.get(slot)
+                    used[id(tensor)] = tensor.clone() if given is None else given
+                slots[slot] = used[id(tensor)]
     with _attributes_restored([module for _, module in modules]), _parametrizations_computed():
         for _, module in modules:
             if "_orig_mod" in module._modules:  # made by torch.compile

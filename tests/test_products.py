@@ -47,7 +47,7 @@ def vectors_of(problem: Problem, size: int, columns: int = 3) -> Tensor:
 def reference(problem: Problem, quantity: Quantity, params: list[str] | None = None) -> Tensor:
     """The dense matrix times vectors."""
     space = ParameterSpace.of(problem.model, params)
-    matrix = torch_func.compute(problem, quantity, Dense(), space, None, silent)["matrix"]
+    matrix = torch_func.compute(problem, quantity, Dense(), space, None, silent).tensors["matrix"]
     return matrix @ vectors_of(problem, space.total)
 
 
@@ -275,7 +275,7 @@ class TestBothWaysToMultiplyWithTheJacobian:
         ids=["plain", "no_grad within", "weight_norm"],
     )
     def test_the_right_ones_are_taken(self, problem: Problem, rebuilt: products.Pushing) -> None:
-        found = products._right_pushings(problem, problem.space, next(problem.batches())[0])
+        found = products._right_pushings(problem, problem.space)
         assert found == (products._double_backward, rebuilt)
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from curvlab.estimators import products
+from curvlab.errors import UnsupportedError
+from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.snapshots import differentiable
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
@@ -188,7 +190,7 @@ def product(
         operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
 
     def multiply(vectors: Tensor) -> Tensor:
-        with products.differentiable(model):
+        with differentiable(copied):
             return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
 
     return multiply
@@ -198,10 +200,11 @@ def product(
 
 
 def _copy(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem with a copy of the model that leaves its inputs alone, trainable where the space says so."""
-    copied = products.snapshot(problem)
-    for name, parameter in copied.model.named_parameters():
-        parameter.requires_grad_(name in space.names)
+    """Return the problem with a copy of the model that leaves its inputs alone."""
+    with differentiable(problem):
+        copied = snapshots.copied(problem, space)
+    if copied is None:
+        raise UnsupportedError(f"{type(problem.model).__name__} cannot be copied, or its copy computes something else")
     copied.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
     return copied
 

@@ -6,6 +6,7 @@ times a *seed* ``s``, of which a sample has one or several.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from math import sqrt
 
 import numpy as np
@@ -61,9 +62,13 @@ class Seeds:
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield all seeds in order, ``(N, rows, C)``, as many at once as fit in a few megabytes."""
-        step = max(1, int(_BYTES / max(1, self.tensors[0].nbytes)))
-        for start in range(0, self.count, step):
-            yield self[start : start + step]
+        for start in range(0, self.count, self.fitting):
+            yield self[start : start + self.fitting]
+
+    @property
+    def fitting(self) -> int:
+        """How many are made at once."""
+        return max(1, int(_BYTES / max(1, self.tensors[0].nbytes)))
 
     def of(self, samples: slice) -> "Seeds":
         """Return those of some samples."""
@@ -108,12 +113,14 @@ def output_product(
     if isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None):
         return lambda vectors: loss.fisher_product(outputs, vectors).to(outputs.dtype)
     seeds = output_rows(loss, quantity, outputs, targets, rng)
+    held = [seeds[:]] if len(seeds) <= seeds.fitting else None
 
     def multiply(vectors: Tensor) -> Tensor:
-        total = torch.zeros_like(vectors)
-        for some in seeds.pieces():
-            total += torch.einsum("nrc,nr->nc", some, torch.einsum("nrc,nc->nr", some, vectors))
-        return total
+        terms = (
+            torch.einsum("nrc,nr->nc", some, torch.einsum("nrc,nc->nr", some, vectors))
+            for some in held or seeds.pieces()
+        )
+        return reduce(torch.add, terms)
 
     return multiply
 
