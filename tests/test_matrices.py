@@ -227,7 +227,7 @@ class StructureTests(ABC):
             other = Dense(torch.eye(P, dtype=torch.float64), self.space, INFO)
         with pytest.raises(CurvlabError, match=f"{matrix.kind} and a {other.kind}"):
             matrix + other
-        with pytest.raises(CurvlabError, match="added to a matrix, not to 1.0"):
+        with pytest.raises(CurvlabError, match=r"added to a matrix, not to 1\.0"):
             matrix + 1.0
 
     def test_vectors_of_another_space_are_refused(self) -> None:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -44,6 +44,23 @@ class Info:
     seed: int | None = None
     batch_size: int | None = None
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what a file could not give back.
+
+        Raises:
+            CurvlabError: A field is of another type, or negative, or not finite.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = (int, float) if field.type is float else field.type
+            number = isinstance(value, (int, float))
+            if (
+                not isinstance(value, kind)  # type: ignore[arg-type]
+                or isinstance(value, bool)
+                or (number and not (value >= 0 and math.isfinite(value)))
+            ):
+                raise CurvlabError(f"{field.name} of a matrix's info cannot be {shown(value)}")
 
 
 class CurvatureMatrix(ABC):
@@ -211,7 +228,10 @@ class CurvatureMatrix(ABC):
         Raises:
             CurvlabError: The matrix is in half precision, or not finite.
         """
-        return torch.cat([values.flatten() for values in self._spectra(self._damping(0.0))]).sort().values
+        values = torch.cat([values.flatten() for values in self._spectra(self._damping(0.0))]).sort().values
+        if not bool(values.isfinite().all()):
+            raise CurvlabError("the matrix holds NaN or infinity and has no eigenvalues")
+        return values
 
     def to_dense(self) -> Tensor:
         """Return the matrix itself, ``(P, P)``."""
@@ -250,8 +270,8 @@ class CurvatureMatrix(ABC):
             singular = ~(smallest > self._resolution(largest)) | largest.isinf()
             if bool(singular.any()):
                 raise CurvlabError(
-                    f"F + {damping} is singular: its eigenvalues reach from {float(smallest[singular][0]):.2g} to "
-                    f"{float(largest[singular][0]):.2g} in size; raise the damping"
+                    f"F + {damping} is singular: its eigenvalues reach from {smallest[singular][0].item():.2g} to "
+                    f"{largest[singular][0].item():.2g} in size; raise the damping"
                 )
             return eigenvalues.reciprocal()
 
@@ -298,7 +318,7 @@ class CurvatureMatrix(ABC):
         smallest, largest = eigenvalues.amin(dim=-1), eigenvalues.abs().amax(dim=-1)
         if not bool((smallest > self._resolution(largest)).all()) or bool(largest.isinf().any()):
             raise CurvlabError(
-                f"F + {damping} is not positive definite: its smallest eigenvalue is {float(smallest.min()):.2g}; "
+                f"F + {damping} is not positive definite: its smallest eigenvalue is {smallest.min().item():.2g}; "
                 "raise the damping"
             )
         return eigenvalues
@@ -338,7 +358,7 @@ class CurvatureMatrix(ABC):
             CurvlabError: It is no finite real number, or beyond this dtype.
         """
         number, limits = real_number(factor, "the factor of a matrix"), torch.finfo(self.dtype)
-        if number and not limits.tiny <= abs(number) <= limits.max:
+        if number and self.dtype != torch.float64 and not limits.tiny <= abs(number) <= limits.max:
             raise CurvlabError(f"the factor {number:g} is beyond {self.dtype}: take matrix.to(dtype=torch.float64)")
         return self._times(factor if isinstance(factor, Tensor) else number)
 
@@ -422,7 +442,9 @@ def check_tensors(tensors: Iterable[object]) -> None:
     kinds = set()
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-            raise CurvlabError(f"a matrix is made of dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}")
+            raise CurvlabError(
+                f"a matrix is made of dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}"
+            )
         kinds.add((tensor.dtype, tensor.device))
     if len(kinds) > 1:
         raise CurvlabError("the tensors of a matrix differ in dtype or device: move them with to()")
@@ -489,7 +511,9 @@ def _moved(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype
     if moved.dtype != tensor.dtype and limits.smallest_normal > torch.finfo(tensor.dtype).smallest_normal:
         largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
         if math.isfinite(largest) and largest and not limits.smallest_normal <= largest <= limits.max:
-            raise CurvlabError(f"entries of the matrix reach {largest:.2g}, which is beyond {moved.dtype}: scale it first")
+            raise CurvlabError(
+                f"entries of the matrix reach {largest:.2g}, which is beyond {moved.dtype}: scale it first"
+            )
     return moved
 
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, check_tensors, damped_eigh, frobenius, symmetric_eigh
+from curvlab.matrices.base import (
+    CurvatureMatrix,
+    Info,
+    at_least_float32,
+    check_tensors,
+    damped_eigh,
+    frobenius,
+    symmetric_eigh,
+)
 from curvlab.matrices.damping import Damping
 from curvlab.parameters import ParameterSpace
 

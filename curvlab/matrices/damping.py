@@ -40,9 +40,9 @@ class Damping:
         """
         if isinstance(damping, Mapping):
             return cls(space, _by_name(damping, space, dtype, device), "diag(damping)")
-        tensor = _tensor(damping, "damping", dtype, device)
+        tensor = _tensor(damping, "damping, unless it is a tensor or a dictionary,", dtype, device)
         if tensor.ndim == 0:
-            return cls(space, dict.fromkeys(space.names, tensor), f"{float(tensor):g} I")
+            return cls(space, dict.fromkeys(space.names, tensor), f"{tensor.item():g} I")
         if tensor.shape != (space.total,):
             raise CurvlabError(
                 f"damping is a number, a vector of shape ({space.total},) or a dictionary by parameter name, not a "

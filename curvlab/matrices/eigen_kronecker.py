@@ -58,8 +58,8 @@ class EKFAC(Layered):
                 off = torch.linalg.matrix_norm(u.mT @ u - torch.eye(len(u), dtype=u.dtype, device=u.device))
                 if not bool(off <= 1e-4 * len(u) ** 0.5):
                     raise CurvlabError(
-                        f"the eigenbasis of {name or 'the model'} is not orthonormal (as after half precision), so that "
-                        "the matrix has other eigenvalues than its values: estimate it in float32"
+                        f"the eigenbasis of {name or 'the model'} is not orthonormal, as after half precision, so "
+                        "that its values are not the eigenvalues: estimate it in float32"
                     )
         return self.bases
 

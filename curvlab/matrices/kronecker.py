@@ -1,14 +1,14 @@
 """Kronecker factors: a block ``S (x) A`` a layer, and sums of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from curvlab.checks import real_number
+from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, check_tensors, frobenius, symmetric_eigh
 from curvlab.matrices.damping import Damping
@@ -47,8 +47,8 @@ class Layered(CurvatureMatrix):
         if number.ndim:
             raise CurvlabError(
                 f"a {self.kind} matrix takes one damping a layer, the same for its weight and bias, and that of "
-                f"{name or 'the model'} is not one number: give it one, or take another structure (dense, diag, "
-                "block_diag), or Dense(F.to_dense(), F.space, F.info)"
+                f"{name or 'the model'} is not one number (one tensor, if it requires a gradient): give one, or take "
+                "another structure (dense, block_diag, diag), or Dense(F.to_dense(), F.space, F.info)"
             )
         return number
 
@@ -232,14 +232,19 @@ class KFAC(Layered):
                 the average of them all. None for equal ones.
 
         Raises:
-            CurvlabError: There are not as many weights as pairs.
+            CurvlabError: There are not as many weights as pairs, or they are not numbers that give a mean.
         """
 
         def merge(factors: Factors) -> Factors:
             a, s = factors
-            if weights is not None and len(weights) != len(a):
-                raise CurvlabError(f"there are {len(a)} pairs of factors, and {len(weights)} weights")
-            shares = a.new_tensor([1.0] * len(a) if weights is None else list(weights))
+            if weights is not None and (not isinstance(weights, Sized) or len(weights) != len(a)):
+                raise CurvlabError(f"there are {len(a)} pairs of factors, and the weights are {shown(weights)}")
+            of_pairs = [1.0] * len(a) if weights is None else [real_number(w, "a weight of a pair") for w in weights]
+            if min(of_pairs) < 0 or not sum(of_pairs):
+                raise CurvlabError(
+                    f"the weights of pairs are not negative, and not all zero; these are {shown(weights)}"
+                )
+            shares = a.new_tensor(of_pairs)
             mean = torch.tensordot(shares / shares.sum(), a, dims=1)
             return Factors(mean.unsqueeze(0), s.sum(dim=0, keepdim=True))
 

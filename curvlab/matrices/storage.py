@@ -1,10 +1,9 @@
 """Reading back what ``CurvatureMatrix.save`` wrote."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -88,7 +87,7 @@ def _restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     composite = description["kind"] == Composite.kind
     keys = _KEYS | {"parts"} if composite else _KEYS
     _require(set(description) == keys, f"a matrix is described by {sorted(keys)}, not by {sorted(description)}")
-    space, info = _space(description["names"], description["shapes"]), _info(description["info"])
+    space, info = _space(description["names"], description["shapes"]), Info(**description["info"])
     if not composite:
         return CurvatureMatrix.kinds[description["kind"]].from_tensors(tensors, space, info)
     parts = [
@@ -108,16 +107,6 @@ def _space(names: Any, shapes: Any) -> ParameterSpace:
     )
     _require(len(names) == len(shapes), "there are not as many names as shapes")
     return ParameterSpace(tuple(names), tuple(map(tuple, shapes)))
-
-
-def _info(fields: Any) -> Info:
-    _require(isinstance(fields, dict), "the info is no mapping")
-    for name, kind in get_type_hints(Info).items():
-        value = fields.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = number and math.isfinite(value) and value >= 0 if kind is float else isinstance(value, kind)
-        _require(name not in fields or (fits and not isinstance(value, bool)), f"{name} of the info is {value!r}")
-    return Info(**fields)
 
 
 def _require(condition: bool, otherwise: str) -> None:
