@@ -64,6 +64,8 @@ def _target(path: Path) -> tuple[Path, int | None]:
             if not target.is_symlink():
                 break
             target = target.parent.resolve() / target.readlink()
+        else:
+            raise CurvlabError(f"cannot write {path}: its symbolic links lead nowhere; choose a file")
         if not target.parent.is_dir():
             raise CurvlabError(f"cannot write {path}: there is no folder {target.parent}; create it first")
         mode = target.stat().st_mode if target.exists() else None

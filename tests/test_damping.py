@@ -217,7 +217,7 @@ def test_the_evidence_is_differentiable_in_the_damping(name: str) -> None:
     of_layer = {size: number + size for size in one_a_layer(matrix.space).values()}  # one tensor a layer
     layers = {name: of_layer[size] for name, size in one_a_layer(matrix.space).items()}
     (gradient,) = torch.autograd.grad(matrix.logdet(layers), number)
-    assert close(gradient, inverse({n: float(t) for n, t in layers.items()}).sum())
+    assert close(gradient, inverse({n: t.item() for n, t in layers.items()}).sum())
     entries = torch.full((P,), 0.4, dtype=torch.float64, requires_grad=True)  # equal, but each a variable
     if name in (*LAYERED, "Composite"):
         with pytest.raises(CurvlabError, match="is not one number"):

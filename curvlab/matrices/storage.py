@@ -36,9 +36,9 @@ def load(path: str | Path) -> CurvatureMatrix:
         matrix = None if newer else _checked(description, tensors)
     except (CurvlabError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, CurvlabError) else repr(error)
-        raise CurvlabError(f"the header and the tensors of {file} do not make a matrix ({reason})") from error
+        raise CurvlabError(f"the header and the tensors of {file} do not make a matrix ({_line(reason)})") from error
     if matrix is None:
-        raise CurvlabError(f"{file} was saved by a newer curvlab ({newer})")
+        raise CurvlabError(f"{file} was saved by a newer curvlab ({_line(newer)})")
     return matrix
 
 
@@ -107,6 +107,11 @@ def _space(names: Any, shapes: Any) -> ParameterSpace:
     )
     _require(len(names) == len(shapes), "there are not as many names as shapes")
     return ParameterSpace(tuple(names), tuple(map(tuple, shapes)))
+
+
+def _line(text: str) -> str:
+    """Return a line that can be printed, of names that anyone may have written."""
+    return " ".join(text[:1000].encode("utf-8", "backslashreplace").decode().split())
 
 
 def _require(condition: bool, otherwise: str) -> None:
