@@ -464,7 +464,8 @@ def frobenius(tensors: Iterable[Tensor]) -> Tensor:
     largest = torch.stack([tensor.detach().abs().amax() for tensor in tensors]).amax()
     scale = torch.where(largest > 0, largest, 1)
     norms = torch.stack([torch.linalg.vector_norm(tensor / scale) for tensor in tensors])
-    return scale * torch.linalg.vector_norm(norms)
+    norm: Tensor = scale * torch.linalg.vector_norm(norms)
+    return norm
 
 
 def damped_eigh(matrix: Tensor, undamped: Callable[[], tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:

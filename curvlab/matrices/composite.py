@@ -104,7 +104,7 @@ class Composite(CurvatureMatrix):
         return self._of([part.to(device=device, dtype=dtype) for part in self.parts])
 
     def _times(self, factor: float | Tensor) -> Self:
-        return self._of([factor * part for part in self.parts])
+        return self._of([part._times(factor) for part in self.parts])
 
     def average_factors(self, weights: Sequence[float] | None = None) -> Self:
         """Return the matrix with the Kronecker parts merged; see ``KFAC.average_factors``."""
