@@ -41,11 +41,12 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
+            if mode is not None:
+                with suppress(OSError):  # of a file system without permissions
+                    temporary.chmod(mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if mode is not None:
-            temporary.chmod(mode)
         temporary.replace(target)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -59,11 +60,12 @@ def _target(path: Path) -> tuple[Path, int | None]:
     target = to_path(path)
     try:
         for _ in range(_MOST_LINKS):
-            if any(streams in target.absolute().parents for streams in _STREAMS):
+            target = target.parent.resolve() / target.name
+            if any(streams in target.parents for streams in _STREAMS):
                 raise CurvlabError(f"cannot write {path}: it is a stream of a process; choose a file")
             if not target.is_symlink():
                 break
-            target = target.parent.resolve() / target.readlink()
+            target = target.parent / target.readlink()
         else:
             raise CurvlabError(f"cannot write {path}: its symbolic links lead nowhere; choose a file")
         if not target.parent.is_dir():

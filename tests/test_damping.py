@@ -14,6 +14,8 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.matrices import (
     EKFAC,
+    KFAC,
+    BlockDiagonal,
     Composite,
     CurvatureMatrix,
     Dense,
@@ -247,10 +249,13 @@ def test_an_empty_parameter() -> None:
         Diagonal(torch.ones(3), space, INFO),
         Implicit(lambda v: v, space, INFO, dtype=torch.float32),
         Dense(torch.eye(3), space, INFO),
+        BlockDiagonal({"w": torch.eye(3), "none": torch.empty(0, 0)}, space, INFO),
     ):
         for damping in (1.0, torch.arange(3.0), {"w": torch.arange(3.0), "none": 5.0}):
             added = dense_of(damping, space).diagonal().float()
             assert torch.allclose(matrix.solve(torch.ones(3), damping), 1 / (1 + added))
+            assert torch.allclose(matrix.logdet(damping), (1 + added).log().sum())
+            assert matrix.sample(2, damping).shape == (3, 2)
     assert Damping.of(1.0, space, torch.float32, torch.device("cpu")).over(["none"]) == 1
 
 
@@ -265,3 +270,17 @@ def test_a_layer_that_is_square() -> None:
     assert close(matrix.to_dense(), dense)
     assert close(matrix.diagonal(), dense.diagonal())
     assert close(matrix.solve(values.flatten(), 0.5), torch.linalg.solve(dense + 0.5 * torch.eye(9), values.flatten()))
+    assert close(matrix.trace(), dense.trace())
+    assert close(matrix.frobenius_norm(), torch.linalg.matrix_norm(dense))
+
+
+def test_factors_with_eigenvalues_of_both_signs() -> None:
+    a, s = (made.positive(3, seed) - 1.6 * torch.eye(3, dtype=torch.float64) for seed in (0, 1))
+    matrix = KFAC.from_tensors({"fc|A": a, "fc|S": s}, ParameterSpace(("fc.weight",), ((3, 3),)), INFO)
+    dense, b = kron(s, a), torch.arange(1.0, 10.0, dtype=torch.float64)
+    assert close(matrix.eigenvalues(), torch.linalg.eigvalsh(dense))
+    assert close(matrix.diagonal(), dense.diagonal())
+    assert close(matrix.trace(), dense.trace())
+    assert close(matrix.solve(b, 0.1), torch.linalg.solve(dense + 0.1 * torch.eye(9, dtype=dense.dtype), b))
+    with pytest.raises(CurvlabError, match="not positive definite"):
+        matrix.logdet(0.1)

@@ -282,6 +282,7 @@ def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("folder", "it is a folder"),
         ("link to folder", "it is a folder"),
         ("stream", "stream of a process|there is no folder"),
+        ("/dev/../dev/fd/STREAM", "stream of a process|there is no folder"),
         ("absent/m", "there is no folder .*absent; create it first"),
         ("file/m", "there is no folder .*file"),
         ("loop", "lead nowhere"),
@@ -302,7 +303,7 @@ def test_paths_that_are_no_place_for_a_file(path: str, told: str, tmp_path: Path
             (tmp_path / link).symlink_to(target)
         before = {f.name: stat.S_IFMT(f.lstat().st_mode) for f in tmp_path.iterdir()}
         with pytest.raises(CurvlabError, match=told) as refused:
-            SMALL.save(tmp_path / path)
+            SMALL.save(tmp_path / path.replace("STREAM", str(opened.fileno())))
     assert "\n" not in str(refused.value)
     assert {f.name: stat.S_IFMT(f.lstat().st_mode) for f in tmp_path.iterdir()} == before
     assert file.read_text() == "mine"

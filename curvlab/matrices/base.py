@@ -27,8 +27,9 @@ V = TypeVar("V", bound=Vectors)
 #: Of the files that ``save`` writes; 1 had no checksum.
 FORMAT = 2
 
-#: The dtypes of the entries. Those of half precision multiply and are kept in files; what is inverted is in the others.
-DTYPES = (torch.float16, torch.bfloat16, *(PRECISE := (torch.float32, torch.float64)))
+#: The dtypes in which a matrix is inverted, and all those of its entries: half precision is for products and files.
+PRECISE = (torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, *PRECISE)
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ class CurvatureMatrix(ABC):
 
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         def inverse(eigenvalues: Tensor) -> Tensor:
+            if not eigenvalues.shape[-1]:  # of an empty parameter
+                return eigenvalues
             smallest, largest = eigenvalues.abs().amin(dim=-1), eigenvalues.abs().amax(dim=-1)
             singular = ~(smallest > self._resolution(largest)) | largest.isinf()
             if bool(singular.any()):
@@ -315,6 +318,8 @@ class CurvatureMatrix(ABC):
         return (10 * limits.eps * largest).clamp(min=limits.tiny)
 
     def _positive(self, eigenvalues: Tensor, damping: Damping) -> Tensor:
+        if not eigenvalues.shape[-1]:  # of an empty parameter
+            return eigenvalues
         smallest, largest = eigenvalues.amin(dim=-1), eigenvalues.abs().amax(dim=-1)
         if not bool((smallest > self._resolution(largest)).all()) or bool(largest.isinf().any()):
             raise CurvlabError(
@@ -460,8 +465,8 @@ def frobenius(tensors: Iterable[Tensor]) -> Tensor:
 
     In float64 and scaled: squares of small entries vanish, and those of large ones overflow.
     """
-    tensors = [tensor.double() for tensor in tensors if tensor.numel()]
-    largest = torch.stack([tensor.detach().abs().amax() for tensor in tensors]).amax()
+    tensors = [tensor.double() for tensor in tensors]
+    largest = torch.stack([t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]).amax()
     scale = torch.where(largest > 0, largest, 1)
     norms = torch.stack([torch.linalg.vector_norm(tensor / scale) for tensor in tensors])
     norm: Tensor = scale * torch.linalg.vector_norm(norms)
