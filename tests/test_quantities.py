@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from curvlab.errors import CurvlabError
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity, parse_quantity
+from curvlab.structures import parse_structure
 
 QUANTITY = st.one_of(
     st.sampled_from([EmpiricalFisher(), GGN(), Hessian()]),
@@ -68,3 +69,20 @@ def test_numbers_that_are_not_whole_are_refused(number: object) -> None:
 def test_numpy_numbers_are_whole_numbers() -> None:
     quantity = Fisher(samples=np.int64(4), seed=np.uint8(2))
     assert (type(quantity.samples), type(quantity.seed), str(quantity)) == (int, int, "fisher:samples=4,seed=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "a structure is given by name, such as 'dense', not as None"),
+        (3, "a structure is given by name"),
+        (Fisher(), "a structure is given by name"),
+        ("kfac:sharing=both", "sharing expand or reduce, not 'both'"),
+        ("kfac:rest=diag,rest=block_diag", "given rest twice"),
+        ("tkfac:variant=", "variant gao or rescaled, not ''"),
+        ("diag:rest=diag", "diag does not take 'rest=diag'"),
+    ],
+)
+def test_bad_structures_are_refused(text: object, told: str) -> None:
+    with pytest.raises(CurvlabError, match=told):
+        parse_structure(text)

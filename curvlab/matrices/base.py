@@ -270,7 +270,7 @@ class CurvatureMatrix(ABC):
             if not eigenvalues.shape[-1]:  # of an empty parameter
                 return eigenvalues
             smallest, largest = eigenvalues.abs().amin(dim=-1), eigenvalues.abs().amax(dim=-1)
-            singular = ~(smallest > self._resolution(largest)) | largest.isinf()
+            singular = ~(smallest > self._resolution(largest))  # also where they are NaN or infinite
             if bool(singular.any()):
                 raise CurvlabError(
                     f"F + {damping} is singular: its eigenvalues reach from {smallest[singular][0].item():.2g} to "
@@ -321,7 +321,7 @@ class CurvatureMatrix(ABC):
         if not eigenvalues.shape[-1]:  # of an empty parameter
             return eigenvalues
         smallest, largest = eigenvalues.amin(dim=-1), eigenvalues.abs().amax(dim=-1)
-        if not bool((smallest > self._resolution(largest)).all()) or bool(largest.isinf().any()):
+        if not bool((smallest > self._resolution(largest)).all()):  # also where they are NaN or infinite
             raise CurvlabError(
                 f"F + {damping} is not positive definite: its smallest eigenvalue is {smallest.min().item():.2g}; "
                 "raise the damping"

@@ -237,8 +237,10 @@ class KFAC(Layered):
 
         def merge(factors: Factors) -> Factors:
             a, s = factors
-            if weights is not None and (not isinstance(weights, Sized) or len(weights) != len(a)):
-                raise CurvlabError(f"there are {len(a)} pairs of factors, and the weights are {shown(weights)}")
+            if weights is not None and not isinstance(weights, Sized):
+                raise CurvlabError(f"the weights of pairs are a sequence of numbers, not {shown(weights)}")
+            if weights is not None and len(weights) != len(a):
+                raise CurvlabError(f"there are {len(a)} pairs of factors, and {len(weights)} weights")
             of_pairs = [1.0] * len(a) if weights is None else [real_number(w, "a weight of a pair") for w in weights]
             if min(of_pairs) < 0 or not sum(of_pairs):
                 raise CurvlabError(
