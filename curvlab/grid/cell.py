@@ -31,6 +31,7 @@ OUTPUT = "output.txt"
 # What the tables of a store have beside what is in the records.
 _RESERVED = {"cell", "status", "kind", "seeds", "failed", "absent"}
 _RESERVED_BEGINNINGS = ("cell.", "config.")
+_DEEPEST = 100  # levels of lists and dictionaries in a configuration
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and newline
 
 
@@ -94,9 +95,31 @@ def canonical(value: Any) -> str:
         CurvlabError: It is not made of JSON values.
     """
     try:
+        _require_json(value, 1)
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CurvlabError(f"a configuration is made of JSON values, and this one is not: {error}") from error
+
+
+def _require_json(value: Any, depth: int) -> None:
+    """Refuse what Python would write as JSON, but a store or another program could not give back as it was.
+
+    Raises:
+        ValueError: It has keys that are no strings, integers of more than 64 bits, half characters or many levels.
+    """
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer has more than 64 bits")
+    elif isinstance(value, Mapping | list | tuple):
+        if depth > _DEEPEST:
+            raise ValueError(f"it is within itself, or more than {_DEEPEST} levels deep")
+        for name in value if isinstance(value, Mapping) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"the key {name!r} is not a string")
+            name.encode()
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _require_json(item, depth + 1)
 
 
 def _digest(value: Any) -> str:
