@@ -41,7 +41,11 @@ def sign(connection: sqlite3.Connection, table: str, where: str = "TRUE", values
 
 
 def wrong(connection: sqlite3.Connection) -> str | None:
-    """Say what is not as it was written; None if all is. The connection is in a transaction, and takes bytes that are no text."""
+    """Say what is not as it was written; None if all is.
+
+    Args:
+        connection: In a transaction; it gives bytes that are no text as some text or other.
+    """
     totals = {name: rest for name, *rest in connection.execute("SELECT name, number, checksums FROM totals")}
     for table in TABLES:
         number = checksums = 0

@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,11 @@ def supervised(task: Task, wanted: Callable[[], bool]) -> Outcome:
     Raises:
         CurvlabError: No process can be started.
     """
-    ended = processes.run(task["function"], task["threads"], json.dumps(task).encode(), task["timeout"], wanted)
+    folder = Path(task["folder"])
+    request = json.dumps(task).encode()
+    ended = processes.run(task["function"], task["threads"], request, folder / OUTPUT, task["timeout"], wanted)
+    with suppress(OSError):
+        folder.rmdir()  # one that holds something stays
     here = {
         "key": task["key"],
         "peak_bytes": ended.peak_bytes,
