@@ -283,27 +283,43 @@ def main() -> None:
 
 # The servers of this process -----------------------------------------------------------------------------------------
 
-_servers: dict[tuple[int, str], Server] = {}
+_servers: dict[tuple[int, str, str], Server] = {}  # by number of threads, module and code
 _lock = threading.Lock()
 
 
 def run(
-    function: str, threads: int, request: bytes, file: Path, timeout: float | None, wanted: Callable[[], bool]
+    function: str,
+    threads: int,
+    code: str,
+    request: bytes,
+    file: Path,
+    timeout: float | None,
+    wanted: Callable[[], bool],
 ) -> Ended:
     """Do a request for a function in a process of its own; the first one starts the server.
+
+    Args:
+        function: ``module:name``; its module is imported beforehand.
+        threads: Of the process.
+        code: What is known of the code: a server that has imported another one is not used.
+        request: As ``Server.run`` takes it, and all that follows.
+        file: Likewise.
+        timeout: Likewise.
+        wanted: Likewise.
 
     Raises:
         CurvlabError: No process can be started.
     """
     module = function.partition(":")[0]
+    name = threads, module, code
     ended = None
     for _ in range(2):  # a server may have been killed: memory is short where cells are
         if not wanted():
             return Ended(None, 0, None, 0.0, "unwanted")
         with _lock:
-            server = _servers.get((threads, module))
+            server = _servers.get(name)
             if server is None or not server.alive():
-                server = _servers[threads, module] = Server(threads, [*_PRELOADED, module])
+                server = _servers[name] = Server(threads, [*_PRELOADED, module])
             server.running += 1
         try:
             ended = server.run(request, file, timeout, wanted)
@@ -321,8 +337,8 @@ def run(
             with _lock:
                 server.running -= 1
         with _lock:  # it has ended, even if that is not yet to be seen of the process
-            if _servers.get((threads, module)) is server:
-                del _servers[threads, module]
+            if _servers.get(name) is server:
+                del _servers[name]
     if ended is not None:
         return ended
     if not wanted():
