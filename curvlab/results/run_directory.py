@@ -53,7 +53,7 @@ class RunDirectory:
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write text as UTF-8; what UTF-8 does not have (half a pair of surrogates) becomes ``\\udcff``."""
+        """Write text as UTF-8; what UTF-8 does not have, half a pair of surrogates, becomes its escape."""
         return self.write_bytes(name, text.encode(errors="backslashreplace"))
 
     def write_json(self, name: str, value: Any) -> Path:
