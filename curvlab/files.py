@@ -9,6 +9,7 @@ from pathlib import Path
 from curvlab.errors import CurvlabError
 
 _STREAMS = (Path("/proc"), Path("/dev/fd"))  # what lies there belongs to a process, not to a folder
+_TEMPORARY = f".*.{'[0-9a-f]' * 8}.tmp"  # pattern of the names of files that are not whole yet
 _MOST_LINKS = 40  # of symbolic links one after the other, as on Linux
 
 
@@ -81,10 +82,15 @@ def _target(path: Path) -> tuple[Path, int | None]:
     return target, stat.S_IMODE(mode)
 
 
+def is_leftover(file: Path) -> bool:
+    """Say whether a file is, by its name, a temporary one that a killed program has left."""
+    return file.match(_TEMPORARY)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed programs have left in a folder or one below it."""
     for depth in ("", "*/"):
-        for file in folder.glob(f"{depth}.*.{'[0-9a-f]' * 8}.tmp"):
+        for file in folder.glob(depth + _TEMPORARY):
             with suppress(OSError):
                 file.unlink()
 
@@ -101,7 +107,9 @@ def make_writable_folder(folder: Path) -> None:
         # More than a block: a full disk can still take an empty file.
         probe.write_bytes(bytes(1 << 16))
     except FileExistsError as error:
-        raise CurvlabError(f"{folder} is a file, not a folder; choose another place for the results") from error
+        there = Path(error.filename)  # the folder, or one above it
+        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file"
+        raise CurvlabError(f"{there} is {what}, not a folder; choose another place for the results") from error
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:

@@ -670,6 +670,7 @@ def test_one_seed_of_a_loss_fails(call):
     folder.parent.mkdir(parents=True)
     folder.write_text("where the folder of the cell belongs")
     line = "--hidden 4 --steps 6 --every 3 --ekfac-every none --samples 40 --seeds 0 1 --losses cross_entropy --out run"
+    Path("run/config.yaml").write_text(call(f"{line} --print-config")[1])
     code, out, _ = call(line)
     assert code == 1
     assert "standard deviation over the seeds that did not fail" in " ".join(out.split())

@@ -495,6 +495,7 @@ def test_one_seed_of_a_regime_fails(call):
     (folder,) = Path("one/sweep.sqlite.cells").iterdir()
     Path("run/sweep.sqlite.cells").mkdir(parents=True)
     Path("run/sweep.sqlite.cells", folder.name).write_text("where the folder of the cell belongs")
+    Path("run/config.yaml").write_text(call(f"{TINY} --seeds 0 1 --print-config")[1])
     code, out, _ = call(f"{TINY} --seeds 0 1 --out run")
     assert code == 1
     assert "standard deviation over the seeds that did not fail" in " ".join(out.split())

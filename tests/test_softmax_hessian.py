@@ -260,6 +260,7 @@ def test_a_cell_that_fails_is_told(call):
     cells = analysis.ANALYSIS.cells([SoftmaxHessianConfig(**CONFIG, seeds=(0, 1, 2, 3))])
     checkpoint = folder_of(Path("run/sweep.sqlite"), cells[1].key) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True)
+    Path("run/config.yaml").write_bytes(Path("undisturbed/config.yaml").read_bytes())
     checkpoint.write_text("not a checkpoint")
     code, out, err = call(f"{line} --out run")
     assert code == 1

@@ -16,11 +16,13 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import pydantic
 from rich.console import Console
+from rich.text import Text
 
 from curvlab import grid, yaml_file
 from curvlab.data import fingerprint
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Place
+from curvlab.text import readable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 done, but cells have failed; 2 bad input, or it cannot go on; 130 interrupted by Ctrl-C."
@@ -198,9 +200,9 @@ def told(action: Callable[[], int | None], debug: bool) -> int:
     except CurvlabError as error:
         if debug:
             traceback.print_exc()
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", readable(" ".join(str(error).split())), file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
-            print(note, file=sys.stderr)
+            print(readable(note), file=sys.stderr)
         return 1 if isinstance(error, CellsFailed) else 2
 
 
@@ -240,12 +242,17 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
 
 def console() -> Console:
     """Return what tables are printed on."""
-    terminal = _Console()
-    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH)
+    # Names are no markup, nor is :fire: in one an emoji.
+    terminal = _Console(markup=False, emoji=False)
+    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH, markup=False, emoji=False)
 
 
 class _Console(Console):
-    """Raises where rich would end the program."""
+    """Prints no control characters that a name may hold, and raises where rich would end the program."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Make text of a string."""
+        return super().render_str("\n".join(map(readable, text.split("\n"))), **how)
 
     def on_broken_pipe(self) -> None:
         """Leave it to the caller, as ``print`` does."""

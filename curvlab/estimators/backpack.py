@@ -24,7 +24,7 @@ from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import unfaithful
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem
+from curvlab.problem import Problem, preserved_random_state
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.stateless import copied
@@ -59,7 +59,8 @@ def compute(
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
-        means = _means(problem, quantity, structure, space, batch_size, advance)
+        with preserved_random_state():  # for its rule of pooling the library makes layers, which draw their weights
+            means = _means(problem, quantity, structure, space, batch_size, advance)
     finally:
         del CTX.hook_handles[hooks:]  # which the library would keep for the rest of the process
     if structure.name == "diag":

@@ -1,6 +1,7 @@
 """Which backend computes which quantity in which structure for a model, and the one door to all of them."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -80,6 +81,7 @@ def estimate(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        warnings.catch_warnings(),  # what is imported at a first use adds filters
         _bar(f"{quantity} {structure}", problem.num_samples, progress) as advance,
     ):
         parts = [
