@@ -24,9 +24,10 @@ from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import unfaithful
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem, preserved_random_state
+from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.randomness import preserved_random_state
 from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
