@@ -295,9 +295,7 @@ def test_measuring_ends(monkeypatch, each):
     probe = MODULE._Probe(subject, None, {})
     monkeypatch.setattr(MODULE, "estimate", slow)
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    costs = [
-        probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)
-    ]
+    costs = [probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)]
     assert clock[0] - 100 * each <= 2 * 10.0  # what is watched for its memory is watched after it was timed
     assert ("seconds" in costs[0]) == (each < 5)
     assert "seconds" not in costs[-1]
@@ -322,8 +320,8 @@ def test_many_classes(two_backends, monkeypatch, loss, rows):
     targets = Y if loss == "cross_entropy" else torch.zeros(9, 1300)
     subject = Problem(nn.Linear(4, 1300), loss, (X, targets))
     assert doctor(subject, ["fisher", "ggn", "fisher:samples=2", "empirical_fisher", "hessian"]).findings == (
-        f"{rows:,} rows a sample of fisher: fisher:samples=1 takes one",
-        f"{rows:,} rows a sample of ggn: fisher:samples=1 takes one",
+        f"fisher takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
+        f"ggn takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
     )
 
 

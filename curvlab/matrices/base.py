@@ -57,7 +57,10 @@ class Info:
         Raises:
             CurvlabError: A field is of another type, or negative, or not finite.
         """
-        for field in fields(self):
+        if not isinstance(self.rejected, (tuple, list)) or not all(isinstance(told, str) for told in self.rejected):
+            raise CurvlabError(f"rejected of a matrix's info cannot be {shown(self.rejected)}")
+        object.__setattr__(self, "rejected", tuple(self.rejected))  # a file gives a list
+        for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             kind = (int, float) if field.type is float else field.type
             number = isinstance(value, (int, float))
