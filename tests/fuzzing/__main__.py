@@ -21,7 +21,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to run (default 60)")
     parser.add_argument("--cells", type=int, default=None, help="stop after that many cells")
     parser.add_argument("--seed", type=int, default=0, help="of the first cell; the others follow (default 0)")
-    parser.add_argument("--cell", type=int, default=None, help="run the cell of this seed alone and print it as a script")
+    parser.add_argument(
+        "--cell", type=int, default=None, help="run the cell of this seed alone and print it as a script"
+    )
     parser.add_argument("--no-shrink", action="store_true", help="print failures as they were drawn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -36,7 +38,7 @@ def _one(seed: int, small: bool) -> int:
     if verdict.failed and small:
         cell, verdict = shrink(cell, verdict)
     print(script(cell, verdict))
-    print(verdict.details, file=sys.stderr)
+    print(verdict.word, verdict.told, verdict.details, file=sys.stderr)
     return int(verdict.failed)
 
 
@@ -49,7 +51,9 @@ def _many(arguments: argparse.Namespace) -> int:
     failures: dict[tuple[str, str], list[int]] = {}
     verdicts: dict[tuple[str, str], Verdict] = {}
     seed = arguments.seed
-    while time.monotonic() - started < arguments.seconds and (arguments.cells is None or sum(counts.values()) < arguments.cells):
+    while time.monotonic() - started < arguments.seconds and (
+        arguments.cells is None or sum(counts.values()) < arguments.cells
+    ):
         cell = draw(seed)
         seed += 1
         try:
@@ -65,7 +69,10 @@ def _many(arguments: argparse.Namespace) -> int:
             seeds.setdefault(verdict.told, cell.seed)
         if verdict.failed:
             if verdict.signature not in failures:
-                print(f"{verdict.word} (cell {cell.seed}): {verdict.told}  [{cell.quantity} {cell.structure} {', '.join(cell.kinds())}]", flush=True)
+                print(
+                    f"{verdict.word} (cell {cell.seed}): {verdict.told}  [{cell.quantity} {cell.structure} {', '.join(cell.kinds())}]",
+                    flush=True,
+                )
                 verdicts[verdict.signature] = verdict
             failures.setdefault(verdict.signature, []).append(cell.seed)
         if time.monotonic() - last > 10:

@@ -135,7 +135,11 @@ def patched(d: Draft, r: Random) -> None:
 @DECORATIONS()
 def frozen(d: Draft, r: Random) -> None:
     m = d.pick(r, _PLAIN[:-3])
-    d.after.append(r.choice([f"model.{m}.requires_grad_(False)", f"next(model.{m}.parameters(), torch.zeros(1)).requires_grad_(False)"]))
+    d.after.append(
+        r.choice(
+            [f"model.{m}.requires_grad_(False)", f"next(model.{m}.parameters(), torch.zeros(1)).requires_grad_(False)"]
+        )
+    )
 
 
 @DECORATIONS(0.7)

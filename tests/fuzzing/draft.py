@@ -110,7 +110,9 @@ class Registry(dict[str, Callable[[Draft, Random], None]]):
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
 
-    def __call__(self, weight: float = 1.0) -> Callable[[Callable[[Draft, Random], None]], Callable[[Draft, Random], None]]:
+    def __call__(
+        self, weight: float = 1.0
+    ) -> Callable[[Callable[[Draft, Random], None]], Callable[[Draft, Random], None]]:
         """Enter a function under its name."""
 
         def enter(maker: Callable[[Draft, Random], None]) -> Callable[[Draft, Random], None]:

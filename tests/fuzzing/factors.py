@@ -16,19 +16,24 @@ OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.
 
 
 class Watch(TorchFunctionMode):
-    """Keeps the inputs of the operations on some weights, and adds a zero, whose gradient is wanted, to their outputs."""
+    """Keeps the inputs of the operations on some layers' weights, and adds a zero, whose gradient is wanted, to each."""
 
-    def __init__(self, weights):
+    def __init__(self, layers):
         super().__init__()
-        self.weights = weights
-        self.calls = {name: [] for name in weights.values()}
+        self.layers = layers
+        self.calls = {name: [] for name in layers}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in OPERATIONS.values() and len(args) > 1 and id(args[1]) in self.weights:
-            shift = torch.zeros_like(out, requires_grad=True)
-            self.calls[self.weights[id(args[1])]].append((func, args, shift))
-            return out + shift
+        if func in OPERATIONS.values() and len(args) > 1:
+            # A weight that is computed, such as a pruned one, is another tensor at every call.
+            for name in [name for name, module in self.layers.items() if module.weight is args[1]]:
+                if torch._C._functorch.is_functorch_wrapped_tensor(out):
+                    self.calls[name] += [None, None]  # as good as several
+                    continue
+                shift = torch.zeros_like(out, requires_grad=True)
+                self.calls[name].append((func, args, shift))
+                out = out + shift
         return out
 
 
@@ -42,21 +47,21 @@ def patches(func, args):
     return torch.stack([torch.autograd.grad(value, unit, retain_graph=True)[0].flatten() for value in out])
 
 
-def samples(model, quantity, name, x, y, drawn):
+def samples(model, names, quantity, name, x, y, drawn):
     """By layer, for every sample ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M``; layers without factors are left out."""
     layers = {
         key: module
         for key, module in model.named_modules()
-        if type(module) in OPERATIONS and getattr(module, "groups", 1) == 1 and "weight" in module._parameters
+        if type(module) in OPERATIONS and getattr(module, "groups", 1) == 1
     }
-    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    parameters = {key: p for key, p in model.named_parameters() if key in names}
     found = {key: [] for key in layers}
     for n in range(len(x)):
-        with Watch({id(module.weight): key for key, module in layers.items()}) as watch:
+        with Watch(layers) as watch:
             f = model(x[n : n + 1].clone())
         of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
         for key in list(found):
-            calls, module = watch.calls.get(key, []), layers[key]
+            calls = watch.calls[key]
             if len(calls) != 1:
                 del found[key]
                 continue
@@ -64,15 +69,15 @@ def samples(model, quantity, name, x, y, drawn):
             a, o = patches(func, args), len(args[1])
             g = torch.stack([gradient(value, [shift]).view(shift.shape) for value in of_sample])
             g = g.reshape(len(g), -1, o) if func is F.linear else g[:, 0].flatten(2).mT
-            names = {f"{key}.weight".removeprefix("."): a, f"{key}.bias".removeprefix("."): torch.ones_like(a[:, :1])}
-            names = {each: part for each, part in names.items() if each in parameters}
-            right = bool(names)
-            for each, part in names.items():
+            columns = {f"{key}.weight".removeprefix("."): a, f"{key}.bias".removeprefix("."): torch.ones_like(a[:, :1])}
+            columns = {each: part for each, part in columns.items() if each in parameters}
+            right = bool(columns)
+            for each, part in columns.items():
                 truth = torch.stack([gradient(value, [parameters[each]]) for value in of_sample])
                 gap = (g.mT @ part.double()).flatten(1) - truth.view(len(truth), -1)
-                right = right and bool(gap.abs().max() <= 1e-10 * truth.abs().max())
+                right = right and bool(gap.abs().max() <= 1e-10 * truth.abs().max() + 1e-14)
             if right:
-                found[key].append((torch.cat(list(names.values()), dim=1).double(), g, weights))
+                found[key].append((torch.cat(list(columns.values()), dim=1).double(), g, weights))
             else:
                 del found[key]
     return found

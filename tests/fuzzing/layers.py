@@ -49,7 +49,7 @@ def linear_subclass(d: Draft, r: Random) -> None:
     d.then(f"x = {m}(x)", shape=(*d.shape[:-1], out))
 
 
-@LAYERS()
+@LAYERS(0.4)
 def bilinear(d: Draft, r: Random) -> None:
     fits(not d.whole and d.shape[-1] <= 4)
     out = r.randint(1, 3)
@@ -67,7 +67,10 @@ def nested(d: Draft, r: Random) -> None:
             (f"nn.Sequential({parts})", "x = {m}(x)"),
             (f"nn.Sequential(nn.Sequential({parts}), nn.Identity())", "x = {m}(x)"),
             (f"nn.ModuleList([{parts}])", "for part in {m}:\n    x = part(x)"),
-            (f"nn.ModuleDict(dict(zip(['weight_', 'b', 'c'], [{parts}])))", "for part in {m}.values():\n    x = part(x)"),
+            (
+                f"nn.ModuleDict(dict(zip(['weight_', 'b', 'c'], [{parts}])))",
+                "for part in {m}.values():\n    x = part(x)",
+            ),
             (f"nn.DataParallel(nn.Sequential({parts}))", "x = {m}.module(x)"),
         ]
     )
@@ -129,7 +132,7 @@ def embedding(d: Draft, r: Random) -> None:
     d.then(f"x = {m}(x)", shape=(*d.shape, size))
 
 
-@LAYERS()
+@LAYERS(0.4)
 def embedding_bag(d: Draft, r: Random) -> None:
     fits(d.whole and len(d.shape) == 1)
     size, mode = r.randint(1, 4), r.choice(["sum", "mean", "max"])
@@ -265,7 +268,16 @@ def own_attention(d: Draft, r: Random) -> None:
 def activation(d: Draft, r: Random) -> None:
     fits(not d.whole)
     smooth = ["Tanh()", "Sigmoid()", "GELU()", "GELU('tanh')", "SiLU()", "Softplus()", "ELU()", "SELU()", "CELU(0.5)"]
-    kinked = ["ReLU()", "LeakyReLU(0.3)", "ReLU6()", "Hardswish()", "Hardtanh()", "Mish()", "Softsign()", "LogSigmoid()"]
+    kinked = [
+        "ReLU()",
+        "LeakyReLU(0.3)",
+        "ReLU6()",
+        "Hardswish()",
+        "Hardtanh()",
+        "Mish()",
+        "Softsign()",
+        "LogSigmoid()",
+    ]
     rare = ["Softshrink(0.1)", "Hardshrink(0.1)", "Tanhshrink()", "Threshold(0.1, 0.2)", "RReLU()", "Hardsigmoid()"]
     in_place = ["ReLU(inplace=True)", "LeakyReLU(0.1, inplace=True)", "ELU(inplace=True)", "SiLU(inplace=True)"]
     chosen = r.choice(r.choice([smooth, kinked, rare, in_place if d.fresh else smooth]))
@@ -276,7 +288,9 @@ def activation(d: Draft, r: Random) -> None:
 @LAYERS()
 def functional(d: Draft, r: Random) -> None:
     fits(not d.whole)
-    d.then(r.choice(["x = F.relu(x)", "x = x * torch.sigmoid(x)", "x = x.square().add(1).sqrt()", "x = x.exp().log1p()"]))
+    d.then(
+        r.choice(["x = F.relu(x)", "x = x * torch.sigmoid(x)", "x = x.square().add(1).sqrt()", "x = x.exp().log1p()"])
+    )
 
 
 @LAYERS()
@@ -309,7 +323,9 @@ def pooling(d: Draft, r: Random) -> None:
         d.then(f"x = {m}(x)", shape=(d.shape[0], *[size] * dims))
     else:
         fits(min(d.shape[1:]) >= 2)
-        kind = r.choice(["AvgPool{}d(2)", "MaxPool{}d(2)", "AvgPool{}d(2, stride=1)"] + ["LPPool{}d(2, 2)"] * (dims < 3))
+        kind = r.choice(
+            ["AvgPool{}d(2)", "MaxPool{}d(2)", "AvgPool{}d(2, stride=1)"] + ["LPPool{}d(2, 2)"] * (dims < 3)
+        )
         m = d.module(f"nn.{kind.format(dims)}")
         shape = [n - 1 if "stride" in kind else n // 2 for n in d.shape[1:]]
         d.then(f"x = {m}(x)", shape=(d.shape[0], *shape))
@@ -385,7 +401,7 @@ def fourier(d: Draft, r: Random) -> None:
     fits(not d.whole and d.shape[-1] > 1)
     n = d.shape[-1]
     if odds(r, 0.5):
-        d.then(f"x = torch.fft.rfft(x).abs().add(1).log()", shape=(*d.shape[:-1], n // 2 + 1))
+        d.then("x = torch.fft.rfft(x).abs().add(1).log()", shape=(*d.shape[:-1], n // 2 + 1))
     else:
         m = d.attribute(f"nn.Parameter(torch.randn({n // 2 + 1}, 2))")
         d.then(f"x = torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex({m}), n={n})")
@@ -427,7 +443,7 @@ def made_weight(d: Draft, r: Random) -> None:
         m = d.module(f"nn.Linear({n}, 2)", called=False)
         d.then(f"x = F.linear(x, F.normalize({m}.weight), {m}.bias)", shape=(*d.shape[:-1], 2))
     else:
-        a, b = d.attribute(f"nn.Parameter(torch.randn(3, 1))"), d.attribute(f"nn.Parameter(torch.randn(1, {n}))")
+        a, b = d.attribute("nn.Parameter(torch.randn(3, 1))"), d.attribute(f"nn.Parameter(torch.randn(1, {n}))")
         d.then(f"x = F.linear(x, {a} @ {b})", shape=(*d.shape[:-1], 3))
 
 
@@ -445,7 +461,14 @@ def side_call(d: Draft, r: Random) -> None:
     fits(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 2)", called=False)
     d.then(
-        r.choice([f"{m}(x)", f"{m}(x.detach()).sum()", f"x = x + {m}(x).detach().mean(-1, keepdim=True)", f"x = x + 0 * {m}(x).sum(-1, keepdim=True)"])
+        r.choice(
+            [
+                f"{m}(x)",
+                f"{m}(x.detach()).sum()",
+                f"x = x + {m}(x).detach().mean(-1, keepdim=True)",
+                f"x = x + 0 * {m}(x).sum(-1, keepdim=True)",
+            ]
+        )
     )
 
 
@@ -480,7 +503,16 @@ def residual(d: Draft, r: Random) -> None:
     fits(not d.whole)
     n = d.shape[-1]
     m = d.module(f"nn.Linear({n}, {n})")
-    d.then(*r.choice([(f"x = x + {m}(x).tanh()",), (f"y = {m}(x)", "y += x", "x = y"), (f"x = x + {m}(F.relu(x))",), (f"x = torch.add({m}(x), x, alpha=0.5)",)]))
+    d.then(
+        *r.choice(
+            [
+                (f"x = x + {m}(x).tanh()",),
+                (f"y = {m}(x)", "y += x", "x = y"),
+                (f"x = x + {m}(F.relu(x))",),
+                (f"x = torch.add({m}(x), x, alpha=0.5)",),
+            ]
+        )
+    )
 
 
 @LAYERS()
@@ -495,7 +527,12 @@ def concatenation(d: Draft, r: Random) -> None:
 def split_output(d: Draft, r: Random) -> None:
     fits(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 4)")
-    lines = r.choice([(f"a, b = {m}(x).chunk(2, dim=-1)", "x = a * b.sigmoid()"), (f"y = {m}(x)", "y[..., :2].tanh_()" if odds(r, 0.1) else "y[..., :2].mul_(0.5)", "x = y[..., 1:3]")])
+    lines = r.choice(
+        [
+            (f"a, b = {m}(x).chunk(2, dim=-1)", "x = a * b.sigmoid()"),
+            (f"y = {m}(x)", "y[..., :2].tanh_()" if odds(r, 0.1) else "y[..., :2].mul_(0.5)", "x = y[..., 1:3]"),
+        ]
+    )
     d.then(*lines, shape=(*d.shape[:-1], 2))
 
 
@@ -546,7 +583,13 @@ def branch(d: Draft, r: Random) -> None:
             (rows, f"y = {m}(x).tanh()", f"x = torch.where(rows.view(-1{ones}), {m}(y), y)"),
             (rows, f"y = {m}(x)", f"x = torch.where(rows.view(-1{ones}), y * {m}.weight.sum(), y)"),
             (rows, "if rows.any():", f"    x = x.index_put((rows,), {m}(x[rows]))"),
-            (rows, f"y = {m}(x).tanh()", "if rows.any():", f"    y = y + rows.view(-1{ones}) * F.linear(x, {m}.weight)", "x = y"),
+            (
+                rows,
+                f"y = {m}(x).tanh()",
+                "if rows.any():",
+                f"    y = y + rows.view(-1{ones}) * F.linear(x, {m}.weight)",
+                "x = y",
+            ),
         ]
     )
     d.then(*lines)

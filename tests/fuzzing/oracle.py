@@ -61,21 +61,23 @@ def curvature(model, quantity, name, x, y, drawn=None):
     if kind == "masq":
         options = dict(option.split("=") for option in options.split(","))
         size, norm = int(options["batch_size"]), options.get("norm", "sumsq")
-        each = [gradient(losses(name, model(x[n : n + 1].clone()), y[n : n + 1]).sum(), parameters) for n in range(len(x))]
+        each = [
+            gradient(losses(name, model(x[n : n + 1].clone()), y[n : n + 1]).sum(), parameters) for n in range(len(x))
+        ]
         batches = torch.stack(each).split(size)
         for batch in batches:
             whole = batch.sum(dim=0) if norm == "sumsq" else batch.mean(dim=0)
             total = total + whole.outer(whole)
         return total / (len(batches) if norm == "mean" else len(x))
-    for n in range(len(x)):
-        f = model(x[n : n + 1].clone())
-        if kind == "hessian":
-            slope = gradient(losses(name, f, y[n : n + 1]).sum(), parameters, graph=True)
-            total = total + torch.stack([gradient(s, parameters) for s in slope])
-            continue
-        of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
-        jacobian = torch.stack([gradient(value, parameters) for value in of_sample])
-        total = total + jacobian.mT @ weights @ jacobian
+    if kind == "hessian":
+        whole = sum(losses(name, model(x[n : n + 1].clone()), y[n : n + 1]).sum() for n in range(len(x)))
+        total = torch.stack([gradient(s, parameters) for s in gradient(whole, parameters, graph=True)])
+    else:
+        for n in range(len(x)):
+            f = model(x[n : n + 1].clone())
+            of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
+            jacobian = torch.stack([gradient(value, parameters) for value in of_sample])
+            total = total + jacobian.mT @ weights @ jacobian
     if (total - total.mT).abs().max() > 1e-9 * total.abs().max():
         return None
     return total / len(x)

@@ -4,7 +4,7 @@ import inspect
 
 from . import oracle
 from .cells import Cell, smaller
-from .judge import UnfitCellError, Verdict, judge
+from .judge import Verdict, judge
 
 
 def shrink(cell: Cell, verdict: Verdict, effort: int = 80) -> tuple[Cell, Verdict]:
@@ -42,5 +42,8 @@ def script(cell: Cell, verdict: Verdict) -> str:
     else:
         lines += ["model = make()", "answer = ask(model, data())", "print(answer)"]
         if cell.damping:
-            lines += ["size = answer.space.total", f"print(answer.solve(torch.ones(size).double(), damping={cell.damping}))"]
+            lines += [
+                "size = answer.space.total",
+                f"print(answer.solve(torch.ones(size).double(), damping={cell.damping}))",
+            ]
     return "\n".join(lines) + "\n"
