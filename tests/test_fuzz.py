@@ -11,6 +11,7 @@ from fuzzing.draft import Draft, Step, UnfitError
 from fuzzing.judge import UnfitCellError, judge
 from fuzzing.layers import LAYERS, ODD
 from fuzzing.shrink import script, shrink
+from fuzzing.source import source
 
 from curvlab.estimators import hooks
 from curvlab.problem import Problem
@@ -105,7 +106,7 @@ def test_torch_runs_a_network_with_each_kind_of_layer(kind: str) -> None:
 
 def test_a_cell_is_its_seed() -> None:
     assert draw(5) == draw(5)
-    assert draw(5).source() == draw(5).source() != draw(6).source()
+    assert source(draw(5)) == source(draw(5)) != source(draw(6))
 
 
 def test_decorations_keep_their_module_when_steps_are_dropped() -> None:

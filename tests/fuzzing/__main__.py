@@ -1,4 +1,4 @@
-"""Runs cells for a number of seconds; see the package."""
+"""Runs cells, one after another, for a number of seconds, and prints every kind of failure as a script."""
 
 import argparse
 import json
@@ -8,100 +8,104 @@ from collections import Counter
 
 import torch
 
-from .cells import draw
+from .cells import Cell, draw
 from .judge import UnfitCellError, Verdict, judge
 from .shrink import script, shrink
 
-_SHRUNK = 12  # failures of different kinds that are made small and printed
+_WORDS = ("right", "refused", "wrong", "raw", "changed")
+_BETWEEN = 10  # seconds from one line of progress to the next
+
+
+class Tally:
+    """What came of the cells so far."""
+
+    def __init__(self) -> None:
+        self.words: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.not_run = 0
+        self.failures: dict[tuple[str, str], list[int]] = {}  # seeds by what they have in common
+        self.verdicts: dict[tuple[str, str], Verdict] = {}  # of the first of each
+        self.refusals: dict[str, list[int]] = {}  # by ``auto``, of what the oracle can
+
+    def add(self, cell: Cell, verdict: Verdict) -> None:
+        """Count a cell; say so at once if it fails in a way that none did before."""
+        self.words[verdict.word] += 1
+        self.kinds.update(set(cell.kinds()))
+        if verdict.word == "refused" and cell.backend == "auto" and cell.structure in ("diag", "dense", "block_diag"):
+            self.refusals.setdefault(verdict.told, []).append(cell.seed)
+        if not verdict.failed:
+            return
+        if verdict.signature not in self.failures:
+            asked = f"{cell.quantity} {cell.structure} of {', '.join(cell.kinds()) or 'a layer'}"
+            print(f"{verdict.word} (cell {cell.seed}): {verdict.told} [{asked}]", flush=True)
+            self.verdicts[verdict.signature] = verdict
+        self.failures.setdefault(verdict.signature, []).append(cell.seed)
+
+    def summary(self, seconds: float) -> str:
+        """Return the counts as JSON; seeds are the first of each kind."""
+        cells = self.words.total()
+        counts = {
+            "cells": cells,
+            "seconds": round(seconds, 1),
+            "cells a second": round(cells / seconds, 1),
+            **{word: self.words[word] for word in _WORDS},
+            "refused though the reference can": sum(map(len, self.refusals.values())),
+            "not run, since torch itself cannot": self.not_run,
+            "kinds of steps": dict(sorted(self.kinds.items())),
+            "refusals": {told: [len(seeds), *seeds[:3]] for told, seeds in self.refusals.items()},
+            "failures": {f"{word}: {told}": [len(seeds), *seeds[:3]] for (word, told), seeds in self.failures.items()},
+        }
+        return json.dumps(counts, indent=1).replace(",\n   ", ", ").replace("[\n   ", "[").replace("\n  ]", "]")
 
 
 def main() -> int:
     """Return the exit status: 1 if a cell failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to run (default 60)")
-    parser.add_argument("--cells", type=int, default=None, help="stop after that many cells")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to draw cells (default 60)")
+    parser.add_argument("--cells", type=int, default=None, help="stop after that many")
     parser.add_argument("--seed", type=int, default=0, help="of the first cell; the others follow (default 0)")
-    parser.add_argument(
-        "--cell", type=int, default=None, help="run the cell of this seed alone and print it as a script"
-    )
-    parser.add_argument("--no-shrink", action="store_true", help="print failures as they were drawn")
+    parser.add_argument("--cell", type=int, default=None, help="run this cell alone and print it as a script")
+    parser.add_argument("--shrink", type=int, default=12, help="how many kinds of failure to make small (default 12)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.cell is not None:
-        return _one(arguments.cell, not arguments.no_shrink)
-    return _many(arguments)
+        return _one(draw(arguments.cell), bool(arguments.shrink))
+    return _many(arguments.seed, arguments.seconds, arguments.cells, arguments.shrink)
 
 
-def _one(seed: int, small: bool) -> int:
-    cell = draw(seed)
-    verdict = judge(cell)
-    if verdict.failed and small:
-        cell, verdict = shrink(cell, verdict)
-    print(script(cell, verdict))
-    print(verdict.word, verdict.told, verdict.details, file=sys.stderr)
+def _one(cell: Cell, small: bool) -> int:
+    try:
+        verdict = judge(cell)
+    except UnfitCellError as error:
+        verdict = Verdict("not run", str(error))
+    _print(cell, verdict, small)
     return int(verdict.failed)
 
 
-def _many(arguments: argparse.Namespace) -> int:
-    started = last = time.monotonic()
-    counts: Counter[str] = Counter()
-    steps: Counter[str] = Counter()
-    refusals: Counter[str] = Counter()
-    seeds: dict[str, int] = {}
-    failures: dict[tuple[str, str], list[int]] = {}
-    verdicts: dict[tuple[str, str], Verdict] = {}
-    seed = arguments.seed
-    while time.monotonic() - started < arguments.seconds and (
-        arguments.cells is None or sum(counts.values()) < arguments.cells
-    ):
+def _many(seed: int, seconds: float, most: int | None, small: int) -> int:
+    tally, started, told = Tally(), time.monotonic(), 0.0
+    while (passed := time.monotonic() - started) < seconds and (most is None or tally.words.total() < most):
         cell = draw(seed)
         seed += 1
         try:
-            verdict = judge(cell)
+            tally.add(cell, judge(cell))
         except UnfitCellError:
-            counts["not run"] += 1
-            continue
-        counts[verdict.word] += 1
-        steps.update(set(cell.kinds()))
-        if verdict.word == "refused" and cell.backend == "auto" and cell.structure in ("diag", "dense", "block_diag"):
-            counts["refused though the reference can"] += 1
-            refusals[verdict.told] += 1
-            seeds.setdefault(verdict.told, cell.seed)
-        if verdict.failed:
-            if verdict.signature not in failures:
-                print(
-                    f"{verdict.word} (cell {cell.seed}): {verdict.told}  [{cell.quantity} {cell.structure} {', '.join(cell.kinds())}]",
-                    flush=True,
-                )
-                verdicts[verdict.signature] = verdict
-            failures.setdefault(verdict.signature, []).append(cell.seed)
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{last - started:.0f} s: {dict(counts)}", file=sys.stderr, flush=True)
-    seconds = time.monotonic() - started
-    for signature, found in list(failures.items())[:_SHRUNK]:
-        cell, verdict = draw(found[0]), verdicts[signature]
-        if not arguments.no_shrink:
-            cell, verdict = shrink(cell, verdict)
-        print(f"\n# {'-' * 100}\n{script(cell, verdict)}", flush=True)
-    for told, count in refusals.most_common(20):
-        print(f"refused {count} times, first in cell {seeds[told]}: {told}")
-    done = sum(counts[word] for word in ("right", "refused", "wrong", "raw", "changed"))
-    print(
-        json.dumps(
-            {
-                "cells": done,
-                "seconds": round(seconds, 1),
-                "cells a second": round(done / seconds, 1),
-                **{word: counts[word] for word in ("right", "refused", "wrong", "raw", "changed", "not run")},
-                "refused though the reference can": counts["refused though the reference can"],
-                "kinds of steps": len(steps),
-                "failures": {f"{word}: {told}": found[:5] for (word, told), found in failures.items()},
-            },
-            indent=2,
-        )
-    )
-    return int(bool(failures))
+            tally.not_run += 1
+        if passed > told + _BETWEEN:
+            told = passed
+            print(f"{passed:.0f} s, next cell {seed}: {dict(tally.words)}", file=sys.stderr, flush=True)
+    passed = time.monotonic() - started
+    for index, (signature, verdict) in enumerate(tally.verdicts.items()):
+        _print(draw(tally.failures[signature][0]), verdict, index < small)
+    print(tally.summary(passed))
+    return int(bool(tally.failures))
+
+
+def _print(cell: Cell, verdict: Verdict, small: bool) -> None:
+    if verdict.failed and small:
+        cell, verdict = shrink(cell, verdict)
+    told = "".join(f"# {line}\n" for line in verdict.details.splitlines()[-12:])
+    print(f"\n# {100 * '-'}\n{script(cell, verdict)}{told}", flush=True)
 
 
 if __name__ == "__main__":

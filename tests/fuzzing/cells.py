@@ -1,8 +1,7 @@
-"""One cell: a network, data, a loss, and what is asked for, all drawn from one seed, as source code."""
+"""One cell: a network, data, a loss, and what is asked for, all drawn from one seed."""
 
 from dataclasses import dataclass, replace
 from random import Random
-from textwrap import indent
 
 from curvlab.estimators import BACKENDS
 
@@ -12,71 +11,6 @@ from .layers import LAYERS, ODD
 
 _STEPS = LAYERS | ODD | DECORATIONS
 MOST_PARAMETERS = 300
-
-PREAMBLE = """\
-import types
-
-import torch
-import torch.utils.checkpoint
-import torchvision
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize, prune
-from torch.utils.data import DataLoader, TensorDataset
-
-from curvlab import Problem, diagonality, estimate
-from curvlab.losses import LOSSES, Loss
-"""
-_THROUGH = '''
-
-class Through(torch.autograd.Function):
-    """Rounds; its derivative is that of the identity."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return (4 * x).round() / 4
-
-    @staticmethod
-    def backward(ctx, slope):
-        return slope
-'''
-_GROWING = '''
-
-class Growing:
-    """Another number of batches at every pass."""
-
-    def __init__(self, batches):
-        self.batches, self.passes = batches, 0
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.batches * self.passes)
-'''
-_POISSON = '''
-
-class Poisson(Loss):
-    """A likelihood that curvlab does not know."""
-
-    name = "poisson"
-
-    def values(self, outputs, targets):
-        return (outputs.exp() - targets * outputs).sum(dim=1)
-
-    def check(self, outputs, targets):
-        pass
-
-    def gradients(self, outputs, targets):
-        return outputs.exp() - targets
-
-    def output_factors(self, outputs):
-        return torch.diag_embed(outputs.exp().sqrt())
-
-    def sample(self, outputs, count, rng):
-        return torch.from_numpy(rng.poisson(outputs.detach().exp().unsqueeze(1).repeat(1, count, 1).numpy())).to(outputs)
-
-
-LOSSES["poisson"] = Poisson()
-'''
 
 
 @dataclass(frozen=True)
@@ -138,123 +72,9 @@ class Cell:
             return "the passes differ"
         return self.draft().refusal
 
-    def source(self) -> str:
-        """Return the network, the data and the call."""
-        draft = self.draft()
-        lines = [*draft.forward, *_head(draft, self.classes)]
-        init = list(draft.init)
-        if _needs_head(draft, self.classes):
-            init.append(f"self.head = nn.Linear({_features(draft)}, {self.classes})")
-        after = list(draft.after)
-        first = [after.pop(0)] if any("LazyLinear" in line for line in init) else []
-        made = "float32" if self.dtype in ("bfloat16", "float16") else self.dtype
-        drawn = (
-            f"torch.randint(5, (count, {', '.join(map(str, self.shape))}))"
-            if self.whole
-            else (f"torch.randn(count, {', '.join(map(str, self.shape))})")
-        )
-        targets = {
-            "cross_entropy": f"torch.randint({self.classes}, (count,))",
-            "squared_error": f"torch.randn(count, {self.classes})",
-            "binary_cross_entropy": f"torch.randint(2, (count, {self.classes})).float()",
-            "poisson": f"torch.randint(4, (count, {self.classes})).float()",
-        }[self.loss]
-        body = "\n".join(lines)
-        text = PREAMBLE
-        text += _THROUGH if "Through" in body else ""
-        text += _GROWING if "Growing" in self.data else ""
-        text += _POISSON if self.loss == "poisson" else ""
-        setup = "\n".join(
-            [
-                f"torch.manual_seed({self.seed % 2**31})",
-                f"torch.set_default_dtype(torch.{made})",
-                "model = Net().eval()",
-                *first,
-                "with torch.no_grad():  # no parameter shall be zero or one",
-                "    for p in model.parameters():",
-                "        p += 0.2 * torch.randn_like(p)",
-                *after,
-                "torch.set_default_dtype(torch.float32)",
-                f"return model.to(torch.{self.dtype})",
-            ]
-        )
-        place = "" if self.whole else f".to(torch.{self.dtype})"
-        repeated = (
-            f"\n    x, y = torch.cat([x] * {self.repeats}), torch.cat([y] * {self.repeats})" if self.repeats > 1 else ""
-        )
-        init_body = indent("\n".join(["super().__init__()", *init]), " " * 8)
-        return f"""{text}
-
-class Net(nn.Module):
-    def __init__(self):
-{init_body}
-
-    def forward(self, x):
-{indent(body, " " * 8)}
-        return x
-
-
-def inputs(count):
-    return {drawn}
-
-
-def make():
-{indent(setup, "    ")}
-
-
-def samples():
-    torch.manual_seed({(self.seed + 1) % 2**31})
-    count = {self.count}
-    x, y = inputs(count){place}, {targets}
-    if y.is_floating_point():
-        y = y.to(torch.{self.dtype}){repeated}
-    return x, y
-
-
-def data():
-    x, y = samples()
-    return {self.data}
-
-
-def ask(model, given):
-    {self._call()}
-"""
-
-    def _call(self) -> str:
-        call = f"Problem(model, {self.loss!r}, given)"
-        if self.structure == "diagonality":
-            call = f"return diagonality({call}, {self.quantity!r})"
-        else:
-            options = "".join(
-                f", {key}={value!r}"
-                for key, value in (("backend", self.backend), ("params", self.params), ("batch_size", self.batch_size))
-                if value not in (None, "auto")
-            )
-            call = f"return estimate({call}, {self.quantity!r}, {self.structure!r}{options})"
-        return f"with {self.around}:\n        {call}" if self.around else call
-
     def kinds(self) -> list[str]:
         """Return the kinds of steps that are in the network."""
         return [step.kind for step in self.steps]
-
-
-def _features(draft: Draft) -> int:
-    size = 1
-    for n in draft.shape if len(draft.shape) < 3 else draft.shape[:1]:
-        size *= n
-    return size
-
-
-def _needs_head(draft: Draft, classes: int) -> bool:
-    return draft.shape != (classes,)
-
-
-def _head(draft: Draft, classes: int) -> list[str]:
-    """Return what makes ``(N, classes)`` of the last step's output: an average over positions and a layer."""
-    if not _needs_head(draft, classes):
-        return []
-    lines = ["x = x.to(self.head.weight.dtype)"] if draft.whole else []
-    return [*lines, "x = x.flatten(2).mean(2)" if len(draft.shape) > 2 else "x = x.flatten(1)", "x = self.head(x)"]
 
 
 def draw(seed: int) -> Cell:

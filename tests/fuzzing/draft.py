@@ -41,7 +41,6 @@ class Draft:
         fresh: Whether ``x`` is a tensor that no backward pass needs, so that it may be changed in place.
         whole: Whether ``x`` holds whole numbers.
         refusal: Why every estimate has to be refused, if it has to.
-        train: Whether something is put into train mode.
     """
 
     def __init__(self, shape: Shape, whole: bool = False) -> None:

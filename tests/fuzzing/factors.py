@@ -16,7 +16,7 @@ OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.
 
 
 class Watch(TorchFunctionMode):
-    """Keeps the inputs of the operations on some layers' weights, and adds a zero, whose gradient is wanted, to each."""
+    """Keeps the inputs of the operations on layers' weights, and adds a zero, whose gradient is wanted, to each."""
 
     def __init__(self, layers):
         super().__init__()
@@ -48,7 +48,7 @@ def patches(func, args):
 
 
 def samples(model, names, quantity, name, x, y, drawn):
-    """By layer, for every sample ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M``; layers without factors are left out."""
+    """By layer that has factors: for every sample ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M``."""
     layers = {
         key: module
         for key, module in model.named_modules()

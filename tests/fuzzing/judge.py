@@ -3,7 +3,6 @@
 import random
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +20,7 @@ from curvlab.matrices import Composite, CurvatureMatrix
 
 from . import factors, oracle
 from .cells import MOST_PARAMETERS, Cell
+from .source import source
 
 FAILURES = ("wrong", "raw", "changed")
 _TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.03}
@@ -82,13 +82,13 @@ def _torch_as_it_was() -> Iterator[None]:
 
 def _judge(cell: Cell) -> Verdict:
     code: dict[str, Any] = {"__name__": "cell"}
-    exec(compile(cell.source(), f"<cell {cell.seed}>", "exec"), code)
+    exec(compile(source(cell), f"<cell {cell.seed}>", "exec"), code)
     with warnings.catch_warnings(record=True) as torchs_own:
         warnings.simplefilter("always")
         try:
             model, own = code["make"](), code["make"]()
             size = sum(p.numel() for p in own.parameters() if p.requires_grad)
-            if not 0 < size <= MOST_PARAMETERS / (2 if cell.quantity == "hessian" else 1):
+            if not 0 < size <= MOST_PARAMETERS / (3 if cell.quantity == "hessian" else 1):
                 raise UnfitCellError(f"{size} parameters")
             right = None
             if not cell.refusal:
@@ -124,6 +124,8 @@ def _judge(cell: Cell) -> Verdict:
         return Verdict("wrong", f"a number where {cell.refusal}")
     if changed := _difference(before, _state(model)):
         return Verdict("changed", changed)
+    if not _copies(model) and _copies(code["make"]()):
+        return Verdict("changed", "deep copies fail")
     told = {str(w.message) for w in torchs_own}
     if more := [w for w in leaked if str(w.message) not in told and not _ours(w)]:
         return Verdict("raw", f"a warning leaks: {_first_line(str(more[0].message))}")
@@ -325,7 +327,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
     """Return what no call may change, in a form that compares."""
     state: dict[str, Any] = {
         "torch's random state": torch.get_rng_state().numpy().tobytes(),
-        "NumPy's random state": str(np.random.get_state()),  # noqa: NPY002 - a user's code may use it
+        "NumPy's random state": _numpy_state(),
         "Python's random state": random.getstate(),
         "the default dtype": torch.get_default_dtype(),
         "torch's settings": (torch.is_grad_enabled(), torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled()),
@@ -339,12 +341,20 @@ def _state(model: nn.Module) -> dict[str, Any]:
         state[f"values: {name}"] = _bytes(tensor)
         state[f"the tensor itself, {name}"] = (id(tensor), tensor.requires_grad, tensor.dtype, tensor.stride())
         state[f"the gradient of {name}"] = None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad))
+    return state
+
+
+def _copies(model: nn.Module) -> bool:
     try:
         deepcopy(model)
-        state["deep copies"] = True
     except Exception:
-        state["deep copies"] = False
-    return state
+        return False
+    return True
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002 - a user's code may use it
+    return name, numbers.tobytes(), *rest
 
 
 def _bytes(tensor: Tensor) -> tuple[Any, ...]:
@@ -356,12 +366,5 @@ def _bytes(tensor: Tensor) -> tuple[Any, ...]:
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     for key, value in before.items():
         if key not in after or after[key] != value:
-            if key == "deep copies" and after[key]:
-                continue
             return key
     return next((key for key in after if key not in before), None)
-
-
-def kinds(counter: Counter[str], cell: Cell) -> None:
-    """Count the kinds of steps of a cell."""
-    counter.update(cell.kinds())

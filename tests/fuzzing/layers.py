@@ -86,17 +86,19 @@ def conv(d: Draft, r: Random) -> None:
     out = groups * r.randint(1, max(1, 3 // groups))
     kernel = [r.randint(1, min(3, size)) for size in spatial]
     mode = r.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
-    dilation = [r.choice([1, 1, 2]) if size > 2 * (k - 1) else 1 for k, size in zip(kernel, spatial)]
-    reach = [g * (k - 1) for g, k in zip(dilation, kernel)]
+    dilation = [r.choice([1, 1, 2]) if size > 2 * (k - 1) else 1 for k, size in zip(kernel, spatial, strict=True)]
+    reach = [g * (k - 1) for g, k in zip(dilation, kernel, strict=True)]
     if odds(r, 0.3):
         stride, padding = [1] * len(kernel), "'same'"
-        fits(mode == "zeros" or all(reached < size for reached, size in zip(reach, spatial)))
+        fits(mode == "zeros" or all(reached < size for reached, size in zip(reach, spatial, strict=True)))
         after = spatial
     else:
         stride = [r.randint(1, 2) for _ in kernel]
         pads = [r.randint(0, min(1, size - 1)) for size in spatial]
         padding = str(tuple(pads))
-        after = [(n + 2 * p - reached - 1) // s + 1 for n, p, reached, s in zip(spatial, pads, reach, stride)]
+        after = [
+            (n + 2 * p - reached - 1) // s + 1 for n, p, reached, s in zip(spatial, pads, reach, stride, strict=True)
+        ]
     fits(all(size > 0 for size in after))
     m = d.module(
         f"nn.Conv{len(spatial)}d({channels}, {out}, {tuple(kernel)}, stride={tuple(stride)}, padding={padding}, "
@@ -114,7 +116,8 @@ def conv_transpose(d: Draft, r: Random) -> None:
     stride, kernel = r.randint(1, 2), r.randint(1, 2)
     after = [(n - 1) * stride + kernel for n in spatial]
     m = d.module(
-        f"nn.ConvTranspose{len(spatial)}d({channels}, {out}, {kernel}, stride={stride}, groups={groups}, bias={odds(r, 0.7)})"
+        f"nn.ConvTranspose{len(spatial)}d({channels}, {out}, {kernel}, stride={stride}, groups={groups}, "
+        f"bias={odds(r, 0.7)})"
     )
     if stride == 2 and odds(r, 0.4):
         after = [size + 1 for size in after]

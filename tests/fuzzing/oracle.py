@@ -1,8 +1,8 @@
 """What is right, by a plain loop: the model itself, a sample at a time, and ``torch.autograd.grad``.
 
-Nothing of this is curvlab's. A sample's curvature is ``J' M J``: ``J`` holds the gradients of some values of the sample,
-``M`` how they are weighted: the losses at all classes and their probabilities, the outputs and the loss's second
-derivative in them, the loss itself and one.
+Nothing of this is curvlab's. A sample's curvature is ``J' M J``: ``J`` holds the gradients of some values of the
+sample, ``M`` how they are weighted: the losses at all classes and their probabilities, the outputs and the loss's
+second derivative in them, or the loss itself and one.
 """
 
 import torch
