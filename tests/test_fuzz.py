@@ -8,7 +8,7 @@ import torch
 from fuzzing.cells import Cell, draw
 from fuzzing.decorations import DECORATIONS
 from fuzzing.draft import Draft, Step, UnfitError
-from fuzzing.judge import UnfitCellError, judge
+from fuzzing.judge import judge
 from fuzzing.layers import LAYERS, ODD
 from fuzzing.shrink import script, shrink
 from fuzzing.source import source
@@ -19,13 +19,10 @@ from curvlab.problem import Problem
 _SHAPES = ((4,), (3, 4), (4, 2, 2), (2, 4, 4))
 
 
-@pytest.mark.parametrize("first", range(0, 200, 20))
+@pytest.mark.parametrize("first", range(0, 120, 20))
 def test_a_slice(first: int) -> None:
     for seed in range(first, first + 20):
-        try:
-            verdict = judge(draw(seed))
-        except UnfitCellError:
-            continue
+        verdict = judge(draw(seed))
         assert not verdict.failed, script(draw(seed), verdict) + verdict.details
 
 
@@ -96,11 +93,8 @@ def test_torch_runs_a_network_with_each_kind_of_layer(kind: str) -> None:
                 draft.take(step, (LAYERS | ODD)[step.kind])
         except UnfitError:
             continue
-        try:
-            judge(plain(shape=shape, whole=whole, steps=(*before, Step(kind, 1, seed))))
-        except UnfitCellError:
-            continue
-        return
+        if judge(plain(shape=shape, whole=whole, steps=(*before, Step(kind, 1, seed)))).word != "not run":
+            return
     pytest.fail(f"{kind} never ran")
 
 

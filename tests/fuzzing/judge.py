@@ -1,6 +1,7 @@
 """The verdict on a cell: right, refused, wrong, raw or changed."""
 
 import random
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ _TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.03
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a cell: one word, one line, and a traceback where there is one."""
+    """What came of a cell: a word, a line, and a traceback where there is one."""
 
     word: str
     told: str = ""
@@ -41,11 +42,11 @@ class Verdict:
     @property
     def signature(self) -> tuple[str, str]:
         """What two failures of one kind have in common."""
-        return self.word, self.told if self.word == "raw" else self.told.partition(":")[0]
+        return self.word, re.sub(r"\d+", "#", self.told) if self.word == "raw" else self.told.partition(":")[0]
 
 
 class UnfitCellError(Exception):
-    """The cell is not one: torch itself cannot run or build it, or it is too large."""
+    """The cell is not one: torch itself cannot build it or run it, or it is too large."""
 
 
 class WrongError(Exception):
@@ -53,15 +54,13 @@ class WrongError(Exception):
 
 
 def judge(cell: Cell) -> Verdict:
-    """Run a cell and return its verdict.
-
-    Raises:
-        UnfitCellError: torch itself cannot do what is asked.
-    """
+    """Run a cell and return its verdict; ``not run`` where torch itself cannot do what is asked."""
     known = dict(LOSSES)
     try:
         with _torch_as_it_was():
             return _judge(cell)
+    except UnfitCellError as error:
+        return Verdict("not run", str(error))
     finally:
         LOSSES.clear()
         LOSSES.update(known)
@@ -72,8 +71,7 @@ def _torch_as_it_was() -> Iterator[None]:
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True):
             yield
     finally:
         torch.set_warn_always(always)

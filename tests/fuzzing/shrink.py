@@ -1,6 +1,7 @@
 """Makes a failing cell small, and a script of it."""
 
 import inspect
+from collections.abc import Callable
 
 from . import oracle
 from .cells import Cell, smaller
@@ -8,21 +9,20 @@ from .judge import Verdict, judge
 from .source import source
 
 
-def shrink(cell: Cell, verdict: Verdict, effort: int = 80) -> tuple[Cell, Verdict]:
+def shrink(
+    cell: Cell, verdict: Verdict, judge: Callable[[Cell], Verdict] = judge, effort: int = 80
+) -> tuple[Cell, Verdict]:
     """Return a cell with less in it that still fails with the same word, and its verdict, after some tries at most."""
     again = True
-    while again and effort > 0:
+    while again:
         again = False
         for candidate in smaller(cell):
+            if effort == 0:
+                return cell, verdict
             effort -= 1
-            try:
-                found = judge(candidate)
-            except Exception:  # a cell without that step may be none
-                continue
-            if found.word == verdict.word and (found.word != "raw" or found.signature == verdict.signature):
+            found = judge(candidate)
+            if found.word == verdict.word and (found.word != "raw" or found.told == verdict.told):
                 cell, verdict, again = candidate, found, True
-                break
-            if effort <= 0:
                 break
     return cell, verdict
 
