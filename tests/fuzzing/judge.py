@@ -24,7 +24,7 @@ from .cells import MOST_PARAMETERS, Cell
 from .source import source
 
 FAILURES = ("wrong", "raw", "changed")
-_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.03}
+_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _judge(cell: Cell) -> Verdict:
         try:
             model, own = code["make"](), code["make"]()
             size = sum(p.numel() for p in own.parameters() if p.requires_grad)
-            if not 0 < size <= MOST_PARAMETERS / (3 if cell.quantity == "hessian" else 1):
+            if not 0 < size <= MOST_PARAMETERS / (4 if cell.quantity == "hessian" else 1):
                 raise UnfitCellError(f"{size} parameters")
             right = None
             if not cell.refusal:
