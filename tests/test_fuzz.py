@@ -1,14 +1,17 @@
 """A slice of the fuzzer with fixed seeds, and that the fuzzer sees what it is for."""
 
+import os
 import re
 from random import Random
+from threading import Event
 
 import pytest
 import torch
+from fuzzing import workers
 from fuzzing.cells import Cell, draw
 from fuzzing.decorations import DECORATIONS
 from fuzzing.draft import Draft, Step, UnfitError
-from fuzzing.judge import judge
+from fuzzing.judge import Verdict, judge
 from fuzzing.layers import LAYERS, ODD
 from fuzzing.shrink import script, shrink
 from fuzzing.source import source
@@ -79,6 +82,28 @@ class TestVerdicts:
         odd = plain(steps=(Step("random", 0, 1),))
         monkeypatch.setattr(Problem, "check", lambda _: None)
         assert judge(odd).word == "wrong"
+
+
+class TestWorkers:
+    def ask(self) -> Verdict:
+        worker = workers.Worker()
+        try:
+            worker.give(plain())
+            return worker.take()
+        finally:
+            worker.stop()
+
+    def test_a_verdict(self) -> None:
+        assert self.ask().word == "right"
+
+    def test_a_process_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers, "judge", lambda _: os._exit(3))
+        assert self.ask() == Verdict("raw", "the process dies: exit code 3")
+
+    def test_a_process_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers, "judge", lambda _: Event().wait())
+        monkeypatch.setattr(workers, "_SECONDS", 0.1)
+        assert self.ask().told == "no answer after 0 s"
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *ODD])
