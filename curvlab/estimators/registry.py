@@ -239,7 +239,7 @@ def _obstacle(
         return _disagreement(backend, problem, quantity, structure, space)
     verified = verify_rules(problem, space)
     if verified.apart:
-        return f"an output of {', '.join(verified.apart)} is changed in place, which its hooks do not bear"
+        return f"an output of {', '.join(verified.apart)} is changed in place, and its hooks then fail"
     return _disagreement(backend, problem, quantity, structure, space) or _change_of_use(problem, verified)
 
 

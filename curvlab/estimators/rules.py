@@ -190,7 +190,7 @@ class _Alone(Rule):
         whole = self._pulled(inputs)(gradient * weights.view(-1, *[1] * (gradient.ndim - 1)))[0]
         for key, row in rows.items():
             mixed = torch.einsum("n,np->p", weights, row.reshape(len(row), -1))
-            scale = float(weights.abs() @ row.flatten(1).norm(dim=1))
+            scale = float(weights.abs() @ row.detach().flatten(1).norm(dim=1))
             if not agree(mixed, whole[key].reshape(-1), scale, self.dtype):
                 raise WrongRuleError(type(self.layer.module).__name__, len(row))
         self.right.add(len(inputs))
@@ -259,6 +259,6 @@ def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
         dtype: Of the network, in which they were rounded.
     """
     eps = torch.finfo(dtype).eps
-    error = float((one - other).norm())
-    allowed: float = min(3 * eps**0.5, 0.05) * float(other.norm()) + 100 * eps * scale
+    error = float((one - other).detach().norm())
+    allowed: float = min(3 * eps**0.5, 0.05) * float(other.detach().norm()) + 100 * eps * scale
     return error <= allowed

@@ -59,8 +59,15 @@ class Poisson(Loss):
     def gradients(self, outputs, targets):
         return outputs.exp() - targets
 
-    def output_factors(self, outputs):
-        return torch.diag_embed(outputs.exp().sqrt())
+    def num_factors(self, num_outputs):
+        return num_outputs
+
+    def output_factors(self, outputs, part=None):
+        factors = torch.diag_embed(outputs.exp().sqrt())
+        return factors if part is None else factors[:, part.start : part.stop]
+
+    def fisher_product(self, outputs, vectors):
+        return outputs.exp() * vectors
 
     def sample(self, outputs, count, rng):
         rates = outputs.detach().exp().unsqueeze(1).repeat(1, count, 1)
