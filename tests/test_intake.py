@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.masked import masked_tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from curvlab import estimate
+from curvlab import data, estimate
+from curvlab.continual import permuted, run
+from curvlab.continual.strategies import Naive
 from curvlab.errors import CurvlabError
 from curvlab.problem import Problem
+from curvlab.training import fit
 
 N = 12
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
@@ -127,6 +130,16 @@ class TestPasses:
         assert torch.equal(one, other)
         assert not torch.equal(one, X)
         assert str(sampler.generator.bit_generator.state) == before
+
+    def test_persistent_workers(self) -> None:
+        """Their one iterator is not taken from whoever is in the middle of it, and passes are alike."""
+        data = DataLoader(TensorDataset(X, Y), batch_size=4, num_workers=1, persistent_workers=True, shuffle=True)
+        theirs = iter(data)
+        next(theirs)
+        problem = Problem(model(), "cross_entropy", data)
+        problem.check()
+        assert problem.num_samples == sum(len(x) for x, _ in problem.batches()) == N
+        assert sum(len(x) for x, _ in theirs) == N - 4
 
     def test_a_pair_may_be_changed_between_computations(self) -> None:
         x = X.clone()
@@ -251,3 +264,15 @@ class TestTaken:
     def test_complex_inputs_take_the_precision_of_the_model(self) -> None:
         x, _ = next(Problem(model(), "cross_entropy", (torch.complex(X, X).to(torch.complex128), Y)).batches())
         assert x.dtype == torch.complex64
+
+
+def test_a_last_batch_of_one_under_batch_normalisation() -> None:
+    """In training: one sentence with the way out."""
+    inputs, targets = torch.randn(9, 1, 2, 2), torch.arange(9) % 2
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    told = "a batch has one sample, of which batch normalisation has no variance: choose another batch_size"
+    with pytest.raises(CurvlabError, match=told):
+        fit(net, (inputs, targets), batch_size=8, epochs=1, progress=False)
+    dataset = data.Dataset("nine", inputs, targets, inputs, targets, ("a", "b"))
+    with pytest.raises(CurvlabError, match=f"the model fails in task 0: {told}"):
+        run(permuted(dataset, tasks=1), net, Naive(), batch_size=8, progress=False)
