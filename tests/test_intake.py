@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.masked import masked_tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from curvlab import data, estimate
+from curvlab import estimate
 from curvlab.continual import permuted, run
 from curvlab.continual.strategies import Naive
+from curvlab.data import Dataset as DataSet
 from curvlab.errors import CurvlabError
 from curvlab.problem import Problem
 from curvlab.training import fit
@@ -121,6 +122,19 @@ class TestPasses:
         problem.check()
         with pytest.raises(CurvlabError, match="batch 0 of the data does not hold"):
             next(problem.batches())
+
+    def test_a_generator_of_the_data_set_starts_each_pass_alike(self) -> None:
+        class Augmented(Samples):
+            def __init__(self) -> None:
+                super().__init__()
+                self.generator = np.random.default_rng(0)
+
+            def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+                return X[index] + self.generator.random(), Y[index]
+
+        problem = Problem(model(), "cross_entropy", DataLoader(Augmented(), batch_size=4))
+        one, other = (torch.cat([x for x, _ in problem.batches()]) for _ in range(2))
+        assert torch.equal(one, other)
 
     def test_own_generators_start_each_pass_alike(self) -> None:
         sampler = Shuffled()
@@ -241,8 +255,9 @@ class TestTaken:
         expected = estimate(Problem(net, "cross_entropy", (X, Y)), "empirical_fisher", "diag").diagonal()
         x = make()
         for data in ((x, Y), [(x[:5], Y[:5]), (x[5:], Y[5:])]):
-            found = estimate(Problem(net, "cross_entropy", data), "empirical_fisher", "diag").diagonal()
-            torch.testing.assert_close(found, expected)
+            problem = Problem(net, "cross_entropy", data)
+            torch.testing.assert_close(estimate(problem, "empirical_fisher", "diag").diagonal(), expected)
+            assert not any(inputs.requires_grad for inputs, _ in problem.batches(3))
         assert x.grad_fn is not None or x.grad is None
 
     def test_inference_tensors(self) -> None:
@@ -273,6 +288,6 @@ def test_a_last_batch_of_one_under_batch_normalisation() -> None:
     told = "a batch has one sample, of which batch normalisation has no variance: choose another batch_size"
     with pytest.raises(CurvlabError, match=told):
         fit(net, (inputs, targets), batch_size=8, epochs=1, progress=False)
-    dataset = data.Dataset("nine", inputs, targets, inputs, targets, ("a", "b"))
+    dataset = DataSet("nine", inputs, targets, inputs, targets, ("a", "b"))
     with pytest.raises(CurvlabError, match=f"the model fails in task 0: {told}"):
         run(permuted(dataset, tasks=1), net, Naive(), batch_size=8, progress=False)
