@@ -198,8 +198,18 @@ class _Record:
         return [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups.values()]
 
 
+def numbers(tensor: Tensor) -> Tensor:
+    """Return the entries of a sparse, quantized or 8-bit floating tensor as an ordinary one, another as it is."""
+    if tensor.layout != torch.strided:
+        tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 2 else tensor
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every entry is finite."""
+    tensor = numbers(tensor)
     # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 

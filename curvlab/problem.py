@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.intake import Batch, BatchSource, Intake, is_finite
+from curvlab.intake import Batch, BatchSource, Intake, is_finite, numbers
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state, watched
-from curvlab.stateless import call, check_dtype, check_module, leaves, writes
+from curvlab.stateless import attributes_copied, call, check_dtype, check_module, leaves, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
@@ -25,7 +25,7 @@ _FEW = 4  # samples whose outputs show the number of classes
 class Problem:
     """A model, a loss and the data on which its curvature is asked for.
 
-    Nothing of the model is changed by what is computed from a problem: not gradients, modes, buffers, hooks
+    Nothing of the model is changed by what is computed from a problem: not gradients, modes, buffers, hooks, attributes
     or ``requires_grad``; nor is the global random state.
 
     Args:
@@ -35,7 +35,8 @@ class Problem:
         data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors ``(X, y)``.
 
     Raises:
-        CurvlabError: The loss is unknown, the data can be read only once, or nothing is trainable.
+        CurvlabError: The loss is unknown, the data can be read only once, nothing is trainable, or the model is none
+            that can be called at other parameters (scripted, parallel, lazy, without values).
 
     Examples:
         >>> problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
@@ -102,7 +103,11 @@ class Problem:
         """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
 
         Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
-        in place.
+        in place; what it sets on its modules is afterwards what it was. The outputs have the dtype of the parameters.
+
+        Raises:
+            UnsupportedError: They are not one real floating tensor ``(N, C)``, the model writes into a parameter, or
+                ``torch.autocast`` is on around the call.
         """
         if torch.is_autocast_enabled(self.device.type):
             raise UnsupportedError(
@@ -132,7 +137,8 @@ class Problem:
                 data's own batches (``500`` samples for a pair of tensors).
 
         Raises:
-            CurvlabError: There are no samples, a batch is not a pair, or an input is not finite.
+            CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, or
+                the data fail or are not those of the first pass.
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
@@ -160,18 +166,19 @@ class Problem:
 
         Raises:
             CurvlabError: A weight is not finite, or targets of any batch do not belong to the loss.
-            UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
-                shows that a sample's output depends on its batch.
+            UnsupportedError: A module is in train mode whose output there is random or mixes samples; or the model, on
+                a few samples, fails, draws random numbers, gives outputs that depend on the rest of the batch or not on
+                the parameters, or writes into its parameters or attributes.
         """
         _import_what_warns()
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
-                bad = int((~parameter.isfinite()).sum())
+                bad = int((~numbers(parameter).isfinite()).sum())
                 raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
             # An attention mask is minus infinity by design.
-            if bool(buffer.isnan().any()):
-                raise CurvlabError(f"the model's {name} holds {int(buffer.isnan().sum())} NaN values")
+            if bad := int(numbers(buffer).isnan().sum()):
+                raise CurvlabError(f"the model's {name} holds {bad} NaN values")
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise UnsupportedError(
@@ -188,15 +195,17 @@ class Problem:
             # A model that writes into its parameters writes into these.
             copies = {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()}
             outputs: Tensor | None = None
-            for inputs, targets in self.batches():
-                if outputs is None:
-                    with preserved_random_state(self.model.modules()):
-                        outputs = self._tried(copies, inputs[:_FEW])
-                self.loss.check(outputs[:1].expand(len(targets), -1), targets)
-            for inputs, _ in self.probe():
-                self._check_samples(copies, inputs)
+            with attributes_copied(self.model) as unchanged:
+                for inputs, targets in self.batches():
+                    if outputs is None:
+                        with preserved_random_state(self.model.modules()):
+                            outputs = self._tried(copies, inputs[:_FEW])
+                    self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+                for inputs, _ in self.probe():
+                    self._check_samples(copies, inputs)
+                unchanged()
             for name, (p, _) in own.items():
-                if not torch.equal(copies[name], p):
+                if not torch.equal(numbers(copies[name]), numbers(p)):
                     raise UnsupportedError(writes(self.model, name))
 
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:

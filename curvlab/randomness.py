@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 _numpy_state = partial(np.random.get_state, legacy=False)
@@ -54,12 +54,16 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
     alive by a traceback, would give back old ones at any later time.
     """
     holders = holders_of(data)
-    iterator = chain(data)  # starts the data only at the first step
+    # Persistent workers have one iterator, which who else is in the middle of it would lose.
+    iterator: Iterator[Any] | None = None
     within = start
     while True:
         restore = random_state(holders)
         within()
         try:
+            if iterator is None:
+                persistent = isinstance(data, DataLoader) and data.persistent_workers
+                iterator = cast("Any", data)._get_iterator() if persistent else iter(data)
             batch = next(iterator)
         except StopIteration:
             return

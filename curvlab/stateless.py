@@ -1,6 +1,6 @@
 """Models called at other parameters, with nothing of the call left on them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -139,11 +139,45 @@ def leaves(outputs: Tensor) -> dict[int, Tensor]:
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy, also of a model whose modules hold tensors that they have computed.
 
-    Torch copies leaves only. Pruning and the older ``weight_norm`` leave a weight that is none.
+    Torch copies leaves only, and no sparse rows. Pruning and the older ``weight_norm`` leave a weight that is no leaf.
+
+    Raises:
+        UnsupportedError: A module holds something else that cannot be copied.
     """
     held = (tensor for module in model.modules() for tensor in vars(module).values())
-    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
-    return deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    apart = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
+    apart += [buffer for buffer in model.buffers() if buffer.layout != torch.strided]
+    try:
+        return deepcopy(model, {id(t): t.detach().clone() for t in apart})
+    except Exception as error:  # a module may hold anything
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
+
+
+@contextmanager
+def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Give modules copies of the tensors that they hold as plain attributes, and yield what refuses writing into these.
+
+    Raises:
+        UnsupportedError: By what is yielded: one has been written.
+    """
+    copies: list[tuple[str, Tensor, int]] = []
+    with _attributes_restored(list(model.modules())):
+        for prefix, module in model.named_modules():
+            for key, tensor in vars(module).items():
+                if isinstance(tensor, Tensor) and not tensor.is_inference():
+                    module.__dict__[key] = copy = tensor.clone()
+                    copies.append((f"{prefix}.{key}".removeprefix("."), copy, copy._version))
+
+        def check() -> None:
+            for name, tensor, version in copies:
+                if tensor._version != version:
+                    raise UnsupportedError(
+                        f"the forward pass of {type(model).__name__} writes into its attribute {name}, which is no "
+                        "buffer: make it one with register_buffer, of which a copy is written"
+                    )
+
+        yield check
 
 
 @contextmanager

@@ -12,8 +12,12 @@ from torch.masked import masked_tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from curvlab import estimate
+from curvlab.continual import permuted, run
+from curvlab.continual.strategies import Naive
+from curvlab.data import Dataset as DataSet
 from curvlab.errors import CurvlabError
 from curvlab.problem import Problem
+from curvlab.training import fit
 
 N = 12
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
@@ -119,6 +123,19 @@ class TestPasses:
         with pytest.raises(CurvlabError, match="batch 0 of the data does not hold"):
             next(problem.batches())
 
+    def test_a_generator_of_the_data_set_starts_each_pass_alike(self) -> None:
+        class Augmented(Samples):
+            def __init__(self) -> None:
+                super().__init__()
+                self.generator = np.random.default_rng(0)
+
+            def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+                return X[index] + self.generator.random(), Y[index]
+
+        problem = Problem(model(), "cross_entropy", DataLoader(Augmented(), batch_size=4))
+        one, other = (torch.cat([x for x, _ in problem.batches()]) for _ in range(2))
+        assert torch.equal(one, other)
+
     def test_own_generators_start_each_pass_alike(self) -> None:
         sampler = Shuffled()
         before = str(sampler.generator.bit_generator.state)
@@ -127,6 +144,16 @@ class TestPasses:
         assert torch.equal(one, other)
         assert not torch.equal(one, X)
         assert str(sampler.generator.bit_generator.state) == before
+
+    def test_persistent_workers(self) -> None:
+        """Their one iterator is not taken from whoever is in the middle of it, and passes are alike."""
+        data = DataLoader(TensorDataset(X, Y), batch_size=4, num_workers=1, persistent_workers=True, shuffle=True)
+        theirs = iter(data)
+        next(theirs)
+        problem = Problem(model(), "cross_entropy", data)
+        problem.check()
+        assert problem.num_samples == sum(len(x) for x, _ in problem.batches()) == N
+        assert sum(len(x) for x, _ in theirs) == N - 4
 
     def test_a_pair_may_be_changed_between_computations(self) -> None:
         x = X.clone()
@@ -228,8 +255,9 @@ class TestTaken:
         expected = estimate(Problem(net, "cross_entropy", (X, Y)), "empirical_fisher", "diag").diagonal()
         x = make()
         for data in ((x, Y), [(x[:5], Y[:5]), (x[5:], Y[5:])]):
-            found = estimate(Problem(net, "cross_entropy", data), "empirical_fisher", "diag").diagonal()
-            torch.testing.assert_close(found, expected)
+            problem = Problem(net, "cross_entropy", data)
+            torch.testing.assert_close(estimate(problem, "empirical_fisher", "diag").diagonal(), expected)
+            assert not any(inputs.requires_grad for inputs, _ in problem.batches(3))
         assert x.grad_fn is not None or x.grad is None
 
     def test_inference_tensors(self) -> None:
@@ -251,3 +279,15 @@ class TestTaken:
     def test_complex_inputs_take_the_precision_of_the_model(self) -> None:
         x, _ = next(Problem(model(), "cross_entropy", (torch.complex(X, X).to(torch.complex128), Y)).batches())
         assert x.dtype == torch.complex64
+
+
+def test_a_last_batch_of_one_under_batch_normalisation() -> None:
+    """In training: one sentence with the way out."""
+    inputs, targets = torch.randn(9, 1, 2, 2), torch.arange(9) % 2
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    told = "a batch has one sample, of which batch normalisation has no variance: choose another batch_size"
+    with pytest.raises(CurvlabError, match=told):
+        fit(net, (inputs, targets), batch_size=8, epochs=1, progress=False)
+    dataset = DataSet("nine", inputs, targets, inputs, targets, ("a", "b"))
+    with pytest.raises(CurvlabError, match=f"the model fails in task 0: {told}"):
+        run(permuted(dataset, tasks=1), net, Naive(), batch_size=8, progress=False)

@@ -161,6 +161,20 @@ class TestWritten:
             Problem(model, "cross_entropy", (torch.arange(16).reshape(8, 2) % 7, Y)).check()
         assert state(model) == before
 
+    def test_attributes(self) -> None:
+        """Also of a module that holds no parameter; a view of a weight stays one."""
+
+        def writing(model: Model, x: Tensor) -> Tensor:
+            model.inner.attribute[: len(x)] = model.plain(x).detach()
+            return model.plain(x)
+
+        model = Model(writing)
+        model.inner = nn.Identity()
+        model.inner.attribute = torch.zeros(N, 3)
+        with pytest.raises(UnsupportedError, match=r"writes into its attribute inner\.attribute, which is no buffer"):
+            problem(model).check()
+        assert not bool(model.inner.attribute.any())
+
     def test_a_later_write_is_seen_too(self) -> None:
         """In ``forward``, where ``check`` has not been."""
         at = problem(Model(clamped))
@@ -238,6 +252,14 @@ class TestNothingStays:
             copy.deepcopy(model)
         torch.testing.assert_close(copied(model)(X), model(X))
 
+    def test_a_copy_that_cannot_be_made(self) -> None:
+        model = mlp()
+        model.register_buffer("graph", torch.eye(3).to_sparse_csr())
+        assert copied(model).graph is not model.graph
+        model.held = (value for value in [1])
+        with pytest.raises(UnsupportedError, match=r"Sequential cannot be copied .*generator"):
+            copied(model)
+
     def test_filters_of_warnings(self) -> None:
         before = list(warnings.filters)
         estimate(problem(mlp()), "empirical_fisher", "diag")
@@ -285,6 +307,14 @@ class TestRight:
         model.register_parameter("waves", nn.Parameter(torch.ones(2) + 0j, requires_grad=False))
         found = estimate(problem(model), "empirical_fisher", "diag", backend="torch").diagonal()
         torch.testing.assert_close(found, derivatives(model))
+
+    @pytest.mark.parametrize(
+        "buffer", [torch.eye(3).to_sparse(), torch.eye(3).to(torch.float8_e4m3fn), torch.ones(3).to(torch.uint16)]
+    )
+    def test_buffers_of_other_kinds(self, buffer: Tensor) -> None:
+        model = mlp()
+        model.register_buffer("buffer", buffer)
+        problem(model).check()
 
     def test_autocast(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
