@@ -216,19 +216,41 @@ def test_a_product_within_autocast() -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("quantity", "repeats"), [*((quantity, 1) for quantity in (*QUANTITIES, "fisher:samples=2")), ("ggn", 150)]
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, quantity: str, repeats: int) -> None:
-    """As near as the dtype's rounding allows, also where three hundred equal terms are added up."""
-    problem = problem_of(mlp)
-    x, y = (tensor[:2].repeat(repeats, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
-    half = Problem(problem.model.to(dtype), "cross_entropy", (x, y))
-    matrix = estimate(half, quantity, "implicit", batch_size=1)
-    found = matrix @ vectors_of(problem).float()
-    assert (matrix.dtype, found.dtype) == (torch.float32, torch.float32)
-    double = Problem(mlp().double(), "cross_entropy", (x.to(dtype).double(), y))
-    double.model.load_state_dict(half.model.state_dict())
-    expected = estimate(double, quantity, "implicit") @ vectors_of(problem)
-    assert (found - expected).abs().max() <= 3 * torch.finfo(dtype).eps * expected.abs().max()
+class AsksForItsOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.net[0].weight.dtype == torch.bfloat16
+        return self.net(x)
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("quantity", [*QUANTITIES, "fisher:samples=2"])
+    @pytest.mark.parametrize("kind", ["plain", "a forward patched by a closure", "checkpoint"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_products_are_those_of_the_weights(self, dtype: torch.dtype, kind: str, quantity: str) -> None:
+        """In float32, and so linear: systems can be solved, and all entries are had."""
+        problem = problem_of(mlp if kind == "plain" else RIGHT[kind])
+        half = Problem(problem.model.to(dtype), "cross_entropy", problem.data)
+        matrix = estimate(half, quantity, "implicit", batch_size=4)
+        assert matrix.dtype == torch.float32
+        formed = matrix.to_dense()
+        solution = matrix.solve(vectors_of(problem).float(), damping=5.0)
+        expected = estimate(Problem(problem.model.double(), "cross_entropy", problem.data), quantity, "implicit")
+        assert (formed - expected.to_dense()).abs().max() <= 1e-5 * expected.to_dense().abs().max()
+        exact = expected.solve(vectors_of(problem), damping=5.0)
+        assert (solution - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+    @pytest.mark.parametrize("quantity", ["ggn", "masq:batch_size=1"])
+    def test_a_model_that_asks_for_its_own_dtype(self, quantity: str) -> None:
+        """As near as its rounding allows, also where three hundred equal terms are added up."""
+        problem = problem_of(AsksForItsOwn)
+        x, y = (tensor[:2].repeat(150, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
+        half = Problem(problem.model.to(torch.bfloat16), "cross_entropy", (x, y))
+        found = estimate(half, quantity, "implicit", batch_size=1) @ vectors_of(problem).float()
+        plain = Problem(problem.model.net.double(), "cross_entropy", (x, y))
+        expected = estimate(plain, quantity, "implicit") @ vectors_of(problem)
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * expected.abs().max()

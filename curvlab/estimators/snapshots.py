@@ -7,7 +7,7 @@ values of all parameters and buffers, as the model does. Else the model itself i
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators.capture import gradients, graph_of
+from curvlab.estimators.capture import gradients, graph_of, working_dtype
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -28,11 +28,20 @@ Values = Mapping[str, Tensor]
 def snapshot(problem: Problem, space: ParameterSpace) -> Problem:
     """Return the problem at its parameters and buffers of now, whatever is done to its model after.
 
+    A model in half precision is one in float32 there, of the same weights: in its own, products are hardly linear.
+
     Raises:
         UnsupportedError: The model uses parameters in a way that automatic differentiation cannot follow.
     """
     check_reached(problem, space)
-    return copied(problem, space) or HeldProblem(problem)
+    alone = copied(problem, space)
+    dtype = working_dtype(problem.dtype)
+    if dtype != problem.dtype:
+        with suppress(Exception):  # a model may ask for its own
+            wide = HeldProblem(problem, dtype) if alone is None else _converted(alone, dtype)
+            response(wide, space, {})
+            return wide
+    return HeldProblem(problem) if alone is None else alone
 
 
 def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
@@ -49,7 +58,7 @@ def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
             # Not a subclass: it may do more than that.
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
                 module.__class__ = _AffineBatchNorm
-            elif type(module) in (nn.Embedding, nn.EmbeddingBag):
+            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 module.sparse = False
         elsewhere = _elsewhere(problem.model)
         right = response(problem, space, elsewhere)
@@ -57,6 +66,12 @@ def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
     except Exception:  # whatever a module does when it is copied, or its copy when it is called
         return None
     return alone if same else None
+
+
+def _converted(problem: Problem, dtype: torch.dtype) -> Problem:
+    other = problem.with_model(stateless.copied(problem.model).to(dtype))
+    other.space, other.dtype = problem.space, dtype
+    return other
 
 
 class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -76,12 +91,22 @@ class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class HeldProblem(Problem):
-    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile."""
+    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: With the model.
+        dtype: To compute in; None for the model's.
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype | None = None) -> None:
         vars(self).update(vars(problem))  # with what it knows of the data
-        self._parameters = _cloned(problem.model.named_parameters())
-        self._buffers = _cloned(problem.model.named_buffers())
+        self.dtype = problem.dtype if dtype is None else dtype
+        held = _cloned(chain(problem.model.named_parameters(), problem.model.named_buffers()))
+        held = {
+            name: tensor.to(self.dtype) if tensor.dtype == problem.dtype else tensor for name, tensor in held.items()
+        }
+        self._parameters = {name: held.pop(name) for name, _ in problem.model.named_parameters()}
+        self._buffers = held
         self._modes = {name: module.training for name, module in problem.model.named_modules()}
 
     def parameters(self) -> dict[str, Tensor]:
