@@ -1,6 +1,7 @@
 """What each backend can and cannot do for a model, and what it would cost, before a long computation is begun."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,23 +23,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 from curvlab.errors import CurvlabError
 from curvlab.estimators.layers import Layer
 from curvlab.estimators.linearized import to_first_order
-from curvlab.estimators.registry import BACKENDS, estimate
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.registry import BACKENDS, able, estimate
+from curvlab.estimators.seeds import fewer_seeds
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem, is_stochastic
 from curvlab.progress import progress
-from curvlab.quantities import Hessian, Quantity, parse_quantity
+from curvlab.quantities import GGN, Fisher, Hessian, Quantity, parse_quantity
+from curvlab.randomness import preserved_random_state
 from curvlab.structures import STRUCTURES, Dense, Kronecker, Structure, parse_structure
+from curvlab.text import readable
 
 Work = Callable[[Problem], Callable[[], object]]
 
-_FEW = 8  # samples, on which a cell is refused or not
-_LIMIT = 0.5  # seconds that a larger probe may be expected to take
+_FEW = 4  # samples, on which a cell is refused or not
+_MANY = 500  # backward passes, more than which are not gone through to see who can
+_LIMIT = 0.25  # seconds that a larger probe may be expected to take
 _LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
 _MEASURED = 1e7  # and of a matrix without structure that is formed some more times, to see how long it takes
-_PATIENCE = 5.0  # seconds that the few samples may take, if more are to follow
+_PATIENCE = 10.0  # seconds that measuring may take, for all cells together
+_WATCHED = 5.0  # times as long takes what is watched for its memory
 _QUICK, _REPEATED = 0.25, 0.05  # seconds: what takes less is measured again, until it has taken so long in all
 _LINE = 120  # characters
 
@@ -54,7 +59,7 @@ class Diagnosis:
             ``supported``: ``yes``; ``no``; ``absent``, where the backend has no such cell for any model; ``not tried``,
             where the matrix is too large for a probe; ``auto``: whether ``backend="auto"`` takes it;
             ``backward_passes``: over the data, as the quantity needs them;
-            ``seconds``: predicted, for ``implicit`` those of a product, NaN where already a probe takes long;
+            ``seconds``: predicted, for ``implicit`` those of a product, NaN where measuring takes long;
             ``passes``: the same in plain forward and backward passes; ``peak_bytes``: predicted, of the tensors beyond
             model and data, without what kernels use inside; ``matrix_bytes``: of the result; ``obstacle``: what stands
             in the way, and what would work.
@@ -80,7 +85,8 @@ def doctor(
 
     Every cell of structure and backend is tried on a few samples: what it refuses there is refused in the words of
     ``estimate``, which name the way out. Where it is quick, one batch and two follow, and time and memory of the
-    whole are extrapolated from these. Nothing of the model is changed.
+    whole are extrapolated from these, as far as ten seconds of measuring go: a cell that comes after these, or alone
+    would take as long, has no prediction. Nothing of the model is changed.
 
     Args:
         problem: Model, loss and data. What is wrong with them is told, not raised.
@@ -107,7 +113,12 @@ def doctor(
     space = ParameterSpace.of(problem.model, params)
     faults, remarks = list(_faults(problem.model)), list(_remarks(problem.model))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            preserved_random_state(),
+            warnings.catch_warnings(),  # whatever a library does to the filters
+        ):
             problem.check()
             layers, reasons = kronecker_layers(to_first_order(problem), space)
             probe = _Probe(problem, params, layers)
@@ -124,7 +135,7 @@ def doctor(
     except CurvlabError as error:  # what the cells say is caught where they are tried
         cells = [_cell(q, s, b, "no", obstacle=str(error)) for q in quantities for s in STRUCTURES for b in BACKENDS]
         return Diagnosis(_summary(problem, space), (*(faults or [str(error)]), *remarks), pd.DataFrame(cells))
-    findings = (*faults, *remarks, *_without_factors(reasons))
+    findings = (*faults, *remarks, *_without_factors(reasons), *probe.many_rows(quantities))
     return Diagnosis(probe.summary(), findings, pd.DataFrame(cells))
 
 
@@ -219,18 +230,21 @@ class _Probe:
         self.problem, self.params, self.layers = problem, params, layers
         self.space = ParameterSpace.of(problem.model, params)
         self.few = self._on([next(problem.batches(_FEW))])
-        batches = list(islice(problem.batches(), _FEW))
+        with torch.no_grad():
+            self.outputs = problem.forward({}, next(self.few.batches())[0]).shape[1]
+        self.left = _PATIENCE  # seconds of measuring
+        batches = list(islice(problem.batches(), 2 * _FEW))
         x, y = batches[0]
         self.batch_size = len(x)
-        ladder: list[list[Batch]] = [[(x[:k], y[:k])] for k in (4, _FEW, 32, 128)]
+        ladder: list[list[Batch]] = [[(x[:k], y[:k])] for k in (_FEW, 2 * _FEW, 32, 128)]
         if len(x) < _FEW:  # of small batches, it is the number that counts
-            ladder = [batches[:1], batches[:4], batches]
+            ladder = [batches[:1], batches[:_FEW], batches]
         self.rungs: list[Problem] = []
         for rung in map(self._on, [*ladder, batches[:1], batches[:2]]):
             if not self.rungs or rung.num_samples > self.rungs[-1].num_samples:
                 self.rungs.append(rung)
         _plain_pass(self.few, self.space)  # what is set up at a first call is set up
-        self.plain = self._seconds(lambda some: lambda: _plain_pass(some, self.space))[0]
+        self.plain = self._whole(self._points(lambda some: lambda: _plain_pass(some, self.space)))
 
     def _on(self, batches: Sequence[Batch]) -> Problem:
         return Problem(self.problem.model, self.problem.loss.name, batches)
@@ -243,89 +257,132 @@ class _Probe:
             f"A plain forward and backward pass over the data takes {_time(self.plain)}."
         )
 
-    def cells(self, quantity: Quantity, structure: Structure) -> Iterator[dict[str, Any]]:
-        """Yield a row a backend."""
+    def many_rows(self, quantities: Sequence[Quantity]) -> Iterator[str]:
+        """Yield what there is to say about quantities whose cost grows with the classes, where these are many."""
+        for quantity in quantities:
+            if told := fewer_seeds(self.problem.loss, quantity, self.outputs):
+                yield told
+
+    def cells(self, quantity: Quantity, structure: Structure) -> list[dict[str, Any]]:
+        """Return a row a backend."""
         stored = self._matrix_bytes(structure)
         # The stored Hessian is formed whole by the reference, which others are compared with.
         formed = self._matrix_bytes(Dense()) if isinstance(quantity, Hessian) and stored else stored
-        chosen: list[str] = []
-        if formed <= _LARGEST:
-            with suppress(Exception):  # why, the backends say one by one
-                chosen = estimate(self.few, quantity, structure, params=self.params).info.backend.split(", ")
+        rows = {}
         for backend in BACKENDS:
             row = partial(_cell, quantity, structure, backend)
             if structure.name not in BACKENDS[backend].cells.get(type(quantity), ()):
-                yield row("absent", obstacle=f"it does not compute {quantity.name} as {structure.name}")
+                rows[backend] = row("absent", obstacle=f"it does not compute {quantity.name} as {structure.name}")
                 continue
             if formed > _LARGEST:
-                yield row("not tried", matrix_bytes=stored, obstacle=_too_large(formed))
+                rows[backend] = row("not tried", matrix_bytes=stored, obstacle=_too_large(formed))
                 continue
             try:
                 measured = formed <= _MEASURED or isinstance(structure, Kronecker)
                 costs = self._costs(quantity, structure, backend, measured)
-                yield row("yes", auto=backend in chosen, matrix_bytes=stored, **costs)
+                rows[backend] = row("yes", matrix_bytes=stored, **costs)
             except CurvlabError as error:
-                yield row("no", obstacle=str(error))
+                rows[backend] = row("no", obstacle=str(error))
             except Exception as error:  # a library can fail in any way, and that is then what there is to say
                 told = f"backend {backend} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                yield row("no", obstacle=told)
+                rows[backend] = row("no", obstacle=told)
+        for backend in self._chosen(quantity, structure, [name for name in rows if rows[name]["supported"] == "yes"]):
+            rows[backend]["auto"] = True
+        return list(rows.values())
+
+    def _chosen(self, quantity: Quantity, structure: Structure, able_here: Sequence[str]) -> list[str]:
+        """Return which of the backends that can ``auto`` takes: the first, or one a part of a structure with a rest."""
+        if isinstance(structure, Kronecker) and structure.rest is not None:
+            with suppress(Exception):  # why, the backends have said one by one
+                chosen = estimate(self.few, quantity, structure, params=self.params).info.backend.split(", ")
+                return [name for name in chosen if name in able_here]
+            return []
+        return [b.name for b in able(quantity, structure) if b.name in able_here][:1] if able_here else []
 
     def _costs(self, quantity: Quantity, structure: Structure, backend: str, measured: bool) -> dict[str, float]:
         def work(some: Problem) -> Callable[[], object]:
             def matrix() -> CurvatureMatrix:
                 return estimate(some, quantity, structure, backend=backend, params=self.params)
 
-            if structure.name != "implicit":
-                return matrix
-            multiply = matrix().matvec
-            vector = torch.ones(self.space.total, dtype=some.dtype, device=some.device)
-            multiply(vector)  # the first product comes with checks
-            return lambda: multiply(vector)
+            return matrix if structure.name != "implicit" else self._multiplied(matrix())
 
-        started = time.perf_counter()
-        work(self.few)()  # refused before anything is measured; and what is loaded at a first call is loaded
         backward_passes = self._backward_passes(quantity, structure)
-        if not measured or time.perf_counter() - started > _PATIENCE:
+        started = time.perf_counter()
+        if isinstance(quantity, Hessian) and backward_passes > _MANY and not BACKENDS[backend].library:
+            # Of which the reference makes its matrix, a column a product.
+            self._multiplied(estimate(self.few, quantity, "implicit", backend=backend, params=self.params))()
             return {"backward_passes": backward_passes}
-        seconds, timed = self._seconds(work)
-        within = [some for some in timed if some.num_samples <= self.batch_size]  # a further batch takes nothing more
-        last = within[-1:] if within[-1].num_samples == self.batch_size else within[:2]
-        peaks = [(some.num_samples, float(_peak_bytes(work(some)))) for some in last]
+        work(self.few)()  # refused before anything is measured; and what is loaded at a first call is loaded
+        least = 4 * (time.perf_counter() - started)  # that measuring takes
+        if not measured or least > self.left:
+            return {"backward_passes": backward_passes}
+        started = time.perf_counter()
+        points = self._points(work)
+        seconds = self._whole(points)
+        self.left -= time.perf_counter() - started
+        peak = self._peak(work, points)
         return {
             "backward_passes": backward_passes,
             "seconds": seconds,
             "passes": seconds / self.plain,
-            "peak_bytes": _extrapolated(peaks, self.batch_size),
+            "peak_bytes": peak,
         }
 
-    def _seconds(self, work: Work) -> tuple[float, list[Problem]]:
-        """Return the seconds that all samples would take, and the rungs that were gone through to tell."""
-        points: list[tuple[int, float]] = []
-        timed: list[Problem] = []
+    def _multiplied(self, matrix: CurvatureMatrix) -> Callable[[], object]:
+        vector = torch.ones(self.space.total, dtype=matrix.dtype, device=matrix.device)
+        matrix.matvec(vector)  # the first product comes with checks
+        return lambda: matrix.matvec(vector)
+
+    def _points(self, work: Work) -> list[tuple[Problem, float]]:
+        """Return seconds on the rungs that can be afforded: the first two, and from there as far as it goes."""
+        points: list[tuple[Problem, float]] = []
 
         def affordable(rung: Problem) -> bool:
-            # A cell may take long on any number of samples: then further ones cost little.
-            return len(points) < 2 or _extrapolated(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1])
+            if len(points) < 2:
+                return True
+            # A cell may take long on any number of samples: then further ones cost little. But the line can err.
+            at_most = points[-1][1] * rung.num_samples / points[-1][0].num_samples
+            return self._at(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1]) and at_most <= self.left
 
         left = self.rungs
         while reached := [rung for rung in left if affordable(rung)]:
-            # The first two, and from there as far as it goes.
             rung = reached[0] if len(points) < 2 else reached[-1]
-            points.append((rung.num_samples, _seconds(work(rung))))
-            timed.append(rung)
+            points.append((rung, _seconds(work(rung))))
             left = [other for other in left if other.num_samples > rung.num_samples]
-        return _extrapolated(points, self.problem.num_samples), timed
+        return points
+
+    def _whole(self, points: Sequence[tuple[Problem, float]]) -> float:
+        return self._at(points, self.problem.num_samples)
+
+    def _at(self, points: Sequence[tuple[Problem, float]], n: int) -> float:
+        return _extrapolated([(rung.num_samples, value) for rung, value in points], n)
+
+    def _peak(self, work: Work, points: Sequence[tuple[Problem, float]]) -> float:
+        """Return the bytes on a batch; NaN where it takes long to watch even the first rungs."""
+        # A further batch takes nothing more.
+        within = [p for p in points if p[0].num_samples <= self.batch_size and _WATCHED * p[1] <= self.left]
+        last = within[-1:] if within and within[-1][0].num_samples == self.batch_size else within[:2]
+        if not last or (len(last) == 1 and last[0][0].num_samples < self.batch_size):
+            return nan
+        started = time.perf_counter()
+        peaks = [(some, float(_peak_bytes(work(some)))) for some, _ in last]
+        self.left -= time.perf_counter() - started
+        return self._at(peaks, self.batch_size)
 
     def _backward_passes(self, quantity: Quantity, structure: Structure) -> float:
         if structure.name == "implicit":
             return nan
         if isinstance(quantity, Hessian):
             return self.space.total
-        inputs, targets = next(self.few.batches())
-        with torch.no_grad():
-            outputs = self.problem.forward({}, inputs)
-            rows = len(output_rows(self.problem.loss, quantity, outputs, targets, label_stream(quantity)))
+        rows = self._rows(quantity)
         return 2 * rows if structure.name == "ekfac" else rows
+
+    def _rows(self, quantity: Quantity) -> int:
+        if isinstance(quantity, Fisher) and quantity.samples is not None:
+            return quantity.samples
+        if isinstance(quantity, (Fisher, GGN)):
+            return self.problem.loss.num_factors(self.outputs)
+        return 1
 
     def _matrix_bytes(self, structure: Structure) -> int:
         space = self.space
@@ -339,7 +396,7 @@ class _Probe:
             entries = {"dense": space.total**2, "block_diag": squares, "diag": space.total, "implicit": 0}[
                 structure.name
             ]
-        return entries * self.problem.dtype.itemsize
+        return entries * torch.promote_types(self.problem.dtype, torch.float32).itemsize
 
 
 def _factor_entries(layer: Layer, shape_of: Mapping[str, tuple[int, ...]], structure: Kronecker) -> int:
@@ -453,7 +510,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _wrapped(text: str, indent: str) -> str:
-    return fill(text, _LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return fill(readable(text), _LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _time(seconds: float) -> str:

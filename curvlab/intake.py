@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from curvlab.errors import CurvlabError
-from curvlab.randomness import random_state, with_own_randomness
+from curvlab.randomness import holders_of, random_state, with_own_randomness
 
 Batch = tuple[Tensor, Tensor]
 
@@ -43,7 +43,7 @@ class Intake:
         elif isinstance(data, Iterator):
             raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
         self._data = data
-        self._start = random_state(None if _is_pair(data) else data)  # that every pass starts from
+        self._start = random_state(holders_of(data))  # that every pass starts from
         self._first: _Record | None = None
 
     def batches(self, size: int | None = None) -> Iterator[Batch]:

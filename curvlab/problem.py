@@ -1,8 +1,11 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from copy import copy
 from functools import cached_property
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,8 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import draws_seen, preserved_random_state
-from curvlab.stateless import call, check_dtype, check_module, writes
+from curvlab.randomness import preserved_random_state, watched
+from curvlab.stateless import call, check_dtype, check_module, leaves, writes
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
@@ -117,8 +120,9 @@ class Problem:
             raise UnsupportedError(
                 f"{type(self.model).__name__} returns {outputs.dtype}; the losses are defined on real floating outputs"
             )
-        # As a model with autocast inside returns others.
-        return outputs.to(next((p.dtype for p in parameters.values()), self.dtype))
+        # A model with autocast inside returns other ones.
+        given = (parameters[name].dtype for name in self.space.names if name in parameters)
+        return outputs.to(next(given, self.dtype))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Go through the data once, in the same order at every call, on the model's device.
@@ -159,6 +163,7 @@ class Problem:
             UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
                 shows that a sample's output depends on its batch.
         """
+        _import_what_warns()
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
                 bad = int((~parameter.isfinite()).sum())
@@ -185,7 +190,7 @@ class Problem:
             outputs: Tensor | None = None
             for inputs, targets in self.batches():
                 if outputs is None:
-                    with preserved_random_state():
+                    with preserved_random_state(self.model.modules()):
                         outputs = self._tried(copies, inputs[:_FEW])
                 self.loss.check(outputs[:1].expand(len(targets), -1), targets)
             for inputs, _ in self.probe():
@@ -206,7 +211,14 @@ class Problem:
             if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
                 reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
             raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
-        if not outputs.requires_grad:
+        reached = leaves(outputs)
+        for parameter, own in self.model.named_parameters():
+            if id(own) in reached:
+                raise UnsupportedError(
+                    f"{name} uses its parameter {parameter} by a tensor or a function that was made before the forward "
+                    "pass, so that it cannot be moved: take it from the module at every call"
+                )
+        if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
             raise UnsupportedError(
                 f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
                 "its forward pass must not use torch.no_grad, detach or .data"
@@ -226,21 +238,30 @@ class Problem:
         The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
         in the first.
         """
-        with draws_seen(self.model) as draws:
+        with watched(self.model) as watch:
             outputs = self._tried(parameters, inputs)
             parts = [(part, self._tried(parameters, inputs[part])) for part in (slice(0, 1), slice(0, None, 2))]
-        if draws:
+        if watch.drawing:
             raise UnsupportedError(
-                f"{draws[0]}, so that a sample's output is random: call model.eval() first, or draw nothing in the "
-                "forward pass"
+                f"{watch.drawing}, so that a sample's output is random: call model.eval() first, or draw nothing in "
+                "the forward pass"
             )
         scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
+        # What rounding may do: in half precision, which a model may also use within, its few digits allow less slack.
+        bound = 10 * watch.eps**0.5 if watch.eps < 1e-6 else 16 * watch.eps
         for part, alone in parts:
-            if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
+            if bool((alone - outputs[part]).abs().max() / scale > bound):
                 raise UnsupportedError(
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                     "batch; per-sample curvature is not defined for it"
                 )
+
+
+def _import_what_warns() -> None:
+    """Import what torch imports at its first gradient, without the filter of warnings that this adds for good."""
+    if (name := "torch.fx.experimental.symbolic_shapes") not in sys.modules:
+        with warnings.catch_warnings():
+            import_module(name)
 
 
 def is_stochastic(module: nn.Module) -> bool:

@@ -21,22 +21,17 @@ _Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states as they were."""
-    restore = random_state()
+def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
+    """Give back Python's, NumPy's and torch's global random states, and those of generators that objects hold."""
+    restore = random_state(holders)
     try:
         yield
     finally:
         restore()
 
 
-def random_state(data: object = None) -> Callable[[], None]:
-    """Return what sets the global random states, and those of generators that data hold, to what they are now.
-
-    Looked at are the attributes of a DataLoader, of its samplers and of its data set.
-    """
-    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
-    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None))
+def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
+    """Return what sets the global random states, and those of generators that objects hold, to what they are now."""
     states = [(put, get()) for _, get, put in _sources(holders)]
 
     def restore() -> None:
@@ -46,58 +41,80 @@ def random_state(data: object = None) -> Callable[[], None]:
     return restore
 
 
+def holders_of(data: object) -> list[object]:
+    """Return what may hold a generator that data draw from: a DataLoader, its samplers and its data set."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    return [data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
+
+
 def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
     """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
 
     The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
     alive by a traceback, would give back old ones at any later time.
     """
+    holders = holders_of(data)
     iterator = chain(data)  # starts the data only at the first step
     within = start
     while True:
-        restore = random_state(data)
+        restore = random_state(holders)
         within()
         try:
             batch = next(iterator)
         except StopIteration:
             return
         finally:
-            within = random_state(data)
+            within = random_state(holders)
             restore()
         yield batch
 
 
 @contextmanager
-def draws_seen(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a list which, at the end, says what within has drawn random numbers; their states are given back.
+def watched(model: nn.Module) -> Iterator["Watch"]:
+    """Watch what runs within for draws of random numbers, and give back the states of those that have drawn.
 
     An operation of torch that draws is seen as such, by its tag; what draws elsewhere, by a state that has moved:
     Python's, NumPy's and torch's own, and those of generators that the modules hold.
     """
-    found: list[str] = []
+    watch = Watch(model)
     sources = _sources(model.modules())
     before = [get() for _, get, _ in sources]
     try:
-        with _Draws(model, found):
-            yield found
+        with watch:
+            yield watch
     finally:
         for (name, get, put), state in zip(sources, before, strict=True):
             if not _same(get(), state):
-                if not found:
-                    found.append(f"the forward pass of {type(model).__name__} draws random numbers from {name}")
+                watch.drawing = watch.drawing or (
+                    f"the forward pass of {type(model).__name__} draws random numbers from {name}"
+                )
                 put(state)
 
 
-class _Draws(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """What the operations of torch show that run under this mode.
+
+    Attributes:
+        drawing: What draws random numbers, the first that does: the beginning of a sentence. None if nothing does.
+        eps: The coarsest precision of a floating result, as ``torch.finfo(dtype).eps``.
+    """
+
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, found: list[str]) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import all of its compiler
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.found = model, found
+        self.drawing: str | None = None
+        self.eps = 0.0
+        self._model = model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note an operation, and run it."""
         kwargs = kwargs or {}
-        if not self.found and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+        if self.drawing is None and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             arguments = func._schema.arguments
             given = {a.name: a.default_value for a in arguments if a.has_default_value()}
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
@@ -105,19 +122,23 @@ class _Draws(TorchDispatchMode):
             chances = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
             off = any(given.get(name) is False for name in ("train", "training"))
             if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
-                self.found.append(f"{self._calling()} draws random numbers ({func._schema.name.split('::')[-1]})")
-        return func(*args, **kwargs)
+                name = func._schema.name.partition("::")[2]
+                self.drawing = f"{self._calling()} draws random numbers ({name})"
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
 
     def _calling(self) -> str:
         """Name the innermost module whose code is running."""
-        names = {id(module): name for name, module in self.model.named_modules()}
+        names = {id(module): name for name, module in self._model.named_modules()}
         frame = sys._getframe()
         while (above := frame.f_back) is not None:
             frame = above
             module = frame.f_locals.get("self")
             if id(module) in names:
                 return f"{names[id(module)] or 'the model'} ({type(module).__name__})"
-        return f"the forward pass of {type(self.model).__name__}"
+        return f"the forward pass of {type(self._model).__name__}"
 
 
 def _sources(holders: Iterable[object]) -> list[_Source]:

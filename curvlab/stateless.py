@@ -23,7 +23,8 @@ def check_module(model: object) -> None:
         CurvlabError: It is no module, or a scripted, parallel or lazy one, or one without values.
     """
     if not isinstance(model, nn.Module):
-        raise CurvlabError(f"model is a torch.nn.Module, not {_called(model)}")
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}")
     for name, module in model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -118,6 +119,23 @@ def writes(model: nn.Module, name: str) -> str:
     )
 
 
+def leaves(outputs: Tensor) -> dict[int, Tensor]:
+    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+    waiting = [outputs.grad_fn]
+    seen = set(waiting)
+    found: dict[int, Tensor] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (variable := getattr(node, "variable", None)) is not None:
+            found[id(variable)] = variable
+        further = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(further)
+        waiting += further
+    return found
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy, also of a model whose modules hold tensors that they have computed.
 
@@ -151,7 +169,3 @@ def _parametrizations_computed() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = enabled, cache
-
-
-def _called(thing: object) -> str:
-    return getattr(thing, "__name__", type(thing).__name__)

@@ -300,7 +300,7 @@ _ZOO: dict[str, tuple[Callable[[], nn.Module], int, str, set[str], set[str]]] = 
         {"2"},
         set(),
     ),
-    "tied": (Tied, _FLOAT, "cross_entropy", {"second", "out"}, {"first"}),
+    "tied": (Tied, _FLOAT, "cross_entropy", {"out"}, set()),
     "frozen": (frozen, _FLOAT, "cross_entropy", {"0", "2", "4"}, set()),
     "raw parameters": (Raw, _FLOAT, "squared_error", set(), set()),
     "module used twice": (Twice, _FLOAT, "cross_entropy", {"out"}, set()),

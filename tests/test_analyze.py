@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_of_two_files_the_last_counts(call):
     [
         (b"a: [1\n", "c.yaml is not YAML: expected ',' or ']', but got '<stream end>', line 2"),
         (b"\xff\xfe\x00", "c.yaml is not YAML"),
-        (b"data: 2020-13-45\n", "c.yaml is not YAML"),
+        (b"data: 2020-13-45\n", "there is no data set '2020-13-45'"),
         (b"- 1\n", "c.yaml does not hold options"),
         (b"", "c.yaml does not hold options"),
         (b"hiden: [3]\n", "c.yaml: there is no option 'hiden'; the nearest is 'hidden'"),
@@ -452,6 +453,7 @@ def test_a_cell_fails(call):
     assert call(f"{TINY} --out whole")[0] == 0
     bad = Path("run/sweep.sqlite.cells", keys("whole")[0], "checkpoint.pt")
     bad.parent.mkdir(parents=True)
+    shutil.copy("whole/config.yaml", "run")
     bad.write_bytes(b"of another program")
     code, out, err = call(f"{TINY} --out run")
     assert code == 1
@@ -496,6 +498,7 @@ def test_a_figure_says_how_many_cells_are_in_it(call, monkeypatch):
     assert notes == [[]] * 3
     notes.clear()
     Path("run/sweep.sqlite.cells").mkdir(parents=True)
+    shutil.copy("whole/config.yaml", "run")
     Path("run/sweep.sqlite.cells", keys("whole")[0]).write_text("where the folder of the cell belongs")
     assert names["main"](Path("run")) == 1
     assert names["main"](Path("run")) == 0

@@ -1,5 +1,7 @@
 """The doctor: what it finds, that it says what ``estimate`` says, what it predicts, and that it changes nothing."""
 
+import math
+import warnings
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -23,8 +25,9 @@ X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    """Measure once."""
+    """Measure once, and however busy the machine is."""
     monkeypatch.setattr(MODULE, "_QUICK", 0.0)
+    monkeypatch.setattr(MODULE, "_PATIENCE", float("inf"))
 
 
 @pytest.fixture
@@ -226,6 +229,7 @@ def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
 
     def timed(some, *_, **__):
         clock[0] += fixed + each * some.num_samples
+        return torch.zeros(25 * some.num_samples)  # a hundred bytes a sample
 
     x, y = torch.randn(1000, 4), torch.arange(1000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=batch))
@@ -234,7 +238,91 @@ def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
     assert costs["seconds"] == pytest.approx(fixed + each * 1000)
+    assert costs["peak_bytes"] == 100 * batch  # also where no probe is as large
     assert clock[0] < 4
+
+
+# How long it takes.
+
+
+def test_a_probe_a_backend_not_a_run(monkeypatch):
+    """Each cell is tried once, on a few samples, and whether it can does not depend on what time there is."""
+    subject = Problem(Bert().eval(), "cross_entropy", (torch.arange(240).view(20, 12) % 40, torch.arange(20) % 3))
+    tried = []
+
+    def counted(some, quantity, structure, **options):
+        tried.append((str(structure), options["backend"], some.num_samples))
+        return estimate(some, quantity, structure, **options)
+
+    monkeypatch.setattr(MODULE, "_PATIENCE", 0.0)
+    monkeypatch.setattr(MODULE, "estimate", counted)
+    monkeypatch.setattr(MODULE, "STRUCTURES", {name: STRUCTURES[name] for name in ("diag", "kfac", "implicit")})
+    cells = doctor(subject, "empirical_fisher", params=["pooler.*", "classifier.*"]).cells
+    there = cells[cells.supported != "absent"]
+    assert tried == [(row.structure, row.backend, 4) for row in there.itertuples()]
+    assert set(cells[cells.auto].backend) == {"hooks", "torch"}
+    assert cells[["seconds", "passes", "peak_bytes"]].isna().all(axis=None)
+    assert (there[there.supported == "yes"].backward_passes[there.structure != "implicit"] == 1).all()
+
+
+class Bert(nn.Module):
+    """Embeddings, an encoder layer and a pooled classifier: 3,147 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.norm = nn.Embedding(40, 16), nn.Embedding(12, 16), nn.LayerNorm(16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 24, activation="gelu", batch_first=True)
+        self.pooler, self.classifier = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.norm(self.tokens(x) + self.positions(torch.arange(x.shape[1])))
+        return self.classifier(self.pooler(self.encoder(h)[:, 0]).tanh())
+
+
+@pytest.mark.parametrize("each", [0.001, 0.05, 0.5, 5.0])
+def test_measuring_ends(monkeypatch, each):
+    """A backend that looks quick on few samples and is not does not take the time of all the other cells."""
+    clock = [0.0]
+
+    def slow(some, _, structure, **__):
+        n = some.num_samples
+        clock[0] += each if n <= 8 else each * n / 8
+        return torch.zeros(1)
+
+    x, y = torch.randn(4000, 4), torch.arange(4000) % 3
+    subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=2000))
+    monkeypatch.setattr(MODULE, "_PATIENCE", 10.0)
+    probe = MODULE._Probe(subject, None, {})
+    monkeypatch.setattr(MODULE, "estimate", slow)
+    monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    costs = [probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)]
+    assert clock[0] - 100 * each <= 2 * 10.0  # what is watched for its memory is watched after it was timed
+    assert ("seconds" in costs[0]) == (each < 5)
+    assert "seconds" not in costs[-1]
+    assert all("backward_passes" in cost for cost in costs)
+
+
+def test_a_large_hessian_is_not_formed_to_see_who_can(monkeypatch):
+    monkeypatch.setattr(MODULE, "_MANY", 42)
+    diagnosis = doctor(mlp(), "hessian")
+    for structure in ("dense", "block_diag", "diag"):
+        cell = one(diagnosis, structure=structure, backend="torch")
+        assert (cell["supported"], cell["backward_passes"]) == ("yes", 43)
+        assert math.isnan(cell["seconds"])
+    assert one(diagnosis, structure="implicit", backend="torch")["seconds"] > 0
+    assert one(diagnosis, structure="diag", backend="backpack")["auto"]
+    assert one(diagnosis, structure="dense", backend="torch")["auto"]
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("cross_entropy", 1299), ("squared_error", 1300)])
+def test_many_classes(two_backends, monkeypatch, loss, rows):
+    monkeypatch.setattr(MODULE, "STRUCTURES", {"implicit": STRUCTURES["implicit"]})
+    targets = Y if loss == "cross_entropy" else torch.zeros(9, 1300)
+    subject = Problem(nn.Linear(4, 1300), loss, (X, targets))
+    assert doctor(subject, ["fisher", "ggn", "fisher:samples=2", "empirical_fisher", "hessian"]).findings == (
+        f"fisher takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
+        f"ggn takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
+    )
 
 
 def test_a_line_through_the_last_two_points():
@@ -283,18 +371,26 @@ def state(model):
     }
 
 
-@pytest.mark.parametrize("name", ["batch norm", "input changed in place", "embedding"])
+def pooled() -> Problem:
+    """Return a network for whose pooling BackPACK makes layers that draw their weights."""
+    pool = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return problem(*pool, nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("name", ["batch norm", "input changed in place", "embedding", "pooled"])
 @pytest.mark.parametrize("train", [False, True])
 def test_nothing_is_changed(name, train):
-    subject = case(name).problem
+    subject = pooled() if name == "pooled" else case(name).problem
     subject.model.train(train)
     next(subject.model.parameters()).grad = torch.ones_like(next(subject.model.parameters()))
     inputs = subject.data[0].clone()
     before = deepcopy(state(subject.model))
+    filters = list(warnings.filters)
     with torch.no_grad():
         doctor(subject, ["fisher:samples=1", "hessian"])
     after = state(subject.model)
     assert torch.equal(subject.data[0], inputs)
+    assert warnings.filters == filters
     for key in ("asked", "modes", "hooks"):
         assert before[key] == after[key]
     assert torch.equal(before["random"], after["random"])

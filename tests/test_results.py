@@ -270,7 +270,7 @@ def test_table_files(tmp_path: Path) -> None:
     assert float(rows[0]["share"]) == 1 / 3
     assert (tmp_path / "table.csv").read_text().splitlines()[2] == "a&b|50%,30,,,,7"
     assert (tmp_path / "table.md").read_text() == (
-        "| tensor_name | # | share | [x] |\n"
+        "| tensor_name | # | share | \\[x] |\n"
         "| :--- | ---: | ---: | ---: |\n"
         "| fc_1.weight | 23,520 | 0.333 ± 0.010 | – |\n"
         "| a&b\\|50% | 30 | – | 7/10 |\n"

@@ -30,7 +30,7 @@ from curvlab.estimators import estimate
 from curvlab.grid import Place, Store, folder_of
 from curvlab.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = "--hidden 4 --steps 3 --points 2 --samples 40 --draws 3 --decades 4"
 CONFIG = {"hidden": (4,), "steps": 3, "points": 2, "samples": 40, "draws": 3, "decades": 4}
@@ -187,7 +187,7 @@ def test_claims():
 # The run.
 
 
-def test_a_run_and_the_same_again(call):
+def test_a_run_and_the_same_again(call, with_figures):
     line = f"{TINY} --seeds 0 1 2 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
@@ -260,6 +260,7 @@ def test_a_cell_that_fails_is_told(call):
     cells = analysis.ANALYSIS.cells([SoftmaxHessianConfig(**CONFIG, seeds=(0, 1, 2, 3))])
     checkpoint = folder_of(Path("run/sweep.sqlite"), cells[1].key) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True)
+    Path("run/config.yaml").write_bytes(Path("undisturbed/config.yaml").read_bytes())
     checkpoint.write_text("not a checkpoint")
     code, out, err = call(f"{line} --out run")
     assert code == 1

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import pydantic
-import yaml
 from rich.console import Console
+from rich.text import Text
 
-from curvlab import grid
+from curvlab import grid, yaml_file
 from curvlab.data import fingerprint
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Place
+from curvlab.text import readable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 done, but cells have failed; 2 bad input, or it cannot go on; 130 interrupted by Ctrl-C."
@@ -46,7 +47,7 @@ class Config(pydantic.BaseModel):
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML; ``--config`` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml_file.dumps(self.model_dump(mode="json"))
 
 
 class RunOptions(Config):
@@ -199,9 +200,9 @@ def told(action: Callable[[], int | None], debug: bool) -> int:
     except CurvlabError as error:
         if debug:
             traceback.print_exc()
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", readable(" ".join(str(error).split())), file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
-            print(note, file=sys.stderr)
+            print(readable(note), file=sys.stderr)
         return 1 if isinstance(error, CellsFailed) else 2
 
 
@@ -241,12 +242,17 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
 
 def console() -> Console:
     """Return what tables are printed on."""
-    terminal = _Console()
-    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH)
+    # Names are no markup, nor is :fire: in one an emoji.
+    terminal = _Console(markup=False, emoji=False)
+    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH, markup=False, emoji=False)
 
 
 class _Console(Console):
-    """Raises where rich would end the program."""
+    """Prints no control characters that a name may hold, and raises where rich would end the program."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Make text of a string."""
+        return super().render_str("\n".join(map(readable, text.split("\n"))), **how)
 
     def on_broken_pipe(self) -> None:
         """Leave it to the caller, as ``print`` does."""
@@ -371,38 +377,13 @@ def _read_config(file: Path, base: C) -> C:
     return changed(base, read_yaml(file), file)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as the number that it is in YAML 1.2, where PyYAML has a string, and refuses a key twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Look at the keys here, before those of ``<<`` are among them."""
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for number, key in enumerate(keys):
-            if any(key.value == other.value for other in keys[:number]):
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the options that a file holds.
 
     Raises:
         CurvlabError: It cannot be read, or holds anything else.
     """
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a safe one
-    except OSError as error:
-        raise CurvlabError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
-        mark = getattr(error, "problem_mark", None)
-        reason = str(error) if mark is None else f"{getattr(error, 'problem', error)}, line {mark.line + 1}"
-        raise CurvlabError(f"{file} is not YAML: {reason}") from error
+    values = yaml_file.read(file)
     if not isinstance(values, dict):
         raise CurvlabError(f"{file} does not hold options, each a line key: value")
     return values

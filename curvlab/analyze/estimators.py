@@ -264,13 +264,19 @@ def run(config: EstimatorsConfig, options: RunOptions, console: Console) -> None
     Raises:
         CurvlabError: Nothing can be written into the folder.
     """
-    if config.format == "markdown":
-        print(page(), end="")
-    else:
-        for name, records in tables().items():
-            console.print(render(records, _columns(records), _TITLES[name]), crop=False)
-    if options.out is not None:
-        open_run(options.out, "estimators", config.to_yaml()).write_text("support.md", page())
+    directory = None if options.out is None else open_run(options.out, "estimators", config.to_yaml())
+    try:
+        if config.format == "markdown":
+            print(page(), end="")
+        else:
+            for name, records in tables().items():
+                console.print(render(records, _columns(records), _TITLES[name]), crop=False)
+        if directory is not None:
+            directory.write_text("support.md", page())
+    except BaseException:
+        if directory is not None:
+            directory.discard_if_empty()
+        raise
 
 
 ANALYSIS = Analysis(

@@ -49,7 +49,7 @@ def opened(analysis: str, config: SubjectConfig, options: GridOptions) -> Iterat
                 f"the same command with --out {directory.path}{again} continues there"
             )
         else:
-            directory.discard()
+            directory.discard(f"{STORE}*")
         raise
 
 

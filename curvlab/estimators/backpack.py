@@ -27,6 +27,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.randomness import preserved_random_state
 from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
@@ -59,7 +60,8 @@ def compute(
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
-        means = _means(problem, quantity, structure, space, batch_size, advance)
+        with preserved_random_state():  # for its rule of pooling the library makes layers, which draw their weights
+            means = _means(problem, quantity, structure, space, batch_size, advance)
     finally:
         del CTX.hook_handles[hooks:]  # which the library would keep for the rest of the process
     if structure.name == "diag":

@@ -1,6 +1,7 @@
 """Which backend computes which quantity in which structure for a model, and the one door to all of them."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -8,13 +9,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
-from curvlab.estimators.verification import kronecker_layers
+from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_rules
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
@@ -80,6 +81,7 @@ def estimate(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        warnings.catch_warnings(),  # what is imported at a first use adds filters
         _bar(f"{quantity} {structure}", problem.num_samples, progress) as advance,
     ):
         parts = [
@@ -191,8 +193,7 @@ def _failure(error: Exception, problem: Problem) -> str:
         return str(error)
     if isinstance(error, CurvlabError):
         raise error
-    reason = str(error).strip().partition("\n")[0]
-    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
+    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {first_line(error)})"
 
 
 def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
@@ -264,8 +265,19 @@ def _disagreement(
         return _failure(error, problem)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
-        return None
+        return None if structure.name == "implicit" else _change_of_use(problem, space)
     return (
         f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not "
         "that of automatic differentiation"
     )
+
+
+def _change_of_use(problem: Problem, space: ParameterSpace) -> str | None:
+    """Return how a later batch uses a parameter otherwise than the few samples on which a library was compared."""
+    verified = verify_rules(problem, space)
+    try:
+        for inputs, _ in problem.batches():
+            verified.run(problem, inputs)
+    except UnfaithfulError as error:
+        return str(error)
+    return None

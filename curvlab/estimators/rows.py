@@ -161,7 +161,7 @@ class _Rows:
         for p in leaves.values():
             part = slice(start, start := start + p.numel())
             scale = float(weights.abs() @ rows[:, part].norm(dim=1))
-            if not agree(weights @ rows[:, part], plain[part], scale):
+            if not agree(weights @ rows[:, part], plain[part], scale, self.problem.dtype):
                 return False
         return True
 

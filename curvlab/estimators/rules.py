@@ -69,7 +69,7 @@ class Rule(ABC):
     def add_to_(self, total: Mapping[str, Tensor]) -> None:
         """Add the sums of squares to tensors of the parameters' shapes."""
         for name, squares in self.squares.items():
-            total[name].add_(squares.view_as(total[name]))
+            total[name].add_(squares.reshape(total[name].shape))
 
 
 class _Flat(Rule):
@@ -187,7 +187,8 @@ class _Alone(Rule):
         whole = self._pulled(inputs)(gradient * weights.view(-1, *[1] * (gradient.ndim - 1)))[0]
         for key, row in rows.items():
             mixed = torch.einsum("n,np->p", weights, row.reshape(len(row), -1))
-            if not agree(mixed, whole[key].reshape(-1), float(weights.abs() @ row.flatten(1).norm(dim=1))):
+            scale = float(weights.abs() @ row.flatten(1).norm(dim=1))
+            if not agree(mixed, whole[key].reshape(-1), scale, self.dtype):
                 raise WrongRuleError(type(self.layer.module).__name__, len(row))
         self.right.add(len(inputs))
 
@@ -237,15 +238,16 @@ def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(tensor)
 
 
-def agree(one: Tensor, other: Tensor, scale: float) -> bool:
+def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
     """Return whether two ways to the same numbers agree, but for rounding.
 
     Args:
         one: Any shape.
         other: The same.
         scale: Of the terms that they are sums of, whose rounding remains where these cancel.
+        dtype: Of the network, in which they were rounded.
     """
-    eps = torch.finfo(one.dtype if one.dtype.itemsize < other.dtype.itemsize else other.dtype).eps
+    eps = torch.finfo(dtype).eps
     error = float((one - other).norm())
     allowed: float = min(3 * eps**0.5, 0.05) * float(other.norm()) + 100 * eps * scale
     return error <= allowed

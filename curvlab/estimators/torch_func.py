@@ -173,7 +173,7 @@ def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, ad
                     total[i] += _gradient(gradient[i], parameters)
         n += len(inputs)
         advance(len(inputs))
-    if bool((total - total.mT).abs().max() > total.abs().max() * torch.finfo(total.dtype).eps ** 0.5):
+    if bool((total - total.mT).abs().max() > total.abs().max() * torch.finfo(problem.dtype).eps ** 0.5):
         raise UnsupportedError(
             f"the second derivative of {type(problem.model).__name__} that torch computes is not symmetric, so it is "
             "wrong (a fused kernel such as weight_norm's is known to do this); replace that module"
@@ -258,17 +258,17 @@ def _layer_samples(
             for (name, (given, shift)), row in zip(calls.items(), parts[: len(calls)], strict=True):
                 patches = _patches(layers[name], given)
                 slopes = _by_position(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
-                _check(layers[name], patches, slopes, of_parameters)
+                _check(layers[name], patches, slopes, of_parameters, problem.dtype)
                 yield name, patches, slopes
             advance(1)
 
 
-def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor]) -> None:
+def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Compare ``G_r = sum_t g_rt a_t'`` with the gradients of the layer's parameters, ``(R, size)`` by name."""
     outputs = slopes.shape[2]
     parts = [right[name].reshape(len(slopes), outputs, -1) for name in layer.parameters]
     scale = float(inputs.norm() * slopes.norm())
-    if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale):
+    if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
         raise UnsupportedError(
             f"{layer.name or 'the model'} ({type(layer.module).__name__}) does not have, for some sample, the gradient "
             "that its inputs and the gradients of its outputs give, so that it has no Kronecker factors; diag, "

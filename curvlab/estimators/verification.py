@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import Call, Graph, Leaves, forward, gradients, graph_of, leaves_of
 from curvlab.estimators.layers import Layer, has_factors, layer_in
 from curvlab.estimators.rules import agree, has_rule, random_like, rule
@@ -90,8 +91,19 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
 
 
 def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the layers with Kronecker factors."""
-    return _verify(problem, space, has_factors)
+    """Return the layers with Kronecker factors: where a weight has none, its bias has none either."""
+    verified = _verify(problem, space, has_factors)
+    own = {id(p): name for name, p in problem.model.named_parameters()}
+    reasons: dict[str, str] = {}
+    for layer in verified.layers.values():
+        weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
+        if weight is not None and own[id(weight)] != name:
+            reasons.update(
+                dict.fromkeys(layer.parameters, f"is beside {name}, which is {own[id(weight)]}, a tied weight")
+            )
+        elif name in verified.reasons:
+            reasons.update(dict.fromkeys(layer.parameters, f"is beside {name}, which {verified.reasons[name]}"))
+    return verified.without(reasons)
 
 
 def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
@@ -154,7 +166,7 @@ def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
         raise
     except Exception as error:  # of the user's code, or of torch's on the user's code
         raise UnsupportedError(
-            f"torch cannot differentiate {type(problem.model).__name__}: {_first_line(error)}"
+            f"torch cannot differentiate {type(problem.model).__name__}: {first_line(error)}"
         ) from error
     if failed := {layer.name for layer in candidates.values() if trial.reasons.keys() & set(layer.parameters)}:
         # Perhaps only since what is done to their outputs in place takes these out of the graph.
@@ -203,12 +215,14 @@ def _attempt(
         slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=False)
         of_parameters = dict(zip(names, found, strict=True))
         for layer, call, slope in zip(layers, once, slopes, strict=True):
-            reasons.update(_differences(layer, call, slope, of_parameters, graph))
+            reasons.update(_differences(layer, call, slope, of_parameters, graph, problem.dtype))
             silent -= {parameter for parameter in layer.parameters if bool(of_parameters[parameter].any())}
     return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
 
 
-def _differences(layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
+def _differences(
+    layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph, dtype: torch.dtype
+) -> dict[str, str]:
     """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
     label = _label(layer)
     if bool(slope[1::2].any()):
@@ -217,7 +231,7 @@ def _differences(layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Te
     try:
         totals = rule(layer, call.inputs).total(slope)
     except Exception as error:  # a rule may be given what its kind of module never sees
-        told = f"is of {label}, whose rule fails on its inputs ({_first_line(error)})"
+        told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, told)
     sizes = call.inputs.flatten(1).norm(dim=1) if call.inputs.is_floating_point() else 1.0
     scale = float(((1 + sizes) * slope.flatten(1).norm(dim=1)).sum())
@@ -225,7 +239,7 @@ def _differences(layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Te
     for parameter in layer.parameters:
         if graph.uses[parameter] > 1:
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
-        elif not agree(totals[parameter], right[parameter].reshape(-1), scale):
+        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, dtype):
             reasons[parameter] = _explained(layer)
     return reasons
 
@@ -281,10 +295,6 @@ def _perturbed(leaves: Leaves, by: float) -> Leaves:
 
 def _label(layer: Layer) -> str:
     return f"{type(layer.module).__name__} {layer.name}".strip()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 __all__ = ["UnfaithfulError", "Verified", "kronecker_layers", "unfaithful", "verify_factors", "verify_rules"]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import reprlib
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,12 +17,13 @@ import yaml
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.files import make_writable_folder, remove_leftovers, write_whole
+from curvlab.files import is_leftover, make_writable_folder, remove_leftovers, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONFIG = "config.yaml"
+_MARK = "# curvlab analyze "  # begins the first line of it
 RUNS = Path("runs")
 
 
@@ -37,8 +39,7 @@ class RunDirectory:
         self.path = path
         self.resumed = resumed
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        self._before: set[str] = set()
-        self._before = {entry.name for entry in self._written()}
+        self._written: set[str] = set()
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file of this name and return its path.
@@ -48,11 +49,12 @@ class RunDirectory:
         """
         path = self.path / name
         write_whole(path, content)
+        self._written.add(name)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write text as UTF-8."""
-        return self.write_bytes(name, text.encode())
+        """Write text as UTF-8; what UTF-8 does not have, half a pair of surrogates, becomes its escape."""
+        return self.write_bytes(name, text.encode(errors="backslashreplace"))
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write JSON in full precision; NaN and infinities, which JSON does not have, become null.
@@ -78,13 +80,19 @@ class RunDirectory:
             self.write_bytes(f"{stem}.pdf", contents["pdf"]),
         )
 
-    def discard(self) -> None:
-        """Remove what has been written since the run was opened; of a run that was opened again, nothing."""
+    def discard(self, *others: str) -> None:
+        """Remove the files that were written since the run was opened; of a run that was opened again, nothing.
+
+        Args:
+            *others: Patterns of names of further files and folders that the run has made.
+        """
         if self.resumed:
             return
-        with suppress(OSError):
-            for entry in self._written():
-                if entry.is_dir():
+        entries = [self.path / name for name in self._written]
+        entries += [entry for pattern in others for entry in self.path.glob(pattern)]
+        for entry in entries:
+            with suppress(OSError):
+                if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
@@ -94,32 +102,29 @@ class RunDirectory:
 
     def discard_if_empty(self) -> None:
         """Remove what opening the run has made, if no file has been written since."""
-        with suppress(OSError):
-            files = [file.name for entry in self._written() for file in (entry, *entry.rglob("*")) if file.is_file()]
-            if files in ([], [CONFIG]):
-                self.discard()
-
-    def _written(self) -> list[Path]:
-        try:
-            return [entry for entry in self.path.iterdir() if entry.name not in self._before]
-        except OSError:  # there is no such folder, or it may not be read
-            return []
+        if self._written <= {CONFIG}:
+            self.discard()
 
 
 def open_run(out: Path | None, analysis: str, config: str | Mapping[str, Any]) -> RunDirectory:
     """Create the folder of a run, or open it again, and find out before the work whether it can be written to.
 
+    A folder that is neither empty nor a run of the same analysis and configuration is refused: its files are others'.
+
     Args:
         out: The folder; None for a new one, ``runs/<analysis>-<YYYYmmdd-HHMMSS>``.
         analysis: Name of the analysis.
-        config: The whole configuration, as a mapping or as YAML; written as ``config.yaml``.
+        config: The whole configuration, as a mapping or as YAML; written as ``config.yaml``, whose first line, a
+            comment, names the analysis.
 
     Raises:
-        CurvlabError: The folder holds results of another configuration, or nothing can be written into it.
+        CurvlabError: The folder holds anything else than this run, or nothing can be written into it.
     """
     text = config if isinstance(config, str) else yaml.safe_dump(_jsonable(config), sort_keys=False, allow_unicode=True)
+    if not text.startswith(_MARK):
+        text = f"{_MARK}{analysis}\n{text}"
     path = _new_name(analysis) if out is None else Path(out)
-    resumed = _same_config(path / CONFIG, yaml.safe_load(text))
+    resumed = _is_begun(path, analysis, yaml.safe_load(text))
     run = RunDirectory(path, resumed)
     try:
         make_writable_folder(path)
@@ -141,28 +146,52 @@ def _new_name(analysis: str) -> Path:
     return path
 
 
-def _same_config(file: Path, ours: Any) -> bool:
-    """Say whether the file holds this configuration; False if there is none.
+def _is_begun(path: Path, analysis: str, ours: Any) -> bool:
+    """Say whether a folder holds this run, begun before; False where there is no folder, or nothing in it.
 
     Raises:
-        CurvlabError: It holds another one.
+        CurvlabError: It holds anything else.
     """
+    file = path / CONFIG
     try:
-        theirs = yaml.safe_load(file.read_text())
+        names = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CurvlabError(f"{file} cannot be read ({str(error).splitlines()[0]}); choose another --out") from error
+    except (OSError, ValueError) as error:  # the latter: no system has such a name
+        raise CurvlabError(f"{path} cannot be read ({error}); choose another --out") from error
+    if not names:
+        return False
+    if CONFIG not in names:
+        raise CurvlabError(
+            f"{path} holds {names[0]}{' and other files' * (len(names) > 1)}, and is no run of {analysis}; "
+            "choose an --out that is empty or does not exist"
+        )
+    if not file.is_file():  # a pipe would never end
+        raise CurvlabError(f"{file} is not a file; choose another --out")
+    try:
+        text = file.read_text(encoding="utf-8")
+        theirs = yaml.safe_load(text)
+    except Exception as error:  # a file that is not ours can be wrong in any way, and PyYAML raises what it meets
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CurvlabError(f"{file} cannot be read ({reason}); choose another --out") from error
+    # Runs of earlier versions do not say whose they are.
+    of = text.partition("\n")[0].removeprefix(_MARK) if text.startswith(_MARK) else analysis
+    if of != analysis:
+        raise CurvlabError(f"{path} holds a run of {of}, not of {analysis}; choose another --out")
     if theirs == ours:
         return True
-    what = ""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(key for key in {**ours, **theirs} if theirs.get(key, ...) != ours.get(key, ...))
-        what = f" ({key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here)"
+    if not isinstance(theirs, dict):
+        raise CurvlabError(f"{file} is not the configuration of a run; choose another --out")
+    key = next(key for key in {**ours, **theirs} if theirs.get(key, ...) != ours.get(key, ...))
     raise CurvlabError(
-        f"{file.parent} holds a run with another configuration{what}; "
-        "repeat that run's own command to continue it, or choose another --out"
+        f"{path} holds a run with another configuration ({key} is {_brief(theirs, key)} there and "
+        f"{_brief(ours, key)} here); repeat that run's own command to continue it, or choose another --out"
     )
+
+
+def _brief(config: Mapping[str, Any], key: str) -> str:
+    value = config.get(key, "absent")
+    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,10 +13,12 @@ from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from curvlab.results.run_directory import RunDirectory
+from curvlab.text import readable
 
 Record = Mapping[str, Any]
 
@@ -91,7 +93,10 @@ class Column:
     spread: str | None = None
 
     def cell(self, record: Record) -> str:
-        """Return the text of this column for a record; a dash where it has no such key."""
+        """Return the text of this column for a record, one line; a dash where it has no such key."""
+        return readable(self._text(record))
+
+    def _text(self, record: Record) -> str:
         value = record.get(self.key)
         if value is not None and self.spread is not None:
             return plus_minus(value, record.get(self.spread))
@@ -105,15 +110,16 @@ class Column:
 def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
     """Return the records as a table for the console."""
     # No outer edge: the widest table then fits a terminal of 80 characters.
-    table = Table(title=None if title is None else Text(title), show_edge=False, pad_edge=False)
+    table = Table(title=None if title is None else Text(readable(title)), show_edge=False, pad_edge=False)
     for column in columns:
+        header = readable(column.header)
         cells = [column.cell(record) for record in records]
         # A terminal that is too narrow breaks a row between words: a number without its exponent would be a wrong one.
-        words = [word for text in (column.header, *cells) for word in text.split()]
+        words = [word for text in (header, *cells) for word in text.split()]
         table.add_column(
-            Text(column.header),
+            Text(header),
             justify="left" if column.is_text(records) else "right",
-            min_width=max(map(len, words), default=0),
+            min_width=max(map(cell_len, words), default=0),
             no_wrap=column.is_text(records),
         )
     for record in records:
@@ -131,7 +137,8 @@ def write_tables(
 
     Args:
         run: Where to.
-        records: Flat records; JSON and CSV get all of their keys.
+        records: Flat records; JSON and CSV get all of their keys. In the CSV, a text that a spreadsheet would compute
+            stands behind an apostrophe (``'=1+1``).
         columns: What Markdown and LaTeX show; None for all keys.
         summary: The records that Markdown and LaTeX show, such as those of ``aggregate``; None for ``records``.
 
@@ -142,16 +149,33 @@ def write_tables(
     if columns is None:
         columns = [Column(key, key) for key in dict.fromkeys(key for record in shown for key in record)]
     run.write_json("table.json", records)
-    # As objects: a column of integers with a gap stays one of integers.
-    run.write_text("table.csv", pd.DataFrame(list(records), dtype=object).to_csv(index=False))
+    run.write_text("table.csv", to_csv(records))
     run.write_text("table.md", to_markdown(shown, columns))
     run.write_text("table.tex", to_latex(shown, columns))
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """Return all keys of the records as CSV, with every digit; a text is one line."""
+    # As objects: a column of integers with a gap stays one of integers.
+    shown = [{_uncomputed(key): _uncomputed(value) for key, value in record.items()} for record in records]
+    return pd.DataFrame(shown, dtype=object).to_csv(index=False)
+
+
+def _uncomputed(value: Any) -> Any:
+    """Return a text as one that no spreadsheet computes; numbers, also negative ones, are left as they are."""
+    if not isinstance(value, str):
+        return value
+    text = readable(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+
+
+_FORMULA = tuple("=+-@＝＋－＠")  # how a text begins that some spreadsheet computes
 
 
 def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """Return a Markdown table."""
     rows = [
-        [_markdown(column.header) for column in columns],
+        [_markdown(readable(column.header)) for column in columns],
         [":---" if column.is_text(records) else "---:" for column in columns],
         *([_markdown(column.cell(record)) for column in columns] for record in records),
     ]
@@ -159,17 +183,20 @@ def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:
 
 
 def to_latex(records: Sequence[Record], columns: Sequence[Column]) -> str:
-    """Return a ``tabular`` in the style of the package booktabs, which the document has to load."""
+    """Return a ``tabular`` in the style of the package booktabs, which the document has to load.
+
+    Letters of other scripts are UTF-8, for an engine and a font that have them.
+    """
     rules = "".join("l" if column.is_text(records) else "r" for column in columns)
-    head = " & ".join(_latex(column.header) for column in columns)
-    body = [" & ".join(_latex(column.cell(record)) for column in columns) for record in records]
+    head = _latex_row([readable(column.header) for column in columns])
+    body = [_latex_row([column.cell(record) for column in columns]) for record in records]
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{rules}}}",
             r"\toprule",
-            rf"{head} \\",
+            head,
             r"\midrule",
-            *(rf"{row} \\" for row in body),
+            *body,
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -211,10 +238,11 @@ def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\|`*<])", r"\\\1", text).replace("\n", " ")
+    # Of underscores and ampersands, those that mean something there: most names have underscores.
+    return re.sub(r"[\\|`*<\[~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", text)
 
 
-_NUMBER = re.compile(r"\(?-?[\d,.∞]+( ± [\d,.]+)?\)?(e-?\d+)?")
+_NUMBER = re.compile(r"\(?-?[\d,.∞]+( ± [\d,.]+)?\)?(e-?\d+)?", re.ASCII)
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -223,17 +251,31 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    '"': "''",
+    "`": r"\`{}",
+    "-": "-{}",  # before another one, which would make a dash of them
     "–": "--",
+    "−": "$-$",
     "±": r"$\pm$",
     "∞": r"$\infty$",
+    "→": r"$\to$",
     "²": "$^2$",
     "⁴": "$^4$",
-    "\n": " ",
+    "λ": r"$\lambda$",
+    "†": r"\dag{}",
 }
+_SPECIAL = re.compile(f"-(?=-)|[{re.escape(''.join(_LATEX.keys() - {'-'}))}]")
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    row = " & ".join(map(_latex, cells))
+    # The line end before it would take the one for its argument, and the other for its starred form.
+    guard = "{}" if row.lstrip().startswith(("[", "*")) else ""
+    return rf"{guard}{row} \\"
 
 
 def _latex(text: str) -> str:
     if _NUMBER.fullmatch(text):
         math_text = text.replace(",", "{,}").replace("±", r"\pm").replace("∞", r"\infty")
         return "$" + re.sub(r"e(-?\d+)$", r" \\times 10^{\1}", math_text) + "$"
-    return "".join(_LATEX.get(character, character) for character in text)
+    return _SPECIAL.sub(lambda match: _LATEX[match[0]], text)
