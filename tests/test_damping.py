@@ -183,6 +183,14 @@ def test_a_name_with_what_is_no_damping(wrong: Any) -> None:
             matrix.solve(vector(), dict.fromkeys(matrix.space.names, 0.1) | {last: wrong})
 
 
+def test_a_tensor_of_another_shape_than_its_parameter() -> None:
+    matrix, _ = MAKERS["Diagonal"]()
+    named = matrix.space.unflatten(positive_entries(matrix.space))
+    for wrong in (named["w"].mT, named["w"].reshape(-1), named["w"][:, :1], named["w"].repeat(1, 2), torch.ones(1)):
+        with pytest.raises(CurvlabError, match=r"damping of w is a number or a tensor of its shape \(3, 2\)"):
+            matrix.logdet(named | {"w": wrong})
+
+
 def test_a_damping_beyond_the_dtype() -> None:
     matrix = MAKERS["Diagonal"]()[0].to(dtype=torch.float32)
     assert matrix.logdet(positive_entries(made.SPACE)).dtype == torch.float32

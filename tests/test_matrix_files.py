@@ -85,6 +85,18 @@ def test_changed_entries_are_refused(name: str, tmp_path: Path) -> None:
         load(file)
 
 
+def test_the_same_bytes_in_another_dtype(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    half = SMALL.to(dtype=torch.float16)
+    half.save(file)
+    assert same(load(file), half)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    save_file({"entries": half.entries.view(torch.bfloat16)}, file, metadata=header)
+    with pytest.raises(CurvlabError, match="checksum differs"):
+        load(file)
+
+
 def description(**changes: Any) -> dict[str, Any]:
     """Of a file of format 1, which has no checksum."""
     return {"format": 1, "kind": "diag", "names": ["w"], "shapes": [[2]], "info": dict(vars(INFO))} | changes
@@ -133,7 +145,7 @@ def test_files_of_format_1_are_read(tmp_path: Path) -> None:
         {"names": "w"},
         {"names": [1]},
         {"names": [None]},
-        {"names": ["w", "w"], "shapes": [[2], [2]]},
+        {"names": ["w", "w"], "shapes": [[1], [1]]},
         {"names": []},
         {"shapes": [2]},
         {"shapes": [[2.0]]},

@@ -15,7 +15,7 @@ from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
-from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_rules
+from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, verify_rules
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
@@ -235,7 +235,12 @@ def _obstacle(
         return _failure(error, problem)
     if obstacle is not None or not backend.library:
         return obstacle
-    return _disagreement(backend, problem, quantity, structure, space)
+    if structure.name == "implicit":
+        return _disagreement(backend, problem, quantity, structure, space)
+    verified = verify_rules(problem, space)
+    if verified.apart:
+        return f"an output of {', '.join(verified.apart)} is changed in place, which its hooks do not bear"
+    return _disagreement(backend, problem, quantity, structure, space) or _change_of_use(problem, verified)
 
 
 def _disagreement(
@@ -265,16 +270,15 @@ def _disagreement(
         return _failure(error, problem)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
-        return None if structure.name == "implicit" else _change_of_use(problem, space)
+        return None
     return (
         f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not "
         "that of automatic differentiation"
     )
 
 
-def _change_of_use(problem: Problem, space: ParameterSpace) -> str | None:
+def _change_of_use(problem: Problem, verified: Verified) -> str | None:
     """Return how a later batch uses a parameter otherwise than the few samples on which a library was compared."""
-    verified = verify_rules(problem, space)
     try:
         for inputs, _ in problem.batches():
             verified.run(problem, inputs)

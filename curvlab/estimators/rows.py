@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.capture import Call, backward, forward, graph_of, leaves_of, working, working_dtype
 from curvlab.estimators.layers import layer_in
-from curvlab.estimators.rules import agree, random_like
+from curvlab.estimators.rules import agree, quiet, random_like
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import verify_factors
 from curvlab.problem import Problem
@@ -112,8 +112,8 @@ def row_batches(
     rng = label_stream(quantity)
     rows_of = _Rows(problem, parameters)
     for inputs, targets in problem.batches():
-        with torch.no_grad():
-            outputs = problem.forward({}, inputs)
+        with torch.enable_grad():  # which a derivative inside the forward needs
+            outputs = problem.forward({}, inputs).detach()
         seeds = output_rows(problem.loss, quantity, outputs, targets, rng)
         size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
         fitting = max(1, int(max_bytes / size))  # rows
@@ -172,7 +172,7 @@ def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Te
         (rows,) = vmap(pull)(seed)
         return torch.cat([rows[name].reshape(len(seed), p.numel()) for name, p in parameters.items()], dim=1)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+    with sdpa_kernel(SDPBackend.MATH), quiet():  # the fused attention kernels have no batching rule
         rows: Tensor = vmap(of_sample)(inputs, seeds)
     return rows.flatten(0, 1).contiguous()  # those of a parameter that is not used are one zero, spread out
 

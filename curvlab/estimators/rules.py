@@ -4,8 +4,10 @@ A rule is made for one call of a module and given the gradients of its output, a
 where ``curvlab.estimators.verification`` has found it right.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -176,7 +178,8 @@ class _Alone(Rule):
         gradient = gradient.to(self.dtype)
         step = max(1, int(_BYTES / sum(p.numel() * p.element_size() for p in self.parameters.values())))
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
-            rows = vmap(of_sample)(x, g)
+            with quiet():
+                rows = vmap(of_sample)(x, g)
             if len(x) not in self.right:
                 self._check(x, g, rows)
             yield {self.names[key]: working(row.reshape(len(x), -1)) for key, row in rows.items()}
@@ -230,6 +233,14 @@ def rule(layer: Layer, inputs: Tensor) -> Rule:
         return _Alone(layer, inputs)
     flat = isinstance(layer.module, nn.Linear) and inputs.ndim == 2
     return _Flat(layer, inputs) if flat else _Positional(layer, inputs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what torch warns of when it vectorises: an operation without a rule for that is done in a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -439,7 +439,7 @@ class CurvatureMatrix(ABC):
 
 def checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 (hex) of all that a file says and holds, on the CPU."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(description).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

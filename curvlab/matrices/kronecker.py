@@ -46,7 +46,7 @@ class Layered(CurvatureMatrix):
         number = damping.over([n for n in (layer.weight, layer.bias) if n is not None])
         if number.ndim:
             raise CurvlabError(
-                f"a {self.kind} matrix takes one damping a layer, the same for its weight and bias, and that of "
+                f"{self.kind} takes one damping a layer, the same for its weight and bias, and that of "
                 f"{name or 'the model'} is not one number (one tensor, if it requires a gradient): give one, or take "
                 "another structure (dense, block_diag, diag), or Dense(F.to_dense(), F.space, F.info)"
             )

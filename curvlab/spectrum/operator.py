@@ -16,7 +16,6 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.spectrum.arguments import whole
 
-
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
