@@ -43,13 +43,21 @@ class Loss(ABC):
     def num_factors(self, num_outputs: int) -> int:
         """Return ``R``, how many output factors a sample has."""
 
+    def output_factors(self, outputs: Tensor) -> Tensor:
+        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample."""
+        return self.some_factors(self.factor_scales(outputs), range(self.num_factors(outputs.shape[1])))
+
     @abstractmethod
-    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
-        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample.
+    def factor_scales(self, outputs: Tensor) -> Tensor:
+        """Return what ``some_factors`` makes factors of, ``(N, C)``."""
+
+    @abstractmethod
+    def some_factors(self, scales: Tensor, part: range) -> Tensor:
+        """Return consecutive ones of the output factors, ``(N, rows, C)``, which are all that is formed.
 
         Args:
-            outputs: ``(N, C)``.
-            part: Consecutive factors, which are then all that is formed; None for all.
+            scales: Of ``factor_scales``.
+            part: Which, of ``0 .. R-1``.
         """
 
     @abstractmethod
@@ -109,22 +117,23 @@ class CrossEntropy(Loss):
         """Return ``C - 1``, or one, of zeros, where there is one class."""
         return max(num_outputs - 1, 1)
 
-    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
-        """Return ``C - 1`` factors: the matrix ``diag(p) - p p'`` has no more rank.
+    def factor_scales(self, outputs: Tensor) -> Tensor:
+        """Return ``sqrt(p)``, through the logarithm: representable also where a probability underflows itself."""
+        return _precise(outputs).log_softmax(dim=1).mul(0.5).exp()
+
+    def some_factors(self, scales: Tensor, part: range) -> Tensor:
+        """Return some of ``C - 1`` factors: the matrix ``diag(p) - p p'`` has no more rank.
 
         With ``u = sqrt(p)`` it is ``D (I - u u') D``, ``D = diag(u)``, and the columns but one of a Householder
         reflection are a root of ``I - u u'``. Reflected onto the most probable class, no difference cancels, also where
         its probability rounds to one.
         """
-        outputs = _precise(outputs)
-        n, c = outputs.shape
-        part = range(self.num_factors(c)) if part is None else part
+        u = scales
+        n, c = u.shape
         if c == 1:
-            return outputs.new_zeros(n, len(part), 1)
-        # Through the logarithm: the root of a probability is representable also where it underflows itself.
-        u = outputs.log_softmax(dim=1).mul(0.5).exp()
+            return u.new_zeros(n, len(part), 1)
         top = u.argmax(dim=1, keepdim=True)
-        others = torch.arange(part.start, part.stop, device=outputs.device).expand(n, len(part))
+        others = torch.arange(part.start, part.stop, device=u.device).expand(n, len(part))
         others = others + (others >= top)
         of_top, of_others = u.gather(1, top), u.gather(1, others)
         factors = -(u.square() / (1 + of_top)).unsqueeze(1) * of_others.unsqueeze(2)
@@ -173,9 +182,13 @@ class SquaredError(Loss):
         """Return ``C``."""
         return num_outputs
 
-    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
-        """Return the unit vectors: the output Fisher of a unit Gaussian is the identity."""
-        return _diagonal_factors(torch.ones_like(_precise(outputs[:1])), part).expand(len(outputs), -1, -1)
+    def factor_scales(self, outputs: Tensor) -> Tensor:
+        """Return ones: the output Fisher of a unit Gaussian is the identity."""
+        return torch.ones_like(_precise(outputs[:1])).expand(outputs.shape)
+
+    def some_factors(self, scales: Tensor, part: range) -> Tensor:
+        """Return unit vectors."""
+        return _diagonal_factors(scales[:1], part).expand(len(scales), -1, -1)
 
     def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:  # noqa: ARG002
         """Return the vectors."""
@@ -219,9 +232,13 @@ class BinaryCrossEntropy(Loss):
         """Return ``C``."""
         return num_outputs
 
-    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
+    def factor_scales(self, outputs: Tensor) -> Tensor:
+        """Return ``sqrt(p (1 - p))``."""
+        return self._variances(outputs).sqrt()
+
+    def some_factors(self, scales: Tensor, part: range) -> Tensor:
         """Return ``s_c = sqrt(p_c (1 - p_c)) e_c``."""
-        return _diagonal_factors(self._variances(outputs).sqrt(), part)
+        return _diagonal_factors(scales, part)
 
     def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
         """Return ``p (1 - p) u``."""
@@ -242,10 +259,9 @@ def _precise(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _diagonal_factors(scales: Tensor, part: range | None) -> Tensor:
-    """Return some of the unit vectors times scales ``(N, C)``, ``(N, R, C)``."""
+def _diagonal_factors(scales: Tensor, part: range) -> Tensor:
+    """Return some of the unit vectors times scales ``(N, C)``, ``(N, rows, C)``."""
     n, c = scales.shape
-    part = range(c) if part is None else part
     factors = scales.new_zeros(n, len(part), c)
     factors.diagonal(offset=part.start, dim1=1, dim2=2).copy_(scales[:, part.start : part.stop])
     return factors

@@ -200,6 +200,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "checkpoint": lambda: Checkpointed(reentrant=False),
     "view_as_complex": Complex,
     "sparse embedding": lambda: Embedded(functional=False),
+    "functional sparse embedding": lambda: Embedded(functional=True),
     "a weight used again": UsedTwice,
     "autocast within": Casting,
 }
@@ -267,9 +268,12 @@ class Reversible(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a parameter in a closure": (parameter_in_a_closure, "Sequential uses 0.extra itself, by a closure or a list"),
-    "parameters in a list": (InAList, "InAList uses w1 itself"),
-    "a weight computed once": (Remembers, r"Remembers uses net\.0\.weight itself"),
+    "a parameter in a closure": (
+        parameter_in_a_closure,
+        r"Sequential uses its parameter 0\.extra by a tensor or a function",
+    ),
+    "parameters in a list": (InAList, "InAList uses its parameter w0 by a tensor"),
+    "a weight computed once": (Remembers, r"Remembers uses its parameter net\.0\.weight by a tensor"),
     "its own backward passes": (Reversible, "backward pass of Reversible adds to its parameters' grad by itself"),
     "re-entrant checkpoint": (
         lambda: Checkpointed(reentrant=True),

@@ -23,7 +23,7 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
-from curvlab.estimators.snapshots import check_reached
+from curvlab.estimators.snapshots import check_backward
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import progress as progress_bar
@@ -134,7 +134,7 @@ def records(
         for name, members in groups:
             _check_hessian(problem, name, members)
     problem.check()
-    check_reached(to_first_order(problem), space)
+    check_backward(to_first_order(problem), space)
 
     def rows() -> Iterator[Record]:
         blocks = _Blocks(problem, quantity, tile_memory)
@@ -184,7 +184,7 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
     quantity = parse_quantity(quantity)
     space = problem.space
     problem.check()
-    check_reached(to_first_order(problem), space)
+    check_backward(to_first_order(problem), space)
     chosen = {
         name: torch.linspace(0, size - 1, min(size, per_tensor), device=problem.device).long()
         for name, size in zip(space.names, space.sizes, strict=True)

@@ -45,7 +45,7 @@ def product(
 
     The matrix stays what it is while the model trains on (see ``curvlab.estimators.snapshots``). Monte Carlo labels are
     the same at every product. What torch's derivatives give is tried on a few samples before it is believed. Vectors
-    are in at least float32, and what is added up too; the model computes in its own dtype.
+    are in at least float32, and so is what is added up.
 
     Raises:
         UnsupportedError: A derivative of the model is missing in torch, or wrong.

@@ -30,8 +30,9 @@ class Seeds:
 
     Args:
         make: From tensors and a range of seeds to those, ``(N, rows, C)``.
-        tensors: What they are made of, a row a sample; the outputs first.
+        tensors: What they are made of, a row a sample; the first is ``(N, C)``.
         count: ``R``.
+        dtype: Of the outputs.
 
     Examples:
         >>> from curvlab.losses import get_loss
@@ -44,6 +45,7 @@ class Seeds:
     make: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
     count: int
+    dtype: torch.dtype
 
     def __len__(self) -> int:
         """Return how many seeds a sample has."""
@@ -58,7 +60,7 @@ class Seeds:
         """Return consecutive seeds, ``(N, rows, C)``."""
         if part.step not in (None, 1):
             raise ValueError(f"seeds are taken in a row, not with a step of {part.step}")
-        return self.make(*self.tensors, range(self.count)[part]).to(self.tensors[0].dtype)
+        return self.make(*self.tensors, range(self.count)[part]).to(self.dtype)
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield all seeds in order, ``(N, rows, C)``, as many at once as fit in a few megabytes."""
@@ -68,11 +70,12 @@ class Seeds:
     @property
     def fitting(self) -> int:
         """How many are made at once."""
-        return max(1, int(_BYTES / max(1, self.tensors[0].nbytes)))
+        first = self.tensors[0]
+        return max(1, int(_BYTES / max(1, first.numel() * first.element_size())))
 
     def of(self, samples: slice) -> "Seeds":
         """Return those of some samples."""
-        return Seeds(self.make, tuple(tensor[samples] for tensor in self.tensors), self.count)
+        return Seeds(self.make, tuple(tensor[samples] for tensor in self.tensors), self.count, self.dtype)
 
 
 def output_rows(loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator) -> Seeds:
@@ -92,7 +95,12 @@ def output_rows(loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor
         UnsupportedError: The quantity has no rows (the Hessian is not a Gram matrix).
     """
     if isinstance(quantity, (EmpiricalFisher, MaSQ)):
-        return Seeds(lambda f, y, part: loss.gradients(f, y).unsqueeze(1)[:, _slice(part)], (outputs, targets), 1)
+        return Seeds(
+            lambda f, y, part: loss.gradients(f, y).unsqueeze(1)[:, _slice(part)],
+            (outputs, targets),
+            1,
+            outputs.dtype,
+        )
     if isinstance(quantity, Fisher) and quantity.samples is not None:
         scale = sqrt(quantity.samples)
         drawn = loss.draw(outputs, quantity.samples, rng)
@@ -100,9 +108,11 @@ def output_rows(loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor
             lambda f, labels, part: loss.drawn_gradients(f, labels[:, _slice(part)]) / scale,
             (outputs, drawn),
             quantity.samples,
+            outputs.dtype,
         )
     if isinstance(quantity, (Fisher, GGN)):
-        return Seeds(loss.output_factors, (outputs,), loss.num_factors(outputs.shape[1]))
+        scales = loss.factor_scales(outputs)
+        return Seeds(loss.some_factors, (scales,), loss.num_factors(outputs.shape[1]), outputs.dtype)
     raise UnsupportedError(f"{quantity.name} is not a sum of outer products of gradients")
 
 

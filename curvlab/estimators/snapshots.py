@@ -7,7 +7,7 @@ values of all parameters and buffers, as the model does. Else the model itself i
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators.capture import gradients, graph_of
+from curvlab.estimators.capture import gradients, working_dtype
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -28,17 +28,26 @@ Values = Mapping[str, Tensor]
 def snapshot(problem: Problem, space: ParameterSpace) -> Problem:
     """Return the problem at its parameters and buffers of now, whatever is done to its model after.
 
+    A model in half precision is one in float32 there, of the same weights: in its own, products are hardly linear.
+
     Raises:
-        UnsupportedError: The model uses parameters in a way that automatic differentiation cannot follow.
+        UnsupportedError: A backward pass of the model loses gradients.
     """
-    check_reached(problem, space)
-    return copied(problem, space) or HeldProblem(problem)
+    check_backward(problem, space)
+    alone = copied(problem, space)
+    dtype = working_dtype(problem.dtype)
+    if dtype != problem.dtype:
+        with suppress(Exception):  # a model may ask for its own
+            wide = HeldProblem(problem, dtype) if alone is None else _converted(alone, dtype)
+            response(wide, space, {})
+            return wide
+    return HeldProblem(problem) if alone is None else alone
 
 
 def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
     """Return the problem with a copy of its model, which nothing that is done to either then shares; None if none can.
 
-    Batch norms in eval mode are replaced by plain products, and embeddings give dense gradients.
+    Batch norms in eval mode are replaced by plain products.
     """
     try:
         alone = problem.with_model(stateless.copied(problem.model))
@@ -49,14 +58,18 @@ def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
             # Not a subclass: it may do more than that.
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
                 module.__class__ = _AffineBatchNorm
-            elif type(module) in (nn.Embedding, nn.EmbeddingBag):
-                module.sparse = False
         elsewhere = _elsewhere(problem.model)
         right = response(problem, space, elsewhere)
-        same = _same(response(alone, space, elsewhere, foreign=(problem.model,)), right)
+        same = _same(response(alone, space, elsewhere, problem.model), right)
     except Exception:  # whatever a module does when it is copied, or its copy when it is called
         return None
     return alone if same else None
+
+
+def _converted(problem: Problem, dtype: torch.dtype) -> Problem:
+    other = problem.with_model(stateless.copied(problem.model).to(dtype))
+    other.space, other.dtype = problem.space, dtype
+    return other
 
 
 class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -76,12 +89,22 @@ class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class HeldProblem(Problem):
-    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile."""
+    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: With the model.
+        dtype: To compute in; None for the model's.
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype | None = None) -> None:
         vars(self).update(vars(problem))  # with what it knows of the data
-        self._parameters = _cloned(problem.model.named_parameters())
-        self._buffers = _cloned(problem.model.named_buffers())
+        self.dtype = problem.dtype if dtype is None else dtype
+        held = _cloned(chain(problem.model.named_parameters(), problem.model.named_buffers()))
+        held = {
+            name: tensor.to(self.dtype) if tensor.dtype == problem.dtype else tensor for name, tensor in held.items()
+        }
+        self._parameters = {name: held.pop(name) for name, _ in problem.model.named_parameters()}
+        self._buffers = held
         self._modes = {name: module.training for name, module in problem.model.named_modules()}
 
     def parameters(self) -> dict[str, Tensor]:
@@ -129,11 +152,10 @@ class Watch:
             )
 
 
-def check_reached(problem: Problem, space: ParameterSpace) -> None:
-    """Refuse models that use a parameter in another way than as the attribute of its module.
+def check_backward(problem: Problem, space: ParameterSpace) -> None:
+    """Refuse models whose backward passes add to the parameters' ``grad`` by themselves.
 
-    A closure or a list can hold the parameter itself: it stays what it is when other values are given for it, and its
-    gradient is lost. So is that of a backward pass that adds to ``grad`` by itself.
+    That is what a re-entrant checkpoint or a reversible block does; ``torch.autograd.grad`` does not see it.
 
     Raises:
         UnsupportedError: The model does, or torch cannot differentiate it.
@@ -144,7 +166,7 @@ def check_reached(problem: Problem, space: ParameterSpace) -> None:
 
 
 def response(
-    problem: Problem, space: ParameterSpace, values: Values, foreign: Iterable[nn.Module] = ()
+    problem: Problem, space: ParameterSpace, values: Values, original: nn.Module | None = None
 ) -> list[Tensor]:
     """Return the outputs on a few samples and their gradients along a random vector.
 
@@ -152,25 +174,21 @@ def response(
         problem: Model, loss and data.
         space: Of the parameters whose gradients are wanted.
         values: Of parameters and buffers by name; those of the model where there is none.
-        foreign: Models of whose parameters the outputs must not depend.
+        original: Of which the model is a copy.
 
     Raises:
-        UnsupportedError: A gradient of the parameters is lost.
+        UnsupportedError: A gradient of the parameters is lost, or is one of the original's.
     """
     found: list[Tensor] = []
-    own = {id(p): name for name, p in problem.model.named_parameters() if name in space.names}
-    own |= {id(p): name for model in foreign for name, p in model.named_parameters()}
+    others = () if original is None else original.parameters()
+    foreign = {id(parameter) for parameter in others}
     with preserved_random_state(), torch.enable_grad(), _without_gradients(problem.model):
         for inputs, _ in problem.probe():
             given = _cloned((problem.parameters() | dict(values)).items())
             leaves = {name: given[name].requires_grad_() for name in space.names}
             outputs = problem.forward(given, inputs)
-            for node in graph_of(outputs, leaves).nodes:
-                if (name := own.get(id(getattr(node, "variable", None)))) is not None:
-                    raise UnsupportedError(
-                        f"{type(problem.model).__name__} uses {name} itself, by a closure or a list that holds it, so "
-                        "that its gradient is not seen: have the forward take it from its module"
-                    )
+            if foreign & stateless.leaves(outputs).keys():
+                raise UnsupportedError(f"the copy of {type(problem.model).__name__} uses parameters of the original")
             along = random_like(outputs, tuple(outputs.shape))
             found += [outputs.detach(), *gradients(outputs, (), list(leaves.values()), along, keep=False)[1]]
     return found

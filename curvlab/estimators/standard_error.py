@@ -10,7 +10,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.snapshots import check_reached
+from curvlab.estimators.snapshots import check_backward
 from curvlab.parameters import ParameterSpace, Vectors
 from curvlab.problem import Problem
 from curvlab.quantities import Fisher, Quantity, parse_quantity
@@ -70,7 +70,7 @@ def standard_error(
     draws = max(quantity.samples, 2)
     problem.check()
     problem = to_first_order(problem)
-    check_reached(problem, space)
+    check_backward(problem, space)
     sums: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad():
         for rows in _whole_samples(row_batches(problem, Fisher(draws, quantity.seed), space.names), draws):
