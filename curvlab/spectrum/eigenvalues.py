@@ -174,7 +174,8 @@ class _Search:
             # What rounding leaves in a product bounds what its residual can show.
             outside = basis.beta * np.abs(vectors[-1, :k])
             residuals = np.hypot(outside, basis.noise)
-            times = self.hidden(basis.origin @ vectors[:, :k], part) if self.stop == "residual" else 1.0
+            trusted = self.stop == "gap" and part < 1  # a start that is given
+            times = 1.0 if trusted else self.hidden(basis.origin @ vectors[:, :k], part)
             shown = np.hypot(outside * times, basis.noise)
             if basis.size >= k and (basis.complete or products.exhausted or products.size > _CAPACITY):
                 before, gaps = gaps, _gaps(values, k)

@@ -1,9 +1,9 @@
 """What this package knows of a matrix: its products with vectors, counted, checked and of a length that can be squared.
 
-A spectrum may be anywhere from 1e-300 to 1e300, and what is made of it holds squares. ``Products`` are therefore those of
-``2^-exponent A``: the exponent is zero unless the first product shows that lengths are beyond a quarter of the dtype's
-exponents. As powers of two are exact, half of them goes into the vector and half into the product, so that neither under-
-nor overflows. What is found is put back into the matrix's own unit by ``Products.restored``.
+A spectrum may be anywhere from 1e-300 to 1e300, and what is made of it holds squares. ``Products`` are therefore those
+of ``2^-exponent A``: the exponent is zero unless the first product shows that lengths are beyond a quarter of the
+dtype's exponents. As powers of two are exact, half of them goes into the vector and half into the product, so that
+neither under- nor overflows. What is found is put back into the matrix's own unit by ``Products.restored``.
 """
 
 from math import frexp
@@ -181,7 +181,7 @@ def product_of(operator: Operator, vector: Tensor) -> Tensor:
     """
     product = operator.matvec(vector)
     if not isinstance(product, Tensor):
-        raise CurvlabError(f"the operator's matvec gives {_article(type(product).__name__)}, where a tensor is needed")
+        raise CurvlabError(f"the operator's matvec gives a {type(product).__name__}, where a tensor is needed")
     if not product.is_floating_point() or product.layout != torch.strided:
         raise CurvlabError(
             f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense tensor "
@@ -208,8 +208,8 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
     missing = [name for name in ("shape", "dtype", "device", "matvec") if not hasattr(operator, name)]
     if missing:
         raise CurvlabError(
-            f"{_article(type(operator).__name__)} is not an operator, as it has no {missing[0]}: an operator has shape, "
-            "dtype, device and matvec, as every matrix of curvlab.estimate has"
+            f"a {type(operator).__name__} is not an operator, as it has no {missing[0]}: an operator has shape, dtype, "
+            "device and matvec, as every matrix of curvlab.estimate has"
         )
     shape, dtype = operator.shape, operator.dtype
     square = isinstance(shape, (tuple, list)) and len(shape) == 2 and shape[0] == shape[1]
@@ -230,7 +230,3 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
 
 def _name(of: object) -> str:
     return str(of).removeprefix("torch.")
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
