@@ -1,4 +1,4 @@
-"""Spectra at the limits: of any magnitude, of operators and arguments that are not right, of searches that miss something.
+"""Spectra at the limits: of any magnitude, of operators and bad arguments, and of searches that miss something.
 
 Every function of ``curvlab.spectrum`` is right there, or says in one sentence why it cannot be.
 """
@@ -92,8 +92,8 @@ _NO_OPERATORS: dict[str, tuple[object, str]] = {
     "gives booleans": (By(lambda v: v > 0), "matvec gives bool"),
     "gives complex": (By(lambda v: v * 1j), "matvec gives complex128"),
     "gives an array": (By(lambda v: v.numpy()), "matvec gives a ndarray, where a tensor is needed"),
-    "gives nothing": (By(lambda v: None), "matvec gives a NoneType"),  # noqa: ARG005
-    "gives a number": (By(lambda v: 1.0), "matvec gives a float"),  # noqa: ARG005
+    "gives nothing": (By(lambda v: None), "matvec gives a NoneType"),
+    "gives a number": (By(lambda v: 1.0), "matvec gives a float"),
     "gives sparse": (By(lambda v: v.to_sparse()), "layout sparse_coo"),
     "gives columns": (By(lambda v: v.unsqueeze(1)), r"gives shape \(60, 1\) for \(60,\)"),
     "gives a scalar": (By(lambda v: v.sum()), r"gives shape \(\) for \(60,\)"),
@@ -183,8 +183,8 @@ def test_half_precision(scale: float) -> None:
 # Magnitudes -----------------------------------------------------------------------------------------------------------
 
 VALUES = np.r_[0.001, np.linspace(0.1, 0.5, P - 4), 0.8, 1.0, 1.0]
-SCALES = [(torch.float64, 10.0**p) for p in (-300, -200, -155, -80, 80, 155, 200, 300)]
-SCALES += [(torch.float32, 10.0**p) for p in (-37, -30, -15, 15, 30, 37)]
+SCALES = [(torch.float64, 10.0**p) for p in (-300, -155, -80, 160, 300)]
+SCALES += [(torch.float32, 10.0**p) for p in (-37, -15, 15, 37)]
 
 
 @pytest.fixture(params=SCALES, ids=lambda scale: f"{str(scale[0])[6:]}-{scale[1]:g}")
@@ -219,7 +219,7 @@ def test_eigenvalues_of_any_magnitude(scaled: tuple[By, float, float, By]) -> No
 
 
 def test_estimates_of_any_magnitude(scaled: tuple[By, float, float, By]) -> None:
-    """They are those of the matrix at the scale 1, times the scale; so are their errors, and precisions are the same."""
+    """Those of the matrix at the scale 1, times the scale; so are their errors, and precisions are the same."""
     operator, scale, accuracy, one = scaled
     for function, methods in ((trace, ("xtrace", "hutch++", "hutchinson")), (diagonal, ("xdiag", "hutchinson"))):
         for options in ({"max_matvecs": 20}, {}):

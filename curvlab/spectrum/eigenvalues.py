@@ -79,9 +79,9 @@ def top_eigenvalues(
             ``sqrt(eps)`` of the largest magnitude.
         max_matvecs: Products that may be taken, at most; None for 1,000, or ``20 k`` if that is more.
         start: ``(P,)`` or ``(P, j)``: vectors to start from, such as those of a matrix nearby, beside a random part of
-            0.3 of their length; None for a random one alone. The nearer they are, the easier another eigenvalue hides that
-            has become more extreme: ``stop="residual"`` goes on until it would have shown itself, which takes about as
-            many products as a random start; ``stop="gap"`` does not, and saves about half of them.
+            0.3 of their length; None for a random one alone. The nearer they are, the better another eigenvalue hides
+            that has overtaken theirs. ``stop="residual"`` goes on until it would have shown itself, which takes about
+            as many products as a random start; ``stop="gap"`` does not, and saves about half of them.
         seed: Of the random vectors.
         stop: When to stop. ``residual``: the residual is at most ``tol |theta|``, which is a certificate that an
             eigenvalue is that near; its error is of the order of the residual's square. ``gap``: ``residual^2 / gap``
@@ -212,10 +212,10 @@ class _Search:
     def hidden(self, overlaps: np.ndarray, part: float) -> np.ndarray:
         """Return how many times what a residual shows an eigenvalue may be beyond, given the start's overlaps ``(k,)``.
 
-        An eigenvector that has been missed has about ``part / sqrt(P)`` of the start, and so in the residual of a Ritz
-        vector that share of its eigenvalue's distance, over the start's overlap with the Ritz vector. Where that is as
-        large as a random vector's with a single eigenvector, the distance is no more than the residual. Of a given start
-        and of a multiple eigenvalue, such as damping makes, it is far more.
+        An eigenvector that has been missed is about ``part / sqrt(P)`` of the start, and the residual of a Ritz vector
+        has that share of its eigenvalue's distance, over the start's overlap with the Ritz vector. Where the overlap is
+        that of a random vector with one eigenvector, the distance is no more than the residual. With a start that is
+        given, or a multiple eigenvalue, such as damping makes, the overlap is large, and the distance may be, too.
         """
         known = np.abs(overlaps) * self.products.size**0.5
         return np.where(known > _OVERLAP, np.maximum(known / part, 1.0), 1.0)
@@ -223,9 +223,9 @@ class _Search:
     def beaten(self, basis: Lanczos, values: np.ndarray, above: float) -> bool:
         """Return whether after that many products from a random start nothing can be as extreme as ``above``.
 
-        The probability that the largest Ritz value of ``m`` products is below the largest eigenvalue by more than a share
-        of the spectrum's length is at most ``1.648 sqrt(P) exp(-sqrt(share) (2 m - 1))`` (Kuczynski and Wozniakowski
-        1992).
+        The probability that the largest Ritz value of ``m`` products is below the largest eigenvalue by more than a
+        share of the spectrum's length is at most ``1.648 sqrt(P) exp(-sqrt(share) (2 m - 1))`` (Kuczynski and
+        Wozniakowski 1992).
         """
         lowest, highest = values.min(), values.max()
         away = {"LA": [above - highest], "SA": [above + lowest], "LM": [above - highest, above + lowest]}[self.which]

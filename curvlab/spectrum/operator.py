@@ -16,7 +16,6 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.spectrum.arguments import whole
 
-
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,8 +55,8 @@ class Products:
         largest: The longest product of a vector of length 1, set by those who take such: the scale of rounding errors.
 
     Raises:
-        CurvlabError: It is no operator, is not square or empty, or is not of floating-point numbers; later: a product is
-            not a tensor of such, has another shape or device, or is not finite.
+        CurvlabError: It is no operator, is not square or empty, or is not of floating-point numbers; later: a product
+            is not a tensor of such, has another shape or device, or is not finite.
     """
 
     def __init__(self, operator: Operator, limit: int | None = None) -> None:
@@ -87,8 +86,8 @@ class Products:
             if self.exhausted:
                 self._finite(product, 1)
                 raise CurvlabError(
-                    "the operator's products are too large or too small to compute with as they are, and the scale takes "
-                    "a further product: raise max_matvecs, or multiply the operator by a number"
+                    "the operator's products are too large or too small to compute with as they are, and the scale "
+                    "takes a further product: raise max_matvecs, or multiply the operator by a number"
                 )
             self.exponent += shift
             product = self._multiply(vector)
@@ -184,8 +183,8 @@ def product_of(operator: Operator, vector: Tensor) -> Tensor:
         raise CurvlabError(f"the operator's matvec gives a {type(product).__name__}, where a tensor is needed")
     if not product.is_floating_point() or product.layout != torch.strided:
         raise CurvlabError(
-            f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense tensor "
-            "of real floating-point numbers is needed: convert it there, such as by product.double()"
+            f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense "
+            "tensor of real floating-point numbers is needed: convert it there, such as by product.double()"
         )
     if product.shape != vector.shape:
         raise CurvlabError(f"the operator gives shape {tuple(product.shape)} for {tuple(vector.shape)}")
@@ -208,8 +207,8 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
     missing = [name for name in ("shape", "dtype", "device", "matvec") if not hasattr(operator, name)]
     if missing:
         raise CurvlabError(
-            f"a {type(operator).__name__} is not an operator, as it has no {missing[0]}: an operator has shape, dtype, "
-            "device and matvec, as every matrix of curvlab.estimate has"
+            f"a {type(operator).__name__} is not an operator, as it has no {missing[0]}: an operator has shape, "
+            "dtype, device and matvec, as every matrix of curvlab.estimate has"
         )
     shape, dtype = operator.shape, operator.dtype
     square = isinstance(shape, (tuple, list)) and len(shape) == 2 and shape[0] == shape[1]
