@@ -22,7 +22,9 @@ from curvlab.spectrum import (
     top_eigenvalues,
     trace,
 )
+from curvlab.spectrum.eigenvalues import _Search
 from curvlab.spectrum.estimate import Estimate
+from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Products
 
 P = 60
@@ -597,3 +599,35 @@ def test_arguments_of_the_recorder() -> None:
     for options, message in [*bad, ({"density_probes": 1.5}, "probes"), ({"density_steps": True}, "steps")]:
         with pytest.raises(CurvlabError, match=message):
             EigenvalueRecorder(data, **options)  # type: ignore[arg-type]
+
+
+# The parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_accuracy_of_products_is_that_of_the_coarsest() -> None:
+    products = Products(By(lambda v: v.bfloat16()))
+    assert products.eps == torch.finfo(torch.float64).eps
+    products(torch.ones(P).double())
+    assert products.eps == torch.finfo(torch.bfloat16).eps
+    assert Products(By(lambda v: v, dtype=torch.float16)).eps == torch.finfo(torch.float16).eps
+
+
+def test_how_far_a_hidden_eigenvalue_may_be() -> None:
+    """Nothing more than the residual for the overlap of a random vector, else the overlap over an eigenvector's share."""
+    search = _Search(Products(By(lambda v: v, 10_000)), "LA", 1e-3, "residual", np.random.default_rng(0))
+    overlaps = np.array([0.0, -0.03, 0.05, -1.0])
+    assert search.hidden(overlaps, 1.0) == pytest.approx([1, 1, 5, 100])
+    assert search.hidden(overlaps, 0.25) == pytest.approx([1, 1, 20, 400])
+
+
+def test_the_start_is_known_after_a_restart() -> None:
+    matrix, start = symmetric(np.linspace(0, 1, P)), torch.randn(P, dtype=torch.float64)
+    basis = Lanczos(Products(by(matrix)), 12, start, np.random.default_rng(0))
+    for _ in range(10):
+        basis.step()
+    assert basis.origin.tolist() == [1.0] + [0.0] * 9
+    values, vectors = np.linalg.eigh(basis.matrix)
+    basis.restart(vectors[:, -4:], values[-4:])
+    basis.step()
+    directions = basis.combine(np.eye(basis.size))
+    assert np.allclose(basis.origin, (directions @ (start / start.norm())).numpy(), atol=1e-12)

@@ -217,8 +217,8 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
         raise CurvlabError(f"an operator of shape {shown} has no eigenvalues: a square matrix is needed")
     if dtype not in _DTYPES:
         raise CurvlabError(
-            f"the operator's dtype is {_name(dtype)}, where vectors are of real floating-point numbers: give it a dtype "
-            "such as torch.float64, and convert in its matvec"
+            f"the operator's dtype is {_name(dtype)}, where vectors are of real floating-point numbers: give it a "
+            "dtype such as torch.float64, and convert in its matvec"
         )
     try:
         device = torch.device(operator.device)
