@@ -613,7 +613,7 @@ def test_the_accuracy_of_products_is_that_of_the_coarsest() -> None:
 
 
 def test_how_far_a_hidden_eigenvalue_may_be() -> None:
-    """Nothing more than the residual for the overlap of a random vector, else the overlap over an eigenvector's share."""
+    """The residual for the overlap of a random vector, else times the overlap over an eigenvector's share."""
     search = _Search(Products(By(lambda v: v, 10_000)), "LA", 1e-3, "residual", np.random.default_rng(0))
     overlaps = np.array([0.0, -0.03, 0.05, -1.0])
     assert search.hidden(overlaps, 1.0) == pytest.approx([1, 1, 5, 100])
