@@ -142,7 +142,7 @@ def test_a_new_top_eigenvector_is_seen() -> None:
 
 
 def test_what_hides_from_warm_starts_is_found_by_the_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RANDOM_PART", 1e-4)
+    monkeypatch.setattr("curvlab.spectrum.eigenvalues._RANDOM_PART", 1e-4)
     monkeypatch.setattr(module, "_FRESH_EVERY", 6)
     cold, warm = crossing(False, quantities=["fisher"]), crossing(True, quantities=["fisher"])
     off = [w["value"] != pytest.approx(c["value"], rel=2e-3) for w, c in zip(warm, cold, strict=True)]

@@ -251,14 +251,17 @@ class TestWarmStart:
         change = with_spectrum(RANDOM.standard_normal(301), seed=5)
         nearby = matrix + 1e-3 * change
         cold = top_eigenvalues(Matrix(nearby))
-        warm = top_eigenvalues(Matrix(nearby), start=top_eigenvalues(Matrix(matrix)).vectors)
+        start = top_eigenvalues(Matrix(matrix)).vectors
+        warm, certain = (top_eigenvalues(Matrix(nearby), start=start, stop=stop) for stop in ("gap", "residual"))  # type: ignore[arg-type]
         assert warm.matvecs <= 0.6 * cold.matvecs
+        assert certain.matvecs <= 1.1 * cold.matvecs
         assert_right(warm, nearby, "LA", 1e-3)
+        assert_right(certain, nearby, "LA", 1e-3)
 
     def test_from_several(self) -> None:
         matrix = with_spectrum(np.r_[RANDOM.random(300), 1.2, 1.4, 1.6])
         found = top_eigenvalues(Matrix(matrix), 3, tol=1e-6)
-        warm = top_eigenvalues(Matrix(matrix), 3, start=found.vectors)
+        warm = top_eigenvalues(Matrix(matrix), 3, start=found.vectors, stop="gap")
         assert warm.matvecs < top_eigenvalues(Matrix(matrix), 3).matvecs
         assert_right(warm, matrix, "LA", 1e-3)
 

@@ -159,8 +159,8 @@ def spectral_density(
     rules = []
     with _bar("spectral density", probes * steps, progress) as advance:
         for lanczos in quadratures(products, probes, steps, generator, advance):
-            nodes, weights = gauss(lanczos.matrix)
-            rules.append((products.restored(nodes), weights, exhausted(lanczos, products)))
+            found, shares = gauss(lanczos.matrix)
+            rules.append((products.restored(found), shares, exhausted(lanczos, products)))
     longest = max(len(nodes) for nodes, _, _ in rules)
     padded_nodes = [np.pad(nodes, (0, longest - len(nodes)), mode="edge") for nodes, _, _ in rules]
     padded_weights = [np.pad(weights, (0, longest - len(weights))) for _, weights, _ in rules]

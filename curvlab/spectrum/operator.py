@@ -1,9 +1,9 @@
 """What this package knows of a matrix: its products with vectors, counted, checked and of a length that can be squared.
 
-A spectrum may be anywhere from 1e-300 to 1e300, and what is made of it holds squares. ``Products`` are therefore those of
-``2^-exponent A``: the exponent is zero unless the first product shows that lengths are beyond a quarter of the dtype's
-exponents. As powers of two are exact, half of them goes into the vector and half into the product, so that neither under-
-nor overflows. What is found is put back into the matrix's own unit by ``Products.restored``.
+A spectrum may be anywhere from 1e-300 to 1e300, and what is made of it holds squares. ``Products`` are therefore those
+of ``2^-exponent A``: the exponent is zero unless the first product shows that lengths are beyond a quarter of the
+dtype's exponents. As powers of two are exact, half of them goes into the vector and half into the product, so that
+neither under- nor overflows. What is found is put back into the matrix's own unit by ``Products.restored``.
 """
 
 from math import frexp
@@ -55,8 +55,8 @@ class Products:
         largest: The longest product of a vector of length 1, set by those who take such: the scale of rounding errors.
 
     Raises:
-        CurvlabError: It is no operator, is not square or empty, or is not of floating-point numbers; later: a product is
-            not a tensor of such, has another shape or device, or is not finite.
+        CurvlabError: It is no operator, is not square or empty, or is not of floating-point numbers; later: a product
+            is not a tensor of such, has another shape or device, or is not finite.
     """
 
     def __init__(self, operator: Operator, limit: int | None = None) -> None:
@@ -86,8 +86,8 @@ class Products:
             if self.exhausted:
                 self._finite(product, 1)
                 raise CurvlabError(
-                    "the operator's products are too large or too small to compute with as they are, and the scale takes "
-                    "a further product: raise max_matvecs, or multiply the operator by a number"
+                    "the operator's products are too large or too small to compute with as they are, and the scale "
+                    "takes a further product: raise max_matvecs, or multiply the operator by a number"
                 )
             self.exponent += shift
             product = self._multiply(vector)
@@ -180,11 +180,11 @@ def product_of(operator: Operator, vector: Tensor) -> Tensor:
     """
     product = operator.matvec(vector)
     if not isinstance(product, Tensor):
-        raise CurvlabError(f"the operator's matvec gives {_article(type(product).__name__)}, where a tensor is needed")
+        raise CurvlabError(f"the operator's matvec gives a {type(product).__name__}, where a tensor is needed")
     if not product.is_floating_point() or product.layout != torch.strided:
         raise CurvlabError(
-            f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense tensor "
-            "of real floating-point numbers is needed: convert it there, such as by product.double()"
+            f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense "
+            "tensor of real floating-point numbers is needed: convert it there, such as by product.double()"
         )
     if product.shape != vector.shape:
         raise CurvlabError(f"the operator gives shape {tuple(product.shape)} for {tuple(vector.shape)}")
@@ -207,7 +207,7 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
     missing = [name for name in ("shape", "dtype", "device", "matvec") if not hasattr(operator, name)]
     if missing:
         raise CurvlabError(
-            f"{_article(type(operator).__name__)} is not an operator, as it has no {missing[0]}: an operator has shape, "
+            f"a {type(operator).__name__} is not an operator, as it has no {missing[0]}: an operator has shape, "
             "dtype, device and matvec, as every matrix of curvlab.estimate has"
         )
     shape, dtype = operator.shape, operator.dtype
@@ -217,8 +217,8 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
         raise CurvlabError(f"an operator of shape {shown} has no eigenvalues: a square matrix is needed")
     if dtype not in _DTYPES:
         raise CurvlabError(
-            f"the operator's dtype is {_name(dtype)}, where vectors are of real floating-point numbers: give it a dtype "
-            "such as torch.float64, and convert in its matvec"
+            f"the operator's dtype is {_name(dtype)}, where vectors are of real floating-point numbers: give it a "
+            "dtype such as torch.float64, and convert in its matvec"
         )
     try:
         device = torch.device(operator.device)
@@ -229,7 +229,3 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
 
 def _name(of: object) -> str:
     return str(of).removeprefix("torch.")
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
