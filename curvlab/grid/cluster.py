@@ -59,7 +59,7 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
         futures = client.map(
             _gate(sweep), [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH
         )
-        done = as_completed(futures, with_results=True, raise_errors=False)
+        done = as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
         del futures  # what is stored is kept by no worker
         for future, outcome in done:
             if future.status == "finished":
