@@ -8,13 +8,13 @@ import math
 import shlex
 import sqlite3
 import sys
-from datetime import date
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from test_grid import NAME as GRID
+from cells_under_test import NAME as GRID
+from test_grid import light_server
 
 from curvlab.analyze import ANALYSES, subject
 from curvlab.analyze.command import Analysis, Config, RunOptions, execute
@@ -23,7 +23,9 @@ from curvlab.grid import reading, report
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("one_server")
+__all__ = ["light_server"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_server", "light_server")
 
 # An analysis ---------------------------------------------------------------------------------------------------------
 
@@ -141,8 +143,17 @@ def test_numbers_with_an_exponent_are_numbers():
 
 
 def test_the_same_value_is_the_same_cell_however_it_is_written():
-    Path("s.yaml").write_text("analysis: small\ngrid: {lr: [0.1, 1e-1, '0.1']}\nseeds: [0]")
-    assert len({cell.key for cell in config.read(Path("s.yaml"))}) == 1
+    keys = set()
+    for value in ("0.1", "1e-1", "'0.1'", "+0.10"):
+        Path("s.yaml").write_text(f"analysis: small\ngrid: {{lr: [{value}]}}\nseeds: [0]")
+        keys |= {cell.key for cell in config.read(Path("s.yaml"))}
+    assert len(keys) == 1
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    Path("s.yaml").write_text("function: m:f\ngrid: {a: [017, 1:30, no, 1_000, 0b1, 1e-3, 2020-01-01]}")
+    cells = config.read(Path("s.yaml"))
+    assert [cell.config["a"] for cell in cells] == [17, "1:30", "no", "1_000", "0b1", 0.001, "2020-01-01"]
 
 
 CIRCLE = []
@@ -162,6 +173,23 @@ CIRCLE.append(CIRCLE)
         ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; the nearest is 'grid'"),
         ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid.a should be a valid list"),
         ({"function": "m:f", "grid": {"a": []}}, "s.yaml: the grid needs a list of values for 'a'"),
+        (
+            {"function": "m:f", "grid": {"a": [1, 1]}},
+            "s.yaml: the grid's list for 'a' has 1 twice; a value is run",
+        ),
+        (
+            {"function": "m:f", "grid": {"a": [1, True]}},
+            "s.yaml: the grid's list for 'a' has 1 and True, which are",
+        ),
+        ({"function": "m:f", "points": [{"a": 1}, {"a": 1}]}, "s.yaml: the list of points has {'a': 1} twice"),
+        (
+            {"function": "m:f", "base": {"a": 1}, "points": [{}, {"a": 1}]},
+            "s.yaml: the combinations 1 and 2 are the same, {'a': 1}; leave one of them out",
+        ),
+        ({"analysis": "small", "grid": {"lr": [0.1, "0.1"]}, "seeds": [0]}, "the combinations 1 and 2 are the same"),
+        ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"uniform": [-1.7e308, 1.7e308]}}}}, "whose diff"),
+        ({"function": "m:f", "base": {"a": 10**400}}, "s.yaml is not YAML: '1000"),
+        ({"function": "m:f", "base": {"a": {1: 2}}}, "s.yaml is not YAML: the key 1 is not a string"),
         ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"normal": [0, 1]}}}}, "s.yaml: random: a needs"),
         (
             {"function": "m:f", "random": {"count": 1, "ranges": {"a": {"uniform": 3}}}},
@@ -184,8 +212,7 @@ CIRCLE.append(CIRCLE)
         ({"analysis": "small", "version": 2}, "s.yaml: version is for function, and does nothing beside analysis"),
         ({"function": "m:f", "preset": "cpu"}, "s.yaml: preset is for analysis, and does nothing beside function"),
         ({"function": "m:f", "base": {"a": math.nan}}, "s.yaml: base: 'a': a configuration is made of JSON values"),
-        ({"function": "m:f", "grid": {"a": [date(2020, 1, 1)]}}, "s.yaml: grid: 'a': a configuration is made of JSON"),
-        ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml: points: 'a': a configuration is made of JSON"),
+        ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml is not YAML: the anchor 'id001' is within itself"),
         ({"function": f"{GRID}:plane"}, f"function {GRID}:plane: AttributeError: "),
         ({"function": "no_such:f"}, "function no_such:f: there is no module 'no_such'"),
     ],

@@ -53,19 +53,11 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
     sweep = f"curvlab-sweep-{secrets.token_hex(4)}"  # this one: there may be another one on the cluster
     try:
         _prepared(client, address, sweep, tasks, data)
-        client.subscribe_topic(sweep, _Refusals())
-        given = {(sweep, task["key"]): task for task in tasks}
-        # All at once: workers may join later. As text: Dask looks into other arguments for results of its own.
-        futures = client.map(
-            _gate(sweep), [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH
-        )
-        done = as_completed(futures, with_results=True, raise_errors=False)
-        del futures  # what is stored is kept by no worker
-        for future, outcome in done:
+        for future, result, task in _results(client, sweep, tasks):
             if future.status == "finished":
-                yield outcome
+                yield result
             elif future.status == "error":
-                yield _given_up(given[future.key], outcome[1])
+                yield _given_up(task, result[1])
             else:
                 raise CurvlabError(
                     f"the scheduler {address} has gone; what is finished is in the store: "
@@ -76,6 +68,43 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
             with suppress(Exception):  # it may go now
                 client.unregister_worker_plugin(sweep)
         client.close(timeout=_CONNECT)
+
+
+def _results(client: Client, sweep: str, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any, Task]]:
+    """Yield the future, the result and the task of each as they come; one that an unfit worker had, from a fit one."""
+    run = _gate(sweep)
+    given = {(sweep, task["key"]): task for task in tasks}
+    # All at once: workers may join later. As text: Dask looks into other arguments for results of its own.
+    futures = client.map(run, [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH)
+    done = as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
+    del futures  # what is stored is kept by no worker
+    told = set()
+    for future, result in done:
+        task = given.pop(future.key)
+        if future.status != "finished" or not isinstance(result, str):
+            yield future, result, task
+            continue
+        if result not in told:
+            logging.getLogger(__name__).warning("%s; no cell runs there", result)
+            told.add(result)
+        key = (sweep, task["key"], secrets.token_hex(4))
+        given[key] = task
+        fit = []
+        with suppress(OSError):  # the scheduler has just gone, which the future below then tells
+            fit = [worker for worker, fit in _fit(client, sweep).items() if fit]
+        # On another one if these are gone: it may be fit.
+        where = {"workers": fit, "allow_other_workers": True} if fit else {}
+        done.add(client.submit(run, json.dumps(task), key=key, pure=False, **where))
+
+
+def _fit(client: Client, sweep: str) -> dict[str, bool]:
+    """Say of each worker whether it is fit for a sweep."""
+
+    def is_fit(dask_worker: Any) -> bool:
+        return getattr(dask_worker.plugins.get(sweep), "fit", False)
+
+    found: dict[str, bool] = client.run(is_fit, on_error="ignore")
+    return found
 
 
 def _require_scheduler(address: str) -> None:
@@ -148,10 +177,7 @@ def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], da
     except Exception as error:  # of whatever kind: the worker may not even have the plugin's module
         raise CurvlabError(f"a worker of {address} cannot do it: {_first_line(error)}") from error
 
-    def is_fit(dask_worker: Any) -> bool:
-        return getattr(dask_worker.plugins.get(name), "fit", False)
-
-    for worker, fit in client.run(is_fit, on_error="ignore").items():
+    for worker, fit in _fit(client, name).items():
         if not fit:  # its plugin is not the one below
             raise CurvlabError(
                 f"worker {worker} has another curvlab: start the workers from the environment that the sweep is "
@@ -238,7 +264,7 @@ class Requirements(WorkerPlugin):
 
 
 def _gate(sweep: str) -> Callable[[str], Any]:
-    """Return what runs a task on a worker that is fit for a sweep, and on another one gives it back.
+    """Return what runs a task on a worker that is fit for a sweep, and on another one says why it does not.
 
     A local function, which goes to the worker whole: an unfit one may have another curvlab, or none.
     """
@@ -247,15 +273,13 @@ def _gate(sweep: str) -> Callable[[str], Any]:
         import json
         import time
 
-        from distributed import Reschedule, get_worker
+        from distributed import get_worker
 
         worker = get_worker()
         plugin = worker.plugins.get(sweep)
         if not getattr(plugin, "fit", False):
-            fault = getattr(plugin, "fault", "") or f"worker {worker.address} has another curvlab, or none"
-            worker.log_event(sweep, fault)
-            time.sleep(1)  # the others take what they can meanwhile
-            raise Reschedule
+            time.sleep(1)  # there may be no other one at the moment
+            return getattr(plugin, "fault", "") or f"worker {worker.address} has another curvlab, or none"
         from curvlab.grid.cluster import on_fit_worker
 
         return on_fit_worker(json.loads(task))
@@ -274,19 +298,6 @@ def on_fit_worker(task: Task) -> Outcome:
         return state is not None and state.state != "cancelled"
 
     return supervised(task, wanted)
-
-
-class _Refusals:
-    """Tells once of every worker that it is not fit."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def __call__(self, event: tuple[float, str]) -> None:
-        _, fault = event
-        if fault not in self._told:
-            self._told.add(fault)
-            logging.getLogger(__name__).warning("%s; no cell runs there", fault)
 
 
 def _given_up(task: Task, error: BaseException) -> Outcome:

@@ -616,6 +616,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, what: str) -> CurvlabError:
+    what = " ".join(what.replace("***", "").split())  # what SQLite says has lines and stars
     return CurvlabError(
         f"{path} is damaged or no store ({what}); move it away, or save what can be read with: "
         f"sqlite3 {path} .recover | sqlite3 recovered.sqlite"
