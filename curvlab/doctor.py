@@ -360,13 +360,13 @@ class _Probe:
 
     def _peak(self, work: Work, points: Sequence[tuple[Problem, float]]) -> float:
         """Return the bytes on a batch; NaN where it takes long to watch even the first rungs."""
-        # A further batch takes nothing more.
-        within = [p for p in points if p[0].num_samples <= self.batch_size and _WATCHED * p[1] <= self.left]
-        last = within[-1:] if within and within[-1][0].num_samples == self.batch_size else within[:2]
-        if not last or (len(last) == 1 and last[0][0].num_samples < self.batch_size):
-            return nan
+        watched = [rung for rung in self.rungs if rung.num_samples == self.batch_size]  # further batches add nothing
+        if _WATCHED * self._at(points, self.batch_size) > min(_LIMIT, self.left):
+            watched = [rung for rung, _ in points[:2]]
+            if _WATCHED * sum(seconds for _, seconds in points[:2]) > self.left:
+                return nan
         started = time.perf_counter()
-        peaks = [(some, float(_peak_bytes(work(some)))) for some, _ in last]
+        peaks = [(rung, float(_peak_bytes(work(rung)))) for rung in watched]
         self.left -= time.perf_counter() - started
         return self._at(peaks, self.batch_size)
 

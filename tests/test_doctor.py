@@ -229,18 +229,25 @@ def test_size_of_the_matrix(name):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "each", "batch"),
-    [(0.02, 2e-4, 50), (0.0, 1e-3, 500), (0.0, 0.02, 100), (0.3, 1e-4, 100), (0.01, 2e-3, 2)],
+    ("fixed", "each", "batch", "reached"),
+    [
+        (0.02, 2e-4, 50, True),
+        (0.0, 1e-3, 500, False),
+        (0.0, 0.02, 100, False),
+        (0.3, 1e-4, 100, False),
+        (0.01, 2e-3, 2, True),
+    ],
 )
 @pytest.mark.usefixtures("measured")
-def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
+def test_seconds_and_peak_of_the_whole(monkeypatch, fixed, each, batch, reached):
     """Against a backend whose time is a line in the samples."""
 
     clock = [0.0]
 
     def timed(some, *_, **__):
         clock[0] += fixed + each * some.num_samples
-        return torch.zeros(25 * some.num_samples)  # a hundred bytes a sample
+        # A hundred bytes a sample, and something that only a large batch shows.
+        return torch.zeros(25 * some.num_samples + 25 * (some.num_samples > 30))
 
     x, y = torch.randn(1000, 4), torch.arange(1000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=batch))
@@ -249,8 +256,14 @@ def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
     assert costs["seconds"] == pytest.approx(fixed + each * 1000)
-    assert costs["peak_bytes"] == 100 * batch  # also where no probe is as large
+    assert costs["peak_bytes"] == 100 * batch + 100 * (reached and batch > 30)  # also where no probe is as large
     assert clock[0] < 4
+
+
+def test_names_are_only_names():
+    cells = doctor(mlp(), "hessian").cells
+    told = str(MODULE.Diagnosis("a\x1b[31m", ("b\tc\x9b",), cells))
+    assert "a\\x1b[31m\n- b c\\x9b\n" in told
 
 
 # How long it takes.
@@ -306,9 +319,7 @@ def test_measuring_ends(monkeypatch, each):
     probe = MODULE._Probe(subject, None, {})
     monkeypatch.setattr(MODULE, "estimate", slow)
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    costs = [
-        probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)
-    ]
+    costs = [probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)]
     assert clock[0] - 100 * each <= 10.0 + each
     assert ("seconds" in costs[0]) == (each < 5)
     assert "seconds" not in costs[-1]
@@ -418,6 +429,20 @@ def test_nothing_is_changed(name, train):
         (a is None and b is None) or torch.equal(a, b)
         for a, b in zip(before["gradients"], after["gradients"], strict=True)
     )
+
+
+def test_what_a_library_draws_is_not_seen(two_backends, monkeypatch):
+    def drawing(*arguments, **options):
+        torch.rand(1)
+        warnings.simplefilter("once", FutureWarning)
+        return estimate(*arguments, **options)
+
+    monkeypatch.setattr(MODULE, "estimate", drawing)
+    subject = mlp()
+    random, filters = torch.get_rng_state(), list(warnings.filters)
+    doctor(subject, "empirical_fisher")
+    assert torch.equal(random, torch.get_rng_state())
+    assert warnings.filters == filters
 
 
 @pytest.mark.parametrize("batch", [1, 3, 9, 20])
