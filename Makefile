@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint docs install install-test install-dev clean FORCE
+.PHONY: help demo test fuzz check lint docs install install-test install-dev clean FORCE
 
 help: ## list the targets
 	@echo "Each target installs what it needs into $(VENV) first (another Python: make TARGET PYTHON=python3.12)."
@@ -19,6 +19,9 @@ demo: install ## the main analysis on the embedded digits: how diagonal is the F
 
 test: install-test ## the tests (seconds to minutes; those marked slow are left out)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -n 2 --dist worksteal # OpenMP's threads spin: two processes, a thread each
+
+fuzz: install-test ## random networks against plain loops: SECONDS=600, SEED=1000; CELL=17 runs one of them
+	@OMP_NUM_THREADS=1 $(RUN) tests.fuzzing --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(if $(CELL),--cell $(CELL))
 
 check: lint docs ## all but the tests: style, types, layers, documentation
 

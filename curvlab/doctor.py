@@ -21,14 +21,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvlab.errors import CurvlabError
-from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.layers import Layer
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.registry import BACKENDS, able, estimate
+from curvlab.estimators.seeds import fewer_seeds
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem, is_stochastic, preserved_random_state
+from curvlab.problem import Batch, Problem, is_stochastic
 from curvlab.progress import progress
 from curvlab.quantities import GGN, Fisher, Hessian, Quantity, parse_quantity
+from curvlab.randomness import preserved_random_state
 from curvlab.structures import STRUCTURES, Dense, Kronecker, Structure, parse_structure
 from curvlab.text import readable
 
@@ -42,7 +45,6 @@ _PATIENCE = 10.0  # seconds that measuring may take, for all cells together
 _WATCHED = 5.0  # times as long takes what is watched for its memory
 _QUICK, _REPEATED = 0.25, 0.05  # seconds: what takes less is measured again, until it has taken so long in all
 _LINE = 120  # characters
-_MANY_ROWS = 100  # a sample, where Monte Carlo is worth its noise
 
 
 @dataclass(frozen=True)
@@ -257,10 +259,8 @@ class _Probe:
     def many_rows(self, quantities: Sequence[Quantity]) -> Iterator[str]:
         """Yield what there is to say about quantities whose cost grows with the classes, where these are many."""
         for quantity in quantities:
-            if (rows := self._rows(quantity)) >= _MANY_ROWS:
-                exact = isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None)
-                way_out = ": fisher:samples=1 takes one" if exact else ""
-                yield f"{rows:,} rows a sample of {quantity}{way_out}"
+            if told := fewer_seeds(self.problem.loss, quantity, self.outputs):
+                yield told
 
     def cells(self, quantity: Quantity, structure: Structure) -> list[dict[str, Any]]:
         """Return a row a backend."""
@@ -382,7 +382,7 @@ class _Probe:
         if isinstance(quantity, Fisher) and quantity.samples is not None:
             return quantity.samples
         if isinstance(quantity, (Fisher, GGN)):
-            return self.outputs - (self.problem.loss.name == "cross_entropy")
+            return self.problem.loss.num_factors(self.outputs)
         return 1
 
     def _matrix_bytes(self, structure: Structure) -> int:

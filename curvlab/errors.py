@@ -7,3 +7,14 @@ class CurvlabError(Exception):
 
 class UnsupportedError(CurvlabError):
     """A backend cannot compute this right for this model; the message names the module, the backend and what would."""
+
+
+def first_line(error: BaseException, length: int = 160) -> str:
+    r"""Return the first line of what an error of other code says, for a clause of a message; cut where it is long.
+
+    Examples:
+        >>> first_line(RuntimeError("it does not fit\nHere is how to report it ..."))
+        'it does not fit'
+    """
+    line = str(error).strip().partition("\n")[0]
+    return line if len(line) <= length else line[: length - 4] + " ..."

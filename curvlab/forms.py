@@ -5,6 +5,7 @@ from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from curvlab.checks import shown
 from curvlab.errors import CurvlabError
 
 
@@ -36,8 +37,10 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
         kinds: Name -> frozen dataclass, which checks what it is given.
 
     Raises:
-        CurvlabError: The name or an option is unknown, or a value does not fit.
+        CurvlabError: The name or an option is unknown or given twice, or a value does not fit.
     """
+    if not isinstance(text, str):
+        raise CurvlabError(f"a {what} is given by name, such as {next(iter(kinds))!r}, not as {shown(text)}")
     name, _, rest = text.partition(":")
     if name not in kinds:
         raise CurvlabError(unknown(what, name, kinds))
@@ -48,6 +51,8 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
         if key not in known or not equals:
             allowed = ", ".join(sorted(known)) or "none"
             raise CurvlabError(f"{name} does not take {part!r}; its options are: {allowed}, as key=value")
+        if key in options:
+            raise CurvlabError(f"{name} is given {key} twice")
         if "int" in str(known[key].type):
             try:
                 options[key] = int(value)

@@ -4,7 +4,8 @@ The loss of a sample is ``l_n = -log p(y_n | f_n)``, with no reduction over samp
 is set once, by the mean over samples). Each loss gives its per-sample value and output gradient, targets drawn from
 the model, and the *output factors*: vectors ``s_r`` in output space with ``sum_r s_r s_r' = E_y[grad_f l grad_f l']``,
 the exact Fisher information of the outputs. Pulled back through the network (``J' s_r``) they give the exact
-Fisher of the parameters. References: Martens, "New insights and perspectives on the natural gradient method",
+Fisher of the parameters. Outputs of half precision are taken to float32 before anything is computed from them.
+References: Martens, "New insights and perspectives on the natural gradient method",
 JMLR 2020, section 9; Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019.
 """
 
@@ -39,8 +40,21 @@ class Loss(ABC):
         """Return the gradient of every sample's loss with respect to its outputs, shape ``(N, C)``."""
 
     @abstractmethod
-    def output_factors(self, outputs: Tensor) -> Tensor:
-        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample."""
+    def num_factors(self, num_outputs: int) -> int:
+        """Return ``R``, how many output factors a sample has."""
+
+    @abstractmethod
+    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
+        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample.
+
+        Args:
+            outputs: ``(N, C)``.
+            part: Consecutive factors, which are then all that is formed; None for all.
+        """
+
+    @abstractmethod
+    def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        """Return each sample's exact output Fisher times its vector, both ``(N, C)``, without forming the matrix."""
 
     @abstractmethod
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
@@ -53,10 +67,13 @@ class Loss(ABC):
             Shape ``(N, count)`` of class indices, or ``(N, count, C)``.
         """
 
-    def sample_gradients(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Return the gradients at ``count`` targets drawn by ``sample``, ``(N, count, C)``."""
-        drawn = self.sample(outputs, count, rng)
-        return torch.stack([self.gradients(outputs, drawn[:, k]) for k in range(count)], dim=1)
+    def draw(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Return what ``drawn_gradients`` makes gradients of: the targets of ``sample`` unless a loss keeps less."""
+        return self.sample(outputs, count, rng)
+
+    def drawn_gradients(self, outputs: Tensor, drawn: Tensor) -> Tensor:
+        """Return the gradients at targets that ``draw`` gave, ``(N, k, C)`` for any ``k`` columns of them."""
+        return torch.stack([self.gradients(outputs, targets) for targets in drawn.unbind(dim=1)], dim=1)
 
 
 class CrossEntropy(Loss):
@@ -66,7 +83,7 @@ class CrossEntropy(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``-log softmax(f)[y]``."""
-        return F.cross_entropy(outputs, targets.long(), reduction="none")
+        return F.cross_entropy(_precise(outputs), targets.long(), reduction="none")
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Require integer labels in ``0 .. C-1``."""
@@ -84,29 +101,46 @@ class CrossEntropy(Loss):
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``p - e_y``, to full relative precision also where ``p_y`` rounds to one."""
-        p = outputs.softmax(dim=1)
+        p = _precise(outputs).softmax(dim=1)
         labels = targets.long().unsqueeze(1)
         return p.scatter(1, labels, -_complement(p).gather(1, labels))
 
-    def output_factors(self, outputs: Tensor) -> Tensor:
+    def num_factors(self, num_outputs: int) -> int:
+        """Return ``C - 1``, or one, of zeros, where there is one class."""
+        return max(num_outputs - 1, 1)
+
+    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
         """Return ``C - 1`` factors: the matrix ``diag(p) - p p'`` has no more rank.
 
         With ``u = sqrt(p)`` it is ``D (I - u u') D``, ``D = diag(u)``, and the columns but one of a Householder
         reflection are a root of ``I - u u'``. Reflected onto the most probable class, no difference cancels, also where
         its probability rounds to one.
         """
+        outputs = _precise(outputs)
         n, c = outputs.shape
+        part = range(self.num_factors(c)) if part is None else part
         if c == 1:
-            return torch.zeros_like(outputs).unsqueeze(1)
+            return outputs.new_zeros(n, len(part), 1)
         # Through the logarithm: the root of a probability is representable also where it underflows itself.
         u = outputs.log_softmax(dim=1).mul(0.5).exp()
         top = u.argmax(dim=1, keepdim=True)
-        others = torch.arange(c - 1, device=outputs.device).expand(n, c - 1)
+        others = torch.arange(part.start, part.stop, device=outputs.device).expand(n, len(part))
         others = others + (others >= top)
         of_top, of_others = u.gather(1, top), u.gather(1, others)
         factors = -(u.square() / (1 + of_top)).unsqueeze(1) * of_others.unsqueeze(2)
         factors.scatter_add_(2, others.unsqueeze(2), of_others.unsqueeze(2))
         return factors.scatter_(2, top.expand_as(others).unsqueeze(2), -(of_top * of_others).unsqueeze(2))
+
+    def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        """Return ``p (u - p . u)``.
+
+        It is the same for ``u`` less a constant: less the entry of the most probable class, no difference cancels where
+        the probability of that class rounds to one.
+        """
+        p = _precise(outputs).softmax(dim=1)
+        u = _precise(vectors)
+        u = u - u.gather(1, p.argmax(dim=1, keepdim=True))
+        return p * (u - (p * u).sum(dim=1, keepdim=True))
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw class indices from ``softmax(f)`` by inversion of its distribution function."""
@@ -125,7 +159,7 @@ class SquaredError(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``1/2 ||f - y||^2``."""
-        return 0.5 * (outputs - targets).square().sum(dim=1)
+        return 0.5 * self.gradients(outputs, targets).square().sum(dim=1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Require floating-point targets of the outputs' shape."""
@@ -133,21 +167,31 @@ class SquaredError(Loss):
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``f - y``."""
-        return outputs - targets
+        return _precise(outputs) - targets
 
-    def output_factors(self, outputs: Tensor) -> Tensor:
+    def num_factors(self, num_outputs: int) -> int:
+        """Return ``C``."""
+        return num_outputs
+
+    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
         """Return the unit vectors: the output Fisher of a unit Gaussian is the identity."""
-        n, c = outputs.shape
-        return torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(n, c, c)
+        return _diagonal_factors(torch.ones_like(_precise(outputs[:1])), part).expand(len(outputs), -1, -1)
+
+    def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the vectors."""
+        return vectors
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw ``f + e`` with standard normal ``e``."""
-        return outputs.detach().unsqueeze(1) - self.sample_gradients(outputs, count, rng)
+        return outputs.detach().unsqueeze(1) + self.draw(outputs, count, rng)
 
-    def sample_gradients(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Return ``-e``, of which large outputs take no digit."""
-        noise = torch.from_numpy(rng.standard_normal((len(outputs), count, outputs.shape[1])))
-        return -noise.to(outputs)
+    def draw(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw ``e`` alone, of which large outputs take no digit."""
+        return torch.from_numpy(rng.standard_normal((len(outputs), count, outputs.shape[1]))).to(_precise(outputs))
+
+    def drawn_gradients(self, outputs: Tensor, drawn: Tensor) -> Tensor:  # noqa: ARG002
+        """Return ``-e``."""
+        return -drawn
 
 
 class BinaryCrossEntropy(Loss):
@@ -157,7 +201,8 @@ class BinaryCrossEntropy(Loss):
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``-sum_c log Bernoulli(y_c; sigmoid(f_c))``."""
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(dim=1)
+        outputs = _precise(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, _precise(targets), reduction="none").sum(dim=1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Require floating-point targets of the outputs' shape with entries in [0, 1]."""
@@ -167,16 +212,43 @@ class BinaryCrossEntropy(Loss):
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``sigmoid(f) - y``, to full relative precision also where the sigmoid rounds to one."""
+        outputs, targets = _precise(outputs), _precise(targets)
         return (1 - targets) * torch.sigmoid(outputs) - targets * torch.sigmoid(-outputs)
 
-    def output_factors(self, outputs: Tensor) -> Tensor:
+    def num_factors(self, num_outputs: int) -> int:
+        """Return ``C``."""
+        return num_outputs
+
+    def output_factors(self, outputs: Tensor, part: range | None = None) -> Tensor:
         """Return ``s_c = sqrt(p_c (1 - p_c)) e_c``."""
-        return torch.diag_embed((torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt())
+        return _diagonal_factors(self._variances(outputs).sqrt(), part)
+
+    def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
+        """Return ``p (1 - p) u``."""
+        return self._variances(outputs) * vectors
+
+    def _variances(self, outputs: Tensor) -> Tensor:
+        outputs = _precise(outputs)
+        return torch.sigmoid(outputs) * torch.sigmoid(-outputs)
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw zeros and ones from ``sigmoid(f)``."""
         uniform = torch.from_numpy(rng.random((len(outputs), count, outputs.shape[1]))).to(outputs.device)
         return (uniform < outputs.detach().double().sigmoid().unsqueeze(1)).to(outputs.dtype)
+
+
+def _precise(outputs: Tensor) -> Tensor:
+    """Return outputs in float32 where they have fewer digits."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _diagonal_factors(scales: Tensor, part: range | None) -> Tensor:
+    """Return some of the unit vectors times scales ``(N, C)``, ``(N, R, C)``."""
+    n, c = scales.shape
+    part = range(c) if part is None else part
+    factors = scales.new_zeros(n, len(part), c)
+    factors.diagonal(offset=part.start, dim1=1, dim2=2).copy_(scales[:, part.start : part.stop])
+    return factors
 
 
 def _complement(p: Tensor) -> Tensor:
@@ -207,6 +279,8 @@ def get_loss(name: str) -> Loss:
         >>> get_loss("cross_entropy").values(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
+    if not isinstance(name, str):
+        raise CurvlabError(f"a loss goes by its name, one of {', '.join(LOSSES)}; this is a {type(name).__name__}")
     if name not in LOSSES:
         raise CurvlabError(f"there is no loss {name!r}; the losses are {', '.join(LOSSES)}")
     return LOSSES[name]

@@ -1,32 +1,25 @@
 """A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import sys
+import warnings
+from collections.abc import Iterator
+from copy import copy
 from functools import cached_property
-from itertools import chain
-from typing import Any, Protocol, TypeGuard
+from importlib import import_module
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.intake import Batch, BatchSource, Intake, is_finite
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
+from curvlab.randomness import preserved_random_state, watched
+from curvlab.stateless import call, check_dtype, check_module, leaves, writes
 
-Batch = tuple[Tensor, Tensor]
+__all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
-_BATCH_SIZE = 500
-_PROBE_SAMPLES = 4
-
-
-class BatchSource(Protocol):
-    """Data that can be gone through more than once: a DataLoader or a list of batches."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Start from the first batch."""
+_FEW = 4  # samples whose outputs show the number of classes
 
 
 class Problem:
@@ -53,29 +46,29 @@ class Problem:
     def __init__(
         self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Batch = ()
     ) -> None:
+        check_module(model)
         self.model = model
         self.loss: Loss = get_loss(loss)
         self.data = data
         self.space = ParameterSpace.of(model)
-        if _is_pair(data):
-            if len(data[0]) != len(data[1]):
-                raise CurvlabError(f"the data have {len(data[0])} inputs but {len(data[1])} targets")
-        elif not isinstance(data, Iterable):
-            raise CurvlabError(
-                f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
-            )
-        elif isinstance(data, Iterator):
-            raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
+        self._intake = Intake(data)
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
             raise CurvlabError(
                 f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
             )
-        self._random_state = _random_state(None if _is_pair(data) else data)  # that every pass starts from
         self.dtype, self.device = kinds.pop()
-        if not self.dtype.is_floating_point:
-            raise CurvlabError(f"the trainable parameters are {self.dtype}; curvature needs a real floating dtype")
+        check_dtype(self.dtype)
+
+    def with_model(self, model: nn.Module) -> "Problem":
+        """Return the problem of another model on the same data, with what is known of them.
+
+        Passes over the data count as passes of this problem: their first is that of both.
+        """
+        other = copy(self)
+        other.model, other.space = model, ParameterSpace.of(model)
+        return other
 
     @cached_property
     def num_samples(self) -> int:
@@ -83,7 +76,22 @@ class Problem:
 
         Counted by a pass over the data, once.
         """
-        return len(self.data[0]) if _is_pair(self.data) else sum(len(y) for _, y in self.batches())
+        return self._intake.count()
+
+    def probe(self) -> list[Batch]:
+        """Return a few samples on which a computation can be verified, on the model's device and in its dtype.
+
+        Two are from the beginning of the data, two from about the middle and two from the end; fewer if there are
+        fewer. Those of equal shape and dtype are one batch, so that there is one batch of six as a rule. They are
+        kept from the first pass over the data that was a whole one.
+
+        Examples:
+            >>> x, y = torch.arange(20.0)[:, None], torch.zeros(20).long()
+            >>> [(inputs, _)] = Problem(nn.Linear(1, 3), "cross_entropy", (x, y)).probe()
+            >>> inputs.flatten().tolist()
+            [0.0, 1.0, 8.0, 9.0, 18.0, 19.0]
+        """
+        return [(self._place(inputs), self._place(targets)) for inputs, targets in self._intake.first().probe()]
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name, detached: nothing done with them reaches the model's."""
@@ -93,27 +101,28 @@ class Problem:
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
 
-        Buffers that the model writes are written on copies, and so are inputs that it changes in place.
+        Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
+        in place.
         """
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        used: dict[int, Tensor] = {}
-        slots: dict[str, Tensor] = {}
-        for prefix, module in self.model.named_modules():
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None:
-                    continue
-                if id(tensor) not in used:
-                    own = tensor.detach() if id(tensor) in names else tensor.clone()
-                    used[id(tensor)] = parameters.get(names.get(id(tensor), ""), own)
-                slots[f"{prefix}.{key}".removeprefix(".")] = used[id(tensor)]
-        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
-        outputs = functional_call(self.model, slots, (inputs.clone(),), tie_weights=False)
+        if torch.is_autocast_enabled(self.device.type):
+            raise UnsupportedError(
+                "torch.autocast is on around this call, and would round what the curvature is computed from: leave it "
+                "outside (the model's own forward pass may use it)"
+            )
+        outputs = call(self.model, parameters, inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise UnsupportedError(
-                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave {shape}"
+                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave "
+                f"{shape}: wrap it in a module that returns such a tensor"
             )
-        return outputs
+        if not outputs.is_floating_point():
+            raise UnsupportedError(
+                f"{type(self.model).__name__} returns {outputs.dtype}; the losses are defined on real floating outputs"
+            )
+        # A model with autocast inside returns other ones.
+        given = (parameters[name].dtype for name in self.space.names if name in parameters)
+        return outputs.to(next(given, self.dtype))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Go through the data once, in the same order at every call, on the model's device.
@@ -127,36 +136,24 @@ class Problem:
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
-        empty = True
-        for inputs, targets in _regroup(self._own_batches(batch_size or _BATCH_SIZE), batch_size):
-            empty = False
+        for inputs, targets in self._intake.batches(batch_size):
             yield self._place(inputs), self._place(targets)
-        if empty:
-            raise CurvlabError("the data have no samples")
-
-    def _own_batches(self, pair_batch_size: int) -> Iterator[Batch]:
-        if _is_pair(self.data):
-            if not len(self.data[0]):
-                return
-            inputs, targets = self.data
-            yield from zip(torch.split(inputs, pair_batch_size), torch.split(targets, pair_batch_size), strict=True)
-            return
-        # A list holds its batches; anything else may draw them.
-        held = isinstance(self.data, (list, tuple))
-        for index, batch in enumerate(self.data if held else _with_own_randomness(self.data, self._random_state)):
-            if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-                raise CurvlabError(f"batch {index} of the data is not a pair of tensors (inputs, targets)")
-            if len(batch[0]) != len(batch[1]):
-                raise CurvlabError(f"batch {index} has {len(batch[0])} inputs but {len(batch[1])} targets")
-            if len(batch[0]):
-                yield batch[0], batch[1]
 
     def _place(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(self.device)
-        if not _finite(tensor):
-            raise CurvlabError("the data hold NaN or infinite values")
-        return tensor.to(self.device, self.dtype)
+        """Return a tensor on the model's device, without a graph, and in its precision unless it holds integers."""
+        tensor = tensor.detach()
+        if tensor.is_inference():
+            with torch.inference_mode(False):
+                tensor = tensor.clone()  # one that has gradients
+        dtype = tensor.dtype
+        if tensor.is_floating_point():
+            dtype = self.dtype
+        elif tensor.is_complex() and self.dtype != torch.bfloat16:  # which has no complex numbers
+            dtype = self.dtype.to_complex()
+        placed = tensor.to(self.device, dtype)
+        if dtype.itemsize < tensor.dtype.itemsize and not is_finite(placed):
+            raise CurvlabError(f"the data hold values beyond the range of the model's {self.dtype}: scale them")
+        return placed
 
     def check(self) -> None:
         """Refuse what would make a per-sample quantity wrong, before any is computed.
@@ -166,8 +163,9 @@ class Problem:
             UnsupportedError: A module is in train mode whose output there is random or mixes samples, or a probe
                 shows that a sample's output depends on its batch.
         """
+        _import_what_warns()
         for name, parameter in self.model.named_parameters():
-            if not _finite(parameter):
+            if not is_finite(parameter):
                 bad = int((~parameter.isfinite()).sum())
                 raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
@@ -185,87 +183,85 @@ class Problem:
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
                     "random or depends on its batch: call model.eval() first"
                 )
-        outputs: Tensor | None = None
-        for inputs, targets in self.batches():
-            # A batch of one cannot show whether samples are mixed; a longer one later can.
-            if outputs is None or len(outputs) == 1 < len(inputs):
-                outputs = self._probe(inputs[:_PROBE_SAMPLES])
-            self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+        with torch.inference_mode(False), torch.enable_grad():
+            own = {name: (p.detach(), p.requires_grad) for name, p in self.model.named_parameters()}
+            # A model that writes into its parameters writes into these.
+            copies = {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()}
+            outputs: Tensor | None = None
+            for inputs, targets in self.batches():
+                if outputs is None:
+                    with preserved_random_state(self.model.modules()):
+                        outputs = self._tried(copies, inputs[:_FEW])
+                self.loss.check(outputs[:1].expand(len(targets), -1), targets)
+            for inputs, _ in self.probe():
+                self._check_samples(copies, inputs)
+            for name, (p, _) in own.items():
+                if not torch.equal(copies[name], p):
+                    raise UnsupportedError(writes(self.model, name))
 
-    def _probe(self, inputs: Tensor) -> Tensor:
-        with torch.no_grad(), preserved_random_state():
-            outputs = self.forward({}, inputs)
-            for part in (slice(0, 1), slice(0, None, 2)):
-                alone = self.forward({}, inputs[part])
-                scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
-                if bool(((alone - outputs[part]).abs().max() / scale) > 10 * torch.finfo(outputs.dtype).eps ** 0.5):
-                    raise UnsupportedError(
-                        f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
-                        "batch; per-sample curvature is not defined for it"
-                    )
-        return outputs
-
-
-def _finite(tensor: Tensor) -> bool:
-    # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states as they were."""
-    restore = _random_state()
-    try:
-        yield
-    finally:
-        restore()
-
-
-def _with_own_randomness(data: BatchSource, start: Callable[[], None]) -> Iterator[Any]:
-    """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
-
-    The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
-    alive by a traceback, would give back old ones at any later time.
-    """
-    iterator = chain(data)  # starts the data only at the first step
-    within = start
-    while True:
-        restore = _random_state(data)
-        within()
+    def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the outputs for a few inputs, of a model that is deterministic and depends on its parameters."""
+        name = type(self.model).__name__
         try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            within = _random_state(data)
-            restore()
-        yield batch
+            outputs = self.forward(parameters, inputs)
+        except CurvlabError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
+                reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
+            raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
+        reached = leaves(outputs)
+        for parameter, own in self.model.named_parameters():
+            if id(own) in reached:
+                raise UnsupportedError(
+                    f"{name} uses its parameter {parameter} by a tensor or a function that was made before the forward "
+                    "pass, so that it cannot be moved: take it from the module at every call"
+                )
+        if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
+            raise UnsupportedError(
+                f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
+                "its forward pass must not use torch.no_grad, detach or .data"
+            )
+        return outputs.detach()
+
+    def _takes(self, parameters: dict[str, Tensor], inputs: Tensor) -> bool:
+        try:
+            self.forward(parameters, inputs)
+        except Exception:
+            return False
+        return True
+
+    def _check_samples(self, parameters: dict[str, Tensor], inputs: Tensor) -> None:
+        """Refuse outputs that are random or depend on the rest of the batch.
+
+        The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
+        in the first.
+        """
+        with watched(self.model) as watch:
+            outputs = self._tried(parameters, inputs)
+            parts = [(part, self._tried(parameters, inputs[part])) for part in (slice(0, 1), slice(0, None, 2))]
+        if watch.drawing:
+            raise UnsupportedError(
+                f"{watch.drawing}, so that a sample's output is random: call model.eval() first, or draw nothing in "
+                "the forward pass"
+            )
+        scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
+        # What rounding may do: in half precision, which a model may also use within, its few digits allow less slack.
+        bound = 10 * watch.eps**0.5 if watch.eps < 1e-6 else 16 * watch.eps
+        for part, alone in parts:
+            if bool((alone - outputs[part]).abs().max() / scale > bound):
+                raise UnsupportedError(
+                    f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
+                    "batch; per-sample curvature is not defined for it"
+                )
 
 
-def _random_state(data: object = None) -> Callable[[], None]:
-    """Return what sets the global random states, and those of a DataLoader's generators, to what they are now."""
-    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
-    holders = (data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    generators = [g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)]
-    states = [g.get_state() for g in generators]
-    python, legacy_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's transforms may use it
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(legacy_numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-    return restore
-
-
-def _is_pair(data: BatchSource | Batch) -> TypeGuard[Batch]:
-    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+def _import_what_warns() -> None:
+    """Import what torch imports at its first gradient, without the filter of warnings that this adds for good."""
+    if (name := "torch.fx.experimental.symbolic_shapes") not in sys.modules:
+        with warnings.catch_warnings():
+            import_module(name)
 
 
 def is_stochastic(module: nn.Module) -> bool:
@@ -275,23 +271,3 @@ def is_stochastic(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.RNNBase) and module.dropout > 0
-
-
-def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
-    """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
-    if size is None:
-        yield from batches
-        return
-    held: list[Batch] = []
-    count = 0
-    for inputs, targets in batches:
-        while len(inputs):
-            take = size - count
-            held.append((inputs[:take], targets[:take]))
-            count += len(held[-1][0])
-            inputs, targets = inputs[take:], targets[take:]
-            if count == size:
-                yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
-                held, count = [], 0
-    if held:
-        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

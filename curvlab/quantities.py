@@ -7,6 +7,7 @@ Each has a string form, the one that the command line takes: ``fisher``, ``fishe
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError
 from curvlab.forms import form, parse_form
 
@@ -37,9 +38,10 @@ class Fisher(Quantity):
     name: ClassVar[str] = "fisher"
 
     def __post_init__(self) -> None:
-        """Refuse a number of draws below one."""
-        if self.samples is not None and self.samples < 1:
-            raise CurvlabError(f"fisher takes samples >= 1, or none for the exact expectation; not {self.samples}")
+        """Refuse draws and seeds that are no such whole numbers."""
+        if self.samples is not None:
+            object.__setattr__(self, "samples", whole_number(self.samples, "samples of fisher", 1))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed of fisher"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class MaSQ(Quantity):
 
     def __post_init__(self) -> None:
         """Refuse an empty batch and an unknown norm."""
-        if self.batch_size < 1:
-            raise CurvlabError(f"masq takes batch_size >= 1, not {self.batch_size}")
+        object.__setattr__(self, "batch_size", whole_number(self.batch_size, "batch_size of masq", 1))
         if self.norm not in ("sumsq", "mean", "scaled"):
             raise CurvlabError(f"masq takes norm sumsq, mean or scaled, not {self.norm!r}")
 

@@ -5,27 +5,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
-from math import sqrt
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.estimators.per_layer import patterns_by_module
-from curvlab.forms import unknown
 from curvlab.losses import get_loss
 from curvlab.matrices import CurvatureMatrix
 from curvlab.problem import Batch, BatchSource, Problem
 from curvlab.quantities import Quantity, parse_quantity
+from curvlab.spectrum.arguments import choice, real, whole
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
 from curvlab.spectrum.eigenvalues import EigenResult, Stop, Which, top_eigenvalues
 
 Level = Literal["network", "layer"]
 
-_RANDOM_PART = 0.3  # of a warm start
 _FRESH_EVERY = 20  # points
 
 
@@ -104,23 +101,19 @@ class EigenvalueRecorder:
     ) -> None:
         if isinstance(quantities, (str, Quantity)) or not quantities:
             raise CurvlabError("quantities is a list of one or more, such as ['fisher', 'hessian']")
-        for name, value, known in (("which", which, get_args(Which)), ("per", per, get_args(Level))):
-            if value not in known:
-                raise CurvlabError(unknown(name, value, known))
-        if every < 1:
-            raise CurvlabError(f"every must be at least 1, not {every}")
-        if seed < 0:
-            raise CurvlabError(f"seed must be at least 0, not {seed}")
+        choice("which", which, get_args(Which))
+        choice("per", per, get_args(Level))
+        # Whole and real numbers of Python's alone, as a checkpoint takes no others.
+        k, every, seed = whole("k", k, 1), whole("every", every, 1), whole("seed", seed, 0)
+        tol = real("tol", tol, above=0)
+        max_matvecs = None if max_matvecs is None else whole("max_matvecs", max_matvecs, 1)
         if not callable(data):
             get_loss(loss)
-        check_probes(density_probes, density_steps)
+        density_probes, density_steps = check_probes(density_probes, density_steps)
         self._problem: Callable[[nn.Module], Problem] = (
             data if callable(data) else lambda model: Problem(model, loss, data)
         )
         self._quantities = list(dict.fromkeys(parse_quantity(quantity) for quantity in quantities))
-        # A checkpoint takes numbers of Python's alone.
-        k, every, tol, seed = int(k), int(every), float(tol), int(seed)
-        max_matvecs = None if max_matvecs is None else int(max_matvecs)
         self._k, self._which, self._tol, self._max_matvecs = k, which, tol, max_matvecs
         self._params, self._per, self._batch_size = params, per, batch_size
         self._every, self._warm, self._seed = every, warm, seed
@@ -227,22 +220,17 @@ class EigenvalueRecorder:
     def _top(self, matrix: CurvatureMatrix, near: Tensor | None, step: int) -> EigenResult:
         if near is not None and len(near) != matrix.shape[0]:  # parameters have been frozen, or unfrozen
             near = None
-        start = self._start(matrix, near, step) if self._warm and near is not None else None
+        start = near if self._warm else None
         # From a random start, a gap can look settled before the first eigenvector has appeared at all.
         stop: Stop = "residual" if start is None else "gap"
-        return top_eigenvalues(matrix, self._k, self._which, self._tol, self._max_matvecs, start, self._seed, stop=stop)
+        # The random part of a start is another one at every step: what one hides from, the next may see.
+        seed = self._seed if start is None else self._seed + step
+        return top_eigenvalues(matrix, self._k, self._which, self._tol, self._max_matvecs, start, seed, stop=stop)
 
     def _density(self, matrix: CurvatureMatrix) -> dict[str, Any]:
         started = time.perf_counter()
         density = spectral_density(matrix, probes=self._density_probes, steps=self._density_steps, seed=self._seed)
         return {"density": density, "seconds": time.perf_counter() - started}
-
-    def _start(self, matrix: CurvatureMatrix, vectors: Tensor, step: int) -> Tensor:
-        """Return the sum of eigenvectors ``(P, k)`` and a random vector, another one at every step."""
-        size = matrix.shape[0]
-        random = np.random.default_rng([self._seed, step]).standard_normal(size)
-        scale = _RANDOM_PART * sqrt(self._k / size)
-        return vectors.to(matrix.device).sum(dim=1) + scale * torch.from_numpy(random).to(matrix.device, vectors.dtype)
 
 
 def _flat(top: EigenResult) -> list[dict[str, Any]]:

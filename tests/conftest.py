@@ -1,11 +1,14 @@
 """What tests share."""
 
 import signal
+import threading
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from curvlab.grid import processes
+from curvlab.grid import cell, processes
 
 # Shells ignore Ctrl-C for what they start in the background, and tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -26,3 +29,54 @@ def one_server():
     yield
     processes.close = close
     close()
+
+
+class _Exchange:
+    """Stands for the connection of a cell's process: the request is in it, and then the answer."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request, self.answer = request, None
+
+    def recv_bytes(self) -> bytes:
+        return self.request
+
+    def send_bytes(self, answer: bytes) -> None:
+        self.answer = answer
+
+
+@pytest.fixture
+def with_figures() -> None:
+    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run."""
+
+
+@pytest.fixture
+def no_figures(request, monkeypatch) -> None:
+    """Let a run write empty files for its figures, which take longer than all the rest of a small one."""
+    if "with_figures" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+@pytest.fixture
+def in_processes() -> None:
+    """Name this fixture in a test of a module with ``cells_here`` whose cells have to be processes."""
+
+
+@pytest.fixture
+def cells_here(request, monkeypatch) -> None:
+    """Run cells in this process, one after another: a process for each costs more than a small cell itself."""
+    if "in_processes" in request.fixturenames:
+        return
+    one_at_a_time = threading.Lock()
+
+    def run(function, threads, given, timeout, wanted):
+        with one_at_a_time:
+            if not wanted():
+                return processes.Ended(None, 0, None, 0.0, "unwanted")
+            exchange = _Exchange(given)
+            with torch.random.fork_rng():
+                cell.work(exchange)
+        return processes.Ended(exchange.answer, 0, 1, 0.0)
+
+    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(cell, "_alone", lambda folder: Path(folder).mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(cell, "_redirect", lambda file: None)

@@ -240,7 +240,7 @@ def test_of_two_files_the_last_counts(call):
     [
         (b"a: [1\n", "c.yaml is not YAML: expected ',' or ']', but got '<stream end>', line 2"),
         (b"\xff\xfe\x00", "c.yaml is not YAML"),
-        (b"data: 2020-13-45\n", "c.yaml is not YAML"),
+        (b"data: 2020-13-45\n", "there is no data set '2020-13-45'"),
         (b"- 1\n", "c.yaml does not hold options"),
         (b"", "c.yaml does not hold options"),
         (b"hiden: [3]\n", "c.yaml: there is no option 'hiden'; the nearest is 'hidden'"),

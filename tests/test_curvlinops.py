@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate, torch_func
 from curvlab.estimators.curvlinops import BACKEND
-from curvlab.estimators.layers import kronecker_layers
 from curvlab.estimators.seeds import label_stream
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.progress import silent
@@ -40,6 +40,12 @@ WITH_FACTORS = (
     "transformer block",
     "resnet-20",
 )
+#: Every model with both sharings, with the quantities in turn; test_estimator_matrix.py has all of them.
+MODELS = [
+    (name, sharing, QUANTITIES[(i + 2 * j) % 4])
+    for i, name in enumerate(WITH_FACTORS)
+    for j, sharing in enumerate(SHARINGS)
+]
 #: Where torch.func cannot differentiate a gradient, or does so wrongly: the models, and the modules to be named.
 WITHOUT_HESSIAN = {
     "residual": "Residual",
@@ -139,19 +145,17 @@ def factors(problem: Problem, quantity: Quantity, name: str, sharing: str) -> tu
 
 
 class TestFactors:
-    @pytest.mark.parametrize("sharing", SHARINGS)
-    @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
-    @pytest.mark.parametrize("name", WITH_FACTORS)
-    def test_kfac(self, name: str, quantity: Quantity, sharing: str) -> None:
-        problem = case(name).problem
-        self.check(problem, quantity, sharing)
+    @pytest.mark.parametrize(("name", "sharing", "quantity"), MODELS)
+    def test_kfac(self, name: str, sharing: str, quantity: Quantity) -> None:
+        self.check(case(name).problem, quantity, sharing)
 
-    @pytest.mark.parametrize("sharing", SHARINGS)
     @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
     @pytest.mark.parametrize("loss", LOSSES)
-    @pytest.mark.parametrize("name", ["mlp", "tokens", "same padding"])
-    def test_losses(self, name: str, loss: str, quantity: Quantity, sharing: str) -> None:
-        self.check(case(name, loss=loss).problem, quantity, sharing)
+    def test_losses(self, loss: str, quantity: Quantity) -> None:
+        """Every loss with every quantity; the models and the sharings take turns."""
+        k = LOSSES.index(loss) + QUANTITIES.index(quantity)
+        name = ("mlp", "tokens", "same padding")[k % 3]
+        self.check(case(name, loss=loss).problem, quantity, SHARINGS[k % 2])
 
     def check(self, problem: Problem, quantity: Quantity, sharing: str) -> None:
         tensors = computed(problem, quantity, KFAC(sharing))
@@ -162,10 +166,8 @@ class TestFactors:
             size = len(tensors[f"{layer}|A"])
             assert_same(tensors[f"{layer}|A"], a[-1:, -1:] if size == 1 else a[:size, :size])
 
-    @pytest.mark.parametrize("sharing", SHARINGS)
-    @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
-    @pytest.mark.parametrize("name", WITH_FACTORS)
-    def test_ekfac(self, name: str, quantity: Quantity, sharing: str) -> None:
+    @pytest.mark.parametrize(("name", "sharing", "quantity"), MODELS)
+    def test_ekfac(self, name: str, sharing: str, quantity: Quantity) -> None:
         """The bases diagonalise K-FAC's factors; along them are the second moments of the true gradients."""
         problem = case(name).problem
         tensors = computed(problem, quantity, EKFAC(sharing))
@@ -249,18 +251,24 @@ class TestFactors:
         assert_same(actual["|S"].double(), expected["|S"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantity", [*QUANTITIES, Hessian()], ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", WITHOUT_HESSIAN)
+def test_hessians_that_torch_func_does_not_have(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"curvlinops cannot.*{WITHOUT_HESSIAN[name]}.*torch can"):
+        estimate(case(name).problem, "hessian", "implicit", backend="curvlinops")
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity"), [(name, (*QUANTITIES[:3], Hessian())[i % 4]) for i, name in enumerate(ZOO)]
+)
 def test_products(name: str, quantity: Quantity) -> None:
+    """Every model with one quantity; test_estimator_matrix.py has all of them."""
     problem = case(name).problem
     space = problem.space
     if isinstance(quantity, Hessian) and name in WITHOUT_HESSIAN:
-        with pytest.raises(UnsupportedError, match=rf"curvlinops cannot.*{WITHOUT_HESSIAN[name]}.*torch can"):
-            estimate(problem, quantity, "implicit", backend="curvlinops")
-        return
+        quantity = GGN()
     assert BACKEND.obstacle(problem, quantity, Implicit(), space) is None
     matrix = torch_func.compute(problem, quantity, Dense(), space, None, silent)["matrix"]
-    vectors = torch.randn(space.total, 18, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
+    vectors = torch.randn(space.total, 2, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
     assert BACKEND.product is not None
     assert_same(BACKEND.product(problem, quantity, space, 3)(vectors), matrix @ vectors)
 

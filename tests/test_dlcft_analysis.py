@@ -21,7 +21,7 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.linearize import Linearized
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = (
     "--hidden 8 --source-steps 5 --steps 2 --long-steps 1 --long-tasks 12 --stream-samples 300 --test-samples 60 "
@@ -342,7 +342,7 @@ def test_figures_show_every_setting():
 # The run --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path):
+def test_the_run_directory_has_everything_and_is_printed_again(call, tmp_path, with_figures):
     line = f"{TINY} --settings task --methods osla dlcft_kfac --seeds 0 1 --osla-strengths 1 --nonlinear-lrs 1e-3 "
     line += "--linear-lrs 1e-2 --jobs 2 --out run"
     code, out, error = call(line)

@@ -4,9 +4,6 @@ import json
 import math
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from killing import killed_when_written
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +24,7 @@ from curvlab.grid import Place, Store, folder_of, reading
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
 from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here")
 
 NAME = "eigenvalues"
 TINY = "--hidden 4 --steps 6 --every 3 --ekfac-every 3 --samples 40 --seeds 0 1 --lr-squared-error 0.01 0.001"
@@ -630,17 +628,11 @@ def test_a_cell_stopped_within_a_training(tmp_path, monkeypatch):
 
 
 def test_killed_and_continued(call):
-    line = "--seeds 0 --steps 1000 --every 50 --ekfac-every 500 --samples 100 --lr-squared-error 0.003 --jobs 1"
+    """In the first cell, at the first checkpoint of the second training."""
+    line = "--hidden 4 --steps 6 --every 3 --ekfac-every 3 --samples 40 --seeds 0 --lr-squared-error 0.003 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
-    command = [sys.executable, "-m", "curvlab.analyze", NAME, *shlex.split(line), "--out", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(Path("run").rglob("squared_error.pt")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    command = ["curvlab.analyze", NAME, *shlex.split(line), "--out", "run"]
+    assert killed_when_written(command, "run", "squared_error.pt") == -signal.SIGKILL
     assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
     assert results("run") == results("undisturbed")
@@ -685,7 +677,7 @@ def test_no_cell_is_done(call):
     assert not Path("run/table.json").exists()
 
 
-def test_a_learning_rate_that_is_not_known(call):
+def test_a_learning_rate_that_is_not_known(call, in_processes):
     """A candidate that was not brought to its end may be the best: no other is taken."""
     code, out, err = call(f"{TINY} --steps 5000 --losses squared_error --cell-timeout 0.05 --out run")
     assert (code, out) == (1, "")

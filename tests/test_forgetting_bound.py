@@ -4,15 +4,13 @@ import json
 import math
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from killing import killed_when_written
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -40,10 +38,9 @@ from curvlab.problem import Problem
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = "--hidden 5 --epochs 1 --task-samples 64 --samples 40 --regimes stable plastic --streams permuted"
-COMMAND = [sys.executable, "-m", "curvlab.analyze", "forgetting_bound"]
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +362,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_run_and_the_same_again(call, monkeypatch):
+def test_a_run_and_the_same_again(call, monkeypatch, with_figures):
     line = f"{TINY.replace('--streams permuted', '')} --seeds 0 1 2 --tasks 3 --degrees 30 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
@@ -459,16 +456,11 @@ def test_interrupted_and_continued(call, monkeypatch, done):
 
 
 def test_killed_and_continued(call):
-    line = "--hidden 8 --epochs 6 --regimes plastic --streams permuted --seeds 0 1 --jobs 1"
+    """In the second cell, after its first task."""
+    line = f"{TINY} --regimes plastic --tasks 3 --seeds 0 1 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
-    process = subprocess.Popen([*COMMAND, *shlex.split(line), "--out", "run"], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while len([name for name in files("run") if name.endswith("task-1.pt")]) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    command = ["curvlab.analyze", "forgetting_bound", *shlex.split(line), "--out", "run"]
+    assert killed_when_written(command, "run", "task-1.pt", 2) == -signal.SIGKILL
     assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
     same_results("run", "undisturbed")

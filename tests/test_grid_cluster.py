@@ -4,52 +4,62 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cells_under_test import NAME
 
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell, reading, run
+from curvlab.grid import processes, reading, run
+from curvlab.grid.code import fingerprints
 
 pytest.importorskip("distributed")
 
-from distributed import LocalCluster
-from distributed.utils import LoopRunner
-from test_grid import NAME as GRID
-from test_grid import attempts, contents, grid_of, store_is_whole
+from distributed import Client, LocalCluster, Worker
+from distributed.utils import LoopRunner, sync
+from test_grid import attempts, cells, contents, grid_of, light_server, rows, store_is_whole, until
 
 from curvlab import data
 from curvlab.grid import cluster as cluster_module
 from curvlab.results.provenance import software
 
-pytestmark = pytest.mark.usefixtures("one_server")
+__all__ = ["light_server"]  # a fixture
 
-NAME = __name__
-
-
-def parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def where(config, place):
-    return [{"runner": parent(os.getppid())}]
-
-
-def kills_its_worker(config, place):
-    if config["seed"] == 1:
-        os.kill(parent(os.getppid()), signal.SIGKILL)
-        time.sleep(60)
-    return [{"x": 1.0}]
+pytestmark = pytest.mark.usefixtures("one_server", "light_server")
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    """Three workers in processes of their own; one that is killed does not come back."""
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        for nanny in cluster.workers.values():
+            nanny.auto_restart = False
+        client.run(_light)
+        yield cluster
+
+
+def _light():
+    processes._PRELOADED = ("curvlab.grid.cell",)
+    processes.close_idle = lambda: None  # the next sweep has the same code
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A cluster in this process, with one worker."""
+    monkeypatch.setattr(processes, "close_idle", lambda: None)
+    quiet = {"silence_logs": 60, "dashboard_address": None, "worker_dashboard_address": None}
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", **quiet
+    ) as cluster:
         yield cluster
 
 
@@ -58,23 +68,29 @@ def file(tmp_path):
     return tmp_path / "s.sqlite"
 
 
-def test_the_cluster_gives_the_same_bits(cluster, tmp_path):
-    work = grid_of("drawn", seed=list(range(8)))
-    run(work, tmp_path / "here.sqlite", jobs=2)
-    run(work, tmp_path / "there.sqlite", scheduler=cluster.scheduler_address)
-    here, there = contents(tmp_path / "here.sqlite"), contents(tmp_path / "there.sqlite")
-    assert here == there
+# Workers that die ----------------------------------------------------------------------------------------------------
 
 
-def one_killed(cluster, tmp_path, number):
+def test_the_cluster_gives_the_same_bits_and_a_worker_that_is_killed_costs_no_cell(cluster, tmp_path, monkeypatch):
+    one_killed(cluster, tmp_path, monkeypatch, 9)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_no_cell_of_200(cluster, tmp_path, monkeypatch):
+    one_killed(cluster, tmp_path, monkeypatch, 200)
+
+
+def one_killed(cluster, tmp_path, monkeypatch, number):
     """Kill a worker in the middle of a sweep, and require what a sweep on this machine gives."""
-    work = grid_of("slow", seed=list(range(number)))
+    monkeypatch.chdir(tmp_path)
+    Path("go").write_text(str(number // 3))
+    work = grid_of("gated", seed=list(range(number)))
     victim = next(iter(cluster.workers.values()))
 
     def kill():
-        while len(list((tmp_path / "there.sqlite.cells").glob("*/begun"))) < number // 3:
-            time.sleep(0.02)
-        os.kill(victim.pid, signal.SIGKILL)
+        until(lambda: len(list(tmp_path.glob("there.sqlite.cells/*/begun"))) > number // 3)
+        os.kill(victim.process.pid, signal.SIGKILL)
+        Path("go").write_text(str(number))
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -86,39 +102,80 @@ def one_killed(cluster, tmp_path, number):
     assert store_is_whole(tmp_path / "there.sqlite")
 
 
-def test_a_worker_that_is_killed_costs_no_cell(cluster, tmp_path):
-    one_killed(cluster, tmp_path, 20)
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_costs_no_cell_of_200(cluster, tmp_path):
-    one_killed(cluster, tmp_path, 200)
-
-
 def test_a_cell_that_kills_every_worker_is_given_up_and_the_rest_goes_on(cluster, file):
-    work = [Cell(f"{NAME}:kills_its_worker", {"seed": seed}) for seed in range(6)]
+    work = cells("kills_its_worker", *({"seed": seed} for seed in range(4)))
     allowed, cluster.scheduler.allowed_failures = cluster.scheduler.allowed_failures, 0
     try:
         tally = run(work, file, scheduler=cluster.scheduler_address)
     finally:
         cluster.scheduler.allowed_failures = allowed
-    assert tally["done"] + tally["failed"] == 6
+    assert tally["done"] + tally["failed"] == 4
     with reading(file) as store:
         failed = {cell["seed"]: cell for cell in store.failed()}
     assert failed[1]["kind"] == "killed"
     assert "every worker that ran it has died" in failed[1]["error"]
 
 
+# Addresses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service():
+    """Return a function that gives the address of a service, which accepts, says something and keeps the line."""
+    opened = []
+
+    def service(says):
+        listening = socket.create_server(("127.0.0.1", 0))
+        opened.append(listening)
+
+        def serve():
+            with suppress(OSError):  # closed
+                while True:
+                    caller, _ = listening.accept()
+                    opened.append(caller)
+                    caller.sendall(says)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield service
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (b"", "no answer in 0.5 seconds"),  # as a web server, which waits for the question
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "another service"),  # read as 2.8 EiB to come
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, "another service"),
+        (b"\x01" + b"\0" * 7 + b"\x10" + b"\0" * 7 + b"\xc1" * 16, "another service"),  # one message, which is none
+        (b"\x01" + b"\0" * 7 + b"\x10" + b"\0" * 7, "no answer in 0.5 seconds"),  # which does not come
+    ],
+)
+def test_what_answers_and_is_no_scheduler(file, monkeypatch, service, says, reason):
+    monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
+    address = service(says)
+    with pytest.raises(CurvlabError, match=rf"there is no Dask scheduler at {address} \(.*{reason}\); start one"):
+        run(grid_of("plain", a=[1]), file, scheduler=address)
+
+
 def test_a_scheduler_that_is_not_there(file, monkeypatch):
-    monkeypatch.setattr(cluster_module, "_CONNECT", 1)
-    with pytest.raises(CurvlabError, match=r"there is no Dask scheduler at tcp://127.0.0.1:9"):
-        run(grid_of("plain", a=[1]), file, scheduler="tcp://127.0.0.1:9")
-    with pytest.raises(CurvlabError, match=r"there is no Dask scheduler at nonsense"):
-        run(grid_of("plain", a=[1]), file, scheduler="nonsense://x")
+    monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense://x", "tcp://127.0.0.1", "tcp://127.0.0.1:abc", "tls://127.0.0.1:9"):
+        with pytest.raises(CurvlabError, match=rf"there is no Dask scheduler at {address} \("):
+            run(grid_of("plain", a=[1]), file, scheduler=address)
+
+
+def test_a_worker_is_no_scheduler(file, here):
+    (worker,) = here.workers.values()
+    with pytest.raises(CurvlabError, match="is a Worker of Dask, not a scheduler"):
+        run(grid_of("plain", a=[1]), file, scheduler=worker.address)
 
 
 def test_a_client_that_could_not_connect_is_collected_while_another_starts(file, monkeypatch):
-    monkeypatch.setattr(cluster_module, "_CONNECT", 1)
+    monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
+    monkeypatch.setattr(cluster_module, "_require_scheduler", lambda address: None)
     gc.disable()
     try:
         for address in ("tcp://127.0.0.1:9", "nonsense://x"):
@@ -127,23 +184,10 @@ def test_a_client_that_could_not_connect_is_collected_while_another_starts(file,
         collector = threading.Thread(target=gc.collect, daemon=True)
         with LoopRunner._lock:  # as the client that starts holds it, waiting for a thread that may collect garbage
             collector.start()
-            collector.join(5)
+            collector.join(60)
             assert not collector.is_alive()
     finally:
         gc.enable()
-
-
-def test_two_sweeps_have_each_its_own_plugin(cluster, tmp_path, monkeypatch):
-    names, register = [], cluster_module.Client.register_plugin
-
-    def noted(self, plugin, name=None, **others):
-        names.append(name)
-        return register(self, plugin, name=name, **others)
-
-    monkeypatch.setattr(cluster_module.Client, "register_plugin", noted)
-    for stem in ("one", "two"):
-        run(grid_of("plain", a=[1]), tmp_path / f"{stem}.sqlite", scheduler=cluster.scheduler_address)
-    assert len(set(names)) == 2
 
 
 def test_a_client_that_is_not_connected_goes_without_a_word():
@@ -151,31 +195,30 @@ def test_a_client_that_is_not_connected_goes_without_a_word():
 
 
 def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "_CONNECT", 1)
+    monkeypatch.setattr(processes, "close_idle", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    Path("go").write_text("3")
     address = tmp_path / "scheduler.json"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    module = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--port", "0"]
-    scheduler = subprocess.Popen([*module, "--host", "127.0.0.1", "--scheduler-file", str(address)], **quiet)
-    worker = None
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--port", "0"]
+    command += ["--host", "127.0.0.1", "--scheduler-file", str(address)]
+    scheduler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    loop = LoopRunner(asynchronous=False)
     try:
-        while not address.exists() or not address.read_text():
-            time.sleep(0.1)
+        until(lambda: address.exists() and address.read_text())
         tcp = json.loads(address.read_text())["address"]
-        work = grid_of("slow", seed=list(range(100)))
-        with pytest.raises(CurvlabError, match="has no worker: start some"):
-            run(work, file, scheduler=tcp)
-        command = [sys.executable, "-m", "distributed.cli.dask_worker", tcp, "--nthreads", "1", "--no-nanny"]
-        worker = subprocess.Popen([*command, "--no-dashboard"], cwd=tmp_path, env=environment, **quiet)
-        monkeypatch.setattr(cluster_module, "_CONNECT", 10)
+        work = grid_of("gated", seed=list(range(9)))
+        with monkeypatch.context() as impatient:
+            wait = Client.wait_for_workers
+            impatient.setattr(Client, "wait_for_workers", lambda client, number, timeout: wait(client, number, 0.01))
+            with pytest.raises(CurvlabError, match="has no worker: start some"):
+                run(work, file, scheduler=tcp)
+        loop.start()
+        sync(loop.loop, _worker, tcp)
         single = tmp_path / "single.sqlite"
-        run([Cell(f"{NAME}:where", {})], single, scheduler=tcp)
-        with reading(single) as store:
-            assert store.records() == [{"runner": worker.pid}]  # joblib alone would have run it here
+        assert run(cells("plain", {"a": 1}), single, scheduler=tcp)["done"] == 1
 
         def kill():
-            while len(list(file.parent.glob("*/*/begun"))) < 6:
-                time.sleep(0.02)
+            until(lambda: len(rows(file)) == 3)
             scheduler.kill()
 
         killer = threading.Thread(target=kill)
@@ -186,40 +229,165 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
     finally:
         scheduler.kill()
         scheduler.wait()
-        if worker is not None:
-            worker.kill()
-            worker.wait()
+        loop.stop()
     with reading(file) as store:
-        assert 0 < store.tally()["done"] < 100
-        assert store.tally()["failed"] == 0
+        assert store.tally() == {"done": 3, "failed": 0, "absent": 6, "earlier": 0}
 
 
-def test_a_worker_of_another_version_is_refused(cluster, file, monkeypatch):
+async def _worker(address):
+    return await Worker(address, nthreads=1, dashboard=False, silence_logs=60)
+
+
+# What a worker must have ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["version", "package", "module"])
+def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_path, monkeypatch, caplog, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "go").write_text("0")
+    ran = []
+    on_fit = cluster_module.on_fit_worker
+
+    def noted(task):
+        ran.append(cluster_module.get_worker().address)
+        return on_fit(task)
+
+    monkeypatch.setattr(cluster_module, "on_fit_worker", noted)
+    (fit,) = here.workers.values()
+
+    def join_late():
+        until(lambda: list(tmp_path.glob("*/*/begun")))
+        if what == "version":
+            other = software() | {"versions": {**software()["versions"], "curvlab": "0.0"}}
+            monkeypatch.setattr(cluster_module, "software", lambda: other)
+        else:
+            name = "curvlab" if what == "package" else NAME
+            monkeypatch.setattr(cluster_module, "fingerprints", lambda given: {**fingerprints(given), name: "other"})
+        here.scale(2)
+        until(lambda: "no cell runs there" in caplog.text)  # it was given one
+        (tmp_path / "go").write_text("5")
+
+    late = threading.Thread(target=join_late)
+    late.start()
+    assert run(grid_of("gated", seed=list(range(5))), file, scheduler=here.scheduler_address)["done"] == 5
+    late.join()
+    assert len(here.workers) == 2
+    assert set(ran) == {fit.address}
+    lacks = "has curvlab 0.0, and" if what == "version" else "has other source files of"
+    assert lacks in caplog.text
+    assert caplog.text.count("no cell runs there") == 1
+
+
+def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
     other = software()
     other["versions"]["torch"] = "1.0"
-    monkeypatch.setattr(cluster_module, "software", lambda: other)
-    with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers from"):
-        run(grid_of("plain", a=[1]), file, scheduler=cluster.scheduler_address)
-    monkeypatch.undo()
-    assert run(grid_of("plain", a=[1]), file, scheduler=cluster.scheduler_address)["done"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster_module, "software", lambda: other)
+        patch.setattr(cluster_module.Requirements, "_require", _require_torch(cluster_module.Requirements._require))
+        with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers from"):
+            run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
+    with monkeypatch.context() as patch:  # one that has no such check
+        patch.setattr(cluster_module.Requirements, "setup", lambda self, worker: None)
+        with pytest.raises(CurvlabError, match=r"worker .* has another curvlab: start the workers from"):
+            run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
+    assert run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)["done"] == 1
 
 
-REQUIRED = {"functions": [f"{GRID}:plain"], "data": {}, "data_root": None, "offline": True}
+def _require_torch(require):
+    """Check as a worker does, which has its own versions."""
+
+    def check(requirements, worker):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster_module, "software", software)
+            require(requirements, worker)
+
+    return check
+
+
+def test_two_sweeps_have_each_its_own_plugin(here, tmp_path, monkeypatch):
+    names, register = [], cluster_module.Client.register_plugin
+
+    def noted(self, plugin, name=None, **others):
+        names.append(name)
+        return register(self, plugin, name=name, **others)
+
+    monkeypatch.setattr(cluster_module.Client, "register_plugin", noted)
+    for stem in ("one", "two"):
+        run(grid_of("plain", a=[1]), tmp_path / f"{stem}.sqlite", scheduler=here.scheduler_address)
+    assert len(set(names)) == 2
+    assert not here.scheduler.worker_plugins  # nor does either stay
+
+
+REQUIRED = {"functions": [f"{NAME}:plain"], "data": {}, "data_root": None, "offline": True}
 WORKER = SimpleNamespace(address="tcp://a:1", name="w")
+
+
+def required(**others):
+    given = REQUIRED | others
+    return {"software": software(), "code": fingerprints(given["functions"])} | given
 
 
 def test_what_a_worker_must_have():
     digits = data.load("digits").fingerprint()
-    cluster_module.Requirements(software(), **REQUIRED | {"data": {"digits": digits}}).setup(WORKER)
-    commit = {**software(), "git": {"commit": "abc", "dirty": False}}
-    for ours, others, fragment in (
-        (software(), {"functions": ["no_such:f"]}, "there is no module 'no_such'"),
-        (software(), {"data": {"digits": "other"}}, "other data under 'digits'"),
-        (software(), {"data": {"mnist": "any"}, "data_root": "/no/such"}, "mnist"),
-        (commit, {}, "and abc is needed") if software()["git"] else (software(), {"functions": ["x"]}, "module:name"),
+    fit = cluster_module.Requirements(**required(data={"digits": digits}))
+    assert not fit.fit
+    fit.setup(WORKER)
+    assert fit.fit
+    code = fingerprints([f"{NAME}:plain"])
+    for others, fragment in (
+        ({"functions": ["no_such:f"]}, "there is no module 'no_such'"),
+        ({"functions": ["x"]}, "module:name"),
+        ({"data": {"digits": "other"}}, "other data under 'digits'"),
+        ({"data": {"mnist": "any"}, "data_root": "/no/such"}, "mnist"),
+        ({"code": code | {"curvlab": "other"}}, "has other source files of curvlab than the process that runs"),
+        ({"code": code | {NAME: "other"}}, f"has other source files of {NAME} than the process that runs"),
+        ({"code": {"curvlab": code["curvlab"]}}, f"has other source files of {NAME} than the process that runs"),
     ):
+        unfit = cluster_module.Requirements(**required(**others))
         with pytest.raises(CurvlabError, match=rf"worker tcp://a:1 on w.*{fragment}"):
-            cluster_module.Requirements(ours, **REQUIRED | others).setup(WORKER)
+            unfit.setup(WORKER)
+        assert not unfit.fit
+
+
+def test_fingerprints_are_of_all_that_a_module_imports(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {
+        "cells_of_mine.py": "import json, torch\nimport helpers_of_mine\nfrom package_of_mine import sub\n",
+        "helpers_of_mine.py": "x = 1\n",
+        "package_of_mine/__init__.py": "",
+        "package_of_mine/sub.py": "from .deep import y\n",
+        "package_of_mine/deep.py": "y = 1\n",
+        "package_of_mine/unused.py": "z = 1\n",
+    }
+    (tmp_path / "package_of_mine").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = fingerprints(["cells_of_mine:f", "curvlab.models:mlp", "torch:rand", "no_such:f"])
+    assert list(before) == ["curvlab", "cells_of_mine"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "# other\n")
+        changed = fingerprints(["cells_of_mine:f"])["cells_of_mine"] != before["cells_of_mine"]
+        assert changed == (name != "package_of_mine/unused.py")
+        (tmp_path / name).write_text(text)
+
+
+def test_a_server_of_other_code_is_not_used(monkeypatch, file):
+    """On a worker, one that is busy with the cells of an earlier sweep has imported what they needed."""
+    run(cells("plain", {"a": 1}), file)
+    (before,) = processes._servers.values()
+    taken = []
+
+    class Server:
+        def __init__(self, *given):
+            taken.append(given)
+            raise CurvlabError("another one")
+
+    monkeypatch.setattr(processes, "Server", Server)
+    assert run(cells("plain", {"a": 2}), file)["done"] == 1
+    monkeypatch.setattr("curvlab.grid.running.fingerprints", lambda functions: {"curvlab": "other"})
+    with pytest.raises(CurvlabError, match="another one"):
+        run(cells("plain", {"a": 3}), file)
+    assert before in processes._servers.values()
 
 
 def test_without_dask(file, monkeypatch):

@@ -227,7 +227,7 @@ class StructureTests(ABC):
             other = Dense(torch.eye(P, dtype=torch.float64), self.space, INFO)
         with pytest.raises(CurvlabError, match=f"{matrix.kind} and a {other.kind}"):
             matrix + other
-        with pytest.raises(TypeError):
+        with pytest.raises(CurvlabError, match=r"added to a matrix, not to 1\.0"):
             matrix + 1.0
 
     def test_vectors_of_another_space_are_refused(self) -> None:
@@ -547,7 +547,7 @@ class TestImplicit(StructureTests):
         with pytest.raises(CurvlabError, match=r"after 50 products .* raise the damping, or tol or max_products"):
             matrix.solve(b, max_products=49)
         assert torch.allclose(matrix.solve(b, 0.01), b / (values + 0.01), rtol=1e-8)
-        with pytest.raises(CurvlabError, match="relative residual is nan"):
+        with pytest.raises(CurvlabError, match="right-hand side of solve holds NaN"):
             matrix.solve(b * float("nan"))
         assert torch.equal(matrix.solve(0 * b), 0 * b)
 
@@ -765,7 +765,7 @@ class TestFiles:
         self.write(tmp_path / "m.safetensors")
         assert load(tmp_path / "m.safetensors").trace() == 2
 
-    @pytest.mark.parametrize("changes", [{"format": 2}, {"kind": "hyperbolic"}])
+    @pytest.mark.parametrize("changes", [{"format": 3}, {"kind": "hyperbolic"}])
     def test_newer_file(self, tmp_path: Path, changes: dict[str, object]) -> None:
         self.write(tmp_path / "future.safetensors", **changes)
         with pytest.raises(CurvlabError, match=f"future.safetensors.*newer curvlab.*{next(iter(changes.values()))}"):

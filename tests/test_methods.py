@@ -23,7 +23,7 @@ from curvlab.grid import Place, Store
 from curvlab.models import build
 
 ALL = ("naive", "ewc", "agem", "er", "stable", "joint")
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = (
     "--hidden 6 --tasks 2 --epochs 1 --task-samples 96 --validation 60 --test-samples 90 --streams permuted "
@@ -381,7 +381,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_run_and_the_same_again(call, monkeypatch):
+def test_a_run_and_the_same_again(call, monkeypatch, with_figures):
     line = f"{TINY} --lrs 0.0001 0.1 --dropouts 0 0.25 --seeds 0 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
@@ -520,7 +520,7 @@ def test_a_cell_that_fails_is_told(call):
     assert "Failed, and in no number above" in out
 
 
-def test_a_candidate_whose_cell_is_lost_ends_the_run(call):
+def test_a_candidate_whose_cell_is_lost_ends_the_run(call, in_processes):
     code, out, err = call(f"{TINY} --methods naive --lrs 0.1 0.2 --seeds 0 --cell-timeout 0.001 --out run")
     assert (code, out) == (1, "")
     assert "2 of 2 cells have failed" in err

@@ -1,11 +1,13 @@
 """The quantities and their string forms."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvlab.errors import CurvlabError
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity, parse_quantity
+from curvlab.structures import parse_structure
 
 QUANTITY = st.one_of(
     st.sampled_from([EmpiricalFisher(), GGN(), Hessian()]),
@@ -43,11 +45,44 @@ def test_string_forms(text: str, quantity: Quantity) -> None:
         ("fisher:samples", "fisher does not take 'samples'.*key=value"),
         ("ggn:samples=4", "ggn does not take 'samples=4'.*none"),
         ("fisher:samples=many", "fisher:samples takes a whole number, not 'many'"),
-        ("fisher:samples=0", "samples >= 1.*not 0"),
-        ("masq:batch_size=0", "batch_size >= 1, not 0"),
+        ("fisher:samples=0", "samples of fisher must be a whole number from 1, not 0"),
+        ("masq:batch_size=0", "batch_size of masq must be a whole number from 1, not 0"),
+        ("fisher:seed=-1", "seed of fisher must be a whole number from 0, not -1"),
+        ("fisher:samples=4,samples=5", "given samples twice"),
+        (None, "by name, such as 'fisher', not as None"),
+        (4, "by name, such as 'fisher', not as 4"),
         ("masq:norm=max", "sumsq, mean or scaled, not 'max'"),
     ],
 )
 def test_bad_forms_are_refused(text: str, told: str) -> None:
     with pytest.raises(CurvlabError, match=told):
         parse_quantity(text)
+
+
+@pytest.mark.parametrize("number", [1.5, True, "4", float("nan"), 0, [4]])
+def test_numbers_that_are_not_whole_are_refused(number: object) -> None:
+    for make in (lambda: Fisher(samples=number), lambda: MaSQ(batch_size=number)):
+        with pytest.raises(CurvlabError, match="must be a whole number from 1"):
+            make()
+
+
+def test_numpy_numbers_are_whole_numbers() -> None:
+    quantity = Fisher(samples=np.int64(4), seed=np.uint8(2))
+    assert (type(quantity.samples), type(quantity.seed), str(quantity)) == (int, int, "fisher:samples=4,seed=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "a structure is given by name, such as 'dense', not as None"),
+        (3, "a structure is given by name"),
+        (Fisher(), "a structure is given by name"),
+        ("kfac:sharing=both", "sharing expand or reduce, not 'both'"),
+        ("kfac:rest=diag,rest=block_diag", "given rest twice"),
+        ("tkfac:variant=", "variant gao or rescaled, not ''"),
+        ("diag:rest=diag", "diag does not take 'rest=diag'"),
+    ],
+)
+def test_bad_structures_are_refused(text: object, told: str) -> None:
+    with pytest.raises(CurvlabError, match=told):
+        parse_structure(text)

@@ -57,7 +57,12 @@ def test_factors_make_the_rows(name: str, quantity: Quantity) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_only_rank_one_layers_are_listed(name: str) -> None:
-    assert set(linear_layers(case(name).problem)) == case(name).linear
+    assert set(linear_layers(case(name).problem)) == _trainable(name)
+
+
+def _trainable(name: str) -> set[str]:
+    problem = case(name).problem
+    return {layer for layer in case(name).linear if any(n.rpartition(".")[0] == layer for n in problem.space.names)}
 
 
 def test_a_second_use_shows_also_where_the_model_fits_its_targets() -> None:
@@ -81,7 +86,7 @@ def test_rows_of_some_parameters_in_small_pieces(quantity: Quantity, memory: flo
     if not isinstance(quantity, GGN):
         assert_same(torch.cat(pieces), expected, quantity)
     if memory == 1.0 and not isinstance(quantity, MaSQ):
-        assert len(pieces) == N
+        assert all(len(piece) == 1 for piece in pieces)
 
 
 def test_factors_over_several_batches_draw_the_same_labels() -> None:
@@ -108,7 +113,9 @@ class Sometimes(nn.Module):
 
 def test_a_layer_that_is_used_twice_only_later_is_refused() -> None:
     model, x, y = Sometimes().double(), torch.ones(4, 4), torch.tensor([0, 1, 2, 0])
-    problem = Problem(model, "cross_entropy", [(x, y), (1000 * x, y)])
+    batches = [(x, y)] * 12
+    batches[10] = (1000 * x, y)  # where the verification does not look
+    problem = Problem(model, "cross_entropy", batches)
     layers = linear_layers(problem)
     with pytest.raises(UnsupportedError, match="fc was not called once"):
         linear_factors(problem, EmpiricalFisher(), "fc", layers["fc"])
@@ -133,7 +140,7 @@ def test_where_gradients_are_switched_off() -> None:
         for quantity in (EmpiricalFisher(), MaSQ(3)):
             with torch.no_grad():
                 rows = torch.cat(list(row_batches(problem, quantity, names)))
-                assert set(linear_layers(problem)) == case(name).linear
+                assert set(linear_layers(problem)) == _trainable(name)
             assert_same(rows, reference(problem, quantity, names), quantity)
 
 
@@ -161,7 +168,7 @@ def test_the_scale_of_monte_carlo_rows() -> None:
     outputs, targets = torch.zeros(2, 3), torch.zeros(2, 3)
     for samples in (1, 4):
         quantity = Fisher(samples=samples)
-        rows = output_rows(get_loss("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity))
+        rows = output_rows(get_loss("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity))[:]
         # At logit zero every gradient is one half in size, whatever the label.
         assert torch.allclose(rows.square().sum(dim=1), torch.full((2, 3), 0.25))
 

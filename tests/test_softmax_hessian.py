@@ -30,7 +30,7 @@ from curvlab.estimators import estimate
 from curvlab.grid import Place, Store, folder_of
 from curvlab.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = "--hidden 4 --steps 3 --points 2 --samples 40 --draws 3 --decades 4"
 CONFIG = {"hidden": (4,), "steps": 3, "points": 2, "samples": 40, "draws": 3, "decades": 4}
@@ -187,7 +187,7 @@ def test_claims():
 # The run.
 
 
-def test_a_run_and_the_same_again(call):
+def test_a_run_and_the_same_again(call, with_figures):
     line = f"{TINY} --seeds 0 1 2 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")

@@ -1,5 +1,7 @@
 """The standard error of Monte Carlo Fishers: by the spread of many, and in closed form."""
 
+from copy import deepcopy
+from functools import partial
 from math import sqrt
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
+from curvlab.estimators import standard_error as module
 from curvlab.estimators.standard_error import StandardError, standard_error
 from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.problem import Problem
@@ -116,3 +119,23 @@ def test_refusals() -> None:
     huge = Problem(whole.model, whole.loss, (1e200 * whole.inputs, whole.targets))
     with pytest.raises(CurvlabError, match="not finite"):
         standard_error(huge, Fisher(2))
+
+
+def test_the_rows_of_a_sample_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where they take more than the memory of a batch of rows."""
+    problem = case("mlp").problem
+    whole = standard_error(problem, Fisher(5))
+    row = problem.space.total * 8
+    monkeypatch.setattr(module, "row_batches", partial(module.row_batches, max_bytes=3 * row))
+    pieces = standard_error(problem, Fisher(5))
+    assert torch.allclose(pieces.diagonal, whole.diagonal, rtol=1e-12)
+    assert torch.allclose(pieces.trace, whole.trace, rtol=1e-12)
+
+
+def test_half_precision() -> None:
+    """The errors are in float64, of the rows that the model's own rounding gives."""
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    half = standard_error(Problem(deepcopy(model).bfloat16(), "cross_entropy", (x, y)), Fisher(50))
+    single = standard_error(Problem(model, "cross_entropy", (x, y)), Fisher(50))
+    assert half.diagonal.dtype == torch.float64
+    assert torch.allclose(half.diagonal, single.diagonal, rtol=0.1)

@@ -22,7 +22,7 @@ from curvlab.grid import Place, Store
 from curvlab.models import build
 from curvlab.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 TINY = "--hidden 5 --epochs 1 --tasks 3 --task-samples 64 --samples 40 --regimes stable plastic --streams permuted"
 
@@ -242,7 +242,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_run_and_the_same_again(call, monkeypatch):
+def test_a_run_and_the_same_again(call, monkeypatch, with_figures, in_processes):
     line = f"{TINY} --seeds 0 1 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")

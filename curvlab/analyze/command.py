@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import pydantic
-import yaml
 from pydantic_core import PydanticCustomError
 from rich.console import Console
 from rich.text import Text
 
-from curvlab import grid
+from curvlab import grid, yaml_file
 from curvlab.data import fingerprint
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Place
@@ -57,7 +56,7 @@ class Config(pydantic.BaseModel):
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML; ``--config`` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml_file.dumps(self.model_dump(mode="json"))
 
 
 def _items(value: Any) -> Sequence[Any]:
@@ -399,38 +398,13 @@ def _read_config(file: Path, base: C) -> C:
     return changed(base, read_yaml(file), file)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as the number that it is in YAML 1.2, where PyYAML has a string, and refuses a key twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Look at the keys here, before those of ``<<`` are among them."""
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for number, key in enumerate(keys):
-            if any(key.value == other.value for other in keys[:number]):
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the options that a file holds.
 
     Raises:
         CurvlabError: It cannot be read, or holds anything else.
     """
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a safe one
-    except OSError as error:
-        raise CurvlabError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
-        mark = getattr(error, "problem_mark", None)
-        reason = str(error) if mark is None else f"{getattr(error, 'problem', error)}, line {mark.line + 1}"
-        raise CurvlabError(f"{file} is not YAML: {reason}") from error
+    values = yaml_file.read(file)
     if not isinstance(values, dict):
         raise CurvlabError(f"{file} does not hold options, each a line key: value")
     return values

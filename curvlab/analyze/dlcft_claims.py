@@ -7,8 +7,7 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from curvlab import yaml_file
 from curvlab.analyze.dlcft_methods import METHODS, SETTINGS
 from curvlab.results import Claim
 
@@ -22,7 +21,7 @@ _SATURATED = 0.97
 def published() -> dict[str, Any]:
     """Return what is printed: ``source``, ``conditions``, and ``rows`` by setting and method, in percent."""
     text = files("curvlab.analyze").joinpath("published/dlcft.yaml").read_text()
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = yaml_file.loads(text)
     return table
 
 

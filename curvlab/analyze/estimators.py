@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvlab.analyze.command import Analysis, Config, RunOptions
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import BACKENDS, estimate
-from curvlab.estimators.layers import kronecker_layers
+from curvlab.estimators.verification import kronecker_layers
 from curvlab.problem import Problem
 from curvlab.progress import progress
 from curvlab.quantities import QUANTITIES

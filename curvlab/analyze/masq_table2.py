@@ -6,8 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
+from curvlab import yaml_file
 from curvlab.results import Claim, Column
 
 Record = dict[str, Any]
@@ -35,7 +34,7 @@ COLUMNS = (
 def published() -> dict[str, Any]:
     """Return the table as printed: ``source``, ``labels`` and ``rows`` by parameter name."""
     text = files("curvlab.analyze").joinpath("published/masq_table2.yaml").read_text()
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = yaml_file.loads(text)
     return table
 
 

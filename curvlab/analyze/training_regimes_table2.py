@@ -8,8 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from curvlab import yaml_file
 from curvlab.analyze.conditions import differing, either
 from curvlab.analyze.methods_config import MethodsConfig
 from curvlab.results import Claim
@@ -41,7 +40,7 @@ def published() -> dict[str, Any]:
     ``source``, ``data``, ``tasks``, and by stream ``conditions`` and ``rows``, these by method.
     """
     text = files("curvlab.analyze").joinpath("published/training_regimes_table2.yaml").read_text()
-    table: dict[str, Any] = yaml.safe_load(text)
+    table: dict[str, Any] = yaml_file.loads(text)
     return table
 
 

@@ -23,9 +23,9 @@ from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
-from curvlab.problem import preserved_random_state
 from curvlab.progress import Advance
 from curvlab.progress import progress as progress_bar
+from curvlab.randomness import preserved_random_state
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
 from curvlab.training.observers import unchanged
 from curvlab.training.optimization import make_optimizer, make_schedule

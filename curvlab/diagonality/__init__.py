@@ -23,6 +23,7 @@ from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
+from curvlab.estimators.snapshots import check_reached
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import progress as progress_bar
@@ -61,7 +62,8 @@ def diagonality(
     ``mean_ratio``: ``diag_mean / offdiag_abs_mean``. ``sum_ratio``: ``offdiag_abs_sum / diag_sum``.
     ``method``: ``exact``, or ``sampled`` where going through the block would take more than ``time_budget``.
     ``ci95``: half-width of the 95 % interval of ``offdiag_abs_sum``; ``frobenius_ci95``: of ``frobenius``;
-    ``draws``: how many were taken. Diagonal and signed sum are exact always. In a sampled row ``zero_fraction``
+    ``draws``: how many were taken. An empty tensor has sums of zero and no means. Diagonal and signed sum are exact
+    always. In a sampled row ``zero_fraction``
     counts only entries that are zero for certain (a lower bound: those of which two inputs or two units of a Linear
     layer are never active together, else those in rows of zero diagonal), and
     ``offdiag_abs_max`` is the largest entry if it equals ``offdiag_abs_max_bound``, else the largest found.
@@ -132,6 +134,7 @@ def records(
         for name, members in groups:
             _check_hessian(problem, name, members)
     problem.check()
+    check_reached(to_first_order(problem), space)
 
     def rows() -> Iterator[Record]:
         blocks = _Blocks(problem, quantity, tile_memory)
@@ -139,7 +142,9 @@ def records(
             if name in skip:
                 continue
             with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
-                if isinstance(quantity, Hessian):
+                if not ParameterSpace.of(problem.model, members).total:
+                    record = dense_record(torch.empty(0, 0))
+                elif isinstance(quantity, Hessian):
                     record = dense_record(estimate(problem, Hessian(), "dense", params=members).to_dense())
                 else:
                     record = block_record(
@@ -179,6 +184,7 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
     quantity = parse_quantity(quantity)
     space = problem.space
     problem.check()
+    check_reached(to_first_order(problem), space)
     chosen = {
         name: torch.linspace(0, size - 1, min(size, per_tensor), device=problem.device).long()
         for name, size in zip(space.names, space.sizes, strict=True)
@@ -189,7 +195,7 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
         _check_hessian(problem, "the model", space.names)
         return Submatrix(estimate(problem, quantity, "dense").to_dense()[flat][:, flat], space.names, counts)
     blocks = _Blocks(problem, quantity, 2e8)
-    parts = [(blocks([name]), index) for name, index in chosen.items()]
+    parts = [(blocks([name]), index) for name, index in chosen.items() if len(index)]
     columns = torch.cat([block.columns(index) * sqrt(block.unit()) for block, index in parts], dim=1)
     return Submatrix(columns.mT @ columns / problem.num_samples, space.names, counts)
 
@@ -226,13 +232,16 @@ class _Blocks:
         return block
 
     def _make(self, members: list[str]) -> Block:
-        layer, _, kind = members[0].rpartition(".")
-        if layer in self.linear and len(members) <= 2 and all(m.rpartition(".")[0] == layer for m in members):
+        sizes = dict(zip(self.problem.space.names, self.problem.space.sizes, strict=True))
+        members = [member for member in members if sizes[member]]  # an empty one has no entry in the block
+        layer = members[0].rpartition(".")[0]
+        weight, bias = (f"{layer}.{key}".removeprefix(".") for key in ("weight", "bias"))
+        if layer in self.linear and {weight, bias}.issuperset(members):
             factors = linear_factors(self.problem, self.quantity, layer, self.linear[layer])
             if len(members) == 2:
                 return OuterBlock.of_layer(factors)
-            return OuterBlock.of_bias(factors) if kind == "bias" else OuterBlock.of_weight(factors)
-        size = ParameterSpace.of(self.problem.model, members).total
+            return OuterBlock.of_bias(factors) if members == [bias] else OuterBlock.of_weight(factors)
+        size = sum(sizes[member] for member in members)
         return StreamedBlock(partial(row_batches, self.problem, self.quantity, members), size, self.tile_memory)
 
 

@@ -54,7 +54,7 @@ def dense_record(matrix: Tensor) -> Record:
     rest = matrix.double() - diagonal.diag()
     sums = OffDiagonal()
     sums.add(rest, 1)
-    zeros = 1 - int(torch.count_nonzero(matrix)) / matrix.numel()
+    zeros = 1 - int(torch.count_nonzero(matrix)) / matrix.numel() if matrix.numel() else nan
     return _record(diagonal, sums, float(matrix.double().sum()), 1, zero_fraction=zeros)
 
 
@@ -64,12 +64,12 @@ def _record(diagonal: Tensor, sums: OffDiagonal, total: float, n: float, *, zero
     diag_sum = float(diagonal.sum())
     diag_squares = float(diagonal.square().sum())
     frobenius = sqrt(diag_squares + sums.square_sum)
-    diag_mean, off_mean = diag_sum / size, sums.abs_sum / entries if entries else nan
+    diag_mean, off_mean = diag_sum / size if size else nan, sums.abs_sum / entries if entries else nan
     return {
         "size": size,
         "diag_sum": diag_sum / n,
         "diag_mean": diag_mean / n,
-        "diag_max": float(diagonal.max()) / n,
+        "diag_max": float(diagonal.max()) / n if size else 0.0,
         "offdiag_abs_sum": sums.abs_sum / n,
         "offdiag_abs_mean": off_mean / n,
         "offdiag_abs_max": sums.abs_max / n,

@@ -1,7 +1,7 @@
 """What a backend is: the cells of quantity and structure that it fills, and how it says no."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -13,8 +13,21 @@ from curvlab.quantities import Quantity
 from curvlab.structures import Structure
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a backend has computed.
+
+    Attributes:
+        tensors: Those that hold the matrix (``CurvatureMatrix.tensors``), in at least float32.
+        rejected: Why a faster way was not taken, by parameter: a phrase that follows its name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+
 class Compute(Protocol):
-    """From a problem to the tensors that hold the matrix (``CurvatureMatrix.tensors``)."""
+    """From a problem to a matrix."""
 
     def __call__(
         self,
@@ -24,7 +37,7 @@ class Compute(Protocol):
         space: ParameterSpace,
         batch_size: int | None,
         advance: Advance,
-    ) -> Mapping[str, Tensor]:
+    ) -> Computed:
         """Compute the matrix as a mean over samples; ``advance`` is called with the samples done."""
 
 

@@ -8,7 +8,6 @@ error divided by ``N C``), its limits (one output for binary cross-entropy) and 
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -19,15 +18,17 @@ from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian, SumG
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import few_inputs, unfaithful_modules
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import unfaithful
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem, preserved_random_state
+from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.randomness import preserved_random_state
+from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -55,7 +56,7 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
@@ -64,8 +65,8 @@ def compute(
     finally:
         del CTX.hook_handles[hooks:]  # which the library would keep for the rest of the process
     if structure.name == "diag":
-        return {"entries": torch.cat([means[name].reshape(-1) for name in space.names])}
-    return means
+        return Computed({"entries": torch.cat([means[name].reshape(-1) for name in space.names])})
+    return Computed(means)
 
 
 def _means(
@@ -105,14 +106,14 @@ def _copy(problem: Problem, space: ParameterSpace) -> Problem:
 
     The library's hooks on the model would stay, and keep ``torch.func`` from it.
     """
-    model = deepcopy(problem.model)
+    model = copied(problem.model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in space.names)
     for module in model.modules():
         # What a module with a backward hook returns may not be changed in place.
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
-    return Problem(model, problem.loss.name, problem.data)
+    return problem.with_model(model)
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,9 +150,9 @@ def _row_terms(
     parameters = _trainable(problem)
     rng = label_stream(quantity)
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.forward(parameters, inputs)
-        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        for left, seed in zip(range(seeds.shape[1] - 1, -1, -1), seeds.unbind(dim=1), strict=True):
+        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
+        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        for left, seed in zip(range(len(seeds) - 1, -1, -1), seeds, strict=True):
             with backpack(extension, retain_graph=left > 0):
                 _backward((outputs * seed).sum(), keep=left > 0)
             if structure.name == "diag":
@@ -194,14 +195,13 @@ def _propagate(
     for module in _leaves(problem.model).values():
         extend(module)
     loss = extend(_OutputSpace())
-    parameters = _trainable(problem)
     rng = label_stream(quantity)
     # The Hessian of these losses in the outputs is the exact Fisher's.
     of_outputs = GGN() if isinstance(quantity, Hessian) else quantity
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.forward(parameters, inputs)
+        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
         given = outputs.detach()
-        rows = output_rows(problem.loss, of_outputs, given, targets, rng).to(given.dtype)
+        rows = output_rows(problem.loss, of_outputs, given, targets, rng)[:]
         extension = extension_type()
         extension.set_module_extension(_OutputSpace, _Seeds(rows.transpose(0, 1)))
         with backpack(extension, extension_hook=hook):
@@ -251,8 +251,8 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return told
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
             return f"its factors of {_label(name, layer.module)} are of another approximation"
-    for name, reason in unfaithful_modules(problem, {name: layer.module for name, layer in layers.items()}).items():
-        return f"{next(n for n in space.names if n.rpartition('.')[0] == name)} {reason}"
+    if told := unfaithful(problem, space, layers):
+        return told
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)
         rules = _KRONECKER_RULES if kronecker else _HESSIAN_RULES if hessian else _GGN_RULES
@@ -290,7 +290,7 @@ def _chain_obstacle(problem: Problem, rules: tuple[type[nn.Module], ...], flat: 
 
     for name, module in _leaves(problem.model).items():
         module.register_forward_hook(recorder(name), with_kwargs=True)
-    outputs = problem.forward(_trainable(problem), few_inputs(problem))
+    outputs = problem.forward(_trainable(problem), problem.probe()[0][0])
     previous: Tensor | None = None
     for index, (name, module, given, output) in enumerate(calls):
         if type(module) not in rules:

@@ -6,16 +6,18 @@ have no part. Its check of determinism, which costs several passes, is off: ``Pr
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from curvlab.estimators import products
-from curvlab.estimators.backend import Backend
+from curvlab.errors import UnsupportedError
+from curvlab.estimators import products, snapshots
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.snapshots import differentiable
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
@@ -55,7 +57,7 @@ class _Passes:
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the output rows of the batch that is under way."""
-        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng).to(outputs.dtype)
+        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng)[:]
 
 
 class _WithRows(_Passes):
@@ -98,7 +100,7 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     assert isinstance(structure, Kronecker)
     n = problem.num_samples
@@ -124,7 +126,7 @@ def compute(
     slopes = operator.state_dict()["gradient_covariances"]
     if not corrected:
         factors = {f"{name}|A": a for name, a in inputs.items()}
-        return factors | {f"{name}|S": s / n for name, s in slopes.items()}
+        return Computed(factors | {f"{name}|S": s / n for name, s in slopes.items()})
     # The library's own eigenvectors are in the model's dtype: float32 does not converge on some factors of low rank.
     bases = {f"{name}|U_A": symmetric_eigh(a)[1] for name, a in inputs.items()}
     bases |= {f"{name}|U_S": symmetric_eigh(s)[1] for name, s in slopes.items()}
@@ -135,7 +137,7 @@ def compute(
         # By parameter where the layer has but one.
         both = values if isinstance(values, Tensor) else next(iter(values.values()))
         bases[f"{name}|values"] = both.reshape(len(both), -1) / n
-    return bases
+    return Computed(bases)
 
 
 def _layer_names(space: ParameterSpace) -> list[str]:
@@ -188,7 +190,7 @@ def product(
         operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
 
     def multiply(vectors: Tensor) -> Tensor:
-        with products.differentiable(model):
+        with differentiable(copied):
             return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
 
     return multiply
@@ -198,10 +200,11 @@ def product(
 
 
 def _copy(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem with a copy of the model that leaves its inputs alone, trainable where the space says so."""
-    copied = products.snapshot(problem)
-    for name, parameter in copied.model.named_parameters():
-        parameter.requires_grad_(name in space.names)
+    """Return the problem with a copy of the model that leaves its inputs alone."""
+    with differentiable(problem):
+        copied = snapshots.copied(problem, space)
+    if copied is None:
+        raise UnsupportedError(f"{type(problem.model).__name__} cannot be copied, or its copy computes something else")
     copied.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
     return copied
 

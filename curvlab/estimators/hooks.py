@@ -8,21 +8,19 @@ network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
-from torch.nn import functional as F
+from torch import Tensor
 
-from curvlab.errors import UnsupportedError
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import backward, forward, unfaithful_modules
-from curvlab.estimators.layers import Layer, has_factors, kronecker_layers, layer_in
+from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.capture import Call, backward
+from curvlab.estimators.layers import Layer
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.rules import WrongRuleError, rule
+from curvlab.estimators.seeds import Seeds, label_stream, output_rows
+from curvlab.estimators.sums import Sums
+from curvlab.estimators.verification import UnfaithfulError, Verified, verify_factors, verify_rules
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
@@ -30,15 +28,8 @@ from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import TKFAC, Kronecker, Structure
 
-#: Modules that scale and shift what they have normalised.
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
-#: Modules of one input and one output whose per-sample gradients are had by differentiating them alone.
-_ALONE = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
-)
 _PIECE = 500  # samples of a batch that are taken at once unless asked otherwise: more take memory and little less time
-_BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
+_BYTES = 6.4e7  # about what the rotated gradients of a layer that are held at once may take
 
 _Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs
 _Passes = Callable[[], Iterator[_Batch]]
@@ -51,26 +42,25 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
-        layers = kronecker_layers(problem, space)[0]
-        modules = {name: layer.module for name, layer in layers.items()}
+        verified = verify_factors(problem, space)
 
         def batches() -> Iterator[_Batch]:
-            for inputs, gradients in _batches(problem, quantity, modules, batch_size):
+            for inputs, gradients in _batches(problem, quantity, verified, batch_size):
                 yield inputs, gradients
                 advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
 
         if isinstance(structure, TKFAC):
-            return _tkfac(batches, layers, structure, problem.num_samples)
-        factors = _kfac(batches, layers, structure, problem.num_samples)
+            return Computed(_tkfac(batches, verified.layers, structure, problem))
+        factors = _kfac(batches, verified.layers, structure, problem)
         if structure.name == "kfac":
-            return factors
-        return _ekfac(batches, layers, problem.num_samples, factors)
+            return Computed(factors)
+        return Computed(_ekfac(batches, verified.layers, problem, factors))
     if structure.name == "diag" and not isinstance(quantity, MaSQ):
-        return {"entries": _diagonal(problem, quantity, space, batch_size, advance)}
-    return _from_rows(problem, quantity, structure, space, advance)
+        return _diagonal(problem, quantity, space, batch_size, advance)
+    return Computed(_from_rows(problem, quantity, structure, space, advance))
 
 
 # Any structure, from rows --------------------------------------------------------------------------------------------
@@ -78,201 +68,82 @@ def compute(
 
 def _from_rows(
     problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace, advance: Advance
-) -> Mapping[str, Tensor]:
-    parts = {"matrix": slice(0, space.total)} if structure.name == "dense" else space.slices
-    zeros = partial(torch.zeros, dtype=problem.dtype, device=problem.device)
+) -> dict[str, Tensor]:
     if structure.name == "diag":
-        return {"entries": _squared_rows(problem, quantity, space, advance) / problem.num_samples}
-    total = {name: zeros(part.stop - part.start, part.stop - part.start) for name, part in parts.items()}
+        return {"entries": _squared_rows(problem, quantity, space, advance)}
+    parts = {"matrix": slice(0, space.total)} if structure.name == "dense" else space.slices
+    sizes = {name: part.stop - part.start for name, part in parts.items()}
+    sums = Sums({name: (size, size) for name, size in sizes.items()}, problem)
     for rows in row_batches(problem, quantity, space.names, advance=advance):
         for name, part in parts.items():
-            add_gram_(total[name], rows[:, part])
-    return {name: mirror_(matrix).div_(problem.num_samples) for name, matrix in total.items()}
+            add_gram_(sums.running[name], rows[:, part])
+        sums.next()
+    return {name: mirror_(matrix) for name, matrix in sums.means().items()}
 
 
 def _squared_rows(problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance) -> Tensor:
-    total = torch.zeros(space.total, dtype=problem.dtype, device=problem.device)
+    """Return the mean square of the rows, ``(P,)``."""
+    sums = Sums({"entries": (space.total,)}, problem)
     for rows in row_batches(problem, quantity, space.names, advance=advance):
-        total += rows.square_().sum(dim=0)
-    return total
+        sums.running["entries"] += rows.square_().sum(dim=0)
+        sums.next()
+    return sums.means()["entries"]
 
 
 # The diagonal --------------------------------------------------------------------------------------------------------
 
 
-class _Squares(Protocol):
-    """The squared per-sample gradients of one call of a module, summed over its samples and rows."""
-
-    def add(self, gradient: Tensor) -> None:
-        """Take the gradient of the output, of one row."""
-
-    def add_to_(self, total: Mapping[str, Tensor]) -> None:
-        """Add the sums to those of the parameters, each of the parameter's shape."""
-
-
-class _FlatSquares:
-    """Of a Linear layer on ``(N, d)``: the square of ``g x'`` is the outer product of the squares."""
-
-    def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        self.layer, self.inputs = layer, inputs
-        self.squares: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        if self.squares is None:
-            self.squares = gradient.square()
-        else:
-            self.squares.addcmul_(gradient, gradient)  # one product for all rows, not one each
-
-    def add_to_(self, total: Mapping[str, Tensor]) -> None:
-        assert self.squares is not None
-        if self.layer.weight:
-            total[self.layer.weight].addmm_(self.squares.mT, self.inputs.square())
-        if self.layer.bias:
-            total[self.layer.bias] += self.squares.sum(dim=0)
-
-
-class _PositionSquares:
-    """Of a convolution, or a Linear layer on tokens."""
-
-    def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        self.layer = layer
-        self.positions = positions(layer, inputs)
-        self.squares: Tensor | None = None  # (o, d), with the bias's column
-
-    def add(self, gradient: Tensor) -> None:
-        for rows in self.positions.sample_gradients(gradient):
-            squares = rows.square_().sum(dim=0)
-            self.squares = squares if self.squares is None else self.squares.add_(squares)
-
-    def add_to_(self, total: Mapping[str, Tensor]) -> None:
-        assert self.squares is not None
-        if self.layer.weight:
-            weight = total[self.layer.weight]
-            weight += self.squares[:, : weight[0].numel()].view_as(weight)
-        if self.layer.bias:
-            total[self.layer.bias] += self.squares[:, -1]
-
-
-class _NormSquares:
-    """Of a normalisation: its gradients are sums over positions, of the output's times the normalised input's."""
-
-    def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        self.layer, self.inputs = layer, inputs
-        self.trailing = len(layer.module.normalized_shape) if isinstance(layer.module, nn.LayerNorm) else 0
-        self.squares: dict[str, Tensor] = {}
-
-    def _normal(self) -> Tensor:
-        # For every row again: those of all layers together would take as much memory as the activations.
-        module: Any = self.layer.module
-        if isinstance(module, nn.LayerNorm):
-            return F.layer_norm(self.inputs, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.GroupNorm):
-            return F.group_norm(self.inputs, module.num_groups, eps=module.eps)
-        return F.batch_norm(self.inputs, module.running_mean, module.running_var, eps=module.eps)
-
-    def add(self, gradient: Tensor) -> None:
-        if self.layer.weight:
-            self._take(self.layer.weight, self._normal().mul_(gradient))
-        if self.layer.bias:
-            self._take(self.layer.bias, gradient)
-
-    def _take(self, name: str, products: Tensor) -> None:
-        if self.trailing:  # (N, ..., *shape)
-            rows = products.flatten(1, -self.trailing - 1).sum(dim=1) if products.ndim > self.trailing + 1 else products
-        else:  # (N, C, ...)
-            rows = products.flatten(2).sum(dim=2) if products.ndim > 2 else products
-        squares = rows.square().sum(dim=0)
-        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
-
-    def add_to_(self, total: Mapping[str, Tensor]) -> None:
-        for name, squares in self.squares.items():
-            total[name] += squares
-
-
-class _AloneSquares:
-    """Of a module that is differentiated by itself, vectorised over samples."""
-
-    def __init__(self, name: str, module: nn.Module, space: ParameterSpace, inputs: Tensor) -> None:
-        self.module, self.inputs = module, inputs
-        names = {key: f"{name}.{key}".removeprefix(".") for key, _ in module.named_parameters(recurse=False)}
-        self.names = {key: full for key, full in names.items() if full in space.names}
-        self.parameters = {key: getattr(module, key).detach() for key in self.names}
-        self.squares: dict[str, Tensor] = {}
-
-    def add(self, gradient: Tensor) -> None:
-        def of_sample(x: Tensor, g: Tensor) -> dict[str, Tensor]:
-            pull = vjp(lambda p: functional_call(self.module, p, (x.unsqueeze(0),)), self.parameters)[1]
-            rows: dict[str, Tensor] = pull(g.unsqueeze(0))[0]
-            return rows
-
-        size = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        step = max(1, int(_BYTES / size))
-        for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
-            for key, rows in vmap(of_sample)(x, g).items():
-                squares = rows.square_().sum(dim=0)
-                self.squares[key] = self.squares[key] + squares if key in self.squares else squares
-
-    def add_to_(self, total: Mapping[str, Tensor]) -> None:
-        for key, full in self.names.items():
-            total[full] += self.squares[key].view_as(total[full])
-
-
 def _diagonal(
     problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None, advance: Advance
-) -> Tensor:
-    modules = {
-        name: module
-        for name, module in problem.model.named_modules()
-        if (has_factors(module) or type(module) in (*_NORMS, *_ALONE))
-        and any(f"{name}.{key}".removeprefix(".") in space.names for key, _ in module.named_parameters(recurse=False))
-    }
-    if modules:
-        unfaithful = unfaithful_modules(problem, modules)
-        modules = {name: module for name, module in modules.items() if name not in unfaithful}
-    entries = torch.zeros(space.total, dtype=problem.dtype, device=problem.device)
-    total = space.unflatten(entries)  # views
-    for calls, gradients in _batches(problem, quantity, modules, batch_size) if modules else ():
-        squares = [_squares(name, modules[name], space, inputs) for name, inputs in calls.items()]
-        for row in gradients:
-            for one, gradient in zip(squares, row, strict=True):
-                one.add(gradient)
-        for one in squares:
-            one.add_to_(total)
-        advance(len(next(iter(calls.values()))))
-    owned = {f"{name}.{key}".removeprefix(".") for name, m in modules.items() for key, _ in m.named_parameters()}
-    rest = space.restrict(set(space.names) - owned)
+) -> Computed:
+    verified = verify_rules(problem, space)
+    while True:
+        by_rule = {parameter for layer in verified.layers.values() for parameter in layer.parameters}
+        rest = space.restrict(set(space.names) - by_rule)
+        try:
+            found = _by_rules(problem, quantity, verified, batch_size, advance) if by_rule else {}
+            break
+        except UnfaithfulError as error:  # what the samples of the verification did not show
+            verified = verified.without(error.reasons)
+        except WrongRuleError as error:
+            told = f"has no rule that is right for every batch: {error}"
+            alone = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
+            verified = verified.without({parameter: told for layer in alone for parameter in layer.parameters})
     if rest.names:
-        rows = _squared_rows(problem, quantity, rest, silent if modules else advance)
-        for name, value in rest.unflatten(rows).items():
-            total[name].copy_(value)
-    return entries.div_(problem.num_samples)
+        rows = _squared_rows(problem, quantity, rest, silent if by_rule else advance)
+        found |= rest.unflatten(rows)
+    # A parameter that neither has found is an error here, and so is one that both have.
+    assert by_rule.isdisjoint(rest.names)
+    entries = torch.cat([found[name].reshape(-1) for name in space.names])
+    return Computed({"entries": entries}, verified.reasons)
 
 
-def _squares(name: str, module: nn.Module, space: ParameterSpace, inputs: Tensor) -> _Squares:
-    layer = layer_in(space, name, module)
-    if type(module) in _NORMS:
-        return _NormSquares(layer, inputs)
-    if not has_factors(module):
-        return _AloneSquares(name, module, space, inputs)
-    flat = isinstance(module, nn.Linear) and inputs.ndim == 2
-    return _FlatSquares(layer, inputs) if flat else _PositionSquares(layer, inputs)
+def _by_rules(
+    problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None, advance: Advance
+) -> dict[str, Tensor]:
+    parameters = problem.parameters()
+    names = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
+    sums = Sums({name: parameters[name].shape for name in names}, problem)
+    for calls, gradients in _batches(problem, quantity, verified, batch_size):
+        rules = [rule(verified.layers[name], inputs) for name, inputs in calls.items()]
+        for row in gradients:
+            for one, gradient in zip(rules, row, strict=True):
+                one.add(gradient)
+        for one in rules:
+            one.add_to_(sums.running)
+        sums.next()
+        advance(len(next(iter(calls.values()))))
+    return sums.means()
 
 
-def _batches(
-    problem: Problem, quantity: Quantity, modules: Mapping[str, nn.Module], batch_size: int | None
-) -> Iterator[_Batch]:
-    """Yield, a batch, the inputs of each module, and then for every row the gradients of their outputs."""
+def _batches(problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None) -> Iterator[_Batch]:
+    """Yield, a batch, the inputs of each layer, and then for every row the gradients of their outputs."""
     rng = label_stream(quantity)
     for inputs, targets in _pieces(problem.batches(batch_size), _PIECE if batch_size is None else batch_size):
-        outputs, calls = forward(problem, modules, inputs)
-        for name, seen in calls.items():
-            if len(seen) != 1 or len(seen[0].inputs) != len(inputs):
-                raise UnsupportedError(
-                    f"{name} was called {len(seen)} times on some batch, and once on the first samples: "
-                    "what a model calls must not depend on its data; backend torch does such models"
-                )
-        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        yield {name: seen[0].inputs for name, seen in calls.items()}, _pulled_back(outputs, calls, rows)
+        outputs, calls = verified.run(problem, inputs)
+        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
+        yield given, _pulled_back(outputs, list(calls.values()), seeds)
 
 
 def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -280,12 +151,11 @@ def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield from zip(inputs.split(size), targets.split(size), strict=True)
 
 
-def _pulled_back(outputs: Tensor, calls: Mapping[str, list[Any]], rows: Tensor) -> Iterator[Sequence[Tensor]]:
-    once = [seen[0] for seen in calls.values()]
-    last = rows.shape[1] - 1
-    for index, row in enumerate(rows.unbind(dim=1)):
+def _pulled_back(outputs: Tensor, calls: Sequence[Call], seeds: Seeds) -> Iterator[Sequence[Tensor]]:
+    last = len(seeds) - 1
+    for index, row in enumerate(seeds):
         # A list that is emptied: whoever still holds it when the next row is computed holds no gradients.
-        gradients = list(backward(outputs, once, row, keep=index < last))
+        gradients = list(backward(outputs, calls, row, keep=index < last))
         yield gradients
         gradients.clear()
 
@@ -293,21 +163,22 @@ def _pulled_back(outputs: Tensor, calls: Mapping[str, list[Any]], rows: Tensor) 
 # Kronecker factors ---------------------------------------------------------------------------------------------------
 
 
-def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, n: int) -> dict[str, Tensor]:
-    A, S = _zeros(layers)
+def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem) -> dict[str, Tensor]:
+    sums = _sums(layers, problem)
     for inputs, gradients in batches():
         at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
         for name, here in at.items():
-            here.add_moment_(A[name])
+            here.add_moment_(sums.running[f"{name}|A"])
         for row in gradients:
             for (name, here), gradient in zip(at.items(), row, strict=True):
-                here.add_gradient_moment_(S[name], gradient)
-    return _tensors({name: (mirror_(A[name]).div_(n), mirror_(S[name]).div_(n)) for name in layers})
+                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
+        sums.next()
+    return {key: mirror_(factor) for key, factor in sums.means().items()}
 
 
-def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, n: int) -> dict[str, Tensor]:
+def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, problem: Problem) -> dict[str, Tensor]:
     weighted = structure.variant == "gao"
-    A, S = _zeros(layers)
+    sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)
     for inputs, gradients in batches():
         at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
@@ -315,24 +186,28 @@ def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, n: i
         slopes = {name: torch.zeros_like(norm) for name, norm in norms.items()}
         for row in gradients:
             for (name, here), gradient in zip(at.items(), row, strict=True):
-                here.add_gradient_moment_(S[name], gradient, norms[name] if weighted else None)
+                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient, norms[name] if weighted else None)
                 slopes[name] += here.gradient_norms(gradient)
                 trace[name] += here.squared_gradients(gradient)
         for name, here in at.items():
-            here.add_moment_(A[name], slopes[name] if weighted else None)
-    pairs = {}
+            here.add_moment_(sums.running[f"{name}|A"], slopes[name] if weighted else None)
+        sums.next()
+    means = {key: mirror_(factor) for key, factor in sums.means().items()}
     for name in layers:
-        left, right = mirror_(A[name]), mirror_(S[name])
-        product = float(left.trace()) * float(right.trace())
+        left, right = means[f"{name}|A"], means[f"{name}|S"]
         # The whole scale is on S: gao's A has trace one, the other's is K-FAC's own.
-        share = float(left.trace()) if weighted else float(n)
-        pairs[name] = (left / share, right * (trace[name] * share / (n * product))) if product else (left, right)
-    return _tensors(pairs)
+        share = float(left.trace()) if weighted else 1.0
+        if product := float(left.trace()) * float(right.trace()):
+            left /= share
+            right *= trace[name] * share / (problem.num_samples * product)
+    return means
 
 
-def _ekfac(batches: _Passes, layers: Mapping[str, Layer], n: int, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _ekfac(
+    batches: _Passes, layers: Mapping[str, Layer], problem: Problem, factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     bases = {name: _basis(factor) for name, factor in factors.items()}
-    values = {name: factors[f"{name}|S"].new_zeros(_shape(layer)) for name, layer in layers.items()}
+    sums = Sums({name: _shape(layer) for name, layer in layers.items()}, problem)
     for inputs, gradients in batches():
         moments = {
             name: _RotatedSquares(layer, inputs[name], bases[f"{name}|A"], bases[f"{name}|S"])
@@ -342,10 +217,11 @@ def _ekfac(batches: _Passes, layers: Mapping[str, Layer], n: int, factors: Mappi
             for moment, gradient in zip(moments.values(), row, strict=True):
                 moment.add(gradient)
         for name, moment in moments.items():
-            values[name] += moment.total()
+            sums.running[name] += moment.total()
+        sums.next()
     return {
         **{f"{name}|U_{factor}": bases[f"{name}|{factor}"] for name in layers for factor in "AS"},
-        **{f"{name}|values": value / n for name, value in values.items()},
+        **{f"{name}|values": mean for name, mean in sums.means().items()},
     }
 
 
@@ -403,17 +279,12 @@ def _shape(layer: Layer) -> tuple[int, int]:
     return len(weight), (weight[0].numel() if layer.weight else 0) + bool(layer.bias)
 
 
-def _zeros(layers: Mapping[str, Layer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    A, S = {}, {}
+def _sums(layers: Mapping[str, Layer], problem: Problem) -> Sums:
+    shapes = {}
     for name, layer in layers.items():
-        weight: Tensor = layer.module.weight.detach()  # type: ignore[operator]
         outputs, features = _shape(layer)
-        A[name], S[name] = weight.new_zeros(features, features), weight.new_zeros(outputs, outputs)
-    return A, S
-
-
-def _tensors(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return {f"{name}|{key}": factor for name, pair in pairs.items() for key, factor in zip("AS", pair, strict=True)}
+        shapes[f"{name}|A"], shapes[f"{name}|S"] = (features, features), (outputs, outputs)
+    return Sums(shapes, problem)
 
 
 _ROWS = ("diag", "block_diag", "dense")

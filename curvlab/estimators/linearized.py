@@ -1,7 +1,5 @@
 """Linearized models before estimators."""
 
-from copy import copy
-
 from curvlab.linearize import first_order
 from curvlab.problem import Problem
 
@@ -14,6 +12,4 @@ def to_first_order(problem: Problem) -> Problem:
     model = first_order(problem.model)
     if model is problem.model:
         return problem
-    at_point = copy(problem)  # with what it knows of the data
-    at_point.model = model
-    return at_point
+    return problem.with_model(model)

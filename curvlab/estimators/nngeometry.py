@@ -7,7 +7,6 @@ are those of ``R`` functions ``s_r' f`` of the outputs, whose gradients are the 
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -18,16 +17,18 @@ from nngeometry.layercollection import LayerCollection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import few_inputs, forward, unfaithful_modules
+from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.capture import forward
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import unfaithful
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
+from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -45,16 +46,16 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     mean = partial(_mean, problem, quantity, space, batch_size)
     if isinstance(structure, Kronecker):
-        return _kronecker(problem.model, structure, space, mean, advance)
+        return Computed(_kronecker(problem.model, structure, space, mean, advance))
     collection = _collection(problem.model, space)
     parts = _parts(collection)
     if structure.name == "block_diag":
         blocks = mean(advance, lambda jacobians, data: jacobians.get_covariance_layer_blocks(data))
-        return {name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names}
+        return Computed({name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names})
     kept: Tensor | slice = slice(None)
     if space.total < collection.numel():
         flat = torch.arange(collection.numel()).split([layer.numel() for layer in collection.layers.values()])
@@ -62,9 +63,9 @@ def compute(
         kept = torch.cat([indices[_layer(name)][parts[name]] for name in space.names])
     if structure.name == "diag":
         entries = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_diag(data)})[""]
-        return {"entries": entries[kept]}
+        return Computed({"entries": entries[kept]})
     matrix = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_matrix(data)})[""]
-    return {"matrix": matrix[kept][:, kept]}
+    return Computed({"matrix": matrix[kept][:, kept]})
 
 
 def _layer(parameter: str) -> str:
@@ -99,7 +100,7 @@ def _mean(
 ) -> dict[str, Tensor]:
     """Return the mean over samples of what the library makes of every batch as a mean over that."""
     # A copy: after an exception the library's hooks stay on the model.
-    copy = Problem(deepcopy(problem.model), problem.loss.name, problem.data)
+    copy = problem.with_model(copied(problem.model))
     collection = _collection(copy.model, space)
     jacobians = TorchHooksJacobianBackend(copy.model, _Rows(copy, quantity), layer_collection=collection)
     working_dtype = torch.promote_types(problem.dtype, torch.get_default_dtype())
@@ -128,8 +129,8 @@ class _Rows:
         with default_dtype(self.default):
             outputs = self.problem.forward({}, inputs)
             seeds = output_rows(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
-        self.count = seeds.shape[1]
-        return torch.einsum("nc,nrc->nr", outputs, seeds.to(outputs.dtype))
+        self.count = len(seeds)
+        return torch.einsum("nc,nrc->nr", outputs, seeds[:])
 
 
 def _loader(inputs: Tensor, targets: Tensor) -> _Loader:
@@ -205,19 +206,21 @@ def obstacle(
     space: ParameterSpace,
 ) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
-    inputs = few_inputs(problem)
+    inputs = problem.probe()[0][0]
     if not inputs.is_floating_point():
         return "it differentiates in the inputs, and these are integers"
-    modules = {name: layer.module for name, layer in layers_of(problem.model, space).items()}
+    layers = layers_of(problem.model, space)
+    modules = {name: layer.module for name, layer in layers.items()}
     for name, module in modules.items():
         told = _rule_obstacle(module, structure)
         if told:
             return f"{told} ({name or 'the model'})"
-    for name, reason in unfaithful_modules(problem, modules).items():
-        return f"{next(n for n in space.names if _layer(n) == name)} {reason}"
+    if told := unfaithful(problem, space, layers):
+        return told
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():
-        found, right = calls[name][0].inputs.ndim, _input_dimensions(module)
+        given = calls[name][0].inputs
+        found, right = given.ndim if given is not None else 0, _input_dimensions(module)
         if found != right:
             kind = type(module).__name__
             return f"its rule for {kind} is for inputs of {right} dimensions, not {found} ({name or 'the model'})"

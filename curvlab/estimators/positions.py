@@ -144,7 +144,7 @@ class ConvPositions:
             inner = self._correlation(images)
         if not self.layer.bias:
             return inner
-        border = self._weight_gradient(images, ones.contiguous()).view(-1, 1)
+        border = self._weight_gradient(images, ones.contiguous()).reshape(-1, 1)
         return torch.cat([torch.cat([inner, border], 1), torch.cat([border.mT, corner], 1)])
 
     def _correlation(self, images: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class ConvPositions:
                     g.reshape(1, -1, *g.shape[2:]),
                     padding=before if itself else None,
                     groups=n,
-                ).view(n, outputs, -1)
+                ).reshape(n, outputs, -1)
             if self.layer.bias:
                 of_weight = torch.cat([of_weight, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)
             yield of_weight

@@ -5,10 +5,8 @@ The Hessian by differentiating the gradient along a vector (Pearlmutter 1994); t
 from the gradients of its mini-batches. Nothing is vectorised over samples, so that no module needs a rule for that.
 """
 
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from itertools import chain, islice
 from math import sqrt
@@ -17,17 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.weight_norm import WeightNorm
 
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.seeds import label_stream, output_product
+from curvlab.estimators.snapshots import HeldProblem, Watch, differentiable, snapshot, told
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
-_PROBE_SAMPLES = 3
 _KEPT_BYTES = 1e9  # of graphs that are kept from product to product, a matrix
 
 Leaves = Mapping[str, Tensor]
@@ -46,19 +43,20 @@ def product(
 ) -> Callable[[Tensor], Tensor]:
     """See ``curvlab.estimators.backend.Product``.
 
-    The model is copied: the matrix stays what it is while the model trains on. Monte Carlo labels are the same at every
-    product. What torch's derivatives give is tried on a few samples before it is believed.
+    The matrix stays what it is while the model trains on (see ``curvlab.estimators.snapshots``). Monte Carlo labels are
+    the same at every product. What torch's derivatives give is tried on a few samples before it is believed. Vectors
+    are in at least float32, and what is added up too; the model computes in its own dtype.
 
     Raises:
         UnsupportedError: A derivative of the model is missing in torch, or wrong.
     """
-    with differentiable(problem.model):
-        at = snapshot(problem)
+    with differentiable(problem), told(problem.model):
+        at = snapshot(problem, space)
         passes = _passes(at, quantity, space, batch_size)
     num_samples = at.num_samples
 
     def multiply(vectors: Tensor) -> Tensor:
-        with differentiable(at.model):
+        with differentiable(at), told(at.model):
             columns = vectors.detach().mT.contiguous()
             total: Tensor | None = None
             for term in passes():
@@ -70,67 +68,19 @@ def product(
     return multiply
 
 
-def snapshot(problem: Problem) -> Problem:
-    """Return the problem with a copy of its model, which nothing that is done to either then shares."""
-    # Torch copies leaves only; a module may hold a tensor that it computed, such as the older weight_norm's weight.
-    held = (tensor for module in problem.model.modules() for tensor in vars(module).values())
-    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
-    copied = copy(problem)  # with what it knows of the data
-    copied.model = deepcopy(problem.model, {id(t): t.detach().clone() for t in computed})
-    for module in copied.model.modules():
-        # Not a subclass: it may do more than that.
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
-            module.__class__ = _AffineBatchNorm
-    return copied
-
-
-class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm in eval mode, of plain products: torch's second derivative of its kernel is slow."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        scale = (self.running_var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -self.running_mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        shape = (-1, *[1] * (input.ndim - 2))
-        return input * scale.view(shape) + shift.view(shape)
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Have torch take kernels with all their derivatives, and gradients where the caller has them off."""
-    with ExitStack() as settings:
-        # It is torch's own, the first time that numbers with a dual part are used.
-        settings.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
-        settings.enter_context(torch.inference_mode(False))  # also within no_grad
-        settings.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            for fused in (torch.backends.mkldnn, torch.backends.cudnn):
-                settings.callback(setattr, fused, "enabled", fused.enabled)
-                fused.enabled = False  # type: ignore[attr-defined]
-        yield
-
-
 def _passes(
     problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None
 ) -> Callable[[], Iterable[Term]]:
+    watch = Watch(problem, space)
     if isinstance(quantity, MaSQ):
-        return lambda: (partial(_square_term, g) for g in row_batches(problem, quantity, space.names))
-    few = next(problem.batches(_PROBE_SAMPLES))
+        return partial(_square_terms, problem, quantity, space, watch)
     if isinstance(quantity, Hessian):
-        _check_symmetry(problem, space, few)
+        for few in problem.probe():
+            _check_symmetry(problem, space, few)
         build = keep = partial(_hessian_term, problem, space)
     else:
-        keep, build = (
-            partial(_gram_term, problem, quantity, space, pushing)
-            for pushing in _right_pushings(problem, space, few[0])
-        )
-    return _Passes(problem, quantity, batch_size, keep, build).__call__
+        keep, build = (partial(_gram_term, problem, quantity, space, way) for way in _right_pushings(problem, space))
+    return _Passes(problem, quantity, batch_size, keep, build, watch).__call__
 
 
 class _Passes:
@@ -146,16 +96,22 @@ class _Passes:
         batch_size: int | None,
         keep: Build,
         build: Build,
+        watch: Watch,
     ) -> None:
         self._batches = partial(problem.batches, batch_size)
-        self._keep, self._build = keep, build
-        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in problem.model.parameters()}
+        self._keep, self._build, self._watch = keep, build, watch
+        # What a backward pass makes anew, as of a checkpoint, it makes with what the model is by then.
+        self._copied = not isinstance(problem, HeldProblem)
+        tensors = chain(problem.model.parameters(), problem.parameters().values())
+        self._parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self._kept: list[Term] = []
         self._rng = label_stream(quantity)
         self._room: float = _KEPT_BYTES
         self._whole = False
 
     def __call__(self) -> Iterator[Term]:
+        if not (self._whole and self._copied):
+            self._watch.check()
         yield from self._kept
         if self._whole:
             return
@@ -169,6 +125,12 @@ class _Passes:
                     self._rng = deepcopy(rng)
             yield term
         self._whole = self._room > 0
+
+
+def _square_terms(problem: Problem, quantity: MaSQ, space: ParameterSpace, watch: Watch) -> Iterator[Term]:
+    watch.check()
+    for gradients in row_batches(problem, quantity, space.names):
+        yield partial(_square_term, gradients)
 
 
 def _square_term(gradients: Tensor, vectors: Tensor) -> Tensor:
@@ -187,7 +149,8 @@ def _hessian_term(
     slope = _pull([value], leaves.values(), [torch.ones_like(value)], create_graph=True)
 
     def term(vectors: Tensor) -> Tensor:
-        return _rows(_pull(slope, leaves.values(), space.unflatten(v).values()) for v in vectors)
+        along = (space.unflatten(vector).values() for vector in vectors.to(problem.dtype))
+        return _rows(_pull(slope, leaves.values(), one) for one in along).to(vectors.dtype)
 
     return term, slope
 
@@ -197,12 +160,14 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Batch) -> None
     vectors = _random(problem, (2, space.total))
     try:
         products = _hessian_term(problem, space, few)[0](vectors)
-    except RuntimeError as error:
+    except Exception as error:
         raise UnsupportedError(
             f"torch has no second derivative of {name}: {_first_line(error)}; the GGN needs none"
         ) from error
+    if not bool(products.isfinite().all()):
+        raise UnsupportedError(f"the second derivative of {name} is not finite at these parameters")
     bound = _tolerance(problem) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
-    if bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() > bound):
+    if not bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() <= bound):
         suspects = ", ".join(_weight_normed(problem.model))
         of = f"; weight_norm's fused kernel, in {suspects}, is known for that" if suspects else ""
         raise UnsupportedError(
@@ -236,15 +201,14 @@ def _gram_term(
     inputs, targets = batch
     leaves = _leaves(problem, space)
     outputs = problem.forward(leaves, inputs)
-    rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
+    fisher = output_product(problem.loss, quantity, outputs.detach(), targets, rng)
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        along = [torch.einsum("nrc,nc->nr", rows, push(space.unflatten(vector))) for vector in vectors]
-        seeds = [torch.einsum("nrc,nr->nc", rows, coefficients) for coefficients in along]
-        return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds)
+        seeds = [fisher(push(space.unflatten(vector))) for vector in vectors.to(problem.dtype)]
+        return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds).to(vectors.dtype)
 
-    return term, [rows, outputs, *pushed_from]
+    return term, [outputs, *pushed_from]
 
 
 # The Jacobian --------------------------------------------------------------------------------------------------------
@@ -254,7 +218,7 @@ def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Ten
     """Push by a forward pass with dual numbers."""
 
     def push(vector: Leaves) -> Tensor:
-        with torch.no_grad(), forward_ad.dual_level():
+        with forward_ad.dual_level():  # with gradients on, which a derivative in the forward pass needs
             duals = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in leaves.items()}
             tangent: Tensor | None = forward_ad.unpack_dual(problem.forward(duals, inputs)).tangent
         return torch.zeros_like(outputs) if tangent is None else tangent
@@ -269,7 +233,7 @@ def _double_backward(_: Problem, leaves: Leaves, __: Tensor, outputs: Tensor) ->
     return lambda vector: _pull(pulled, [u], vector.values())[0], pulled
 
 
-def _right_pushings(problem: Problem, space: ParameterSpace, inputs: Tensor) -> tuple[Pushing, Pushing]:
+def _right_pushings(problem: Problem, space: ParameterSpace) -> tuple[Pushing, Pushing]:
     """Return the faster ways for a graph that is kept and for one that is not, of those that are right.
 
     Right is a ``J`` that is the adjoint of the ``J'`` that backward passes give.
@@ -277,28 +241,32 @@ def _right_pushings(problem: Problem, space: ParameterSpace, inputs: Tensor) -> 
     Raises:
         UnsupportedError: None is.
     """
-    leaves = _leaves(problem, space)
-    outputs = problem.forward(leaves, inputs)
-    v, u = _random(problem, (space.total,)), _random(problem, tuple(outputs.shape), seed=1)
-    pulled = _flat(_pull([outputs], leaves.values(), [u]))
-    right: list[Pushing] = []
-    reasons = []
-    for pushing in (_double_backward, _forward_mode):
-        try:
-            pushed = pushing(problem, leaves, inputs, outputs)[0](space.unflatten(v))
-        except RuntimeError as error:
-            reasons.append(_first_line(error))
-            continue
-        bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
-        if bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
-            right.append(pushing)
-        else:
-            reasons.append("its derivatives are not adjoint, so one is wrong")
+    ways: tuple[Pushing, ...] = (_double_backward, _forward_mode)
+    obstacles = {way: _pushing_obstacle(problem, space, way) for way in ways}
+    right = [way for way in ways if obstacles[way] is None]
     if not right:
         raise UnsupportedError(
-            f"torch cannot multiply with the Jacobian of {type(problem.model).__name__}: {reasons[0]}"
+            f"torch cannot multiply with the Jacobian of {type(problem.model).__name__}: {obstacles[_double_backward]}"
         )
     return right[0], right[-1]
+
+
+def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing) -> str | None:
+    for inputs, _ in problem.probe():
+        leaves = _leaves(problem, space)
+        outputs = problem.forward(leaves, inputs)
+        v, u = _random(problem, (space.total,)), _random(problem, tuple(outputs.shape), seed=1)
+        pulled = _flat(_pull([outputs], leaves.values(), [u]))
+        try:
+            pushed = pushing(problem, leaves, inputs, outputs)[0](space.unflatten(v))
+        except Exception as error:  # of torch's, or of the model's on what it has never seen
+            return _first_line(error)
+        if not bool(pushed.isfinite().all() and pulled.isfinite().all()):
+            return "it is not finite at these parameters"
+        bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
+        if not bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
+            return "its derivatives are not adjoint, so one is wrong"
+    return None
 
 
 # Automatic differentiation -------------------------------------------------------------------------------------------
@@ -318,9 +286,10 @@ def _pull(
     if not dependent:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     values, along = zip(*dependent, strict=True)
-    return torch.autograd.grad(
+    found = torch.autograd.grad(
         values, leaves, along, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+    return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
 
 def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
@@ -328,20 +297,28 @@ def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
     outputs = list(outputs)
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(waiting)
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in (output.untyped_storage() for output in outputs)}
+    sizes = dict(map(_storage, outputs))
     while waiting:
         node = waiting.pop()
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         saved += getattr(node, "saved_tensors", ())  # of a torch.autograd.Function in Python
         for tensor in chain.from_iterable(item if isinstance(item, (tuple, list)) else [item] for item in saved):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
+                sizes.update([_storage(tensor)])
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
     return sum(size for address, size in sizes.items() if address not in besides)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's memory begins, or what tells it apart, and its bytes."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # of a sparse tensor, or one within torch.func
+        return -id(tensor), tensor.numel() * tensor.element_size()
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -4,16 +4,18 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
-from curvlab.estimators.backend import Backend, Compute
-from curvlab.estimators.layers import kronecker_layers
+from curvlab.estimators.backend import Backend
+from curvlab.estimators.capture import working_dtype
 from curvlab.estimators.linearized import to_first_order
+from curvlab.estimators.rules import random_like
+from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, verify_rules
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
@@ -26,8 +28,6 @@ from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 BACKENDS: Mapping[str, Backend] = {
     module.BACKEND.name: module.BACKEND for module in (hooks, curvlinops, nngeometry, backpack, torch_func)
 }
-
-_PROBE_SAMPLES = 3
 
 
 def estimate(
@@ -55,7 +55,8 @@ def estimate(
         progress: Show a progress bar on a terminal.
 
     Returns:
-        A matrix over the selected parameters in the model's dtype and on its device.
+        A matrix over the selected parameters on the model's device, in its dtype or, for half-precision models, in
+        float32. Its ``info`` says which backend computed it, and what was rejected before and why.
 
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
@@ -98,6 +99,7 @@ def estimate(
             structure=str(structure),
             backend=", ".join(backends),
             seconds=sum(part.info.seconds for part in parts),
+            rejected=tuple(dict.fromkeys(chain.from_iterable(part.info.rejected for part in parts))),
         ),
     )
 
@@ -137,28 +139,61 @@ def _estimate(
     batch_size: int | None,
     advance: Advance,
 ) -> CurvatureMatrix:
-    started = time.perf_counter()
-    chosen = choose(problem, quantity, structure, space, backend)
     info = Info(
         quantity=str(quantity),
         structure=str(structure),
         loss=problem.loss.name,
-        backend=chosen.name,
+        backend=backend,
         num_samples=problem.num_samples,
         samples=quantity.samples if isinstance(quantity, Fisher) else None,
         seed=quantity.seed if isinstance(quantity, Fisher) and quantity.samples else None,
         batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
     )
-    if structure.name == "implicit":
-        assert chosen.product is not None
-        product = chosen.product(problem, quantity, space, batch_size)
-        return Implicit(product, space, info, dtype=problem.dtype, device=problem.device)
-    tensors = chosen.compute(problem, quantity, structure, space, batch_size, advance)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-    info = replace(info, seconds=time.perf_counter() - started)
-    return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info)
+    obstacles: dict[str, str] = {}
+    for candidate in able(quantity, structure, backend):
+        started = time.perf_counter()
+        if (reason := _obstacle(candidate, problem, quantity, structure, space)) is not None:
+            obstacles[candidate.name] = reason
+            continue
+        rejected = [f"backend {name}: {reason}" for name, reason in obstacles.items()]
+        try:
+            if structure.name == "implicit":
+                assert candidate.product is not None
+                product = candidate.product(problem, quantity, space, batch_size)
+                info = replace(info, backend=candidate.name, rejected=tuple(rejected))
+                return Implicit(product, space, info, dtype=working_dtype(problem.dtype), device=problem.device)
+            computed = candidate.compute(problem, quantity, structure, space, batch_size, advance)
+        except Exception as error:
+            obstacles[candidate.name] = _failure(error, problem)
+            continue
+        for name, tensor in computed.tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
+        info = replace(
+            info,
+            backend=candidate.name,
+            seconds=time.perf_counter() - started,
+            rejected=(*rejected, *(f"{name} {reason}" for name, reason in computed.rejected.items())),
+        )
+        return CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info)
+    told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
+    others = [b for b in able(quantity, structure) if b.name not in obstacles]
+    working = [b.name for b in others if _obstacle(b, problem, quantity, structure, space) is None]
+    way_out = f"; backend {_either(working)} can" if working else ""
+    raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
+
+
+def _failure(error: Exception, problem: Problem) -> str:
+    """Return what an exception of a backend says, in a clause.
+
+    Raises:
+        CurvlabError: It is not the backend's, but something that the user can mend.
+    """
+    if isinstance(error, UnsupportedError):
+        return str(error)
+    if isinstance(error, CurvlabError):
+        raise error
+    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {first_line(error)})"
 
 
 def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
@@ -171,7 +206,9 @@ def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> lis
     if not having:
         offered = {s for b in BACKENDS.values() for s in b.cells.get(type(quantity), ())}
         names = ", ".join(name for name in STRUCTURES if name in offered)
-        raise UnsupportedError(f"no backend computes {quantity.name} as {structure.name}; it is had as {names}")
+        raise UnsupportedError(
+            f"no backend computes {quantity.name} as {structure.name}; available structures: {names}"
+        )
     if structure.name == "implicit":  # of products, our own do every model
         having.sort(key=lambda b: b.library)
     if backend == "auto":
@@ -182,26 +219,6 @@ def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> lis
     return [BACKENDS[backend]]
 
 
-def choose(
-    problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace, backend: str = "auto"
-) -> Backend:
-    """Return the fastest backend without an obstacle for the model at hand, or the named one.
-
-    Raises:
-        UnsupportedError: There is none.
-    """
-    obstacles: dict[str, str] = {}
-    for candidate in able(quantity, structure, backend):
-        if (reason := _obstacle(candidate, problem, quantity, structure, space)) is None:
-            return candidate
-        obstacles[candidate.name] = reason
-    told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
-    others = [b for b in able(quantity, structure) if b.name not in obstacles]
-    working = [b.name for b in others if _obstacle(b, problem, quantity, structure, space) is None]
-    way_out = f"; backend {_either(working)} can" if working else ""
-    raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
-
-
 def _either(names: Iterable[str]) -> str:
     return " or ".join(names)
 
@@ -210,10 +227,20 @@ def _obstacle(
     backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
 ) -> str | None:
     """Return what keeps a backend from a cell for this model; a library is tried, too."""
-    obstacle = backend.obstacle(problem, quantity, structure, space)
-    if obstacle is not None or not backend.library or structure.name == "implicit":
+    if backend.library and problem.dtype.itemsize < torch.float32.itemsize:
+        return f"it adds up in {str(problem.dtype).removeprefix('torch.')}, and loses digits"
+    try:
+        obstacle = backend.obstacle(problem, quantity, structure, space)
+    except Exception as error:
+        return _failure(error, problem)
+    if obstacle is not None or not backend.library:
         return obstacle
-    return _disagreement(backend, problem, quantity, structure, space)
+    if structure.name == "implicit":
+        return _disagreement(backend, problem, quantity, structure, space)
+    verified = verify_rules(problem, space)
+    if verified.apart:
+        return f"an output of {', '.join(verified.apart)} is changed in place, which its hooks do not bear"
+    return _disagreement(backend, problem, quantity, structure, space) or _change_of_use(problem, verified)
 
 
 def _disagreement(
@@ -225,28 +252,36 @@ def _disagreement(
     """
     if structure.name == "ekfac":  # which is not unique where factors have equal eigenvalues; its basis is K-FAC's
         structure = parse_structure(str(structure).replace("ekfac", "kfac", 1))
-    few = [(x[:_PROBE_SAMPLES], y[:_PROBE_SAMPLES]) for x, y in islice(problem.batches(), 1)]
+    few = problem.probe()
     sample = Problem(problem.model, problem.loss.name, few)
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=generator).to(problem.device, problem.dtype)
-    info = Info("", str(structure), problem.loss.name, backend.name, len(few[0][0]))
+    vectors = random_like(torch.empty((), dtype=problem.dtype, device=problem.device), (space.total, 2))
+    info = Info("", str(structure), problem.loss.name, backend.name, sample.num_samples)
 
-    def product(compute: Compute) -> Tensor:
-        tensors = compute(sample, quantity, structure, space, None, silent)
-        return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
+    def products(by: Backend) -> Tensor:
+        if structure.name == "implicit":
+            assert by.product is not None
+            return by.product(sample, quantity, space, None)(vectors)
+        computed = by.compute(sample, quantity, structure, space, None, silent)
+        return CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info) @ vectors
 
     try:
-        theirs = product(backend.compute)
-    except UnsupportedError as error:
-        return str(error)
+        theirs, reference = products(backend), products(torch_func.BACKEND)
     except Exception as error:  # whatever another library raises
-        reason = str(error).partition("\n")[0]
-        return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {reason})"
-    reference = product(torch_func.compute)
+        return _failure(error, problem)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
         return None
     return (
-        f"it gives a wrong answer for {type(problem.model).__name__}: on {len(few[0][0])} samples it is not that of "
-        "automatic differentiation"
+        f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not "
+        "that of automatic differentiation"
     )
+
+
+def _change_of_use(problem: Problem, verified: Verified) -> str | None:
+    """Return how a later batch uses a parameter otherwise than the few samples on which a library was compared."""
+    try:
+        for inputs, _ in problem.batches():
+            verified.run(problem, inputs)
+    except UnfaithfulError as error:
+        return str(error)
+    return None

@@ -5,6 +5,7 @@ layer that is called once, on ``(N, d)``, has rank-one rows ``g x'``: its inputs
 a fraction of the memory, are all that is kept.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -15,8 +16,11 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.capture import backward, few_inputs, forward, unfaithful_modules
+from curvlab.estimators.capture import Call, backward, forward, graph_of, leaves_of, working, working_dtype
+from curvlab.estimators.layers import layer_in
+from curvlab.estimators.rules import agree, quiet, random_like
 from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.verification import verify_factors
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import MaSQ, Quantity
@@ -38,28 +42,46 @@ class LinearFactors:
 def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
     """Return the Linear layers whose rows are rank-one, by module name, as a few samples show them to be.
 
-    A layer qualifies if it is called once, on ``(N, d)``, and has its parameters to itself (see
-    ``curvlab.estimators.capture.unfaithful_modules``).
+    A layer qualifies if it is called on ``(N, d)``, and if its weight and bias are verified (see
+    ``curvlab.estimators.verification``).
     """
-    candidates = {name: module for name, module in problem.model.named_modules() if type(module) is nn.Linear}
-    calls = forward(problem, candidates, few_inputs(problem))[1]
-    flat = {name: candidates[name] for name, seen in calls.items() if all(call.inputs.ndim == 2 for call in seen)}
-    unfaithful = unfaithful_modules(problem, flat)
-    return {name: layer for name, layer in flat.items() if name not in unfaithful}
+    verified = verify_factors(problem, problem.space)
+    candidates: dict[str, nn.Linear] = {}
+    for name, layer in verified.layers.items():
+        whole = layer_in(problem.space, name, layer.module)
+        if isinstance(layer.module, nn.Linear) and layer == whole:
+            candidates[name] = layer.module
+    calls = forward(problem, candidates, problem.probe()[0][0])[1]
+    return {name: module for name, module in candidates.items() if _is_flat(calls[name])}
 
 
 def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Linear) -> LinearFactors:
-    """Return the inputs and output gradients of one of ``linear_layers`` over all the data."""
+    """Return the inputs and output gradients of one of ``linear_layers`` over all the data, in at least float32.
+
+    Raises:
+        UnsupportedError: On some batch the layer is not used as it was on the samples of the verification.
+    """
     rng = label_stream(quantity)
     collected: list[LinearFactors] = []
+    parameters = layer_in(problem.space, name, layer).parameters
     for inputs, targets in problem.batches():
-        outputs, calls = forward(problem, {name: layer}, inputs)
-        if len(calls[name]) != 1 or calls[name][0].inputs.ndim != 2:
-            raise UnsupportedError(f"{name} was not called once on (N, d) for every batch of the data")
-        rows = output_rows(problem.loss, quantity, outputs.detach(), targets, rng).to(outputs.dtype)
-        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in rows.unbind(dim=1)]
-        collected.append(LinearFactors(calls[name][0].inputs, torch.stack(gradients, dim=1)))
+        leaves = leaves_of(problem)
+        outputs, calls = forward(problem, {name: layer}, inputs, leaves, apart=(name,))
+        uses = graph_of(outputs, leaves).uses
+        if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in parameters):
+            raise UnsupportedError(
+                f"{name} was not called once on (N, d) for every batch of the data, or acts elsewhere"
+            )
+        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in seeds]
+        (call,) = calls[name]
+        assert call.inputs is not None
+        collected.append(LinearFactors(call.inputs, torch.stack(gradients, dim=1)))
     return LinearFactors(torch.cat([f.inputs for f in collected]), torch.cat([f.gradients for f in collected]))
+
+
+def _is_flat(seen: Sequence[Call]) -> bool:
+    return len(seen) == 1 and seen[0].inputs is not None and seen[0].inputs.ndim == 2
 
 
 def row_batches(
@@ -71,7 +93,8 @@ def row_batches(
 ) -> Iterator[Tensor]:
     """Yield the rows of the named parameters, concatenated and flattened, ``(rows, P)``, in the samples' order.
 
-    For MaSQ a row is the scaled gradient of a mini-batch; else there are ``R`` rows a sample.
+    For MaSQ a row is the scaled gradient of a mini-batch; else there are ``R`` rows a sample, which come together
+    unless they take more than the memory. They are in at least float32.
 
     Args:
         problem: Model, loss and data.
@@ -82,37 +105,74 @@ def row_batches(
     """
     values = problem.parameters()
     parameters = {name: values[name] for name in names}
-    size = sum(p.numel() for p in parameters.values()) * problem.dtype.itemsize
+    entries = sum(p.numel() for p in parameters.values())
     if isinstance(quantity, MaSQ):
         yield from _masq_rows(problem, quantity, parameters, advance)
         return
     rng = label_stream(quantity)
-    rows_of = _vectorised_rows
+    rows_of = _Rows(problem, parameters)
     for inputs, targets in problem.batches():
-        with torch.no_grad():
-            seeds = output_rows(problem.loss, quantity, problem.forward({}, inputs), targets, rng).to(problem.dtype)
-        step = max(1, int(max_bytes / (size * seeds.shape[1])))
-        for x, s in zip(inputs.split(step), seeds.split(step), strict=True):
+        with torch.enable_grad():  # which a derivative inside the forward needs
+            outputs = problem.forward({}, inputs).detach()
+        seeds = output_rows(problem.loss, quantity, outputs, targets, rng)
+        size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
+        fitting = max(1, int(max_bytes / size))  # rows
+        step = max(1, fitting // max(len(seeds), 1))
+        for start in range(0, len(inputs), step):
+            some = slice(start, start + step)
+            of_some = seeds.of(some)
+            # As many rows of one sample as fit, or all rows of as many samples.
+            for first in range(0, len(seeds), fitting):
+                yield rows_of(inputs[some], of_some[first : first + fitting])
+            advance(len(inputs[some]))
+
+
+class _Rows:
+    """The rows of parameters at seeds: vectorised over samples and seeds wherever torch does that right."""
+
+    def __init__(self, problem: Problem, parameters: dict[str, Tensor]) -> None:
+        self.problem, self.parameters = problem, parameters
+        self.vectorised: dict[tuple[int, ...], bool] = {}  # by the shapes that a rule of torch may depend on
+
+    def __call__(self, inputs: Tensor, seeds: Tensor) -> Tensor:
+        """Return rows ``(n R, P)`` of inputs ``(n, ...)`` and seeds ``(n, R, C)``, in at least float32."""
+        shapes = (*inputs.shape, *seeds.shape)
+        if self.vectorised.get(shapes, True):
             try:
-                rows = rows_of(problem, parameters, x, s)
-            except RuntimeError:
-                if rows_of is _looped_rows:
-                    raise
-                # Some modules (recurrent ones, a few fused kernels) have no batching rule: go one by one.
-                rows_of = _looped_rows
-                rows = rows_of(problem, parameters, x, s)
-            yield rows
-            advance(len(x))
+                rows = working(_vectorised_rows(self.problem, self.parameters, inputs, seeds))
+            except Exception:  # some modules (recurrent ones, a few fused kernels) have no batching rule
+                self.vectorised = defaultdict(bool)  # and so for all shapes
+            else:
+                if shapes not in self.vectorised:
+                    self.vectorised[shapes] = self._are_right(rows, inputs, seeds)
+                if self.vectorised[shapes]:
+                    return rows
+        return working(_looped_rows(self.problem, self.parameters, inputs, seeds))
+
+    def _are_right(self, rows: Tensor, inputs: Tensor, seeds: Tensor) -> bool:
+        """Compare with one plain pass for all samples: torch's rules for vectorising are wrong for some shapes."""
+        weights = random_like(rows, (len(rows),))
+        seed = torch.einsum("nr,nrc->nc", weights.view(seeds.shape[:2]).to(seeds), seeds)
+        leaves = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
+        with torch.enable_grad():
+            outputs = self.problem.forward(leaves, inputs)
+        plain = working(_pulled_back(outputs, list(leaves.values()), seed))
+        start = 0
+        for p in leaves.values():
+            part = slice(start, start := start + p.numel())
+            scale = float(weights.abs() @ rows[:, part].norm(dim=1))
+            if not agree(weights @ rows[:, part], plain[part], scale, self.problem.dtype):
+                return False
+        return True
 
 
 def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:
     def of_sample(x: Tensor, seed: Tensor) -> Tensor:
         pull = vjp(lambda p: problem.forward(p, x.unsqueeze(0))[0], parameters)[1]
         (rows,) = vmap(pull)(seed)
-        # To its known size: a batching rule may be wrong (PReLU's gives too many entries), which then raises.
         return torch.cat([rows[name].reshape(len(seed), p.numel()) for name, p in parameters.items()], dim=1)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+    with sdpa_kernel(SDPBackend.MATH), quiet():  # the fused attention kernels have no batching rule
         rows: Tensor = vmap(of_sample)(inputs, seeds)
     return rows.flatten(0, 1).contiguous()  # those of a parameter that is not used are one zero, spread out
 
@@ -133,7 +193,7 @@ def _pulled_back(outputs: Tensor, leaves: list[Tensor], seed: Tensor) -> Tensor:
     if not outputs.requires_grad:
         return torch.cat([torch.zeros_like(leaf).reshape(-1) for leaf in leaves])
     gradients = torch.autograd.grad(outputs, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([g.reshape(-1) for g in gradients])
+    return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
 
 def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], advance: Advance) -> Iterator[Tensor]:
@@ -148,5 +208,5 @@ def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], 
         with torch.enable_grad():
             outputs = problem.forward(leaves, inputs)
         seeds = scale * problem.loss.gradients(outputs.detach(), targets)
-        yield _pulled_back(outputs, list(leaves.values()), seeds.to(outputs.dtype)).unsqueeze(0)
+        yield working(_pulled_back(outputs, list(leaves.values()), seeds.to(outputs.dtype))).unsqueeze(0)
         advance(len(inputs))

@@ -1,6 +1,6 @@
 """How far a Monte Carlo Fisher is from the exact one: the standard error of its draws of labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import row_batches
+from curvlab.estimators.snapshots import check_reached
 from curvlab.parameters import ParameterSpace, Vectors
 from curvlab.problem import Problem
 from curvlab.quantities import Fisher, Quantity, parse_quantity
@@ -69,9 +70,10 @@ def standard_error(
     draws = max(quantity.samples, 2)
     problem.check()
     problem = to_first_order(problem)
+    check_reached(problem, space)
     sums: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad():
-        for rows in row_batches(problem, Fisher(draws, quantity.seed), space.names):
+        for rows in _whole_samples(row_batches(problem, Fisher(draws, quantity.seed), space.names), draws):
             # The rows of an estimate are divided by the root of the number of draws.
             gradients = rows.detach().double().unflatten(0, (-1, draws)) * sqrt(draws)
             squares = [gradients.square().sum(dim=2), gradients.square()]
@@ -83,3 +85,13 @@ def standard_error(
     if not all(bool(error.isfinite().all()) for error in errors):
         raise CurvlabError(f"the standard error of {quantity} is not finite: the model's outputs or gradients overflow")
     return StandardError(errors[0], errors[1], errors[2] if vectors is not None else None)
+
+
+def _whole_samples(batches: Iterable[Tensor], draws: int) -> Iterator[Tensor]:
+    """Yield rows, in batches that end with a sample: one's rows may come in several pieces."""
+    pieces: list[Tensor] = []
+    for rows in batches:
+        pieces.append(rows)
+        if sum(map(len, pieces)) % draws == 0:
+            yield torch.cat(pieces)
+            pieces.clear()

@@ -18,7 +18,7 @@ any number of them the trace is exact. The rescaled variant is K-FAC's ``A``, an
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, islice
 from math import sqrt
 from typing import Any
 
@@ -28,17 +28,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.backend import Backend
-from curvlab.estimators.layers import Layer, kronecker_layers
+from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.capture import working, working_dtype
+from curvlab.estimators.layers import Layer
 from curvlab.estimators.products import product
+from curvlab.estimators.rules import agree
 from curvlab.estimators.seeds import label_stream
-from curvlab.losses import BinaryCrossEntropy, CrossEntropy
+from curvlab.estimators.verification import kronecker_layers
+from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 from curvlab.structures import EKFAC, KFAC, TKFAC, Kronecker, Structure
+
+_BYTES = 6.4e7  # that the rows of a sample may take at once
 
 
 def compute(
@@ -48,28 +53,24 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Mapping[str, Tensor]:
+) -> Computed:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
         layers = kronecker_layers(problem, space)[0]
         if isinstance(structure, EKFAC):
-            return _eigenvalue_corrected(problem, quantity, structure, layers, advance)
-        return _factors(problem, quantity, structure, layers, advance)
+            return Computed(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
+        return Computed(_factors(problem, quantity, structure, layers, advance))
     if isinstance(quantity, Hessian):
-        return _of_dense(_hessian(problem, space, batch_size, advance), structure.name, space)
-    n = problem.num_samples
-    parts = {"": slice(None)} if structure.name == "dense" else space.slices
+        return Computed(_of_dense(_hessian(problem, space, batch_size, advance), structure.name, space))
+    parts = {"matrix": slice(None)} if structure.name in ("dense", "diag") else space.slices
     total: dict[str, Tensor] = {}
     for rows in per_sample_rows(problem, quantity, space, advance):
         for name, part in parts.items():
             v = rows[:, part]
             term = v.square().sum(dim=0) if structure.name == "diag" else v.mT @ v
             total[name] = total[name] + term if name in total else term
-    if structure.name == "dense":
-        return {"matrix": total[""] / n}
-    if structure.name == "diag":
-        return {"entries": torch.cat([total[name] for name in space.names]) / n}
-    return {name: block / n for name, block in total.items()}
+    means = {name: value / problem.num_samples for name, value in total.items()}
+    return Computed({"entries": means["matrix"]} if structure.name == "diag" else means)
 
 
 def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[str, Tensor]:
@@ -83,58 +84,67 @@ def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[
 def per_sample_rows(
     problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = silent
 ) -> Iterator[Tensor]:
-    """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time."""
+    """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time.
+
+    The rows of a sample that take more than 64 MB come in several pieces. They are in at least float32.
+    """
     if isinstance(quantity, MaSQ):
         yield from _masq_rows(problem, quantity, space, advance)
         return
     rng = label_stream(quantity)
+    fitting = max(1, int(_BYTES / (max(space.total, 1) * working_dtype(problem.dtype).itemsize)))
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             parameters = _leaves(problem, space)
             outputs = problem.forward(parameters, x)
-            yield _sample_rows(problem, quantity, outputs, y, list(parameters.values()), rng)
+            rows = _sample_rows(problem.loss, quantity, outputs, y, list(parameters.values()), rng)
+            while piece := list(islice(rows, fitting)):
+                yield torch.stack(piece)
             advance(1)
 
 
 def _sample_rows(
-    problem: Problem,
-    quantity: Quantity,
-    outputs: Tensor,
-    target: Tensor,
-    parameters: list[Tensor],
-    rng: np.random.Generator,
-) -> Tensor:
-    loss = problem.loss
+    loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor, parameters: list[Tensor], rng: np.random.Generator
+) -> Iterator[Tensor]:
+    """Yield the rows of one sample, ``(P,)``."""
     # In float64: in float32 the probability of a class may round to one, and its complement to zero.
     outputs = outputs.double()
     target = target.double() if target.is_floating_point() else target
     if isinstance(quantity, EmpiricalFisher):
-        return _gradient(loss.values(outputs, target), parameters).unsqueeze(0)
-    if isinstance(quantity, Fisher) and quantity.samples is not None:
-        drawn = loss.sample(outputs, quantity.samples, rng)[0]
-        return torch.stack([_gradient(loss.values(outputs, y.unsqueeze(0)), parameters) for y in drawn]) / sqrt(
-            quantity.samples
-        )
-    if isinstance(quantity, Fisher) and isinstance(loss, CrossEntropy):
+        yield _gradient(loss.values(outputs, target), parameters)
+    elif isinstance(quantity, Fisher) and quantity.samples is not None:
+        for y in loss.sample(outputs, quantity.samples, rng)[0]:
+            yield _gradient(loss.values(outputs, y.unsqueeze(0)), parameters) / sqrt(quantity.samples)
+    elif isinstance(quantity, Fisher) and isinstance(loss, CrossEntropy):
         # E over y of the outer product: every class, weighted by its probability.
         weights = outputs.detach().softmax(dim=1)[0].sqrt()
         labels = torch.arange(outputs.shape[1], device=outputs.device).split(1)
-        return torch.stack(
-            [w * _gradient(loss.values(outputs, y), parameters) for w, y in zip(weights, labels, strict=True)]
-        )
-    jacobian = torch.stack([_gradient(f, parameters) for f in outputs[0]])
+        for w, y in zip(weights, labels, strict=True):
+            gradient = _gradient(loss.values(outputs, y), parameters)
+            yield w.to(gradient.dtype) * gradient
+    else:
+        for factor in _output_factors(loss, quantity, outputs.detach(), target):
+            yield _gradient(outputs[0] @ factor, parameters)
+
+
+def _output_factors(loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor) -> Tensor:
+    """Return ``s`` ``(R, C)`` whose ``sum_r s_r s_r'`` is the Fisher or the Hessian of the loss in the outputs."""
+    if isinstance(quantity, Fisher) and isinstance(loss, SquaredError):
+        return torch.eye(outputs.shape[1]).to(outputs)  # unit-variance Gaussian: E (f - y)(f - y)' is the identity
     if isinstance(quantity, Fisher) and isinstance(loss, BinaryCrossEntropy):
         # The outputs are independent: E (sigmoid - y)^2 = p (1 - p) along each.
-        p = outputs.detach().sigmoid()[0]
-        return (p * (1 - p)).sqrt().unsqueeze(1).to(jacobian) * jacobian
+        p = outputs.sigmoid()[0]
+        return (p * (1 - p)).sqrt().diag()
     if isinstance(quantity, Fisher):
-        return jacobian  # unit-variance Gaussian: E (f - y)(f - y)' is the identity
-    at = outputs.detach().requires_grad_()
+        raise UnsupportedError(
+            f"the reference has no exact Fisher of {type(loss).__name__}; fisher:samples=k draws labels"
+        )
+    at = outputs.requires_grad_()
     slope = _gradient(loss.values(at, target), [at], create_graph=True)
     hessian = torch.stack([_gradient(s, [at]) for s in slope])
     values, vectors = torch.linalg.eigh(hessian)
-    factor: Tensor = (vectors * values.clamp(min=0).sqrt()).mT
-    return factor.to(jacobian) @ jacobian
+    factors: Tensor = (vectors * values.clamp(min=0).sqrt()).mT
+    return factors
 
 
 def _masq_rows(problem: Problem, quantity: MaSQ, space: ParameterSpace, advance: Advance) -> Iterator[Tensor]:
@@ -144,12 +154,12 @@ def _masq_rows(problem: Problem, quantity: MaSQ, space: ParameterSpace, advance:
         parameters = _leaves(problem, space)
         values = problem.loss.values(problem.forward(parameters, inputs), targets)
         reduced = values.sum() if quantity.norm == "sumsq" else values.mean()
-        yield per_batch * _gradient(reduced, list(parameters.values())).unsqueeze(0)
+        yield (per_batch * _gradient(reduced, list(parameters.values()))).unsqueeze(0)
         advance(len(inputs))
 
 
 def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, advance: Advance) -> Tensor:
-    total = torch.zeros(space.total, space.total, dtype=problem.dtype, device=problem.device)
+    total = torch.zeros(space.total, space.total, dtype=working_dtype(problem.dtype), device=problem.device)
     n = 0
     for inputs, targets in problem.batches(batch_size):
         parameters = list(_leaves(problem, space).values())
@@ -163,7 +173,7 @@ def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, ad
                     total[i] += _gradient(gradient[i], parameters)
         n += len(inputs)
         advance(len(inputs))
-    if bool((total - total.mT).abs().max() > total.abs().max() * torch.finfo(total.dtype).eps ** 0.5):
+    if bool((total - total.mT).abs().max() > total.abs().max() * torch.finfo(problem.dtype).eps ** 0.5):
         raise UnsupportedError(
             f"the second derivative of {type(problem.model).__name__} that torch computes is not symmetric, so it is "
             "wrong (a fused kernel such as weight_norm's is known to do this); replace that module"
@@ -178,18 +188,20 @@ def _leaves(problem: Problem, space: ParameterSpace) -> dict[str, Tensor]:
 
 def _gradient(value: Tensor, parameters: list[Tensor], create_graph: bool = False) -> Tensor:
     if not value.requires_grad:  # it depends on none of them
-        return torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
+        return torch.cat([working(torch.zeros_like(p)).reshape(-1) for p in parameters])
     gradients = torch.autograd.grad(
         value, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-    return torch.cat([g.reshape(-1) for g in gradients])
+    return torch.cat([working(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
 
 def _factors(
     problem: Problem, quantity: Quantity, structure: Kronecker, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
     weighted = isinstance(structure, TKFAC) and structure.variant == "gao"
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=problem.dtype, device=problem.device))
+    sums: dict[str, Tensor] = defaultdict(
+        lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device)
+    )
     for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
         a, g = inputs, gradients
         if structure.sharing == "reduce":
@@ -228,21 +240,45 @@ def _eigenvalue_corrected(
 def _layer_samples(
     problem: Problem, quantity: Quantity, layers: Mapping[str, Layer], advance: Advance
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample."""
+    """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample.
+
+    Raises:
+        UnsupportedError: For a row of a sample, they do not give the gradient of the layer's parameters.
+    """
     rng = label_stream(quantity)
+    names = [parameter for layer in layers.values() for parameter in layer.parameters]
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
-            outputs, calls = _calls(problem, layers, x)
-            shifts = [shift for _, shift in calls.values()]
-            rows = _sample_rows(problem, quantity, outputs, y, shifts, rng)
-            of_layers = rows.split([shift.numel() for shift in shifts], dim=1)
-            for (name, (given, shift)), row in zip(calls.items(), of_layers, strict=True):
-                gradients = row.reshape(len(row), *shift.shape[1:])
-                yield name, _patches(layers[name], given), _by_position(layers[name].module, gradients)
+            leaves = _leaves(problem, problem.space)
+            outputs, calls = _calls(problem, layers, x, leaves)
+            wanted = [*(shift for _, shift in calls.values()), *(leaves[name] for name in names)]
+            rows = torch.stack(list(_sample_rows(problem.loss, quantity, outputs, y, wanted, rng)))
+            parts = rows.split([tensor.numel() for tensor in wanted], dim=1)
+            of_parameters = dict(zip(names, parts[len(calls) :], strict=True))
+            for (name, (given, shift)), row in zip(calls.items(), parts[: len(calls)], strict=True):
+                patches = _patches(layers[name], given)
+                slopes = _by_position(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
+                _check(layers[name], patches, slopes, of_parameters, problem.dtype)
+                yield name, patches, slopes
             advance(1)
 
 
-def _calls(problem: Problem, layers: Mapping[str, Layer], x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Compare ``G_r = sum_t g_rt a_t'`` with the gradients of the layer's parameters, ``(R, size)`` by name."""
+    outputs = slopes.shape[2]
+    parts = [right[name].reshape(len(slopes), outputs, -1) for name in layer.parameters]
+    scale = float(inputs.norm() * slopes.norm())
+    if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
+        raise UnsupportedError(
+            f"{layer.name or 'the model'} ({type(layer.module).__name__}) does not have, for some sample, the gradient "
+            "that its inputs and the gradients of its outputs give, so that it has no Kronecker factors; diag, "
+            "block_diag and dense need none"
+        )
+
+
+def _calls(
+    problem: Problem, layers: Mapping[str, Layer], x: Tensor, leaves: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Return the outputs of one sample, and every layer's input with a zero that was added to its output.
 
     The gradient in the zero is that in the layer's output, whatever is done to the output afterwards.
@@ -253,7 +289,7 @@ def _calls(problem: Problem, layers: Mapping[str, Layer], x: Tensor) -> tuple[Te
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
             given = next(chain(arguments, keywords.values()))
             shift = torch.zeros_like(output, requires_grad=True)
-            calls[name].append((given.detach().clone(), shift))
+            calls[name].append((working(given.detach().clone()), shift))
             return output + shift
 
         return hook
@@ -262,7 +298,7 @@ def _calls(problem: Problem, layers: Mapping[str, Layer], x: Tensor) -> tuple[Te
         for name, layer in layers.items():
             handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
-        outputs = problem.forward(_leaves(problem, problem.space), x)
+        outputs = problem.forward(leaves, x)
     for name, seen in calls.items():
         if len(seen) != 1:
             raise UnsupportedError(

@@ -1,6 +1,7 @@
 """From a base configuration and axes to configurations: a grid, a list, random samples."""
 
 import math
+import reprlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from curvlab.errors import CurvlabError
+from curvlab.grid.cell import canonical
 
 Config = dict[str, Any]
 
 _MOST = 1_000_000  # combinations: more are a slip, and would fill the memory before the first is run
 _RANGES = {
-    "uniform": "[low, high], finite numbers in this order",
+    "uniform": "[low, high], finite numbers in this order, whose difference is finite",
     "log_uniform": "[low, high], finite numbers above 0 in this order",
-    "integers": "[low, high], whole numbers in this order",
+    "integers": "[low, high], whole numbers in this order, at most 2^53 of them",
     "choice": "a list of values",
 }
 
@@ -37,7 +39,8 @@ def expand(
         samples: The same, drawn by ``draw``.
 
     Raises:
-        CurvlabError: An axis is empty, two of them set the same key, or there are more than a million combinations.
+        CurvlabError: An axis is empty, has a value twice (1, 1.0 and True are the same) or one that is not of JSON; two
+            axes set the same key; or there are more than a million combinations.
 
     Examples:
         >>> [(c["lr"], c["seed"]) for c in expand({"lr": 0.1}, grid={"lr": [0.1, 0.01], "seed": [0, 1]})]
@@ -48,7 +51,9 @@ def expand(
     grid = grid or {}
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise CurvlabError(f"the grid needs a list of values for {name!r}, not {values!r}")
+            raise CurvlabError(f"the grid needs a list of values for {name!r}, not {reprlib.repr(values)}")
+        _require_distinct(f"the grid's list for {name!r}", values)
+    _require_distinct("the list of points", points or [])
     axes = [points or [{}], samples or [{}]]
     taken = set(grid)
     for axis in axes:
@@ -64,6 +69,26 @@ def expand(
         yield {**base, **point, **sample, **dict(zip(grid, values, strict=True))}
 
 
+def _require_distinct(what: str, values: Sequence[Any]) -> None:
+    """Refuse a value that is there twice, since it would silently be one run."""
+    seen: dict[Any, Any] = {}
+    for value in values:
+        canonical(value)  # or it is refused
+        same = _hashable(value)
+        if same in seen:
+            first, again = reprlib.repr(seen[same]), reprlib.repr(value)
+            what_again = f"{again} twice" if first == again else f"{first} and {again}, which are the same"
+            raise CurvlabError(f"{what} has {what_again}; a value is run once, so leave one of them out")
+        seen[same] = value
+
+
+def _hashable(value: Any) -> Any:
+    """Return what is equal where the values are: 1, 1.0 and True too."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _hashable(item)) for name, item in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
 def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: int = 0) -> list[Config]:
     """Draw values for keys; a larger count begins with the same values, and a key has the same beside any others.
 
@@ -74,7 +99,7 @@ def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: in
         seed: Of the draws.
 
     Raises:
-        CurvlabError: A range is none of these.
+        CurvlabError: A range is none of these, or is wider than its numbers can tell apart.
 
     Examples:
         >>> drawn = draw(3, {"lr": {"log_uniform": [1e-4, 1e-1]}, "width": {"choice": [10, 30]}})
@@ -97,13 +122,23 @@ def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
     """Return the value at ``u`` of ``[0, 1)``."""
     if kind == "choice" and isinstance(bounds, Sequence) and not isinstance(bounds, str) and bounds:
         return bounds[int(u * len(bounds))]
-    numbers = isinstance(bounds, Sequence) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-    if numbers and -math.inf < bounds[0] <= bounds[1] < math.inf:
+    if isinstance(bounds, Sequence) and len(bounds) == 2 and all(map(_is_finite, bounds)) and bounds[0] <= bounds[1]:
         low, high = bounds
-        if kind == "uniform":
+        if kind == "uniform" and _is_finite(high - low):
             return low + u * (high - low)
         if kind == "log_uniform" and low > 0:
             return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
-        if kind == "integers" and isinstance(low, int) and isinstance(high, int):
+        # u has 53 bits: of more integers it would leave some out.
+        if kind == "integers" and isinstance(low, int) and isinstance(high, int) and high - low < 2**53:
             return low + int(u * (high - low + 1))
-    raise CurvlabError(f"random: {name} needs {kind}: {_RANGES[kind]}, not {bounds!r}")
+    raise CurvlabError(f"random: {name} needs {kind}: {_RANGES[kind]}, not {reprlib.repr(bounds)}")
+
+
+def _is_finite(number: Any) -> bool:
+    """Say whether it is a number, and one that a float can be."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

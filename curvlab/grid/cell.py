@@ -31,6 +31,8 @@ OUTPUT = "output.txt"
 # What the tables of a store have beside what is in the records.
 _RESERVED = {"cell", "status", "kind", "seeds", "failed", "absent"}
 _RESERVED_BEGINNINGS = ("cell.", "config.")
+_LONGEST_ERROR, _LONGEST_TRACEBACK, _LONGEST_TEXT = 4_000, 40_000, 1_000_000  # characters
+_DEEPEST = 100  # levels of lists and dictionaries in a configuration
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tab and newline
 
 
@@ -94,9 +96,31 @@ def canonical(value: Any) -> str:
         CurvlabError: It is not made of JSON values.
     """
     try:
+        _require_json(value, 1)
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CurvlabError(f"a configuration is made of JSON values, and this one is not: {error}") from error
+
+
+def _require_json(value: Any, depth: int) -> None:
+    """Refuse what Python would write as JSON, but a store or another program could not give back as it was.
+
+    Raises:
+        ValueError: It has keys that are no strings, integers of more than 64 bits, half characters or many levels.
+    """
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer has more than 64 bits")
+    elif isinstance(value, Mapping | list | tuple):
+        if depth > _DEEPEST:
+            raise ValueError(f"it is within itself, or more than {_DEEPEST} levels deep")
+        for name in value if isinstance(value, Mapping) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"the key {name!r} is not a string")
+            name.encode()
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _require_json(item, depth + 1)
 
 
 def _digest(value: Any) -> str:
@@ -159,8 +183,13 @@ def plain(text: str) -> str:
 # In the process of the cell -----------------------------------------------------------------------------------------
 
 
-def work(connection: Connection) -> None:
-    """Receive a request, do it, and answer with the records or what was raised."""
+def work(connection: Connection, output: int) -> None:
+    """Receive a request, do it, and answer with the records or what was raised.
+
+    Args:
+        connection: On which it is received and answered.
+        output: Descriptor that takes what is written to the console.
+    """
     request = json.loads(connection.recv_bytes())
     started = time.perf_counter()
     folder = Path(request["folder"])
@@ -168,7 +197,8 @@ def work(connection: Connection) -> None:
     try:
         _alone(folder)
         remove_leftovers(folder)  # of a checkpoint that was being written when the cell was killed
-        _redirect(folder / OUTPUT)
+        (folder / OUTPUT).unlink(missing_ok=True)  # of an earlier attempt
+        _redirect(output)
         if Path(request["cwd"]).is_dir():
             os.chdir(request["cwd"])
         torch.set_num_threads(request["threads"])
@@ -177,9 +207,14 @@ def work(connection: Connection) -> None:
         place = Place(folder, None if data_root is None else Path(data_root), request["offline"])
         answer = {"records": _records(find(request["function"])(request["config"], place))}
     except BaseException as error:  # SystemExit too: the cell has then not given its records
-        answer = {"error": plain(_sentence(error)), "traceback": plain(traceback.format_exc())}
+        answer = {
+            "error": _shortened(plain(_sentence(error)), _LONGEST_ERROR),
+            "traceback": _shortened(plain(traceback.format_exc()), _LONGEST_TRACEBACK),
+        }
     answer["seconds"] = time.perf_counter() - started
-    _tidy(folder)
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     connection.send_bytes(json.dumps(answer).encode())
 
 
@@ -201,12 +236,11 @@ def _alone(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _redirect(file: Path) -> None:
-    """Write to a file what is written to the console, in Python or below it."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+def _redirect(output: int) -> None:
+    """Write to a descriptor what is written to the console, in Python or below it."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
 
 
 def _seed(key: str) -> None:
@@ -220,6 +254,13 @@ def _seed(key: str) -> None:
 def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, CurvlabError) else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+def _shortened(text: str, most: int) -> str:
+    """Return at most about so many characters of a text: its beginning and its end."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [... {len(text) - most:,} characters are left out here ...] {text[-(most // 2) :]}"
 
 
 def _records(returned: Any) -> list[Record]:
@@ -242,6 +283,11 @@ def _flat(record: Any, number: int) -> Record:
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise CurvlabError(f"record {number}: {name!r} is an integer of more than 64 bits")
+        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            raise CurvlabError(
+                f"record {number}: {name!r} is a text of {len(value):,} characters, and at most {_LONGEST_TEXT:,} are "
+                "stored; write it to a file in place.folder"
+            )
         if name in _RESERVED or name.startswith(_RESERVED_BEGINNINGS):
             raise CurvlabError(f"record {number}: {name!r} is a column that the tables have themselves; rename it")
         try:
@@ -250,14 +296,3 @@ def _flat(record: Any, number: int) -> Record:
             raise CurvlabError(f"record {number}: {name!r} is not UTF-8, as names and strings have to be") from error
         flat[name] = value
     return flat
-
-
-def _tidy(folder: Path) -> None:
-    """Leave no folder where the cell has left nothing."""
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    with suppress(OSError):
-        if not (folder / OUTPUT).stat().st_size:
-            (folder / OUTPUT).unlink()
-        folder.rmdir()  # one that holds something stays

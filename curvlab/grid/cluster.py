@@ -1,25 +1,26 @@
-"""Cells on the workers of a Dask cluster, through joblib's Dask backend."""
+"""Cells on the workers of a Dask cluster."""
 
+import asyncio
+import json
 import logging
 import secrets
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import joblib
-from distributed import Client, KilledWorker, Worker, WorkerPlugin, get_worker
-from joblib._dask import DaskDistributedBackend
+from distributed import Client, KilledWorker, Security, Worker, WorkerPlugin, as_completed, get_worker, rpc
 
 from curvlab import data as data_sets
 from curvlab.errors import CurvlabError
 from curvlab.grid import processes
 from curvlab.grid.cell import Outcome, find
+from curvlab.grid.code import fingerprints
 from curvlab.grid.running import Task, forget, supervised
 from curvlab.results.provenance import software
 
+_BATCH = 1000  # tasks that are sent at once
 _CONNECT = 10  # seconds until a scheduler or worker that does not answer is not there
 
 
@@ -44,38 +45,72 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
 
 
 def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+    _require_scheduler(address)
     try:
         client: Client = _Client(address)
-    except (OSError, ValueError) as error:
-        raise CurvlabError(
-            f"there is no Dask scheduler at {address} ({_first_line(error)}); start one (dask scheduler), "
-            "or run without --scheduler"
-        ) from error
-    plugin = f"curvlab-sweep-{secrets.token_hex(4)}"  # of this sweep: there may be another one on the cluster
+    except Exception as error:  # of whatever kind: anything may answer there
+        raise _no_scheduler(address, error) from error
+    sweep = f"curvlab-sweep-{secrets.token_hex(4)}"  # this one: there may be another one on the cluster
     try:
-        _prepared(client, address, plugin, tasks, data)
-        call = joblib.delayed(_on_worker)
-        with joblib.parallel_config(backend=_Backend(client=client)):
-            # All at once: workers may join later.
-            parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-            outcomes = parallel(call(task) for task in tasks)
-        try:
-            for outcome in outcomes:  # noqa: UP028
-                # Not yield from, which would close it without what is below.
+        _prepared(client, address, sweep, tasks, data)
+        client.subscribe_topic(sweep, _Refusals())
+        given = {(sweep, task["key"]): task for task in tasks}
+        # All at once: workers may join later. As text: Dask looks into other arguments for results of its own.
+        futures = client.map(
+            _gate(sweep), [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH
+        )
+        done = as_completed(futures, with_results=True, raise_errors=False)
+        del futures  # what is stored is kept by no worker
+        for future, outcome in done:
+            if future.status == "finished":
                 yield outcome
-        finally:
-            with warnings.catch_warnings(action="ignore"):  # that tasks are not finished: it is why we are here
-                outcomes.close()
-    except _Lost as error:
-        raise CurvlabError(
-            f"the scheduler {address} has gone; what is finished is in the store: "
-            "repeat the command when there is a scheduler again"
-        ) from error
+            elif future.status == "error":
+                yield _given_up(given[future.key], outcome[1])
+            else:
+                raise CurvlabError(
+                    f"the scheduler {address} has gone; what is finished is in the store: "
+                    "repeat the command when there is a scheduler again"
+                )
     finally:
         if client.status == "running":  # one that has gone would be waited for
             with suppress(Exception):  # it may go now
-                client.unregister_worker_plugin(plugin)
+                client.unregister_worker_plugin(sweep)
         client.close(timeout=_CONNECT)
+
+
+def _require_scheduler(address: str) -> None:
+    """Refuse an address where no scheduler answers in time: Dask's client waits longer, and takes any answer for one.
+
+    Raises:
+        CurvlabError: There is none.
+    """
+
+    async def ask() -> Any:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+            return await there.identity()
+
+    async def in_time() -> Any:
+        return await asyncio.wait_for(ask(), _CONNECT)
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have an event loop, as in a notebook
+        try:
+            kind = thread.submit(lambda: asyncio.run(in_time())).result()["type"]
+        except Exception as error:  # of whatever kind: another service's answer is read as anything
+            raise _no_scheduler(address, error) from error
+    if kind != "Scheduler":
+        raise CurvlabError(f"at {address} is a {kind} of Dask, not a scheduler; give the address of the scheduler")
+
+
+def _no_scheduler(address: str, error: Exception) -> CurvlabError:
+    if isinstance(error, TimeoutError):
+        reason = f"no answer in {_CONNECT} seconds"
+    elif isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError):
+        reason = _first_line(error)
+    else:
+        reason = "the answer is that of another service"
+    return CurvlabError(
+        f"there is no Dask scheduler at {address} ({reason}); start one (dask scheduler), or run without --scheduler"
+    )
 
 
 class _Client(Client):
@@ -100,8 +135,9 @@ class _Client(Client):
 def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
     """Have each worker checked, those that join later too, by a plugin of that name."""
     first = tasks[0]
+    functions = sorted({task["function"] for task in tasks})
     requirements = Requirements(
-        software(), sorted({task["function"] for task in tasks}), data, first["data_root"], first["offline"]
+        software(), fingerprints(functions), functions, data, first["data_root"], first["offline"]
     )
     try:
         client.wait_for_workers(1, timeout=_CONNECT)
@@ -112,35 +148,60 @@ def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], da
     except Exception as error:  # of whatever kind: the worker may not even have the plugin's module
         raise CurvlabError(f"a worker of {address} cannot do it: {_first_line(error)}") from error
 
+    def is_fit(dask_worker: Any) -> bool:
+        return getattr(dask_worker.plugins.get(name), "fit", False)
+
+    for worker, fit in client.run(is_fit, on_error="ignore").items():
+        if not fit:  # its plugin is not the one below
+            raise CurvlabError(
+                f"worker {worker} has another curvlab: start the workers from the environment that the sweep is "
+                "started from"
+            )
+
 
 class Requirements(WorkerPlugin):
     """What a worker has to have: the same versions and code, the functions, the data.
 
     Args:
         software: As ``curvlab.results.provenance.software`` tells it here.
+        code: Fingerprints of the source files here.
         functions: ``module:name`` of the cells.
         data: Names of data sets and files, and their fingerprints.
         data_root: Where they are kept; None for the default place.
         offline: Whether they must be there already.
+
+    Attributes:
+        fit: Whether the worker has been found to have it all.
+        fault: What it lacks.
     """
 
     def __init__(
         self,
         software: Mapping[str, Any],
+        code: Mapping[str, str],
         functions: Sequence[str],
         data: Mapping[str, str],
         data_root: str | None,
         offline: bool,
     ) -> None:
-        self.software, self.functions, self.data = software, functions, data
+        self.software, self.code, self.functions, self.data = software, code, functions, data
         self.data_root, self.offline = data_root, offline
+        self.fit, self.fault = False, ""
 
     def setup(self, worker: Worker) -> None:
-        """Refuse a worker that does not have it; one that joins is then closed.
+        """Find out whether a worker has it; one that has not gets no cell.
 
         Raises:
             CurvlabError: It lacks something.
         """
+        try:
+            self._require(worker)
+        except CurvlabError as error:  # Dask only logs it there, of one that joins when the sweep has begun
+            self.fault = str(error)
+            raise
+        self.fit = True
+
+    def _require(self, worker: Worker) -> None:
         # Another sweep has begun: its code may be newer than what the processes of an earlier one have imported.
         processes.close_idle()
         forget()
@@ -152,9 +213,11 @@ class Requirements(WorkerPlugin):
                     f"{where} has {package} {theirs['versions'].get(package)}, and {ours} is needed: "
                     "start the workers from the environment that the sweep is started from"
                 )
-        commits = [described["git"] and described["git"]["commit"] for described in (self.software, theirs)]
-        if None not in commits and commits[0] != commits[1]:
-            raise CurvlabError(f"{where} runs the code of commit {commits[1]}, and {commits[0]} is needed: update it")
+        for name, here in fingerprints(self.functions).items():
+            if self.code.get(name) != here:
+                raise CurvlabError(
+                    f"{where} has other source files of {name} than the process that runs the sweep: give both the same"
+                )
         for function in self.functions:
             try:
                 find(function)
@@ -174,7 +237,34 @@ class Requirements(WorkerPlugin):
         processes.close_idle()
 
 
-def _on_worker(task: Task) -> Outcome:
+def _gate(sweep: str) -> Callable[[str], Any]:
+    """Return what runs a task on a worker that is fit for a sweep, and on another one gives it back.
+
+    A local function, which goes to the worker whole: an unfit one may have another curvlab, or none.
+    """
+
+    def run(task: str) -> Any:
+        import json
+        import time
+
+        from distributed import Reschedule, get_worker
+
+        worker = get_worker()
+        plugin = worker.plugins.get(sweep)
+        if not getattr(plugin, "fit", False):
+            fault = getattr(plugin, "fault", "") or f"worker {worker.address} has another curvlab, or none"
+            worker.log_event(sweep, fault)
+            time.sleep(1)  # the others take what they can meanwhile
+            raise Reschedule
+        from curvlab.grid.cluster import on_fit_worker
+
+        return on_fit_worker(json.loads(task))
+
+    return run
+
+
+def on_fit_worker(task: Task) -> Outcome:
+    """Run a cell on the worker that has this task, as long as the sweep waits for it."""
     worker = get_worker()
     key = worker.get_current_task()
 
@@ -186,56 +276,25 @@ def _on_worker(task: Task) -> Outcome:
     return supervised(task, wanted)
 
 
-class _Lost(Exception):
-    """The scheduler has gone."""
+class _Refusals:
+    """Tells once of every worker that it is not fit."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, event: tuple[float, str]) -> None:
+        _, fault = event
+        if fault not in self._told:
+            self._told.add(fault)
+            logging.getLogger(__name__).warning("%s; no cell runs there", fault)
 
 
-class _Backend(DaskDistributedBackend):  # type: ignore[misc]
-    """joblib's backend, in the three cases that it leaves out.
-
-    On a cluster of one thread it would run the tasks in this process. A task that Dask gives up, since every worker
-    that had it has died, it would wait for without end; so it would if the scheduler goes away.
-    """
-
-    def effective_n_jobs(self, n_jobs: int = 1) -> int:
-        return max(2, int(super().effective_n_jobs(n_jobs)))
-
-    def submit(self, func: Any, callback: Callable[[Any], None] | None = None) -> Any:
-        ((_, (task, *_), _),) = func.items
-        future = super().submit(func, callback)
-
-        def give_up(done: "Future[Any]") -> None:
-            error = done.exception()
-            if error is not None and callback is not None:
-                callback(_GivenUp(task, error))
-
-        future.add_done_callback(give_up)
-        return future
-
-    def retrieve_result_callback(self, out: Any) -> Any:
-        if isinstance(out, _GivenUp):
-            return [out.outcome()]
-        if isinstance(out, BaseException):  # in place of a result: it was cancelled
-            raise _Lost from out
-        return super().retrieve_result_callback(out)
-
-
-class _GivenUp:
-    """A task that has no result."""
-
-    def __init__(self, task: Task, error: BaseException) -> None:
-        self.task, self.error = task, error
-
-    def outcome(self) -> Outcome:
-        """Return what is to be stored, or raise what stops the sweep."""
-        if not isinstance(self.error, KilledWorker):
-            raise self.error
-        return Outcome(
-            self.task["key"],
-            "killed",
-            "every worker that ran it has died with it, most likely because memory ran out",
-            str(self.error),
-        )
+def _given_up(task: Task, error: BaseException) -> Outcome:
+    """Return what is to be stored of a task that has no result, or raise what stops the sweep."""
+    if not isinstance(error, KilledWorker):
+        raise error
+    why = "every worker that ran it has died with it, most likely because memory ran out"
+    return Outcome(task["key"], "killed", why, str(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,14 @@
 The standard library's fork server would do, but for three things: it starts no children in Dask's workers, which are
 daemonic; every child runs the program's main module again; and it does not tell how much memory a child has taken,
 which of one that was killed is what matters. The server is this module run as a program, with one socket to it. For
-each cell it is sent two descriptors: a socket, on which the child receives the request and answers, and a pipe, to
-which the server writes the child's process id and, when it has ended, how, and its peak of memory.
+each cell it is sent three descriptors: a socket, on which the child receives the request and answers; a pipe, to
+which the server writes the child's process id and, when it has ended, how, and its peak of memory; and a pipe for what
+the child writes to its console.
 """
 
 import faulthandler
 import gc
+import math
 import os
 import platform
 import signal
@@ -19,13 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from curvlab.errors import CurvlabError
+from curvlab.grid.output import Output
 
 _PID = struct.Struct("q")
 _END = struct.Struct("qq")  # wait status, peak memory in bytes
@@ -99,11 +102,12 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    def run(self, request: bytes, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
+    def run(self, request: bytes, file: Path, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
         """Do a request in a process of its own.
 
         Args:
             request: What the process is sent.
+            file: Where the beginning and the end of what it writes to its console are kept; none if it writes nothing.
             timeout: Seconds from its start after which it is killed.
             wanted: Asked twice a second; it is killed when it is not.
 
@@ -113,13 +117,20 @@ class Server:
         """
         ours, theirs = socket.socketpair()
         ending, ended = os.pipe()
-        with Connection(ours.detach()) as connection, os.fdopen(ending, "rb") as end:
+        reading, writing = os.pipe()
+        with (
+            Connection(ours.detach()) as connection,
+            os.fdopen(ending, "rb") as end,
+            os.fdopen(reading, "rb"),
+            closing(Output(reading, file)) as output,
+        ):
             try:
                 with self._lock:
-                    socket.send_fds(self._socket, [b"."], [theirs.fileno(), ended])
+                    socket.send_fds(self._socket, [b"."], [theirs.fileno(), ended, writing])
             finally:
                 theirs.close()
                 os.close(ended)
+                os.close(writing)
             pid = _read(end.fileno(), _PID)
             if pid is None:
                 raise ConnectionError("the process that starts the cells has ended")
@@ -129,7 +140,7 @@ class Server:
             try:
                 with suppress(OSError):  # it has ended already, which is then what there is to say
                     connection.send_bytes(request)
-                answer, stopped = _watched(connection, end.fileno(), timeout, wanted)
+                answer, stopped = _watched(connection, end.fileno(), output, timeout, wanted)
                 if stopped:
                     _kill(pid[0])
                 seconds = time.perf_counter() - started
@@ -144,24 +155,29 @@ class Server:
 
 
 def _watched(
-    connection: Connection, end: int, timeout: float | None, wanted: Callable[[], bool]
+    connection: Connection, end: int, output: Output, timeout: float | None, wanted: Callable[[], bool]
 ) -> tuple[bytes | None, str | None]:
     """Wait for the answer of a process, its end, its time, or until it is not wanted; say which of the last two."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    look = time.monotonic() + _LOOK
+    watched = [connection, end, output.descriptor]
     while True:
-        left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
-        ready = wait([connection, end], max(left, 0.0))
+        ready = wait(watched, max(min(look, deadline) - time.monotonic(), 0.0))
+        if output.descriptor in ready and not output.read():
+            watched.remove(output.descriptor)  # nothing can write there any more
         if connection in ready:
             try:
                 return connection.recv_bytes(), None
             except (EOFError, OSError):
                 return None, None
-        if ready:
+        if end in ready:
             return None, None
-        if deadline is not None and time.monotonic() >= deadline:
+        if time.monotonic() >= deadline:
             return None, "timeout"
-        if not wanted():
-            return None, "unwanted"
+        if time.monotonic() >= look:
+            look = time.monotonic() + _LOOK
+            if not wanted():
+                return None, "unwanted"
 
 
 def _read(descriptor: int, form: struct.Struct) -> tuple[int, ...] | None:
@@ -204,16 +220,16 @@ def serve(control: socket.socket) -> None:
             _reap(running)
         if control not in ready:
             continue
-        message, descriptors, *_ = socket.recv_fds(control, 1, 2)
+        message, descriptors, *_ = socket.recv_fds(control, 1, 3)
         if not message:
             break
-        theirs, end = descriptors
+        theirs, end, output = descriptors
         try:
             pid = os.fork()
         except OSError as error:  # no memory, or too many processes
             os.write(end, _PID.pack(-(error.errno or 1)))
-            os.close(theirs)
-            os.close(end)
+            for descriptor in descriptors:
+                os.close(descriptor)
             continue
         if pid == 0:
             os.setpgid(0, 0)
@@ -226,13 +242,14 @@ def serve(control: socket.socket) -> None:
             faulthandler.enable()  # a crash is then told in what the cell has written
             code = 1
             try:
-                work(Connection(theirs))
+                work(Connection(theirs), output)
                 code = 0
             finally:
                 os._exit(code)  # none of what the server has to do at its end
         with suppress(OSError):
             os.setpgid(pid, pid)  # here too: whoever is first
         os.close(theirs)
+        os.close(output)
         running[pid] = end
         with suppress(OSError):
             os.write(end, _PID.pack(pid))
@@ -266,28 +283,46 @@ def main() -> None:
 
 # The servers of this process -----------------------------------------------------------------------------------------
 
-_servers: dict[tuple[int, str], Server] = {}
+_servers: dict[tuple[int, str, str], Server] = {}  # by number of threads, module and code
 _lock = threading.Lock()
 
 
-def run(function: str, threads: int, request: bytes, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
+def run(
+    function: str,
+    threads: int,
+    code: str,
+    request: bytes,
+    file: Path,
+    timeout: float | None,
+    wanted: Callable[[], bool],
+) -> Ended:
     """Do a request for a function in a process of its own; the first one starts the server.
+
+    Args:
+        function: ``module:name``; its module is imported beforehand.
+        threads: Of the process.
+        code: What is known of the code: a server that has imported another one is not used.
+        request: As ``Server.run`` takes it, and all that follows.
+        file: Likewise.
+        timeout: Likewise.
+        wanted: Likewise.
 
     Raises:
         CurvlabError: No process can be started.
     """
     module = function.partition(":")[0]
+    name = threads, module, code
     ended = None
     for _ in range(2):  # a server may have been killed: memory is short where cells are
         if not wanted():
             return Ended(None, 0, None, 0.0, "unwanted")
         with _lock:
-            server = _servers.get((threads, module))
+            server = _servers.get(name)
             if server is None or not server.alive():
-                server = _servers[threads, module] = Server(threads, [*_PRELOADED, module])
+                server = _servers[name] = Server(threads, [*_PRELOADED, module])
             server.running += 1
         try:
-            ended = server.run(request, timeout, wanted)
+            ended = server.run(request, file, timeout, wanted)
             if ended.stopped != "orphaned":
                 return ended
         except ConnectionError:
@@ -302,8 +337,8 @@ def run(function: str, threads: int, request: bytes, timeout: float | None, want
             with _lock:
                 server.running -= 1
         with _lock:  # it has ended, even if that is not yet to be seen of the process
-            if _servers.get((threads, module)) is server:
-                del _servers[threads, module]
+            if _servers.get(name) is server:
+                del _servers[name]
     if ended is not None:
         return ended
     if not wanted():

@@ -1,6 +1,6 @@
 """The engine: cells that are not done yet are run, each in a process of its own, and what becomes of them is stored.
 
-joblib distributes them: over threads of this process, or over the workers of a Dask cluster. Either runs
+They are distributed over threads of this process by joblib, or over the workers of a cluster by Dask. Either runs
 ``supervised``, which starts the process of a cell and waits for its end, whatever that is. Only the process that
 called ``run`` writes the store. All cells have the same number of threads, however many run at once, so that their
 numbers do not depend on it.
@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import joblib
 
 from curvlab.errors import CurvlabError
 from curvlab.grid import processes
-from curvlab.grid.cell import OUTPUT, Cell, Outcome, plain
+from curvlab.grid.cell import OUTPUT, Cell, Outcome, canonical, plain
+from curvlab.grid.code import fingerprints
 from curvlab.grid.store import Store, writing
 from curvlab.progress import progress
 from curvlab.results.provenance import software
@@ -73,11 +74,9 @@ def run(
     with writing(store) as opened:
         opened.register(list(unique.values()), data or {})
         todo = opened.open_cells(retry_failed)
-        tasks = [
-            _task(cell, store, threads, cell_timeout, data_root, offline)
-            for cell in unique.values()
-            if cell.key in todo
-        ]
+        open_cells = [cell for cell in unique.values() if cell.key in todo]
+        code = canonical(fingerprints({cell.function for cell in open_cells}))
+        tasks = [_task(cell, store, threads, cell_timeout, data_root, offline, code) for cell in open_cells]
         if tasks:
             outcomes = _local(tasks, jobs) if scheduler is None else _cluster(tasks, scheduler, data or {})
             _stored(opened, outcomes, len(tasks), jobs if scheduler is None else None)
@@ -91,9 +90,8 @@ def folder_of(store: Path, key: str) -> Path:
 
 
 def _task(
-    cell: Cell, store: Path, threads: int, timeout: float | None, data_root: Path | None, offline: bool
+    cell: Cell, store: Path, threads: int, timeout: float | None, data_root: Path | None, offline: bool, code: str
 ) -> dict[str, Any]:
-    # A plain dictionary: of larger objects joblib's Dask backend leaves one copy on some worker, lost with that worker.
     return {
         "key": cell.key,
         "function": cell.function,
@@ -103,6 +101,7 @@ def _task(
         "data_root": None if data_root is None else str(Path(data_root).absolute()),
         "offline": offline,
         "threads": threads,
+        "code": code,
         "timeout": timeout,
     }
 
@@ -159,7 +158,13 @@ def supervised(task: Task, wanted: Callable[[], bool]) -> Outcome:
     Raises:
         CurvlabError: No process can be started.
     """
-    ended = processes.run(task["function"], task["threads"], json.dumps(task).encode(), task["timeout"], wanted)
+    folder = Path(task["folder"])
+    request = json.dumps(task).encode()
+    ended = processes.run(
+        task["function"], task["threads"], task["code"], request, folder / OUTPUT, task["timeout"], wanted
+    )
+    with suppress(OSError):
+        folder.rmdir()  # one that holds something stays
     here = {
         "key": task["key"],
         "peak_bytes": ended.peak_bytes,

@@ -7,8 +7,9 @@ import platform
 import sqlite3
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -17,11 +18,11 @@ import pandas as pd
 
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
+from curvlab.grid import checksums
 from curvlab.grid.cell import Cell, Outcome, canonical
 
-FORMAT = 1  # of the tables below; a file of a later one is refused
+FORMAT = 2  # of the tables below; a file of a later one is refused, and one of 1 has no checksums
 _APPLICATION = 0x63757276  # "curv", in the header of the file
-_TABLES = {"cells", "software", "data", "entries"}
 
 _SCHEMA = """
 CREATE TABLE cells (
@@ -108,7 +109,8 @@ class Store:
                     f"{other[0]} is not what it was for the cells that {self.path} has, and one table would mix them; "
                     "put back what it was, or choose another store (--out)"
                 )
-            connection.executemany("INSERT OR IGNORE INTO data VALUES (?, ?)", data.items())
+            connection.executemany("INSERT OR IGNORE INTO data (name, fingerprint) VALUES (?, ?)", data.items())
+            checksums.sign(connection, "data", "checksum IS NULL")
             before = connection.execute(
                 "SELECT key, point FROM cells WHERE position IS NOT NULL ORDER BY position"
             ).fetchall()
@@ -121,6 +123,7 @@ class Store:
                 "point = excluded.point, seed = excluded.seed, seed_name = excluded.seed_name",
                 rows,
             )
+            checksums.sign(connection, "cells")
 
     def open_cells(self, retry_failed: bool = False) -> set[str]:
         """Return the keys of the cells that are to be run: the absent ones, and with ``retry_failed`` the failed."""
@@ -134,6 +137,7 @@ class Store:
         with self._writes() as connection:
             if software is not None:
                 connection.execute("INSERT OR IGNORE INTO software (described) VALUES (?)", (software,))
+                checksums.sign(connection, "software", "checksum IS NULL")
             changed = connection.execute(
                 "UPDATE cells SET status = ?, kind = ?, error = ?, traceback = ?, attempts = attempts + 1, "
                 "seconds = ?, peak_bytes = ?, host = ?, threads = ?, ended = ?, "
@@ -154,6 +158,7 @@ class Store:
             ).rowcount
             if not changed:
                 return
+            checksums.sign(connection, "cells", "key = ?", (outcome.key,))
             connection.execute("DELETE FROM entries WHERE cell = ?", (outcome.key,))
             connection.executemany(
                 "INSERT INTO entries (cell, row, number, name, type, value) VALUES (?, ?, ?, ?, ?, ?)",
@@ -163,6 +168,7 @@ class Store:
                     for number, (name, value) in enumerate(record.items())
                 ],
             )
+            checksums.sign(connection, "entries", "cell = ?", (outcome.key,))
 
     # Reading
 
@@ -373,29 +379,38 @@ class Store:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Store]:
-    """Open a store as its one writer; make it where there is none.
+    """Open a store as its one writer; make it where there is none. One without checksums is given them.
 
     Raises:
         CurvlabError: Another process writes it, it cannot be written, it is damaged, of a newer version or no store.
     """
-    path = path.resolve()  # under any name it has one lock
+    path = _resolved(path)  # under any name it has one lock
     make_writable_folder(path.parent)
     with _lock(path), _told(path):
-        if path.exists():
-            _check(path, begun=False).close()
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         try:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                 raise CurvlabError(f"{path} lies on a file system without shared memory; choose a local folder")
             connection.execute("PRAGMA synchronous = FULL")  # also what the machine's power takes is whole or absent
             connection.execute("PRAGMA foreign_keys = ON")
-            if not connection.execute("PRAGMA user_version").fetchone()[0]:
-                connection.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {FORMAT}; COMMIT;"
-                )
+            checksums.able_to_sign(connection)
+            _bring_up_to_date(connection)
             yield Store(path, connection)
         finally:
             connection.close()
+
+
+def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Make the tables, or their checksums, where there are none."""
+    ((version,),) = connection.execute("PRAGMA user_version")
+    if version == FORMAT:
+        return
+    tables = f"{_SCHEMA} PRAGMA application_id = {_APPLICATION};" if version == 0 else ""
+    connection.executescript(f"BEGIN IMMEDIATE; {tables} {checksums.SCHEMA}")
+    for table in checksums.TABLES:
+        checksums.sign(connection, table)
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
+    connection.execute("COMMIT")
 
 
 @contextmanager
@@ -405,98 +420,170 @@ def reading(path: Path) -> Iterator[Store]:
     Raises:
         CurvlabError: There is none, or it is damaged, of a newer version or no store.
     """
-    if not path.exists():
+    if not _is_there(path):
         raise CurvlabError(f"there is no store {path}; name the file that a run has made, which ends in .sqlite")
     with _told(path):
-        connection = _reader(path)
+        _check(path, begun=True)
+        connection = _reader(_resolved(path))
         try:
             yield Store(path, connection)
         finally:
             connection.close()
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # the latter: a link to itself
+        raise CurvlabError(f"{path} is not to be had: {error}; choose another store") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null byte
+        return False
+    except OSError as error:
+        raise CurvlabError(f"cannot read {path}: {error.strerror}; choose another store") from error
+    return True
+
+
 def _reader(path: Path) -> sqlite3.Connection:
     """Return a connection that changes nothing, but removes SQLite's other two files when it is the last one."""
-    checked = _check(path, begun=True)
-    with suppress(sqlite3.OperationalError):  # they may not be written, and are then not there
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30)
+    for mode in ("rw", "ro"):
         try:
-            connection.execute("PRAGMA query_only = ON")
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except BaseException:
-            connection.close()
-            raise
-        checked.close()
+            connection = _connected(path, f"mode={mode}")
+        except sqlite3.OperationalError:  # what it has to write for its readers cannot be written here
+            continue
+        connection.execute("PRAGMA query_only = ON")
         return connection
-    return checked
+    return _connected(path, "mode=ro&immutable=1")
 
 
-def _check(path: Path, begun: bool) -> sqlite3.Connection:
-    """Return a connection that reads the file, which is whole and one of ours, or if not ``begun`` empty."""
-    if path.is_dir():
-        raise CurvlabError(f"{path} is a folder; name the file of the store in it")
-    if not path.is_file():
-        raise CurvlabError(f"{path} is no regular file; choose another one for the store")
-    file = path.resolve()
-    place = file.as_uri()
+def _connected(path: Path, how: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, timeout=30, isolation_level=None)
     try:
-        connection = sqlite3.connect(f"{place}?mode=ro", uri=True, timeout=30)
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            raise
-        # Where nothing may be written, not even what readers and writers share, nobody writes.
-        log = file.with_name(f"{file.name}-wal")
-        if log.exists() and log.stat().st_size:
-            raise CurvlabError(
-                f"the newest part of {path} is in {log.name}, which cannot be read where nothing can be written; "
-                "copy both to a folder that is writable"
-            ) from error
-        connection = sqlite3.connect(f"{place}?mode=ro&immutable=1", uri=True)
-    try:
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not (application or version or tables or begun):
-            return connection  # a run was killed before it could make the tables
-        if application != _APPLICATION:
-            raise CurvlabError(f"{path} is a database, but not the store of a sweep; choose another file")
-        if version > FORMAT:
-            raise CurvlabError(
-                f"{path} was written by a newer curvlab (format {version}, this one knows {FORMAT}); update curvlab"
-            )
-        ((found),) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise _damaged(path, found)
-        if version < 1 or not tables >= _TABLES:
-            raise _damaged(path, f"it lacks {', '.join(sorted(_TABLES - tables)) or 'its version'}")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
+def _check(path: Path, begun: bool) -> None:
+    """Refuse a file that is not whole, not one of ours or, if ``begun``, empty; leave nothing beside it."""
+    if path.is_dir():
+        raise CurvlabError(f"{path} is a folder; name the file of the store in it")
+    if not path.is_file():
+        raise CurvlabError(f"{path} is no regular file; choose another one for the store")
+    file = _resolved(path)
+    log, shared = (file.with_name(f"{file.name}-{ending}") for ending in ("wal", "shm"))
+    there = shared.exists()
+    while True:
+        before = file.stat()
+        newest = log.exists() and log.stat().st_size > 0
+        try:
+            try:
+                # As a file that does not change: nothing comes beside it, and there may be no right to write there.
+                connection = _connected(file, "mode=ro" if newest else "mode=ro&immutable=1")
+            except sqlite3.OperationalError as error:
+                if not newest or error.sqlite_errorcode & 0xFF not in (
+                    sqlite3.SQLITE_CANTOPEN,
+                    sqlite3.SQLITE_READONLY,
+                ):
+                    raise
+                raise CurvlabError(
+                    f"the newest part of {path} is in {log.name}, which cannot be read where nothing can be written; "
+                    "copy both to a folder that is writable"
+                ) from error
+            try:
+                _examine(path, connection, begun)
+            finally:
+                connection.close()
+        except (CurvlabError, sqlite3.Error, UnicodeDecodeError):
+            now = file.stat()
+            if not newest and (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size):
+                continue  # another process has just written it
+            if not there:
+                shared.unlink(missing_ok=True)
+            raise
+        return
+
+
+def _examine(path: Path, connection: sqlite3.Connection, begun: bool) -> None:
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")  # what is no text is a wrong one
+    connection.execute("BEGIN")  # another process may be writing
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    found = {(kind, name): text for kind, name, text in connection.execute("SELECT type, name, sql FROM sqlite_master")}
+    if not (application or version or found or begun):
+        return  # a run was killed before it could make the tables
+    if application != _APPLICATION:
+        raise CurvlabError(f"{path} is a database, but not the store of a sweep; choose another file")
+    if version > FORMAT:
+        raise CurvlabError(
+            f"{path} was written by a newer curvlab (format {version}, this one knows {FORMAT}); update curvlab"
+        )
+    if version < 1:
+        raise _damaged(path, "it lacks its version")
+    for (kind, name), text in _definitions(version).items():
+        if (kind, name) not in found:
+            raise _damaged(path, f"it lacks {name}")
+        if found[kind, name] != text:
+            raise _damaged(path, f"the {kind} {name} is not what it was made as")
+    ((structure,),) = connection.execute("PRAGMA integrity_check(1)")
+    if structure != "ok":
+        raise _damaged(path, structure)
+    if version > 1 and (what := checksums.wrong(connection)):
+        raise _damaged(path, what)
+
+
+@cache
+def _definitions(version: int) -> dict[tuple[str, str], str]:
+    """Return what a store of a version defines: type and name -> SQL."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_SCHEMA + (checksums.SCHEMA if version > 1 else ""))
+        return {
+            (kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")
+        }
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold the right to write the store; the system takes it back from a process that is killed."""
+    """Hold the right to write a store that is whole; the system takes it back from a process that is killed."""
     try:
         import fcntl
     except ImportError as error:
         raise CurvlabError("sweeps run on Linux and macOS; on Windows, run them in WSL") from error
     file = path.with_name(f"{path.name}.lock")
-    try:
-        held: IO[str] = file.open("a+")
-    except OSError as error:
-        raise CurvlabError(f"cannot write {file}: {error.strerror}; choose a folder that is writable") from error
-    with held:
+    while True:
+        there = file.exists()
+        try:
+            held: IO[str] = file.open("a+")
+        except OSError as error:
+            raise CurvlabError(f"cannot write {file}: {error.strerror}; choose a folder that is writable") from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held.seek(0)
             who = held.read().strip() or "another process"
+            held.close()
             raise CurvlabError(
                 f"{path} is being written by {who}; wait for its end, or choose another store"
             ) from error
+        with suppress(FileNotFoundError):  # another process has removed it, since it refused the store
+            if os.path.samestat(os.fstat(held.fileno()), file.stat()):
+                break
+        held.close()
+    with held:
+        try:
+            with _told(path):
+                if _is_there(path):
+                    _check(path, begun=False)
+        except BaseException:
+            if not there:
+                file.unlink(missing_ok=True)
+            raise
         with suppress(OSError):  # the disk is full: it is then not said who holds the lock
             held.truncate(0)
             held.write(f"process {os.getpid()} on {platform.node()}")
@@ -509,6 +596,8 @@ def _told(path: Path) -> Iterator[None]:
     """Turn the errors of SQLite into one sentence each."""
     try:
         yield
+    except UnicodeDecodeError as error:  # in a message of SQLite
+        raise _damaged(path, "it has what is no text") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

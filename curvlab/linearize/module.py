@@ -14,7 +14,7 @@ from curvlab.linearize import augmented, pushforward
 from curvlab.linearize.point import move_to, parameters_of, place, value_at
 from curvlab.linearize.pushforward import Arguments, Keywords
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import preserved_random_state
+from curvlab.randomness import preserved_random_state
 
 
 def linearize(

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
 from curvlab.linearize.point import buffers_of, parameters_of, value_at
-from curvlab.problem import preserved_random_state
+from curvlab.randomness import preserved_random_state
 
 Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]

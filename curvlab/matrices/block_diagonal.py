@@ -1,14 +1,23 @@
 """One dense block a parameter tensor, zero between tensors."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.matrices.base import (
+    CurvatureMatrix,
+    Info,
+    at_least_float32,
+    check_tensors,
+    damped_eigh,
+    frobenius,
+    symmetric_eigh,
+)
+from curvlab.matrices.damping import Damping
 from curvlab.parameters import ParameterSpace
 
 
@@ -25,6 +34,7 @@ class BlockDiagonal(CurvatureMatrix):
 
     def __init__(self, blocks: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
+        check_tensors(blocks.values())
         expected = {name: (size, size) for name, size in zip(space.names, space.sizes, strict=True)}
         if {name: tuple(block.shape) for name, block in blocks.items()} != expected:
             raise CurvlabError("the blocks' names and shapes are not those of the parameters")
@@ -50,14 +60,18 @@ class BlockDiagonal(CurvatureMatrix):
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self._by_block(vectors, (block.__matmul__ for block in self.blocks.values()))
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    def _damped(self, damping: Damping) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, block in self.blocks.items():
+            yield damped_eigh(block, partial(self._eigh.__getitem__, name), damping.over([name]))
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         def product(values: Tensor, basis: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda part: basis @ (function(values).unsqueeze(1) * (basis.mT @ part))
 
-        return self._by_block(vectors, (product(*eigh) for eigh in self._eigh.values()))
+        return self._by_block(vectors, (product(*eigh) for eigh in self._damped(damping)))
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return [values for values, _ in self._eigh.values()]
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        return [values for values, _ in self._damped(damping)]
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
@@ -65,7 +79,7 @@ class BlockDiagonal(CurvatureMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return torch.stack([block.square().sum() for block in self.blocks.values()]).sum().sqrt()
+        return frobenius(self.blocks.values()).to(at_least_float32(self.dtype))
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``, zero between tensors."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info
+from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, frobenius
+from curvlab.matrices.damping import Damping
 from curvlab.matrices.kronecker import KFAC
 from curvlab.parameters import ParameterSpace
 
@@ -68,14 +69,14 @@ class Composite(CurvatureMatrix):
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self._join(part._matmul(v) for part, v in self._split(vectors))
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        return self._join(part._spectral(function, v) for part, v in self._split(vectors))
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
+        return self._join(part._spectral(function, v, damping) for part, v in self._split(vectors))
 
-    def _solve(self, vectors: Tensor, damping: float) -> Tensor:
+    def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         return self._join(part._solve(v, damping) for part, v in self._split(vectors))
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return chain.from_iterable(part._spectra() for part in self.parts)
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        return chain.from_iterable(part._spectra(damping) for part in self.parts)
 
     def _quadratic_form(self, delta: Tensor) -> Tensor:
         return torch.stack([part._quadratic_form(d) for part, d in self._split(delta)]).sum()
@@ -96,17 +97,14 @@ class Composite(CurvatureMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return torch.stack([part.frobenius_norm().square() for part in self.parts]).sum().sqrt()
+        return frobenius(part.frobenius_norm() for part in self.parts).to(at_least_float32(self.dtype))
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the matrix on another device or in another floating dtype."""
         return self._of([part.to(device=device, dtype=dtype) for part in self.parts])
 
-    def __mul__(self, factor: float) -> Self:
-        """Return the matrix times a number."""
-        return self._of([factor * part for part in self.parts])
-
-    __rmul__ = __mul__
+    def _times(self, factor: float | Tensor) -> Self:
+        return self._of([part._times(factor) for part in self.parts])
 
     def average_factors(self, weights: Sequence[float] | None = None) -> Self:
         """Return the matrix with the Kronecker parts merged; see ``KFAC.average_factors``."""

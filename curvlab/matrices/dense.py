@@ -7,7 +7,16 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.matrices.base import (
+    CurvatureMatrix,
+    Info,
+    at_least_float32,
+    check_tensors,
+    damped_eigh,
+    frobenius,
+    symmetric_eigh,
+)
+from curvlab.matrices.damping import Damping
 from curvlab.parameters import ParameterSpace
 
 
@@ -24,6 +33,7 @@ class Dense(CurvatureMatrix):
 
     def __init__(self, matrix: Tensor, space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
+        check_tensors([matrix])
         if matrix.shape != self.shape:
             raise CurvlabError(f"a dense matrix over {space.total} parameters cannot have shape {tuple(matrix.shape)}")
         self.matrix = matrix
@@ -44,12 +54,15 @@ class Dense(CurvatureMatrix):
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self.matrix @ vectors
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        values, basis = self._eigh
+    def _damped(self, damping: Damping) -> tuple[Tensor, Tensor]:
+        return damped_eigh(self.matrix, lambda: self._eigh, damping.over(self.space.names))
+
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
+        values, basis = self._damped(damping)
         return basis @ (function(values).unsqueeze(1) * (basis.mT @ vectors))
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return [self._eigh[0]]
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        return [self._damped(damping)[0]]
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
@@ -57,7 +70,7 @@ class Dense(CurvatureMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return self.matrix.square().sum().sqrt()
+        return frobenius([self.matrix]).to(at_least_float32(self.dtype))
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``."""

@@ -1,13 +1,15 @@
 """The diagonal alone."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from curvlab.checks import real_number
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info
+from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, check_tensors, frobenius
+from curvlab.matrices.damping import Damping
 from curvlab.parameters import ParameterSpace
 
 
@@ -24,6 +26,7 @@ class Diagonal(CurvatureMatrix):
 
     def __init__(self, entries: Tensor, space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
+        check_tensors([entries])
         if entries.shape != (space.total,):
             raise CurvlabError(f"a diagonal over {space.total} parameters cannot have shape {tuple(entries.shape)}")
         self.entries = entries
@@ -40,15 +43,15 @@ class Diagonal(CurvatureMatrix):
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self.entries.unsqueeze(1) * vectors
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        return function(self.entries.unsqueeze(1)) * vectors
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
+        return function(*self._spectra(damping)) * vectors
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return [self.entries.unsqueeze(1)]  # every entry a block of its own
+    def _spectra(self, damping: Damping) -> list[Tensor]:
+        return [(self.entries + damping.over(self.space.names)).unsqueeze(1)]  # every entry a block of its own
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
-        outputs, vectors = self._named(outputs), self._named(vectors)
+        outputs, vectors, scale = self._named(outputs), self._named(vectors), real_number(scale, "scale")
         with torch.no_grad():
             for name, entries in self.space.unflatten(self.entries).items():
                 outputs[name].addcmul_(entries, vectors[name], value=scale)
@@ -59,7 +62,7 @@ class Diagonal(CurvatureMatrix):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return self.entries.square().sum().sqrt()
+        return frobenius([self.entries]).to(at_least_float32(self.dtype))
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``, zero off the diagonal."""

@@ -1,13 +1,15 @@
 """EK-FAC: a Kronecker-factored eigenbasis with eigenvalues of its own."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import Info
+from curvlab.matrices.base import Info, at_least_float32, check_tensors, frobenius
+from curvlab.matrices.damping import Damping
 from curvlab.matrices.kronecker import Eigenbasis, Layered
 from curvlab.parameters import ParameterSpace
 
@@ -25,6 +27,7 @@ class EKFAC(Layered):
 
     def __init__(self, bases: Mapping[str, Eigenbasis], space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
+        check_tensors(tensor for basis in bases.values() for tensor in basis)
         shapes = {name: ((d, d), (o, o), (o, d)) for name, (o, d) in ((n, la.shape) for n, la in self.layers.items())}
         if {name: tuple(tuple(t.shape) for t in basis) for name, basis in bases.items()} != shapes:
             raise CurvlabError("the layers and the shapes of the bases and values are not those of the parameters")
@@ -47,11 +50,28 @@ class EKFAC(Layered):
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
         return self.bases[name].spectral(lambda values: values, homogeneous)
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        return self._by_layer(vectors, lambda name, v: self.bases[name].spectral(function, v))
+    @cached_property
+    def _orthonormal(self) -> Mapping[str, Eigenbasis]:
+        """The bases, of which only the orthonormal ones give inverses."""
+        for name, basis in self.bases.items():
+            for u in (basis.U_A, basis.U_S):
+                off = torch.linalg.matrix_norm(u.mT @ u - torch.eye(len(u), dtype=u.dtype, device=u.device))
+                if not bool(off <= 1e-4 * len(u) ** 0.5):
+                    raise CurvlabError(
+                        f"the eigenbasis of {name or 'the model'} is not orthonormal, as after half precision, so "
+                        "that its values are not the eigenvalues: estimate it in float32"
+                    )
+        return self.bases
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return [basis.values.flatten() for basis in self.bases.values()]
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
+        def product(name: str, homogeneous: Tensor) -> Tensor:
+            shift = self._number(name, damping)
+            return self._orthonormal[name].spectral(lambda values: function(values + shift), homogeneous)
+
+        return self._by_layer(vectors, product)
+
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        return [basis.values.flatten() + self._number(name, damping) for name, basis in self._orthonormal.items()]
 
     def _layer_diagonal(self, name: str) -> Tensor:
         a, s, values = self.bases[name]
@@ -59,18 +79,17 @@ class EKFAC(Layered):
 
     def trace(self) -> Tensor:
         """Return the trace, a scalar tensor."""
-        return torch.stack([basis.values.sum() for basis in self.bases.values()]).sum()
+        return torch.stack(
+            [basis.values.sum(dtype=at_least_float32(self.dtype)) for basis in self.bases.values()]
+        ).sum()
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
-        return torch.stack([basis.values.square().sum() for basis in self.bases.values()]).sum().sqrt()
+        return frobenius(basis.values for basis in self.bases.values()).to(at_least_float32(self.dtype))
 
-    def __mul__(self, factor: float) -> Self:
-        """Return the matrix times a number."""
+    def _times(self, factor: float | Tensor) -> Self:
         bases = {name: basis._replace(values=factor * basis.values) for name, basis in self.bases.items()}
         return type(self)(bases, self.space, self.info)
-
-    __rmul__ = __mul__
 
     def _plus(self, other: Self, info: Info) -> Self:
         pairs = {

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, V
+from curvlab.matrices.base import CurvatureMatrix, Info, V, require_finite
+from curvlab.matrices.damping import Damping, DampingLike
 from curvlab.matrices.dense import Dense
 from curvlab.matrices.iterative import solve
 from curvlab.parameters import ParameterSpace
@@ -74,11 +76,8 @@ class Implicit(CurvatureMatrix):
         value: Tensor = _QuadraticForm.apply(delta, self._matmul)
         return value
 
-    def __mul__(self, factor: float) -> Self:
-        """Return the matrix times a number."""
+    def _times(self, factor: float | Tensor) -> Self:
         return self._with(lambda v: factor * self._product(v), self.info)
-
-    __rmul__ = __mul__
 
     def _plus(self, other: Self, info: Info) -> Self:
         return self._with(lambda v: self._product(v) + other._product(v), info)
@@ -88,25 +87,27 @@ class Implicit(CurvatureMatrix):
 
     # Systems and what follows from the entries -------------------------------------------------------------------
 
-    def solve(self, b: V, damping: float = 0.0, *, tol: float | None = None, max_products: int = 1_000) -> V:
-        """Return ``(F + damping I)^-1 b`` by conjugate gradients, or MINRES where that is indefinite.
+    def solve(self, b: V, damping: DampingLike = 0.0, *, tol: float | None = None, max_products: int = 1_000) -> V:
+        """Return ``(F + D)^-1 b`` by conjugate gradients, or MINRES where that is indefinite.
 
         Args:
             b: One vector or several.
-            damping: Added to the diagonal.
-            tol: Norm of ``b - (F + damping I) x`` over that of ``b``, which is reached; None for 3/4 of the dtype's
+            damping: ``D``, the damping: a number, ``(P,)``, or a dictionary by parameter name.
+            tol: Norm of ``b - (F + D) x`` over that of ``b``, which is reached; None for 3/4 of the dtype's
                 digits.
             max_products: How often the matrix may be multiplied.
 
         Raises:
-            CurvlabError: The tolerance is not reached.
+            CurvlabError: The tolerance is not reached, or an argument is not as said.
         """
-        return self._apply(lambda v: self._solve(v, damping, tol, max_products), b)
+        of, products = self._damping(damping), whole_number(max_products, "max_products", 1)
+        return self._apply(lambda v: self._solve(require_finite(v), of, tol, products), b)
 
-    def _solve(self, vectors: Tensor, damping: float, tol: float | None = None, max_products: int = 1_000) -> Tensor:
-        tol = torch.finfo(self.dtype).eps ** 0.75 if tol is None else tol
+    def _solve(self, vectors: Tensor, damping: Damping, tol: float | None = None, max_products: int = 1_000) -> Tensor:
+        tol = torch.finfo(self.dtype).eps ** 0.75 if tol is None else real_number(tol, "tol")
+        shift = damping.over(self.space.names).reshape(-1, 1)
         with torch.no_grad():
-            return solve(lambda v: self._matmul(v) + damping * v, vectors, tol, max_products)
+            return solve(lambda v: self._matmul(v) + shift * v, vectors, tol, max_products)
 
     @cached_property
     def _formed(self) -> Dense:
@@ -124,11 +125,11 @@ class Implicit(CurvatureMatrix):
             raise CurvlabError("the products of this implicit matrix are not finite or not those of a symmetric matrix")
         return Dense((matrix + matrix.mT) / 2, self.space, self.info)
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        return self._formed._spectral(function, vectors)
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
+        return self._formed._spectral(function, vectors, damping)
 
-    def _spectra(self) -> Iterable[Tensor]:
-        return self._formed._spectra()
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        return self._formed._spectra(damping)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``, of the formed matrix."""

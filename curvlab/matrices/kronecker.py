@@ -1,15 +1,17 @@
 """Kronecker factors: a block ``S (x) A`` a layer, and sums of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, symmetric_eigh
+from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, check_tensors, frobenius, symmetric_eigh
+from curvlab.matrices.damping import Damping
 from curvlab.matrices.layers import Layer, layers_of
 from curvlab.parameters import ParameterSpace
 
@@ -33,6 +35,22 @@ class Layered(CurvatureMatrix):
     @abstractmethod
     def _layer_diagonal(self, name: str) -> Tensor:
         """Return the diagonal of a layer's block, ``(o, d)``."""
+
+    def _number(self, name: str, damping: Damping) -> Tensor:
+        """Return a layer's damping, ``()``: its eigenvectors are those of the damped block for no other.
+
+        Raises:
+            CurvlabError: The damping differs within the layer.
+        """
+        layer = self.layers[name]
+        number = damping.over([n for n in (layer.weight, layer.bias) if n is not None])
+        if number.ndim:
+            raise CurvlabError(
+                f"{self.kind} takes one damping a layer, the same for its weight and bias, and that of "
+                f"{name or 'the model'} is not one number (one tensor, if it requires a gradient): give one, or take "
+                "another structure (dense, block_diag, diag), or Dense(F.to_dense(), F.space, F.info)"
+            )
+        return number
 
     def _by_layer(self, vectors: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
         parts = dict(zip(self.space.names, vectors.split(list(self.space.sizes)), strict=True))
@@ -104,6 +122,7 @@ class KFAC(Layered):
         super().__init__(space, info)
         if set(factors) != set(self.layers):
             raise CurvlabError(f"there are factors of {sorted(factors)}, but the layers are {sorted(self.layers)}")
+        check_tensors(tensor for of_layer in factors.values() for tensor in of_layer)
         for name, (a, s) in factors.items():
             o, d = self.layers[name].shape
             if tuple(a.shape) != (len(s), d, d) or tuple(s.shape) != (len(a), o, o) or not len(a):
@@ -131,7 +150,7 @@ class KFAC(Layered):
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
-        outputs, vectors = self._named(outputs), self._named(vectors)
+        outputs, vectors, scale = self._named(outputs), self._named(vectors), real_number(scale, "scale")
         with torch.no_grad():
             for name, layer in self.layers.items():
                 for a, s in self.factors[name].pairs():
@@ -155,19 +174,20 @@ class KFAC(Layered):
             )
         return symmetric_eigh(reduce(torch.add, (torch.kron(s, a) for a, s in self.factors[name].pairs())))
 
-    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         def product(name: str, homogeneous: Tensor) -> Tensor:
-            basis = self._bases[name]
+            shift, basis = self._number(name, damping), self._bases[name]
             if isinstance(basis, Eigenbasis):
-                return basis.spectral(function, homogeneous)
+                return basis.spectral(lambda values: function(values + shift), homogeneous)
             values, vectors = basis
-            return (homogeneous.flatten(1) @ vectors * function(values) @ vectors.mT).view_as(homogeneous)
+            return (homogeneous.flatten(1) @ vectors * function(values + shift) @ vectors.mT).view_as(homogeneous)
 
         return self._by_layer(vectors, product)
 
-    def _spectra(self) -> Iterable[Tensor]:
-        bases = self._bases.values()
-        return [basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0] for basis in bases]
+    def _spectra(self, damping: Damping) -> Iterable[Tensor]:
+        for name, basis in self._bases.items():
+            values = basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0]
+            yield values + self._number(name, damping)
 
     def _layer_diagonal(self, name: str) -> Tensor:
         a, s = (factor.diagonal(dim1=1, dim2=2) for factor in self.factors[name])
@@ -179,14 +199,11 @@ class KFAC(Layered):
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor, through ``tr(S_k S_l) tr(A_k A_l)``."""
-        squares = torch.stack([(_gram(f.A) * _gram(f.S)).sum() for f in self.factors.values()])
-        return squares.sum().clamp(min=0).sqrt().to(self.dtype)
+        return frobenius(map(_norm, self.factors.values())).to(at_least_float32(self.dtype))
 
-    def __mul__(self, factor: float) -> Self:
-        """Return the matrix times a number, which goes into ``S``."""
+    def _times(self, factor: float | Tensor) -> Self:
+        # The number goes into S.
         return self._with({name: Factors(a, factor * s) for name, (a, s) in self.factors.items()})
-
-    __rmul__ = __mul__
 
     def _plus(self, other: Self, info: Info) -> Self:
         return type(self)(
@@ -215,14 +232,21 @@ class KFAC(Layered):
                 the average of them all. None for equal ones.
 
         Raises:
-            CurvlabError: There are not as many weights as pairs.
+            CurvlabError: There are not as many weights as pairs, or they are not numbers that give a mean.
         """
 
         def merge(factors: Factors) -> Factors:
             a, s = factors
+            if weights is not None and not isinstance(weights, Sized):
+                raise CurvlabError(f"the weights of pairs are a sequence of numbers, not {shown(weights)}")
             if weights is not None and len(weights) != len(a):
                 raise CurvlabError(f"there are {len(a)} pairs of factors, and {len(weights)} weights")
-            shares = a.new_tensor([1.0] * len(a) if weights is None else list(weights))
+            of_pairs = [1.0] * len(a) if weights is None else [real_number(w, "a weight of a pair") for w in weights]
+            if min(of_pairs) < 0 or not sum(of_pairs):
+                raise CurvlabError(
+                    f"the weights of pairs are not negative, and not all zero; these are {shown(weights)}"
+                )
+            shares = a.new_tensor(of_pairs)
             mean = torch.tensordot(shares / shares.sum(), a, dims=1)
             return Factors(mean.unsqueeze(0), s.sum(dim=0, keepdim=True))
 
@@ -282,7 +306,14 @@ def _add_pair_(
 
 
 def _traces(factors: Tensor) -> Tensor:
-    return factors.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return factors.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=at_least_float32(factors.dtype))
+
+
+def _norm(factors: Factors) -> Tensor:
+    """Return the Frobenius norm of a layer's block, in float64; the scales keep its fourth powers from vanishing."""
+    scales = [torch.where((largest := t.detach().double().abs().amax()) > 0, largest, 1) for t in factors]
+    grams = [_gram(t.double() / scale) for t, scale in zip(factors, scales, strict=True)]
+    return (grams[0] * grams[1]).sum().clamp(min=0).sqrt() * scales[0] * scales[1]
 
 
 def _gram(factors: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.parameters import Vectors
@@ -72,11 +73,15 @@ class Penalty:
             anchor: ``mu_t``, which is copied: flat, or by parameter name, where other names are ignored.
 
         Raises:
-            CurvlabError: The anchor is not of the matrix's space, dtype and device.
+            CurvlabError: The anchor is not of the matrix's space, dtype and device, or not finite.
         """
+        if not isinstance(matrix, CurvatureMatrix):
+            raise CurvlabError(f"a penalty is of a curvature matrix, not of {shown(matrix)}")
         vector = matrix._flat(anchor if isinstance(anchor, Tensor) else matrix._named(anchor)).detach().clone()
         if vector.ndim != 1:
             raise CurvlabError(f"an anchor is one vector, not a tensor of shape {tuple(vector.shape)}")
+        if not bool(vector.isfinite().all()):
+            raise CurvlabError("the anchor holds NaN or infinity")
         for i, term in enumerate(self._terms):
             with suppress(CurvlabError):  # they have no sum
                 self._terms[i] = term.plus(matrix, vector)
@@ -109,8 +114,10 @@ class Penalty:
             strength: A factor.
 
         Raises:
-            CurvlabError: A parameter is missing, or its shape, dtype or device is not the matrix's.
+            CurvlabError: A parameter is missing, its shape, dtype or device is not the matrix's, or the strength is no
+                finite number.
         """
+        strength = real_number(strength, "strength")
         with torch.no_grad():
             for term in self._terms:
                 of_term = term.matrix._named(parameters)

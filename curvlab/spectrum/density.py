@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.progress import Advance, progress, silent
+from curvlab.spectrum.arguments import generator_of, real, real_tensor, whole
 from curvlab.spectrum.estimate import mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Operator, Products
@@ -76,11 +77,9 @@ class SpectralDensity:
             log: The density of ``log10 |lambda|`` instead, over eigenvalues with the sign of the point.
 
         Raises:
-            CurvlabError: The width is not positive, or a point is zero on the logarithmic scale.
+            CurvlabError: The width is not positive, points are no tensor, or one is zero on the logarithmic scale.
         """
-        points = points.to(self.nodes)
-        if not width > 0:
-            raise CurvlabError(f"width must be above 0, not {width}")
+        points, width = real_tensor("points", points).to(self.nodes), real("width", width, above=0)
         if log and not bool(points.all()):
             raise CurvlabError("a logarithmic scale has no zero: leave it out of the points")
 
@@ -93,8 +92,12 @@ class SpectralDensity:
         return self.expectation(gaussians)
 
     def cdf(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of eigenvalues that are at most each of the points ``(G,)``, and its standard error."""
-        at = points.to(self.nodes).view(-1, 1, 1)
+        """Return the share of eigenvalues that are at most each of the points ``(G,)``, and its standard error.
+
+        Raises:
+            CurvlabError: Points are no tensor of real numbers.
+        """
+        at = real_tensor("points", points).to(self.nodes).view(-1, 1, 1)
         return self.expectation(lambda nodes: (nodes <= at).to(nodes))
 
     def wasserstein(self, eigenvalues: Tensor) -> tuple[float, float]:
@@ -102,7 +105,11 @@ class SpectralDensity:
 
         The distance is the area between the two distribution functions. The second number is the area under the
         standard error of ours: the root mean square of the distance of an estimate to its expectation is at most that.
+
+        Raises:
+            CurvlabError: The eigenvalues are no tensor of real numbers.
         """
+        eigenvalues = real_tensor("eigenvalues", eigenvalues)
         from scipy.stats import wasserstein_distance  # half a second, which every command would take longer to start
 
         nodes, weights = self.nodes.flatten().numpy(), self.weights.flatten().numpy()
@@ -143,16 +150,17 @@ def spectral_density(
         >>> bool(abs(mean - 0.5) < 3 * error + 1e-6)
         True
     """
-    products = Products(operator)
-    check_probes(probes, steps)
+    products, generator = Products(operator), generator_of(seed)
+    probes, steps = check_probes(probes, steps)
     if small(products, probes, steps):
         nodes = eigenvalues_of_formed(products)[0].unsqueeze(0)
         weights = torch.full_like(nodes, 1 / products.size)
         return SpectralDensity(nodes, weights, products.size, True, products.count, 0.0)
     rules = []
     with _bar("spectral density", probes * steps, progress) as advance:
-        for lanczos in quadratures(products, probes, steps, seed, advance):
-            rules.append((*gauss(lanczos.matrix), exhausted(lanczos, products)))
+        for lanczos in quadratures(products, probes, steps, generator, advance):
+            nodes, weights = gauss(lanczos.matrix)
+            rules.append((products.restored(nodes), weights, exhausted(lanczos, products)))
     longest = max(len(nodes) for nodes, _, _ in rules)
     padded_nodes = [np.pad(nodes, (0, longest - len(nodes)), mode="edge") for nodes, _, _ in rules]
     padded_weights = [np.pad(weights, (0, longest - len(weights))) for _, weights, _ in rules]
@@ -171,16 +179,16 @@ def spectral_density(
 _bar = progress  # the argument of ``spectral_density`` hides the function's name there
 
 
-def check_probes(probes: int, steps: int) -> None:
-    """Raise unless there are probes with an error, and steps.
+def check_probes(probes: int, steps: int) -> tuple[int, int]:
+    """Return numbers of probes and steps that a density, and its error, can be had from.
 
     Raises:
-        CurvlabError: There are fewer than two probes, or no steps.
+        CurvlabError: They are not whole, or there are fewer than two probes, or no steps.
     """
+    probes = whole("probes", probes, 0)
     if probes < 2:
         raise CurvlabError(f"probes must be at least 2, not {probes}: one tells nothing of its error")
-    if steps < 1:
-        raise CurvlabError(f"steps must be at least 1, not {steps}")
+    return probes, whole("steps", steps, 1)
 
 
 def small(products: Products, probes: int, steps: int) -> bool:
@@ -196,25 +204,24 @@ def eigenvalues_of_formed(products: Products) -> tuple[Tensor, float]:
     """
     matrix = torch.stack([column.double().cpu() for column in columns(products)])
     noise, largest = float((matrix - matrix.mT).abs().max()), float(matrix.abs().max())
-    if noise > 10 * sqrt(torch.finfo(products.dtype).eps) * largest:
+    if noise > 10 * sqrt(products.eps) * largest:
         raise CurvlabError(
             f"the operator is not symmetric, or not the same at every product: two entries that should agree differ "
             f"by {noise:.2g}, where the largest is {largest:.2g}"
         )
-    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2), noise
+    return torch.linalg.eigvalsh(matrix / 2 + matrix.mT / 2), noise
 
 
 def columns(products: Products) -> Iterator[Tensor]:
     """Yield the columns of the matrix, ``(P,)`` each: the products with the unit vectors."""
     for i in range(products.size):
-        unit = torch.zeros(products.size, dtype=products.dtype, device=products.device)
-        unit[i] = 1
-        yield products(unit)
+        yield products.column(i)
 
 
-def quadratures(products: Products, probes: int, steps: int, seed: int, advance: Advance = silent) -> Iterator[Lanczos]:
+def quadratures(
+    products: Products, probes: int, steps: int, generator: np.random.Generator, advance: Advance = silent
+) -> Iterator[Lanczos]:
     """Yield a Lanczos basis for each probe, of that many steps or until its Krylov space is exhausted."""
-    generator = np.random.default_rng(seed)
     for _ in range(probes):
         lanczos = Lanczos(products, steps, products.signs(generator), generator)
         while True:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.forms import unknown
+from curvlab.spectrum.arguments import choice, generator_of, real, real_tensor, whole
 from curvlab.spectrum.arpack import by_arpack
 from curvlab.spectrum.lanczos import Lanczos
-from curvlab.spectrum.operator import Operator, Products
+from curvlab.spectrum.operator import Operator, Products, norm
 
 Which = Literal["LA", "LM", "SA"]
 Stop = Literal["gap", "residual"]
@@ -21,6 +21,7 @@ _CAPACITY = 32  # directions a basis has room for at least
 _ROOM = 8_000_000  # numbers that it may take where it is larger
 _SETTLED = 0.2  # relative change of a gap from one product to the next
 _GAP_RESIDUAL = 4  # times the tolerance: the residual that stop="gap" may leave
+_RANDOM_PART = 0.3  # of a start that is given, beside its own length of 1
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -90,19 +91,15 @@ def top_eigenvalues(
         (1.5, True)
     """
     for name, value, kinds in (("which", which, Which), ("stop", stop, Stop), ("method", method, Method)):
-        if value not in get_args(kinds):
-            raise CurvlabError(unknown(name, value, get_args(kinds)))
+        choice(name, value, get_args(kinds))
+    k, tol, generator = whole("k", k, 0), real("tol", tol, above=0), generator_of(seed)
     products = Products(operator, max(1_000, 20 * k) if max_matvecs is None else max_matvecs)
-    if seed < 0:
-        raise CurvlabError(f"seed must be at least 0, not {seed}")
-    if not 1 <= k <= products.size:
-        raise CurvlabError(f"k is from 1 to the dimension {products.size}, not {k}")
+    k = number_of(k, products.size)
     if max_matvecs is not None and max_matvecs < k:
         raise CurvlabError(f"{k} eigenvalues take {k} products at least: max_matvecs must not be {max_matvecs}")
-    if not tol > 0:
-        raise CurvlabError(f"tol must be above 0, not {tol}")
-    generator = np.random.default_rng(seed)
-    first = products.gaussian(generator) if start is None else _combined(start, products)
+    first = products.gaussian(generator)
+    if start is not None:
+        first = _combined(start, products) + first * (_RANDOM_PART / norm(first))
     search = _Search(products, which, tol, stop, generator)
     if method == "eigsh":
         values, vectors, residuals = by_arpack(products, k, which, tol, first)
@@ -116,9 +113,9 @@ def top_eigenvalues(
         if not found.whole and (k > 1 or (found.invariant and start is not None)):
             found = search.complete(found)
     return EigenResult(
-        products.tensor(found.values),
+        products.restored_tensor(found.values),
         found.rows.mT,
-        products.tensor(found.residuals),
+        products.restored_tensor(found.residuals),
         products.count,
         bool(found.converged),
         "residual" if method == "eigsh" else stop,
@@ -199,7 +196,7 @@ class _Search:
 
     def allowed(self, values: np.ndarray) -> np.ndarray:
         # Below some share of the largest, an eigenvalue counts as zero.
-        resolution: float = torch.finfo(self.products.dtype).eps ** 0.5
+        resolution = self.products.eps**0.5
         zero = max(resolution * self.products.largest, _TINY)
         error: np.ndarray = self.tol * np.maximum(np.abs(values), zero)
         return error
@@ -222,13 +219,25 @@ def _gaps(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def _combined(start: Tensor, products: Products) -> Tensor:
-    """Return one vector whose Krylov space soon has all the given ones."""
-    if start.is_complex():
-        raise CurvlabError("start is complex; the vectors of a real symmetric matrix are real")
+    """Return one vector, of length 1, whose Krylov space soon has all the given ones."""
+    start = real_tensor("start", start)
     if start.ndim not in (1, 2) or len(start) != products.size:
         raise CurvlabError(f"start is ({products.size},) or ({products.size}, j), not {tuple(start.shape)}")
-    columns = start.detach().reshape(products.size, -1).to(products.device, torch.float64)
+    columns = start.reshape(products.size, -1).to(products.device, torch.float64)
+    columns = columns / columns.abs().amax(dim=0)  # squares of what is tiny are zero
     combined: Tensor = (columns / columns.norm(dim=0)).sum(dim=1).to(products.dtype)
     if not bool(combined.isfinite().all()) or not bool(combined.any()):
         raise CurvlabError("start has a vector that is zero or not finite, or its vectors cancel")
-    return combined
+    return combined / norm(combined)
+
+
+def number_of(k: int, size: int) -> int:
+    """Return a number of eigenvalues that a matrix of that size has.
+
+    Raises:
+        CurvlabError: It is not whole, below 1 or above the size.
+    """
+    k = whole("k", k, 0)
+    if not 1 <= k <= size:
+        raise CurvlabError(f"k is from 1 to the dimension {size}, not {k}")
+    return k

@@ -40,7 +40,8 @@ class Estimate:
     @property
     def precision(self) -> float:
         """Half of the 95 % interval over the value: of several numbers, the one norm over the other."""
-        half, value = (float(torch.linalg.vector_norm(of)) for of in (self.half_width, self.value))
+        largest = float(torch.maximum(self.half_width.abs().max(), self.value.abs().max())) or 1.0  # squares overflow
+        half, value = (float(torch.linalg.vector_norm(of / largest)) for of in (self.half_width, self.value))
         return half / value if value else (float("inf") if half else 0.0)
 
 
@@ -51,4 +52,6 @@ def student_factor(samples: int) -> float:
 
 def mean_and_error(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of ``(n, ...)`` over its first dimension, with the standard error of that."""
-    return rows.mean(dim=0), rows.std(dim=0) / len(rows) ** 0.5
+    largest = rows.abs().amax(dim=0)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # squares of 1e-200 are zero
+    return rows.mean(dim=0), (rows / unit).std(dim=0) * (unit / len(rows) ** 0.5)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.spectrum.arguments import generator_of, real
 from curvlab.spectrum.density import check_probes, eigenvalues_of_formed, exhausted, gauss, quadratures, small
 from curvlab.spectrum.eigenvalues import Which, top_eigenvalues
 from curvlab.spectrum.estimate import Estimate, mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
-from curvlab.spectrum.operator import Operator, Products
+from curvlab.spectrum.operator import Operator, Products, product_of
 
 _FORMED = 100  # parameters up to which the whole matrix costs no more products than its ends
 _ENDS: tuple[Which, Which] = ("SA", "LA")
@@ -46,6 +47,9 @@ def condition_number(
         >>> condition_number(matrix), round(condition_number(matrix, damping=1.0))
         (inf, 100)
     """
+    damping, tol = real("damping", damping), real("tol", tol, above=0)
+    generator_of(seed)
+    Products(operator, max_matvecs)  # which checks both
     low, high, rounding = _ends(_Shifted(operator, damping), tol, max_matvecs, seed)
     near, far = sorted((abs(low), abs(high)))
     if near <= 10 * rounding:
@@ -65,13 +69,12 @@ def _ends(operator: Operator, tol: float, max_matvecs: int | None, seed: int) ->
         CurvlabError: One is not reached.
     """
     products = Products(operator)
-    eps = torch.finfo(products.dtype).eps
     if products.size <= (_FORMED if max_matvecs is None else min(_FORMED, max_matvecs)):
         values, noise = eigenvalues_of_formed(products)
-        return float(values[0]), float(values[-1]), noise + eps * float(values.abs().max())
+        return float(values[0]), float(values[-1]), noise + products.eps * float(values.abs().max())
     # By residuals: a gap has not settled while the search has yet to meet the last eigenvalue.
     results = [top_eigenvalues(operator, 1, which, tol, max_matvecs, seed=seed, stop="residual") for which in _ENDS]
-    largest = max(abs(float(result.values[0])) for result in results)
+    eps, largest = products.eps, max(abs(float(result.values[0])) for result in results)
     # A residual so small is all rounding errors.
     limit = max(tol * eps**0.5, 100 * eps) * largest
     for result in results:
@@ -116,16 +119,17 @@ def effective_dimension(
         >>> float(effective_dimension(Diagonal(torch.tensor([9.0, 1.0, 0.0, 0.0]), space, info), damping=1.0).value)
         1.4
     """
-    check_probes(probes, steps)
-    if not damping > 0:
+    products, generator = Products(operator), generator_of(seed)
+    probes, steps = check_probes(probes, steps)
+    damping = real("damping", damping)
+    if damping <= 0:
         raise CurvlabError(f"damping must be above 0, not {damping}: without it the effective dimension is the rank")
-    products = Products(operator)
     if small(products, probes, steps):
         values, noise = eigenvalues_of_formed(products)
         clamped = _clamp(values.numpy(), noise, products, damping)
         value = torch.tensor((clamped / (clamped + damping)).sum())
         return Estimate(value, torch.zeros_like(value), products.count, True, products.size)
-    rules = [_bounds(lanczos, products, damping) for lanczos in quadratures(products, probes, steps, seed)]
+    rules = [_bounds(lanczos, products, damping) for lanczos in quadratures(products, probes, steps, generator)]
     bounds = products.size * torch.tensor(rules, dtype=torch.float64)
     value, error = mean_and_error(bounds.mean(dim=1))
     gap = (bounds[:, 1] - bounds[:, 0]).mean().clamp(min=0.0) / 2
@@ -152,7 +156,8 @@ class _Shifted:
         return self.operator.device
 
     def matvec(self, vector: Tensor) -> Tensor:
-        return self.operator.matvec(vector) + self.shift * vector
+        added = self.shift * vector  # first, as the operator may write into the vector
+        return product_of(self.operator, vector) + added
 
 
 def _clamp(values: np.ndarray, noise: float, products: Products, damping: float) -> np.ndarray:
@@ -161,7 +166,7 @@ def _clamp(values: np.ndarray, noise: float, products: Products, damping: float)
     Raises:
         CurvlabError: One is negative beyond that, or the damping is within it.
     """
-    rounding = 10 * (noise + torch.finfo(products.dtype).eps * np.abs(values).max())
+    rounding = 10 * (noise + products.eps * np.abs(values).max())
     if values.min() < -rounding:
         raise CurvlabError(
             f"the matrix is not positive semi-definite: an eigenvalue is {values.min():.3g} or less, where rounding "
@@ -180,7 +185,8 @@ def _bounds(lanczos: Lanczos, products: Products, damping: float) -> tuple[float
 
     def average(matrix: np.ndarray) -> float:
         nodes, weights = gauss(matrix)
-        clamped = _clamp(nodes, lanczos.noise, products, damping)
+        noise = float(products.restored(np.array(lanczos.noise)))
+        clamped = _clamp(products.restored(nodes), noise, products, damping)
         return float(weights @ (clamped / (clamped + damping)))
 
     matrix, beta = lanczos.matrix, lanczos.beta

@@ -35,6 +35,7 @@ class Lanczos:
         size: Directions whose product has been taken.
         beta: The length of what the last product has outside the basis; 0 if the basis is the whole space.
         noise: What products are accurate to: the largest deviation from symmetry of their coefficients, or rounding.
+        origin: ``(size,)``, the start, divided by its length, in the basis: what of it is there after restarts.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Lanczos:
         self._basis = torch.empty(self.capacity + 1, products.size, dtype=products.dtype, device=products.device)
         self._matrix = np.zeros((self.capacity, self.capacity))
         self._coupling = np.zeros(0)  # of the next direction with the basis, known before its product
+        self._origin = np.zeros(self.capacity)
+        self._origin[0] = 1.0
         self.size, self.beta, self.noise = 0, 0.0, 0.0
         self._append(start.clone(), norm(start), 0.0)
 
@@ -60,6 +63,11 @@ class Lanczos:
     def matrix(self) -> np.ndarray:
         """``T``, ``(size, size)`` in float64."""
         return self._matrix[: self.size, : self.size]
+
+    @property
+    def origin(self) -> np.ndarray:
+        """The coefficients of the start, ``(size,)``."""
+        return self._origin[: self.size]
 
     @property
     def full(self) -> bool:
@@ -92,12 +100,12 @@ class Lanczos:
         column = rest.double().cpu().numpy() + np.append(self._coupling, along)
         left = norm(product)
         if not isfinite(along + left):
-            raise CurvlabError("a product of the operator is too large for its dtype: take float64")
+            raise self._products.too_large()
         length = hypot(float(np.linalg.norm(column)), left)
         self._check(column, length)
         self._matrix[: m + 1, m] = self._matrix[m, : m + 1] = column
         self.size = m + 1
-        accurate = self._against is None and float(rest.norm()) < 0.5 * left
+        accurate = self._against is None and norm(rest) < 0.5 * left
         self._append(product, left, length, accurate)
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
@@ -113,6 +121,9 @@ class Lanczos:
         self._matrix[:] = 0
         np.fill_diagonal(self._matrix[:j, :j], values)
         self._coupling = self.beta * coefficients[-1]
+        origin = coefficients.T @ self.origin
+        self._origin[:] = 0
+        self._origin[:j] = origin
         self.size = j
 
     def _append(self, vector: Tensor, rest: float, length: float, accurate: bool = False) -> None:
@@ -146,7 +157,7 @@ class Lanczos:
 
     def _check(self, column: np.ndarray, length: float) -> None:
         off = float(np.linalg.norm(column[:-1] - self._coupling))
-        eps = torch.finfo(self._products.dtype).eps
+        eps = self._products.eps
         self._products.largest = max(self._products.largest, length)  # rounding errors are relative to that
         self.noise = max(self.noise, off, eps * self._products.largest)
         if off > 10 * sqrt(eps) * self._products.largest:

@@ -1,11 +1,13 @@
 """Deflated power iteration: for comparison with published curves that were made with it."""
 
+from math import isfinite
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
-from curvlab.spectrum.eigenvalues import EigenResult
+from curvlab.spectrum.arguments import generator_of, whole
+from curvlab.spectrum.eigenvalues import EigenResult, number_of
 from curvlab.spectrum.operator import Operator, Products, norm
 
 
@@ -29,12 +31,8 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
     Raises:
         CurvlabError: An argument is not right; a product is not finite.
     """
-    products = Products(operator)
-    if not 1 <= k <= products.size:
-        raise CurvlabError(f"k is from 1 to the dimension {products.size}, not {k}")
-    if steps < 1:
-        raise CurvlabError(f"steps must be at least 1, not {steps}")
-    generator = np.random.default_rng(seed)
+    products, generator = Products(operator), generator_of(seed)
+    k, steps = number_of(k, products.size), whole("steps", steps, 1)
     rows = torch.zeros(k, products.size, dtype=products.dtype, device=products.device)
     values, residuals = np.zeros(k), np.zeros(k)
     largest, ended = 0.0, 0
@@ -52,14 +50,16 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
             rows[i] = left / length
             before = values[i]
             following = products(rows[i])
+            if not isfinite(norm(following)):
+                raise products.too_large()
             values[i] = float(rows[i] @ following)
             residuals[i] = norm(following - values[i] * rows[i])
             largest = max(largest, norm(following))
             if step and abs(values[i] - before) <= 1e-5 * abs(values[i]):
                 ended += 1
                 break
-    errors = products.tensor(residuals)
-    return EigenResult(products.tensor(values), rows.mT, errors, products.count, ended == k, "residual")
+    errors = products.restored_tensor(residuals)
+    return EigenResult(products.restored_tensor(values), rows.mT, errors, products.count, ended == k, "residual")
 
 
 def _without(vector: Tensor, found: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Sketch:
         """
         off = float(np.linalg.norm(as_array(self.images @ self.tests.mT) - self.triangle))
         size = float(np.linalg.norm(self.triangle))
-        if off > 10 * sqrt(torch.finfo(self._products.dtype).eps) * size:
+        if off > 10 * sqrt(self._products.eps) * size:
             raise CurvlabError(
                 f"the operator is not symmetric, or not the same at every product: q' A v and v' A q differ by "
                 f"{off:.2g} over all random vectors, where they are {size:.2g}"

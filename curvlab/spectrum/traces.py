@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
-from curvlab.forms import unknown
+from curvlab.spectrum.arguments import choice, generator_of, real, whole
 from curvlab.spectrum.density import columns
 from curvlab.spectrum.estimate import Estimate
 from curvlab.spectrum.operator import Operator, Products
@@ -72,11 +71,13 @@ def trace(
         "hutch++": _HutchPlusPlus,
         "hutchinson": _Hutchinson,
     }
-    if method not in methods:
-        raise CurvlabError(unknown("method", method, methods))
-    estimator = methods[method](Products(operator), np.random.default_rng(seed))
+    choice("method", method, tuple(methods))
+    estimator = methods[method](Products(operator), generator_of(seed))
     estimate = _estimate(estimator, precision, max_matvecs)
-    return replace(estimate, value=estimate.value.sum().cpu(), standard_error=estimate.standard_error.sum().cpu())
+    value = estimate.value.sum().cpu()
+    if not bool(value.isfinite()):
+        raise estimator.products.too_large()
+    return replace(estimate, value=value, standard_error=estimate.standard_error.sum().cpu())
 
 
 def diagonal(
@@ -111,9 +112,8 @@ def diagonal(
         [1.0, 2.0, 3.0]
     """
     methods: dict[str, type[_Method]] = {"xdiag": _XDiag, "hutchinson": _HutchinsonDiagonal}
-    if method not in methods:
-        raise CurvlabError(unknown("method", method, methods))
-    return _estimate(methods[method](Products(operator), np.random.default_rng(seed)), precision, max_matvecs)
+    choice("method", method, tuple(methods))
+    return _estimate(methods[method](Products(operator), generator_of(seed)), precision, max_matvecs)
 
 
 class _Method(Protocol):
@@ -134,10 +134,8 @@ class _Method(Protocol):
 def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Estimate:
     """Run a method until it is precise enough or its products are spent; the exact answer is the diagonal."""
     products, size = method.products, method.products.size
-    if precision is not None and not precision > 0:
-        raise CurvlabError(f"precision must be above 0, not {precision}")
-    if max_matvecs < min(_FEWEST, size):
-        raise CurvlabError(f"max_matvecs must be at least {min(_FEWEST, size)}, not {max_matvecs}")
+    precision = None if precision is None else real("precision", precision, above=0)
+    max_matvecs = whole("max_matvecs", max_matvecs, min(_FEWEST, size))
     batch = max_matvecs if precision is None else min(_FIRST, max_matvecs)
     while True:
         left = max_matvecs - products.count
@@ -148,11 +146,20 @@ def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Est
         method.extend(batch)
         estimate = method.estimate()
         if precision is None or estimate.precision <= precision:
-            return estimate
+            return _restored(estimate, products)
         # Doubled, not looked at after each product: with every look the spread may be small by chance.
         batch = min(products.count, max_matvecs - products.count)
         if batch < _FEWEST:
-            return replace(estimate, converged=False)
+            return _restored(replace(estimate, converged=False), products)
+
+
+def _restored(estimate: Estimate, products: Products) -> Estimate:
+    """Return the estimate in the unit of the matrix."""
+    value, error = (
+        torch.as_tensor(products.restored(of.cpu().numpy()), device=of.device)
+        for of in (estimate.value, estimate.standard_error)
+    )
+    return replace(estimate, value=value, standard_error=error)
 
 
 class _Hutchinson:
@@ -249,7 +256,7 @@ class _HutchinsonDiagonal:
         self.products, self._generator = products, generator
         self._n = 0
         self._mean = torch.zeros(products.size, dtype=torch.float64, device=products.device)
-        self._deviations = torch.zeros_like(self._mean)  # their squares, summed
+        self._deviations = torch.zeros_like(self._mean)  # the root of their squares' sum
 
     def extend(self, matvecs: int) -> None:
         for _ in range(matvecs):
@@ -258,11 +265,12 @@ class _HutchinsonDiagonal:
             self._n += 1
             before = term - self._mean
             self._mean += before / self._n
-            self._deviations += before * (term - self._mean)
+            # Of roots, as entries may be so small beside the others that their squares are zero.
+            self._deviations = self._deviations.hypot(before.abs().sqrt() * (term - self._mean).abs().sqrt())
 
     def estimate(self) -> Estimate:
-        error = (self._deviations / (self._n * (self._n - 1))).sqrt()
-        error = error.hypot(_eps(self.products) * self._mean.abs())
+        error = self._deviations / sqrt(self._n * (self._n - 1))
+        error = error.hypot(self.products.eps * self._mean.abs())
         return Estimate(self._mean.clone(), error, self.products.count, True, self._n)
 
 
@@ -296,19 +304,15 @@ class _XDiag:
             without = inside + (sampled - lost) / (m - 1)
             error = (m - 1) ** 0.5 * without.std(dim=0, correction=0)
             values.append(value)
-            errors.append(error.hypot(noise * q.square().sum(dim=0).sqrt() + _eps(self.products) * value.abs()))
+            errors.append(error.hypot(noise * q.square().sum(dim=0).sqrt() + self.products.eps * value.abs()))
         return Estimate(torch.cat(values), torch.cat(errors), self.products.count, True, m)
 
 
 def _scalar(products: Products, value: float, error: float, rounding: float, samples: int) -> Estimate:
     """Return an estimate with the error of sampling and that of rounding."""
-    rounding += 2 * _eps(products) * abs(value)
+    rounding += 2 * products.eps * abs(value)
     total = torch.tensor(hypot(error, rounding), dtype=torch.float64)
     return Estimate(torch.tensor(float(value), dtype=torch.float64), total, products.count, True, samples)
-
-
-def _eps(products: Products) -> float:
-    return torch.finfo(products.dtype).eps
 
 
 def _slices(rows: Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """What a sweep is, as its YAML file says it, and the cells that it has."""
 
+import reprlib
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,11 +69,19 @@ def read(file: Path) -> list[Cell]:
         raise CurvlabError(f"{file}: {error}") from error
     if analysis is None:
         seeded = [{"seed": seed} for seed in sweep.seeds] if sweep.seeds is not None else [{}]
-        return [
+        cells = [
             Cell(str(sweep.function), {**config, **seed}, version=sweep.version)
             for config in combined
             for seed in seeded
         ]
+    else:
+        cells = _of_analysis(analysis, sweep, combined, file)
+    if sweep.random is None:  # what is drawn twice is one cell
+        _require_distinct(cells, file)
+    return cells
+
+
+def _of_analysis(analysis: Analysis[Any], sweep: SweepConfig, combined: list[dict[str, Any]], file: Path) -> list[Cell]:
     if sweep.preset not in analysis.presets:
         raise CurvlabError(
             f"{file}: there is no preset {sweep.preset!r}; the nearest is {nearest(sweep.preset, analysis.presets)!r}"
@@ -82,6 +91,17 @@ def read(file: Path) -> list[Cell]:
     if not cells:
         raise CurvlabError(f"{file}: there are no cells: {analysis.seed} is empty")
     return cells
+
+
+def _require_distinct(cells: list[Cell], file: Path) -> None:
+    """Refuse combinations that are the same once the base and every default are in them: each is run once."""
+    seen: dict[str, int] = {}
+    for number, cell in enumerate(cells, 1):
+        if (first := seen.setdefault(cell.key, number)) != number:
+            raise CurvlabError(
+                f"{file}: the combinations {first} and {number} are the same, {reprlib.repr(dict(cell.config))}; "
+                "leave one of them out"
+            )
 
 
 def _combined(sweep: SweepConfig, seed: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from curvlab.errors import CurvlabError
-from curvlab.problem import preserved_random_state
+from curvlab.randomness import preserved_random_state
 from curvlab.training.state import StepGuard, gradients_restored, modes_restored
 
 

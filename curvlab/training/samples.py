@@ -80,6 +80,8 @@ MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 def model_error(cause: Exception, what: str, of: str = "the model") -> CurvlabError:
     """Return one sentence in place of what a model has raised: ``<of> <what>: <first line of the cause>``."""
     reason = (str(cause) or type(cause).__name__).splitlines()[0]
+    if reason.startswith("Expected more than 1 value per channel"):
+        reason = "a batch has one sample, of which batch normalisation has no variance: choose another batch_size"
     return CurvlabError(f"{of} {what}: {reason}")
 
 

@@ -1,0 +1,258 @@
+"""A model as it was at one moment: verified copies, and models that are held at the values they had.
+
+A copy shares nothing with its model, unless code of the model's does: a hook or a forward that is a closure keeps the
+layers and parameters that it was written for, in the copy too. So a copy is believed only where it answers, at other
+values of all parameters and buffers, as the model does. Else the model itself is used, with the values of that moment.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvlab import stateless
+from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.estimators.capture import gradients, graph_of
+from curvlab.estimators.rules import random_like
+from curvlab.parameters import ParameterSpace
+from curvlab.problem import Problem
+from curvlab.randomness import preserved_random_state
+
+Values = Mapping[str, Tensor]
+
+
+def snapshot(problem: Problem, space: ParameterSpace) -> Problem:
+    """Return the problem at its parameters and buffers of now, whatever is done to its model after.
+
+    Raises:
+        UnsupportedError: The model uses parameters in a way that automatic differentiation cannot follow.
+    """
+    check_reached(problem, space)
+    return copied(problem, space) or HeldProblem(problem)
+
+
+def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
+    """Return the problem with a copy of its model, which nothing that is done to either then shares; None if none can.
+
+    Batch norms in eval mode are replaced by plain products, and embeddings give dense gradients.
+    """
+    try:
+        alone = problem.with_model(stateless.copied(problem.model))
+        for name, parameter in alone.model.named_parameters():
+            # As the leaves do in whose place they are: a checkpoint computes with them again.
+            parameter.requires_grad_(name in space.names)
+        for module in alone.model.modules():
+            # Not a subclass: it may do more than that.
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
+                module.__class__ = _AffineBatchNorm
+            elif type(module) in (nn.Embedding, nn.EmbeddingBag):
+                module.sparse = False
+        elsewhere = _elsewhere(problem.model)
+        right = response(problem, space, elsewhere)
+        same = _same(response(alone, space, elsewhere, foreign=(problem.model,)), right)
+    except Exception:  # whatever a module does when it is copied, or its copy when it is called
+        return None
+    return alone if same else None
+
+
+class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm in eval mode, of plain products: torch's second derivative of its kernel is slow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = (self.running_var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (-1, *[1] * (input.ndim - 2))
+        return input * scale.view(shape) + shift.view(shape)
+
+
+class HeldProblem(Problem):
+    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile."""
+
+    def __init__(self, problem: Problem) -> None:
+        vars(self).update(vars(problem))  # with what it knows of the data
+        self._parameters = _cloned(problem.model.named_parameters())
+        self._buffers = _cloned(problem.model.named_buffers())
+        self._modes = {name: module.training for name, module in problem.model.named_modules()}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the trainable parameters of that moment."""
+        return {name: self._parameters[name].detach() for name in self.space.names}
+
+    def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Return the outputs; parameters that are not given, and buffers, are those of that moment."""
+        now = [(module, module.training) for module in self.model.modules()]
+        try:
+            for name, module in self.model.named_modules():
+                module.training = self._modes.get(name, module.training)
+            held = self.parameters() | self._parameters | _cloned(self._buffers.items())
+            return super().forward(held | parameters, inputs)
+        finally:
+            for module, training in now:
+                module.training = training
+
+
+class Watch:
+    """Says when a snapshot is no longer what it was: a model can use what is not its own.
+
+    Args:
+        snapshot: Just taken.
+        space: Of the parameters whose gradients are looked at.
+    """
+
+    def __init__(self, snapshot: Problem, space: ParameterSpace) -> None:
+        self._snapshot, self._space = snapshot, space
+        self._answers = self._now()
+
+    def _now(self) -> list[Tensor]:
+        return response(self._snapshot, self._space, {})
+
+    def check(self) -> None:
+        """Compare with what it was.
+
+        Raises:
+            CurvlabError: It is something else.
+        """
+        if not _same(self._now(), self._answers):
+            raise CurvlabError(
+                f"{type(self._snapshot.model).__name__} has changed since this matrix was estimated, in tensors or "
+                "modules that cannot be held: estimate the matrix again"
+            )
+
+
+def check_reached(problem: Problem, space: ParameterSpace) -> None:
+    """Refuse models that use a parameter in another way than as the attribute of its module.
+
+    A closure or a list can hold the parameter itself: it stays what it is when other values are given for it, and its
+    gradient is lost. So is that of a backward pass that adds to ``grad`` by itself.
+
+    Raises:
+        UnsupportedError: The model does, or torch cannot differentiate it.
+    """
+    with torch.inference_mode(False), told(problem.model):
+        # All that the model holds, on copies: a forward may renormalise its weights in place.
+        response(problem, space, dict(problem.model.named_parameters()))
+
+
+def response(
+    problem: Problem, space: ParameterSpace, values: Values, foreign: Iterable[nn.Module] = ()
+) -> list[Tensor]:
+    """Return the outputs on a few samples and their gradients along a random vector.
+
+    Args:
+        problem: Model, loss and data.
+        space: Of the parameters whose gradients are wanted.
+        values: Of parameters and buffers by name; those of the model where there is none.
+        foreign: Models of whose parameters the outputs must not depend.
+
+    Raises:
+        UnsupportedError: A gradient of the parameters is lost.
+    """
+    found: list[Tensor] = []
+    own = {id(p): name for name, p in problem.model.named_parameters() if name in space.names}
+    own |= {id(p): name for model in foreign for name, p in model.named_parameters()}
+    with preserved_random_state(), torch.enable_grad(), _without_gradients(problem.model):
+        for inputs, _ in problem.probe():
+            given = _cloned((problem.parameters() | dict(values)).items())
+            leaves = {name: given[name].requires_grad_() for name in space.names}
+            outputs = problem.forward(given, inputs)
+            for node in graph_of(outputs, leaves).nodes:
+                if (name := own.get(id(getattr(node, "variable", None)))) is not None:
+                    raise UnsupportedError(
+                        f"{type(problem.model).__name__} uses {name} itself, by a closure or a list that holds it, so "
+                        "that its gradient is not seen: have the forward take it from its module"
+                    )
+            along = random_like(outputs, tuple(outputs.shape))
+            found += [outputs.detach(), *gradients(outputs, (), list(leaves.values()), along, keep=False)[1]]
+    return found
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Refuse a backward pass within that gives the model's parameters gradients; keep those that they have."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+        if any(p.grad is not None for p, _ in before):
+            raise UnsupportedError(
+                f"a backward pass of {type(model).__name__} adds to its parameters' grad by itself, as a re-entrant "
+                "checkpoint does, and the gradient is lost: take torch.utils.checkpoint with use_reentrant=False"
+            )
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
+
+
+def _elsewhere(model: nn.Module) -> dict[str, Tensor]:
+    """Return other values of the floating parameters and buffers, near the model's."""
+    values = {}
+    for index, (name, tensor) in enumerate(chain(model.named_parameters(), model.named_buffers())):
+        if tensor.is_floating_point():
+            part = torch.finfo(tensor.dtype).eps ** 0.25
+            noise = random_like(tensor, tuple(tensor.shape), seed=index).clamp(-2, 2) / 4
+            values[name] = tensor.detach() * (1 + part * noise)
+    return values
+
+
+def _same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Return whether responses agree, but for rounding."""
+    pairs = list(zip(one, other, strict=True))
+    largest = max(_size(b) for _, b in pairs)
+    for a, b in pairs:
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return False
+        eps = torch.finfo(a.dtype).eps
+        if _size(a - b) > eps**0.6 * _size(b) + 100 * eps * largest:
+            return False
+    return True
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max()) if tensor.numel() else 0.0
+
+
+def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+# What torch must be told to differentiate a model -----------------------------------------------------------------
+
+
+@contextmanager
+def differentiable(problem: Problem) -> Iterator[None]:
+    """Have torch take kernels with all their derivatives, where the caller has gradients off or autocasts, too."""
+    with ExitStack() as settings:
+        # It is torch's own, the first time that numbers with a dual part are used.
+        settings.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+        settings.enter_context(torch.inference_mode(False))  # also within no_grad
+        settings.enter_context(torch.autocast(problem.device.type, enabled=False))
+        settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in problem.model.modules()):
+            for fused in (torch.backends.mkldnn, torch.backends.cudnn):
+                settings.callback(setattr, fused, "enabled", fused.enabled)
+                fused.enabled = False  # type: ignore[attr-defined]
+        yield
+
+
+@contextmanager
+def told(model: nn.Module) -> Iterator[None]:
+    """Turn whatever torch raises in a derivative into one sentence."""
+    try:
+        yield
+    except (CurvlabError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise UnsupportedError(f"torch cannot differentiate {type(model).__name__}: {first}") from error

@@ -1,0 +1,300 @@
+"""The one verification: which rules of which modules are right for the model at hand, and why the others are not.
+
+A rule takes a module's inputs and the gradient of its output and gives the gradients of its parameters. It is right if
+the parameters act there and nowhere else, in the way that the module's kind says. Hooks, replaced forwards, tied
+weights, parametrizations, in-place operations, derivatives inside the forward and whatever else can make a rule wrong
+need no list: on a few samples from several places of the data, the rule's gradients are compared with those of
+automatic differentiation, in one forward and one backward pass. What these samples cannot show, since only others take
+another way through the model, the graph of every later batch does: it must use the parameters as theirs did.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
+from curvlab.estimators.capture import Call, Graph, Leaves, forward, gradients, graph_of, leaves_of
+from curvlab.estimators.layers import Layer, has_factors, layer_in
+from curvlab.estimators.rules import agree, has_rule, random_like, rule
+from curvlab.parameters import ParameterSpace
+from curvlab.problem import Problem
+
+_PERTURBATION = 0.1  # of the weights, relative to their root mean square, where all gradients on the samples are zero
+_WRONG = "does not have the gradient that its inputs and the gradient of its output give"
+
+
+class UnfaithfulError(UnsupportedError):
+    """On a later batch a module is not used as it was on the samples of the verification.
+
+    Attributes:
+        reasons: Why a rule does not hold, by parameter.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        name, reason = next(iter(reasons.items()))
+        super().__init__(f"{name} {reason}: what a model calls must not depend on its data")
+        self.reasons = reasons
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Modules of a model and those of their parameters whose rules are right.
+
+    Attributes:
+        layers: By module name, with the right ones of the parameters alone.
+        reasons: Why a rule is wrong, or that there is none, by parameter: a phrase that follows its name.
+        apart: Modules whose outputs go on as copies (see ``curvlab.estimators.capture.forward``).
+        reached: Modules whose outputs are in the graph of the model's.
+    """
+
+    layers: Mapping[str, Layer]
+    reasons: Mapping[str, str]
+    apart: Collection[str]
+    reached: Collection[str]
+
+    def run(self, problem: Problem, inputs: Tensor) -> tuple[Tensor, dict[str, Call]]:
+        """Run a batch; return the outputs, with their graph, and the one call of each of the layers.
+
+        Raises:
+            UnfaithfulError: The batch takes another way through the model than the samples of the verification.
+        """
+        leaves = leaves_of(problem)
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        outputs, calls = forward(problem, modules, inputs, leaves, self.apart)
+        graph = graph_of(outputs, leaves)
+        reasons: dict[str, str] = {}
+        for name, layer in self.layers.items():
+            told = _calls_obstacle(layer, calls[name], len(inputs))
+            if told is None and (calls[name][0].output.node in graph.nodes) != (name in self.reached):  # type: ignore[union-attr]
+                told = f"is of {_label(layer)}, on which the outputs depend for some samples only"
+            for parameter in layer.parameters:
+                if told is not None:
+                    reasons[parameter] = f"{told} on some batch"
+                elif graph.uses[parameter] > 1:
+                    reasons[parameter] = f"is of {_label(layer)}, but acts elsewhere too on some batch"
+        if reasons:
+            raise UnfaithfulError(reasons)
+        return outputs, {name: seen[0] for name, seen in calls.items()}
+
+    def without(self, reasons: Mapping[str, str]) -> "Verified":
+        """Return what is left when some parameters' rules turned out not to hold."""
+        return replace(self, layers=_restricted(self.layers, reasons), reasons={**self.reasons, **reasons})
+
+
+def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
+    """Return the modules whose per-sample gradients follow from their calls, of all kinds for which there is a rule."""
+    return _verify(problem, space, has_rule)
+
+
+def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
+    """Return the layers with Kronecker factors: where a weight has none, its bias has none either."""
+    verified = _verify(problem, space, has_factors)
+    own = {id(p): name for name, p in problem.model.named_parameters()}
+    reasons: dict[str, str] = {}
+    for layer in verified.layers.values():
+        weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
+        if weight is not None and own[id(weight)] != name:
+            reasons.update(
+                dict.fromkeys(layer.parameters, f"is beside {name}, which is {own[id(weight)]}, a tied weight")
+            )
+        elif name in verified.reasons:
+            reasons.update(dict.fromkeys(layer.parameters, f"is beside {name}, which {verified.reasons[name]}"))
+    return verified.without(reasons)
+
+
+def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
+    """Return the layers with Kronecker factors by module name, and for every other parameter why it has none.
+
+    Every parameter of the space is either in one of the layers or among the reasons. The second is a phrase that
+    follows the parameter's name: ``is of a LayerNorm (norm1)``.
+    """
+    verified = verify_factors(problem, space)
+    return verified.layers, verified.reasons
+
+
+def unfaithful(problem: Problem, space: ParameterSpace, layers: Mapping[str, Layer]) -> str | None:
+    """Return a clause that names the first parameter of a space that does not act in its layer alone, if any does not.
+
+    Args:
+        problem: Model, loss and data.
+        space: Of the parameters.
+        layers: That have a parameter in the space, of kinds for which there is a rule.
+    """
+    parameters = {parameter for layer in layers.values() for parameter in layer.parameters}
+    reasons = {**dict.fromkeys(space.names, "is no weight or bias of its layer"), **dict.fromkeys(parameters, "")}
+    reasons.update(_verified(problem, {name: layer for name, layer in layers.items() if layer.parameters}).reasons)
+    return next((f"{name} {reason}" for name, reason in reasons.items() if reason), None)
+
+
+def _verify(problem: Problem, space: ParameterSpace, kind: Callable[[nn.Module], bool]) -> Verified:
+    candidates: dict[str, Layer] = {}
+    others: dict[str, str] = {}
+    inside: set[str] = set()
+    for name, module in problem.model.named_modules():
+        layer = layer_in(space, name, module)
+        if kind(module) and layer.parameters:
+            candidates[name] = layer
+            inside.update(layer.parameters)
+        for key in module._parameters:
+            parameter = f"{name}.{key}".removeprefix(".")
+            if parameter in space.names and parameter not in inside:
+                others[parameter] = _no_rule(layer, kind)
+    verified = _verified(problem, candidates)
+    reasons = {**others, **verified.reasons}
+    return replace(verified, reasons={name: reasons[name] for name in space.names if name in reasons})
+
+
+def _no_rule(layer: Layer, kind: Callable[[nn.Module], bool]) -> str:
+    module = layer.module
+    if kind(module):
+        return f"is no weight or bias of its {type(module).__name__} ({layer.name or 'the model'})"
+    grouped = "grouped " if getattr(module, "groups", 1) != 1 else ""
+    return f"is of a {grouped}{type(module).__name__} ({layer.name or 'the model'})"
+
+
+def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
+    if not candidates:
+        return Verified({}, {}, frozenset(), frozenset())
+    attempt = partial(_attempt, problem)
+    try:
+        trial = attempt(candidates, apart=())
+    except CurvlabError:
+        raise
+    except Exception as error:  # of the user's code, or of torch's on the user's code
+        raise UnsupportedError(
+            f"torch cannot differentiate {type(problem.model).__name__}: {first_line(error)}"
+        ) from error
+    if failed := {layer.name for layer in candidates.values() if trial.reasons.keys() & set(layer.parameters)}:
+        # Perhaps only since what is done to their outputs in place takes these out of the graph.
+        retrial = attempt(candidates, apart=failed)
+        if len(retrial.reasons) < len(trial.reasons):
+            trial = retrial
+    left = _restricted(candidates, trial.reasons)
+    if silent := {name: layer for name, layer in left.items() if trial.silent & set(layer.parameters)}:
+        # Nothing was compared where all gradients are zero, as behind a last layer that begins at zero.
+        with suppress(Exception):  # weights that are not the model's may be no weights of it
+            moved = attempt(silent, apart=trial.apart, perturbation=_PERTURBATION)
+            trial = replace(trial, reasons={**trial.reasons, **moved.reasons})
+            left = _restricted(left, moved.reasons)
+    return Verified(left, trial.reasons, trial.apart, trial.reached)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    reasons: Mapping[str, str]
+    silent: set[str]  # parameters without a gradient on any sample
+    reached: frozenset[str]
+    apart: Collection[str]
+
+
+def _attempt(
+    problem: Problem, candidates: Mapping[str, Layer], apart: Collection[str], perturbation: float = 0.0
+) -> _Trial:
+    reasons: dict[str, str] = {}
+    reached: set[str] = set()
+    silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
+    modules = {name: layer.module for name, layer in candidates.items()}
+    for inputs, _ in problem.probe():
+        leaves = _perturbed(leaves_of(problem), perturbation)
+        outputs, calls = forward(problem, modules, inputs, leaves, apart)
+        graph = graph_of(outputs, leaves)
+        for layer in candidates.values():
+            if told := _calls_obstacle(layer, calls[layer.name], len(inputs)):
+                reasons.update(dict.fromkeys(layer.parameters, told))
+        layers = [layer for layer in candidates.values() if not reasons.keys() & set(layer.parameters)]
+        once = [calls[layer.name][0] for layer in layers]
+        reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
+        # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
+        seed = random_like(outputs, tuple(outputs.shape))
+        seed[1::2] = 0  # of every second sample: no other row may see them
+        names = [parameter for layer in layers for parameter in layer.parameters]
+        slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=False)
+        of_parameters = dict(zip(names, found, strict=True))
+        for layer, call, slope in zip(layers, once, slopes, strict=True):
+            reasons.update(_differences(layer, call, slope, of_parameters, graph, problem.dtype))
+            silent -= {parameter for parameter in layer.parameters if bool(of_parameters[parameter].any())}
+    return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
+
+
+def _differences(
+    layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph, dtype: torch.dtype
+) -> dict[str, str]:
+    """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
+    label = _label(layer)
+    if bool(slope[1::2].any()):
+        return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
+    assert call.inputs is not None
+    try:
+        totals = rule(layer, call.inputs).total(slope)
+    except Exception as error:  # a rule may be given what its kind of module never sees
+        told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
+        return dict.fromkeys(layer.parameters, told)
+    sizes = call.inputs.flatten(1).norm(dim=1) if call.inputs.is_floating_point() else 1.0
+    scale = float(((1 + sizes) * slope.flatten(1).norm(dim=1)).sum())
+    reasons = {}
+    for parameter in layer.parameters:
+        if graph.uses[parameter] > 1:
+            reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
+        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, dtype):
+            reasons[parameter] = _explained(layer)
+    return reasons
+
+
+def _calls_obstacle(layer: Layer, seen: Collection[Call], samples: int) -> str | None:
+    label = _label(layer)
+    if len(seen) != 1:
+        return f"is of {label}, which is called {len(seen)} times"
+    (call,) = seen
+    if call.inputs is None or call.output is None:
+        return f"is of {label}, whose {'input' if call.inputs is None else 'output'} is no tensor"
+    if not call.inputs.ndim or len(call.inputs) != samples or call.shape[:1] != (samples,):
+        return f"is of {label}, whose input has no row a sample: {tuple(call.inputs.shape)}"
+    return None
+
+
+def _explained(layer: Layer) -> str:
+    module = layer.module
+    if "forward" in vars(module):
+        return f"is of {_label(layer)}, whose forward was replaced: it {_WRONG}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"is of {_label(layer)}, which has hooks: it {_WRONG}"
+    return f"is of {_label(layer)}: it {_WRONG}"
+
+
+def _reached(call: Call, graph: Graph) -> bool:
+    return call.output is not None and call.output.node in graph.nodes
+
+
+def _restricted(layers: Mapping[str, Layer], reasons: Mapping[str, str]) -> dict[str, Layer]:
+    """Return layers without some of their parameters, and without those that have none left."""
+    left = {
+        name: replace(
+            layer,
+            weight=None if layer.weight in reasons else layer.weight,
+            bias=None if layer.bias in reasons else layer.bias,
+        )
+        for name, layer in layers.items()
+    }
+    return {name: layer for name, layer in left.items() if layer.parameters}
+
+
+def _perturbed(leaves: Leaves, by: float) -> Leaves:
+    if not by:
+        return leaves
+    moved = {}
+    for index, (name, leaf) in enumerate(leaves.items()):
+        size = float(leaf.detach().square().mean().sqrt()) if leaf.numel() else 0.0
+        noise = random_like(leaf.detach(), tuple(leaf.shape), seed=index)
+        moved[name] = (leaf.detach() + by * (size or 1.0) * noise).requires_grad_()
+    return moved
+
+
+def _label(layer: Layer) -> str:
+    return f"{type(layer.module).__name__} {layer.name}".strip()
+
+
+__all__ = ["UnfaithfulError", "Verified", "kronecker_layers", "unfaithful", "verify_factors", "verify_rules"]

@@ -1,0 +1,280 @@
+"""The data of a problem: what has their form, passes over them, and a few samples from several places."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from curvlab.errors import CurvlabError
+from curvlab.randomness import holders_of, random_state, with_own_randomness
+
+Batch = tuple[Tensor, Tensor]
+
+_BATCH_SIZE = 500
+_ANEW = "a curvature takes several passes, which must give the same samples in the same order"
+
+
+class BatchSource(Protocol):
+    """Data that can be gone through more than once: a DataLoader or a list of batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start from the first batch."""
+
+
+class Intake:
+    """Data that are gone through any number of times, and are the same each time.
+
+    Args:
+        data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors.
+
+    Raises:
+        CurvlabError: The data have another form, or can be read only once.
+    """
+
+    def __init__(self, data: BatchSource | Batch) -> None:
+        if _is_pair(data):
+            _check_pair(data, "the data", "the data have")
+        elif not isinstance(data, Iterable):
+            raise CurvlabError(
+                f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
+            )
+        elif isinstance(data, Iterator):
+            raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
+        self._data = data
+        self._start = random_state(holders_of(data))  # that every pass starts from
+        self._first: _Record | None = None
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """Go through the data once, in batches of a size or, without one, in their own.
+
+        Raises:
+            CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, the
+                data fail, or they are not what they were in the first pass.
+        """
+        return _regroup(self._pass(size or _BATCH_SIZE), size)
+
+    def count(self) -> int:
+        """Return the number of samples, by a pass over the data if need be."""
+        return len(self._data[0]) if _is_pair(self._data) else self.first().count
+
+    def first(self) -> "_Record":
+        """Return what the first whole pass has shown; without one so far, go through the data."""
+        if self._first is None:
+            for _ in self._pass(_BATCH_SIZE):
+                pass
+        assert self._first is not None
+        return self._first
+
+    def _pass(self, pair_batch_size: int) -> Iterator[Batch]:
+        record = _Record()
+        # Of a pair, batches may be larger or smaller than before, and the same tensors are the same data.
+        first = None if _is_pair(self._data) else self._first
+        for index, (inputs, targets) in enumerate(self._own_batches(pair_batch_size)):
+            record.add(inputs, targets)
+            if first is not None:
+                first.check_batch(index, record)
+            yield inputs, targets
+        if first is not None:
+            first.check_end(record)
+        elif not record.count:
+            used_up = isinstance(getattr(self._data, "dataset", None), IterableDataset)
+            raise CurvlabError(
+                "the data have no samples" + (": an IterableDataset must start anew at every pass" if used_up else "")
+            )
+        else:
+            self._first = record
+
+    def _own_batches(self, pair_batch_size: int) -> Iterator[Batch]:
+        if _is_pair(self._data):
+            if len(self._data[0]):
+                parts = [torch.split(tensor, pair_batch_size) for tensor in self._data]
+                yield from zip(*parts, strict=True)
+            return
+        index = -1
+        for index, batch in enumerate(self._drawn()):
+            if not _is_pair(batch):
+                raise CurvlabError(
+                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_described(batch)}"
+                    + self._unbatched()
+                )
+            _check_pair(batch, f"batch {index}", f"batch {index} has", self._unbatched())
+            if len(batch[0]):
+                yield batch[0], batch[1]
+        expected = _expected_batches(self._data)
+        if expected not in (None, index + 1):
+            raise CurvlabError(
+                f"the DataLoader ended after {index + 1} of {expected} batches: a StopIteration that its data set "
+                "raises ends it without a word"
+            )
+
+    def _drawn(self) -> Iterator[Any]:
+        # A list holds its batches; anything else may draw them.
+        held = isinstance(self._data, (list, tuple))
+        batches = iter(self._data if held else with_own_randomness(self._data, self._start))
+        index = 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except CurvlabError:
+                raise
+            except Exception as error:
+                raise CurvlabError(f"the data fail at batch {index}: {_first_line(error)}") from error
+            yield batch
+            index += 1
+
+    def _unbatched(self) -> str:
+        if isinstance(self._data, DataLoader) and self._data.batch_size is None and self._data.batch_sampler is None:
+            return "; a DataLoader with batch_size=None gives single samples: set batch_size"
+        return ""
+
+
+class _Record:
+    """What a pass shows: how many samples there are, and a few of them.
+
+    The length is known only at the end. So the samples at every power of two are kept, of which one is near the middle.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._threads = torch.get_num_threads()
+        self._seen: list[tuple[complex, ...]] = []  # a batch: samples, sum of the inputs, sum of the targets
+        self._kept: dict[int, Batch] = {}
+        self._last: dict[int, Batch] = {}
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Note a batch.
+
+        Raises:
+            CurvlabError: It holds NaN or infinite values.
+        """
+        self._seen.append((len(inputs), *map(_finite_sum, (inputs, targets))))
+        end = self.count + len(inputs)
+        powers = [1 << k for k in range(end.bit_length())]
+
+        def take(indices: Iterable[int]) -> dict[int, Batch]:
+            # Copies, which do not keep the whole batch.
+            rows = {i: slice(i - self.count, i - self.count + 1) for i in indices if self.count <= i < end}
+            return {i: (inputs[row].clone(), targets[row].clone()) for i, row in rows.items()}
+
+        self._kept |= take((0, *powers, *(power + 1 for power in powers)))
+        self._last = {i: b for i, b in self._last.items() if i >= end - 2} | take((end - 2, end - 1))
+        self.count = end
+
+    def check_batch(self, index: int, later: "_Record") -> None:
+        """Refuse, at a batch of a later pass, what this pass did not give."""
+        if index >= len(self._seen):
+            raise CurvlabError(
+                f"the data gave {self.count} samples in the first pass and {later.count} or more in this one: {_ANEW}"
+            )
+        (size, *sums), (size_now, *sums_now) = self._seen[index], later._seen[index]
+        if size != size_now:
+            raise CurvlabError(
+                f"batch {index} of the data had {size} samples in the first pass and {size_now} in this one: {_ANEW}"
+            )
+        # How a sum is rounded depends on the number of threads.
+        if sums != sums_now and self._threads == later._threads:
+            raise CurvlabError(f"batch {index} of the data does not hold the samples of the first pass: {_ANEW}")
+
+    def check_end(self, later: "_Record") -> None:
+        """Refuse a later pass that ends before this one did."""
+        if later.count != self.count:
+            raise CurvlabError(
+                f"the data gave {self.count} samples in the first pass and {later.count or 'none'} in this one: {_ANEW}"
+            )
+
+    def probe(self) -> list[Batch]:
+        """Return two samples from the beginning, two from about the middle and two from the end, grouped by shape."""
+        n = self.count
+        middle = min((1 << k for k in range(1, n.bit_length())), key=lambda i: abs(2 * i - n + 1), default=0)
+        kept = self._kept | self._last
+        groups: dict[object, list[Batch]] = {}
+        for index in sorted({0, 1, middle, middle + 1, n - 2, n - 1} & kept.keys()):
+            x, y = kept[index]
+            groups.setdefault((x.shape, x.dtype, y.shape, y.dtype), []).append((x, y))
+        return [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups.values()]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every entry is finite."""
+    # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _finite_sum(tensor: Tensor) -> complex:
+    total = tensor.detach().sum()
+    if not bool(total.isfinite()):
+        if not bool(tensor.isfinite().all()):
+            raise CurvlabError("the data hold NaN or infinite values")
+        return 0.0  # it overflows
+    return complex(total)
+
+
+def _is_pair(data: object) -> TypeGuard[Batch]:
+    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+
+
+def _check_pair(batch: Batch, what: str, has: str, unbatched: str = "") -> None:
+    """Refuse tensors of which a row is not a sample."""
+    for role, tensor in zip(("inputs", "targets"), batch, strict=True):
+        if tensor.is_nested:
+            raise CurvlabError(f"the {role} of {what} are nested (ragged) tensors: pad them to one shape")
+        if tensor.layout != torch.strided:
+            raise CurvlabError(
+                f"the {role} of {what} are {str(tensor.layout).removeprefix('torch.')} tensors: give to_dense() of them"
+            )
+        if tensor.is_quantized:
+            raise CurvlabError(f"the {role} of {what} are quantized: give dequantize() of them")
+        if tensor.is_meta:
+            raise CurvlabError(f"the {role} of {what} are on the meta device, where tensors have no values")
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise CurvlabError(f"the {role} of {what} are of the class {type(tensor).__name__}: give plain tensors")
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise CurvlabError(f"the {role} of {what} are {tensor.dtype}: give float() of them")
+        if tensor.ndim == 0:
+            raise CurvlabError(f"the {role} of {what} are one number, not a row a sample{unbatched}")
+    if len(batch[0]) != len(batch[1]):
+        raise CurvlabError(f"{has} {len(batch[0])} inputs but {len(batch[1])} targets{unbatched}")
+
+
+def _expected_batches(data: object) -> int | None:
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return None  # of an IterableDataset the length is at best a guess
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # a sampler of unknown length
+        return None
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, (tuple, list)):
+        kind = type(batch).__name__
+        return f"a {kind} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
+    return f"a {type(batch).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(": ")
+
+
+def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+    """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
+    if size is None:
+        yield from batches
+        return
+    held: list[Batch] = []
+    count = 0
+    for inputs, targets in batches:
+        while len(inputs):
+            take = size - count
+            held.append((inputs[:take], targets[:take]))
+            count += len(held[-1][0])
+            inputs, targets = inputs[take:], targets[take:]
+            if count == size:
+                yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+                held, count = [], 0
+    if held:
+        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

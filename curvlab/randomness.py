@@ -1,0 +1,181 @@
+"""Random numbers: their states given back as they were, kept from what data draw, and draws of a model seen."""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
+_numpy_state = partial(np.random.get_state, legacy=False)
+
+#: What a source of random numbers is called, and what reads and sets its state.
+_Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
+
+
+@contextmanager
+def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
+    """Give back Python's, NumPy's and torch's global random states, and those of generators that objects hold."""
+    restore = random_state(holders)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
+    """Return what sets the global random states, and those of generators that objects hold, to what they are now."""
+    states = [(put, get()) for _, get, put in _sources(holders)]
+
+    def restore() -> None:
+        for put, state in states:
+            put(state)
+
+    return restore
+
+
+def holders_of(data: object) -> list[object]:
+    """Return what may hold a generator that data draw from: a DataLoader, its samplers and its data set."""
+    sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    return [data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
+
+
+def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
+    """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
+
+    The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
+    alive by a traceback, would give back old ones at any later time.
+    """
+    holders = holders_of(data)
+    iterator = chain(data)  # starts the data only at the first step
+    within = start
+    while True:
+        restore = random_state(holders)
+        within()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            within = random_state(holders)
+            restore()
+        yield batch
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator["Watch"]:
+    """Watch what runs within for draws of random numbers, and give back the states of those that have drawn.
+
+    An operation of torch that draws is seen as such, by its tag; what draws elsewhere, by a state that has moved:
+    Python's, NumPy's and torch's own, and those of generators that the modules hold.
+    """
+    watch = Watch(model)
+    sources = _sources(model.modules())
+    before = [get() for _, get, _ in sources]
+    try:
+        with watch:
+            yield watch
+    finally:
+        for (name, get, put), state in zip(sources, before, strict=True):
+            if not _same(get(), state):
+                watch.drawing = watch.drawing or (
+                    f"the forward pass of {type(model).__name__} draws random numbers from {name}"
+                )
+                put(state)
+
+
+class Watch(TorchDispatchMode):
+    """What the operations of torch show that run under this mode.
+
+    Attributes:
+        drawing: What draws random numbers, the first that does: the beginning of a sentence. None if nothing does.
+        eps: The coarsest precision of a floating result, as ``torch.finfo(dtype).eps``.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import all of its compiler
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawing: str | None = None
+        self.eps = 0.0
+        self._model = model
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note an operation, and run it."""
+        kwargs = kwargs or {}
+        if self.drawing is None and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            arguments = func._schema.arguments
+            given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+            given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+            # Dropout that is off, also that of fused attention and recurrent kernels, draws nothing.
+            chances = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
+            off = any(given.get(name) is False for name in ("train", "training"))
+            if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
+                name = func._schema.name.partition("::")[2]
+                self.drawing = f"{self._calling()} draws random numbers ({name})"
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+    def _calling(self) -> str:
+        """Name the innermost module whose code is running."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        frame = sys._getframe()
+        while (above := frame.f_back) is not None:
+            frame = above
+            module = frame.f_locals.get("self")
+            if id(module) in names:
+                return f"{names[id(module)] or 'the model'} ({type(module).__name__})"
+        return f"the forward pass of {type(self._model).__name__}"
+
+
+def _sources(holders: Iterable[object]) -> list[_Source]:
+    """Return the global sources of random numbers, and the generators among the attributes of some objects."""
+    sources: list[_Source] = [
+        ("Python's random", random.getstate, random.setstate),
+        ("NumPy's global generator", _numpy_state, np.random.set_state),
+        ("torch's global generator", torch.get_rng_state, torch.set_rng_state),
+    ]
+    if torch.cuda.is_available():
+        sources.append(("torch's CUDA generators", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    for holder in holders:
+        for name, held in getattr(holder, "__dict__", {}).items():
+            # Not ``isinstance`` of torch's, which is slow.
+            if type(held) is not torch.Generator and not isinstance(held, _GENERATORS):
+                continue
+            called = f"{type(holder).__name__}.{name}"
+            if isinstance(held, torch.Generator):
+                sources.append((called, held.get_state, held.set_state))
+            elif isinstance(held, random.Random):
+                sources.append((called, held.getstate, held.setstate))
+            elif isinstance(held, np.random.RandomState):
+                sources.append((called, partial(held.get_state, legacy=False), held.set_state))
+            else:
+                bits = held.bit_generator
+                sources.append((called, partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+    return sources
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two states, of tensors, arrays and numbers, are equal."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return all(map(_same, one, other))
+    return bool(one == other)

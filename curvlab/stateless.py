@@ -1,0 +1,171 @@
+"""Models called at other parameters, with nothing of the call left on them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from curvlab.errors import CurvlabError, UnsupportedError
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_module(model: object) -> None:
+    """Refuse what cannot be called at other parameters, or has none.
+
+    Raises:
+        CurvlabError: It is no module, or a scripted, parallel or lazy one, or one without values.
+    """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}")
+    for name, module in model.named_modules():
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{what} is a scripted or traced module, which takes no other parameters: give the module that it was "
+                "made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise UnsupportedError(
+                f"{what} splits a batch over devices or processes: give the module inside it, its .module"
+            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise CurvlabError(f"{kind} {name} of a lazy module has no shape yet: call the model once on a batch")
+            if tensor.is_meta:
+                raise CurvlabError(
+                    f"{kind} {name} is on the meta device, where tensors have no values: model.to_empty(device=...) "
+                    "and a state dict give it some"
+                )
+            if tensor.is_inference():
+                raise CurvlabError(
+                    f"{kind} {name} was made under torch.inference_mode, which has no gradients: make the model outside"
+                )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse parameters of a dtype that has no curvature.
+
+    Raises:
+        CurvlabError: It is not one of float64, float32, bfloat16 and float16.
+    """
+    if dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise CurvlabError(f"the trainable parameters are {dtype}; curvature needs a real floating dtype: {names}")
+
+
+def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
+    """Return what the model returns at the given parameters; those not given are its own, as constants.
+
+    Buffers may be given, too. Those of its own that it writes are written on copies, and so are inputs that it changes
+    in place. What it sets on its modules, such as a weight that a hook computes of others, is afterwards what it was.
+    Of what is compiled, the original is run.
+
+    Raises:
+        UnsupportedError: The model writes into a parameter.
+    """
+    modules = list(model.named_modules())
+    used: dict[int, Tensor] = {}
+    slots: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+    for prefix, module in modules:
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                slot = f"{prefix}.{key}" if prefix else key
+                if id(tensor) not in used:
+                    given = parameters.get(slot)  # its first name is the one that it goes by
+                    used[id(tensor)] = own = tensor.detach() if given is None else given
+                    versions[slot] = own._version
+                slots[slot] = used[id(tensor)]
+    for prefix, module in modules:
+        for key, tensor in module._buffers.items():
+            if tensor is not None:
+                slot = f"{prefix}.{key}" if prefix else key
+                if id(tensor) not in used:
+                    given = parameters.get(slot)
+                    used[id(tensor)] = tensor.clone() if given is None else given
+                slots[slot] = used[id(tensor)]
+    with _attributes_restored([module for _, module in modules]), _parametrizations_computed():
+        for _, module in modules:
+            if "_orig_mod" in module._modules:  # made by torch.compile
+                vars(module)["forward"] = module._modules["_orig_mod"]
+            elif module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
+        outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
+    for slot, version in versions.items():
+        if slots[slot]._version != version:
+            raise UnsupportedError(writes(model, slot))
+    return outputs
+
+
+def writes(model: nn.Module, name: str) -> str:
+    """Return a sentence about a model that writes into a parameter."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    way_out = "write it once, before the curvature is computed, and not in the forward pass"
+    if getattr(module, "max_norm", None) is not None:
+        way_out = "renormalise the weight once and set max_norm to None"
+    return (
+        f"the forward pass of {type(model).__name__} writes into its parameter {name} ({type(module).__name__}), "
+        f"so that there is no one point at which to differentiate: {way_out}"
+    )
+
+
+def leaves(outputs: Tensor) -> dict[int, Tensor]:
+    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+    waiting = [outputs.grad_fn]
+    seen = set(waiting)
+    found: dict[int, Tensor] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if (variable := getattr(node, "variable", None)) is not None:
+            found[id(variable)] = variable
+        further = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(further)
+        waiting += further
+    return found
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model whose modules hold tensors that they have computed.
+
+    Torch copies leaves only. Pruning and the older ``weight_norm`` leave a weight that is none.
+    """
+    held = (tensor for module in model.modules() for tensor in vars(module).values())
+    computed = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
+    return deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
+
+@contextmanager
+def _attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    dictionaries: Iterator[dict[str, Any]] = (
+        held for m in modules for held in (m.__dict__, m._parameters, m._buffers, m._modules)
+    )
+    kept = [(held, held.copy()) for held in dictionaries]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+
+
+@contextmanager
+def _parametrizations_computed() -> Iterator[None]:
+    """Have weights of ``parametrize`` computed, also where the caller caches those of other parameters."""
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache

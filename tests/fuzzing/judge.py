@@ -1,0 +1,368 @@
+"""The verdict on a cell: right, refused, wrong, raw or changed."""
+
+import random
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvlab.errors import CurvlabError
+from curvlab.losses import LOSSES, get_loss
+from curvlab.matrices import Composite, CurvatureMatrix
+
+from . import factors, oracle
+from .cells import MOST_PARAMETERS, Cell
+from .source import source
+
+FAILURES = ("wrong", "raw", "changed")
+_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.1}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a cell: a word, a line, and a traceback where there is one."""
+
+    word: str
+    told: str = ""
+    details: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.word in FAILURES
+
+    @property
+    def signature(self) -> tuple[str, str]:
+        """What two failures of one kind have in common."""
+        return self.word, re.sub(r"\d+", "#", self.told) if self.word == "raw" else self.told.partition(":")[0]
+
+
+class UnfitCellError(Exception):
+    """The cell is not one: torch itself cannot build it or run it, or it is too large."""
+
+
+class WrongError(Exception):
+    """A number is not right."""
+
+
+def judge(cell: Cell) -> Verdict:
+    """Run a cell and return its verdict; ``not run`` where torch itself cannot do what is asked."""
+    known = dict(LOSSES)
+    try:
+        with _torch_as_it_was():
+            return _judge(cell)
+    except UnfitCellError as error:
+        return Verdict("not run", str(error))
+    finally:
+        LOSSES.clear()
+        LOSSES.update(known)
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True):
+            yield
+    finally:
+        torch.set_warn_always(always)
+        torch.set_default_dtype(torch.float32)
+
+
+def _judge(cell: Cell) -> Verdict:
+    code: dict[str, Any] = {"__name__": "cell"}
+    exec(compile(source(cell), f"<cell {cell.seed}>", "exec"), code)
+    with warnings.catch_warnings(record=True) as torchs_own:
+        warnings.simplefilter("always")
+        try:
+            model, own = code["make"](), code["make"]()
+            size = sum(p.numel() for p in own.parameters() if p.requires_grad)
+            if not 0 < size <= MOST_PARAMETERS / (4 if cell.quantity == "hessian" else 1):
+                raise UnfitCellError(f"{size} parameters")
+            right = None
+            if not cell.refusal:
+                right = Truth(cell, code, own)
+            else:
+                own(code["samples"]()[0])
+        except UnfitCellError:
+            raise
+        except Exception as error:
+            raise UnfitCellError(_line(error)) from error
+    data = code["data"]()
+    before = _state(model)
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        answer = error = None
+        try:
+            answer = code["ask"](model, data)
+        except CurvlabError as refused:
+            error = refused
+        except Exception as raw:
+            return Verdict("raw", _line(raw), traceback.format_exc())
+        if right is not None and answer is not None:
+            try:
+                right.check(answer)
+            except WrongError as wrong:
+                return Verdict("wrong", str(wrong))
+            except Exception as raw:
+                return Verdict("raw", f"the answer's own methods: {_line(raw)}", traceback.format_exc())
+        if warnings.filters != filters:
+            return Verdict("changed", "warnings.filters")
+    if cell.refusal and error is None:
+        return Verdict("wrong", f"a number where {cell.refusal}")
+    if changed := _difference(before, _state(model)):
+        return Verdict("changed", changed)
+    if not _copies(model) and _copies(code["make"]()):
+        return Verdict("changed", "deep copies fail")
+    told = {str(w.message) for w in torchs_own}
+    if more := [w for w in leaked if str(w.message) not in told and not _ours(w)]:
+        return Verdict("raw", f"a warning leaks: {_first_line(str(more[0].message))}")
+    if error is not None:
+        if "\n" in str(error):
+            return Verdict("raw", f"a refusal of several lines: {_first_line(str(error))}")
+        return Verdict("refused" if right is not None else "right", str(error))
+    if cell.damping and isinstance(answer, CurvatureMatrix) and cell.dtype == "float64":
+        return _solve(cell, answer)
+    return Verdict("right")
+
+
+def _ours(warning: warnings.WarningMessage) -> bool:
+    return "curvlab" in str(warning.category.__module__)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first_line(str(error))}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:160]
+
+
+# What is right -------------------------------------------------------------------------------------------------------
+
+
+class Truth:
+    """What a cell's answer has to be.
+
+    Args:
+        cell: The cell.
+        code: Its names.
+        model: One that is made for this alone.
+    """
+
+    def __init__(self, cell: Cell, code: Mapping[str, Any], model: nn.Module) -> None:
+        self.cell, self.model = cell, model
+        self.tolerance = _TOLERANCE["bfloat16" if "autocast" in cell.around else cell.dtype]
+        batches = code["data"]()
+        if isinstance(batches, tuple):
+            x, y = batches
+        else:
+            batches = list(batches)
+            x, y = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+        self.x, self.y = x[: len(x) // cell.repeats], y[: len(y) // cell.repeats]
+        self.names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        self.slices, start = {}, 0
+        for name, size in self.names.items():
+            self.slices[name] = slice(start, start + size)
+            start += size
+        self.drawn = None
+        if cell.quantity.startswith("fisher:"):
+            options = dict(option.split("=") for option in cell.quantity.partition(":")[2].split(","))
+            outputs = torch.cat([model(x[n : n + 1].clone()) for n in range(len(x))]).detach()
+            stream = np.random.default_rng(int(options["seed"]))
+            self.drawn = get_loss(cell.loss).sample(outputs, int(options["samples"]), stream)
+        self.matrix = oracle.curvature(model, cell.quantity, cell.loss, self.x, self.y, self.drawn)
+        if self.matrix is None or not bool(self.matrix.isfinite().all()):
+            raise UnfitCellError("no second derivative")
+        self.scale = float(self.matrix.abs().max())
+
+    def check(self, answer: Any) -> None:
+        """Compare.
+
+        Raises:
+            WrongError: It is not that.
+        """
+        if self.cell.structure == "diagonality":
+            self._check_table(answer)
+            return
+        pattern = self.cell.params or "*"
+        names = [name for name in self.names if fnmatchcase(name, pattern)]
+        if list(answer.space.names) != names:
+            raise WrongError(f"parameters: {answer.space.names} for {names}")
+        for part in answer.parts if isinstance(answer, Composite) else [answer]:
+            kind = type(part).kind
+            {
+                "dense": self._check_dense,
+                "diagonal": self._check_diagonal,
+                "diag": self._check_diagonal,
+                "block_diag": self._check_blocks,
+                "implicit": self._check_products,
+            }.get(kind, self._check_factors)(part)
+
+    def _index(self, names: Any) -> Tensor:
+        return torch.cat([torch.arange(self.slices[n].start, self.slices[n].stop) for n in names])
+
+    def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
+        if actual.shape != expected.shape:
+            raise WrongError(f"{what}: the shape is {tuple(actual.shape)} for {tuple(expected.shape)}")
+        scale = max(float(expected.abs().max()), 1e-6 * self.scale, 1e-30)
+        error = float((actual.double() - expected).abs().max()) / scale
+        if not error <= self.tolerance:
+            raise WrongError(f"{what}: off by {error:.2g} of the largest entry")
+
+    def _check_dense(self, part: CurvatureMatrix) -> None:
+        index = self._index(part.space.names)
+        self._compare("dense", part.to_dense(), self.matrix[index][:, index])
+        self._check_blocks(part)
+
+    def _check_blocks(self, part: CurvatureMatrix) -> None:
+        matrix = part.to_dense()
+        for name, where in part.space.slices.items():
+            mine = self.slices[name]
+            self._compare(f"{part.kind} of {self._kind(name)}", matrix[where, where], self.matrix[mine, mine])
+
+    def _check_diagonal(self, part: CurvatureMatrix) -> None:
+        diagonal = part.diagonal()
+        for name, where in part.space.slices.items():
+            self._compare(f"diag of {self._kind(name)}", diagonal[where], self.matrix.diagonal()[self.slices[name]])
+
+    def _check_products(self, part: CurvatureMatrix) -> None:
+        index = self._index(part.space.names)
+        vectors = torch.randn(len(index), 3, generator=torch.Generator().manual_seed(0)).double()
+        right = self.matrix[index][:, index] @ vectors
+        products = part @ vectors.to(part.dtype)
+        for name, where in part.space.slices.items():
+            self._compare(f"products, of {self._kind(name)}", products[where], right[where])
+
+    def _check_table(self, table: Any) -> None:
+        for row in table.to_dict("records"):
+            part = self.slices[row["parameter"]]
+            block = self.matrix[part, part]
+            diagonal = block.diagonal()
+            for column, right in (
+                ("diag_sum", diagonal.sum()),
+                ("offdiag_abs_sum", block.abs().sum() - diagonal.abs().sum()),
+                ("offdiag_signed_sum", block.sum() - diagonal.sum()),
+                ("frobenius", block.norm()),
+            ):
+                gap = abs(row[column] - float(right))
+                if not gap <= 10 * self.tolerance * max(float(block.abs().sum()), 1e-6 * self.scale, 1e-30):
+                    raise WrongError(
+                        f"diagonality, {column} of {self._kind(row['parameter'])}: {row[column]} for {right}"
+                    )
+
+    def _check_factors(self, part: CurvatureMatrix) -> None:
+        kind, _, options = self.cell.structure.partition(":")
+        chosen = dict(option.split("=") for option in options.split(",") if option)
+        sharing, variant = chosen.get("sharing", "expand"), chosen.get("variant", "gao")
+        of_layers = factors.samples(
+            self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
+        )
+        tensors = part.tensors()
+        for layer in dict.fromkeys(name.rpartition("|")[0] for name in tensors):
+            owner = self._kind(f"{layer}.weight")
+            if layer not in of_layers:
+                raise WrongError(f"factors of {owner}: it has none")
+            if kind == "ekfac":
+                a, s = factors.factors(of_layers[layer], "kfac", sharing)
+                basis_a, basis_s = tensors[f"{layer}|U_A"], tensors[f"{layer}|U_S"]
+                for factor, basis in ((a, basis_a), (s, basis_s)):
+                    if factor.abs().max() > 1e-12 * self.scale:
+                        rotated = basis.mT @ factor @ basis
+                        self._compare(
+                            f"basis of {owner}", rotated / factor.norm(), rotated.diagonal().diag() / factor.norm()
+                        )
+                values = factors.moments(of_layers[layer], basis_a, basis_s)
+                self._compare(f"ekfac of {owner}", tensors[f"{layer}|values"], values)
+            else:
+                a, s = factors.factors(of_layers[layer], kind, sharing, variant)
+                theirs = torch.kron(tensors[f"{layer}|S"][0].contiguous(), tensors[f"{layer}|A"][0].contiguous())
+                self._compare(f"{kind} of {owner}", theirs, torch.kron(s.contiguous(), a.contiguous()))
+
+    def _kind(self, name: str) -> str:
+        """Return the class of the module that has a parameter, and the parameter's own name."""
+        owner, _, key = name.rpartition(".")
+        try:
+            return f"{type(self.model.get_submodule(owner)).__name__} {key}"
+        except AttributeError:
+            return name
+
+
+def _solve(cell: Cell, matrix: CurvatureMatrix) -> Verdict:
+    size = matrix.space.total
+    damping = eval(cell.damping, {"torch": torch, "size": size})
+    b = torch.randn(size, generator=torch.Generator().manual_seed(0)).double()
+    try:
+        answer = matrix.solve(b, damping=damping)
+    except CurvlabError as error:
+        return Verdict("right", str(error)) if "\n" not in str(error) else Verdict("raw", "solve: several lines")
+    except Exception as raw:
+        return Verdict("raw", f"solve({cell.damping}): {_line(raw)}", traceback.format_exc())
+    damping = torch.as_tensor(damping).double().expand(size)
+    if bool(damping.isnan().any()):
+        return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: a number")
+    right = torch.linalg.solve(matrix.to_dense() + damping.diag(), b)
+    error = float((answer - right).abs().max() / right.abs().max())
+    if not error <= 1e-5:
+        return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: off by {error:.2g}")
+    return Verdict("right")
+
+
+# What has to stay as it is -------------------------------------------------------------------------------------------
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Return what no call may change, in a form that compares."""
+    state: dict[str, Any] = {
+        "torch's random state": torch.get_rng_state().numpy().tobytes(),
+        "NumPy's random state": _numpy_state(),
+        "Python's random state": random.getstate(),
+        "the default dtype": torch.get_default_dtype(),
+        "torch's settings": (torch.is_grad_enabled(), torch.backends.mkldnn.enabled, torch.is_inference_mode_enabled()),
+    }
+    for name, module in model.named_modules():
+        state[f"the modules: {name}"] = (id(module), type(module), module.training)
+        hooks = [v for k, v in vars(module).items() if "hooks" in k and isinstance(v, Mapping)]
+        state["the hooks of " + name] = [[(k, id(h)) for k, h in held.items()] for held in hooks]
+        state[f"the attributes of {name}"] = sorted(vars(module))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state[f"values: {name}"] = _bytes(tensor)
+        state[f"the tensor itself, {name}"] = (id(tensor), tensor.requires_grad, tensor.dtype, tensor.stride())
+        state[f"the gradient of {name}"] = None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad))
+    return state
+
+
+def _copies(model: nn.Module) -> bool:
+    try:
+        deepcopy(model)
+    except Exception:
+        return False
+    return True
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002 - a user's code may use it
+    return name, numbers.tobytes(), *rest
+
+
+def _bytes(tensor: Tensor) -> tuple[Any, ...]:
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        return ("uninitialised",)
+    return (tuple(tensor.shape), tensor.detach().to_dense().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    for key, value in before.items():
+        if key not in after or after[key] != value:
+            return key
+    return next((key for key in after if key not in before), None)

@@ -1,0 +1,294 @@
+"""What is added to the diagonal: every form of it in every structure, against dense linear algebra."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import test_matrices as made
+import torch
+from test_matrices import INFO, LAYERS, P, close, kron, vector
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.matrices import (
+    EKFAC,
+    KFAC,
+    BlockDiagonal,
+    Composite,
+    CurvatureMatrix,
+    Dense,
+    Diagonal,
+    Implicit,
+)
+from curvlab.matrices.damping import Damping
+from curvlab.parameters import ParameterSpace
+
+#: Structure -> what makes one, with its dense form.
+MAKERS: dict[str, Callable[[], tuple[CurvatureMatrix, Tensor]]] = {
+    name.removeprefix("Test"): getattr(made, name)().make
+    for name in vars(made)
+    if name.startswith("Test") and hasattr(getattr(made, name), "make")
+}
+#: Those whose blocks keep their eigenvectors only under one number a layer.
+LAYERED = ("KFAC", "TKFAC", "SumOfKFAC", "EKFAC")
+ANY = [name for name in MAKERS if name not in (*LAYERED, "Composite")]
+
+
+def positive_entries(space: ParameterSpace) -> Tensor:
+    return torch.linspace(0.3, 2.0, space.total, dtype=torch.float64)
+
+
+def one_a_layer(space: ParameterSpace) -> dict[str, float]:
+    return {name: 0.5 + len(name.partition(".")[0]) for name in space.names}
+
+
+def real(number: Any) -> Tensor:
+    return number.double() if isinstance(number, Tensor) else torch.as_tensor(number, dtype=torch.float64)
+
+
+def dense_of(damping: Any, space: ParameterSpace) -> Tensor:
+    """The matrix that a damping stands for, by its definition."""
+    if isinstance(damping, dict):
+        entries = [real(damping[n]).expand(s) for n, s in zip(space.names, space.shapes, strict=True)]
+        return torch.cat([e.reshape(-1) for e in entries]).diag()
+    return real(damping).expand(space.total).diag()
+
+
+def is_right(matrix: CurvatureMatrix, dense: Tensor, damping: Any) -> None:
+    damped = dense + dense_of(damping, matrix.space)
+    assert close(matrix.solve(vector(), damping), torch.linalg.solve(damped, vector()))
+    several = vector(2, 3)
+    assert close(matrix.solve(several, damping), torch.linalg.solve(damped, several))
+    assert close(matrix.logdet(damping), torch.logdet(damped))
+    # The draws are a root of the inverse times known noise.
+    noise = torch.from_numpy(np.random.default_rng(4).standard_normal((P, P)))
+    root = torch.linalg.solve(noise, matrix.sample(P, damping, seed=4), left=False)
+    assert torch.allclose(root @ root.mT, torch.linalg.inv(damped), rtol=1e-7, atol=1e-9)
+
+
+def forms(space: ParameterSpace) -> dict[str, Any]:
+    entries = positive_entries(space)
+    named = space.unflatten(entries)
+    return {
+        "vector": entries,
+        "float32 vector": entries.float().clone(),
+        "NumPy vector": entries.flip(0).numpy(),
+        "whole numbers": torch.arange(1, P + 1),
+        "a number a name": {name: i + 0.5 for i, name in enumerate(space.names)},
+        "a tensor a name": named,
+        "either": {name: t if i % 2 else np.float32(0.25) for i, (name, t) in enumerate(named.items())},
+    }
+
+
+@pytest.mark.parametrize("form", list(forms(LAYERS)))
+@pytest.mark.parametrize("name", ANY)
+def test_any_damping(name: str, form: str) -> None:
+    matrix, dense = MAKERS[name]()
+    is_right(matrix, dense, forms(matrix.space)[form])
+    assert close(matrix.logdet(0.3), torch.logdet(dense + 0.3 * torch.eye(P, dtype=dense.dtype)))  # and not the last
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_numbers_and_one_number_a_layer(name: str) -> None:
+    matrix, dense = MAKERS[name]()
+    space = matrix.space
+    layers = one_a_layer(space)
+    vector_of_it = dense_of(layers, space).diagonal()
+    for damping in (2, np.float32(0.5), torch.tensor(0.7), np.array(3), layers, vector_of_it):
+        is_right(matrix, dense, damping)
+    assert torch.equal(matrix.logdet(Fraction(1, 4)), matrix.logdet(0.25))
+    same = space.unflatten(torch.full((P,), 0.3, dtype=torch.float64))
+    for damping in (same, torch.full((P,), 0.3), dict.fromkeys(space.names, 0.3)):
+        assert torch.allclose(matrix.solve(vector(), damping), matrix.solve(vector(), 0.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_kronecker_factors_refuse_more_than_a_number_a_layer(name: str) -> None:
+    matrix, _ = MAKERS[name]()
+    apart = one_a_layer(LAYERS) | {"fc.bias": 0.1}
+    for damping in (positive_entries(LAYERS), apart, LAYERS.unflatten(positive_entries(LAYERS))):
+        for attempt in (
+            lambda damping=damping: matrix.solve(vector(), damping),
+            lambda damping=damping: matrix.logdet(damping),
+            lambda damping=damping: matrix.sample(1, damping),
+        ):
+            with pytest.raises(CurvlabError, match=r"one damping a layer.*that of fc is not.*dense.*to_dense"):
+                attempt()
+    Dense(matrix.to_dense(), LAYERS, INFO).solve(vector(), apart)  # the way out
+
+
+def test_a_composite_gives_each_part_what_it_takes() -> None:
+    matrix, dense = MAKERS["Composite"]()
+    entries = positive_entries(LAYERS)
+    entries[LAYERS.slices["fc.weight"]] = 0.7  # of the K-FAC part
+    is_right(matrix, dense, entries)
+    is_right(matrix, dense, LAYERS.unflatten(entries))
+    with pytest.raises(CurvlabError, match="that of fc is not one number"):
+        matrix.solve(vector(), positive_entries(LAYERS))
+    # Another order, and an implicit part.
+    first, second, third = matrix.parts
+    implicit = Implicit(lambda v: second @ v, second.space, INFO, dtype=torch.float64)
+    assert torch.allclose(
+        Composite((third, implicit, first), LAYERS, INFO).solve(vector(), entries),
+        torch.linalg.solve(dense + entries.diag(), vector()),
+        rtol=1e-8,
+    )
+
+
+@pytest.mark.parametrize("name", ["Dense", "EKFAC", "Composite", "Implicit"])
+@pytest.mark.parametrize(
+    ("damping", "told"),
+    [
+        (float("nan"), "finite real number, not nan"),
+        (float("-inf"), "finite real number, not -inf"),
+        (10**400, "finite real number, not 1000"),
+        (True, "finite real number, not True"),
+        (1j, "finite real number, not 1j"),
+        ("0.1", "finite real number, not '0.1'"),
+        (None, "finite real number, not None"),
+        ([0.1] * P, "unless it is a tensor or a dictionary"),
+        (torch.tensor(True), "real numbers, not .* torch.bool"),
+        (torch.tensor(1j), "real numbers, not .* torch.complex"),
+        (torch.ones(P).to_sparse(), "real numbers, not a torch.sparse_coo"),
+        (np.array(["a"] * P), "finite real number, not a NumPy array"),
+        (torch.tensor(float("nan")), "finite in torch.float64"),
+        (torch.full((P,), float("inf")), "finite in torch.float64"),
+        (torch.ones(P - 1), r"\(11,\).*not a tensor of shape \(10,\)"),
+        (torch.ones(P, 1), r"not a tensor of shape \(11, 1\)"),
+        (torch.ones(P, device="meta"), "is on meta"),
+        (torch.tensor(1.0, device="meta"), "is on meta"),
+        ({}, "missing .*, unknown \\[\\]"),
+        (dict.fromkeys((*LAYERS.names, *made.SPACE.names, "more"), 0.1), "missing \\[\\], unknown .*'more'"),
+    ],
+)
+def test_what_is_no_damping(name: str, damping: Any, told: str) -> None:
+    matrix, _ = MAKERS[name]()
+    for attempt in (
+        lambda: matrix.solve(vector(), damping),
+        lambda: matrix.logdet(damping),
+        lambda: matrix.sample(1, damping),
+    ):
+        with pytest.raises(CurvlabError, match=told):
+            attempt()
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(4), torch.tensor(float("nan")), "a", False, None, [1.0]])
+def test_a_name_with_what_is_no_damping(wrong: Any) -> None:
+    for name in ("Diagonal", "KFAC"):
+        matrix, _ = MAKERS[name]()
+        last = matrix.space.names[-1]
+        with pytest.raises(CurvlabError, match=f"damping of {last}"):
+            matrix.solve(vector(), dict.fromkeys(matrix.space.names, 0.1) | {last: wrong})
+
+
+def test_a_tensor_of_another_shape_than_its_parameter() -> None:
+    matrix, _ = MAKERS["Diagonal"]()
+    named = matrix.space.unflatten(positive_entries(matrix.space))
+    for wrong in (named["w"].mT, named["w"].reshape(-1), named["w"][:, :1], named["w"].repeat(1, 2), torch.ones(1)):
+        with pytest.raises(CurvlabError, match=r"damping of w is a number or a tensor of its shape \(3, 2\)"):
+            matrix.logdet(named | {"w": wrong})
+
+
+def test_a_damping_beyond_the_dtype() -> None:
+    matrix = MAKERS["Diagonal"]()[0].to(dtype=torch.float32)
+    assert matrix.logdet(positive_entries(made.SPACE)).dtype == torch.float32
+    for damping in (1e39, torch.full((P,), 1e39, dtype=torch.float64)):
+        with pytest.raises(CurvlabError, match=r"finite in torch\.float32"):
+            matrix.logdet(damping)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_a_vector_that_leaves_it_singular_or_indefinite(name: str) -> None:
+    matrix, dense = MAKERS[name]()
+    away = -dense.diagonal().clone()
+    away[1:] += 1e-3
+    with pytest.raises(CurvlabError, match=r"F \+ diag\(damping\) is not positive definite"):
+        matrix.logdet(away)
+    with pytest.raises(CurvlabError, match=r"F \+ diag\(damping\) is not positive definite"):
+        matrix.sample(1, away)
+    if isinstance(matrix, Diagonal):
+        with pytest.raises(CurvlabError, match=r"F \+ diag\(damping\) is singular"):
+            matrix.solve(vector(), away)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_evidence_is_differentiable_in_the_damping(name: str) -> None:
+    """As the choice of a prior by the marginal likelihood needs it: one precision, one a layer, or one a parameter."""
+    matrix, dense = MAKERS[name]()
+
+    def inverse(damping: Any) -> Tensor:
+        return torch.linalg.inv(dense + dense_of(damping, matrix.space)).diagonal()
+
+    number = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(matrix.logdet(number), number)
+    assert close(gradient, inverse(0.4).sum())
+    of_layer = {size: number + size for size in one_a_layer(matrix.space).values()}  # one tensor a layer
+    layers = {name: of_layer[size] for name, size in one_a_layer(matrix.space).items()}
+    (gradient,) = torch.autograd.grad(matrix.logdet(layers), number)
+    assert close(gradient, inverse({n: t.item() for n, t in layers.items()}).sum())
+    entries = torch.full((P,), 0.4, dtype=torch.float64, requires_grad=True)  # equal, but each a variable
+    if name in (*LAYERED, "Composite"):
+        with pytest.raises(CurvlabError, match="is not one number"):
+            matrix.logdet(entries)
+    else:
+        (gradient,) = torch.autograd.grad(matrix.logdet(entries), entries)
+        assert close(gradient, inverse(0.4))
+
+
+def test_one_decomposition_serves_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector of equal numbers included."""
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (calls.append(len(m)), eigh(m))[1])
+    for name, blocks in (("Dense", 1), ("BlockDiagonal", 3), ("KFAC", 6)):
+        matrix, _ = MAKERS[name]()
+        calls.clear()
+        for damping in (0.1, 0.2, torch.full((P,), 0.3), dict.fromkeys(matrix.space.names, 0.4)):
+            matrix.solve(vector(), damping)
+            matrix.logdet(damping)
+        assert len(calls) == blocks
+
+
+def test_an_empty_parameter() -> None:
+    space = ParameterSpace(("w", "none"), ((3,), (0, 2)))
+    for matrix in (
+        Diagonal(torch.ones(3), space, INFO),
+        Implicit(lambda v: v, space, INFO, dtype=torch.float32),
+        Dense(torch.eye(3), space, INFO),
+        BlockDiagonal({"w": torch.eye(3), "none": torch.empty(0, 0)}, space, INFO),
+    ):
+        for damping in (1.0, torch.arange(3.0), {"w": torch.arange(3.0), "none": 5.0}):
+            added = dense_of(damping, space).diagonal().float()
+            assert torch.allclose(matrix.solve(torch.ones(3), damping), 1 / (1 + added))
+            assert torch.allclose(matrix.logdet(damping), (1 + added).log().sum())
+            assert matrix.sample(2, damping).shape == (3, 2)
+    assert Damping.of(1.0, space, torch.float32, torch.device("cpu")).over(["none"]) == 1
+
+
+def test_a_layer_that_is_square() -> None:
+    """Where no shape tells the sides of a basis apart, nor rows from columns."""
+    u_a, u_s = (torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.arange(1.0, 10.0, dtype=torch.float64).view(3, 3)
+    space = ParameterSpace(("fc.weight",), ((3, 3),))
+    matrix = EKFAC.from_tensors({"fc|U_A": u_a, "fc|U_S": u_s, "fc|values": values}, space, INFO)
+    basis = kron(u_s, u_a)
+    dense = basis @ values.flatten().diag() @ basis.mT
+    assert close(matrix.to_dense(), dense)
+    assert close(matrix.diagonal(), dense.diagonal())
+    assert close(matrix.solve(values.flatten(), 0.5), torch.linalg.solve(dense + 0.5 * torch.eye(9), values.flatten()))
+    assert close(matrix.trace(), dense.trace())
+    assert close(matrix.frobenius_norm(), torch.linalg.matrix_norm(dense))
+
+
+def test_factors_with_eigenvalues_of_both_signs() -> None:
+    a, s = (made.positive(3, seed) - 1.6 * torch.eye(3, dtype=torch.float64) for seed in (0, 1))
+    matrix = KFAC.from_tensors({"fc|A": a, "fc|S": s}, ParameterSpace(("fc.weight",), ((3, 3),)), INFO)
+    dense, b = kron(s, a), torch.arange(1.0, 10.0, dtype=torch.float64)
+    assert close(matrix.eigenvalues(), torch.linalg.eigvalsh(dense))
+    assert close(matrix.diagonal(), dense.diagonal())
+    assert close(matrix.trace(), dense.trace())
+    assert close(matrix.solve(b, 0.1), torch.linalg.solve(dense + 0.1 * torch.eye(9, dtype=dense.dtype), b))
+    with pytest.raises(CurvlabError, match="not positive definite"):
+        matrix.logdet(0.1)

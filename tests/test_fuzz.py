@@ -1,0 +1,157 @@
+"""A slice of the fuzzer with fixed seeds, and that the fuzzer sees what it is for."""
+
+import os
+from random import Random
+from threading import Event
+
+import pytest
+import torch
+from fuzzing import workers
+from fuzzing.cells import Cell, draw
+from fuzzing.decorations import DECORATIONS
+from fuzzing.draft import Draft, Step, UnfitError
+from fuzzing.judge import Verdict, judge
+from fuzzing.layers import LAYERS, ODD
+from fuzzing.shrink import script, shrink
+from fuzzing.source import source
+
+from curvlab.estimators import hooks
+from curvlab.problem import Problem
+
+_SHAPES = ((4,), (3, 4), (4, 2, 2), (2, 4, 4))
+
+
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_a_slice(first: int) -> None:
+    for seed in range(first, first + 20):
+        verdict = judge(draw(seed))
+        assert not verdict.failed, script(draw(seed), verdict) + verdict.details
+
+
+def plain(**changes: object) -> Cell:
+    """A Linear layer on three samples, asked for the diagonal of its empirical Fisher."""
+    cell = Cell(
+        seed=0,
+        shape=(3,),
+        whole=False,
+        steps=(Step("linear", 0, 0), Step("activation", 1, 0)),
+        classes=2,
+        count=3,
+        repeats=1,
+        loss="squared_error",
+        quantity="empirical_fisher",
+        structure="diag",
+        backend="auto",
+        data="(x, y)",
+        batch_size=None,
+        params=None,
+        dtype="float64",
+        around="",
+        damping="",
+    )
+    return Cell(**{**vars(cell), **changes})
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize("structure", ["diag", "dense", "kfac", "ekfac", "tkfac", "implicit", "diagonality"])
+    @pytest.mark.parametrize("quantity", ["fisher", "empirical_fisher", "fisher:samples=2,seed=1"])
+    @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error", "binary_cross_entropy"])
+    def test_right(self, loss: str, quantity: str, structure: str) -> None:
+        assert judge(plain(loss=loss, quantity=quantity, structure=structure)).word == "right"
+
+    @pytest.mark.parametrize("quantity", ["hessian", "ggn", "masq:batch_size=2,norm=mean"])
+    def test_right_of_any_structure_but_factors(self, quantity: str) -> None:
+        assert judge(plain(quantity=quantity, structure="block_diag")).word == "right"
+
+    @pytest.mark.parametrize("structure", ["diag", "kfac", "diagonality"])
+    def test_a_wrong_number(self, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Problem, "num_samples", 4)  # of three
+        assert judge(plain(structure=structure)).word == "wrong"
+
+    def test_a_raw_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise KeyError("x")
+
+        monkeypatch.setattr(Problem, "check", fail)
+        assert judge(plain()).word == "raw"
+
+    def test_what_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def draw_numbers(*_: object) -> None:
+            torch.rand(1)
+
+        monkeypatch.setattr(Problem, "check", draw_numbers)
+        assert judge(plain()).signature == ("changed", "torch's random state")
+
+    def test_a_number_where_a_refusal_is_right(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        odd = plain(steps=(Step("random", 0, 1),))
+        monkeypatch.setattr(Problem, "check", lambda _: None)
+        assert judge(odd).word == "wrong"
+
+
+class TestWorkers:
+    def ask(self) -> Verdict:
+        worker = workers.Worker()
+        try:
+            worker.give(plain())
+            return worker.take()
+        finally:
+            worker.stop()
+
+    def test_a_verdict(self) -> None:
+        assert self.ask().word == "right"
+
+    def test_a_process_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers, "judge", lambda _: os._exit(3))
+        assert self.ask() == Verdict("raw", "the process dies: exit code 3")
+
+    def test_a_process_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers, "judge", lambda _: Event().wait())
+        monkeypatch.setattr(workers, "_SECONDS", 0.1)
+        assert self.ask().told == "no answer after 0 s"
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *ODD])
+def test_torch_runs_a_network_with_each_kind_of_layer(kind: str) -> None:
+    for seed in range(60):
+        shape = _SHAPES[seed % len(_SHAPES)]
+        whole = seed % 8 > 3
+        before = [] if whole else [Step("linear", 0, 3)]
+        draft = Draft(shape, whole)
+        try:
+            for step in (*before, Step(kind, 1, seed)):
+                draft.take(step, (LAYERS | ODD)[step.kind])
+        except UnfitError:
+            continue
+        if judge(plain(shape=shape, whole=whole, steps=(*before, Step(kind, 1, seed)))).word != "not run":
+            return
+    pytest.fail(f"{kind} never ran")
+
+
+def test_a_cell_is_its_seed() -> None:
+    assert draw(5) == draw(5)
+    assert source(draw(5)) == source(draw(5)) != source(draw(6))
+
+
+def test_a_decoration_keeps_its_module_when_others_are_dropped() -> None:
+    def hooked(layers: tuple[int, ...], seed: int) -> list[str]:
+        draft = Draft((3,))
+        for step in (*(Step("linear", i, 0) for i in layers), Step("forward_hook", 3, seed)):
+            draft.take(step, (LAYERS | DECORATIONS)[step.kind])
+        return draft.after
+
+    for seed in range(10):
+        (line,) = hooked((0, 1, 2), seed)
+        (kept,) = (i for i in range(3) if f"model.m{i}a." in line)
+        for dropped in {0, 1, 2} - {kept}:
+            assert hooked(tuple({0, 1, 2} - {dropped}), seed) == [line]
+
+
+def test_a_failure_is_made_small_and_its_script_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    diagonal = hooks._diagonal
+    monkeypatch.setattr(hooks, "_diagonal", lambda *arguments: 1.01 * diagonal(*arguments))
+    random = Random(0)
+    steps = tuple(Step(kind, i, random.randrange(99)) for i, kind in enumerate(("linear", "activation", "linear")))
+    cell = plain(steps=steps, loss="cross_entropy", quantity="ggn", batch_size=2)
+    small, verdict = shrink(cell, judge(cell))
+    assert (small.steps, small.quantity, small.batch_size) == ((), "empirical_fisher", None)
+    exec(script(small, verdict), {})

@@ -1,0 +1,299 @@
+"""Rules are taken where they are right, of networks as people write them; what is rejected is told, and computed."""
+
+import types
+
+import pytest
+import torch
+from kinds_under_test import CLASSES, RIGHT, mlp, plainly, problem_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab import Problem, estimate
+from curvlab.errors import UnsupportedError
+from curvlab.estimators import hooks, registry, rules, torch_func
+from curvlab.estimators.backend import Backend
+from curvlab.estimators.capture import forward, graph_of, leaves_of
+from curvlab.estimators.layers import layer_in
+from curvlab.estimators.rows import row_batches
+from curvlab.estimators.rules import WrongRuleError, rule
+from curvlab.estimators.sums import Sums
+from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_factors, verify_rules
+from curvlab.losses import Loss
+from curvlab.progress import silent
+from curvlab.quantities import EmpiricalFisher, Fisher
+from curvlab.structures import Dense
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("backend", ["auto", "hooks", "torch"])
+@pytest.mark.parametrize("kind", RIGHT)
+def test_diagonals(kind: str, backend: str) -> None:
+    problem = problem_of(RIGHT[kind])
+    for quantity in ("empirical_fisher", "ggn"):
+        matrix = estimate(problem, quantity, "diag", backend=backend)
+        assert close(matrix.diagonal(), plainly(problem, quantity).diagonal()), quantity
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_kronecker_factors_or_the_diagonal(kind: str) -> None:
+    """EK-FAC's trace is that of the true block, layer by layer, and so is the diagonal's."""
+    problem = problem_of(RIGHT[kind])
+    layers, reasons = kronecker_layers(problem, problem.space)
+    assert sorted([*reasons, *(n for layer in layers.values() for n in layer.parameters)]) == sorted(
+        problem.space.names
+    )
+    if not layers:
+        with pytest.raises(UnsupportedError, match="no parameter has Kronecker factors"):
+            estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+        return
+    diagonal = problem.space.unflatten(plainly(problem, "empirical_fisher").diagonal())
+    for backend in ("auto", "torch"):
+        found = estimate(problem, "empirical_fisher", "ekfac:rest=diag", backend=backend)
+        found_diagonal = problem.space.unflatten(found.diagonal())
+        for layer in layers.values():
+            expected = sum(float(diagonal[name].sum()) for name in layer.parameters)
+            assert sum(float(found_diagonal[name].sum()) for name in layer.parameters) == pytest.approx(
+                expected, rel=1e-10
+            )
+        for name in reasons:
+            assert close(found_diagonal[name], diagonal[name])
+
+
+def patched() -> nn.Module:
+    def doubling(self: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(2 * x, self.weight, self.bias)
+
+    model = mlp()
+    model[0].forward = types.MethodType(doubling, model[0])
+    return model
+
+
+def test_what_is_rejected_is_told() -> None:
+    problem = problem_of(patched)
+    matrix = estimate(problem, "fisher", "diag")
+    assert matrix.info.backend == "hooks"
+    assert matrix.info.rejected == (
+        "0.weight is of Linear 0, whose forward was replaced: it does not have the gradient that its inputs and the "
+        "gradient of its output give",
+    )
+    assert estimate(problem_of(mlp), "fisher", "diag").info.rejected == ()
+
+
+def test_libraries_that_were_rejected_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such kernel\nand a long explanation")
+
+    broken = Backend("hooks", hooks.BACKEND.cells, fail)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": broken, "torch": torch_func.BACKEND})
+    matrix = estimate(problem_of(mlp), "fisher", "diag")
+    assert matrix.info.backend == "torch"
+    assert matrix.info.rejected == ("backend hooks: it fails on Sequential (ValueError: no such kernel)",)
+    with pytest.raises(UnsupportedError, match=r"backend hooks cannot: it fails on Sequential .*backend torch can"):
+        estimate(problem_of(mlp), "fisher", "diag", backend="hooks")
+
+
+class Gated(nn.Module):
+    """Some samples use the weight of a layer a second time, by no call of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x).tanh()
+        gate = x[:, :1] > 50
+        if bool(gate.any()):
+            hidden = torch.where(gate, hidden + F.linear(hidden, self.fc.weight), hidden)
+        return self.out(hidden)
+
+
+def sixteen(model: nn.Module, *odd: int) -> tuple[Problem, Problem]:
+    """Return a problem in batches of two, some samples of which are odd, and the same in one batch."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(16, 4, dtype=torch.float64), torch.arange(16) % CLASSES
+    inputs[list(odd), 0] = 100.0
+    problem = Problem(model.double(), "cross_entropy", list(zip(inputs.split(2), targets.split(2), strict=True)))
+    assert all(bool((x[:, 0] < 50).all()) for x, _ in problem.probe())
+    return problem, Problem(model, "cross_entropy", (inputs, targets))
+
+
+def test_a_use_that_the_samples_of_the_verification_do_not_show() -> None:
+    problem, whole = sixteen(Gated(), 5)
+    verified = verify_rules(problem, problem.space)
+    assert set(verified.layers) == {"fc", "out"}
+    odd = list(problem.batches())[2][0]
+    with pytest.raises(UnfaithfulError, match=r"fc\.weight is of Linear fc, but acts elsewhere too on some batch"):
+        verified.run(problem, odd)
+    for quantity in ("empirical_fisher", "ggn"):
+        expected = plainly(whole, quantity)
+        diagonal = estimate(problem, quantity, "diag")
+        assert close(diagonal.diagonal(), expected.diagonal())
+        assert "fc.weight is of Linear fc, but acts elsewhere too on some batch" in diagonal.info.rejected
+        for structure in ("dense", "implicit"):
+            matrix = estimate(problem, quantity, structure)
+            assert close(matrix @ torch.eye(problem.space.total, dtype=torch.float64), expected)
+    for backend in ("auto", "hooks", "torch", "curvlinops", "nngeometry"):
+        with pytest.raises(UnsupportedError, match="fc"):
+            estimate(problem, "empirical_fisher", "kfac", backend=backend)
+
+
+class BranchesByName(nn.Module):
+    """For some samples a layer has no part in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x)
+        return self.out(x if bool((x[:, 0] > 50).any()) else hidden)
+
+
+def test_a_layer_without_a_part_in_some_outputs() -> None:
+    problem, whole = sixteen(BranchesByName(), 4, 5)
+    matrix = estimate(problem, "ggn", "diag")
+    assert close(matrix.diagonal(), plainly(whole, "ggn").diagonal())
+    assert "on which the outputs depend for some samples only" in " ".join(matrix.info.rejected)
+
+
+@pytest.mark.parametrize("structure", ["diag", "dense", "block_diag"])
+@pytest.mark.parametrize("split", [9, 4])
+def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: int) -> None:
+    """A rule of torch for vectorising is wrong there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 10)).double()
+    inputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
+    problem = Problem(model, "cross_entropy", list(zip(inputs.split(split), targets.split(split), strict=True)))
+    whole = torch_func.compute(problem, Fisher(), Dense(), problem.space, None, silent).tensors["matrix"]
+    parts = [whole[part, part] for part in problem.space.slices.values()]
+    expected = {"diag": whole.diagonal().diag(), "dense": whole, "block_diag": torch.block_diag(*parts)}[structure]
+    assert close(estimate(problem, "fisher", structure).to_dense(), expected)
+
+
+def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, CLASSES)).double()
+    inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % CLASSES
+    problem = Problem(model, "cross_entropy", (inputs, targets))
+    expected = plainly(problem, "empirical_fisher")
+    right = torch.func.vmap
+
+    def wrong(function):
+        def answer(*arguments):
+            found = right(function)(*arguments)
+            if isinstance(found, dict):  # wrong for the batch alone, not for the samples of the verification
+                return {key: rows.roll(1, 0) if len(rows) == 8 else rows for key, rows in found.items()}
+            return found.roll(1, 0) if len(found) == 8 else found
+
+        return answer
+
+    monkeypatch.setattr(rules, "vmap", wrong)
+    given, slopes = torch.randn(2, 8, 6, dtype=torch.float64)
+    alone = rule(layer_in(problem.space, "1", model[1]), given)
+    with pytest.raises(WrongRuleError, match="torch vectorises PReLU wrongly over 8 samples"):
+        alone.add(slopes)
+    matrix = estimate(problem, "empirical_fisher", "diag")
+    assert close(matrix.diagonal(), expected.diagonal())
+    assert "1.weight has no rule that is right for every batch" in " ".join(matrix.info.rejected)
+    monkeypatch.setattr("curvlab.estimators.rows.vmap", wrong)
+    rows = torch.cat(list(row_batches(problem, EmpiricalFisher(), problem.space.names)))
+    assert close(rows.mT @ rows / 8, expected)
+
+
+def test_where_all_gradients_are_zero_the_weights_are_moved() -> None:
+    """Behind a last layer of zeros nothing can be compared: what is right stays right, what is wrong shows."""
+
+    def zeroed(build):
+        def model() -> nn.Module:
+            made = build()
+            nn.init.zeros_(made[2].weight)
+            return made
+
+        return model
+
+    good, bad = problem_of(zeroed(mlp)), problem_of(zeroed(patched))
+    assert set(kronecker_layers(good, good.space)[0]) == {"0", "2"}
+    assert set(kronecker_layers(bad, bad.space)[0]) == {"2"}
+
+
+def test_weights_and_biases_of_their_own() -> None:
+    """A bias is not left out for what is done with its weight, but Kronecker factors are of whole layers."""
+
+    class AlsoElsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.fc(x).tanh() @ self.fc.weight.t().t())
+
+    problem = problem_of(AlsoElsewhere)
+    verified = verify_rules(problem, problem.space)
+    assert verified.layers["fc"].parameters == ("fc.bias",)
+    assert set(verify_factors(problem, problem.space).layers) == {"out"}
+
+
+def test_uses_of_parameters_in_a_graph() -> None:
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Parameter(torch.randn(4, 4)) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            transposed = self.b.t()
+            return (x @ self.a + x @ transposed @ transposed)[:, :CLASSES] + self.c.flatten()[:CLASSES]
+
+    problem = problem_of(Uses)
+    leaves = leaves_of(problem)
+    outputs, _ = forward(problem, {}, problem.probe()[0][0], leaves)
+    assert graph_of(outputs, leaves).uses == {"a": 1, "b": 2, "c": 1, "d": 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", ["diag", "dense", "kfac", "ekfac", "tkfac", "implicit"])
+def test_half_precision_is_added_up_in_more(structure: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = mlp().to(dtype)
+    inputs, targets = torch.randn(300, 4).to(dtype), torch.randint(CLASSES, (300,))
+    half = Problem(model, "cross_entropy", (inputs, targets))
+    matrix = estimate(half, "fisher", structure, batch_size=5)
+    assert matrix.dtype == torch.float32
+    double = mlp().double()
+    double.load_state_dict(model.state_dict())
+    right = estimate(Problem(double, "cross_entropy", (inputs.double(), targets)), "fisher", structure)
+    vectors = torch.randn(half.space.total, 2)
+    expected = right @ vectors.double()
+    assert float((matrix @ vectors - expected).norm() / expected.norm()) < 0.01
+
+
+def test_long_sums_lose_nothing() -> None:
+    problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.randn(100_000, 2), torch.zeros(100_000).long()))
+    sums = Sums({"one": (1,), "tenth": (2, 2)}, problem)
+    for _ in range(100_000):
+        sums.running["one"] += 1
+        sums.running["tenth"] += 0.1
+        sums.next()
+    means = sums.means()
+    assert means["one"].dtype == torch.float32
+    assert means["one"] == 1
+    assert torch.allclose(means["tenth"], torch.full((2, 2), 0.1), rtol=2e-6, atol=0)
+
+
+class Poisson(Loss):
+    """A likelihood that the reference does not know."""
+
+    values = check = gradients = output_factors = num_factors = fisher_product = draw = drawn_gradients = sample = None  # type: ignore[assignment]
+
+
+def test_a_loss_that_the_reference_does_not_know_is_refused() -> None:
+    problem = problem_of(mlp)
+    problem.loss = Poisson()
+    problem.loss.name = "poisson"
+    rows = torch_func.per_sample_rows(problem, Fisher(), problem.space)
+    with pytest.raises(UnsupportedError, match="the reference has no exact Fisher of Poisson"):
+        next(rows)
