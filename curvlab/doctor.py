@@ -38,7 +38,6 @@ from curvlab.text import readable
 Work = Callable[[Problem], Callable[[], object]]
 
 _FEW = 4  # samples, on which a cell is refused or not
-_MANY = 500  # backward passes, more than which are not gone through to see who can
 _LIMIT = 0.25  # seconds that a larger probe may be expected to take
 _LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
 _MEASURED = 1e7  # and of a matrix without structure that is formed some more times, to see how long it takes
@@ -307,25 +306,26 @@ class _Probe:
             return matrix if structure.name != "implicit" else self._multiplied(matrix())
 
         backward_passes = self._backward_passes(quantity, structure)
+        columns = 1
+        if isinstance(quantity, Hessian) and structure.name != "implicit" and not BACKENDS[backend].library:
+            # The reference makes its matrix of products, a column each: one shows whether it can.
+            columns = self.space.total
+            trial = self._multiplied(estimate(self.few, quantity, "implicit", backend=backend, params=self.params))
+        else:
+            trial = work(self.few)
         started = time.perf_counter()
-        if isinstance(quantity, Hessian) and backward_passes > _MANY and not BACKENDS[backend].library:
-            # Of which the reference makes its matrix, a column a product.
-            self._multiplied(estimate(self.few, quantity, "implicit", backend=backend, params=self.params))()
+        trial()  # refused before anything is measured; and what is loaded at a first call is loaded
+        if not measured or columns * (time.perf_counter() - started) > self.left:
             return {"backward_passes": backward_passes}
-        work(self.few)()  # refused before anything is measured; and what is loaded at a first call is loaded
-        least = 4 * (time.perf_counter() - started)  # that measuring takes
-        if not measured or least > self.left:
-            return {"backward_passes": backward_passes}
-        started = time.perf_counter()
         points = self._points(work)
+        if len(points) < min(2, len(self.rungs)):
+            return {"backward_passes": backward_passes}
         seconds = self._whole(points)
-        self.left -= time.perf_counter() - started
-        peak = self._peak(work, points)
         return {
             "backward_passes": backward_passes,
             "seconds": seconds,
             "passes": seconds / self.plain,
-            "peak_bytes": peak,
+            "peak_bytes": self._peak(work, points),
         }
 
     def _multiplied(self, matrix: CurvatureMatrix) -> Callable[[], object]:
@@ -338,16 +338,17 @@ class _Probe:
         points: list[tuple[Problem, float]] = []
 
         def affordable(rung: Problem) -> bool:
-            if len(points) < 2:
-                return True
-            # A cell may take long on any number of samples: then further ones cost little. But the line can err.
-            at_most = points[-1][1] * rung.num_samples / points[-1][0].num_samples
-            return self._at(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1]) and at_most <= self.left
+            if points and points[-1][1] * rung.num_samples / points[-1][0].num_samples > self.left:
+                return False
+            # A cell may take long on any number of samples: then further ones cost little.
+            return len(points) < 2 or self._at(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1])
 
         left = self.rungs
         while reached := [rung for rung in left if affordable(rung)]:
             rung = reached[0] if len(points) < 2 else reached[-1]
+            started = time.perf_counter()
             points.append((rung, _seconds(work(rung))))
+            self.left -= time.perf_counter() - started
             left = [other for other in left if other.num_samples > rung.num_samples]
         return points
 
@@ -359,13 +360,13 @@ class _Probe:
 
     def _peak(self, work: Work, points: Sequence[tuple[Problem, float]]) -> float:
         """Return the bytes on a batch; NaN where it takes long to watch even the first rungs."""
-        # A further batch takes nothing more.
-        within = [p for p in points if p[0].num_samples <= self.batch_size and _WATCHED * p[1] <= self.left]
-        last = within[-1:] if within and within[-1][0].num_samples == self.batch_size else within[:2]
-        if not last or (len(last) == 1 and last[0][0].num_samples < self.batch_size):
-            return nan
+        watched = [rung for rung in self.rungs if rung.num_samples == self.batch_size]  # further batches add nothing
+        if _WATCHED * self._at(points, self.batch_size) > min(_LIMIT, self.left):
+            watched = [rung for rung, _ in points[:2]]
+            if _WATCHED * sum(seconds for _, seconds in points[:2]) > self.left:
+                return nan
         started = time.perf_counter()
-        peaks = [(some, float(_peak_bytes(work(some)))) for some, _ in last]
+        peaks = [(rung, float(_peak_bytes(work(rung)))) for rung in watched]
         self.left -= time.perf_counter() - started
         return self._at(peaks, self.batch_size)
 

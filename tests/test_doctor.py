@@ -25,7 +25,13 @@ X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    """Measure once, and however busy the machine is."""
+    """Measure nothing; what is not about predictions needs none."""
+    monkeypatch.setattr(MODULE, "_PATIENCE", 0.0)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measure everything, once, and however busy the machine is."""
     monkeypatch.setattr(MODULE, "_QUICK", 0.0)
     monkeypatch.setattr(MODULE, "_PATIENCE", float("inf"))
 
@@ -149,9 +155,6 @@ def test_it_says_what_estimate_says(name, quantity):
             assert cell["obstacle"] == said
         else:
             assert (cell["supported"], said) == ("yes", None), cell
-            assert cell["seconds"] > 0
-            assert cell["passes"] > 0
-            assert cell["peak_bytes"] > 0
     for structure, cells in diagnosis.cells.groupby("structure"):
         try:
             chosen = estimate(subject, quantity, structure).info.backend.split(", ")
@@ -160,6 +163,13 @@ def test_it_says_what_estimate_says(name, quantity):
         # Of a structure with a rest, auto may take two backends where no single one does both parts.
         assert set(cells[cells.auto].backend) <= set(chosen), structure
         assert len(chosen) > 1 or set(cells[cells.auto].backend) == set(chosen), structure
+
+
+@pytest.mark.usefixtures("measured", "two_backends")
+@pytest.mark.parametrize("quantity", ["fisher", "hessian"])
+def test_all_of_a_small_network_is_predicted(quantity):
+    cells = doctor(mlp(), quantity).cells
+    assert (cells[cells.supported == "yes"][["seconds", "passes", "peak_bytes"]] > 0).all(axis=None)
 
 
 def test_the_rest_is_offered_where_it_works(two_backends):
@@ -219,17 +229,25 @@ def test_size_of_the_matrix(name):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "each", "batch"),
-    [(0.02, 2e-4, 50), (0.0, 1e-3, 500), (0.0, 0.02, 100), (0.3, 1e-4, 100), (0.01, 2e-3, 2)],
+    ("fixed", "each", "batch", "reached"),
+    [
+        (0.02, 2e-4, 50, True),
+        (0.0, 1e-3, 500, False),
+        (0.0, 0.02, 100, False),
+        (0.3, 1e-4, 100, False),
+        (0.01, 2e-3, 2, True),
+    ],
 )
-def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
+@pytest.mark.usefixtures("measured")
+def test_seconds_and_peak_of_the_whole(monkeypatch, fixed, each, batch, reached):
     """Against a backend whose time is a line in the samples."""
 
     clock = [0.0]
 
     def timed(some, *_, **__):
         clock[0] += fixed + each * some.num_samples
-        return torch.zeros(25 * some.num_samples)  # a hundred bytes a sample
+        # A hundred bytes a sample, and something that only a large batch shows.
+        return torch.zeros(25 * some.num_samples + 25 * (some.num_samples > 30))
 
     x, y = torch.randn(1000, 4), torch.arange(1000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=batch))
@@ -238,8 +256,14 @@ def test_seconds_of_the_whole(monkeypatch, fixed, each, batch):
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
     assert costs["seconds"] == pytest.approx(fixed + each * 1000)
-    assert costs["peak_bytes"] == 100 * batch  # also where no probe is as large
+    assert costs["peak_bytes"] == 100 * batch + 100 * (reached and batch > 30)  # also where no probe is as large
     assert clock[0] < 4
+
+
+def test_names_are_only_names():
+    cells = doctor(mlp(), "hessian").cells
+    told = str(MODULE.Diagnosis("a\x1b[31m", ("b\tc\x9b",), cells))
+    assert "a\\x1b[31m\n- b c\\x9b\n" in told
 
 
 # How long it takes.
@@ -254,7 +278,6 @@ def test_a_probe_a_backend_not_a_run(monkeypatch):
         tried.append((str(structure), options["backend"], some.num_samples))
         return estimate(some, quantity, structure, **options)
 
-    monkeypatch.setattr(MODULE, "_PATIENCE", 0.0)
     monkeypatch.setattr(MODULE, "estimate", counted)
     monkeypatch.setattr(MODULE, "STRUCTURES", {name: STRUCTURES[name] for name in ("diag", "kfac", "implicit")})
     cells = doctor(subject, "empirical_fisher", params=["pooler.*", "classifier.*"]).cells
@@ -292,24 +315,31 @@ def test_measuring_ends(monkeypatch, each):
     x, y = torch.randn(4000, 4), torch.arange(4000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=2000))
     monkeypatch.setattr(MODULE, "_PATIENCE", 10.0)
+    monkeypatch.setattr(MODULE, "_QUICK", 0.0)
     probe = MODULE._Probe(subject, None, {})
     monkeypatch.setattr(MODULE, "estimate", slow)
     monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = [probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)]
-    assert clock[0] - 100 * each <= 2 * 10.0  # what is watched for its memory is watched after it was timed
+    assert clock[0] - 100 * each <= 10.0 + each
     assert ("seconds" in costs[0]) == (each < 5)
     assert "seconds" not in costs[-1]
     assert all("backward_passes" in cost for cost in costs)
 
 
-def test_a_large_hessian_is_not_formed_to_see_who_can(monkeypatch):
-    monkeypatch.setattr(MODULE, "_MANY", 42)
+def test_a_hessian_is_not_formed_to_see_who_can(monkeypatch):
+    tried = []
+
+    def counted(some, quantity, structure, **options):
+        tried.append((str(structure), options["backend"]))
+        return estimate(some, quantity, structure, **options)
+
+    monkeypatch.setattr(MODULE, "estimate", counted)
     diagnosis = doctor(mlp(), "hessian")
     for structure in ("dense", "block_diag", "diag"):
         cell = one(diagnosis, structure=structure, backend="torch")
         assert (cell["supported"], cell["backward_passes"]) == ("yes", 43)
         assert math.isnan(cell["seconds"])
-    assert one(diagnosis, structure="implicit", backend="torch")["seconds"] > 0
+    assert {structure for structure, backend in tried if backend == "torch"} == {"implicit"}
     assert one(diagnosis, structure="diag", backend="backpack")["auto"]
     assert one(diagnosis, structure="dense", backend="torch")["auto"]
 
@@ -401,7 +431,22 @@ def test_nothing_is_changed(name, train):
     )
 
 
+def test_what_a_library_draws_is_not_seen(two_backends, monkeypatch):
+    def drawing(*arguments, **options):
+        torch.rand(1)
+        warnings.simplefilter("once", FutureWarning)
+        return estimate(*arguments, **options)
+
+    monkeypatch.setattr(MODULE, "estimate", drawing)
+    subject = mlp()
+    random, filters = torch.get_rng_state(), list(warnings.filters)
+    doctor(subject, "empirical_fisher")
+    assert torch.equal(random, torch.get_rng_state())
+    assert warnings.filters == filters
+
+
 @pytest.mark.parametrize("batch", [1, 3, 9, 20])
+@pytest.mark.usefixtures("measured")
 def test_any_batches(two_backends, batch):
     loader = DataLoader(TensorDataset(X, Y), batch_size=batch)
     cells = doctor(Problem(mlp().model, "cross_entropy", loader), "empirical_fisher").cells

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import pydantic
+from pydantic_core import PydanticCustomError
 from rich.console import Console
 from rich.text import Text
 
@@ -45,9 +46,21 @@ class Config(pydantic.BaseModel):
     #: Titles for groups of options in the help, each under the name of the group's first field.
     titles: ClassVar[Mapping[str, str]] = {}
 
+    @pydantic.field_validator("*")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        """Refuse a whole number that neither torch nor a store can hold."""
+        if any(isinstance(number, int) and abs(number) >= 2**63 for number in _items(value)):
+            raise PydanticCustomError("out_of_range", "should be less than 2**63")
+        return value
+
     def to_yaml(self) -> str:
         """Return the whole config as YAML; ``--config`` reads it back."""
         return yaml_file.dumps(self.model_dump(mode="json"))
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 class RunOptions(Config):
@@ -204,6 +217,14 @@ def told(action: Callable[[], int | None], debug: bool) -> int:
         for note in getattr(error, "__notes__", ()):
             print(readable(note), file=sys.stderr)
         return 1 if isinstance(error, CellsFailed) else 2
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises has no class of its own on the CPU.
+        if debug or not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error))):
+            raise
+        size = re.search(r"[\d.]+ ?(?:bytes|.iB)", str(error))
+        what = f" for an array of {size[0]}" if size else ""
+        print(f"error: there is not enough memory{what}; take a smaller network or fewer samples", file=sys.stderr)
+        return 2
 
 
 def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
