@@ -3,18 +3,37 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_FOLDER = Path(__file__).with_name("killed_when_written")
+# Python imports a ``sitecustomize`` at its start, in the run's process and in those of its cells.
+_SITE = """
+import os, signal
+from pathlib import Path
+
+count, name, run = os.environ["KILLED_WHEN_WRITTEN"].split()
+main = int(os.environ.setdefault("KILLED_PROCESS", str(os.getpid())))
+replace = os.replace
+
+def watched(source, target, **options):
+    replace(source, target, **options)
+    if Path(target).name == name and len(list(Path(run).rglob(name))) >= int(count):
+        os.kill(main, signal.SIGKILL)
+        while True:
+            signal.pause()
+
+os.replace = watched
+"""
 
 
-def killed_when_written(command: Sequence[str], folder: str, name: str, count: int = 1) -> int:
-    """Run ``python -m`` a command, kill it when so many files of a name are in a folder, return its exit code.
+def killed_when_written(command: Sequence[str], run: str, name: str, count: int = 1) -> int:
+    """Run ``python -m`` a command, kill it when so many files of a name are in its folder, return its exit code.
 
-    A cell that has written the last of them kills the process and goes no further, until it is ended itself.
+    The cell that has written the last of them kills the process and goes no further, until it is ended itself.
     """
-    path = os.pathsep.join([str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-    given = os.environ | {"PYTHONPATH": path, "KILLED_WHEN_WRITTEN": f"{count} {name} {folder}"}
-    given.pop("KILLED_PROCESS", None)
-    return subprocess.run([sys.executable, "-m", *command], env=given, capture_output=True, check=False).returncode
+    with tempfile.TemporaryDirectory() as site:
+        Path(site, "sitecustomize.py").write_text(_SITE)
+        path = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
+        given = os.environ | {"PYTHONPATH": path, "KILLED_WHEN_WRITTEN": f"{count} {name} {run}"}
+        return subprocess.run([sys.executable, "-m", *command], env=given, capture_output=True, check=False).returncode

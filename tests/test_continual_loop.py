@@ -494,6 +494,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
                     os._exit(1)
             return os.waitpid(pid, 0)[1]
 
+        learn(permuted(blobs(), tasks=1), network(), METHODS["ewc"])  # what is imported at first use is so by now
         assert attempt("whole") == 0
         calls = int((folder / "calls").read_text())
         killed = [attempt("killed", int(share * calls)) for share in (0.25, 0.2, 0.3)]

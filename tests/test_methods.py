@@ -19,7 +19,7 @@ from curvlab.analyze.methods_cell import dataset_of, tasks_of
 from curvlab.analyze.methods_config import LISTS, PRESETS, MethodsConfig, candidates, single, trials
 from curvlab.continual import metrics, permuted, run, split_classes
 from curvlab.continual.strategies import ER, EWC, Joint, Naive
-from curvlab.grid import Place, Store
+from curvlab.grid import Place, Store, processes
 from curvlab.models import build
 
 ALL = ("naive", "ewc", "agem", "er", "stable", "joint")
@@ -520,8 +520,9 @@ def test_a_cell_that_fails_is_told(call):
     assert "Failed, and in no number above" in out
 
 
-def test_a_candidate_whose_cell_is_lost_ends_the_run(call, in_processes):
-    code, out, err = call(f"{TINY} --methods naive --lrs 0.1 0.2 --seeds 0 --cell-timeout 0.001 --out run")
+def test_a_candidate_whose_cell_is_lost_ends_the_run(call, monkeypatch):
+    monkeypatch.setattr(processes, "run", lambda *_: processes.Ended(None, 0, None, 1.0, "timeout"))
+    code, out, err = call(f"{TINY} --methods naive --lrs 0.1 0.2 --seeds 0 --cell-timeout 1 --out run")
     assert (code, out) == (1, "")
     assert "2 of 2 cells have failed" in err
 

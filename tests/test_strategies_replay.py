@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -382,13 +383,19 @@ def test_agem_leaves_parameters_alone_that_have_no_gradient() -> None:
     ids=["joint", "lwf", "er", "er ring", "der", "der++", "a-gem"],
 )
 def test_they_forget_less_than_naive_fine_tuning(strategy: Strategy) -> None:
-    stream: tuple[Task, ...] = permuted(load("digits"), tasks=3)
+    assert on_digits(strategy) > naive_on_digits() + 0.03
 
-    def final(method: Strategy) -> float:
-        model = build("mlp", (1, 8, 8), 10, hidden=(64,))
-        return float(learn(stream, model, method, epochs=3, batch_size=10, lr=0.05).accuracy[-1].mean())
 
-    assert final(strategy) > final(Naive()) + 0.03
+def on_digits(strategy: Strategy) -> float:
+    """Return the mean accuracy after three permutations of some of the digits."""
+    stream: tuple[Task, ...] = permuted(load("digits"), tasks=3, samples=600)
+    model = build("mlp", (1, 8, 8), 10, hidden=(64,))
+    return float(learn(stream, model, strategy, epochs=4, batch_size=10, lr=0.1).accuracy[-1].mean())
+
+
+@cache
+def naive_on_digits() -> float:
+    return on_digits(Naive())
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_run_and_the_same_again(call, monkeypatch, with_figures, in_processes):
+def test_a_run_and_the_same_again(call, monkeypatch, with_figures):
     line = f"{TINY} --seeds 0 1 --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
