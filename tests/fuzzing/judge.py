@@ -105,6 +105,8 @@ def _judge(cell: Cell) -> Verdict:
         answer = error = None
         try:
             answer = code["ask"](model, data)
+            if cell.refusal and isinstance(answer, CurvatureMatrix):
+                answer.to_dense()  # an implicit matrix has no number before its first product
         except CurvlabError as refused:
             error = refused
         except Exception as raw:
