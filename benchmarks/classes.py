@@ -10,11 +10,10 @@ GGN's seconds over the Hessian's (not to be above 3). Prints a line of JSON a re
 """
 
 import argparse
-import json
 import time
 
 import torch
-from measure import in_own_process, machine, peak_above
+from measure import emit, in_own_process, machine, peak_above
 from torch import nn
 
 from curvlab import Problem, estimate
@@ -33,7 +32,7 @@ def run_case(case: str, classes: int, samples: int) -> None:
     estimate(small, CASES[case], "diag")  # the libraries' own start
     problem = problem_of(nn.Sequential(nn.Linear(213, 7), nn.Tanh(), nn.Linear(7, classes)), 213, samples, classes)
     matrix, seconds, peak = peak_above(lambda: estimate(problem, CASES[case], "diag"))
-    print(json.dumps({"parameters": matrix.shape[0], "seconds": round(seconds, 2), "peak_mb": round(peak, 1)}))
+    emit({"parameters": matrix.shape[0], "seconds": round(seconds, 2), "peak_mb": round(peak, 1)})
 
 
 def product_seconds(problem: Problem, quantity: str) -> float:
@@ -56,16 +55,16 @@ def main() -> None:
     if given.case:
         run_case(given.case, given.classes, given.samples)
         return
-    print(json.dumps({"machine": machine()}), flush=True)
+    emit({"machine": machine()})
     torch.manual_seed(0)
     problem = problem_of(nn.Linear(16, 2 * given.classes), 16, 8, 2 * given.classes)
     seconds = {quantity: product_seconds(problem, quantity) for quantity in ("hessian", "ggn", "fisher:samples=1")}
     ratio = {"ggn_over_hessian": round(seconds["ggn"] / seconds["hessian"], 2)}
     rounded = {f"{quantity}_seconds": round(value, 5) for quantity, value in seconds.items()}
-    print(json.dumps({"products": {"classes": 2 * given.classes} | rounded | ratio}), flush=True)
+    emit({"products": {"classes": 2 * given.classes} | rounded | ratio})
     for case in CASES:
         sizes = ("--classes", str(given.classes), "--samples", str(given.samples))
-        print(json.dumps({"diagonal": {"case": case} | in_own_process(__file__, case, *sizes)}), flush=True)
+        emit({"diagonal": {"case": case} | in_own_process(__file__, case, *sizes)})
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@
 ``naive``: a whole ``run`` of two tasks, its checks, bookkeeping and evaluations included, over bare loops that train
 and evaluate as much. ``methods``: the second of two tasks over bare steps that do what is written there, from a memory
 that is there already. They are timed in turn, on one thread; reported are the medians of the seconds and of the ratio
-within a round, and the bytes that a method holds at the end. Prints JSON.
+within a round, and the bytes that a method holds at the end. Prints a line of JSON a result.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import machine
+from measure import emit, machine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -204,13 +203,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    rows: dict[str, Any] = {"machine": machine(), "rounds": rounds, "naive": {}, "methods": {}}
+    emit({"machine": machine(), "rounds": rounds})
     for setting, (_, _, batch, _, _) in SETTINGS.items():
-        rows["naive"][setting] = naive(setting, rounds)
-        rows["methods"][setting] = {
-            name: method(setting, rounds, make(batch), bare) for name, (make, bare) in METHODS.items()
-        }
-    print(json.dumps(rows, indent=2))
+        emit({"setting": setting, "method": "naive", **naive(setting, rounds)})
+        for name, (make, bare) in METHODS.items():
+            emit({"setting": setting, "method": name, **method(setting, rounds, make(batch), bare)})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The network of Gepperth and Wiech's Table 2 (784-30-30-10, MNIST classes 0 to 4, 5,000 Adam steps), the statistics of
 its first weight (23,520 parameters, 5.5e8 entries). ``--wide``: all rows of 784-800-800-10, at initialisation and
-trained. Needs MNIST under ``CURVLAB_DATA`` and, for NNGeometry, the extra ``bench``. Prints JSON.
+trained. Needs MNIST under ``CURVLAB_DATA`` and, for NNGeometry, the extra ``bench``. Prints a line of JSON a result.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import in_own_process, machine, peak_above
+from measure import emit, in_own_process, machine, peak_above
 
 from curvlab import Problem
 from curvlab.data import load
@@ -139,20 +139,19 @@ def main() -> None:
     if given.case:
         run_case(given.case, given.data, given.samples)
         return
-    result = {"machine": machine()}
+    emit({"machine": machine()})
     with tempfile.TemporaryDirectory() as folder:
         nets = {"initial": 0, "trained": 3000} if given.wide else {"trained": 5000}
         for name, steps in nets.items():
             path = str(Path(folder) / f"{name}.pt")
             prepare(Path(path), (800, 800) if given.wide else (30, 30), steps, given.samples)
-            part = result[f"784-800-800-10, {name}" if given.wide else "784-30-30-10, fc1.weight"] = {}
+            net = f"784-800-800-10, {name}" if given.wide else "784-30-30-10, fc1.weight"
             common = ("--data", path, "--samples")
             case = "ours_all_rows" if given.wide else "ours"
-            part[case] = in_own_process(__file__, case, *common, str(given.samples), repeats=given.repeats)
-            if not given.wide and not given.no_peers:
-                part["dense"] = in_own_process(__file__, "dense", *common, str(given.samples))
-                part["nngeometry"] = in_own_process(__file__, "nngeometry", *common, str(given.samples))
-    print(json.dumps(result, indent=2))
+            ours = in_own_process(__file__, case, *common, str(given.samples), repeats=given.repeats)
+            emit({"net": net, "way": case, **ours})
+            for peer in () if given.wide or given.no_peers else ("dense", "nngeometry"):
+                emit({"net": net, "way": peer, **in_own_process(__file__, peer, *common, str(given.samples))})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 """Estimators: `estimate(...)` and the libraries by themselves, as ratios to one forward and backward pass.
 
     python benchmarks/estimators.py [--nets mlp cnn] [--cells exact_diag] [--ways ours] [--rounds 7] [--memory]
+    python benchmarks/estimators.py --against CHECKOUT
 
 Every net and cell is a process of its own. In it the plain pass and the ways take turns over the same batches, for some
 rounds, after one batch each to warm up; what is printed is the median over rounds of each way's seconds over the mean
 of the plain passes before and after it.
 ``--memory``: instead, the peak memory of each way over up to four batches, above the process with model and data that
-has done a plain pass; a process a way. Prints JSON.
+has done a plain pass; a process a way. ``--against``: instead, ours here and in another checkout of this repository, in
+turn. Prints a line of JSON a cell, as soon as it is there.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import torch
-from measure import in_own_process, machine, peak_above
+from measure import emit, in_own_process, machine, peak_above, side_by_side
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -253,6 +255,25 @@ def run_times(net: str, cell: str, rounds: int, only: list[str] | None) -> dict[
     }
 
 
+def serve(net: str, cell: str) -> None:
+    """For every line of the input, print what ours takes over the mean of the plain passes before and after it."""
+    model, batches = network(net)
+    way = ours(cell)
+    for _ in sys.stdin:
+        before = _seconds(lambda: plain(model, batches))
+        seconds = _seconds(lambda: way(model, batches))
+        print(2 * seconds / (before + _seconds(lambda: plain(model, batches))), flush=True)
+
+
+def compared(net: str, cell: str, rounds: int, other: str) -> dict[str, object]:
+    """Return the medians of this checkout and another one, and that of their quotients, round by round."""
+    here = str(Path(__file__).resolve().parent.parent)
+    found = side_by_side(__file__, f"{net}:{cell}", {"new": here, "old": other}, rounds)
+    quotients = [new / old for new, old in zip(found["new"], found["old"], strict=True)]
+    passes = {name: round(statistics.median(values), 3) for name, values in found.items()}
+    return {"net": net, "cell": cell, **passes, "new_over_old": round(statistics.median(quotients), 3)}
+
+
 def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
@@ -276,19 +297,24 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=["ours", *PEERS], help="only these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--against", metavar="CHECKOUT")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.case:
         net, cell, *way = arguments.case.split(":")
-        print(
-            json.dumps(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds, arguments.ways))
-        )
+        if arguments.serve:
+            serve(net, cell)
+        else:
+            emit(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds, arguments.ways))
         return
-    results = []
+    emit({"machine": machine(), "samples": N, "batch": BATCH})
     for net in arguments.nets:
         for cell in arguments.cells:
-            if arguments.memory:
+            if arguments.against:
+                result = compared(net, cell, arguments.rounds, arguments.against)
+            elif arguments.memory:
                 cases = {way: f"{net}:{cell}:{way}" for way in ("plain", *ways(net, cell))}
                 peaks = {way: in_own_process(__file__, case) for way, case in cases.items()}
                 megabytes = {way: peak.get("peak_mb", peak.get("failed")) for way, peak in peaks.items()}
@@ -296,9 +322,7 @@ def main() -> None:
             else:
                 only = ["--ways", *arguments.ways] if arguments.ways else []
                 result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds), *only)
-            results.append(result)
-            print(json.dumps(result), file=sys.stderr, flush=True)
-    print(json.dumps({"machine": machine(), "samples": N, "batch": BATCH, "results": results}, indent=1))
+            emit(result)
 
 
 if __name__ == "__main__":

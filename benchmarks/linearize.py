@@ -6,18 +6,18 @@ Forward pass, backward pass and SGD step, with batch normalisation in eval mode:
 into the convolutions. In every round a linearized model and the plain one take steps in turn for some tenths of a
 second; reported are the median milliseconds a step, and the median over the rounds of the ratio. ``ruled`` is the
 augmented forward pass; ``general`` is ``torch.func.jvp``, which a hook on a layer leads to. Run it with
-``OMP_NUM_THREADS=1``: the time is the processor's, so that what else the machine does counts little. Prints JSON.
+``OMP_NUM_THREADS=1``: the time is the processor's, so that what else the machine does counts little. Prints
+a line of JSON a result.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from measure import machine
+from measure import emit, machine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -97,8 +97,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=0.3)
     given = parser.parse_args()
-    rows = {name: compare(name, given.rounds, given.seconds) for name in CASES}
-    print(json.dumps({"machine": machine(), "rounds": given.rounds, "steps": rows}, indent=2))
+    emit({"machine": machine(), "rounds": given.rounds})
+    for name in CASES:
+        emit({"case": name, **compare(name, given.rounds, given.seconds)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: a case runs in a process of its own, timed, its peak memory read from the kernel."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -51,6 +52,41 @@ def in_own_process(script: str, case: str, *arguments: str, repeats: int = 1) ->
     if repeats > 1:
         merged["runs"] = [round(result["seconds"], 3) for result in results]
     return merged
+
+
+def emit(record: dict[str, Any]) -> None:
+    """Print a result as a line of JSON, as soon as it is there: what is stopped has lost nothing."""
+    print(json.dumps(record), flush=True)
+
+
+def side_by_side(
+    script: str, case: str, checkouts: dict[str, str], rounds: int, *arguments: str
+) -> dict[str, list[float]]:
+    """Run a case with the package of several checkouts in turn; return the number of every round, by name.
+
+    Each is a process of its own that prints a number for every line that it is given (``--serve``).
+    """
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, script, "--case", case, "--serve", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": folder},
+        )
+        for name, folder in checkouts.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in processes}
+    for _ in range(rounds + 1):  # the first is to warm up
+        for name, process in processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found[name].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate("")
+    return {name: values[1:] for name, values in found.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -4,17 +4,16 @@
 
 SGD steps of MLP 784-800-800-10 at batch 128. In every round each case takes a few steps after a warm one, its model its
 own; reported are the median milliseconds a step and the median over the rounds of the ratio to the plain step of the
-same round. Run it with ``OMP_NUM_THREADS=2``. Prints JSON.
+same round. Run it with ``OMP_NUM_THREADS=2``. Prints a line of JSON a result.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from measure import machine
+from measure import emit, machine
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -155,16 +154,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()
+    emit({"machine": machine(), "rounds": given.rounds})
     steps = {name: trainer(name) for name in (CASES if given.no_peers else CASES | PEERS)}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(given.rounds):
         for name, step in steps.items():
             taken[name].append(milliseconds(step))
-    rows = {}
-    for name, times in taken.items():
+    for name, times in taken.items():  # all of them take turns, and end together
         ratios = [time / plain for time, plain in zip(times, taken["plain"], strict=True)]
-        rows[name] = {"ms": round(statistics.median(times), 2), "over_plain": round(statistics.median(ratios), 2)}
-    print(json.dumps({"machine": machine(), "rounds": given.rounds, "steps": rows}, indent=2))
+        emit({"case": name, "ms": statistics.median(times), "over_plain": round(statistics.median(ratios), 2)})
 
 
 if __name__ == "__main__":

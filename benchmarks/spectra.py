@@ -9,20 +9,18 @@ and after 2,000 steps of SGD; relative tolerance 1e-3. Every case starts from a 
 everything from there to the eigenvalue. The error is against float64 ARPACK at 1e-10. Given are the median over the
 seeds, the worst error, and our seconds over those of each peer (the median of ratios within a seed). MNIST is
 taken from ``--data-root`` or ``CURVLAB_DATA``; random images take its place where there is none, and that is said. Run
-it with ``OMP_NUM_THREADS=2``. Prints JSON. The peers come with ``pip install -e .[bench]``.
+it with ``OMP_NUM_THREADS=2``. Prints a line of JSON a result. The peers come with ``pip install -e .[bench]``.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
 
 import numpy as np
 import torch
-from measure import machine
+from measure import emit, machine
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -168,11 +166,11 @@ def seconds_of_gradient(problem: Problem) -> float:
     return statistics.median(taken)
 
 
-def table(seeds: int, root: str | None, peers: bool) -> dict[str, object]:
+def table(seeds: int, root: str | None, peers: bool) -> None:
     data, origin = samples(root)
     few = (data[0][:SAMPLES], data[1][:SAMPLES])
     cases = OURS | (PEERS if peers else {})
-    report: dict[str, object] = {"data": origin, "samples": SAMPLES, "seeds": seeds, "tolerance": TOL}
+    emit({"data": origin, "samples": SAMPLES, "seeds": seeds, "tolerance": TOL})
     for state, steps in STEPS.items():
         runs: dict[str, list[tuple[int, float, float]]] = {name: [] for name in cases}
         gradients, failed = [], {}
@@ -190,8 +188,9 @@ def table(seeds: int, root: str | None, peers: bool) -> dict[str, object]:
                 except Exception as error:  # a peer that is not installed, or fails
                     failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                     continue
-                runs[name].append((count, time.perf_counter() - started, abs(value - exact) / abs(exact)))
-            print(f"{state}, seed {seed}: {exact:.6g}", file=sys.stderr)
+                found = count, time.perf_counter() - started, abs(value - exact) / abs(exact)
+                runs[name].append(found)
+                emit({"state": state, "seed": seed, "case": name, "products": count, "error": found[2]})
         rows: dict[str, object] = dict(failed)
         for name, found in runs.items():
             if name in failed:
@@ -209,18 +208,16 @@ def table(seeds: int, root: str | None, peers: bool) -> dict[str, object]:
                 for own in OURS.keys() - failed.keys():
                     ratios = [a[1] / b[1] for a, b in zip(runs[own], runs[name], strict=True)]
                     rows[name][f"{own} over this"] = round(statistics.median(ratios), 2)  # type: ignore[index]
-        report[state] = rows
-    return report
+        emit({"state": state, **rows})
 
 
-def product_costs(rounds: int) -> dict[str, object]:
-    """Return the seconds of one product over those of a gradient, medians of ratios within a round."""
+def product_costs(rounds: int) -> None:
+    """Print the seconds of one product over those of a gradient, medians of ratios within a round."""
     sizes = {
         "mlp 784-800-800-10": ("mlp", {"hidden": (800, 800)}, (1, 28, 28), 1000),
         "cnn": ("cnn", {}, (1, 28, 28), 250),
         "resnet20": ("resnet20", {}, (3, 32, 32), 50),
     }
-    report: dict[str, object] = {}
     for label, (name, options, shape, n) in sizes.items():
         torch.manual_seed(0)
         model = build(name, shape, 10, seed=0, **options).eval()  # type: ignore[arg-type]
@@ -242,8 +239,7 @@ def product_costs(rounds: int) -> dict[str, object]:
                 work()
                 if round_:  # the first loads what a first call loads, and makes the graphs that are kept
                     ratios[case].append((time.perf_counter() - started) / gradient)
-        report[label] = {case: round(statistics.median(found), 2) for case, found in ratios.items()}
-    return report
+        emit({"net": label, **{case: round(statistics.median(found), 2) for case, found in ratios.items()}})
 
 
 def _matrix(problem: Problem, quantity: str, kept: bool) -> object:
@@ -257,11 +253,11 @@ def _matrix(problem: Problem, quantity: str, kept: bool) -> object:
         products._KEPT_BYTES = room
 
 
-def recorder_costs(seeds: int, root: str | None) -> dict[str, object]:
-    """Return the products a point, warm and cold, along a training of the MLP, a point every 100 steps."""
+def recorder_costs(seeds: int, root: str | None) -> None:
+    """Print the products a point, warm and cold, along a training of the MLP, a point every 100 steps."""
     data, origin = samples(root)
     few = (data[0][:SAMPLES], data[1][:SAMPLES])
-    report: dict[str, object] = {"data": origin}
+    emit({"data": origin})
     for warm in (True, False):
         counts: dict[str, list[int]] = {"fisher": [], "hessian": []}
         shares = []
@@ -275,12 +271,12 @@ def recorder_costs(seeds: int, root: str | None) -> dict[str, object]:
             shares.append(within / (taken - within))
             for record in recorder.records:
                 counts[record["quantity"]].append(record["matvecs"])
-        report["warm" if warm else "cold"] = {
+        found = {
             "median_products": {quantity: statistics.median(found) for quantity, found in counts.items()},
             "median_products_of_all": statistics.median(counts["fisher"] + counts["hessian"]),
             "recorder_over_training": round(statistics.median(shares), 2),
         }
-    return report
+        emit({"recorder": "warm" if warm else "cold", **found})
 
 
 def main() -> None:
@@ -292,13 +288,13 @@ def main() -> None:
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--recorder", action="store_true")
     given = parser.parse_args()
+    emit({"machine": machine()})
     if given.products:
-        report = product_costs(given.rounds)
+        product_costs(given.rounds)
     elif given.recorder:
-        report = recorder_costs(given.seeds, given.data_root)
+        recorder_costs(given.seeds, given.data_root)
     else:
-        report = table(given.seeds, given.data_root, not given.no_peers)
-    print(json.dumps({"machine": machine(), **report}, indent=2))
+        table(given.seeds, given.data_root, not given.no_peers)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 - ``rerun_s``: the whole command on a finished sweep of 10,000 cells, Python's start and torch's import included.
 - ``speedup``: cells that keep a core busy, a second each, in one process after the other and in two at a time.
 
-Reported are medians over the rounds. Run it on a machine that does nothing else; it needs two cores. Prints JSON.
+Reported are medians over the rounds. Run it on a machine that does nothing else; it needs two cores. Prints a
+line of JSON a result.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine
+from measure import emit, machine
 
 from curvlab.grid import Cell, Outcome, Place, run, writing
 
@@ -88,6 +89,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    emit({"machine": machine(), "cores": os.cpu_count(), "rounds": rounds})
     overhead: dict[int, list[float]] = {1: [], 2: []}
     pairs, steps = [], steps_a_second()
     for _ in range(rounds):
@@ -96,13 +98,9 @@ def main() -> None:
             taken.append(1e3 * (seconds(cells("nothing", CELLS + 1), jobs) - start) / CELLS)
         start = seconds(cells("busy", 1, steps=1), 1)
         pairs.append([seconds(cells("busy", BUSY, steps=steps), jobs) - start for jobs in (1, 2)])
-    found = {
-        "overhead_ms": {f"jobs {jobs}": round(statistics.median(taken), 1) for jobs, taken in overhead.items()},
-        "rerun_s": round(statistics.median(rerun(rounds)), 2),
-        "speedup": round(statistics.median(one / two for one, two in pairs), 2),
-        "busy_s": [[round(value, 2) for value in pair] for pair in pairs],
-    }
-    print(json.dumps({"machine": machine(), "cores": os.cpu_count(), "rounds": rounds, **found}, indent=2))
+    emit({"overhead_ms": {f"jobs {jobs}": round(statistics.median(taken), 1) for jobs, taken in overhead.items()}})
+    emit({"speedup": round(statistics.median(one / two for one, two in pairs), 2), "busy_s": pairs})
+    emit({"rerun_s": round(statistics.median(rerun(rounds)), 2)})
 
 
 if __name__ == "__main__":
