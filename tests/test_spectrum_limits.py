@@ -24,7 +24,6 @@ from curvlab.spectrum import (
 )
 from curvlab.spectrum.eigenvalues import _Search
 from curvlab.spectrum.estimate import Estimate
-from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Products
 
 P = 60
@@ -618,16 +617,3 @@ def test_how_far_a_hidden_eigenvalue_may_be() -> None:
     overlaps = np.array([0.0, -0.03, 0.05, -1.0])
     assert search.hidden(overlaps, 1.0) == pytest.approx([1, 1, 5, 100])
     assert search.hidden(overlaps, 0.25) == pytest.approx([1, 1, 20, 400])
-
-
-def test_the_start_is_known_after_a_restart() -> None:
-    matrix, start = symmetric(np.linspace(0, 1, P)), torch.randn(P, dtype=torch.float64)
-    basis = Lanczos(Products(by(matrix)), 12, start, np.random.default_rng(0))
-    for _ in range(10):
-        basis.step()
-    assert basis.origin.tolist() == [1.0] + [0.0] * 9
-    values, vectors = np.linalg.eigh(basis.matrix)
-    basis.restart(vectors[:, -4:], values[-4:])
-    basis.step()
-    directions = basis.combine(np.eye(basis.size))
-    assert np.allclose(basis.origin, (directions @ (start / start.norm())).numpy(), atol=1e-12)

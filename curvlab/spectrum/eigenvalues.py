@@ -165,7 +165,7 @@ class _Search:
         """
         products = self.products
         basis = Lanczos(products, _capacity(products, k), start, self.generator, against)
-        gaps = np.zeros(k)
+        gaps, taken = np.zeros(k), products.count
         while True:
             basis.step()
             values, vectors = np.linalg.eigh(basis.matrix)
@@ -175,7 +175,9 @@ class _Search:
             outside = basis.beta * np.abs(vectors[-1, :k])
             residuals = np.hypot(outside, basis.noise)
             trusted = self.stop == "gap" and part < 1  # a start that is given
-            times = 1.0 if trusted else self.hidden(basis.origin @ vectors[:, :k], part)
+            # After so many products, none of them a restart's yet, another eigenvalue has come into sight.
+            early = products.count - taken < _CAPACITY
+            times = self.hidden(vectors[0, :k], part) if early and not trusted else 1.0
             shown = np.hypot(outside * times, basis.noise)
             if basis.size >= k and (basis.complete or products.exhausted or products.size > _CAPACITY):
                 before, gaps = gaps, _gaps(values, k)

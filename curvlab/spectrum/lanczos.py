@@ -35,7 +35,6 @@ class Lanczos:
         size: Directions whose product has been taken.
         beta: The length of what the last product has outside the basis; 0 if the basis is the whole space.
         noise: What products are accurate to: the largest deviation from symmetry of their coefficients, or rounding.
-        origin: ``(size,)``, the start, divided by its length, in the basis: what of it is there after restarts.
     """
 
     def __init__(
@@ -54,8 +53,6 @@ class Lanczos:
         self._basis = torch.empty(self.capacity + 1, products.size, dtype=products.dtype, device=products.device)
         self._matrix = np.zeros((self.capacity, self.capacity))
         self._coupling = np.zeros(0)  # of the next direction with the basis, known before its product
-        self._origin = np.zeros(self.capacity)
-        self._origin[0] = 1.0
         self.size, self.beta, self.noise = 0, 0.0, 0.0
         self._append(start.clone(), norm(start), 0.0)
 
@@ -63,11 +60,6 @@ class Lanczos:
     def matrix(self) -> np.ndarray:
         """``T``, ``(size, size)`` in float64."""
         return self._matrix[: self.size, : self.size]
-
-    @property
-    def origin(self) -> np.ndarray:
-        """The coefficients of the start, ``(size,)``."""
-        return self._origin[: self.size]
 
     @property
     def full(self) -> bool:
@@ -121,9 +113,6 @@ class Lanczos:
         self._matrix[:] = 0
         np.fill_diagonal(self._matrix[:j, :j], values)
         self._coupling = self.beta * coefficients[-1]
-        origin = coefficients.T @ self.origin
-        self._origin[:] = 0
-        self._origin[:j] = origin
         self.size = j
 
     def _append(self, vector: Tensor, rest: float, length: float, accurate: bool = False) -> None:
