@@ -344,7 +344,7 @@ class TestTheUsersModel:
         model = self.model()
         y = torch.arange(4) % CLASSES
         batches: list[Batch] = [(torch.randn(4, 4), y) for _ in range(3)]
-        batches[1][0][0] = 1e6  # of the second batch, but none of the samples that are probed
+        batches[1][0][3] = 1e6  # of the second batch, but none of the samples that are probed
         problem = Problem(model, "cross_entropy", batches)
         space = ParameterSpace.of(model, ["3.*"])
 
