@@ -6,12 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
+import curvlab.progress as bars
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.command import console, told
 from curvlab.errors import CurvlabError
+from curvlab.grid.report import write_csv
 from curvlab.results import Column, open_run, render, write_tables
 from curvlab.results.tables import to_csv, to_latex, to_markdown
 from curvlab.text import readable
@@ -187,6 +190,15 @@ def test_the_console_shows_names_as_they_are():
     assert len(text.getvalue().splitlines()) == 3 + len(NAMES)
 
 
+def test_a_bar_shows_names_as_they_are(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(bars, "Console", lambda **_: Console(file=text, force_terminal=True, width=200))
+    with bars.progress("diagonality of [/red]\x9b", total=1) as advance:
+        advance(note="[/x]\x9b")
+    assert r"diagonality of [/red]\x9b" in text.getvalue()
+    assert r"[/x]\x9b" in text.getvalue()
+
+
 def test_notes_and_errors_have_no_control_characters(capsys):
     console().print("[red]x :fire: \x1b[31m\nsecond")
     assert capsys.readouterr().out == "[red]x :fire: \\x1b[31m\nsecond\n"
@@ -245,6 +257,15 @@ def test_a_spreadsheet_computes_no_name():
         assert safe in rows[0]
         assert (cell["value"], cell["count"]) == ("-1.5", "-2")  # numbers are numbers
     assert "'=1+1" in rows[0]
+
+
+def test_nor_one_of_a_sweep():
+    text = write_csv(pd.DataFrame({"=name": NAMES, "value": [-1.5] * len(NAMES)}, dtype=object))
+    assert not control(text)
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert rows[0] == ["'=name", "value"]
+    assert len(rows) == 1 + len(NAMES)
+    assert ["'=1+1", "-1.5"] in rows
 
 
 def test_every_name_is_in_every_file(tmp_path):
