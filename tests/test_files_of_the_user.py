@@ -190,6 +190,13 @@ def test_the_console_shows_names_as_they_are():
     assert len(text.getvalue().splitlines()) == 3 + len(NAMES)
 
 
+def test_a_narrow_terminal_shows_wide_letters():
+    text = io.StringIO()
+    records = [{"name": "中文中文中文", "value": 1.5}]
+    Console(file=text, width=9).print(render(records, [Column("name", "n"), Column("value", "v")]), crop=False)
+    assert "中文中文中文" in text.getvalue()
+
+
 def test_a_bar_shows_names_as_they_are(monkeypatch):
     text = io.StringIO()
     monkeypatch.setattr(bars, "Console", lambda **_: Console(file=text, force_terminal=True, width=200))
