@@ -7,6 +7,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from curvlab.text import readable
+
 
 class Advance(Protocol):
     """What a progress bar gives to the work under it."""
@@ -35,16 +37,16 @@ def progress(description: str, total: float | None, enabled: bool = True) -> Ite
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # the name of a parameter is none
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(readable(description), total=total, note="")
 
         def advance(steps: float = 1, /, *, note: str = "") -> None:
-            bar.update(task, advance=steps, note=note)
+            bar.update(task, advance=steps, note=readable(note))
 
         yield advance

@@ -6,12 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
+import curvlab.progress as bars
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.command import console, told
 from curvlab.errors import CurvlabError
+from curvlab.grid.report import write_csv
 from curvlab.results import Column, open_run, render, write_tables
 from curvlab.results.tables import to_csv, to_latex, to_markdown
 from curvlab.text import readable
@@ -78,19 +81,19 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path):
     [
         (b"just a text", "is not the configuration of a run"),
         (b"defaults:\n- model\n", r"another configuration \(lr is absent there and 1e-09 here\)"),
-        (b"lr: 2020-13-45", "cannot be read"),
-        (b"lr: !!bool abc", "cannot be read"),
-        (b"lr: " + b"[" * 5000, "cannot be read"),
-        (b"lr: " + b"9" * 5000, "cannot be read"),
-        (b"\xff\xfe\x00", "cannot be read"),
-        (b"lr: \x00", "cannot be read"),
-        (b"a: &a [*a]", "another configuration"),
+        (b"lr: 2020-13-45", "another configuration"),
+        (b"lr: !!bool abc", "is not YAML: .*; choose another --out"),
+        (b"lr: " + b"[" * 5000, "is not YAML: .*; choose another --out"),
+        (b"lr: " + b"9" * 5000, "is not YAML: .*; choose another --out"),
+        (b"\xff\xfe\x00", "is not YAML: .*; choose another --out"),
+        (b"lr: \x00", "is not YAML: .*; choose another --out"),
+        (b"a: &a [*a]", "is not YAML"),
         # A value of which there would be more than memory takes.
         (
             b"a: &a [1,1,1,1,1,1,1,1,1]\n"
             + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 9)) for i in range(98, 112))
             + b"lr: *o",
-            "another configuration",
+            "is not YAML",
         ),
     ],
 )
@@ -187,6 +190,22 @@ def test_the_console_shows_names_as_they_are():
     assert len(text.getvalue().splitlines()) == 3 + len(NAMES)
 
 
+def test_a_narrow_terminal_shows_wide_letters():
+    text = io.StringIO()
+    records = [{"name": "中文中文中文", "value": 1.5}]
+    Console(file=text, width=9).print(render(records, [Column("name", "n"), Column("value", "v")]), crop=False)
+    assert "中文中文中文" in text.getvalue()
+
+
+def test_a_bar_shows_names_as_they_are(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(bars, "Console", lambda **_: Console(file=text, force_terminal=True, width=200))
+    with bars.progress("diagonality of [/red]\x9b", total=1) as advance:
+        advance(note="[/x]\x9b")
+    assert r"diagonality of [/red]\x9b" in text.getvalue()
+    assert r"[/x]\x9b" in text.getvalue()
+
+
 def test_notes_and_errors_have_no_control_characters(capsys):
     console().print("[red]x :fire: \x1b[31m\nsecond")
     assert capsys.readouterr().out == "[red]x :fire: \\x1b[31m\nsecond\n"
@@ -247,10 +266,22 @@ def test_a_spreadsheet_computes_no_name():
     assert "'=1+1" in rows[0]
 
 
+def test_nor_one_of_a_sweep():
+    text = write_csv(pd.DataFrame({"=name": NAMES, "value": [-1.5] * len(NAMES)}, dtype=object))
+    assert not control(text)
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert rows[0] == ["'=name", "value"]
+    assert len(rows) == 1 + len(NAMES)
+    assert ["'=1+1", "-1.5"] in rows
+
+
 def test_every_name_is_in_every_file(tmp_path):
-    write_tables(open_run(tmp_path, "x", {"data": NAMES}), RECORDS, COLUMNS)
+    whole = [name for name in NAMES if "\udcff" not in name]
+    write_tables(open_run(tmp_path, "x", {"data": whole}), RECORDS, COLUMNS)
     assert json.loads((tmp_path / "table.json").read_text()) == RECORDS
-    assert open_run(tmp_path, "x", {"data": NAMES}).resumed
+    assert open_run(tmp_path, "x", {"data": whole}).resumed
+    with pytest.raises(CurvlabError, match=r"cannot be written as config\.yaml: .* has half of a character"):
+        open_run(tmp_path, "x", {"data": NAMES})
     for kind in ("md", "tex", "csv"):
         text = (tmp_path / f"table.{kind}").read_text()
         assert "starred" in text

@@ -69,7 +69,7 @@ def test_same_config_is_continued_and_another_refused(tmp_path: Path) -> None:
         open_run(out, "x", CONFIG | {"seed": 1})
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "config.yaml").write_text("a: [1,")
-    with pytest.raises(CurvlabError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(CurvlabError, match=r"config\.yaml is not YAML"):
         open_run(out, "x", CONFIG)
 
 

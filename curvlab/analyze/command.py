@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -264,8 +265,9 @@ def _execute(analysis: Analysis[C], arguments: list[str], program: str) -> None:
 def console() -> Console:
     """Return what tables are printed on."""
     # Names are no markup, nor is :fire: in one an emoji.
-    terminal = _Console(markup=False, emoji=False)
-    return terminal if terminal.is_terminal else _Console(width=_PIPE_WIDTH, markup=False, emoji=False)
+    make = partial(_Console, markup=False, emoji=False)
+    terminal = make()
+    return terminal if terminal.is_terminal else make(width=_PIPE_WIDTH)
 
 
 class _Console(Console):

@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 from curvlab.files import write_whole
 from curvlab.grid.running import folder_of
 from curvlab.grid.store import Store
-from curvlab.results.tables import significant
+from curvlab.results.tables import significant, uncomputed
 
 _HOUR = 3600
 
@@ -79,12 +79,15 @@ def _print(console: Console, *lines: str) -> None:
 
 
 def write_csv(frame: pd.DataFrame) -> str:
-    """Return a table as CSV: every digit, nothing for None, ``nan``, ``inf`` and ``-inf`` as Python writes them."""
+    """Return a table as CSV: every digit, nothing for None, ``nan``, ``inf`` and ``-inf`` as Python writes them.
+
+    A text is one line, and behind an apostrophe where a spreadsheet would compute it.
+    """
     # Not by pandas, which would make numbers with an exponent of integers beside a gap.
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(frame.columns)
-    rows.writerows(frame.itertuples(index=False, name=None))
+    rows.writerow(map(uncomputed, frame.columns))
+    rows.writerows(map(uncomputed, row) for row in frame.itertuples(index=False, name=None))
     return text.getvalue()
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from torch import Tensor
 
+from curvlab import yaml_file
 from curvlab.errors import CurvlabError
 from curvlab.files import is_leftover, make_writable_folder, remove_leftovers, write_whole
 
@@ -120,11 +120,15 @@ def open_run(out: Path | None, analysis: str, config: str | Mapping[str, Any]) -
     Raises:
         CurvlabError: The folder holds anything else than this run, or nothing can be written into it.
     """
-    text = config if isinstance(config, str) else yaml.safe_dump(_jsonable(config), sort_keys=False, allow_unicode=True)
+    text = config if isinstance(config, str) else yaml_file.dumps(_jsonable(config))
     if not text.startswith(_MARK):
         text = f"{_MARK}{analysis}\n{text}"
+    try:
+        values = yaml_file.loads(text)
+    except CurvlabError as error:
+        raise CurvlabError(f"the configuration cannot be written as {CONFIG}: {error}") from error
     path = _new_name(analysis) if out is None else Path(out)
-    resumed = _is_begun(path, analysis, yaml.safe_load(text))
+    resumed = _is_begun(path, analysis, values)
     run = RunDirectory(path, resumed)
     try:
         make_writable_folder(path)
@@ -169,13 +173,12 @@ def _is_begun(path: Path, analysis: str, ours: Any) -> bool:
     if not file.is_file():  # a pipe would never end
         raise CurvlabError(f"{file} is not a file; choose another --out")
     try:
-        text = file.read_text(encoding="utf-8")
-        theirs = yaml.safe_load(text)
-    except Exception as error:  # a file that is not ours can be wrong in any way, and PyYAML raises what it meets
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CurvlabError(f"{file} cannot be read ({reason}); choose another --out") from error
+        theirs = yaml_file.read(file)
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, CurvlabError) as error:
+        raise CurvlabError(f"{error}; choose another --out") from error
     # Runs of earlier versions do not say whose they are.
-    of = text.partition("\n")[0].removeprefix(_MARK) if text.startswith(_MARK) else analysis
+    of = first.removeprefix(_MARK) if first.startswith(_MARK) else analysis
     if of != analysis:
         raise CurvlabError(f"{path} holds a run of {of}, not of {analysis}; choose another --out")
     if theirs == ours:

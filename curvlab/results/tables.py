@@ -157,11 +157,11 @@ def write_tables(
 def to_csv(records: Sequence[Record]) -> str:
     """Return all keys of the records as CSV, with every digit; a text is one line."""
     # As objects: a column of integers with a gap stays one of integers.
-    shown = [{_uncomputed(key): _uncomputed(value) for key, value in record.items()} for record in records]
+    shown = [{uncomputed(key): uncomputed(value) for key, value in record.items()} for record in records]
     return pd.DataFrame(shown, dtype=object).to_csv(index=False)
 
 
-def _uncomputed(value: Any) -> Any:
+def uncomputed(value: Any) -> Any:
     """Return a text as one that no spreadsheet computes; numbers, also negative ones, are left as they are."""
     if not isinstance(value, str):
         return value
