@@ -15,7 +15,7 @@ from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
-from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, verify_rules
+from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
@@ -77,6 +77,8 @@ def estimate(
     problem.check()
     if not isinstance(quantity, Hessian):
         problem = to_first_order(problem)
+    problem = remembering(problem)
+    verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure
     # Also where the caller has switched gradients off.
     with (
         torch.inference_mode(False),

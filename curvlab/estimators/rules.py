@@ -237,9 +237,10 @@ def rule(layer: Layer, inputs: Tensor) -> Rule:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what torch warns of when it vectorises: an operation without a rule for that is done in a loop."""
+    """Keep back what torch warns of where not all gradients are asked for, or where it vectorises by a loop."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
         yield
 
 

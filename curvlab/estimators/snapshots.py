@@ -182,7 +182,7 @@ def response(
     found: list[Tensor] = []
     others = () if original is None else original.parameters()
     foreign = {id(parameter) for parameter in others}
-    with preserved_random_state(), torch.enable_grad(), _without_gradients(problem.model):
+    with preserved_random_state(), torch.enable_grad(), without_gradients(problem.model):
         for inputs, _ in problem.probe():
             given = _cloned((problem.parameters() | dict(values)).items())
             leaves = {name: given[name].requires_grad_() for name in space.names}
@@ -195,7 +195,7 @@ def response(
 
 
 @contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
+def without_gradients(model: nn.Module) -> Iterator[None]:
     """Refuse a backward pass within that gives the model's parameters gradients; keep those that they have."""
     before = [(p, p.grad) for p in model.parameters()]
     for p, _ in before:

@@ -8,22 +8,25 @@ automatic differentiation, in one forward and one backward pass. What these samp
 another way through the model, the graph of every later batch does: it must use the parameters as theirs did.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import Call, Graph, Leaves, forward, gradients, graph_of, leaves_of
 from curvlab.estimators.layers import Layer, has_factors, layer_in
-from curvlab.estimators.rules import agree, has_rule, random_like, rule
+from curvlab.estimators.rules import agree, has_rule, quiet, random_like, rule
+from curvlab.estimators.snapshots import without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 
 _PERTURBATION = 0.1  # of the weights, relative to their root mean square, where all gradients on the samples are zero
+_MEMORY = "_verified"  # of a problem, in one call
 _WRONG = "does not have the gradient that its inputs and the gradient of its output give"
 
 
@@ -80,29 +83,58 @@ class Verified:
             raise UnfaithfulError(reasons)
         return outputs, {name: seen[0] for name, seen in calls.items()}
 
+    def within(self, space: ParameterSpace) -> "Verified":
+        """Return what there is of the parameters of a smaller space."""
+        others = {name: "" for layer in self.layers.values() for name in layer.parameters if name not in space.names}
+        reasons = {name: reason for name, reason in self.reasons.items() if name in space.names}
+        return replace(self, layers=_restricted(self.layers, others), reasons=reasons)
+
     def without(self, reasons: Mapping[str, str]) -> "Verified":
         """Return what is left when some parameters' rules turned out not to hold."""
         return replace(self, layers=_restricted(self.layers, reasons), reasons={**self.reasons, **reasons})
 
 
+def remembering(problem: Problem) -> Problem:
+    """Return the problem with a memory for what is verified of it: for one call, in which the model does not change."""
+    remembered = copy(problem)
+    vars(remembered)[_MEMORY] = []
+    return remembered
+
+
 def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the modules whose per-sample gradients follow from their calls, of all kinds for which there is a rule."""
-    return _verify(problem, space, has_rule)
+    """Return the modules whose per-sample gradients follow from their calls, of all kinds for which there is a rule.
+
+    Raises:
+        UnsupportedError: Torch cannot differentiate the model, or its backward passes lose gradients.
+    """
+    memory: list[tuple[ParameterSpace, Verified]] = vars(problem).get(_MEMORY, [])
+    for known, verified in memory:
+        if set(space.names) <= set(known.names):
+            return verified.within(space)
+    memory.append((space, _verify(problem, space)))
+    return memory[-1][1]
 
 
 def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the layers with Kronecker factors: where a weight has none, its bias has none either."""
-    verified = _verify(problem, space, has_factors)
+    """Return the layers with Kronecker factors: where a weight has none, its bias has none either.
+
+    Raises:
+        UnsupportedError: As ``verify_rules``.
+    """
+    verified = verify_rules(problem, space)
     own = {id(p): name for name, p in problem.model.named_parameters()}
     reasons: dict[str, str] = {}
     for layer in verified.layers.values():
         weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
-        if weight is not None and own[id(weight)] != name:
-            reasons.update(
-                dict.fromkeys(layer.parameters, f"is beside {name}, which is {own[id(weight)]}, a tied weight")
-            )
+        if not has_factors(layer.module):
+            told = _of_module(layer)
+        elif weight is not None and own[id(weight)] != name:
+            told = f"is beside {name}, which is {own[id(weight)]}, a tied weight"
         elif name in verified.reasons:
-            reasons.update(dict.fromkeys(layer.parameters, f"is beside {name}, which {verified.reasons[name]}"))
+            told = f"is beside {name}, which {verified.reasons[name]}"
+        else:
+            continue
+        reasons.update(dict.fromkeys(layer.parameters, told))
     return verified.without(reasons)
 
 
@@ -130,35 +162,31 @@ def unfaithful(problem: Problem, space: ParameterSpace, layers: Mapping[str, Lay
     return next((f"{name} {reason}" for name, reason in reasons.items() if reason), None)
 
 
-def _verify(problem: Problem, space: ParameterSpace, kind: Callable[[nn.Module], bool]) -> Verified:
+def _verify(problem: Problem, space: ParameterSpace) -> Verified:
     candidates: dict[str, Layer] = {}
     others: dict[str, str] = {}
-    inside: set[str] = set()
     for name, module in problem.model.named_modules():
         layer = layer_in(space, name, module)
-        if kind(module) and layer.parameters:
-            candidates[name] = layer
-            inside.update(layer.parameters)
-        for key in module._parameters:
-            parameter = f"{name}.{key}".removeprefix(".")
-            if parameter in space.names and parameter not in inside:
-                others[parameter] = _no_rule(layer, kind)
+        own = [f"{name}.{key}".removeprefix(".") for key in module._parameters]
+        told = _of_module(layer)
+        if has_rule(module):
+            told = f"is no weight or bias of its {type(module).__name__} ({name or 'the model'})"
+            if layer.parameters:
+                candidates[name] = layer
+        others.update(
+            dict.fromkeys(set(own) & set(space.names) - set(layer.parameters if has_rule(module) else ()), told)
+        )
     verified = _verified(problem, candidates)
     reasons = {**others, **verified.reasons}
     return replace(verified, reasons={name: reasons[name] for name in space.names if name in reasons})
 
 
-def _no_rule(layer: Layer, kind: Callable[[nn.Module], bool]) -> str:
-    module = layer.module
-    if kind(module):
-        return f"is no weight or bias of its {type(module).__name__} ({layer.name or 'the model'})"
-    grouped = "grouped " if getattr(module, "groups", 1) != 1 else ""
-    return f"is of a {grouped}{type(module).__name__} ({layer.name or 'the model'})"
+def _of_module(layer: Layer) -> str:
+    grouped = "grouped " if getattr(layer.module, "groups", 1) != 1 else ""
+    return f"is of a {grouped}{type(layer.module).__name__} ({layer.name or 'the model'})"
 
 
 def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
-    if not candidates:
-        return Verified({}, {}, frozenset(), frozenset())
     attempt = partial(_attempt, problem)
     try:
         trial = attempt(candidates, apart=())
@@ -200,20 +228,22 @@ def _attempt(
     modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
         leaves = _perturbed(leaves_of(problem), perturbation)
-        outputs, calls = forward(problem, modules, inputs, leaves, apart)
-        graph = graph_of(outputs, leaves)
-        for layer in candidates.values():
-            if told := _calls_obstacle(layer, calls[layer.name], len(inputs)):
-                reasons.update(dict.fromkeys(layer.parameters, told))
-        layers = [layer for layer in candidates.values() if not reasons.keys() & set(layer.parameters)]
-        once = [calls[layer.name][0] for layer in layers]
+        with without_gradients(problem.model), quiet():
+            outputs, calls = forward(problem, modules, inputs, leaves, apart)
+            graph = graph_of(outputs, leaves)
+            for layer in candidates.values():
+                if told := _calls_obstacle(layer, calls[layer.name], len(inputs)):
+                    reasons.update(dict.fromkeys(layer.parameters, told))
+            layers = [layer for layer in candidates.values() if not reasons.keys() & set(layer.parameters)]
+            once = [calls[layer.name][0] for layer in layers]
+            # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
+            seed = random_like(outputs, tuple(outputs.shape))
+            seed[1::2] = 0  # of every second sample: no other row may see them
+            names = [parameter for layer in layers for parameter in layer.parameters]
+            wanted = names or list(leaves)  # also where there are no rules: can torch differentiate the model?
+            slopes, found = gradients(outputs, once, [leaves[name] for name in wanted], seed, keep=False)
+        of_parameters = dict(zip(wanted, found, strict=True))
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
-        # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
-        seed = random_like(outputs, tuple(outputs.shape))
-        seed[1::2] = 0  # of every second sample: no other row may see them
-        names = [parameter for layer in layers for parameter in layer.parameters]
-        slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=False)
-        of_parameters = dict(zip(names, found, strict=True))
         for layer, call, slope in zip(layers, once, slopes, strict=True):
             reasons.update(_differences(layer, call, slope, of_parameters, graph, problem.dtype))
             silent -= {parameter for parameter in layer.parameters if bool(of_parameters[parameter].any())}
@@ -297,4 +327,12 @@ def _label(layer: Layer) -> str:
     return f"{type(layer.module).__name__} {layer.name}".strip()
 
 
-__all__ = ["UnfaithfulError", "Verified", "kronecker_layers", "unfaithful", "verify_factors", "verify_rules"]
+__all__ = [
+    "UnfaithfulError",
+    "Verified",
+    "kronecker_layers",
+    "remembering",
+    "unfaithful",
+    "verify_factors",
+    "verify_rules",
+]
