@@ -147,7 +147,8 @@ def _value(
             size = _counted(part, size + count)
     else:
         _require_tag(event, "map")
-        value, merged = {}, {}
+        value = {}
+        merged: dict[str, Any] = {}
         while not isinstance(part := next(events), yaml.MappingEndEvent):
             merge = isinstance(part, yaml.ScalarEvent) and part.value == "<<" and part.implicit[0]
             key, _ = _value(part, events, anchors, depth + 1)

@@ -73,7 +73,7 @@ def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -
 def _results(client: Client, sweep: str, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any, Task]]:
     """Yield the future, the result and the task of each as they come; one that an unfit worker had, from a fit one."""
     run = _gate(sweep)
-    given = {(sweep, task["key"]): task for task in tasks}
+    given: dict[tuple[str, ...], Task] = {(sweep, task["key"]): task for task in tasks}
     # All at once: workers may join later. As text: Dask looks into other arguments for results of its own.
     futures = client.map(run, [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH)
     done = as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)

@@ -160,9 +160,9 @@ def _watched(
     """Wait for the answer of a process, its end, its time, or until it is not wanted; say which of the last two."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     look = time.monotonic() + _LOOK
-    watched = [connection, end, output.descriptor]
+    watched: list[Connection | int] = [connection, end, output.descriptor]
     while True:
-        ready = wait(watched, max(min(look, deadline) - time.monotonic(), 0.0))
+        ready: Sequence[object] = wait(watched, max(min(look, deadline) - time.monotonic(), 0.0))
         if output.descriptor in ready and not output.read():
             watched.remove(output.descriptor)  # nothing can write there any more
         if connection in ready:
