@@ -93,7 +93,7 @@ class Linearized(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
         self._model = (model,)  # in a tuple, so that it is no submodule
-        self._tried: bool | None = None  # by rules, or not
+        self._tried: list[bool] = []  # by rules, or not; a list, which a call that restores attributes leaves as it is
         self._original: tuple[Linearized, ...] = ()  # of what ``first_order`` returns
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
@@ -120,7 +120,7 @@ class Linearized(nn.Module):
         model = self._features()
         _check(model)
         ruled = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not keywords and augmented.has_rule(model)
-        if self._tried is not ruled:
+        if self._tried != [ruled]:
             self._try(model, inputs, keywords, ruled)
         return augmented.push(model, inputs[0]) if ruled else pushforward.push(model, inputs, keywords)
 
@@ -140,7 +140,7 @@ class Linearized(nn.Module):
                 _check_head(self._model[0], self._head, inputs, keywords)
             if not ruled:
                 pushforward.check_adjoint(model, inputs, keywords)
-        self._tried = ruled
+        self._tried[:] = [ruled]
 
 
 def first_order(model: nn.Module) -> nn.Module:

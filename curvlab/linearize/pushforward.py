@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
@@ -45,8 +46,9 @@ def check_adjoint(model: nn.Module, inputs: Arguments, keywords: Keywords) -> No
         UnsupportedError: They do differ, or there is none.
     """
     function, at, _ = _function(model, inputs, keywords)
-    generator = torch.Generator().manual_seed(0)
-    along = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in at.items()}
+    # NumPy's: a draw of torch's in a forward pass is taken for one of the model.
+    generator = np.random.default_rng(0)
+    along = {name: torch.from_numpy(generator.standard_normal(value.shape)).to(value) for name, value in at.items()}
     with warnings.catch_warnings():
         # It is torch's own, the first time that numbers with a dual part are used.
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
