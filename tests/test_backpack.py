@@ -134,7 +134,7 @@ class TestFactors:
             model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, CLASSES, bias=bias)).double()
         whole = case("mlp")
         problem = Problem(model, whole.loss, (whole.inputs, whole.targets))
-        tensors = compute(problem, Fisher(), KFAC(), problem.space, 3, silent)
+        tensors = compute(problem, Fisher(), KFAC(), problem.space, 3, silent).tensors
         hidden = model[:2](whole.inputs).detach()
         p = model(whole.inputs).detach().softmax(dim=1)
         s = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
@@ -186,7 +186,7 @@ class TestNothingIsLeft:
         problem = Problem(Sometimes().double(), whole.loss, batches)
         (actual,) = compute(
             problem, EmpiricalFisher(), parse_structure(structure), problem.space, None, silent
-        ).values()
+        ).tensors.values()
         expected = estimate(problem, "empirical_fisher", structure, backend="torch").to_dense()
         assert close(actual if structure == "dense" else actual.diag(), expected)
 

@@ -287,7 +287,7 @@ def test_long_sums_lose_nothing() -> None:
 class Poisson(Loss):
     """A likelihood that the reference does not know."""
 
-    values = check = gradients = output_factors = num_factors = fisher_product = draw = drawn_gradients = sample = None  # type: ignore[assignment]
+    values = check = gradients = num_factors = factor_scales = some_factors = fisher_product = sample = None  # type: ignore[assignment]
 
 
 def test_a_loss_that_the_reference_does_not_know_is_refused() -> None:

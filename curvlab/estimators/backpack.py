@@ -251,7 +251,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return told
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
             return f"its factors of {_label(name, layer.module)} are of another approximation"
-    if told := unfaithful(problem, space, layers):
+    if told := unfaithful(problem, space):
         return told
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)

@@ -18,6 +18,7 @@ from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.snapshots import differentiable
+from curvlab.estimators.verification import verify_rules
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
@@ -65,8 +66,8 @@ class _WithRows(_Passes):
 
     def __iter__(self) -> Iterator[Batch]:
         for inputs, targets in super().__iter__():
-            with torch.no_grad():
-                outputs = self.problem.forward({}, inputs)
+            with torch.enable_grad():  # which a derivative inside the forward needs
+                outputs = self.problem.forward({}, inputs).detach()
             yield inputs, self.rows(outputs, targets)
 
 
@@ -217,6 +218,9 @@ def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
     if isinstance(structure, Kronecker):
+        if apart := verify_rules(problem, space).apart:
+            # Torch itself dies of a hook on a view that is changed in place.
+            return f"an output of {', '.join(apart)} is a view that is changed in place, on which its hooks fail"
         return _factor_obstacle(problem.model, space)
     few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
     try:

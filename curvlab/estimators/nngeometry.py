@@ -215,7 +215,7 @@ def obstacle(
         told = _rule_obstacle(module, structure)
         if told:
             return f"{told} ({name or 'the model'})"
-    if told := unfaithful(problem, space, layers):
+    if told := unfaithful(problem, space):
         return told
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():

@@ -15,6 +15,7 @@ from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
+from curvlab.estimators.seeds import fewer_seeds
 from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
 from curvlab.forms import unknown
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
@@ -84,7 +85,7 @@ def estimate(
         torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(),  # what is imported at a first use adds filters
-        _bar(f"{quantity} {structure}", problem.num_samples, progress) as advance,
+        _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         parts = [
             _estimate(problem, quantity, of_part, part, backend, batch_size, advance)
@@ -104,6 +105,15 @@ def estimate(
             rejected=tuple(dict.fromkeys(chain.from_iterable(part.info.rejected for part in parts))),
         ),
     )
+
+
+def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
+    """Return what a progress bar says: where it takes long for the many outputs, what would not."""
+    told = None
+    if structure.name != "implicit":
+        inputs, _ = problem.probe()[0]
+        told = fewer_seeds(problem.loss, quantity, problem.forward({}, inputs[:1]).shape[1])
+    return f"{quantity} {structure}" + (f" ({told})" if told else "")
 
 
 _bar = progress  # the argument of ``estimate`` hides the function's name there
@@ -239,10 +249,8 @@ def _obstacle(
         return obstacle
     if structure.name == "implicit":
         return _disagreement(backend, problem, quantity, structure, space)
-    verified = verify_rules(problem, space)
-    if verified.apart:
-        return f"an output of {', '.join(verified.apart)} is changed in place, and its hooks then fail"
-    return _disagreement(backend, problem, quantity, structure, space) or _change_of_use(problem, verified)
+    told = _disagreement(backend, problem, quantity, structure, space)
+    return told or _change_of_use(problem, verify_rules(problem, space))
 
 
 def _disagreement(

@@ -153,12 +153,10 @@ class _Rows:
         """Compare with one plain pass for all samples: torch's rules for vectorising are wrong for some shapes."""
         weights = random_like(rows, (len(rows),))
         seed = torch.einsum("nr,nrc->nc", weights.view(seeds.shape[:2]).to(seeds), seeds)
-        leaves = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
-        with torch.enable_grad():
-            outputs = self.problem.forward(leaves, inputs)
-        plain = working(_pulled_back(outputs, list(leaves.values()), seed))
+        outputs, leaves = _run(self.problem, self.parameters, inputs)
+        plain = working(_pulled_back(outputs, leaves, seed))
         start = 0
-        for p in leaves.values():
+        for p in leaves:
             part = slice(start, start := start + p.numel())
             scale = float(weights.abs() @ rows[:, part].norm(dim=1))
             if not agree(weights @ rows[:, part], plain[part], scale, self.problem.dtype):
@@ -180,19 +178,30 @@ def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Te
 def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:
     rows = []
     for x, seed in zip(inputs.split(1), seeds, strict=True):
-        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        with torch.enable_grad():
-            outputs = problem.forward(leaves, x)[0]
-        for s in seed:
-            rows.append(_pulled_back(outputs, list(leaves.values()), s))
+        outputs, leaves = _run(problem, parameters, x)
+        rows += [_pulled_back(outputs, leaves, s.unsqueeze(0)) for s in seed]
     return torch.stack(rows)
+
+
+def _run(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the outputs of a batch with their graph, and leaves for the parameters.
+
+    All that can be trained are leaves, not only those whose gradients are wanted: what a checkpoint recomputes in a
+    backward pass takes them from the model, and must have the graph that it had.
+    """
+    leaves = {name: p.clone().requires_grad_() for name, p in (problem.parameters() | parameters).items()}
+    with torch.enable_grad(), quiet():
+        return problem.forward(leaves, inputs), [leaves[name] for name in parameters]
 
 
 def _pulled_back(outputs: Tensor, leaves: list[Tensor], seed: Tensor) -> Tensor:
     """Return ``seed' J``, flattened; zeros where the outputs depend on none of the leaves."""
     if not outputs.requires_grad:
         return torch.cat([torch.zeros_like(leaf).reshape(-1) for leaf in leaves])
-    gradients = torch.autograd.grad(outputs, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True)
+    with quiet():
+        gradients = torch.autograd.grad(
+            outputs, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
 
@@ -204,9 +213,7 @@ def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], 
             "mean": sqrt(n / -(-n // quantity.batch_size)) / len(inputs),
             "scaled": 1 / len(inputs),
         }[quantity.norm]
-        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        with torch.enable_grad():
-            outputs = problem.forward(leaves, inputs)
+        outputs, leaves = _run(problem, parameters, inputs)
         seeds = scale * problem.loss.gradients(outputs.detach(), targets)
-        yield working(_pulled_back(outputs, list(leaves.values()), seeds.to(outputs.dtype))).unsqueeze(0)
+        yield working(_pulled_back(outputs, leaves, seeds.to(outputs.dtype))).unsqueeze(0)
         advance(len(inputs))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import Call, Graph, Leaves, forward, gradients, graph_of, leaves_of
@@ -148,18 +148,9 @@ def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[s
     return verified.layers, verified.reasons
 
 
-def unfaithful(problem: Problem, space: ParameterSpace, layers: Mapping[str, Layer]) -> str | None:
-    """Return a clause that names the first parameter of a space that does not act in its layer alone, if any does not.
-
-    Args:
-        problem: Model, loss and data.
-        space: Of the parameters.
-        layers: That have a parameter in the space, of kinds for which there is a rule.
-    """
-    parameters = {parameter for layer in layers.values() for parameter in layer.parameters}
-    reasons = {**dict.fromkeys(space.names, "is no weight or bias of its layer"), **dict.fromkeys(parameters, "")}
-    reasons.update(_verified(problem, {name: layer for name, layer in layers.items() if layer.parameters}).reasons)
-    return next((f"{name} {reason}" for name, reason in reasons.items() if reason), None)
+def unfaithful(problem: Problem, space: ParameterSpace) -> str | None:
+    """Return a clause that names the first parameter of a space whose rule is wrong, or that has none, if any."""
+    return next((f"{name} {reason}" for name, reason in verify_rules(problem, space).reasons.items()), None)
 
 
 def _verify(problem: Problem, space: ParameterSpace) -> Verified:
@@ -176,9 +167,21 @@ def _verify(problem: Problem, space: ParameterSpace) -> Verified:
         others.update(
             dict.fromkeys(set(own) & set(space.names) - set(layer.parameters if has_rule(module) else ()), told)
         )
-    verified = _verified(problem, candidates)
+    with torch.inference_mode(False), torch.enable_grad():
+        verified = _verified(problem, candidates)
     reasons = {**others, **verified.reasons}
+    for name, sharing in _shared(problem.model).items():
+        if name in verified.reasons:
+            reasons[name] = f"is shared with {', '.join(other or 'the model' for other in sharing)} (a tied weight)"
     return replace(verified, reasons={name: reasons[name] for name in space.names if name in reasons})
+
+
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """Return the other modules that have a parameter, by its first name, of those that several have."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {first: [other.rpartition(".")[0] for other in others] for first, *others in names.values() if others}
 
 
 def _of_module(layer: Layer) -> str:

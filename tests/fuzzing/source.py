@@ -62,9 +62,11 @@ class Poisson(Loss):
     def num_factors(self, num_outputs):
         return num_outputs
 
-    def output_factors(self, outputs, part=None):
-        factors = torch.diag_embed(outputs.exp().sqrt())
-        return factors if part is None else factors[:, part.start : part.stop]
+    def factor_scales(self, outputs):
+        return outputs.exp().sqrt()
+
+    def some_factors(self, scales, part):
+        return torch.diag_embed(scales)[:, part.start : part.stop]
 
     def fisher_product(self, outputs, vectors):
         return outputs.exp() * vectors
