@@ -19,8 +19,6 @@ from curvlab.stateless import attributes_copied, call, check_dtype, check_module
 
 __all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
 
-_FEW = 4  # samples whose outputs show the number of classes
-
 
 class Problem:
     """A model, a loss and the data on which its curvature is asked for.
@@ -185,6 +183,11 @@ class Problem:
                     f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics, so that a sample's "
                     "output always depends on its batch: make it with track_running_stats=True"
                 )
+            if getattr(module, "scale_grad_by_freq", False):
+                raise UnsupportedError(
+                    f"{name or 'the model'} ({type(module).__name__}) divides its gradients by how often an entry is "
+                    "in the batch, so that they are no derivatives: make it with scale_grad_by_freq=False"
+                )
             if module.training and is_stochastic(module):
                 raise UnsupportedError(
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
@@ -199,10 +202,10 @@ class Problem:
                 for inputs, targets in self.batches():
                     if outputs is None:
                         with preserved_random_state(self.model.modules()):
-                            outputs = self._tried(copies, inputs[:_FEW])
-                    self.loss.check(outputs[:1].expand(len(targets), -1), targets)
-                for inputs, _ in self.probe():
-                    self._check_samples(copies, inputs)
+                            outputs = self._tried(copies, inputs[:1])
+                    self.loss.check(outputs.expand(len(targets), -1), targets)
+                for index, (inputs, _) in enumerate(self.probe()):
+                    self._check_samples(copies, inputs, outputs if index == 0 else None)
                 unchanged()
             for name, (p, _) in own.items():
                 if not torch.equal(numbers(copies[name]), numbers(p)):
@@ -241,15 +244,23 @@ class Problem:
             return False
         return True
 
-    def _check_samples(self, parameters: dict[str, Tensor], inputs: Tensor) -> None:
+    def _check_samples(self, parameters: dict[str, Tensor], inputs: Tensor, first: Tensor | None) -> None:
         """Refuse outputs that are random or depend on the rest of the batch.
 
         The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
         in the first.
+
+        Args:
+            parameters: To use.
+            inputs: A few.
+            first: The output of the first of them alone, where that is known.
         """
         with watched(self.model) as watch:
             outputs = self._tried(parameters, inputs)
-            parts = [(part, self._tried(parameters, inputs[part])) for part in (slice(0, 1), slice(0, None, 2))]
+            alone = self._tried(parameters, inputs[:1]) if first is None else first
+            parts = [(slice(0, 1), alone)]
+            if len(inputs) > 1:
+                parts.append((slice(1, None, 2), self._tried(parameters, inputs[1::2])))
         if watch.drawing:
             raise UnsupportedError(
                 f"{watch.drawing}, so that a sample's output is random: call model.eval() first, or draw nothing in "

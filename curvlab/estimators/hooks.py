@@ -98,10 +98,9 @@ def _diagonal(
 ) -> Computed:
     verified = verify_rules(problem, space)
     while True:
-        by_rule = {parameter for layer in verified.layers.values() for parameter in layer.parameters}
-        rest = space.restrict(set(space.names) - by_rule)
+        rest = space.restrict(verified.reasons)
         try:
-            found = _by_rules(problem, quantity, verified, batch_size, advance) if by_rule else {}
+            entries = _by_rules(problem, quantity, space, verified, batch_size, advance)
             break
         except UnfaithfulError as error:  # what the samples of the verification did not show
             verified = verified.without(error.reasons)
@@ -109,31 +108,36 @@ def _diagonal(
             told = f"has no rule that is right for every batch: {error}"
             alone = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
             verified = verified.without({parameter: told for layer in alone for parameter in layer.parameters})
+    by_rule = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
+    assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is filled once"
     if rest.names:
         rows = _squared_rows(problem, quantity, rest, silent if by_rule else advance)
-        found |= rest.unflatten(rows)
-    # A parameter that neither has found is an error here, and so is one that both have.
-    assert by_rule.isdisjoint(rest.names)
-    entries = torch.cat([found[name].reshape(-1) for name in space.names])
+        for name, part in rest.slices.items():
+            entries[space.slices[name]] = rows[part]
     return Computed({"entries": entries}, verified.reasons)
 
 
 def _by_rules(
-    problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None, advance: Advance
-) -> dict[str, Tensor]:
-    parameters = problem.parameters()
-    names = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
-    sums = Sums({name: parameters[name].shape for name in names}, problem)
-    for calls, gradients in _batches(problem, quantity, verified, batch_size):
+    problem: Problem,
+    quantity: Quantity,
+    space: ParameterSpace,
+    verified: Verified,
+    batch_size: int | None,
+    advance: Advance,
+) -> Tensor:
+    """Return the diagonal, ``(P,)``, with zeros for the parameters without a rule."""
+    sums = Sums({"entries": (space.total,)}, problem)
+    total = space.unflatten(sums.running["entries"])  # views
+    for calls, gradients in _batches(problem, quantity, verified, batch_size) if verified.layers else ():
         rules = [rule(verified.layers[name], inputs) for name, inputs in calls.items()]
         for row in gradients:
             for one, gradient in zip(rules, row, strict=True):
                 one.add(gradient)
         for one in rules:
-            one.add_to_(sums.running)
+            one.add_to_(total)
         sums.next()
         advance(len(next(iter(calls.values()))))
-    return sums.means()
+    return sums.means()["entries"]
 
 
 def _batches(problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None) -> Iterator[_Batch]:

@@ -260,6 +260,6 @@ def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
         dtype: Of the network, in which they were rounded.
     """
     eps = torch.finfo(dtype).eps
-    error = float((one - other).detach().norm())
+    error = float(torch.dist(one.detach(), other.detach()))
     allowed: float = min(3 * eps**0.5, 0.05) * float(other.detach().norm()) + 100 * eps * scale
     return error <= allowed

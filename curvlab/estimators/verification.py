@@ -249,7 +249,7 @@ def _attempt(
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
             reasons.update(_differences(layer, call, slope, of_parameters, graph, problem.dtype))
-            silent -= {parameter for parameter in layer.parameters if bool(of_parameters[parameter].any())}
+            silent -= {parameter for parameter in layer.parameters if float(of_parameters[parameter].norm())}
     return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
 
 
