@@ -74,7 +74,7 @@ class Backend:
             ``LAYER|U_S``, eigenvectors in columns, and ``LAYER|values`` ``(o, d)``.
         obstacle: Why it cannot for the model at hand.
         product: The implicit structure, where it has that.
-        library: Whether it is another library's code, whose answer on three samples is compared with the reference
+        library: Whether it is another library's code, whose answer on a few samples is compared with the reference
             before it is believed.
     """
 
