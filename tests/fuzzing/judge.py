@@ -4,11 +4,12 @@ import random
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -214,37 +215,68 @@ class Truth:
     def _index(self, names: Any) -> Tensor:
         return torch.cat([torch.arange(self.slices[n].start, self.slices[n].stop) for n in names])
 
+    @cached_property
+    def _rounded(self) -> Tensor:
+        """The matrix at weights that differ by their rounding: what a network does with that, no one has to undo."""
+        generator = torch.Generator().manual_seed(0)
+        kept = [p.detach().clone() for p in self.model.parameters()]
+        with torch.no_grad():
+            for p in self.model.parameters():
+                noise = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+                p += (torch.finfo(p.dtype).eps * p.double() * noise).to(p.dtype)
+        try:
+            found = oracle.curvature(self.model, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn)
+        finally:
+            with torch.no_grad():
+                for p, before in zip(self.model.parameters(), kept, strict=True):
+                    p.copy_(before)
+        return self.matrix if found is None else found
+
+    def _compare_part(self, what: str, actual: Tensor, part: Callable[[Tensor], Tensor]) -> None:
+        """Compare with a part of the matrix, within what rounding the weights does to it."""
+        expected = part(self.matrix)
+        try:
+            self._compare(what, actual, expected)
+        except WrongError:
+            noise = float((part(self._rounded) - expected).abs().max())
+            if actual.shape != expected.shape or not float((actual.double() - expected).abs().max()) <= 100 * noise:
+                raise
+
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         if actual.shape != expected.shape:
             raise WrongError(f"{what}: the shape is {tuple(actual.shape)} for {tuple(expected.shape)}")
-        scale = max(float(expected.abs().max()), 1e-6 * self.scale, 1e-30)
+        # Where gradients cancel, their rounding is left: in half precision some thousandths of the largest curvature.
+        least = 1e-6 if self.tolerance < 0.01 else 2e-3
+        scale = max(float(expected.abs().max()), least * self.scale, 1e-30)
         error = float((actual.double() - expected).abs().max()) / scale
         if not error <= self.tolerance:
             raise WrongError(f"{what}: off by {error:.2g} of the largest entry")
 
     def _check_dense(self, part: CurvatureMatrix) -> None:
         index = self._index(part.space.names)
-        self._compare("dense", part.to_dense(), self.matrix[index][:, index])
+        self._compare_part("dense", part.to_dense(), lambda m: m[index][:, index])
         self._check_blocks(part)
 
     def _check_blocks(self, part: CurvatureMatrix) -> None:
         matrix = part.to_dense()
         for name, where in part.space.slices.items():
             mine = self.slices[name]
-            self._compare(f"{part.kind} of {self._kind(name)}", matrix[where, where], self.matrix[mine, mine])
+            what = f"{part.kind} of {self._kind(name)}"
+            self._compare_part(what, matrix[where, where], lambda m, mine=mine: m[mine, mine])
 
     def _check_diagonal(self, part: CurvatureMatrix) -> None:
         diagonal = part.diagonal()
         for name, where in part.space.slices.items():
-            self._compare(f"diag of {self._kind(name)}", diagonal[where], self.matrix.diagonal()[self.slices[name]])
+            mine = self.slices[name]
+            self._compare_part(f"diag of {self._kind(name)}", diagonal[where], lambda m, mine=mine: m.diagonal()[mine])
 
     def _check_products(self, part: CurvatureMatrix) -> None:
         index = self._index(part.space.names)
         vectors = torch.randn(len(index), 3, generator=torch.Generator().manual_seed(0)).double()
-        right = self.matrix[index][:, index] @ vectors
         products = part @ vectors.to(part.dtype)
         for name, where in part.space.slices.items():
-            self._compare(f"products, of {self._kind(name)}", products[where], right[where])
+            what = f"products, of {self._kind(name)}"
+            self._compare_part(what, products[where], lambda m, where=where: (m[index][:, index] @ vectors)[where])
 
     def _check_table(self, table: Any) -> None:
         for row in table.to_dict("records"):
