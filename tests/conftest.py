@@ -68,15 +68,15 @@ def cells_here(request, monkeypatch) -> None:
         return
     one_at_a_time = threading.Lock()
 
-    def run(function, threads, given, timeout, wanted):
+    def run(function, threads, code, given, file, timeout, wanted):
         with one_at_a_time:
             if not wanted():
                 return processes.Ended(None, 0, None, 0.0, "unwanted")
             exchange = _Exchange(given)
             with torch.random.fork_rng():
-                cell.work(exchange)
+                cell.work(exchange, 1)
         return processes.Ended(exchange.answer, 0, 1, 0.0)
 
     monkeypatch.setattr(processes, "run", run)
     monkeypatch.setattr(cell, "_alone", lambda folder: Path(folder).mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(cell, "_redirect", lambda file: None)
+    monkeypatch.setattr(cell, "_redirect", lambda output: None)

@@ -172,7 +172,7 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--momentum 0.5", "momentum belongs to sgd"),
         ("--time-budget nan", "--time-budget should be a finite number"),
         ("--quantity fihser", "'fihser'; did you mean 'fisher'?"),
-        ("--quantity fisher:samples=0", "fisher takes samples >= 1"),
+        ("--quantity fisher:samples=0", "samples of fisher must be a whole number from 1, not 0"),
         ("--quantity masq:norm=x", "masq takes norm"),
         ("--device banana", "device is cpu, cuda or cuda:N, not 'banana'"),
         ("--device cuda:99", "there is no GPU 'cuda:99' here"),
@@ -537,7 +537,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
 
 
-@pytest.mark.parametrize("kilobytes", [40, 96, 168])
+@pytest.mark.parametrize("kilobytes", [40, 96, 220])
 def test_full_disk(call, tmp_path, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -205,6 +205,10 @@ def _failure(error: Exception, problem: Problem) -> str:
         return str(error)
     if isinstance(error, CurvlabError):
         raise error
+    return _fails(problem, error)
+
+
+def _fails(problem: Problem, error: Exception) -> str:
     return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {first_line(error)})"
 
 
@@ -276,8 +280,10 @@ def _disagreement(
 
     try:
         theirs, reference = products(backend), products(torch_func.BACKEND)
-    except Exception as error:  # whatever another library raises
-        return _failure(error, problem)
+    except UnsupportedError as error:
+        return str(error)
+    except Exception as error:  # whatever another library raises, or is wrong with what it gives
+        return _fails(problem, error)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
         return None
