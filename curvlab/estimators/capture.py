@@ -139,28 +139,28 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def graph_of(outputs: Tensor, leaves: Leaves) -> Graph:
     """Look through the graph of outputs of ``forward`` that was given these leaves."""
-    names: dict[object, str] = {get_gradient_edge(leaf).node: name for name, leaf in leaves.items()}
+    names = {id(leaf): name for name, leaf in leaves.items()}
     uses = dict.fromkeys(leaves, 0)
     following: dict[object, Sequence[Any]] = {}
-    todo: list[Any] = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    ends: dict[object, str | None] = {}  # the leaves at which the graph ends; None for what is no leaf of these
+    todo: list[Any] = [outputs.grad_fn]
     while todo:
         node = todo.pop()
-        if node in following:
+        if node is None or node in following:
             continue
         following[node] = [other for other, _ in node.next_functions]
-        todo += [other for other in following[node] if other is not None and other not in names]
+        todo += following[node]
+        if not following[node]:
+            ends[node] = names.get(id(getattr(node, "variable", None)))
 
     def origin(node: object) -> str | None:
         """Return the leaf that a node passes on, itself or as a view or copy of it and nothing else."""
-        while node not in names:
-            others = following.get(node, ())
-            if len(others) != 1:
-                return None
-            node = others[0]
-        return names[node]
+        while node is not None and len(following[node]) == 1:
+            node = following[node][0]
+        return ends.get(node)
 
     # A node with one input passes it on; it is the nodes behind that use it, and the outputs themselves.
     for node in (*chain.from_iterable(others for others in following.values() if len(others) != 1), outputs.grad_fn):
-        if node is not None and (name := origin(node)) is not None:
+        if (name := origin(node)) is not None:
             uses[name] += 1
     return Graph(uses, following.keys())

@@ -18,6 +18,7 @@ from curvlab.estimators.rules import random_like
 from curvlab.estimators.seeds import fewer_seeds
 from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
 from curvlab.forms import unknown
+from curvlab.intake import is_finite
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -179,7 +180,7 @@ def _estimate(
             obstacles[candidate.name] = _failure(error, problem)
             continue
         for name, tensor in computed.tensors.items():
-            if not bool(tensor.isfinite().all()):
+            if not is_finite(tensor):
                 raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
         info = replace(
             info,
