@@ -115,8 +115,9 @@ class Problem:
         outputs = call(self.model, parameters, inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            of = "one sample" if len(inputs) == 1 else f"{len(inputs)} samples"
             raise UnsupportedError(
-                f"{type(self.model).__name__} must return one tensor (N, C); for {len(inputs)} samples it gave "
+                f"{type(self.model).__name__} must return one tensor (N, C); for {of} it gave "
                 f"{shape}: wrap it in a module that returns such a tensor"
             )
         if not outputs.is_floating_point():

@@ -242,8 +242,8 @@ class TestRefusedModels:
     @pytest.mark.parametrize(
         ("change", "told"),
         [
-            (lambda f: f[:, 0], r"\(N, C\); for 4 samples it gave \(4,\)"),
-            (lambda f: f.unsqueeze(2), r"gave \(4, 3, 1\)"),
+            (lambda f: f[:, 0], r"\(N, C\); for one sample it gave \(1,\)"),
+            (lambda f: f.unsqueeze(2), r"gave \(1, 3, 1\)"),
             (lambda f: f[:3], r"gave \(3, 3\)"),
             (lambda f: {"logits": f}, "gave dict"),
         ],

@@ -100,7 +100,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("forward", "told"),
         [
-            (lambda m, x: m.plain(x)[:, 0], r"for 4 samples it gave \(4,\): wrap it in a module"),
+            (lambda m, x: m.plain(x)[:, 0], r"for one sample it gave \(1,\): wrap it in a module"),
             (lambda m, x: (m.plain(x),), "gave tuple: wrap"),
             (lambda m, x: m.plain(x).long(), "returns torch.int64; the losses"),
             (lambda m, x: m.plain(x) + 0j, "returns torch.complex64; the losses"),
