@@ -286,5 +286,7 @@ def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
             if count == size:
                 yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
                 held, count = [], 0
+        # A loader may fill the same tensors again.
+        held = [(torch.cat([x for x, _ in held]), torch.cat([y for _, y in held]))] if held else []
     if held:
         yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

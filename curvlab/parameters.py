@@ -1,6 +1,6 @@
 """The space that every curvature matrix lives in: a model's trainable parameters, named and flattened."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from curvlab.checks import shown
 from curvlab.errors import CurvlabError
 
 Vectors = Tensor | Mapping[str, Tensor]
@@ -46,7 +47,11 @@ class ParameterSpace:
         if not trainable:
             raise CurvlabError(f"{type(model).__name__} has no trainable parameter (requires_grad is False throughout)")
         if select is not None:
-            patterns = [select] if isinstance(select, str) else list(select)
+            patterns = (
+                [select] if isinstance(select, str) else list(select) if isinstance(select, Iterable) else [select]
+            )
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise CurvlabError(f"params are patterns of parameter names, such as 'fc*.weight', not {shown(select)}")
             if not patterns:
                 raise CurvlabError("no parameters are selected: give one pattern of names or more")
             for pattern in patterns:

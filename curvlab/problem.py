@@ -98,7 +98,7 @@ class Problem:
         return {name: named[name].detach() for name in self.space.names}
 
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own, as constants.
+        """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own.
 
         Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
         in place; what it sets on its modules is afterwards what it was. The outputs have the dtype of the parameters.
@@ -112,6 +112,10 @@ class Problem:
                 "torch.autocast is on around this call, and would round what the curvature is computed from: leave it "
                 "outside (the model's own forward pass may use it)"
             )
+        if missing := [name for name in self.space.names if name not in parameters]:
+            # Asking for gradients, as those of the model do: a forward may look at that and take another way.
+            own = self.parameters()
+            parameters = parameters | {name: own[name].requires_grad_() for name in missing}
         outputs = call(self.model, parameters, inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

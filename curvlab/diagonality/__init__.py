@@ -6,6 +6,7 @@ The table is the one that Gepperth and Wiech (2019), Table 2, set out to give.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -137,11 +138,12 @@ def records(
     check_backward(to_first_order(problem), space)
 
     def rows() -> Iterator[Record]:
-        blocks = _Blocks(problem, quantity, tile_memory)
+        with _differentiating():
+            blocks = _Blocks(problem, quantity, tile_memory)
         for name, members in groups:
             if name in skip:
                 continue
-            with progress_bar(f"diagonality of {name}", 1.0, progress) as advance:
+            with progress_bar(f"diagonality of {name}", 1.0, progress) as advance, _differentiating():
                 if not ParameterSpace.of(problem.model, members).total:
                     record = dense_record(torch.empty(0, 0))
                 elif isinstance(quantity, Hessian):
@@ -194,10 +196,18 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
         flat = torch.cat([index + space.slices[name].start for name, index in chosen.items()])
         _check_hessian(problem, "the model", space.names)
         return Submatrix(estimate(problem, quantity, "dense").to_dense()[flat][:, flat], space.names, counts)
-    blocks = _Blocks(problem, quantity, 2e8)
-    parts = [(blocks([name]), index) for name, index in chosen.items() if len(index)]
+    with _differentiating():
+        blocks = _Blocks(problem, quantity, 2e8)
+        parts = [(blocks([name]), index) for name, index in chosen.items() if len(index)]
     columns = torch.cat([block.columns(index) * sqrt(block.unit()) for block, index in parts], dim=1)
     return Submatrix(columns.mT @ columns / problem.num_samples, space.names, counts)
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    """Have gradients, also where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _groups(problem: Problem, space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:

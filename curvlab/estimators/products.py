@@ -149,7 +149,7 @@ def _hessian_term(
     slope = _pull([value], leaves.values(), [torch.ones_like(value)], create_graph=True)
 
     def term(vectors: Tensor) -> Tensor:
-        along = (space.unflatten(vector).values() for vector in vectors.to(problem.dtype))
+        along = (_named(space, vector).values() for vector in vectors.to(problem.dtype))
         return _rows(_pull(slope, leaves.values(), one) for one in along).to(vectors.dtype)
 
     return term, slope
@@ -205,7 +205,7 @@ def _gram_term(
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        seeds = [fisher(push(space.unflatten(vector))) for vector in vectors.to(problem.dtype)]
+        seeds = [fisher(push(_named(space, vector))) for vector in vectors.to(problem.dtype)]
         return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds).to(vectors.dtype)
 
     return term, [outputs, *pushed_from]
@@ -258,7 +258,7 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
         v, u = _random(problem, (space.total,)), _random(problem, tuple(outputs.shape), seed=1)
         pulled = _flat(_pull([outputs], leaves.values(), [u]))
         try:
-            pushed = pushing(problem, leaves, inputs, outputs)[0](space.unflatten(v))
+            pushed = pushing(problem, leaves, inputs, outputs)[0](_named(space, v))
         except Exception as error:  # of torch's, or of the model's on what it has never seen
             return _first_line(error)
         if not bool(pushed.isfinite().all() and pulled.isfinite().all()):
@@ -270,6 +270,11 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
 
 
 # Automatic differentiation -------------------------------------------------------------------------------------------
+
+
+def _named(space: ParameterSpace, vector: Tensor) -> dict[str, Tensor]:
+    """Return a vector by parameter, each a tensor of its own: torch views complex numbers at even places only."""
+    return {name: part.clone() for name, part in space.unflatten(vector).items()}
 
 
 def _leaves(problem: Problem, space: ParameterSpace) -> dict[str, Tensor]:

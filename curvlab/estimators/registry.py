@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
@@ -73,7 +74,9 @@ def estimate(
     """
     quantity, structure = parse_quantity(quantity), parse_structure(structure)
     if backend not in ("auto", *BACKENDS):
-        raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
+        raise CurvlabError(unknown("backend", str(backend), ("auto", *BACKENDS)))
+    if batch_size is not None:
+        batch_size = whole_number(batch_size, "batch_size", 1)
     space = ParameterSpace.of(problem.model, params)
     able(quantity, structure, backend)  # a cell that no one fills is said before the data are gone through
     problem.check()
@@ -113,7 +116,7 @@ def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
     told = None
     if structure.name != "implicit":
         inputs, _ = problem.probe()[0]
-        told = fewer_seeds(problem.loss, quantity, problem.forward({}, inputs[:1]).shape[1])
+        told = fewer_seeds(problem.loss, quantity, problem.forward({}, inputs[:1]).detach().shape[1])
     return f"{quantity} {structure}" + (f" ({told})" if told else "")
 
 

@@ -112,7 +112,7 @@ def row_batches(
     rng = label_stream(quantity)
     rows_of = _Rows(problem, parameters)
     for inputs, targets in problem.batches():
-        with torch.enable_grad():  # which a derivative inside the forward needs
+        with torch.enable_grad():  # which a derivative inside the forward needs, and a forward may look at
             outputs = problem.forward({}, inputs).detach()
         seeds = output_rows(problem.loss, quantity, outputs, targets, rng)
         size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
@@ -165,8 +165,10 @@ class _Rows:
 
 
 def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:
+    constants = problem.parameters()  # a graph of those that are not asked for would only cost
+
     def of_sample(x: Tensor, seed: Tensor) -> Tensor:
-        pull = vjp(lambda p: problem.forward(p, x.unsqueeze(0))[0], parameters)[1]
+        pull = vjp(lambda p: problem.forward(constants | p, x.unsqueeze(0))[0], parameters)[1]
         (rows,) = vmap(pull)(seed)
         return torch.cat([rows[name].reshape(len(seed), p.numel()) for name, p in parameters.items()], dim=1)
 

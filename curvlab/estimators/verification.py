@@ -130,6 +130,8 @@ def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
             told = _of_module(layer)
         elif weight is not None and own[id(weight)] != name:
             told = f"is beside {name}, which is {own[id(weight)]}, a tied weight"
+        elif weight is None and getattr(layer.module, "weight", None) is not None:
+            told = f"is beside {name}, which is computed from other parameters"
         elif name in verified.reasons:
             told = f"is beside {name}, which {verified.reasons[name]}"
         else:

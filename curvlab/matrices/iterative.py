@@ -28,6 +28,12 @@ def solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tenso
     Raises:
         CurvlabError: The tolerance is not reached.
     """
+    largest = b.abs().amax(dim=0)
+    unit = torch.where(largest > 0, largest, 1)  # squares of very small or large numbers are zero or infinite
+    return _solve(multiply, b / unit, tol, max_products) * unit
+
+
+def _solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tensor:
     products = 0
 
     def counted(vectors: Tensor) -> Tensor:

@@ -114,13 +114,19 @@ class Penalty:
             strength: A factor.
 
         Raises:
-            CurvlabError: A parameter is missing, its shape, dtype or device is not the matrix's, or the strength is no
-                finite number.
+            CurvlabError: A parameter is missing or asks for no gradient, its shape, dtype or device is not the
+                matrix's, or the strength is no finite number.
         """
         strength = real_number(strength, "strength")
         with torch.no_grad():
             for term in self._terms:
                 of_term = term.matrix._named(parameters)
+                for name, parameter in of_term.items():
+                    if not parameter.requires_grad:
+                        raise CurvlabError(
+                            f"{name} asks for no gradient (requires_grad is False), so that none can be added: give "
+                            "dict(model.named_parameters()), and a penalty of what is trained"
+                        )
                 gradients = {name: _gradient(parameter) for name, parameter in of_term.items()}
                 anchors = term.matrix.space.unflatten(term.anchor)
                 way = {name: parameter - anchors[name] for name, parameter in of_term.items()}

@@ -97,6 +97,8 @@ def export(arguments: list[str], program: str) -> int:
     options, (name,) = given
     if not options.summary and (options.by or options.values):
         raise CurvlabError("--by and --values are of the summary: add --summary")
+    if options.to is not None and options.to.exists() and options.to.samefile(name):
+        raise CurvlabError(f"{options.to} is the store itself: choose another file for the table")
     with grid.reading(Path(name)) as store:
         table = store.summary(options.by, options.values) if options.summary else store.table()
     if options.to is None:
