@@ -93,7 +93,7 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
                     given = parameters.get(slot)
                     used[id(tensor)] = tensor.clone() if given is None else given
                 slots[slot] = used[id(tensor)]
-    with _attributes_restored([module for _, module in modules]), _parametrizations_computed():
+    with attributes_restored([module for _, module in modules]), _parametrizations_computed():
         for _, module in modules:
             if "_orig_mod" in module._modules:  # made by torch.compile
                 vars(module)["forward"] = module._modules["_orig_mod"]
@@ -162,7 +162,7 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
         UnsupportedError: By what is yielded: one has been written.
     """
     copies: list[tuple[str, Tensor, int]] = []
-    with _attributes_restored(list(model.modules())):
+    with attributes_restored(list(model.modules())):
         for prefix, module in model.named_modules():
             for key, tensor in vars(module).items():
                 if isinstance(tensor, Tensor) and not tensor.is_inference():
@@ -181,7 +181,8 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undo, at the end of the block, what was set on modules: attributes, parameters, buffers and submodules."""
     dictionaries: Iterator[dict[str, Any]] = (
         held for m in modules for held in (m.__dict__, m._parameters, m._buffers, m._modules)
     )

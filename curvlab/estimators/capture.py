@@ -5,8 +5,9 @@ and the gradients of its outputs. No gradient of a parameter is computed to have
 like that, ``curvlab.estimators.verification`` finds out.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -46,6 +47,15 @@ class Graph:
 
     uses: Mapping[str, int]
     nodes: Collection[object]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what torch warns of where not all gradients are asked for, or where it vectorises by a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        yield
 
 
 def leaves_of(problem: Problem) -> dict[str, Tensor]:
@@ -117,7 +127,8 @@ def gradients(
     found: Sequence[Tensor | None] = [None] * (len(calls) + len(leaves))
     if found and outputs.requires_grad:
         targets = [*(call.output for call in calls), *leaves]
-        found = torch.autograd.grad(outputs, targets, seed, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+        with quiet():
+            found = torch.autograd.grad(outputs, targets, seed, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
     # Zeros, of a shape that torch does not know, where the outputs do not depend on a call.
     shapes = [*(call.shape for call in calls), *(leaf.shape for leaf in leaves)]
     whole = [

@@ -1,7 +1,6 @@
 """Which backend computes which quantity in which structure for a model, and the one door to all of them."""
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,7 +12,7 @@ from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import working_dtype
+from curvlab.estimators.capture import quiet, working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
 from curvlab.estimators.seeds import fewer_seeds
@@ -25,6 +24,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
+from curvlab.stateless import attributes_restored
 from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
@@ -83,14 +83,15 @@ def estimate(
     if not isinstance(quantity, Hessian):
         problem = to_first_order(problem)
     problem = remembering(problem)
-    verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure
     # Also where the caller has switched gradients off.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        warnings.catch_warnings(),  # what is imported at a first use adds filters
+        quiet(),  # which also takes away the filters that are added by what is imported at a first use
+        attributes_restored(problem.model.modules()),  # also what a checkpoint sets in a backward pass
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
+        verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure
         parts = [
             _estimate(problem, quantity, of_part, part, backend, batch_size, advance)
             for of_part, part in _parts(problem, structure, space)

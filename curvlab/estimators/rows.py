@@ -16,9 +16,9 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.capture import Call, backward, forward, graph_of, leaves_of, working, working_dtype
+from curvlab.estimators.capture import Call, backward, forward, graph_of, leaves_of, quiet, working, working_dtype
 from curvlab.estimators.layers import layer_in
-from curvlab.estimators.rules import agree, quiet, random_like
+from curvlab.estimators.rules import agree, random_like
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import verify_factors
 from curvlab.problem import Problem

@@ -4,10 +4,8 @@ A rule is made for one call of a module and given the gradients of its output, a
 where ``curvlab.estimators.verification`` has found it right.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-from curvlab.estimators.capture import working
+from curvlab.estimators.capture import quiet, working
 from curvlab.estimators.layers import Layer, has_factors
 from curvlab.estimators.positions import positions
 
@@ -42,6 +40,7 @@ class Rule(ABC):
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         self.layer, self.inputs = layer, inputs
+        self.dtype = inputs.dtype if inputs.is_floating_point() else torch.float64  # in which it computes
         self.squares: Gradients = {}
 
     @abstractmethod
@@ -235,15 +234,6 @@ def rule(layer: Layer, inputs: Tensor) -> Rule:
     return _Flat(layer, inputs) if flat else _Positional(layer, inputs)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what torch warns of where not all gradients are asked for, or where it vectorises by a loop."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        warnings.filterwarnings("ignore", "Full backward hook is firing")
-        yield
-
-
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Return normal numbers of a shape, always the same, in a tensor's dtype and on its device."""
     generator = torch.Generator().manual_seed(seed)
@@ -260,6 +250,8 @@ def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
         dtype: Of the network, in which they were rounded.
     """
     eps = torch.finfo(dtype).eps
+    # Half precision has no digits to spare: there, not much more than its rounding.
+    relative, of_terms = (3 * eps**0.5, 100 * eps) if eps < 1e-5 else (8 * eps, 2 * eps)
     error = float(torch.dist(one.detach(), other.detach()))
-    allowed: float = min(3 * eps**0.5, 0.05) * float(other.detach().norm()) + 100 * eps * scale
+    allowed: float = relative * float(other.detach().norm()) + of_terms * scale
     return error <= allowed

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators.capture import gradients, working_dtype
+from curvlab.estimators.capture import gradients, quiet, working_dtype
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -251,8 +251,8 @@ def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def differentiable(problem: Problem) -> Iterator[None]:
     """Have torch take kernels with all their derivatives, where the caller has gradients off or autocasts, too."""
     with ExitStack() as settings:
+        settings.enter_context(quiet())
         # It is torch's own, the first time that numbers with a dual part are used.
-        settings.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
         settings.enter_context(torch.inference_mode(False))  # also within no_grad
         settings.enter_context(torch.autocast(problem.device.type, enabled=False))

@@ -18,10 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
-from curvlab.estimators.capture import Call, Graph, Leaves, forward, gradients, graph_of, leaves_of
+from curvlab.estimators.capture import (
+    Call,
+    Graph,
+    Leaves,
+    forward,
+    gradients,
+    graph_of,
+    leaves_of,
+    quiet,
+    working_dtype,
+)
 from curvlab.estimators.layers import Layer, has_factors, layer_in
-from curvlab.estimators.rules import agree, has_rule, quiet, random_like, rule
-from curvlab.estimators.snapshots import without_gradients
+from curvlab.estimators.rules import agree, has_rule, random_like, rule
+from curvlab.estimators.snapshots import HeldProblem, without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 
@@ -170,12 +180,28 @@ def _verify(problem: Problem, space: ParameterSpace) -> Verified:
             dict.fromkeys(set(own) & set(space.names) - set(layer.parameters if has_rule(module) else ()), told)
         )
     with torch.inference_mode(False), torch.enable_grad():
-        verified = _verified(problem, candidates)
+        verified = _verified(_precise(problem), candidates)
     reasons = {**others, **verified.reasons}
     for name, sharing in _shared(problem.model).items():
         if name in verified.reasons:
             reasons[name] = f"is shared with {', '.join(other or 'the model' for other in sharing)} (a tied weight)"
     return replace(verified, reasons={name: reasons[name] for name in space.names if name in reasons})
+
+
+def _precise(problem: Problem) -> Problem:
+    """Return the problem in at least float32: what is wrong in half precision hides in its rounding.
+
+    It is the problem itself where the model insists on its own dtype.
+    """
+    if problem.dtype == working_dtype(problem.dtype):
+        return problem
+    precise = HeldProblem(problem, working_dtype(problem.dtype))
+    try:
+        for inputs, _ in precise.probe():
+            precise.forward(precise.parameters(), inputs)
+    except Exception:  # of the user's code, at tensors of another dtype
+        return problem
+    return precise
 
 
 def _shared(model: nn.Module) -> dict[str, list[str]]:
@@ -264,17 +290,19 @@ def _differences(
         return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
     assert call.inputs is not None
     try:
-        totals = rule(layer, call.inputs).total(slope)
+        of_call = rule(layer, call.inputs)
+        totals = of_call.total(slope)
     except Exception as error:  # a rule may be given what its kind of module never sees
         told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, told)
     sizes = call.inputs.flatten(1).norm(dim=1) if call.inputs.is_floating_point() else 1.0
     scale = float(((1 + sizes) * slope.flatten(1).norm(dim=1)).sum())
+    coarser = max(dtype, of_call.dtype, key=lambda one: torch.finfo(one).eps)
     reasons = {}
     for parameter in layer.parameters:
         if graph.uses[parameter] > 1:
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
-        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, dtype):
+        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, coarser):
             reasons[parameter] = _explained(layer)
     return reasons
 
