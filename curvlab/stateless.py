@@ -93,7 +93,7 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
                     given = parameters.get(slot)
                     used[id(tensor)] = tensor.clone() if given is None else given
                 slots[slot] = used[id(tensor)]
-    with attributes_restored([module for _, module in modules]), _parametrizations_computed():
+    with attributes_restored([module for _, module in modules]), parametrizations_computed():
         for _, module in modules:
             if "_orig_mod" in module._modules:  # made by torch.compile
                 vars(module)["forward"] = module._modules["_orig_mod"]
@@ -196,7 +196,7 @@ def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _parametrizations_computed() -> Iterator[None]:
+def parametrizations_computed() -> Iterator[None]:
     """Have weights of ``parametrize`` computed, also where the caller caches those of other parameters."""
     enabled, cache = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}

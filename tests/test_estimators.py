@@ -467,7 +467,7 @@ class TestRefusals:
             ({"structure": "diagonal"}, "no structure 'diagonal'; did you mean 'diag'"),
             ({"backend": "torhc"}, "no backend 'torhc'; did you mean 'torch'"),
             ({"params": "2.weigth"}, "nearest name is '2.weight'"),
-            ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+            ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ],
     )
     def test_unknown_names(self, arguments: dict[str, object], told: str) -> None:

@@ -24,7 +24,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
-from curvlab.stateless import attributes_restored
+from curvlab.stateless import attributes_restored, parametrizations_computed
 from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
@@ -89,6 +89,7 @@ def estimate(
         torch.enable_grad(),
         quiet(),  # which also takes away the filters that are added by what is imported at a first use
         attributes_restored(problem.model.modules()),  # also what a checkpoint sets in a backward pass
+        parametrizations_computed(),  # also there
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure
