@@ -297,3 +297,39 @@ def test_a_loss_that_the_reference_does_not_know_is_refused() -> None:
     rows = torch_func.per_sample_rows(problem, Fisher(), problem.space)
     with pytest.raises(UnsupportedError, match="the reference has no exact Fisher of Poisson"):
         next(rows)
+
+
+class DeadOnMost(nn.Module):
+    """A layer whose output reaches the model's for few samples only, and is changed in place or replaced."""
+
+    def __init__(self, build) -> None:
+        super().__init__()
+        self.inner, self.out = build(), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x) * (x[:, :1] > 50))
+
+
+class ViewInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x.unsqueeze(1).expand(-1, 2, -1))
+        hidden[:, 0].mul_(3)
+        return hidden.sum(1)
+
+
+def doubled() -> nn.Linear:
+    layer = nn.Linear(4, 5)
+    layer.forward = lambda x: F.linear(2 * x, layer.weight, layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("build", [doubled, ViewInPlace])
+def test_layers_without_a_gradient_on_the_samples_of_the_verification(build) -> None:
+    """Zero and zero agree, which says nothing of a rule."""
+    problem, whole = sixteen(DeadOnMost(build), 5)
+    matrix = estimate(problem, "empirical_fisher", "diag")
+    assert close(matrix.diagonal(), plainly(whole, "empirical_fisher").diagonal())

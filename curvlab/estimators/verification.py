@@ -35,7 +35,10 @@ from curvlab.estimators.snapshots import HeldProblem, without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 
-_PERTURBATION = 0.1  # of the weights, relative to their root mean square, where all gradients on the samples are zero
+#: Where all gradients on the samples are zero: by how much the weights are moved, relative to their root mean square,
+#: and which samples get no gradient of their outputs, every second one from the first or from the second.
+_FURTHER = ((0.0, 0), (0.1, 1), (0.1, 0), (1.0, 1))
+_UNTRIED = "without a gradient on the samples of the verification: its rule cannot be verified"
 _MEMORY = "_verified"  # of a problem, in one call
 _WRONG = "does not have the gradient that its inputs and the gradient of its output give"
 
@@ -87,7 +90,7 @@ class Verified:
             for parameter in layer.parameters:
                 if told is not None:
                     reasons[parameter] = f"{told} on some batch"
-                elif graph.uses[parameter] > 1:
+                elif graph.uses[parameter] > (name in self.reached):
                     reasons[parameter] = f"is of {_label(layer)}, but acts elsewhere too on some batch"
         if reasons:
             raise UnfaithfulError(reasons)
@@ -232,14 +235,20 @@ def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
         retrial = attempt(candidates, apart=failed)
         if len(retrial.reasons) < len(trial.reasons):
             trial = retrial
-    left = _restricted(candidates, trial.reasons)
-    if silent := {name: layer for name, layer in left.items() if trial.silent & set(layer.parameters)}:
-        # Nothing was compared where all gradients are zero, as behind a last layer that begins at zero.
+    reasons, silent = dict(trial.reasons), trial.silent - trial.reasons.keys()
+    left = _restricted(candidates, reasons)
+    # Nothing was compared where all gradients are zero, as behind a last layer that begins at zero.
+    for perturbation, masked in _FURTHER if silent else ():
         with suppress(Exception):  # weights that are not the model's may be no weights of it
-            moved = attempt(silent, apart=trial.apart, perturbation=_PERTURBATION)
-            trial = replace(trial, reasons={**trial.reasons, **moved.reasons})
+            layers = {name: layer for name, layer in left.items() if silent & set(layer.parameters)}
+            moved = attempt(layers, apart=trial.apart, perturbation=perturbation, masked=masked)
+            reasons.update(moved.reasons)
+            silent = silent & moved.silent - moved.reasons.keys()
             left = _restricted(left, moved.reasons)
-    return Verified(left, trial.reasons, trial.apart, trial.reached)
+    for name, layer in left.items():
+        if name in trial.reached:  # without a part in the outputs, zero is right
+            reasons.update(dict.fromkeys(silent & set(layer.parameters), f"is of {_label(layer)}, {_UNTRIED}"))
+    return Verified(_restricted(left, reasons), reasons, trial.apart, trial.reached)
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,11 @@ class _Trial:
 
 
 def _attempt(
-    problem: Problem, candidates: Mapping[str, Layer], apart: Collection[str], perturbation: float = 0.0
+    problem: Problem,
+    candidates: Mapping[str, Layer],
+    apart: Collection[str],
+    perturbation: float = 0.0,
+    masked: int = 1,
 ) -> _Trial:
     reasons: dict[str, str] = {}
     reached: set[str] = set()
@@ -269,24 +282,30 @@ def _attempt(
             once = [calls[layer.name][0] for layer in layers]
             # Random ones, not the loss's own gradients: those vanish at a perfect fit and would show nothing.
             seed = random_like(outputs, tuple(outputs.shape))
-            seed[1::2] = 0  # of every second sample: no other row may see them
+            seed[masked::2] = 0  # of every second sample: no other row may see them
             names = [parameter for layer in layers for parameter in layer.parameters]
             wanted = names or list(leaves)  # also where there are no rules: can torch differentiate the model?
             slopes, found = gradients(outputs, once, [leaves[name] for name in wanted], seed, keep=False)
         of_parameters = dict(zip(wanted, found, strict=True))
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
-            reasons.update(_differences(layer, call, slope, of_parameters, graph, problem.dtype))
+            reasons.update(_differences(layer, call, slope, masked, of_parameters, graph, problem.dtype))
             silent -= {parameter for parameter in layer.parameters if float(of_parameters[parameter].norm())}
     return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
 
 
 def _differences(
-    layer: Layer, call: Call, slope: Tensor, right: Mapping[str, Tensor], graph: Graph, dtype: torch.dtype
+    layer: Layer,
+    call: Call,
+    slope: Tensor,
+    masked: int,
+    right: Mapping[str, Tensor],
+    graph: Graph,
+    dtype: torch.dtype,
 ) -> dict[str, str]:
     """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
     label = _label(layer)
-    if bool(slope[1::2].any()):
+    if bool(slope[masked::2].any()):
         return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
     assert call.inputs is not None
     try:
@@ -300,7 +319,8 @@ def _differences(
     coarser = max(dtype, of_call.dtype, key=lambda one: torch.finfo(one).eps)
     reasons = {}
     for parameter in layer.parameters:
-        if graph.uses[parameter] > 1:
+        # Also where the output of the layer has no part in the outputs, but the parameter has.
+        if graph.uses[parameter] > _reached(call, graph):
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
         elif not agree(totals[parameter], right[parameter].reshape(-1), scale, coarser):
             reasons[parameter] = _explained(layer)
