@@ -35,8 +35,8 @@ from curvlab.estimators.snapshots import HeldProblem, without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 
-#: Where all gradients on the samples are zero: by how much the weights are moved, relative to their root mean square,
-#: and which samples get no gradient of their outputs, every second one from the first or from the second.
+#: Where all gradients on the samples are zero: by how much weights and inputs are moved, relative to their root mean
+#: square, and which samples get no gradient of their outputs, every second one from the first or from the second.
 _FURTHER = ((0.0, 0), (0.1, 1), (0.1, 0), (1.0, 1))
 _UNTRIED = "without a gradient on the samples of the verification: its rule cannot be verified"
 _MEMORY = "_verified"  # of a problem, in one call
@@ -271,7 +271,9 @@ def _attempt(
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
     modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
-        leaves = _perturbed(leaves_of(problem), perturbation)
+        leaves = {name: leaf.requires_grad_() for name, leaf in _moved(leaves_of(problem), perturbation).items()}
+        if inputs.is_floating_point():
+            inputs = _moved({"": inputs}, perturbation)[""]
         with without_gradients(problem.model), quiet():
             outputs, calls = forward(problem, modules, inputs, leaves, apart)
             graph = graph_of(outputs, leaves)
@@ -365,14 +367,15 @@ def _restricted(layers: Mapping[str, Layer], reasons: Mapping[str, str]) -> dict
     return {name: layer for name, layer in left.items() if layer.parameters}
 
 
-def _perturbed(leaves: Leaves, by: float) -> Leaves:
+def _moved(tensors: Leaves, by: float) -> Leaves:
+    """Return tensors moved by some noise relative to their root mean square, or to one where they are zero."""
     if not by:
-        return leaves
+        return tensors
     moved = {}
-    for index, (name, leaf) in enumerate(leaves.items()):
-        size = float(leaf.detach().square().mean().sqrt()) if leaf.numel() else 0.0
-        noise = random_like(leaf.detach(), tuple(leaf.shape), seed=index)
-        moved[name] = (leaf.detach() + by * (size or 1.0) * noise).requires_grad_()
+    for index, (name, tensor) in enumerate(tensors.items()):
+        size = float(tensor.detach().square().mean().sqrt()) if tensor.numel() else 0.0
+        noise = random_like(tensor.detach(), tuple(tensor.shape), seed=index)
+        moved[name] = tensor.detach() + by * (size or 1.0) * noise
     return moved
 
 
