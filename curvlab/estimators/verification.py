@@ -78,9 +78,19 @@ class Verified:
         Raises:
             UnfaithfulError: The batch takes another way through the model than the samples of the verification.
         """
+        # Whether an output is a view can depend on the batch: then its copy has to go on here, too.
+        for apart in (self.apart, self.layers):
+            outputs, calls, reasons = self._run(problem, inputs, apart)
+            if not reasons:
+                return outputs, {name: seen[0] for name, seen in calls.items()}
+        raise UnfaithfulError(reasons)
+
+    def _run(
+        self, problem: Problem, inputs: Tensor, apart: Collection[str]
+    ) -> tuple[Tensor, dict[str, list[Call]], dict[str, str]]:
         leaves = leaves_of(problem)
         modules = {name: layer.module for name, layer in self.layers.items()}
-        outputs, calls = forward(problem, modules, inputs, leaves, self.apart)
+        outputs, calls = forward(problem, modules, inputs, leaves, apart)
         graph = graph_of(outputs, leaves)
         reasons: dict[str, str] = {}
         for name, layer in self.layers.items():
@@ -92,9 +102,7 @@ class Verified:
                     reasons[parameter] = f"{told} on some batch"
                 elif graph.uses[parameter] > (name in self.reached):
                     reasons[parameter] = f"is of {_label(layer)}, but acts elsewhere too on some batch"
-        if reasons:
-            raise UnfaithfulError(reasons)
-        return outputs, {name: seen[0] for name, seen in calls.items()}
+        return outputs, calls, reasons
 
     def within(self, space: ParameterSpace) -> "Verified":
         """Return what there is of the parameters of a smaller space."""
