@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.weight_norm import WeightNorm
 
-from curvlab.errors import UnsupportedError
+from curvlab.errors import UnsupportedError, first_line
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.seeds import label_stream, output_product
 from curvlab.estimators.snapshots import HeldProblem, Watch, differentiable, snapshot, told
@@ -162,7 +162,7 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Batch) -> None
         products = _hessian_term(problem, space, few)[0](vectors)
     except Exception as error:
         raise UnsupportedError(
-            f"torch has no second derivative of {name}: {_first_line(error)}; the GGN needs none"
+            f"torch has no second derivative of {name}: {first_line(error)}; the GGN needs none"
         ) from error
     if not bool(products.isfinite().all()):
         raise UnsupportedError(f"the second derivative of {name} is not finite at these parameters")
@@ -260,7 +260,7 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
         try:
             pushed = pushing(problem, leaves, inputs, outputs)[0](_named(space, v))
         except Exception as error:  # of torch's, or of the model's on what it has never seen
-            return _first_line(error)
+            return first_line(error)
         if not bool(pushed.isfinite().all() and pulled.isfinite().all()):
             return "it is not finite at these parameters"
         bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
@@ -342,7 +342,3 @@ def _random(problem: Problem, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 def _tolerance(problem: Problem) -> float:
     return 10 * sqrt(torch.finfo(problem.dtype).eps)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -74,7 +74,7 @@ class Rule(ABC):
 
 
 class _Flat(Rule):
-    """Of a Linear layer on ``(N, d)``: the square of ``g x'`` is the outer product of the squares."""
+    """The rule of a Linear layer on ``(N, d)``: the square of ``g x'`` is the outer product of the squares."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
@@ -105,7 +105,7 @@ class _Flat(Rule):
 
 
 class _Positional(Rule):
-    """Of a convolution, or a Linear layer on tokens."""
+    """The rule of a convolution, or of a Linear layer on tokens."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
@@ -121,7 +121,7 @@ class _Positional(Rule):
 
 
 class _Norm(Rule):
-    """Of a normalisation: its gradients are sums over positions, of the output's times the normalised input's."""
+    """The rule of a normalisation: sums over positions of the output's gradient times the normalised input."""
 
     def _normal(self) -> Tensor:
         # For every row again: those of all layers together would take as much memory as the activations.
@@ -147,7 +147,7 @@ class _Norm(Rule):
 
 
 class _Alone(Rule):
-    """Of a module that is differentiated by itself, vectorised over samples."""
+    """The rule of a module that is differentiated by itself, vectorised over samples."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)

@@ -329,7 +329,7 @@ def _differences(
     coarser = max(dtype, of_call.dtype, key=lambda one: torch.finfo(one).eps)
     reasons = {}
     for parameter in layer.parameters:
-        # Also where the output of the layer has no part in the outputs, but the parameter has.
+        # A parameter may act without its layer: where the layer's output has no part in the model's, any use is one.
         if graph.uses[parameter] > _reached(call, graph):
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
         elif not agree(totals[parameter], right[parameter].reshape(-1), scale, coarser):
@@ -389,14 +389,3 @@ def _moved(tensors: Leaves, by: float) -> Leaves:
 
 def _label(layer: Layer) -> str:
     return f"{type(layer.module).__name__} {layer.name}".strip()
-
-
-__all__ = [
-    "UnfaithfulError",
-    "Verified",
-    "kronecker_layers",
-    "remembering",
-    "unfaithful",
-    "verify_factors",
-    "verify_rules",
-]
