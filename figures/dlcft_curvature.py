@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from curvlab.analyze.__main__ import main as analyze
-from curvlab.analyze.eigenvalues import curves_figures
+from curvlab.analyze.dlcft.eigenvalues import curves_figures
 from curvlab.analyze.gridded import marked
 from curvlab.results import RunDirectory
 

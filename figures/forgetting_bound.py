@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from curvlab.analyze.__main__ import main as analyze
-from curvlab.analyze.forgetting_bound import figure
 from curvlab.analyze.gridded import marked
+from curvlab.analyze.regimes.forgetting_bound import figure
 from curvlab.results import RunDirectory
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from curvlab.analyze.__main__ import main as analyze
 from curvlab.analyze.gridded import marked
-from curvlab.analyze.training_regimes import TrainingRegimesConfig, describe, figure
+from curvlab.analyze.regimes.training_regimes import TrainingRegimesConfig, describe, figure
 from curvlab.results import RunDirectory
 
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from curvlab.analyze.training_regimes_table2 import LABELS
 
 from curvlab.analyze.__main__ import main as analyze
 from curvlab.analyze.gridded import marked
-from curvlab.analyze.methods import describe
-from curvlab.analyze.methods_config import MethodsConfig
-from curvlab.analyze.training_regimes_table2 import LABELS
+from curvlab.analyze.regimes.methods import describe
+from curvlab.analyze.regimes.methods_options import MethodsConfig
 from curvlab.results import RunDirectory
 from curvlab.results.continual import accuracy_curves
 

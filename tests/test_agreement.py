@@ -13,9 +13,9 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import nn
 
-from curvlab.analyze import agreement
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.agreement import _Cell, _difference, _measured, _records, _vectors
+from curvlab.analyze.backends import agreement
+from curvlab.analyze.backends.agreement import _Cell, _difference, _measured, _records, _vectors
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import Diagonal, Info
 from curvlab.parameters import ParameterSpace

@@ -21,9 +21,13 @@ import yaml
 from rich.console import Console
 
 from curvlab.__main__ import main as program
-from curvlab.analyze import ANALYSES, estimators, fim_diagonality, masq_table2, subject
+from curvlab.analyze import ANALYSES
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.command import RunOptions
+from curvlab.analyze.backends import estimators
+from curvlab.analyze.frame import subject
+from curvlab.analyze.masq import fim_diagonality
+from curvlab.analyze.masq import table2 as masq_table2
+from curvlab.commandline.options import RunOptions
 from curvlab.diagonality import records
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS

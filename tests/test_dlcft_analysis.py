@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from curvlab.analyze import dlcft as analysis
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.dlcft import PRESETS, DlcftConfig, at_an_end, choose, figures, summarise
-from curvlab.analyze.dlcft_claims import beside_published, claims, published
-from curvlab.analyze.dlcft_deviations import deviations
-from curvlab.analyze.dlcft_methods import METHODS, SETTINGS, network, steps, stream
-from curvlab.analyze.dlcft_network import data, pretrained
+from curvlab.analyze.dlcft import dlcft as analysis
+from curvlab.analyze.dlcft.claims import beside_published, claims, published
+from curvlab.analyze.dlcft.deviations import deviations
+from curvlab.analyze.dlcft.dlcft import PRESETS, DlcftConfig, at_an_end, choose, figures, summarise
+from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, network, steps, stream
+from curvlab.analyze.dlcft.network import data, pretrained
 from curvlab.data import load
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from curvlab import CurvlabError, Problem, estimate
-from curvlab.analyze import eigenvalues, subject
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.command import RunOptions
-from curvlab.analyze.eigenvalues import PRESETS, EigenvaluesConfig, claims, summarise
+from curvlab.analyze.dlcft import eigenvalues
+from curvlab.analyze.dlcft.eigenvalues import PRESETS, EigenvaluesConfig, claims, summarise
+from curvlab.analyze.frame import subject
+from curvlab.commandline.options import RunOptions
 from curvlab.grid import Place, Store, folder_of, processes, reading
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
 from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves

@@ -12,7 +12,8 @@ from rich.console import Console
 
 import curvlab.progress as bars
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.command import console, told
+from curvlab.commandline.console import make_console as console
+from curvlab.commandline.program import report_errors as told
 from curvlab.errors import CurvlabError
 from curvlab.grid.report import write_csv
 from curvlab.results import Column, open_run, render, write_tables

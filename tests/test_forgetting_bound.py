@@ -15,10 +15,9 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from curvlab import CurvlabError
-from curvlab.analyze import forgetting_bound as analysis
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.command import RunOptions
-from curvlab.analyze.forgetting_bound import (
+from curvlab.analyze.regimes import forgetting_bound as analysis
+from curvlab.analyze.regimes.forgetting_bound import (
     PRESETS,
     ForgettingBoundConfig,
     Regime,
@@ -29,6 +28,7 @@ from curvlab.analyze.forgetting_bound import (
     summarise,
     toy,
 )
+from curvlab.commandline.options import RunOptions
 from curvlab.continual import permuted
 from curvlab.data import load
 from curvlab.estimators import estimate

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from curvlab import CurvlabError
-from curvlab.analyze import methods as analysis
-from curvlab.analyze import training_regimes_table2 as table2
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.methods import ANALYSIS, figures, summarise
-from curvlab.analyze.methods_cell import dataset_of, tasks_of
-from curvlab.analyze.methods_config import LISTS, PRESETS, MethodsConfig, candidates, single, trials
+from curvlab.analyze.regimes import methods as analysis
+from curvlab.analyze.regimes import methods_claims as table2
+from curvlab.analyze.regimes.methods import ANALYSIS, figures, summarise
+from curvlab.analyze.regimes.methods_options import LISTS, PRESETS, MethodsConfig, candidates, single, trials
+from curvlab.analyze.regimes.methods_run import dataset_of, tasks_of
 from curvlab.continual import metrics, permuted, run, split_classes
 from curvlab.continual.strategies import ER, EWC, Joint, Naive
 from curvlab.grid import Place, Store, processes

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from curvlab.analyze import softmax_hessian as analysis
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.softmax_hessian import (
+from curvlab.analyze.dlcft import softmax_hessian as analysis
+from curvlab.analyze.dlcft.softmax_hessian import (
     SoftmaxHessianConfig,
     claims_of,
     logit_records,

@@ -16,8 +16,12 @@ import yaml
 from cells_under_test import NAME as GRID
 from test_grid import light_server
 
-from curvlab.analyze import ANALYSES, subject
-from curvlab.analyze.command import Analysis, Config, RunOptions, execute
+from curvlab.analyze import ANALYSES
+from curvlab.analyze.command import Analysis
+from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.command import execute
+from curvlab.commandline.config import Config
+from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
 from curvlab.grid import reading, report
 from curvlab.sweep import config

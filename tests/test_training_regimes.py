@@ -9,10 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from curvlab.analyze import training_regimes as analysis
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.regimes import RegimesConfig
-from curvlab.analyze.training_regimes import ANALYSIS, PRESETS, TrainingRegimesConfig, claims_of, figure, summarise
+from curvlab.analyze.regimes import training_regimes as analysis
+from curvlab.analyze.regimes.options import RegimesConfig
+from curvlab.analyze.regimes.training_regimes import (
+    ANALYSIS,
+    PRESETS,
+    TrainingRegimesConfig,
+    claims_of,
+    figure,
+    summarise,
+)
 from curvlab.continual import metrics, permuted, run
 from curvlab.continual.regimes import Regime
 from curvlab.continual.strategies import Naive

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from curvlab import grid
 from curvlab.analyze.command import CellsFailed, GridOptions
-from curvlab.analyze.subject import SubjectConfig
+from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, report
 from curvlab.results import Column, RunDirectory, Stopwatch, collect, open_run

@@ -1,6 +1,6 @@
 """Results: one folder a run, its tables in every form, where they come from, and the claims that they test."""
 
-from curvlab.results.claims import Claim, Verdict, judge, render_claims
+from curvlab.results.claims import Claim, Gate, Identity, Verdict, judge, render_claims, require, require_direction
 from curvlab.results.provenance import Stopwatch, collect
 from curvlab.results.run_directory import RunDirectory, open_run
 from curvlab.results.tables import Column, aggregate, plus_minus, render, significant, write_tables
@@ -8,6 +8,8 @@ from curvlab.results.tables import Column, aggregate, plus_minus, render, signif
 __all__ = [
     "Claim",
     "Column",
+    "Gate",
+    "Identity",
     "RunDirectory",
     "Stopwatch",
     "Verdict",
@@ -18,6 +20,8 @@ __all__ = [
     "plus_minus",
     "render",
     "render_claims",
+    "require",
+    "require_direction",
     "significant",
     "write_tables",
 ]

@@ -1,10 +1,10 @@
-"""Published claims beside our numbers, each with a verdict."""
+"""Published claims beside our numbers, each with a verdict that data can refute."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,76 @@ _COLOURS = {"reproduced": "green", "not reproduced": "red", "not tested": "yello
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Whether a run has the conditions under which a claim is judged.
+
+    Attributes:
+        reason: Why the claim cannot be judged; empty if it can.
+        scope: What smaller conditions than the published ones it is judged under, if it is; the claim is then one of
+            a direction.
+    """
+
+    reason: str = ""
+    scope: str = ""
+
+
+OPEN = Gate()
+
+
+def require(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Gate:
+    """Return the gate of a claim about a published number: every published condition has to be met.
+
+    Args:
+        ours: Conditions of the run, by name.
+        theirs: Those of the publication; one that ``ours`` does not name is not met.
+
+    Examples:
+        >>> require({"data": "digits", "tasks": 5}, {"data": "mnist", "tasks": 5}).reason
+        'data is digits, published: mnist'
+    """
+    missed = [
+        f"{name} is {_word(ours.get(name))}, published: {_word(value)}"
+        for name, value in theirs.items()
+        if ours.get(name) != value
+    ]
+    return Gate("; ".join(missed))
+
+
+def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least: Mapping[str, Any]) -> Gate:
+    """Return the gate of a claim about a direction, which smaller conditions than the published ones may show.
+
+    Args:
+        ours: Conditions of the run, by name.
+        theirs: Those of the publication.
+        least: The conditions that are asked for: a value, or for a number the smallest one, ``{"at least": 5}``.
+
+    Examples:
+        >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
+        Gate(reason='', scope='direction, at tasks 5')
+    """
+    missed = []
+    for name, value in least.items():
+        own = ours.get(name)
+        if isinstance(value, Mapping):
+            if own is None or own < value["at least"]:
+                missed.append(f"{name} is {_word(own)}, at least {_word(value['at least'])} is needed")
+        elif own != value:
+            missed.append(f"{name} is {_word(own)}, published: {_word(value)}")
+    if missed:
+        return Gate("; ".join(missed))
+    smaller = [f"{name} {_word(ours.get(name))}" for name, value in theirs.items() if ours.get(name) != value]
+    return Gate(scope=f"direction, at {', '.join(smaller)}" if smaller else "")
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else significant(value)
+
+
+@dataclass(frozen=True)
 class Claim:
     """A claim of a publication and what became of it here.
 
@@ -29,6 +99,8 @@ class Claim:
         ours: Our mean over seeds; None if it was not measured.
         spread: Our standard deviation over seeds; None if there is none.
         verdict: ``reproduced``, ``not reproduced`` or ``not tested``.
+        reason: Why it was not tested; empty if it was.
+        scope: The smaller conditions that it was judged under; empty for those of the publication.
     """
 
     text: str
@@ -37,6 +109,8 @@ class Claim:
     ours: float | None
     spread: float | None
     verdict: Verdict
+    reason: str = ""
+    scope: str = ""
 
     @classmethod
     def of(
@@ -46,17 +120,40 @@ class Claim:
         values: Sequence[float],
         test: Callable[[float], bool],
         published: float | str | None = None,
+        gate: Gate = OPEN,
     ) -> Self:
-        """Return a claim judged by the values of the seeds; ``ours`` is missing where one of them is not finite."""
+        """Return a claim judged by the values of the seeds; ``ours`` is missing where one of them is not finite.
+
+        Args:
+            text: The claim, one sentence.
+            source: Where it stands.
+            values: Ours, one a seed, NaN where there is none; empty where what it is about was not run.
+            test: Whether the claim holds of a value.
+            published: The published number, or its words.
+            gate: Whether the run has the conditions of the claim.
+        """
         finite = bool(values) and all(map(math.isfinite, values))
+        reason = gate.reason or _missing(values)
         return cls(
             text,
             source,
             published,
             fmean(values) if finite else None,
             stdev(values) if finite and len(values) > 1 else None,
-            judge(values, test),
+            "not tested" if reason else judge(values, test),
+            reason,
+            "" if reason else gate.scope,
         )
+
+
+def _missing(values: Sequence[float]) -> str:
+    if not values:
+        return "what it compares was not run"
+    if any(math.isnan(value) for value in values):
+        return "a seed has no value"
+    if len(values) < SEEDS_NEEDED:
+        return f"{len(values)} of at least {SEEDS_NEEDED} seeds"
+    return ""
 
 
 def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Verdict:
@@ -68,25 +165,54 @@ def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Ve
         >>> judge([0.2, 0.3, 0.6], lambda share: share < 0.5)
         'not reproduced'
     """
-    if len(values_per_seed) < SEEDS_NEEDED or any(math.isnan(value) for value in values_per_seed):
+    if _missing(values_per_seed):
         return "not tested"
     return "reproduced" if all(test(value) for value in values_per_seed) else "not reproduced"
 
 
+@dataclass(frozen=True)
+class Identity:
+    """A statement of arithmetic, which no data could refute: what it comes to here, without a verdict.
+
+    Attributes:
+        text: The statement, one sentence.
+        values: Ours, one a seed.
+    """
+
+    text: str
+    values: Sequence[float]
+
+
 def render_claims(claims: Sequence[Claim]) -> Table:
-    """Return the claims as a table for the console."""
-    table = Table(title="Claims", show_edge=False, pad_edge=False)
+    """Return the claims as a table for the console; those not reproduced come first."""
+    reasons = list(dict.fromkeys(claim.reason for claim in claims if claim.reason))
+    caption = "\n".join(f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1))
+    table = Table(title="Claims", show_edge=False, pad_edge=False, caption=Text(caption), caption_justify="left")
     for header in ("claim", "source"):
         table.add_column(header)
     for header in ("published", "ours"):
         table.add_column(header, justify="right")
-    table.add_column("verdict", no_wrap=True)
-    for claim in claims:
+    table.add_column("verdict")
+    for claim in sorted(claims, key=lambda claim: claim.verdict != "not reproduced"):
+        note = f" [{reasons.index(claim.reason) + 1}]" if claim.reason else ""
+        verdict = f"{claim.verdict}{note}" + (f" ({claim.scope})" if claim.scope else "")
+        published = f"{claim.published:g}" if isinstance(claim.published, float) else significant(claim.published)
         table.add_row(
             Text(claim.text),
             Text(claim.source),
-            Text(significant(claim.published)),
+            Text(published),
             Text(plus_minus(claim.ours, claim.spread)),
-            Text(claim.verdict, style=_COLOURS[claim.verdict]),
+            Text(verdict, style=_COLOURS[claim.verdict]),
         )
+    return table
+
+
+def render_identities(identities: Sequence[Identity]) -> Table:
+    """Return identities as a table for the console."""
+    table = Table(title="Identities and arithmetic: no verdict", show_edge=False, pad_edge=False)
+    table.add_column("statement")
+    table.add_column("ours", justify="right")
+    for one in identities:
+        spread = stdev(one.values) if len(one.values) > 1 else None
+        table.add_row(Text(one.text), Text(plus_minus(fmean(one.values) if one.values else None, spread)))
     return table

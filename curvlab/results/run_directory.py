@@ -41,6 +41,11 @@ class RunDirectory:
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._written: set[str] = set()
 
+    @property
+    def written(self) -> set[str]:
+        """Names of the files that were written since the run was opened."""
+        return set(self._written)
+
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write a file of this name and return its path.
 
@@ -63,7 +68,7 @@ class RunDirectory:
             name: The file.
             value: Numbers, strings, paths, times, arrays, tensors, dataclasses, and lists or mappings of them.
         """
-        return self.write_text(name, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return self.write_text(name, to_json(value))
 
     def write_figure(self, stem: str, figure: "Figure") -> tuple[Path, Path]:
         """Write ``<stem>.png`` (300 dots an inch) and ``<stem>.pdf``."""
@@ -195,6 +200,11 @@ def _is_begun(path: Path, analysis: str, ours: Any) -> bool:
 def _brief(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key, "absent")
     return (value if isinstance(value, str) else reprlib.repr(value))[:200]
+
+
+def to_json(value: Any) -> str:
+    """Return JSON in full precision, as ``RunDirectory.write_json`` writes it."""
+    return json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _jsonable(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from curvlab.analyze.program import ended
+from curvlab.commandline.program import exit_code_of
 
 PROGRAM = "python -m curvlab.sweep"
 
@@ -21,7 +21,7 @@ commands:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit code: 0 done, 1 cells have failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    return ended(lambda: _main(given), "interrupted; the same command continues")
+    return exit_code_of(lambda: _main(given), "interrupted; the same command continues")
 
 
 def _main(given: list[str]) -> int:
@@ -29,18 +29,18 @@ def _main(given: list[str]) -> int:
         print(_USAGE)
         return 0
     # Imported here: the help above needs neither.
-    from curvlab.analyze.command import nearest, told
+    from curvlab.commandline.parser import did_you_mean
+    from curvlab.commandline.program import report_errors
     from curvlab.sweep.commands import COMMANDS
 
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
         print(
-            f"error: there is no command {name!r}; the nearest is {nearest(name, COMMANDS)!r} "
-            f"({PROGRAM} lists them all)",
+            f"error: there is no command {name!r}{did_you_mean(name, COMMANDS)} ({PROGRAM} lists them all)",
             file=sys.stderr,
         )
         return 2
-    return told(lambda: COMMANDS[name](rest, f"{PROGRAM} {name}"), debug="--debug" in rest)
+    return report_errors(lambda: COMMANDS[name](rest, f"{PROGRAM} {name}"), debug="--debug" in rest)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from curvlab import grid
-from curvlab.analyze.command import EXIT_CODES, Config, GridOptions, Parser, console, option_name, part, validated
+from curvlab.commandline.config import Config
+from curvlab.commandline.console import make_console
+from curvlab.commandline.options import EXIT_CODES, GridOptions
+from curvlab.commandline.parser import Parser, option_name, part, validate
 from curvlab.errors import CurvlabError
 from curvlab.grid import report
 from curvlab.grid.cell import find
@@ -62,9 +65,9 @@ def run(arguments: list[str], program: str) -> int:
     store = (options.out or file.parent) / f"{file.stem}.sqlite"
     tally = options.run(cells, store)
     with grid.reading(store) as opened:
-        report.print_status(console(), opened)
-        report.print_failures(console(), opened)
-    console().print(f"In {store}.", markup=False, highlight=False, soft_wrap=True)
+        report.print_status(make_console(), opened)
+        report.print_failures(make_console(), opened)
+    make_console().print(f"In {store}.", markup=False, highlight=False, soft_wrap=True)
     return 1 if tally["failed"] else 0
 
 
@@ -73,7 +76,7 @@ def status(arguments: list[str], program: str) -> int:
     given = _given(Look(), status, arguments, program, ["STORE"])
     if given is not None:
         with grid.reading(Path(given[1][0])) as store:
-            report.print_status(console(), store)
+            report.print_status(make_console(), store)
     return 0
 
 
@@ -83,9 +86,9 @@ def failed(arguments: list[str], program: str) -> int:
     if given is not None:
         with grid.reading(Path(given[1][0])) as store:
             if given[1][1:]:
-                report.print_failure(console(), store, given[1][1])
+                report.print_failure(make_console(), store, given[1][1])
             else:
-                report.print_failures(console(), store)
+                report.print_failures(make_console(), store)
     return 0
 
 
@@ -140,5 +143,5 @@ def _given(
         raise CurvlabError(
             f"{program} needs {names[len(files)]} as its first word ({program} --help shows the options)"
         )
-    options = validated(type(defaults), part(parser.known(words, [defaults]), type(defaults)), option_name)
+    options = validate(type(defaults), part(parser.known(words, [defaults]), type(defaults)), option_name)
     return options, files

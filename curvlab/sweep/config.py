@@ -1,15 +1,16 @@
 """What a sweep is, as its YAML file says it, and the cells that it has."""
 
 import reprlib
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from curvlab.analyze import ANALYSES
-from curvlab.analyze.command import Analysis, Config, changed, nearest, read_yaml
-from curvlab.analyze.subject import check_distinct
+from curvlab.analyze import ANALYSES, load_analysis
+from curvlab.analyze.frame.analysis import Analysis
+from curvlab.analyze.frame.subject import check_distinct
+from curvlab.commandline.config import Config
+from curvlab.commandline.parser import change, did_you_mean, read_yaml
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, draw, expand
 from curvlab.grid.cell import canonical
@@ -56,7 +57,7 @@ def read(file: Path) -> list[Cell]:
         CurvlabError: It cannot be read, or is not right; the message names the key.
     """
     values = read_yaml(file)
-    sweep = changed(SweepConfig(), values, file)
+    sweep = change(SweepConfig(), values, file)
     if (sweep.analysis is None) == (sweep.function is None):
         raise CurvlabError(f"{file} needs either analysis or function")
     for key, owner, other in (("version", "function", "analysis"), ("preset", "analysis", "function")):
@@ -83,11 +84,10 @@ def read(file: Path) -> list[Cell]:
 
 def _of_analysis(analysis: Analysis[Any], sweep: SweepConfig, combined: list[dict[str, Any]], file: Path) -> list[Cell]:
     if sweep.preset not in analysis.presets:
-        raise CurvlabError(
-            f"{file}: there is no preset {sweep.preset!r}; the nearest is {nearest(sweep.preset, analysis.presets)!r}"
-        )
-    base = analysis.presets[sweep.preset]
-    cells = analysis.cells((changed(base, config, file) for config in combined), sweep.seeds)
+        raise CurvlabError(f"{file}: there is no preset {sweep.preset!r}{did_you_mean(sweep.preset, analysis.presets)}")
+    preset = analysis.presets[sweep.preset]
+    base: Any = getattr(preset, "config", preset)
+    cells = analysis.cells((change(base, config, file) for config in combined), sweep.seeds)
     if not cells:
         raise CurvlabError(f"{file}: there are no cells: {analysis.seed} is empty")
     return cells
@@ -130,8 +130,8 @@ def find_analysis(name: str, file: Path) -> Analysis[Any]:
         CurvlabError: There is none of that name.
     """
     if name in ANALYSES:
-        analysis: Analysis[Any] = import_module(f"curvlab.analyze.{name}").ANALYSIS
-        if analysis.cell is not None:
+        analysis: Analysis[Any] = load_analysis(name)
+        if isinstance(analysis, Analysis) or getattr(analysis, "cell", None) is not None:
             return analysis
         raise CurvlabError(f"{file}: the analysis {name} is no grid, so that there is nothing to sweep")
-    raise CurvlabError(f"{file}: there is no analysis {name!r}; the nearest is {nearest(name, ANALYSES)!r}")
+    raise CurvlabError(f"{file}: there is no analysis {name!r}{did_you_mean(name, ANALYSES)}")

@@ -1,0 +1,440 @@
+"""Does the Hessian of the softmax loss vanish? Shon et al. (DLCFT, 2022), supplement, Appendix A, in numbers."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+from torch.nn import functional as F
+
+from curvlab.analyze import gridded
+from curvlab.analyze.command import Analysis, GridOptions
+from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.data import Dataset
+from curvlab.errors import CurvlabError
+from curvlab.estimators import estimate
+from curvlab.grid import Place
+from curvlab.losses import get_loss
+from curvlab.problem import Problem
+from curvlab.results import (
+    Claim,
+    Column,
+    RunDirectory,
+    Stopwatch,
+    aggregate,
+    render,
+    render_claims,
+    significant,
+    write_tables,
+)
+from curvlab.results.scatter import vanishing_curvature
+from curvlab.spectrum import top_eigenvalues
+from curvlab.training import fit
+
+Record = dict[str, Any]
+
+_FIRST = 0.5  # 1 - p_t of the first random logits; each next has a tenth
+_ROUNDING = 1e-12  # relative: what an inequality between computed numbers may miss
+_SETTLED = 0.01  # 1 - p_t below which the rate is measured
+
+
+class SoftmaxHessianConfig(TrainedSubjectConfig):
+    """Take the Hessian of the softmax loss at random logits, and the curvature of a network while it trains."""
+
+    titles: ClassVar[Mapping[str, str]] = {"categories": "random logits", **TrainedSubjectConfig.titles}
+
+    steps: int = Field(default=3000, ge=1)
+    """Training steps (mini-batches)."""
+    points: int = Field(default=12, ge=1)
+    """Steps at which the network is measured, beside the start and the end: evenly spaced in their logarithm."""
+    tol: float = Field(default=1e-3, gt=0, lt=1)
+    """Relative error of the network's eigenvalues."""
+    categories: int = Field(default=10, ge=2)
+    """Classes of the random logits."""
+    draws: int = Field(default=100, ge=1)
+    """Random logits a seed and probability."""
+    decades: int = Field(default=16, ge=1, le=150)
+    """The probability of the label goes from 1 - 0.5 to 1 - 0.5 * 10^-decades."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
+    """Logits are drawn and a network is trained for each; the tables have mean and standard deviation."""
+
+
+PRESETS = {
+    "default": SoftmaxHessianConfig(),
+    "cpu": SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16),
+}
+
+_LOGITS = (
+    Column("complement", "1 - p_t", lambda value: significant(value, 2)),
+    Column("lower", "p_t (1 - p_t)"),
+    Column("lambda_max", "largest eigenvalue", spread="lambda_max_std"),
+    Column("trace", "1 - |p|²"),
+    Column("upper", "2 (1 - p_t)"),
+    Column("autograd", "autograd, rel. difference", lambda value: significant(value, 2)),
+    Column("factors", "output factors, rel. difference", lambda value: significant(value, 2)),
+)
+_NETWORK = (
+    Column("step", "step"),
+    Column("complement", "mean 1 - p_t", spread="complement_std"),
+    Column("outputs", "of the outputs' Hessian, mean", spread="outputs_std"),
+    Column("jacobian", "of J'J", spread="jacobian_std"),
+    Column("ggn", "of the GGN", spread="ggn_std"),
+    Column("hessian", "of the Hessian", spread="hessian_std"),
+)
+
+
+def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) -> None:
+    """Measure at random logits, train and measure networks, and write the run directory.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
+            failed, and what the others gave is written and printed.
+    """
+    clock = Stopwatch()
+    with clock("data"):
+        dataset = subject.load_dataset(config, options)
+        data_hash = dataset.fingerprint()
+    _check(config, dataset)
+    with gridded.opened("softmax_hessian", config, options) as directory:
+        with clock("cells"):
+            found, failed = gridded.run(ANALYSIS.cells([config]), options, directory)
+        of_logits = [record for record in found if "step" not in record]
+        of_network = [record for record in found if "step" in record]
+        tables = summarise(of_logits, of_network)
+        claims = claims_of(of_logits, of_network)
+        write_tables(directory, of_logits, (*_LOGITS, gridded.SEEDS) if failed else _LOGITS, summary=tables[0])
+        directory.write_json("network.json", of_network)
+        directory.write_json("claims.json", claims)
+        with clock("figures"):
+            drawn = vanishing_curvature(*tables, _title(config, dataset))
+            directory.write_figure("vanishing_curvature", gridded.marked(drawn, directory.path))
+        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
+        _print(console, config, dataset, tables, claims, directory)
+        gridded.report_failures(console, directory)
+
+
+def cell(config: SoftmaxHessianConfig, place: Place) -> list[Record]:
+    """Return the records of a seed: those of the random logits, and those of its network, which have a ``step``.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable, or the training diverges.
+    """
+    dataset = subject.load_dataset(config, place)
+    _check(config, dataset)
+    (seed,) = config.seeds
+    return logit_records(config, seed) + _of_network(config, dataset, seed, place.folder / "checkpoint.pt")
+
+
+def _check(config: SoftmaxHessianConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be done, before anything is written."""
+    subject.check_distinct(seeds=config.seeds)
+    subject.check_subject(config, dataset)
+    estimate(subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0])), "hessian", "implicit")
+
+
+# At random logits -----------------------------------------------------------------------------------------------------
+
+
+def softmax_hessian(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the Hessian of the softmax loss with respect to its logits by equations (20) and (21) of the supplement.
+
+    Args:
+        logits: ``(N, C)``.
+        targets: ``(N,)``, class indices; the Hessian does not depend on them, the formulas divide by their exponential.
+
+    Returns:
+        ``(N, C, C)``, ``diag(p) - p p'`` with no difference that cancels: the bracket of (20) is a sum of positive
+        numbers.
+
+    Examples:
+        >>> softmax_hessian(torch.zeros(1, 2), torch.tensor([0]))
+        tensor([[[ 0.2500, -0.2500],
+                 [-0.2500,  0.2500]]])
+    """
+    ratios = (logits - logits.gather(1, targets.unsqueeze(1))).exp()  # e^{x_m} / e^{x_t}
+    total = ratios.sum(dim=1)
+    matrix = -ratios.unsqueeze(1) * ratios.unsqueeze(2)
+    others = ratios @ (1 - torch.eye(ratios.shape[1], dtype=ratios.dtype, device=ratios.device))
+    matrix.diagonal(dim1=1, dim2=2).copy_(ratios * others)
+    return matrix / total.square()[:, None, None]
+
+
+def random_logits(categories: int, draws: int, complement: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return normal logits ``(N, C)`` in float64 and targets ``(N,)``, whose probabilities are ``1 - complement``.
+
+    Args:
+        categories: Number of classes ``C``.
+        draws: Number of logits ``N``.
+        complement: Between 0 and 1.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.standard_normal((draws, categories)))
+    targets = torch.from_numpy(rng.integers(categories, size=(draws, 1)))
+    others = logits.scatter(1, targets, -math.inf).logsumexp(dim=1, keepdim=True)
+    return logits.scatter(1, targets, others + math.log1p(-complement) - math.log(complement)), targets.squeeze(1)
+
+
+def logit_records(config: SoftmaxHessianConfig, seed: int) -> list[Record]:
+    """Return a record for every probability of the label; its numbers are means or largest ones over the draws.
+
+    Keys: ``seed``, ``complement`` (1 - p_t), ``lambda_max`` (mean), ``lower`` (p_t (1 - p_t)), ``trace`` (1 - |p|^2,
+    mean), ``upper`` (2 (1 - p_t)), ``above_trace``, ``above_upper`` and ``below_lower`` (by how much, relative, the
+    inequalities between these are missed at most; negative where they hold),
+    ``autograd`` and ``factors`` (largest relative Frobenius norm of the difference between automatic differentiation,
+    our output factors, and the formulas), ``autograd_entry`` (largest difference of an entry), ``squared_error``
+    (largest entry of the squared error's Hessian minus the identity).
+    """
+    return [_logit_record(config, seed, _FIRST * 10.0**-decade) for decade in range(config.decades + 1)]
+
+
+def _logit_record(config: SoftmaxHessianConfig, seed: int, complement: float) -> Record:
+    logits, targets = random_logits(config.categories, config.draws, complement, seed)
+    formula = softmax_hessian(logits, targets)
+    autograd = vmap(jacrev(jacrev(F.cross_entropy)))(logits, targets)
+    factors = get_loss("cross_entropy").output_factors(logits)
+    squared_error = vmap(jacrev(jacrev(lambda f, y: 0.5 * (f - y).square().sum())))(logits, torch.zeros_like(logits))
+    largest = torch.linalg.eigvalsh(formula)[:, -1]
+    trace = formula.diagonal(dim1=1, dim2=2).sum(dim=1)
+    lower, upper = (1 - complement) * complement, 2 * complement
+    return {
+        "seed": seed,
+        "complement": complement,
+        "lower": lower,
+        "lambda_max": float(largest.mean()),
+        "trace": float(trace.mean()),
+        "upper": upper,
+        "above_trace": float((largest / trace - 1).max()),
+        "above_upper": float((trace / upper - 1).max()),
+        "below_lower": float((1 - largest / lower).max()),
+        "autograd": _relative(autograd, formula),
+        "autograd_entry": float((autograd - formula).abs().max()),
+        "factors": _relative(factors.mT @ factors, formula),
+        "squared_error": float((squared_error - torch.eye(config.categories)).abs().max()),
+    }
+
+
+def _relative(matrices: Tensor, reference: Tensor) -> float:
+    # By a power of two, which changes no digit: entries of 1e-300 have squares that are none.
+    largest = reference.abs().amax(dim=(1, 2), keepdim=True)
+    scale = largest / largest.frexp().mantissa
+    return float((((matrices - reference) / scale).norm(dim=(1, 2)) / (reference / scale).norm(dim=(1, 2))).max())
+
+
+# Of a network ---------------------------------------------------------------------------------------------------------
+
+
+class NetworkRecorder:
+    """Measures the network at some steps of its training (see ``curvlab.training.Observer``)."""
+
+    def __init__(self, measure: Callable[[nn.Module], Record], steps: Sequence[int]) -> None:
+        self._measure, self._steps = measure, set(steps)
+        self.records: list[Record] = []
+
+    def due(self, step: int) -> bool:
+        """Say whether this is one of the steps."""
+        return step in self._steps
+
+    def __call__(self, step: int, model: nn.Module) -> None:
+        """Add a record of the model."""
+        self.records.append({"step": step, **self._measure(model)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records."""
+        return {"records": list(self.records)}
+
+    def load_state_dict(self, states: Mapping[str, Any], /) -> None:
+        """Take up the records of a run that was stopped."""
+        self.records = list(states["records"])
+
+
+def _of_network(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, checkpoint: Path) -> list[Record]:
+    """Return the records of a seed's training."""
+    model = subject.network(config, dataset, seed)
+    steps = np.geomspace(1, config.steps, config.points).round().astype(int).tolist()
+    recorder = NetworkRecorder(
+        lambda trained: network_record(subject.problem(config, dataset, trained), config.tol), steps
+    )
+    fit(
+        model,
+        (dataset.x_train, dataset.y_train),
+        **subject.fit_options(config),
+        seed=seed,
+        observers=[recorder],
+        checkpoint=checkpoint,
+    )
+    return [{"seed": seed, **record} for record in recorder.records]
+
+
+def network_record(problem: Problem, tol: float) -> Record:
+    """Return how sure a network is, and the largest eigenvalues of its curvature.
+
+    Keys: ``complement`` (1 - p_t, mean over the samples), ``outputs`` (largest eigenvalue of the Hessian with respect
+    to a sample's outputs, mean), ``jacobian`` (that of ``mean J'J``, the squared error's GGN), ``ggn``, ``hessian``
+    (those of the parameters).
+
+    Args:
+        problem: With the loss ``cross_entropy``.
+        tol: Relative error of the eigenvalues.
+
+    Raises:
+        CurvlabError: An output is not finite.
+    """
+    complements, outputs = [], []
+    with torch.no_grad():
+        for inputs, targets in problem.batches():
+            logits = problem.forward({}, inputs).double()
+            if not bool(logits.isfinite().all()):
+                raise CurvlabError("the network's outputs are not finite: lower lr, or look at the scale of the inputs")
+            complements.append(-torch.expm1(-problem.loss.values(logits, targets)))
+            factors = problem.loss.output_factors(logits)
+            outputs.append(torch.linalg.eigvalsh(factors @ factors.mT)[:, -1])
+    # The squared error's GGN does not depend on its targets.
+    with_zeros = [(x, torch.zeros(len(x), logits.shape[1])) for x, _ in problem.batches()]
+    squares = Problem(problem.model, "squared_error", with_zeros)
+
+    def largest(of: Problem, quantity: str) -> float:
+        return float(top_eigenvalues(estimate(of, quantity, "implicit"), tol=tol).values[0])
+
+    return {
+        "complement": float(torch.cat(complements).mean()),
+        "outputs": float(torch.cat(outputs).mean()),
+        "jacobian": largest(squares, "ggn"),
+        "ggn": largest(problem, "ggn"),
+        "hessian": largest(problem, "hessian"),
+    }
+
+
+# What is made of them ------------------------------------------------------------------------------------------------
+
+
+def summarise(of_logits: Sequence[Record], of_network: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return mean and standard deviation over the seeds: a record a probability, and one a step of the training."""
+    of_draws = aggregate(of_logits, ["complement", "lower", "upper"], ["lambda_max", "trace", "autograd", "factors"])
+    values = [key for key in of_network[0] if key not in ("seed", "step")]
+    return of_draws, aggregate(of_network, ["step"], values)
+
+
+def claims_of(of_logits: Sequence[Record], of_network: Sequence[Record]) -> list[Claim]:
+    """Return the claims of Appendix A with their verdicts, and what it leaves open for the parameters."""
+    appendix, own = "DLCFT supplement, Appendix A", "ours"
+    drawn, trained = _by_seed(of_logits), _by_seed(of_network)
+
+    def largest(key: str) -> list[float]:
+        return [max(record[key] for record in records) for records in drawn]
+
+    return [
+        Claim.of(
+            "The Hessian with respect to the logits vanishes as p_t goes to 1: the largest eigenvalue is proportional "
+            "to 1 - p_t (slope of their logarithms below 0.01, minus 1)",
+            appendix,
+            [_slope(records) - 1 for records in drawn],
+            lambda value: abs(value) <= 0.01,
+        ),
+        Claim.of(
+            "Equations (20) and (21) are what automatic differentiation gives (largest difference of an entry at most "
+            "1e-10)",
+            appendix,
+            largest("autograd_entry"),
+            lambda value: value <= 1e-10,
+        ),
+        Claim.of(
+            "So are the output factors that all estimators here start from, to 1e-10 of the Hessian at every p_t",
+            own,
+            largest("factors"),
+            lambda value: value <= 1e-10,
+        ),
+        *(
+            Claim.of(f"{text} (largest relative excess)", own, largest(key), lambda value: value <= _ROUNDING)
+            for key, text in (
+                ("above_trace", "The largest eigenvalue is at most 1 - |p|²"),
+                ("above_upper", "1 - |p|² is at most 2 (1 - p_t)"),
+                ("below_lower", "p_t (1 - p_t) is at most the largest eigenvalue"),
+            )
+        ),
+        Claim.of(
+            "The squared error's Hessian with respect to the outputs is the identity at every output (largest "
+            "difference of an entry)",
+            "DLCFT poster",
+            largest("squared_error"),
+            lambda value: value <= 1e-12,
+        ),
+        Claim.of(
+            "In training, the Hessian with respect to a network's outputs falls to a fifth of its peak, or less (mean "
+            "largest eigenvalue, end over peak)",
+            appendix,
+            [records[-1]["outputs"] / max(record["outputs"] for record in records) for records in trained],
+            lambda value: value <= 0.2,
+        ),
+        Claim.of(
+            "The curvature of the parameters need not fall with it, since the Jacobian grows: the GGN's largest "
+            "eigenvalue is no less at the end than at the start (end over start)",
+            own,
+            [records[-1]["ggn"] / records[0]["ggn"] for records in trained],
+            lambda value: value >= 1,
+        ),
+    ]
+
+
+def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
+    seeds = dict.fromkeys(record["seed"] for record in records)
+    return [[record for record in records if record["seed"] == seed] for seed in seeds]
+
+
+def _slope(records: Sequence[Record]) -> float:
+    """Return the slope of log lambda over log (1 - p_t); NaN with less than two points."""
+    settled = [record for record in records if record["complement"] <= _SETTLED]
+    if len(settled) < 2:
+        return math.nan
+    x, y = (np.log([record[key] for record in settled]) for key in ("complement", "lambda_max"))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _title(config: SoftmaxHessianConfig, dataset: Dataset) -> str:
+    return f"{subject.describe(config, dataset, 'ggn').removeprefix('GGN of a ')} on {Path(config.data).name}"
+
+
+def _print(
+    console: Console,
+    config: SoftmaxHessianConfig,
+    dataset: Dataset,
+    tables: tuple[Sequence[Record], Sequence[Record]],
+    claims: Sequence[Claim],
+    directory: RunDirectory,
+) -> None:
+    of_logits, of_network = tables
+    seeds = of_network[0]["seeds"]
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    if seeds < len(config.seeds):
+        spread += f" of {len(config.seeds)}"
+    title = f"Hessian of the softmax loss at {config.draws:,} random logits of {config.categories} classes; {spread}"
+    console.print(render(of_logits, _LOGITS, title), crop=False)
+    samples = config.samples or len(dataset.x_train)
+    title = f"Largest eigenvalues while a {_title(config, dataset)} learns, {samples:,} samples; {spread}"
+    console.print(render(of_network, _NETWORK, title), crop=False)
+    console.print(render_claims(claims), crop=False)
+    for note in (
+        "Relative differences are to equations (20) and (21), the largest over the draws. Automatic differentiation "
+        "in float64 takes p_t - p_t², of which no digit is left once 1 - p_t is below 1e-16.",
+        f"Saved in {directory.path}: table (.json .csv .md .tex), network, claims, provenance, figure, "
+        f"{gridded.STORE}.",
+    ):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+ANALYSIS = Analysis(
+    config=SoftmaxHessianConfig,
+    presets=PRESETS,
+    run=run,
+    description="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? At random "
+    "logits, by automatic differentiation, by the formulas of the DLCFT supplement and by the output factors of the "
+    "estimators here; and what becomes of a network's curvature while it learns.",
+    cell=cell,
+)

@@ -1,0 +1,90 @@
+"""From a command line to an analysis."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from curvlab.analyze.frame.analysis import Analysis, Tool
+from curvlab.analyze.frame.driver import run
+from curvlab.commandline.config import C, Config
+from curvlab.commandline.console import make_console
+from curvlab.commandline.options import EXIT_CODES, GridOptions, RunOptions
+from curvlab.commandline.parser import Parser, change, did_you_mean, option_name, part, read_yaml, validate
+from curvlab.commandline.program import report_errors
+from curvlab.errors import CurvlabError
+
+
+class _Command(Config):
+    """What is said to the command itself."""
+
+    titles: ClassVar[dict[str, str]] = {"help": "this command"}
+
+    help: bool = False
+    """Show this and stop."""
+    preset: str = "default"
+    """The values that the options below start from."""
+    config: Path | None = None
+    """A YAML file of options, such as the config.yaml of a run. It wins over the preset; options win over it."""
+    print_config: bool = False
+    """Print the whole configuration as YAML and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def execute(analysis: Analysis[C] | Tool[C], arguments: list[str], program: str) -> int:
+    """Parse, run, and turn an error into one sentence on standard error.
+
+    Returns:
+        The exit code, as ``curvlab.commandline.program.report_errors`` gives it.
+    """
+    return report_errors(lambda: _execute(analysis, arguments, program), debug="--debug" in arguments)
+
+
+def _execute(analysis: Any, arguments: list[str], program: str) -> None:
+    # Preset and file set the values that the options start from, which the help shows: they are looked for first.
+    first = Parser(program)
+    first.add(_Command())
+    chosen, _ = first.parse_known_args(arguments)
+    command = validate(_Command, part(vars(chosen), _Command), option_name)
+    if command.preset not in analysis.presets:
+        raise CurvlabError(
+            f"there is no preset {command.preset!r}{did_you_mean(command.preset, analysis.presets)} "
+            f"(presets: {', '.join(analysis.presets)})"
+        )
+    preset = analysis.presets[command.preset]
+    base = getattr(preset, "config", preset)
+    if command.config is not None:
+        base = change(base, read_yaml(command.config), command.config)
+
+    question = getattr(analysis, "question", None) or analysis.description
+    parser = Parser(program, f"{question} Presets: {describe_presets(analysis.presets)}.")
+    kind: type[RunOptions] = RunOptions
+    if isinstance(analysis, Analysis) or getattr(analysis, "cell", None) is not None:
+        kind, parser.epilog = GridOptions, EXIT_CODES
+    sections = (command, base, kind())
+    for values in sections:
+        parser.add(values)
+    if command.help:
+        print(parser.format_help(), end="")
+        return
+    given = parser.known(arguments, sections)
+    config = validate(type(base), {**base.model_dump(), **part(given, type(base))}, option_name)
+    options: Any = validate(kind, part(given, kind), option_name)
+    if command.print_config:
+        print(config.to_yaml(), end="")
+        return
+    if isinstance(analysis, Analysis):
+        run(analysis, config, options, make_console())
+    else:
+        analysis.run(config, options, make_console())
+
+
+def describe_presets(presets: Any) -> str:
+    """Return the names of presets, with what each costs and needs where that is known."""
+    return ", ".join(name + _cost(preset) for name, preset in presets.items())
+
+
+def _cost(preset: Any) -> str:
+    minutes, needs = getattr(preset, "minutes", None), getattr(preset, "needs", ())
+    parts = [] if minutes is None else ["seconds" if minutes < 1 else f"{minutes:g} min"]
+    parts += [f"needs {' and '.join(needs)}"] if needs else []
+    return f" ({', '.join(parts)})" if parts else ""

@@ -1,0 +1,49 @@
+"""What the scripts in ``analyses/`` and ``figures/`` do: run an analysis for a table, draw a figure of it."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from curvlab.analyze import load_analysis
+from curvlab.analyze.__main__ import main
+from curvlab.analyze.frame.driver import PROVENANCE, draw, read_run
+from curvlab.commandline.program import report_errors
+from curvlab.results import RunDirectory
+
+
+def run_script(name: str, preset: str, out: str) -> int:
+    """Run an analysis with a preset, in a folder of its own unless the command line says another one.
+
+    Returns:
+        The exit code.
+    """
+    return main([name, "--preset", preset, "--out", out, *sys.argv[1:]])
+
+
+def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -> int:
+    """Draw figures of a run, whose folder is the first word of the command line, running the analysis first if needed.
+
+    Args:
+        name: Of the analysis.
+        preset: What it is run with.
+        out: Folder of the run where the command line names none.
+        figures: Which of the report's figures; empty for all.
+
+    Returns:
+        The exit code.
+    """
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else out)
+    code = 0
+    if not (folder / PROVENANCE).exists():
+        code = main([name, "--preset", preset, "--out", str(folder)])
+        if not (folder / PROVENANCE).exists():
+            return code
+    return report_errors(lambda: _draw(name, folder, figures), debug=False) or code
+
+
+def _draw(name: str, folder: Path, figures: Sequence[str]) -> None:
+    analysis = load_analysis(name)
+    finished = read_run(analysis, folder)
+    report = analysis.report(finished)
+    for path in draw(finished, report, RunDirectory(folder, resumed=True), figures):
+        print(path)

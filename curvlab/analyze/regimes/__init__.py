@@ -1,0 +1,1 @@
+"""Mirzadeh et al. (2020), on training regimes and forgetting."""

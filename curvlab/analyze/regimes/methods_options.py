@@ -1,0 +1,235 @@
+"""What the analysis of methods compares: its options, and the candidates of each method."""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, get_args
+
+import numpy as np
+from pydantic import Field
+
+from curvlab.analyze.frame.subject import SubjectConfig
+
+StreamName = Literal["permuted", "rotated", "split"]
+MethodName = Literal["naive", "ewc", "agem", "er", "stable", "joint"]
+Candidate = dict[str, float]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class MethodsConfig(SubjectConfig):
+    """Learn streams of tasks by several methods, each with the best of its hyper-parameters on held-out samples."""
+
+    titles: ClassVar[Mapping[str, str]] = {
+        **SubjectConfig.titles,
+        "streams": "tasks",
+        "methods": "methods",
+        "trials": "hyper-parameters",
+        "evaluation": "evaluation",
+    }
+
+    validation: int = Field(default=200, ge=0)
+    """Hold out so many training samples of each task, to choose hyper-parameters on; no method learns from them."""
+    samples: int | None = Field(default=None, ge=1)
+    """EWC takes the curvature on so many training samples of a task, random ones; none means all."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100, 100)
+    """Hidden sizes of the mlp; no number for a linear model."""
+    normalize: Literal["none", "imagenet"] = "none"
+    """imagenet: subtract its channels' means and divide by their deviations, as pre-trained networks expect."""
+    fine_tune: bool = False
+    """The weights are of a network for other classes: the last layer is a new one, and BatchNorm is frozen."""
+    streams: tuple[StreamName, ...] = ("permuted", "rotated")
+    """What tells tasks apart: the pixels of every image are permuted, it is rotated, or tasks split the classes; with
+    split the outputs of other tasks do not count."""
+    tasks: int = Field(default=5, ge=2)
+    """Tasks of a stream."""
+    degrees: float = 40.0
+    """Rotated: from a task's angle to the next one's."""
+    task_samples: int | None = Field(default=None, ge=1)
+    """Training samples of a task; none means all."""
+    test_samples: int | None = Field(default=None, ge=1)
+    """Test on so many samples of the data set, random ones, always the same; none means all."""
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """naive, ewc, agem, er (reservoir), stable (Stable SGD: naive with a falling rate and dropout), joint (all tasks at
+    once)."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the samples of each task."""
+    momentum: float = Field(default=0.8, ge=0, lt=1)
+    """Of stochastic gradient descent, which starts anew with each task."""
+    quantity: str = "empirical_fisher"
+    """EWC: fisher, fisher:samples=K, empirical_fisher, or masq:batch_size=B,norm=sumsq."""
+    structure: str = "diag"
+    """EWC: diag, kfac, tkfac and so on."""
+    ewc_mode: Literal["separate", "online"] = "separate"
+    """EWC: a penalty around each task's solution, or one for all around the last."""
+    per_class: int = Field(default=1, ge=1)
+    """Samples that A-GEM keeps of each class of each task; ER keeps as many in all."""
+    replay_batch_size: int = Field(default=64, ge=1)
+    """Kept samples that A-GEM and ER draw at each step."""
+    trials: int = Field(default=6, ge=1)
+    """Candidates of each method: all combinations of its lists below, or so many of them drawn at random."""
+    lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
+    """Learning rates, of all methods but ewc and stable."""
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (10, 64)
+    """New samples a step, of every method."""
+    ewc_strengths: tuple[Positive, ...] = (1.0, 10.0, 100.0)
+    """Of EWC's penalty."""
+    ewc_lrs: tuple[Positive, ...] = (0.1,)
+    """Learning rates of ewc."""
+    stable_lrs: tuple[Positive, ...] = (0.1,)
+    """Learning rates of stable, before the decay."""
+    decays: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.7, 0.5, 0.3)
+    """Of stable: the learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
+    dropouts: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.25,)
+    """Of stable: shares of the hidden units left out in training, of an mlp."""
+    selection_seeds: tuple[Seed, ...] = (1000,)
+    """Candidates are trained for each, and judged by their mean accuracy on the held-out samples after all tasks."""
+    evaluation: Literal["test", "validation"] = "test"
+    """What the table is measured on."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Tasks are drawn and a network is trained for each; the table has mean and standard deviation."""
+
+
+_MNIST = MethodsConfig(
+    data="mnist",
+    hidden=(256, 256),
+    tasks=20,
+    degrees=10.0,
+    task_samples=10_000,
+    validation=1000,
+    test_samples=2000,
+    samples=1000,
+    epochs=1,
+    trials=12,
+    lrs=(0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
+    ewc_strengths=(3.0, 30.0, 100.0),
+    ewc_lrs=(0.03, 0.01),
+    stable_lrs=(0.1, 0.05),
+    decays=(0.9, 0.8, 0.65),
+)
+_CIFAR = MethodsConfig(
+    data="cifar100",
+    model="resnet20",
+    weights=Path("weights/resnet20_cifar10-12fca82f.th"),
+    fine_tune=True,
+    normalize="imagenet",
+    streams=("split",),
+    tasks=20,
+    task_samples=200,
+    validation=50,
+    test_samples=2000,
+    samples=100,
+    epochs=3,
+    trials=6,
+    lrs=(0.03, 0.01, 0.003),
+    ewc_strengths=(1.0, 10.0, 100.0),
+    ewc_lrs=(0.01,),
+    stable_lrs=(0.01,),
+    decays=(0.95, 0.9, 0.8),
+    dropouts=(0.0,),  # the network has none
+)
+PRESETS = {
+    # Lists in which the best values of most methods are inside, and no candidate diverges.
+    "default": MethodsConfig(
+        trials=9,
+        lrs=(0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.003),
+        batch_sizes=(16,),
+        ewc_strengths=(3.0, 10.0, 30.0),
+        ewc_lrs=(0.1, 0.05, 0.02),
+        stable_lrs=(0.4, 0.2, 0.1),
+        decays=(0.5, 0.4, 0.3),
+    ),
+    "cpu": _MNIST,
+    "cpu-cifar100": _CIFAR,
+    "paper": _MNIST.model_copy(
+        update={
+            "task_samples": None,
+            "validation": 5000,
+            "test_samples": None,
+            "trials": 18,
+            "seeds": (0, 1, 2, 3, 4),
+            "batch_sizes": (10, 32, 64),
+        }
+    ),
+    "paper-cifar100": _CIFAR.model_copy(
+        update={
+            "task_samples": None,
+            "validation": 250,
+            "test_samples": None,
+            "samples": 1000,
+            "epochs": 1,
+            "trials": 8,
+            "lrs": (0.1, 0.03, 0.01, 0.003),
+            "ewc_strengths": (10.0, 100.0),
+            "ewc_lrs": (0.03, 0.01),
+            "stable_lrs": (0.03, 0.01),
+            "decays": (0.95, 0.85),
+            "seeds": (0, 1, 2, 3, 4),
+        }
+    ),
+}
+
+_COMMON = {"lr": "lrs", "batch_size": "batch_sizes"}
+#: What is tuned of each method, and the list of its values.
+LISTS: Mapping[str, Mapping[str, str]] = {
+    **dict.fromkeys(get_args(MethodName), _COMMON),
+    "ewc": {**_COMMON, "lr": "ewc_lrs", "strength": "ewc_strengths"},
+    "stable": {**_COMMON, "lr": "stable_lrs", "decay": "decays", "dropout": "dropouts"},
+}
+#: All that is tuned of some method.
+TUNED = tuple(dict.fromkeys(name for lists in LISTS.values() for name in lists))
+#: Options that are of some methods or streams alone.
+_ONLY_OF = {
+    "samples": ("ewc",),
+    "quantity": ("ewc",),
+    "structure": ("ewc",),
+    "ewc_mode": ("ewc",),
+    "per_class": ("agem", "er"),
+    "replay_batch_size": ("agem", "er"),
+    "degrees": ("rotated",),
+}
+
+
+def candidates(config: MethodsConfig, method: str) -> list[Candidate]:
+    """Return what is tried for a method: all combinations of its lists, or ``trials`` of them, drawn at random.
+
+    A larger number of trials begins with the same draws.
+    """
+    lists = LISTS[method]
+    combinations = list(product(*(getattr(config, field) for field in lists.values())))
+    order = np.arange(len(combinations))
+    if len(combinations) > config.trials:
+        order = np.sort(np.random.default_rng(0).permutation(order)[: config.trials])
+    return [dict(zip(lists, combinations[i], strict=True)) for i in order]
+
+
+def pairs(config: MethodsConfig) -> list[tuple[str, str]]:
+    """Return every stream with every method."""
+    return list(product(config.streams, config.methods))
+
+
+def single(
+    config: MethodsConfig, stream: str, method: str, candidate: Candidate, seed: int, evaluation: str
+) -> MethodsConfig:
+    """Return the configuration of one cell, in which what has no part in it is always the same."""
+    unused = {name for name, users in _ONLY_OF.items() if not {stream, method} & set(users)}
+    unused |= {"trials", "selection_seeds"}
+    lists: dict[str, tuple[float, ...]] = {field: () for of_method in LISTS.values() for field in of_method.values()}
+    lists |= {field: (candidate[name],) for name, field in LISTS[method].items()}
+    return config.model_copy(
+        update={name: MethodsConfig.model_fields[name].default for name in unused}
+        | lists
+        | {"streams": (stream,), "methods": (method,), "seeds": (seed,), "evaluation": evaluation}
+    )
+
+
+def trials(config: MethodsConfig, stream: str, method: str) -> list[MethodsConfig]:
+    """Return the cells of a method's candidates; none for a single one."""
+    every = candidates(config, method)
+    if len(every) == 1:
+        return []
+    return [
+        single(config, stream, method, candidate, seed, "validation")
+        for candidate in every
+        for seed in config.selection_seeds
+    ]
