@@ -33,6 +33,9 @@ ANALYSES = {
     "softmax_hessian": Entry(
         "dlcft", "Why does it vanish? The softmax loss's Hessian as the network fits, against the formula."
     ),
+    "fisher_histogram": Entry(
+        "lecture", "How skewed is the Fisher? The distribution of its exact diagonal after a task."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? Loss of an old task against its curvature, over training regimes."
     ),
