@@ -227,7 +227,7 @@ def test_a_run_of_a_sweep_chooses_for_its_seed(tmp_path):
 
 def test_no_learning_rate_will_do(tmp_path):
     config = EigenvaluesConfig(**{**TINY, "steps": 60, "lr_squared_error": (1e20, 1e10)})
-    with pytest.raises(CurvlabError, match=r"squared error fails with every one of its 2.*lower ones with --lr-squared"):
+    with pytest.raises(CurvlabError, match=r"squared error fails with every one of its 2.*lower ones with --lr"):
         choose(ANALYSIS.search, config, try_rates(config, tmp_path))
 
 
