@@ -57,7 +57,7 @@ def log_histogram(records: Sequence[Record], title: str) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title(title, fontsize=_FONT["title"])
-    axes.set_xlabel("entry of the diagonal (nats)", fontsize=_FONT["label"])
+    axes.set_xlabel("entry of the diagonal, where it is not zero (nats)", fontsize=_FONT["label"])
     axes.set_ylabel("parameters a bin", fontsize=_FONT["label"])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=8))
