@@ -203,4 +203,5 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     artifacts=("heat_map",),
+    items=("Table 2",),
 )
