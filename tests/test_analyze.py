@@ -32,7 +32,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.grid import reading
 from curvlab.models import build
-from curvlab.results import RunDirectory, run_directory
+from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
 
 pytestmark = pytest.mark.usefixtures("one_server")
