@@ -116,9 +116,7 @@ def test_help_of_every_analysis(capsys, name):
 
 def test_unknown_analysis(capsys):
     assert main(["fim_diag"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: there is no analysis 'fim_diag'; did you mean 'fim_diagonality'?"
-    )
+    assert capsys.readouterr().err.startswith("error: there is no analysis 'fim_diag'; did you mean 'fim_diagonality'?")
 
 
 def test_program(capsys):
@@ -451,9 +449,7 @@ def test_every_cell_fails(call):
     code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
     assert (code, out) == (1, "")
     first, second = err.splitlines()
-    assert first.startswith(
-        "error: 2 of 2 runs have failed, the first (seed 0) so: the training loss is nan at step 2"
-    )
+    assert first.startswith("error: 2 of 2 runs have failed, the first (seed 0) so: the training loss is nan at step 2")
     assert second == "runs done in run: 0; the same command with --out run --retry-failed continues there"
     assert not Path("run/table.json").exists()
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)

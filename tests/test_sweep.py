@@ -408,7 +408,7 @@ def test_an_analysis_is_run_as_cells(call, in_servers):
 
 def test_the_options_of_an_analysis(in_servers, capsys, tmp_path):
     assert execute(ANALYSIS, ["--out", "here", "--jobs", "2", "--seeds", "0", "1", "2"], "x") == 0
-    assert capsys.readouterr().out.count(" w1") == 3
+    assert capsys.readouterr().out.count("w1") == 3
     with reading(Path("here/sweep.sqlite")) as store:
         assert [json.loads(json.dumps(record))["parameter"] for record in store.records()] == ["w0", "w1"] * 3
     assert execute(ANALYSIS, ["--help"], "x") == 0
