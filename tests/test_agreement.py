@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from torch import nn
 
 from curvlab.analyze.__main__ import main
@@ -16,6 +17,7 @@ from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import Diagonal, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
+from curvlab.results.plots import difference_maps
 
 pytestmark = pytest.mark.usefixtures("no_figures", "cells_here")
 
@@ -144,7 +146,8 @@ def test_a_run(call):
     known = [row["difference"] for row in differences if row["difference"] is not None]
     assert len(known) > 8
     assert max(known) <= 1e-10
-    assert "no: backend" in out
+    refused = [record for record in records if record["supported"] == "no"]
+    assert out.count("\nno: ") == len({record["obstacle"] for record in refused})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ ROOT = Path(driver.__file__).parents[3]
 
 #: Options that make a run of every analysis small.
 SMALL = {
-    "agreement": "--hidden 4 --steps 3 --samples 20 --quantities fisher:samples=1 --structures diag --backends hooks torch",
+    "agreement": "--hidden 4 --steps 3 --samples 20 --quantities fisher:samples=1 --structures diag "
+    "--backends hooks torch",
     "fim_diagonality": "--hidden 4 --steps 3 --samples 40",
     "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none",
