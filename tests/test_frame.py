@@ -33,7 +33,8 @@ SMALL = {
     "--backends hooks torch",
     "fim_diagonality": "--hidden 4 --steps 3 --samples 40",
     "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
-    "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none",
+    "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
+    "--lr-squared-error 0.003",
     "softmax_hessian": "--hidden 4 --steps 6 --points 3 --samples 30 --draws 4 --decades 3",
     "forgetting_bound": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",
     "training_regimes": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",

@@ -12,7 +12,5 @@ from curvlab.analyze.frame.scripts import draw_script
 
 if __name__ == "__main__":
     sys.exit(
-        draw_script(
-            "eigenvalues", preset="paper", out="runs/dlcft_curvature", figures=("eigenvalues", "normalised")
-        )
+        draw_script("eigenvalues", preset="paper", out="runs/dlcft_curvature", figures=("eigenvalues", "normalised"))
     )

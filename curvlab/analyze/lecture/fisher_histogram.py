@@ -8,7 +8,6 @@ from pydantic import Field
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
 from curvlab.analyze.frame.published import read_published
-from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
@@ -16,7 +15,7 @@ from curvlab.results import Claim, Column, aggregate, require_direction
 from curvlab.results.distributions import log_bins, log_histogram
 
 
-class FisherHistogramConfig(TrainedSubjectConfig):
+class FisherHistogramConfig(subject.TrainedSubjectConfig):
     """Train a network on some classes of a data set, and take the diagonal of its exact Fisher."""
 
     classes: tuple[int, ...] | Literal["all"] = (0, 1)
@@ -70,9 +69,9 @@ def measure(config: FisherHistogramConfig, dataset: Dataset, workspace: Workspac
 def report(run: Run[FisherHistogramConfig]) -> Report:
     """Return the table, the claims of the slide, and the histogram."""
     found, slide = run.records["table"], read_published("lecture")["fisher_histogram"]
-    classes = "all" if run.config.classes == "all" else list(run.config.classes)
-    conditions = {"data": run.subject.data, "classes": classes, "steps": run.config.steps}
-    gate = require_direction(conditions, slide["conditions"], slide["direction"])
+    classes = run.config.classes if run.config.classes == "all" else list(run.config.classes)
+    ours = {"data": run.subject.data, "classes": classes, "steps": run.config.steps}
+    gate = require_direction(ours, slide["conditions"], slide["direction"])
     title = f"{subject.describe(run.config, run.subject, 'fisher')} on {run.subject.data}, classes {classes}"
 
     def claim(text: str, key: str, least: float) -> Claim:
@@ -97,4 +96,5 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     kinds={"table": "size", "histogram": "count"},
+    items=("slide Training Stability",),
 )
