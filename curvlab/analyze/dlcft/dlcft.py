@@ -116,8 +116,13 @@ def measure(config: DlcftConfig, dataset: Dataset, workspace: Workspace) -> Iter
     assert isinstance(dataset, TransferData)
     for setting, name in _pairs(config):
         checkpoint = workspace.folder / f"{setting}-{name}.pt"
-        yield from _measure(config, dataset, setting, name, checkpoint)
+        try:
+            records = list(_measure(config, dataset, setting, name, checkpoint))
+        except CurvlabError:  # the training diverges, and would again
+            checkpoint.unlink(missing_ok=True)
+            raise
         checkpoint.unlink(missing_ok=True)  # the records have all that is needed of it
+        yield from records
 
 
 def _measure(
