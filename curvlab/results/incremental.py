@@ -21,16 +21,18 @@ _MOST_LINES = 8  # with a colour each
 _LONG_LABEL = 26  # characters; a longer label is broken behind its comma
 
 
-def accuracy_points(table: Sequence[Record], title: str) -> Figure:
+def accuracy_points(table: Sequence[Record], methods: Sequence[str], title: str) -> Figure:
     """Draw the accuracy of every method as a point with its deviation, and the published one: a column a setting.
 
     Args:
         table: A record a setting and method: ``setting_label``, ``label``, ``linear``, ``acc`` and ``acc_std`` over
             seeds, and where there is one ``published_value``.
+        methods: The labels in the order of the rows; those that the table does not have are left out.
         title: What stands above.
     """
-    settings, labels = (_distinct(table, key) for key in ("setting_label", "label"))
-    figure = Figure(figsize=(_WIDTH, 0.25 * len(labels) + 1.2), layout="constrained")
+    settings, shown = (_distinct(table, key) for key in ("setting_label", "label"))
+    labels = [label for label in methods if label in shown]
+    figure = Figure(figsize=(_WIDTH, 0.27 * len(labels) + 1.2), layout="constrained")
     figure.suptitle(title, fontsize=_FONT["title"])
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axes, setting in zip(panels, settings, strict=True):
@@ -48,7 +50,6 @@ def accuracy_points(table: Sequence[Record], title: str) -> Figure:
     text = "accuracy after the last task"
     if any(row.get("acc_std") is not None for row in table):
         text += " (mean and standard deviation over seeds)"
-    figure.supxlabel(text, fontsize=_FONT["label"])
     points: list[tuple[str, dict[str, Any]]] = [
         ("linear network, squared error", {"color": _LINEAR, "marker": "o"}),
         ("non-linear, cross-entropy", {"color": _NONLINEAR, "marker": "s"}),
@@ -56,7 +57,16 @@ def accuracy_points(table: Sequence[Record], title: str) -> Figure:
     if any(row.get("published_value") is not None for row in table):
         points.append(("published", {"color": _PUBLISHED, "marker": "D", "markerfacecolor": "none"}))
     handles = [Line2D([], [], linestyle="none", label=label, **style) for label, style in points]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=_FONT["tick"], frameon=False)
+    size = _FONT["tick"]
+    figure.legend(
+        handles=handles,
+        title=text,
+        title_fontsize=_FONT["label"],
+        loc="outside lower center",
+        ncols=3,
+        fontsize=size,
+        frameon=False,
+    )
     return figure
 
 
@@ -96,6 +106,8 @@ def setting_curves(
     coloured = methods if len(methods) <= _MOST_LINES else [name for name in methods if name in first]
     styles: dict[str, dict[str, Any]] = {name: {"color": _OTHER, "linewidth": 0.8, "zorder": 1} for name in methods}
     styles |= {name: _style(name in linear, place) for name, place in _places(coloured, linear)}
+    for name in {name for name in methods if all(r["after"] > 1 for r in curves if r["method"] == name)}:
+        styles[name]["linestyle"] = ":"
     handles = [Line2D([], [], label=labels[name], **styles[name]) for name in coloured]
     if len(coloured) < len(methods):
         handles.append(Line2D([], [], label="other methods", color=_OTHER, linewidth=0.8))
@@ -110,7 +122,9 @@ def setting_curves(
     for axes, setting in zip(panels, drawn, strict=False):
         _draw_curves(axes, [record for record in curves if record["setting"] == setting], styles)
         axes.set_title(settings[setting], fontsize=_FONT["label"])
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns + 2, fontsize=_FONT["tick"], frameon=False)
+    for axes in panels[::columns]:
+        axes.set_ylabel("accuracy so far", fontsize=_FONT["label"])
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns + 1, fontsize=_FONT["tick"], frameon=False)
     return figure
 
 
@@ -119,11 +133,10 @@ def _draw_curves(axes: Axes, records: Sequence[Record], styles: Mapping[str, Map
     for method, style in styles.items():
         tasks, values = _mean_curve(records, method)
         if len(tasks) == 1 < last:
-            axes.axhline(values[0], **{**style, "linestyle": ":"})
+            axes.axhline(values[0], **style)
         elif len(tasks):
             axes.plot(tasks, values, marker="." if last <= 10 else None, markersize=4, **style)
     axes.set_xlabel("tasks learned", fontsize=_FONT["label"])
-    axes.set_ylabel("accuracy so far", fontsize=_FONT["label"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=_FONT["tick"])
     axes.spines[["top", "right"]].set_visible(False)

@@ -37,7 +37,7 @@ def list_claims(found: Sequence[Record], config: DlcftConfig, data: Subject) -> 
     runs = {
         setting: _Runs.select(found, setting, direction_gate(config, data, setting), samples) for setting in SETTINGS
     }
-    answers = {
+    answers: dict[Setting, Callable[[], list[Claim]]] = {
         "data": lambda: [*_data_claims(runs["data"], runs["data"]), _joint_claim(runs["data"])],
         "data_long": lambda: _data_claims(runs["data_long"], runs["data"]),
         "task": lambda: _task_claims(runs["task"]),

@@ -74,7 +74,7 @@ def has_scale(config: DlcftConfig, data: Subject, setting: Setting) -> bool:
 
 def list_deviations(config: DlcftConfig, data: Subject) -> Sequence[str]:
     """Return in what a configuration differs from the published runs, with what these had in brackets, a line each."""
-    lines = []
+    lines: list[str] = []
     for setting in config.settings:
         ours, theirs = list_conditions(config, data, setting), published_tables(setting)[0]["conditions"]
         common = differing({name: value for name, value in ours.items() if name not in _OF_A_SETTING}, theirs)

@@ -292,7 +292,7 @@ def report(run: Run[DlcftConfig]) -> Report:
         for setting in SETTINGS
         if (rows := where(table, setting=setting))
     ]
-    figures = {"accuracies": partial(accuracy_points, table, title)}
+    figures = {"accuracies": partial(accuracy_points, table, [method.label for method in METHODS.values()], title)}
     if any(record["after"] > 1 for record in curves):
         figures["accuracy_curves"] = partial(
             setting_curves,

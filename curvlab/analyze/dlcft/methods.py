@@ -206,7 +206,7 @@ METHODS: dict[MethodName, Method] = {
         linear=True,
     ),
     "dlcft_neither": Method(
-        "DLCFT (TK-FAC), neither of the two",
+        "DLCFT (TK-FAC), neither",
         ("class",),
         _dlcft(_TKFAC, regularization=False, replay=False),
         "dlcft_strengths",
