@@ -15,6 +15,15 @@ class Entry(NamedTuple):
     question: str
 
 
+#: The papers, by room.
+ROOMS = {
+    "masq": "Gepperth and Wiech (2019): Simplified computation and interpretation of Fisher matrices in incremental "
+    "learning with deep neural networks",
+    "regimes": "Mirzadeh et al. (2020): Understanding the role of training regimes in continual learning",
+    "dlcft": "Shon et al. (2022): DLCFT, deep linear continual fine-tuning for general incremental learning",
+    "lecture": "Carta: Continual learning, regularization priors (lecture slides)",
+}
+
 #: By name.
 ANALYSES = {
     "fim_diagonality": Entry(
@@ -45,6 +54,7 @@ ANALYSES = {
     "dlcft": Entry(
         "dlcft", "Does a linear network with squared error forget less? DLCFT and its baselines in three settings."
     ),
+    "papers": Entry("backends", "Which published items have a command, and what became of their claims? A list."),
 }
 
 
