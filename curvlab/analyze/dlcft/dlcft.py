@@ -13,7 +13,7 @@ from torch import nn
 from curvlab.analyze.dlcft.claims import list_claims
 from curvlab.analyze.dlcft.conditions import has_scale, list_deviations, published_tables
 from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, adapt, count_tasks, list_steps, split
-from curvlab.analyze.dlcft.network import TransferData, load_data, pretrain
+from curvlab.analyze.dlcft.network import TransferData, check_source, load_data, pretrain
 from curvlab.analyze.dlcft.options import PRESETS, DlcftConfig, MethodName, Setting
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run, Table, Workspace
@@ -61,6 +61,7 @@ def check(config: DlcftConfig, dataset: Dataset) -> None:
     assert isinstance(dataset, TransferData)
     subject.check_distinct(seeds=config.seeds, settings=config.settings, methods=config.methods)
     subject.check_subject(config, dataset)
+    check_source(config, dataset)
     if not _pairs(config):
         raise CurvlabError(
             f"none of the methods {', '.join(config.methods)} is run in {', '.join(config.settings)}: choose others"
@@ -349,4 +350,5 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "acc", "curves": "after"},
+    items=("Table 5", "Table 6", "poster, data-IL", "poster, replay", "poster, ablation"),
 )

@@ -32,25 +32,33 @@ def load_data(config: DlcftConfig, options: RunOptions | Place) -> TransferData:
     """Return the data of the streams and of the pre-training.
 
     Raises:
-        CurvlabError: The data cannot be loaded, there is nothing to pre-train on, or classes are in both.
+        CurvlabError: There are no such data, classes or samples.
     """
     whole = subject.load_dataset(config.model_copy(update={"validation": 0, "classes": "all"}), options)
     source = whole.select(config.source_classes) if config.source_classes else None
-    if source is None and config.weights is None:
-        raise CurvlabError("fine-tuning needs a pre-trained network: give weights, or source_classes to pre-train on")
-    if source is not None and config.weights is not None:
-        raise CurvlabError("the weights are those of a pre-trained network: leave source_classes empty")
-    streamed = range(whole.num_classes) if config.classes == "all" else config.classes
-    if both := sorted({*config.source_classes} & {*streamed}):
-        raise CurvlabError(
-            f"class {both[0]} is both in source_classes, for pre-training, and in classes, for the streams: "
-            "remove it from one of them"
-        )
     target = whole if config.classes == "all" else _relabel(whole, config.classes)
     target = subject.take(target, config.stream_samples, config.test_samples)
     return TransferData(
         target.name, target.x_train, target.y_train, target.x_test, target.y_test, target.classes, source
     )
+
+
+def check_source(config: DlcftConfig, dataset: TransferData) -> None:
+    """Refuse a network that is not pre-trained or in two ways, and classes that are in pre-training and streams.
+
+    Raises:
+        CurvlabError: One of these.
+    """
+    if dataset.source is None and config.weights is None:
+        raise CurvlabError("fine-tuning needs a pre-trained network: give weights, or source_classes to pre-train on")
+    if dataset.source is not None and config.weights is not None:
+        raise CurvlabError("the weights are those of a pre-trained network: leave source_classes empty")
+    streamed = range(dataset.num_classes) if config.classes == "all" else config.classes
+    if both := sorted({*config.source_classes} & {*streamed}):
+        raise CurvlabError(
+            f"class {both[0]} is both in source_classes, for pre-training, and in classes, for the streams: "
+            "remove it from one of them"
+        )
 
 
 def _relabel(whole: Dataset, classes: Sequence[int]) -> Dataset:
