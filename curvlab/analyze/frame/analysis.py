@@ -225,7 +225,7 @@ class Analysis(Generic[C]):
         return cells
 
     def run_cell(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Do a run as ``curvlab.grid`` calls it; of several parts or hyper-parameters, all of them one after another."""
+        """Do a run as ``curvlab.grid`` calls it; several parts or hyper-parameters one after another."""
         config, dataset = self._prepare(values, place)
         here = Workspace(place)
         configs: Sequence[C] = [config] if self.parts is None else self.parts(config)
