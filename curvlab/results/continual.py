@@ -1,4 +1,4 @@
-"""Figures of continual learning: accuracies over a stream of tasks, methods and training regimes beside each other."""
+"""Figures of continual learning: accuracies over a stream of tasks, of methods and of training regimes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 Record = Mapping[str, Any]
@@ -29,16 +30,19 @@ _MARKERS = "os^vDP*Xdh"
 _ACROSS: dict[str, Any] = {"linestyle": "--", "marker": None}
 
 
-def accuracy_curves(accuracies: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:
+def accuracy_curves(
+    accuracies: Sequence[Record], labels: Mapping[str, str], title: str, *, bands: bool = False
+) -> Figure:
     """Draw the mean accuracy on the tasks so far, and below it that on the first task, over tasks: a column a stream.
 
-    A line is the mean over the seeds; thin lines are the seeds themselves.
+    A thick line is the mean over the seeds, a thin one a seed.
 
     Args:
         accuracies: Records of ``stream``, ``method``, ``seed``, ``after`` and ``task`` (from 1) with the ``accuracy``.
             Of a method that is measured after the last task only, a broken line goes across.
         labels: What the methods are called.
         title: What stands above.
+        bands: Draw the range of the seeds in place of each of them.
     """
     streams, methods = _distinct(accuracies, "stream"), _distinct(accuracies, "method")
     last = max(record["after"] for record in accuracies)
@@ -51,9 +55,9 @@ def accuracy_curves(accuracies: Sequence[Record], labels: Mapping[str, str], tit
             for axes, chosen in zip(column, (mine, [r for r in mine if r["task"] == 1]), strict=True):
                 after, values = _over(chosen, "after", "accuracy")
                 if len(after) == 1 < last:
-                    _line(axes, np.array([1, last]), values.repeat(2, axis=1), place, **_ACROSS)
+                    _line(axes, np.array([1, last]), values.repeat(2, axis=1), place, bands, **_ACROSS)
                 elif len(after):
-                    _line(axes, after, values, place)
+                    _line(axes, after, values, place, bands)
         column[0].set_title(stream, fontsize=_FONT["label"])
         column[1].set_xlabel("tasks learnt", fontsize=_FONT["label"])
     panels[0, 0].set_ylabel("mean accuracy, tasks so far", fontsize=_FONT["label"])
@@ -65,7 +69,7 @@ def accuracy_curves(accuracies: Sequence[Record], labels: Mapping[str, str], tit
     for method in methods:
         if len({record["after"] for record in accuracies if record["method"] == method}) == 1 < last:
             styles[labels.get(method, method)] |= _ACROSS
-    _legend(figure, styles, _seeds(accuracies))
+    _legend(figure, styles, _seeds(accuracies), bands)
     return figure
 
 
@@ -118,11 +122,16 @@ def _dot(axes: Axes, place: int, row: Record, key: str) -> None:
 
 
 def regime_curves(
-    points: Sequence[Record], accuracies: Sequence[Record], labels: Mapping[str, str], title: str
+    points: Sequence[Record],
+    accuracies: Sequence[Record],
+    labels: Mapping[str, str],
+    title: str,
+    *,
+    bands: bool = False,
 ) -> Figure:
     """Draw what training regimes do over a stream: accuracies, the largest eigenvalue, the step from task to task.
 
-    A line is the mean over the seeds; thin lines are the seeds themselves.
+    A thick line is the mean over the seeds, a thin one a seed.
 
     Args:
         points: Records of ``stream``, ``regime``, ``seed`` and ``task`` (from 1) with ``lambda_max`` and ``distance``,
@@ -130,6 +139,7 @@ def regime_curves(
         accuracies: Records of ``stream``, ``regime``, ``seed``, ``after`` and ``task`` with the ``accuracy``.
         labels: What the regimes are called.
         title: What stands above.
+        bands: Draw the range of the seeds in place of each of them.
     """
     streams, regimes = _distinct(points, "stream"), _distinct(points, "regime")
     figure = Figure(figsize=(7.6, 1.9 * len(streams) + 0.9), layout="constrained")
@@ -148,7 +158,7 @@ def regime_curves(
                 _over([r for r in moved if r["distance"] is not None], "task", "distance"),
             )
             for axes, (tasks, values) in zip(row, drawn, strict=True):
-                _line(axes, tasks, values, place)
+                _line(axes, tasks, values, place, bands)
         row[0].set_ylabel(stream, fontsize=_FONT["label"])
         for axes in row[2:]:
             axes.set_yscale("log")
@@ -166,7 +176,7 @@ def regime_curves(
     for axes in panels[-1]:
         axes.set_xlabel("task", fontsize=_FONT["label"])
     styles = {labels.get(regime, regime): _style(place) for place, regime in enumerate(regimes, start=1)}
-    _legend(figure, styles, _seeds(points))
+    _legend(figure, styles, _seeds(points), bands)
     return figure
 
 
@@ -194,10 +204,12 @@ def _style(place: int) -> dict[str, Any]:
     return {"color": _COLOURS[place], "marker": _MARKERS[place], "markersize": 3.5}
 
 
-def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, **style: Any) -> None:
-    """Draw the mean over seeds and, where there are several, each of them as a thin line: bands of all would mix."""
+def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool, **style: Any) -> None:
+    """Draw the mean over seeds and, where there are several, each of them as a thin line, or their range."""
     style = {**_style(place), "linewidth": 1.4, **style}
-    if len(values) > 1:
+    if len(values) > 1 and bands:
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
+    elif len(values) > 1:
         axes.plot(x, values.T, color=style["color"], linewidth=0.5, alpha=0.45, linestyle=style.get("linestyle", "-"))
     axes.plot(x, values.mean(axis=0), **style)
 
@@ -220,9 +232,11 @@ def _finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int) -> None:
-    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
-    if seeds > 1:
+def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int, bands: bool) -> None:
+    handles: list[Line2D | Patch] = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    if seeds > 1 and bands:
+        handles.append(Patch(facecolor="#808080", alpha=0.3, label=f"mean and range of {seeds} seeds"))
+    elif seeds > 1:
         handles.append(
             Line2D([], [], color="#808080", linewidth=0.5, label=f"one of {seeds} seeds (thick: their mean)")
         )
