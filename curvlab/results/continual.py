@@ -83,7 +83,7 @@ def method_dots(table: Sequence[Record], title: str) -> Figure:
     """
     streams = _distinct(table, "stream")
     labels = _distinct(table, "label")
-    figure = Figure(figsize=(max(3.4 * len(streams), 4.4), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * len(streams), 4.4), 5.2), layout="constrained")
     figure.suptitle(title, fontsize=_FONT["title"])
     panels: np.ndarray = figure.subplots(2, len(streams), squeeze=False, sharey="row")
     for column, stream in zip(panels.T, streams, strict=True):
