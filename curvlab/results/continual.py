@@ -59,7 +59,7 @@ def accuracy_curves(
                 elif len(after):
                     _line(axes, after, values, place, bands)
         column[0].set_title(stream, fontsize=_FONT["label"])
-        column[1].set_xlabel("tasks learnt", fontsize=_FONT["label"])
+        column[1].set_xlabel("after task", fontsize=_FONT["label"])
     panels[0, 0].set_ylabel("mean accuracy, tasks so far", fontsize=_FONT["label"])
     panels[1, 0].set_ylabel("accuracy on the first task", fontsize=_FONT["label"])
     for axes in panels.flat:
@@ -174,7 +174,7 @@ def regime_curves(
         _finish(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[-1]:
-        axes.set_xlabel("task", fontsize=_FONT["label"])
+        axes.set_xlabel("after task", fontsize=_FONT["label"])
     styles = {labels.get(regime, regime): _style(place) for place, regime in enumerate(regimes, start=1)}
     _legend(figure, styles, _seeds(points), bands)
     return figure
@@ -210,7 +210,7 @@ def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool
     if len(values) > 1 and bands:
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
     elif len(values) > 1:
-        axes.plot(x, values.T, color=style["color"], linewidth=0.5, alpha=0.45, linestyle=style.get("linestyle", "-"))
+        axes.plot(x, values.T, color=style["color"], linewidth=0.5, alpha=0.35, linestyle=style.get("linestyle", "-"))
     axes.plot(x, values.mean(axis=0), **style)
 
 
