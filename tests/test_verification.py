@@ -1,5 +1,6 @@
 """Rules are taken where they are right, of networks as people write them; what is rejected is told, and computed."""
 
+import re
 import types
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from curvlab import Problem, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
-from curvlab.estimators.backend import Backend
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import forward, graph_of, leaves_of
 from curvlab.estimators.layers import layer_in
 from curvlab.estimators.rows import row_batches
@@ -19,9 +20,10 @@ from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_factors, verify_rules
 from curvlab.losses import Loss
+from curvlab.parameters import ParameterSpace
 from curvlab.progress import silent
-from curvlab.quantities import EmpiricalFisher, Fisher
-from curvlab.structures import Dense
+from curvlab.quantities import EmpiricalFisher, Fisher, Quantity
+from curvlab.structures import EKFAC, Dense
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -140,6 +142,123 @@ def test_a_use_that_the_samples_of_the_verification_do_not_show() -> None:
     for backend in ("auto", "hooks", "torch", "curvlinops", "nngeometry"):
         with pytest.raises(UnsupportedError, match="fc"):
             estimate(problem, "empirical_fisher", "kfac", backend=backend)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kfac", "ekfac"])
+def test_a_hook_that_changes_the_outputs_of_some_samples_only(structure: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[0].register_forward_hook(lambda _, __, output: output.clamp(-20, 20))
+    problem, whole = sixteen(model, 5)
+    assert max(float(model[0](x).detach().abs().max()) for x, _ in problem.probe()) < 15
+    assert float(model[0](next(whole.batches())[0]).detach().abs().max()) == 20
+    reference = estimate(whole, "empirical_fisher", structure, backend="torch")
+    if structure == "diag":
+        assert close(reference.diagonal(), plainly(whole, "empirical_fisher").diagonal())
+    for backend in ("hooks", "torch", *(["curvlinops"] if structure != "diag" else [])):
+        matrix = estimate(problem, "empirical_fisher", structure, backend=backend)
+        assert close(matrix.to_dense(), reference.to_dense())
+    for backend in ("nngeometry", *(["backpack"] if structure != "ekfac" else [])):
+        with pytest.raises(UnsupportedError, match=r"a hook of Linear \(0\) changes its output"):
+            estimate(problem, "empirical_fisher", structure, backend=backend)
+
+
+def test_a_hook_that_changes_nothing_keeps_no_library_away() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    _, whole = sixteen(model)
+    right = estimate(whole, "empirical_fisher", "diag", backend="torch").diagonal()
+    for backend in ("nngeometry", "backpack"):
+        assert close(estimate(whole, "empirical_fisher", "diag", backend=backend).diagonal(), right)
+
+
+class InPlace(nn.Module):
+    """In a batch of one sample, the output of the layer is a view, on which a hook of a library is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x.unflatten(1, (1, 4)).repeat(1, 2, 1))
+        hidden += 1
+        return self.out(hidden.tanh().flatten(1))
+
+
+@pytest.mark.parametrize("size", [1, 3, 15, None])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac:sharing=reduce"])
+def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None) -> None:
+    _, whole = sixteen(InPlace())
+    right = estimate(whole, "empirical_fisher", structure, backend="torch").to_dense()
+    for backend in ("curvlinops", "hooks"):
+        matrix = estimate(whole, "empirical_fisher", structure, backend=backend, batch_size=size)
+        assert close(matrix.to_dense(), right), backend
+
+
+@pytest.mark.parametrize(
+    ("structure", "change", "told"),
+    [
+        ("kfac", lambda t: t.pop("0|S"), r"'0\|S' is lacking"),
+        ("ekfac", lambda t: [t.pop(name) for name in list(t) if name.startswith("0|")], "bases|layers"),
+        ("diag", lambda t: t.update(entries=t["entries"][1:]), "shape"),
+        ("dense", lambda t: t.update(matrix=t["matrix"][1:]), "shape"),
+        ("block_diag", lambda t: t.pop("0.weight"), "the blocks' names"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: object) -> Computed:
+        tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
+        change(tensors)
+        return Computed(tensors)
+
+    broken = Backend("hooks", hooks.BACKEND.cells, compute)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": broken, "torch": torch_func.BACKEND})
+    problem = problem_of(mlp)
+    matrix = estimate(problem, "fisher", structure)
+    assert matrix.info.backend == "torch"
+    assert re.search(f"backend hooks: its tensors are not those of Sequential: .*{told}", matrix.info.rejected[0])
+    with pytest.raises(UnsupportedError, match="backend hooks cannot: its tensors are not those of Sequential"):
+        estimate(problem, "fisher", structure, backend="hooks")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"0|values": 1.01 * t["0|values"]}),
+        lambda t: t.update({"0|values": t["0|values"].flip(0)}),
+        lambda t: t.update({"2|U_S": 2 * t["2|U_S"], "2|values": t["2|values"] * 4}),
+        lambda t: t.update({"2|U_S": torch.eye(len(t["2|U_S"]), dtype=torch.float64)}),
+        lambda t: t.update({"0|U_A": t["0|U_A"].flip(1)}),
+    ],
+)
+def test_an_ekfac_of_a_library_that_is_wrong(change, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: object) -> Computed:
+        tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
+        change(tensors)
+        return Computed(tensors)
+
+    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
+    matrix = estimate(problem_of(mlp), "fisher", "ekfac")
+    assert matrix.info.backend == "torch"
+    assert "backend hooks: it gives a wrong answer for Sequential" in matrix.info.rejected[0]
+
+
+def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(problem: Problem, quantity: Quantity, structure: EKFAC, space: ParameterSpace, *_: object) -> Computed:
+        tensors = dict(torch_func.compute(problem, quantity, structure, space, None, silent).tensors)
+        tensors["2|U_S"] = torch.linalg.qr(
+            torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0)).double()
+        )[0]
+        return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
+
+    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(12, 4, dtype=torch.float64), torch.randn(12, CLASSES, dtype=torch.float64)
+    problem = Problem(mlp().double(), "squared_error", (inputs, targets))
+    matrices = [estimate(problem, "ggn", "ekfac", backend=backend) for backend in ("hooks", "torch")]
+    assert not close(*(matrix.to_dense() for matrix in matrices), tolerance=1e-3)  # S is the identity
 
 
 class BranchesByName(nn.Module):
