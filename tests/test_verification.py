@@ -244,21 +244,30 @@ def test_an_ekfac_of_a_library_that_is_wrong(change, monkeypatch: pytest.MonkeyP
     assert "backend hooks: it gives a wrong answer for Sequential" in matrix.info.rejected[0]
 
 
+class Scaled(nn.Module):
+    """The factor S is a multiple of the identity, and the true block is no Kronecker product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x[:, :4]) * x[:, 4:]
+
+
 def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(problem: Problem, quantity: Quantity, structure: EKFAC, space: ParameterSpace, *_: object) -> Computed:
         tensors = dict(torch_func.compute(problem, quantity, structure, space, None, silent).tensors)
-        tensors["2|U_S"] = torch.linalg.qr(
-            torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0)).double()
-        )[0]
+        tensors["fc|U_S"] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
         return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
 
     library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
     monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
     torch.manual_seed(0)
-    inputs, targets = torch.randn(12, 4, dtype=torch.float64), torch.randn(12, CLASSES, dtype=torch.float64)
-    problem = Problem(mlp().double(), "squared_error", (inputs, targets))
-    matrices = [estimate(problem, "ggn", "ekfac", backend=backend) for backend in ("hooks", "torch")]
-    assert not close(*(matrix.to_dense() for matrix in matrices), tolerance=1e-3)  # S is the identity
+    inputs = torch.cat([torch.randn(6, 4), (1 + torch.eye(3)).repeat(2, 1)], dim=1).double()
+    problem = Problem(Scaled().double(), "squared_error", (inputs, torch.randn(6, 3).double()))
+    one, other = (estimate(problem, "ggn", "ekfac", backend=backend).to_dense() for backend in ("hooks", "torch"))
+    assert not close(one, other, tolerance=1e-3)
 
 
 class BranchesByName(nn.Module):
