@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import Call, backward
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
@@ -197,13 +197,15 @@ def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, prob
             here.add_moment_(sums.running[f"{name}|A"], slopes[name] if weighted else None)
         sums.next()
     means = {key: mirror_(factor) for key, factor in sums.means().items()}
-    for name in layers:
+    for name, layer in layers.items():
         left, right = means[f"{name}|A"], means[f"{name}|S"]
         # The whole scale is on S: gao's A has trace one, the other's is K-FAC's own.
-        share = float(left.trace()) if weighted else 1.0
-        if product := float(left.trace()) * float(right.trace()):
+        if weighted and (share := float(left.trace())):
             left /= share
-            right *= trace[name] * share / (problem.num_samples * product)
+        now, wanted = float(left.trace()) * float(right.trace()), trace[name] / problem.num_samples
+        check_scale(layer, now, wanted, problem.dtype)
+        if now:
+            right *= wanted / now
     return means
 
 

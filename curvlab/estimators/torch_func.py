@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import working, working_dtype
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.products import product
 from curvlab.estimators.rules import agree
 from curvlab.estimators.seeds import label_stream
@@ -212,12 +212,13 @@ def _factors(
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
     means = {name: value / problem.num_samples for name, value in sums.items()}
     tiny = torch.finfo(problem.dtype).tiny  # for a layer without gradients
-    for name in layers:
+    for name, layer in layers.items():
         trace = means.pop(f"{name}|trace")
         if weighted:
             means[f"{name}|A"] /= means[f"{name}|A"].trace().clamp(min=tiny)
         if isinstance(structure, TKFAC):
             now = means[f"{name}|A"].trace() * means[f"{name}|S"].trace()
+            check_scale(layer, float(now), float(trace), problem.dtype)
             means[f"{name}|S"] *= trace / now.clamp(min=tiny)
     return means
 
