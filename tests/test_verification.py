@@ -366,6 +366,28 @@ def test_weights_and_biases_of_their_own() -> None:
     assert set(verify_factors(problem, problem.space).layers) == {"out"}
 
 
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_biases_beside_a_tied_weight() -> None:
+    """Where the weight is not asked for, either bias has factors; else neither has."""
+    problem = problem_of(tied)
+    reasons = kronecker_layers(problem, problem.space)[1]
+    assert reasons["0.bias"] == reasons["2.bias"] == "is beside 0.weight, which is shared with 2 (a tied weight)"
+    right = problem.space.unflatten(plainly(problem, "ggn").diagonal())
+    for backend in ("hooks", "torch", "curvlinops"):
+        matrix = estimate(problem, "ggn", "kfac", params=["*.bias"], backend=backend)
+        assert len(matrix.tensors()) == 6
+        for name, diagonal in matrix.space.unflatten(matrix.diagonal()).items():
+            assert close(diagonal, right[name])
+    problem.model[0].weight.requires_grad_(False)
+    frozen = Problem(problem.model, problem.loss.name, list(problem.batches()))
+    assert set(kronecker_layers(frozen, frozen.space)[0]) == {"0", "2", "3"}
+
+
 def test_uses_of_parameters_in_a_graph() -> None:
     class Uses(nn.Module):
         def __init__(self) -> None:

@@ -44,7 +44,7 @@ def layer_in(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
 
 
 def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -> None:
-    """Refuse to scale a layer's factors from the trace that is given to the one that is wanted, if that scales rounding.
+    """Refuse to scale a layer's factors from a trace that is given to one that is wanted, where that scales rounding.
 
     With ``sharing=reduce``, the inputs or the gradients may cancel over the positions, where the gradient of the weight
     does not: what is left of a factor then has no digit that is right.
@@ -55,7 +55,7 @@ def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -
     if given <= torch.finfo(dtype).eps * wanted and wanted:
         raise CurvlabError(
             f"{layer.name or 'the model'} ({type(layer.module).__name__}) has no tkfac with sharing=reduce: its inputs "
-            "or gradients cancel over the positions, so that there is nothing to scale; sharing=expand has no sum"
+            "or gradients cancel over the positions, and leave nothing to scale; sharing=expand does not add them up"
         )
 
 

@@ -137,7 +137,7 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
 
 
 def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the layers with Kronecker factors: where a weight has none, its bias has none either.
+    """Return the layers with Kronecker factors: where a weight of the space has none, its bias has none either.
 
     Raises:
         UnsupportedError: As ``verify_rules``.
@@ -149,12 +149,10 @@ def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
         weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
             told = _of_module(layer)
-        elif weight is not None and own[id(weight)] != name:
-            told = f"is beside {name}, which is {own[id(weight)]}, a tied weight"
+        elif weight is not None and own[id(weight)] in verified.reasons:  # by its first name, if it is tied
+            told = f"is beside {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
         elif weight is None and getattr(layer.module, "weight", None) is not None:
             told = f"is beside {name}, which is computed from other parameters"
-        elif name in verified.reasons:
-            told = f"is beside {name}, which {verified.reasons[name]}"
         else:
             continue
         reasons.update(dict.fromkeys(layer.parameters, told))

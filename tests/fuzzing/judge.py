@@ -115,6 +115,8 @@ def _judge(cell: Cell) -> Verdict:
         if right is not None and answer is not None:
             try:
                 right.check(answer)
+            except UnfitCellError:
+                raise
             except WrongError as wrong:
                 return Verdict("wrong", str(wrong))
             except Exception as raw:
@@ -299,9 +301,11 @@ class Truth:
         kind, _, options = self.cell.structure.partition(":")
         chosen = dict(option.split("=") for option in options.split(",") if option)
         sharing, variant = chosen.get("sharing", "expand"), chosen.get("variant", "gao")
-        of_layers = factors.samples(
-            self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
-        )
+        asked = self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
+        try:
+            of_layers = factors.samples(*asked)
+        except Exception as error:  # of torch, where zeros are added to outputs
+            raise UnfitCellError(_line(error)) from error
         tensors = part.tensors()
         for layer in dict.fromkeys(name.rpartition("|")[0] for name in tensors):
             owner = self._kind(f"{layer}.weight")
