@@ -18,7 +18,7 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
-from curvlab.estimators.snapshots import differentiable
+from curvlab.estimators.snapshots import differentiable, told
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
@@ -219,7 +219,7 @@ def product(
         operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
 
     def multiply(vectors: Tensor) -> Tensor:
-        with differentiable(copied):
+        with differentiable(copied), told(copied.model):
             return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
 
     return multiply
