@@ -130,12 +130,12 @@ class TestWhatIsNoFailure:
         _check_refusal(cell, Mixing(), x)
 
     def test_torch_is_wrong_for_a_batch_of_one(self) -> None:
-        """A 1x1 convolution with stride and padding, whose gradient comes in another memory format."""
+        """A 1x1 convolution with a stride, whose gradient comes in another memory format."""
 
         class Network(torch.nn.Module):
-            def __init__(self, padding: int) -> None:
+            def __init__(self, stride: int) -> None:
                 super().__init__()
-                self.convolution = torch.nn.Conv2d(3, 2, 1, stride=(1, 2), padding=padding)
+                self.convolution = torch.nn.Conv2d(3, 2, 1, stride=(1, stride))
                 self.norm = torch.nn.InstanceNorm2d(2)
 
             def forward(self, x: Tensor) -> Tensor:
@@ -143,13 +143,10 @@ class TestWhatIsNoFailure:
 
         torch.manual_seed(0)
         x = torch.randn(2, 3, 2, 3).double()
-        for padding, height in ((0, 2), (1, 4)):
-            code = {"data": lambda height=height: (x, torch.randn(2, height).double())}
-            if padding == 0:
-                assert Truth(plain(), code, Network(padding).double()).matrix is not None
-            else:
-                with pytest.raises(UnfitCellError, match="torch's gradients of a batch"):
-                    Truth(plain(), code, Network(padding).double())
+        code = {"data": lambda: (x, torch.randn(2, 2).double())}
+        assert Truth(plain(), code, Network(1).double()).matrix is not None
+        with pytest.raises(UnfitCellError, match="torch's gradients of a batch"):
+            Truth(plain(), code, Network(2).double())
 
     def test_layers_of_which_no_factor_is_asked_are_left_alone(self) -> None:
         class Frozen(torch.nn.Module):
