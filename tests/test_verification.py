@@ -162,6 +162,24 @@ def test_a_hook_that_changes_the_outputs_of_some_samples_only(structure: str) ->
             estimate(problem, "empirical_fisher", structure, backend=backend)
 
 
+def test_a_replaced_forward_that_does_more_for_some_samples_only() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[0].forward = lambda x, plain=model[0].forward: plain(x).clamp(-20, 20)
+    problem, whole = sixteen(model, 5)
+    assert max(float(model[0](x).detach().abs().max()) for x, _ in problem.probe()) < 15
+    right = plainly(whole, "empirical_fisher")
+    for of in (problem, whole):
+        matrix = estimate(of, "empirical_fisher", "diag")
+        assert close(matrix.diagonal(), right.diagonal())
+        assert "0.weight is of Linear 0, whose forward was replaced" in matrix.info.rejected[0]
+        for backend in ("hooks", "torch", "nngeometry", "backpack"):
+            with pytest.raises(UnsupportedError, match="0"):
+                estimate(of, "empirical_fisher", "kfac", backend=backend)
+        for backend in ("nngeometry", "backpack"):
+            with pytest.raises(UnsupportedError, match="whose forward was replaced"):
+                estimate(of, "empirical_fisher", "dense", backend=backend)
+
+
 def test_a_hook_that_changes_nothing_keeps_no_library_away() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
     seen: list[Tensor] = []

@@ -102,7 +102,28 @@ class Verified:
                     reasons[parameter] = f"{told} on some batch"
                 elif graph.uses[parameter] > (name in self.reached):
                     reasons[parameter] = f"is of {_label(layer)}, but acts elsewhere too on some batch"
-        return outputs, calls, reasons
+        return outputs, calls, reasons or self._wrong_here(problem, outputs, calls, leaves, graph)
+
+    def _wrong_here(
+        self, problem: Problem, outputs: Tensor, calls: Mapping[str, list[Call]], leaves: Leaves, graph: Graph
+    ) -> dict[str, str]:
+        """Return which rules are wrong on a batch, of the layers whose forward is the user's own.
+
+        What that does after the layer's operation can change the gradients of some samples only, as a clamp does, and
+        a graph does not show it. What hooks do comes after the outputs that are looked at.
+        """
+        layers = [self.layers[name] for name in calls if "forward" in vars(self.layers[name].module)]
+        layers = [layer for layer in layers if layer.name in self.reached]
+        if not layers:
+            return {}
+        once, names = [calls[layer.name][0] for layer in layers], [name for one in layers for name in one.parameters]
+        seed = random_like(outputs, tuple(outputs.shape))
+        slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=True)
+        right = dict(zip(names, found, strict=True))
+        reasons: dict[str, str] = {}
+        for layer, call, slope in zip(layers, once, slopes, strict=True):
+            reasons |= _differences(layer, call, slope, len(outputs), right, graph, problem.dtype)
+        return {name: f"{told} on some batch" for name, told in reasons.items()}
 
     def within(self, space: ParameterSpace) -> "Verified":
         """Return what there is of the parameters of a smaller space."""
