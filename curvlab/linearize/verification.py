@@ -8,6 +8,7 @@ closure keeps. None of that is looked up: outputs and gradients are compared, an
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import sqrt
 from typing import Any
 from weakref import ref
 
@@ -192,12 +193,13 @@ def _gradients(outputs: Tensor, leaves: Mapping[str, Tensor], along: Tensor) -> 
 
 def _part(value: Tensor) -> float:
     """Return how far to move a parameter: about as much as it is large, so that no digits are lost."""
-    return max(float(value.norm()) / max(value.numel(), 1) ** 0.5, 0.01)
+    return max(float(value.norm()) / sqrt(max(value.numel(), 1)), 0.01)
 
 
 def _precision(outputs: Tensor) -> float:
     """Return the rounding that is to be expected of outputs."""
-    return float(torch.finfo(torch.bfloat16 if pushforward.rounds(outputs) else outputs.dtype).eps)
+    eps: float = torch.finfo(torch.bfloat16 if pushforward.rounds(outputs) else outputs.dtype).eps
+    return eps
 
 
 def _close(one: Tensor, other: Tensor, bound: float) -> bool:
