@@ -227,6 +227,12 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(call):
     assert picked == {"data": "mnist", "hidden": [1], "steps": 9, "lr": 0.01, "weights": None}
 
 
+def test_one_value_in_the_place_of_a_list(call):
+    Path("a.yaml").write_text("seeds: 3\n")
+    code, _, err = call("--config a.yaml --print-config")
+    assert (code, err) == (2, "error: a.yaml: seeds should be a list, such as [3], not 3\n")
+
+
 def test_of_two_files_the_last_counts(call):
     Path("a.yaml").write_text("steps: 1\n")
     Path("b.yaml").write_text("lr: 0.5\n")
