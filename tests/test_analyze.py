@@ -227,6 +227,12 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(call):
     assert picked == {"data": "mnist", "hidden": [1], "steps": 9, "lr": 0.01, "weights": None}
 
 
+def test_one_value_in_the_place_of_a_list(call):
+    Path("a.yaml").write_text("seeds: 3\n")
+    code, _, err = call("--config a.yaml --print-config")
+    assert (code, err) == (2, "error: a.yaml: seeds should be a list, such as [3], not 3\n")
+
+
 def test_of_two_files_the_last_counts(call):
     Path("a.yaml").write_text("steps: 1\n")
     Path("b.yaml").write_text("lr: 0.5\n")
@@ -574,11 +580,15 @@ def started(line, appears):
     process = subprocess.Popen(
         [*COMMAND, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    wait_for(appears, process)
+    return process
+
+
+def wait_for(appears, process):
     deadline = time.monotonic() + 60
     while not Path(appears).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return process
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
@@ -621,6 +631,27 @@ def test_stopped_before_anything_is_done():
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
     assert not Path("run").exists()
+
+
+LOADING = "from pathlib import Path; import time; Path('loading').touch(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("program", [["curvlab.analyze", "eigenvalues"], ["curvlab.sweep", "run"], ["curvlab"]])
+def test_interrupted_while_it_is_loaded(program):
+    Path("torch.py").write_text(LOADING)
+    with subprocess.Popen([sys.executable, "-m", *program], stderr=subprocess.PIPE, text=True) as process:
+        wait_for("loading", process)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[1], process.returncode) == ("interrupted\n", 130)
+
+
+def test_a_script_that_loads_the_package_is_interrupted_as_python_has_it():
+    Path("torch.py").write_text(LOADING)
+    Path("script.py").write_text("try:\n import curvlab\nexcept KeyboardInterrupt:\n raise SystemExit(7)")
+    with subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.PIPE, text=True) as process:
+        wait_for("loading", process)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[1], process.returncode) == ("", 7)
 
 
 @pytest.mark.parametrize("line", ["--help", "--hidden --steps 0 --samples 20 --seeds 0"])

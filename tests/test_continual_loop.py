@@ -23,7 +23,7 @@ from curvlab.continual import Regime, Result, Strategy, Task, disjoint, permuted
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.outputs import Outputs, mean_loss
 from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive
-from curvlab.data import Dataset
+from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.training.state import derived_seed
 
@@ -978,3 +978,10 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
         learn(two_by_two(), stopped, METHODS[name], head=head, epochs=2, checkpoint=path)
     result = learn(two_by_two(), models[2], METHODS[name], head=head, epochs=2, checkpoint=path)
     assert same(results[0].accuracy, result.accuracy)
+
+
+@pytest.mark.parametrize("wrong", [None, nn.Linear, nn.Linear(2, 3).state_dict(), 3])
+def test_what_is_no_model(wrong: object) -> None:
+    stream = permuted(load("digits"), tasks=2)
+    with pytest.raises(CurvlabError, match=r"the model must be a torch.nn.Module, not"):
+        run(stream, wrong, Naive(), steps=1)

@@ -291,3 +291,13 @@ def test_a_last_batch_of_one_under_batch_normalisation() -> None:
     dataset = DataSet("nine", inputs, targets, inputs, targets, ("a", "b"))
     with pytest.raises(CurvlabError, match=f"the model fails in task 0: {told}"):
         run(permuted(dataset, tasks=1), net, Naive(), batch_size=8, progress=False)
+
+
+def test_arrays_and_lists_are_told_how_to_become_tensors() -> None:
+    x, y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+    for pair in ((x.numpy(), y.numpy()), (x, y.numpy()), (x, y.tolist())):
+        with pytest.raises(CurvlabError, match=r"give tensors, \(torch.as_tensor\(inputs\)"):
+            Problem(nn.Linear(2, 3), "cross_entropy", pair).check()
+    for batch in ((x.numpy(), y.numpy()), (x.tolist(), y.tolist()), (x, y.tolist())):
+        with pytest.raises(CurvlabError, match=r"give \[\(torch.as_tensor\(x\), torch.as_tensor\(y\)\) for"):
+            Problem(nn.Linear(2, 3), "cross_entropy", [batch, batch, batch]).check()

@@ -9,7 +9,7 @@ from kinds_under_test import CLASSES, RIGHT, mlp, plainly, problem_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab import Problem, estimate
+from curvlab import Problem, diagonality, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
 from curvlab.estimators.backend import Backend, Computed
@@ -51,7 +51,9 @@ def test_kronecker_factors_or_the_diagonal(kind: str) -> None:
     )
     if not layers:
         with pytest.raises(UnsupportedError, match="no parameter has Kronecker factors"):
-            estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+            estimate(problem, "empirical_fisher", "ekfac")
+        whole = estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+        assert close(whole.diagonal(), plainly(problem, "empirical_fisher").diagonal())
         return
     diagonal = problem.space.unflatten(plainly(problem, "empirical_fisher").diagonal())
     for backend in ("auto", "torch"):
@@ -501,3 +503,41 @@ def test_layers_without_a_gradient_on_the_samples_of_the_verification(build) -> 
     problem, whole = sixteen(DeadOnMost(build), 5)
     matrix = estimate(problem, "empirical_fisher", "diag")
     assert close(matrix.diagonal(), plainly(whole, "empirical_fisher").diagonal())
+
+
+class SeldomTwice(nn.Module):
+    """Has a layer that some samples use twice, which are few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if (x[:, 0] > 5).any():
+            h = torch.where(x[:, :1] > 5, self.a(h.tanh()), h)
+        return self.c(h.tanh())
+
+
+def test_a_layer_that_few_samples_use_twice_is_refused_in_one_sentence_with_a_way_out() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 4, dtype=torch.float64).clamp(-3, 3)
+    x[100, 0] = 9
+    problem = Problem(SeldomTwice().double(), "cross_entropy", list(zip(x.split(20), TARGETS.split(20), strict=True)))
+    for structure in ("kfac", "kfac:rest=diag"):
+        with pytest.raises(UnsupportedError, match=r"no Kronecker factors: leave it out with params=") as refused:
+            estimate(problem, "fisher", structure)
+        assert len(str(refused.value)) < 200
+        assert "backend" not in str(refused.value)
+        with pytest.raises(UnsupportedError) as refused:
+            estimate(problem, "fisher", structure, backend="torch")
+        assert "backend hooks can" not in str(refused.value), "which is not so"
+    with pytest.raises(UnsupportedError, match=r"leave its parameters out with params="):
+        diagonality(problem, "fisher")
+    # The ways out that are named.
+    assert estimate(problem, "fisher", "kfac", params="c.*").shape == (15, 15)
+    assert list(diagonality(problem, "fisher", params="c.*").parameter) == ["c.weight", "c.bias"]
+    assert estimate(problem, "fisher", "diag").shape == (35, 35)
+
+
+TARGETS = torch.arange(200) % 3

@@ -135,7 +135,8 @@ class _Command(Config):
     config: Path | None = None
     """A YAML file of options, such as the config.yaml of a run. It wins over the preset; options win over it."""
     print_config: bool = False
-    """Print the whole configuration as YAML and stop."""
+    """Print the whole configuration as YAML and stop. Types and ranges have been checked; what takes the data to check,
+    a run does."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -388,6 +389,7 @@ def validated(kind: type[C], values: Mapping[str, Any], call: Callable[[str], st
         # One fault an alternative that the field has, or one an item of a list.
         reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _where(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
+        text = text.replace("should be a valid tuple", f"should be a list, such as [{faults[0]['input']}]")
         raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
 
 

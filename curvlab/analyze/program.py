@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from curvlab.startup import begin_program
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -21,6 +23,7 @@ def ended(program: Callable[[], int], interrupted: str = "interrupted") -> int:
         The exit code: that of the program, 0 too if nobody reads its output any more; 2 if the output cannot be
         written, and 130 after Ctrl-C.
     """
+    begin_program()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have the plus-minus sign
     try:

@@ -134,6 +134,8 @@ def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> lis
         return [(structure, space)]
     name, reason = next(iter(reasons.items()))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    if not layers and structure.rest is not None:
+        return [(parse_structure(structure.rest), space)]
     if not layers:
         raise UnsupportedError(f"no parameter has Kronecker factors: {name} {reason}{more}; diag and block_diag do it")
     if structure.rest is None:
@@ -168,6 +170,7 @@ def _estimate(
         batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
     )
     obstacles: dict[str, str] = {}
+    tried: set[str] = set()  # of these, what fails only on the data
     for candidate in able(quantity, structure, backend):
         started = time.perf_counter()
         if (reason := _obstacle(candidate, problem, quantity, structure, space, batch_size)) is not None:
@@ -183,6 +186,14 @@ def _estimate(
             computed = candidate.compute(problem, quantity, structure, space, batch_size, advance)
         except Exception as error:
             obstacles[candidate.name] = _failure(error, problem)
+            tried.add(candidate.name)
+            if isinstance(error, UnfaithfulError) and isinstance(structure, Kronecker):
+                # Nobody has factors of what some batch uses otherwise.
+                told = " ".join(next(iter(error.reasons.items())))
+                raise UnsupportedError(
+                    f"{quantity.name} as {structure}: {told}, so that it has no Kronecker factors: leave it out with "
+                    "params=[...], or take diag or block_diag"
+                ) from error
             continue
         try:
             matrix = CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info)
@@ -201,7 +212,13 @@ def _estimate(
         return matrix
     told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
     others = [b for b in able(quantity, structure) if b.name not in obstacles]
-    working = [b.name for b in others if _obstacle(b, problem, quantity, structure, space, batch_size) is None]
+    # The reference has looked at every sample: where it finds no factors, nobody does.
+    spoiled = isinstance(structure, Kronecker) and torch_func.BACKEND.name in tried
+    working = [
+        b.name
+        for b in others
+        if not spoiled and _obstacle(b, problem, quantity, structure, space, batch_size) is None
+    ]
     way_out = f"; backend {_either(working)} can" if working else ""
     raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
 
