@@ -8,8 +8,8 @@ rounds, after one batch each to warm up; what is printed is the median over roun
 of the plain passes before and after it.
 ``--memory``: instead, the peak memory of each way over up to four batches, above the process with model and data that
 has done a plain pass; a process a way. ``--against``: instead, ours here and in another checkout of this repository, in
-turn. ``--cpu``: the processor's seconds instead of those on the clock, for a machine that others use, too. Prints a line
-of JSON a cell, as soon as it is there.
+turn. ``--cpu``: the processor's seconds instead of those on the clock, for a machine that others use, too. Prints a
+line of JSON a cell, as soon as it is there.
 """
 
 import argparse

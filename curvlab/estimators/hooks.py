@@ -29,7 +29,7 @@ from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import TKFAC, Kronecker, Structure
 
 # Samples of a batch that are taken at once unless asked otherwise: see ``_piece``.
-_FEWEST, _MOST = 8, 500
+_FEWEST, _MOST = 8, 1000
 _CACHE = 1.2e7  # about what the input and output of a layer may take there
 _BYTES = 6.4e7  # about what the rotated gradients of a layer that are held at once may take
 
