@@ -1,10 +1,10 @@
 """Our own fast path: one forward pass, one backward pass a row to the outputs of the layers, and algebra.
 
 No gradient of a parameter is computed by automatic differentiation where a layer has a closed form. The squares of the
-per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares, those of a convolution come from a
-convolution in as many groups as samples; other modules that are called once are differentiated by themselves,
-vectorised over samples; and what is left (tied weights, bare parameters, recurrent and attention modules) by the whole
-network.
+per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares, those of a convolution come from its
+patches or from a convolution in as many groups as samples; other modules that are called once are differentiated by
+themselves, vectorised over samples; and what is left (tied weights, bare parameters, recurrent and attention modules)
+by the whole network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
