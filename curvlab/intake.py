@@ -222,6 +222,22 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype, of finite entries, are equal."""
+    one, other = numbers(one.detach()), numbers(other.detach())
+    # NumPy compares words five times as quickly as torch does entries; a zero may still have two signs.
+    if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
+        words = [tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other)]
+        if np.array_equal(*words):
+            return True
+    return torch.equal(one, other)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    ordinary = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return ordinary and tensor.is_contiguous() and not tensor.is_neg()
+
+
 def _finite_sum(tensor: Tensor) -> complex:
     total = tensor.detach().sum()
     if not bool(total.isfinite()):

@@ -14,7 +14,7 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import forward, graph_of, leaves_of
-from curvlab.estimators.layers import layer_in
+from curvlab.estimators.layers import Layer, layer_in
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
@@ -541,3 +541,23 @@ def test_a_layer_that_few_samples_use_twice_is_refused_in_one_sentence_with_a_wa
 
 
 TARGETS = torch.arange(200) % 3
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4)])
+def test_how_far_a_rule_is_from_other_gradients(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Linear layer, whose weight is compared some rows at a time."""
+    monkeypatch.setattr(rules, "_BLOCK", 8)  # two rows of four
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(4, 5).double(), torch.randn(shape, dtype=torch.float64)
+    slopes = torch.randn_like(layer(inputs))
+    layer(inputs).backward(slopes)
+    right = {"w": layer.weight.grad, "b": layer.bias.grad}
+    of_call = rules.rule(Layer("", layer, "w", "b"), inputs)
+    assert max(of_call.distances(slopes, right).values()) < 1e-12
+    other = {name: value.clone() for name, value in right.items()}
+    other["w"][0, 0] += 3
+    other["w"][4, 3] += 4  # in the last rows
+    other["b"][4] += 2
+    assert of_call.distances(slopes, other) == pytest.approx({"w": 5.0, "b": 2.0})
+    other["w"][0, 0] = torch.nan
+    assert not rules.is_rounding(of_call.distances(slopes, other)["w"], torch.inf, 1.0, torch.float64)

@@ -215,9 +215,7 @@ def _estimate(
     # The reference has looked at every sample: where it finds no factors, nobody does.
     spoiled = isinstance(structure, Kronecker) and torch_func.BACKEND.name in tried
     working = [
-        b.name
-        for b in others
-        if not spoiled and _obstacle(b, problem, quantity, structure, space, batch_size) is None
+        b.name for b in others if not spoiled and _obstacle(b, problem, quantity, structure, space, batch_size) is None
     ]
     way_out = f"; backend {_either(working)} can" if working else ""
     raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")

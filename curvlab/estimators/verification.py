@@ -30,7 +30,7 @@ from curvlab.estimators.capture import (
     working_dtype,
 )
 from curvlab.estimators.layers import Layer, has_factors, layer_in
-from curvlab.estimators.rules import agree, has_rule, random_like, rule
+from curvlab.estimators.rules import has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import HeldProblem, without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -65,12 +65,14 @@ class Verified:
         reasons: Why a rule is wrong, or that there is none, by parameter: a phrase that follows its name.
         apart: Modules whose outputs go on as copies (see ``curvlab.estimators.capture.forward``).
         reached: Modules whose outputs are in the graph of the model's.
+        sizes: Of the input and output of each of the layers, together, in bytes a sample.
     """
 
     layers: Mapping[str, Layer]
     reasons: Mapping[str, str]
     apart: Collection[str]
     reached: Collection[str]
+    sizes: Mapping[str, int]
 
     def run(self, problem: Problem, inputs: Tensor) -> tuple[Tensor, dict[str, Call]]:
         """Run a batch; return the outputs, with their graph, and the one call of each of the layers.
@@ -275,7 +277,7 @@ def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
     for name, layer in left.items():
         if name in trial.reached:  # without a part in the outputs, zero is right
             reasons.update(dict.fromkeys(silent & set(layer.parameters), f"is of {_label(layer)}, {_UNTRIED}"))
-    return Verified(_restricted(left, reasons), reasons, trial.apart, trial.reached)
+    return Verified(_restricted(left, reasons), reasons, trial.apart, trial.reached, trial.sizes)
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ class _Trial:
     silent: set[str]  # parameters without a gradient on any sample
     reached: frozenset[str]
     apart: Collection[str]
+    sizes: Mapping[str, int]  # of input and output of the layers, in bytes a sample
 
 
 def _attempt(
@@ -295,6 +298,7 @@ def _attempt(
 ) -> _Trial:
     reasons: dict[str, str] = {}
     reached: set[str] = set()
+    sizes: dict[str, int] = {}
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
     modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
@@ -316,11 +320,15 @@ def _attempt(
             wanted = names or list(leaves)  # also where there are no rules: can torch differentiate the model?
             slopes, found = gradients(outputs, once, [leaves[name] for name in wanted], seed, keep=False)
         of_parameters = dict(zip(wanted, found, strict=True))
+        norms = {parameter: float(value.norm()) for parameter, value in of_parameters.items()}
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
-            reasons.update(_differences(layer, call, slope, masked, of_parameters, graph, problem.dtype))
-            silent -= {parameter for parameter in layer.parameters if float(of_parameters[parameter].norm())}
-    return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
+            assert call.inputs is not None
+            size = (call.inputs.nbytes + slope.nbytes) // len(inputs)
+            sizes[layer.name] = max(size, sizes.get(layer.name, 0))
+            reasons.update(_differences(layer, call, slope, masked, of_parameters, norms, graph, problem.dtype))
+            silent -= {parameter for parameter in layer.parameters if norms[parameter]}
+    return _Trial(reasons, silent, frozenset(reached), frozenset(apart), sizes)
 
 
 def _differences(
@@ -329,17 +337,18 @@ def _differences(
     slope: Tensor,
     masked: int,
     right: Mapping[str, Tensor],
+    norms: Mapping[str, float],
     graph: Graph,
     dtype: torch.dtype,
 ) -> dict[str, str]:
-    """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
+    """Return what is wrong with the rule for a call, by parameter, given the right gradients and their norms."""
     label = _label(layer)
     if bool(slope[masked::2].any()):
         return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
     assert call.inputs is not None
     try:
         of_call = rule(layer, call.inputs)
-        totals = of_call.total(slope)
+        errors = of_call.distances(slope, right)
     except Exception as error:  # a rule may be given what its kind of module never sees
         told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, told)
@@ -351,7 +360,7 @@ def _differences(
         # A parameter may act without its layer: where the layer's output has no part in the model's, any use is one.
         if graph.uses[parameter] > _reached(call, graph):
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
-        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, coarser):
+        elif not is_rounding(errors[parameter], norms[parameter], scale, coarser):
             reasons[parameter] = _explained(layer)
     return reasons
 
