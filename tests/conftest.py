@@ -2,11 +2,13 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from programs import Starter
 
 from curvlab.grid import cell, processes
 
@@ -31,6 +33,14 @@ def one_server():
     close()
 
 
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """What starts programs that tests stop, in less than the seconds that a new one takes to import torch."""
+    starter = Starter()
+    yield starter
+    starter.close()
+
+
 class _Exchange:
     """Stands for the connection of a cell's process: the request is in it, and then the answer."""
 
@@ -45,8 +55,13 @@ class _Exchange:
 
 
 @pytest.fixture
-def with_figures() -> None:
-    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run."""
+def with_figures(monkeypatch) -> None:
+    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run.
+
+    They are drawn as ever, and written with fewer dots, which are most of the work.
+    """
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **options: savefig(*given, **options | {"dpi": 50}))
 
 
 @pytest.fixture
