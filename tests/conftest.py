@@ -1,4 +1,7 @@
-"""What tests share."""
+"""What tests share.
+
+Torch and what needs it are imported where they are used: the process that only hands tests to others reads this too.
+"""
 
 import signal
 import threading
@@ -6,11 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from matplotlib.figure import Figure
 from programs import Starter
-
-from curvlab.grid import cell, processes
 
 # Shells ignore Ctrl-C for what they start in the background, and tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -20,12 +19,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Give a test the same random numbers whatever ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def one_server():
     """Let the runs of a module's tests share the process that starts cells: it takes seconds to import torch."""
+    from curvlab.grid import processes
+
     close = processes.close
     processes.close = lambda: None
     yield
@@ -60,6 +63,8 @@ def with_figures(monkeypatch) -> None:
 
     They are drawn as ever, and written with fewer dots, which are most of the work.
     """
+    from matplotlib.figure import Figure
+
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda *given, **options: savefig(*given, **options | {"dpi": 50}))
 
@@ -67,6 +72,8 @@ def with_figures(monkeypatch) -> None:
 @pytest.fixture
 def no_figures(request, monkeypatch) -> None:
     """Let a run write empty files for its figures, which take longer than all the rest of a small one."""
+    from matplotlib.figure import Figure
+
     if "with_figures" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
@@ -81,6 +88,10 @@ def cells_here(request, monkeypatch) -> None:
     """Run cells in this process, one after another: a process for each costs more than a small cell itself."""
     if "in_processes" in request.fixturenames:
         return
+    import torch
+
+    from curvlab.grid import cell, processes
+
     one_at_a_time = threading.Lock()
 
     def run(function, threads, code, given, file, timeout, wanted):
