@@ -137,6 +137,8 @@ def serve(descriptor: int) -> Callable[[], object]:
         os.dup2(err, 2)
         for number in (out, err, end):
             os.close(number)
+        # The old ones know of a file where there may be a pipe now.
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])

@@ -605,9 +605,25 @@ def test_stopped_in_training_and_continued(call, starter, sign):
 
 
 def test_stopped_before_anything_is_done(starter):
-    command = ["curvlab.analyze", NAME, *shlex.split(TINY), "--out", "run", "--jobs", "1"]
-    ended = stopped_when_written(starter, command, "run", "checkpoint.pt", sign=signal.SIGINT)
-    assert ended == (130, "", "interrupted\n")
+    """When the first cell is about to start, which waits until it is not wanted."""
+    before = """
+import os, signal, time
+from pathlib import Path
+from curvlab.grid import processes
+
+run = processes.run
+
+def stopped(*given):
+    assert Path("run/sweep.sqlite.lock").exists()
+    os.kill(PROGRAM, signal.SIGINT)
+    while given[-1]():
+        time.sleep(0.01)
+    return run(*given)
+
+processes.run = stopped
+"""
+    program = starter.start(["-m", "curvlab.analyze", NAME, *shlex.split(TINY), "--out", "run", "--jobs", "1"], before)
+    assert program.wait() == (130, "", "interrupted\n")
     assert not Path("run").exists()
 
 
