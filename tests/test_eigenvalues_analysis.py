@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from killing import killed_when_written
+from killing import stopped_when_written
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -42,11 +42,6 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path / "no data"))
     monkeypatch.setenv("PYTHONPATH", str(Path(eigenvalues.__file__).parents[2]))
-
-
-@pytest.fixture
-def with_figures():
-    """Let a run draw its figures, which takes longer than the rest of it."""
 
 
 @pytest.fixture(autouse=True)
@@ -633,12 +628,12 @@ def test_a_cell_stopped_within_a_training(tmp_path, monkeypatch):
     assert steps[6:] == [("squared_error", 6)]
 
 
-def test_killed_and_continued(call):
+def test_killed_and_continued(call, starter):
     """In the first cell, at the first checkpoint of the second training."""
     line = "--hidden 4 --steps 6 --every 3 --ekfac-every 3 --samples 40 --seeds 0 --lr-squared-error 0.003 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     command = ["curvlab.analyze", NAME, *shlex.split(line), "--out", "run"]
-    assert killed_when_written(command, "run", "squared_error.pt") == -signal.SIGKILL
+    assert stopped_when_written(starter, command, "run", "squared_error.pt")[0] == -signal.SIGKILL
     assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
     assert results("run") == results("undisturbed")

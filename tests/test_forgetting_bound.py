@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from killing import killed_when_written
+from killing import stopped_when_written
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -455,12 +455,12 @@ def test_interrupted_and_continued(call, monkeypatch, done):
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
 
 
-def test_killed_and_continued(call):
+def test_killed_and_continued(call, starter):
     """In the second cell, after its first task."""
     line = f"{TINY} --regimes plastic --tasks 3 --seeds 0 1 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     command = ["curvlab.analyze", "forgetting_bound", *shlex.split(line), "--out", "run"]
-    assert killed_when_written(command, "run", "task-1.pt", 2) == -signal.SIGKILL
+    assert stopped_when_written(starter, command, "run", "task-1.pt", 2)[0] == -signal.SIGKILL
     assert not Path("run/table.json").exists()
     assert call(f"{line} --out run")[0] == 0
     same_results("run", "undisturbed")

@@ -122,9 +122,10 @@ class Verified:
         seed = random_like(outputs, tuple(outputs.shape))
         slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=True)
         right = dict(zip(names, found, strict=True))
+        norms = {name: float(value.norm()) for name, value in right.items()}
         reasons: dict[str, str] = {}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
-            reasons |= _differences(layer, call, slope, len(outputs), right, graph, problem.dtype)
+            reasons |= _differences(layer, call, slope, len(outputs), right, norms, graph, problem.dtype)
         return {name: f"{told} on some batch" for name, told in reasons.items()}
 
     def within(self, space: ParameterSpace) -> "Verified":
