@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from curvlab.checks import shown
 from curvlab.errors import CurvlabError
 from curvlab.estimators.layers import Layer
 from curvlab.estimators.linearized import to_first_order
@@ -94,7 +95,7 @@ def doctor(
         progress: Show a progress bar on a terminal.
 
     Raises:
-        CurvlabError: A quantity is unknown, or a pattern matches nothing.
+        CurvlabError: It is given no problem, a quantity is unknown, or a pattern matches nothing.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3))
@@ -107,7 +108,14 @@ def doctor(
         >>> list(cells[cells.auto & (cells.structure == "kfac")].supported)
         ['yes']
     """
+    if not isinstance(problem, Problem):
+        raise CurvlabError(
+            "doctor takes a problem, Problem(model, 'cross_entropy', data) with your loss and data, not "
+            f"a {type(problem).__name__}"
+        )
     given = [quantity] if isinstance(quantity, (str, Quantity)) else quantity
+    if not isinstance(given, Sequence) or not given:
+        raise CurvlabError(f"quantity is one or several, such as 'fisher' or ['fisher', 'ggn'], not {shown(quantity)}")
     quantities = [parse_quantity(q) for q in given]
     space = ParameterSpace.of(problem.model, params)
     faults, remarks = list(_faults(problem.model)), list(_remarks(problem.model))

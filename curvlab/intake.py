@@ -1,8 +1,9 @@
 """The data of a problem: what has their form, passes over them, and a few samples from several places."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeGuard, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,6 +15,8 @@ Batch = tuple[Tensor, Tensor]
 
 _BATCH_SIZE = 500
 _ANEW = "a curvature takes several passes, which must give the same samples in the same order"
+
+_AS_TENSORS = "; give [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]"
 
 
 class BatchSource(Protocol):
@@ -36,6 +39,10 @@ class Intake:
     def __init__(self, data: BatchSource | Batch) -> None:
         if _is_pair(data):
             _check_pair(data, "the data", "the data have")
+        elif _is_pair_of_arrays(data):
+            raise CurvlabError(
+                f"the data are {_described(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
+            )
         elif not isinstance(data, Iterable):
             raise CurvlabError(
                 f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
@@ -97,6 +104,7 @@ class Intake:
             if not _is_pair(batch):
                 raise CurvlabError(
                     f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_described(batch)}"
+                    + (_AS_TENSORS if _could_be_pair(batch) else "")
                     + self._unbatched()
                 )
             _check_pair(batch, f"batch {index}", f"batch {index} has", self._unbatched())
@@ -214,6 +222,22 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype, of finite entries, are equal."""
+    one, other = numbers(one.detach()), numbers(other.detach())
+    # NumPy compares words five times as quickly as torch does entries; a zero may still have two signs.
+    if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
+        words, others = (tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other))
+        if np.array_equal(words, others):
+            return True
+    return torch.equal(one, other)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    ordinary = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return ordinary and tensor.is_contiguous() and not tensor.is_neg()
+
+
 def _finite_sum(tensor: Tensor) -> complex:
     total = tensor.detach().sum()
     if not bool(total.isfinite()):
@@ -225,6 +249,20 @@ def _finite_sum(tensor: Tensor) -> complex:
 
 def _is_pair(data: object) -> TypeGuard[Batch]:
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+
+
+def _could_be_pair(batch: object) -> bool:
+    """Return whether a batch is a pair of what tensors can be made of."""
+    return (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(part, (Tensor, np.ndarray, list, tuple)) for part in batch)
+    )
+
+
+def _is_pair_of_arrays(data: object) -> bool:
+    """Return whether data are a pair of arrays, or of one and a tensor, which no two batches are."""
+    return _could_be_pair(data) and any(isinstance(part, (Tensor, np.ndarray)) for part in cast("Sequence[Any]", data))
 
 
 def _check_pair(batch: Batch, what: str, has: str, unbatched: str = "") -> None:

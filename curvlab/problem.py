@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.intake import Batch, BatchSource, Intake, is_finite, numbers
+from curvlab.intake import Batch, BatchSource, Intake, are_equal, is_finite, numbers
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state, watched
@@ -213,7 +213,7 @@ class Problem:
                     self._check_samples(copies, inputs, outputs if index == 0 else None)
                 unchanged()
             for name, (p, _) in own.items():
-                if not torch.equal(numbers(copies[name]), numbers(p)):
+                if not are_equal(copies[name], p):
                     raise UnsupportedError(writes(self.model, name))
 
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:

@@ -456,3 +456,14 @@ def test_one_sample_and_one_class(two_backends):
     model = nn.Sequential(nn.Linear(4, 1))
     cells = doctor(Problem(model, "cross_entropy", (X[:1], torch.zeros(1, dtype=torch.int64)))).cells
     assert (cells[cells.structure == "diag"].supported != "no").all()
+
+
+def test_what_is_no_problem_or_quantity() -> None:
+    model = nn.Linear(2, 3)
+    problem = Problem(model, "cross_entropy", (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])))
+    for wrong in (model, None, (model, "cross_entropy")):
+        with pytest.raises(CurvlabError, match=r"doctor takes a problem, Problem\(model"):
+            doctor(wrong)
+    for wrong in (None, 3, [], {"fisher"}):
+        with pytest.raises(CurvlabError, match="quantity is one or several"):
+            doctor(problem, wrong)

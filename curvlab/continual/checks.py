@@ -13,7 +13,7 @@ from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.optimization import make_optimizer, make_schedule
-from curvlab.training.samples import check_weights, model_errors, reference, take
+from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
 from curvlab.training.state import modes_restored, random_state_restored
 
 
@@ -134,6 +134,7 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         CurvlabError: It does not take the samples, does not give one vector of outputs for each, has no trainable
             parameters, or holds values that are not finite or not there; or gradients cannot be had here.
     """
+    require_module(model)
     if torch.is_inference_mode_enabled():
         raise CurvlabError("a run has to take gradients: call it outside of torch.inference_mode")
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
