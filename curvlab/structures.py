@@ -4,6 +4,7 @@
 factored ``kfac``, ``ekfac`` and ``tkfac``, a pair of factors a layer: ``kfac:sharing=reduce``, ``kfac:rest=diag``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,12 +22,23 @@ class Structure:
         """Return the string form, without the options left at their defaults."""
         return form(self)
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return how many numbers a matrix of parameter tensors of these sizes is stored in.
+
+        Of a Kronecker structure: of the parameters that no layer with factors has.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Dense(Structure):
     """The whole matrix."""
 
     name: ClassVar[str] = "dense"
+
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return the square of all."""
+        return sum(sizes) ** 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,10 @@ class BlockDiag(Structure):
 
     name: ClassVar[str] = "block_diag"
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return the squares of the sizes."""
+        return sum(size**2 for size in sizes)
+
 
 @dataclass(frozen=True)
 class Diag(Structure):
@@ -42,12 +58,20 @@ class Diag(Structure):
 
     name: ClassVar[str] = "diag"
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return one a parameter."""
+        return sum(sizes)
+
 
 @dataclass(frozen=True)
 class Implicit(Structure):
     """Products alone: nothing is stored, every product goes through the data."""
 
     name: ClassVar[str] = "implicit"
+
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return none."""
+        return 0 * len(sizes)
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,19 @@ class Kronecker(Structure):
         if self.rest not in ("diag", "block_diag", None):
             raise CurvlabError(f"{self.name} takes rest diag or block_diag, not {self.rest!r}")
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return those of the rest."""
+        return sum(size**2 for size in sizes) if self.rest == "block_diag" else sum(sizes)
+
+    def factor_entries(self, outputs: int, columns: int) -> int:
+        """Return how many numbers the factors of a layer are stored in.
+
+        Args:
+            outputs: Rows of the weight.
+            columns: Columns of the weight, the bias among them.
+        """
+        return outputs**2 + columns**2
+
 
 @dataclass(frozen=True)
 class KFAC(Kronecker):
@@ -85,6 +122,10 @@ class EKFAC(Kronecker):
     """K-FAC's eigenbasis with the true second moments along it (George et al. 2018)."""
 
     name: ClassVar[str] = "ekfac"
+
+    def factor_entries(self, outputs: int, columns: int) -> int:
+        """Return those of the eigenvectors and of an eigenvalue a parameter."""
+        return super().factor_entries(outputs, columns) + outputs * columns
 
 
 @dataclass(frozen=True)

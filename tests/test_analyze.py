@@ -29,6 +29,7 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.masq import fim_diagonality
 from curvlab.commandline.options import RunOptions
 from curvlab.diagonality import records
+from curvlab.doctor import cost, probe
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.grid import reading
@@ -680,9 +681,10 @@ def test_a_ratio_that_is_not_finite():
 @pytest.fixture
 def hasty_doctor(monkeypatch):
     """Try two backends, once."""
-    module = sys.modules["curvlab.doctor"]
-    monkeypatch.setattr(module, "_QUICK", 0.0)
-    monkeypatch.setattr(module, "BACKENDS", {name: module.BACKENDS[name] for name in ("hooks", "nngeometry")})
+    few = {name: BACKENDS[name] for name in ("hooks", "nngeometry")}
+    monkeypatch.setattr(cost, "_QUICK", 0.0)
+    monkeypatch.setattr(probe, "BACKENDS", few)
+    monkeypatch.setattr(sys.modules["curvlab.doctor"], "BACKENDS", few)
 
 
 def test_doctor(hasty_doctor, capsys):
