@@ -31,7 +31,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Dense(Structure):
+class DenseStructure(Structure):
     """The whole matrix."""
 
     name: ClassVar[str] = "dense"
@@ -42,7 +42,7 @@ class Dense(Structure):
 
 
 @dataclass(frozen=True)
-class BlockDiag(Structure):
+class BlockDiagStructure(Structure):
     """A dense block a parameter tensor."""
 
     name: ClassVar[str] = "block_diag"
@@ -53,7 +53,7 @@ class BlockDiag(Structure):
 
 
 @dataclass(frozen=True)
-class Diag(Structure):
+class DiagStructure(Structure):
     """The diagonal."""
 
     name: ClassVar[str] = "diag"
@@ -64,7 +64,7 @@ class Diag(Structure):
 
 
 @dataclass(frozen=True)
-class Implicit(Structure):
+class ImplicitStructure(Structure):
     """Products alone: nothing is stored, every product goes through the data."""
 
     name: ClassVar[str] = "implicit"
@@ -111,14 +111,14 @@ class Kronecker(Structure):
 
 
 @dataclass(frozen=True)
-class KFAC(Kronecker):
+class KFACStructure(Kronecker):
     """Kronecker-factored curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016)."""
 
     name: ClassVar[str] = "kfac"
 
 
 @dataclass(frozen=True)
-class EKFAC(Kronecker):
+class EKFACStructure(Kronecker):
     """K-FAC's eigenbasis with the true second moments along it (George et al. 2018)."""
 
     name: ClassVar[str] = "ekfac"
@@ -129,7 +129,7 @@ class EKFAC(Kronecker):
 
 
 @dataclass(frozen=True)
-class TKFAC(Kronecker):
+class TKFACStructure(Kronecker):
     """Trace-restricted Kronecker factors: the trace of a layer's block is exact (Gao et al. 2021).
 
     Args:
@@ -149,7 +149,18 @@ class TKFAC(Kronecker):
             raise CurvlabError(f"tkfac takes variant gao or rescaled, not {self.variant!r}")
 
 
-STRUCTURES: dict[str, type[Structure]] = {s.name: s for s in (Dense, BlockDiag, Diag, KFAC, EKFAC, TKFAC, Implicit)}
+STRUCTURES: dict[str, type[Structure]] = {
+    kind.name: kind
+    for kind in (
+        DenseStructure,
+        BlockDiagStructure,
+        DiagStructure,
+        KFACStructure,
+        EKFACStructure,
+        TKFACStructure,
+        ImplicitStructure,
+    )
+}
 
 
 def parse_structure(text: str | Structure) -> Structure:
@@ -160,6 +171,6 @@ def parse_structure(text: str | Structure) -> Structure:
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")
-        KFAC(sharing='reduce', rest=None)
+        KFACStructure(sharing='reduce', rest=None)
     """
     return text if isinstance(text, Structure) else parse_form(text, "structure", STRUCTURES)

@@ -23,7 +23,7 @@ from curvlab.losses import Loss
 from curvlab.parameters import ParameterSpace
 from curvlab.progress import silent
 from curvlab.quantities import EmpiricalFisher, Fisher, Quantity
-from curvlab.structures import EKFAC, Dense
+from curvlab.structures import DenseStructure, EKFACStructure
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -276,7 +276,9 @@ class Scaled(nn.Module):
 
 
 def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(problem: Problem, quantity: Quantity, structure: EKFAC, space: ParameterSpace, *_: object) -> Computed:
+    def compute(
+        problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, *_: object
+    ) -> Computed:
         tensors = dict(torch_func.compute(problem, quantity, structure, space, None, silent).tensors)
         tensors["fc|U_S"] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
         return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
@@ -317,7 +319,7 @@ def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: in
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 10)).double()
     inputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
     problem = Problem(model, "cross_entropy", list(zip(inputs.split(split), targets.split(split), strict=True)))
-    whole = torch_func.compute(problem, Fisher(), Dense(), problem.space, None, silent).tensors["matrix"]
+    whole = torch_func.compute(problem, Fisher(), DenseStructure(), problem.space, None, silent).tensors["matrix"]
     parts = [whole[part, part] for part in problem.space.slices.values()]
     expected = {"diag": whole.diagonal().diag(), "dense": whole, "block_diag": torch.block_diag(*parts)}[structure]
     assert close(estimate(problem, "fisher", structure).to_dense(), expected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from curvlab.continual.options import check_number, check_positive, check_whole, is_number
-from curvlab.continual.outputs import LossName, Outputs
+from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
@@ -23,7 +23,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         CurvlabError: One is not.
     """
-    if options["loss"] not in get_args(LossName):
+    if options["loss"] not in get_args(TaskLoss):
         raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
     if options["evaluation"] not in ("test", "validation"):
         raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
@@ -93,7 +93,7 @@ def check_stream(stream: object, evaluation: Part) -> tuple[Task, ...]:
     return stream
 
 
-def check_loss(stream: Sequence[Task], outputs: Outputs, loss: LossName) -> None:
+def check_loss(stream: Sequence[Task], outputs: Outputs, loss: TaskLoss) -> None:
     """Require that the loss depends on the network in every task.
 
     Raises:

@@ -18,9 +18,9 @@ from curvlab.estimators.registry import BACKENDS, able, estimate
 from curvlab.estimators.seeds import fewer_seeds
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.quantities import GGN, Fisher, Hessian, Quantity
-from curvlab.structures import Dense, Kronecker, Structure
+from curvlab.structures import DenseStructure, Kronecker, Structure
 
 Work = Callable[[Problem], Callable[[], object]]
 
@@ -63,7 +63,7 @@ class Probe:
         batches = list(islice(problem.batches(), 2 * _FEW))
         x, y = batches[0]
         self.batch_size = len(x)
-        ladder: list[list[Batch]] = [[(x[:k], y[:k])] for k in (_FEW, 2 * _FEW, 32, 128)]
+        ladder: list[list[Pair]] = [[(x[:k], y[:k])] for k in (_FEW, 2 * _FEW, 32, 128)]
         if len(x) < _FEW:  # of small batches, it is the number that counts
             ladder = [batches[:1], batches[:_FEW], batches]
         self.rungs: list[Problem] = []
@@ -73,7 +73,7 @@ class Probe:
         _plain_pass(self.few, self.space)  # what is set up at a first call is set up
         self.plain = self._whole(self._points(lambda some: lambda: _plain_pass(some, self.space)))
 
-    def _on(self, batches: Sequence[Batch]) -> Problem:
+    def _on(self, batches: Sequence[Pair]) -> Problem:
         return Problem(self.problem.model, self.problem.loss.name, batches)
 
     def summary(self) -> str:
@@ -95,7 +95,7 @@ class Probe:
         """Return a row a backend."""
         stored = self._matrix_bytes(structure)
         # The stored Hessian is formed whole by the reference, which others are compared with.
-        formed = self._matrix_bytes(Dense()) if isinstance(quantity, Hessian) and stored else stored
+        formed = self._matrix_bytes(DenseStructure()) if isinstance(quantity, Hessian) and stored else stored
         rows = {}
         for backend in BACKENDS:
             row = partial(make_cell, quantity, structure, backend)

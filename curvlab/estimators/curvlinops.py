@@ -22,7 +22,7 @@ from curvlab.estimators.snapshots import differentiable, told
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Kronecker, Structure
@@ -50,7 +50,7 @@ class _Passes:
     ) -> None:
         self.problem, self.quantity, self.batch_size, self.advance = problem, quantity, batch_size, advance
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         self._rng = label_stream(self.quantity)
         for inputs, targets in self.problem.batches(self.batch_size):
             yield inputs, targets
@@ -64,7 +64,7 @@ class _Passes:
 class _WithRows(_Passes):
     """The same, with the output rows in the place of the targets."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         for inputs, targets in super().__iter__():
             with torch.enable_grad():  # which a derivative inside the forward needs
                 outputs = self.problem.forward({}, inputs).detach()

@@ -23,10 +23,10 @@ from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, Verified, verify_factors, verify_rules
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
-from curvlab.structures import TKFAC, Kronecker, Structure
+from curvlab.structures import Kronecker, Structure, TKFACStructure
 
 # Samples of a batch that are taken at once unless asked otherwise: see ``_piece``.
 _FEWEST, _MOST = 8, 1000
@@ -55,7 +55,7 @@ def compute(
                 yield inputs, gradients
                 advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
 
-        if isinstance(structure, TKFAC):
+        if isinstance(structure, TKFACStructure):
             return Computed(_tkfac(batches, verified.layers, structure, problem))
         factors = _kfac(batches, verified.layers, structure, problem)
         if structure.name == "kfac":
@@ -180,7 +180,7 @@ def _piece(problem: Problem, verified: Verified, entries: int) -> int:
     return min(_MOST, max(_FEWEST, fitting, worth_it))
 
 
-def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+def _pieces(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
     """Yield batches in equal parts of at most some samples."""
     for inputs, targets in batches:
         step = -(-len(inputs) // -(-len(inputs) // size))
@@ -212,7 +212,9 @@ def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, p
     return {key: mirror_(factor) for key, factor in sums.means().items()}
 
 
-def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, problem: Problem) -> dict[str, Tensor]:
+def _tkfac(
+    batches: _Passes, layers: Mapping[str, Layer], structure: TKFACStructure, problem: Problem
+) -> dict[str, Tensor]:
     weighted = structure.variant == "gao"
     sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)

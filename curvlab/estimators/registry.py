@@ -25,7 +25,7 @@ from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import attributes_restored, parametrizations_computed
-from curvlab.structures import EKFAC, STRUCTURES, Kronecker, Structure, parse_structure
+from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
 BACKENDS: Mapping[str, Backend] = {
@@ -313,7 +313,7 @@ def _disagreement(
         return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
 
     try:
-        if isinstance(structure, EKFAC):
+        if isinstance(structure, EKFACStructure):
             theirs, reference = _eigen_tensors(backend, sample, quantity, structure, space)
         else:
             theirs, reference = products(backend), products(torch_func.BACKEND)
@@ -331,7 +331,7 @@ def _disagreement(
 
 
 def _eigen_tensors(
-    backend: Backend, sample: Problem, quantity: Quantity, structure: EKFAC, space: ParameterSpace
+    backend: Backend, sample: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace
 ) -> tuple[Tensor, Tensor]:
     """Return what tells an EK-FAC from the reference's, whose own basis may be another, and what it has to be.
 
