@@ -1,62 +1,40 @@
-"""The analysis ``forgetting_bound``: its expansion against dense matrices and exact quadratics, regimes, its run."""
+"""The analysis ``forgetting_bound``: its expansion against dense matrices and exact quadratics, regimes, its claims."""
 
-import json
 import math
-import shlex
-import signal
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from killing import killed_when_written
 from scipy.stats import spearmanr
 from torch import nn
 
 from curvlab import CurvlabError
-from curvlab.analyze.__main__ import main
+from curvlab.analyze.frame.analysis import Run
+from curvlab.analyze.frame.subject import Subject, load_dataset
 from curvlab.analyze.regimes import forgetting_bound as analysis
+from curvlab.analyze.regimes.expansion import expansion, quadratic_difference
 from curvlab.analyze.regimes.forgetting_bound import (
+    ANALYSIS,
+    CORRELATED,
     PRESETS,
     ForgettingBoundConfig,
-    Regime,
     accuracy_metrics,
-    claims_of,
-    correlations_of,
-    expansion,
+    correlate,
+    identities,
+    report,
     summarise,
-    toy,
 )
-from curvlab.commandline.options import RunOptions
-from curvlab.continual import permuted
-from curvlab.data import load
+from curvlab.continual import Regime, permuted
 from curvlab.estimators import estimate
-from curvlab.grid import Place, Store
+from curvlab.grid import Place
 from curvlab.models import build, mlp
 from curvlab.problem import Problem
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
 
-pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
-
-TINY = "--hidden 5 --epochs 1 --task-samples 64 --samples 40 --regimes stable plastic --streams permuted"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path / "no data"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(analysis.__file__).parents[2]))
-
-
-@pytest.fixture
-def call(capsys):
-    def call(line):
-        code = main(["forgetting_bound", *shlex.split(line)])
-        return (code, *capsys.readouterr())
-
-    return call
+CPU = PRESETS["cpu"].config
+MNIST = Subject("mnist", (1, 28, 28), 10, 60_000, 10_000)
+DIGITS = Subject("digits", (1, 8, 8), 10, 1437, 360)
 
 
 # The network with dropout.
@@ -131,7 +109,7 @@ def test_the_two_solvers():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_on_a_quadratic_loss_the_expansion_is_exact(seed):
-    assert toy(seed) <= 1e-10
+    assert quadratic_difference(seed) <= 1e-10
     # Away from the minimum the gradient's term is needed too.
     torch.manual_seed(seed)
     x, y = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
@@ -181,13 +159,17 @@ def test_regimes():
     assert plastic.rate(7) == 0.01
 
 
-def test_the_networks_learn_one_task_after_another(call):
-    line = "--hidden 6 --epochs 2 --task-samples 100 --samples 50 --regimes stable-decay --streams permuted --seeds 3"
-    assert call(f"{line} --dtype float64 --out run")[0] == 0
-    records = json.loads(Path("run/table.json").read_text())
-    accuracies = json.loads(Path("run/accuracies.json").read_text())
+def run_all(config, folder):
+    records = ANALYSIS.run_cell(config.model_dump(mode="json"), Place(folder))
+    return [r for r in records if "forgetting" in r], [r for r in records if "accuracy" in r]
 
-    tasks = permuted(load("digits"), tasks=3, seed=3)
+
+def test_the_networks_learn_one_task_after_another(tmp_path):
+    values = {"hidden": (6,), "epochs": 2, "task_samples": 100, "samples": 50, "dtype": "float64"}
+    config = ForgettingBoundConfig(**values, regimes=("stable-decay",), streams=("permuted",), seeds=(3,))
+    records, accuracies = run_all(config, tmp_path)
+
+    tasks = permuted(load_dataset(config, Place(tmp_path)), tasks=3, seed=3)
     model = build("mlp", (1, 8, 8), 10, hidden=(6,), dropout=0.25, seed=3).double()
     assert len(records) == 2
     before = old_samples = None
@@ -211,7 +193,69 @@ def test_the_networks_learn_one_task_after_another(call):
         before.load_state_dict(model.state_dict())
 
 
-# What is made of them.
+def test_a_run_of_several_parts_is_the_runs_of_each_and_continues(tmp_path, monkeypatch):
+    values = {"hidden": (5,), "epochs": 1, "task_samples": 64, "samples": 40, "streams": ("permuted",), "seeds": (4,)}
+    config = ForgettingBoundConfig(**values, regimes=("stable", "plastic"))
+    whole = run_all(config, tmp_path / "whole")
+    parts = [run_all(part, tmp_path / f"part-{number}") for number, part in enumerate(ANALYSIS.parts(config))]
+    assert whole == tuple([record for records in kind for record in records] for kind in zip(*parts, strict=True))
+    real, left = analysis.expansion, [3]
+
+    def interrupt(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(analysis, "expansion", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(config, tmp_path / "stopped")
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.pt")}
+    assert len(trained) == 5
+    assert run_all(config, tmp_path / "stopped") == whole
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+
+
+def test_every_pair_is_within_the_bound(tmp_path):
+    values = {"hidden": (5,), "epochs": 1, "task_samples": 64, "samples": 40, "degrees": 30.0, "seeds": (0,)}
+    records, _ = run_all(ForgettingBoundConfig(**values, regimes=("stable", "plastic")), tmp_path)
+    assert len(records) == 2 * 2 * 2
+    for record in records:
+        assert record["quadratic"] <= record["bound"] * (1 + 1e-3)
+        assert record["bound"] == pytest.approx(0.5 * record["lambda_max"] * record["distance"] ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"regimes": ()}, "regimes needs one value or several different ones"),
+        ({"streams": ("permuted", "permuted")}, "streams needs one value or several different ones"),
+        ({"samples": 101, "task_samples": 100}, "samples is 101, but there are 100 training samples"),
+        ({"task_samples": 1438}, "1,438 training samples were asked for, but there are 1,437"),
+        ({"model": "cnn"}, "with cnn set stable_dropout and plastic_dropout to 0"),
+        ({"model": "resnet20", "stable_dropout": 0}, "resnet20 takes images of shape"),
+        ({"data": "flat.npz"}, r"only images \(C, H, W\) can be rotated"),
+    ],
+)
+def test_check(tmp_path, monkeypatch, values, message):
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).random((20, 5), np.float32), np.arange(20) % 3
+    np.savez("flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    config = ForgettingBoundConfig(**values)
+    with pytest.raises(CurvlabError, match=message):
+        ANALYSIS.check(config, load_dataset(config, Place(tmp_path)))
+
+
+def test_vectors_can_be_permuted(tmp_path):
+    x, y = np.random.default_rng(0).random((40, 5), np.float32), np.arange(40) % 3
+    np.savez(tmp_path / "flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    values = {"data": str(tmp_path / "flat.npz"), "streams": ("permuted",), "regimes": ("plastic+dropout",)}
+    config = ForgettingBoundConfig(**values, tasks=2, seeds=(0,), hidden=(4,), solver="power_iteration")
+    assert len(run_all(config, tmp_path)[0]) == 1
+
+
+# What is made of the records.
 
 
 def pairs(**changes):
@@ -264,83 +308,124 @@ def test_summary():
 def test_correlations():
     rng = np.random.default_rng(0)
     records = [
-        {"stream": "rotated", "seed": seed}
-        | {key: float(rng.integers(6)) for key in ("forgetting", *analysis._CORRELATED)}
+        {"stream": "rotated", "seed": seed} | {key: float(rng.integers(6)) for key in ("forgetting", *CORRELATED)}
         for seed in (0, 1)
         for _ in range(12)
     ]
-    for row in correlations_of(records):
+    for row in correlate(records):
         mine = [record for record in records if record["seed"] == row["seed"]]
-        for key in analysis._CORRELATED:
+        for key in CORRELATED:
             expected = spearmanr([r["forgetting"] for r in mine], [r[key] for r in mine]).statistic
             assert row[key] == pytest.approx(expected, abs=1e-12)
         assert row["points"] == 12
-    assert correlations_of(records[:2])[0]["bound"] is None
-    assert correlations_of([{**record, "bound": 1.0} for record in records])[0]["bound"] is None
+    assert correlate(records[:2])[0]["bound"] is None
+    assert correlate([{**record, "bound": 1.0} for record in records])[0]["bound"] is None
 
 
-def verdicts(claims):
-    return {claim.text.split(" (")[0]: claim.verdict for claim in claims}
+def judge(records, accuracies, config=CPU, data=MNIST):
+    """Return the claims of the rotated stream by the first words that are theirs."""
+    found = {claim.text: claim for claim in analysis.claims(records, accuracies, config, data)}
+    return [claim for text, claim in found.items() if text.startswith("rotated")]
 
 
-def test_claims():
-    good = claims_of(pairs(), seen(), [1e-16] * 3)
-    assert len(good) == 2 + 2 * 5
-    assert {claim.verdict for claim in good} == {"reproduced"}
-    assert {claim.verdict for claim in claims_of(pairs()[:2], seen()[:2], [0.0])} == {"not tested"}
+CLAIMS = ("wider the minimum", "goes with its bound", "forgets less", "smaller largest", "moves less", "costs little")
 
-    above = verdicts(claims_of(pairs(**{"rotated/stable": {"quadratic": 1.5}}), seen(), [0.0] * 3))
-    assert [text for text, verdict in above.items() if verdict != "reproduced"] == [next(iter(above))]
-    within = pairs(**{"rotated/stable": {"quadratic": 1.0005, "bound": 1.0}})
-    assert claims_of(within, seen(), [0.0] * 3)[0].verdict == "reproduced"
-    assert claims_of(within, seen(), [0.0] * 3, tol=1e-4)[0].verdict == "not reproduced"
-    negative = pairs(**{"rotated/stable": {"quadratic": -0.5, "bound": -1.0}})
-    assert claims_of(negative, seen(), [0.0] * 3)[0].verdict == "not reproduced"
-    assert claims_of(pairs(), seen(), [0.0, 1e-9, 0.0])[1].verdict == "not reproduced"
 
-    reversed_ranks = pairs(**{"rotated/plastic": {"bound": 0.2}})
-    changed = {
-        "rotated: what is forgotten goes with the bound": (reversed_ranks, seen()),
-        "rotated: its Hessian's largest eigenvalue is smaller": (
-            pairs(**{"rotated/stable": {"lambda_max": 9}}),
-            seen(),
-        ),
-        "rotated: it moves less from task to task": (pairs(**{"rotated/stable": {"distance": 9}}), seen()),
-    }
-    for text, (records, accuracies) in changed.items():
-        found = verdicts(claims_of(records, accuracies, [0.0] * 3))
-        assert {t for t, verdict in found.items() if verdict == "not reproduced"} == {text}
-    forgets = verdicts(claims_of(pairs(), seen(stable=(0.9, 0.1)), [0.0] * 3))
-    assert {t for t, verdict in forgets.items() if verdict == "not reproduced"} == {
-        f"{stream}: the stable regime forgets less than the plastic one" for stream in ("rotated", "permuted")
-    }
-    dear = claims_of(pairs(), seen(stable=(0.83, 0.8)), [0.0] * 3)
-    assert [claim.verdict for claim in dear if "costs" in claim.text] == ["not reproduced"] * 2
+def test_all_claims_are_reproduced_by_records_that_are_as_they_say():
+    good = judge(pairs(), seen())
+    assert [claim.verdict for claim in good] == ["reproduced"] * len(CLAIMS)
+    assert all(words in claim.text for words, claim in zip(CLAIMS, good, strict=True))
+    assert {claim.scope for claim in good} == {"direction, at training samples a task 10,000, seeds 3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "kept"),
+    [
+        ("wider the minimum", {"rotated/plastic": {"lambda_max": 0.2}}, {}),
+        ("goes with its bound", {"rotated/plastic": {"bound": 0.2}}, {}),
+        ("forgets less", {}, {"stable": (0.9, 0.1)}),
+        ("smaller largest", {"rotated/stable": {"lambda_max": 9}}, {}),
+        ("moves less", {"rotated/stable": {"distance": 9}}, {}),
+        ("costs little", {}, {"stable": (0.83, 0.8)}),
+    ],
+)
+def test_a_claim_is_not_reproduced(words, changes, kept):
+    found = judge(pairs(**changes), seen(**kept))
+    failed = {claim.text for claim in found if claim.verdict == "not reproduced"}
+    of_width = {"wider the minimum", "smaller largest"}
+    allowed = of_width if words in of_width else {words}
+    assert any(words in text for text in failed)
+    assert all(any(word in text for word in allowed) for text in failed)
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "reason"),
+    [
+        (PRESETS["default"].config, DIGITS, "data is digits, published: mnist; tasks is 3, published: 5"),
+        (CPU.model_copy(update={"task_samples": 5000}), MNIST, "training samples a task is 5,000, at least 10,000"),
+        (CPU.model_copy(update={"plastic_lr": 0.05}), MNIST, "plastic regime is lr 0.05, decay 1"),
+        (CPU.model_copy(update={"degrees": 40.0}), MNIST, "degrees a task is 40, published: 10"),
+    ],
+)
+def test_claims_are_not_tested_on_other_conditions(config, data, reason):
+    found = judge(pairs(), seen(), config, data)
+    assert {claim.verdict for claim in found} == {"not tested"}
+    assert all(reason in claim.reason for claim in found)
+
+
+def test_claims_of_the_published_conditions_have_no_scope():
+    assert {claim.scope for claim in judge(pairs(), seen(), PRESETS["paper"].config)} == {""}
 
 
 def test_claims_of_one_regime_are_not_tested():
     alone = [record for record in pairs() if record["regime"] == "stable"]
-    accuracies = [record for record in seen() if record["regime"] == "stable"]
-    found = claims_of(alone, accuracies, [0.0] * 3)
-    assert [claim.verdict for claim in found][:2] == ["reproduced"] * 2
-    assert {claim.verdict for claim in found if "stable over plastic" in claim.text} == {"not tested"}
+    found = judge(alone, [record for record in seen() if record["regime"] == "stable"])
+    assert {claim.verdict for claim in found[2:]} == {"not tested"}
 
 
-def test_claims_where_a_cell_has_failed():
+def test_claims_where_a_run_has_failed():
     def without(records):
         return [r for r in records if (r["stream"], r["regime"], r["seed"]) != ("rotated", "stable", 1)]
 
-    found = claims_of(without(pairs()), without(seen()), [0.0] * 3)
-    for claim in found:
-        untested = claim.text.startswith(("rotated", "1/2 d'H d is at most"))
-        assert claim.verdict == ("not tested" if untested else "reproduced"), claim.text
+    for claim in analysis.claims(without(pairs()), without(seen()), CPU, MNIST):
+        expected = "not tested" if claim.text.startswith("rotated") else "reproduced"
+        assert claim.verdict == expected, claim.text
     table = summarise(without(pairs()), without(seen()))
     assert [row["seeds"] for row in table] == [2, 3, 3, 3]
 
 
+def test_identities():
+    excess, difference = identities(pairs(), [0, 1, 2])
+    assert len(excess.values) == 3
+    assert max(excess.values) < 0
+    assert max(difference.values) < 1e-10
+    above, _ = identities(pairs(**{"rotated/stable": {"quadratic": 1.5, "bound": 1.0}}), [0, 1, 2])
+    assert above.values == pytest.approx([0.5] * 3)
+
+
+def finish(records, accuracies, config=CPU, data=MNIST):
+    return Run(config, data, {"table": records, "accuracies": accuracies}, total=12)
+
+
+def test_report():
+    found = report(finish(pairs(), seen()))
+    assert len(found.tables) == 3
+    assert len(found.claims) == 2 * len(CLAIMS)
+    assert len(found.identities) == 2
+    assert found.deviations == [
+        f"{stream}: training samples a task 10,000 (60,000); seeds 3 (5)." for stream in ("rotated", "permuted")
+    ]
+    digits = report(finish(pairs(), seen(), PRESETS["default"].config, DIGITS))
+    assert digits.deviations == []
+    assert digits.summary.title.startswith("What a 64-100-100-10 network on digits forgets, 3 tasks")
+
+
 def test_figure():
+    def draw(records, accuracies=None):
+        return report(finish(records, accuracies or seen())).figures["bound_and_factors"]()
+
     changes = {"rotated/stable": {"forgetting": -0.1}}
-    figure = analysis.figure(pairs(**changes), "title")
+    figure = draw(pairs(**changes))
     assert len(figure.axes) == 6
     for axes in figure.axes:
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -352,203 +437,15 @@ def test_figure():
     assert len(hollow.get_offsets()) == 6
     expected = [[r["bound"], r["forgetting"]] for r in pairs() if (r["stream"], r["regime"]) == ("permuted", "plastic")]
     np.testing.assert_allclose(figure.axes[3].collections[2].get_offsets(), expected)
-    assert not any("hollow" in text.get_text() for text in analysis.figure(pairs(), "").legends[0].get_texts())
-
-
-# The run.
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def test_a_run_and_the_same_again(call, monkeypatch, with_figures):
-    line = f"{TINY.replace('--streams permuted', '')} --seeds 0 1 2 --tasks 3 --degrees 30 --out run"
-    code, out, err = call(line)
-    assert (code, err) == (0, "")
-    assert {name for name in files("run") if not name.startswith("sweep.sqlite")} == {
-        *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "accuracies.json", "correlations.json"),
-        *("claims.json", "provenance.json", "bound_and_factors.png", "bound_and_factors.pdf"),
-    }
-    checkpoints = sorted(str(Path(*Path(name).parts[-2:])) for name in files("run") if ".cells/" in name)
-    assert checkpoints == sorted(
-        f"{stream}-{regime}/task-{task}.pt"
-        for stream in ("rotated", "permuted")
-        for regime in ("stable", "plastic")
-        for task in (1, 2, 3)
-        for _ in range(3)
-    )
-    records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
-    assert len(records) == len(pd.read_csv("run/table.csv")) == 2 * 3 * 2 * 2
-    for record in records:
-        assert record["quadratic"] <= record["bound"] * (1 + 1e-3)
-        assert record["bound"] == pytest.approx(0.5 * record["lambda_max"] * record["distance"] ** 2, rel=1e-9)
-    claims = json.loads(Path("run/claims.json").read_text())
-    assert [claim["verdict"] for claim in claims[:2]] == ["reproduced"] * 2
-    for text in (
-        "What a 64-5-10 network on digits forgets",
-        "Test accuracy",
-        "Spearman's rank correlation",
-        "Saved in",
-    ):
-        assert text in out
-    assert Path("run/table.tex").read_text().isascii()
-    assert set(json.loads(Path("run/provenance.json").read_text())["seconds"]) == {*("data", "cells", "figures")}
-
-    names = {name for name in files("run") if not name.endswith(".lock")}
-    before = {name: Path("run", name).read_bytes() for name in names}
-    with monkeypatch.context() as no_cell:
-        no_cell.setattr("curvlab.grid.running.supervised", None)  # a finished run is only printed again
-        assert call(line) == (0, out, "")
-    assert {name: Path("run", name).read_bytes() for name in names} == before
-
-
-def same_results(first, second):
-    for name in ("table.json", "table.tex", "accuracies.json", "correlations.json", "bound_and_factors.pdf"):
-        assert Path(first, name).read_bytes() == Path(second, name).read_bytes()
-
-
-def test_a_cell_is_all_of_a_configuration_and_continues(call, tmp_path, monkeypatch):
-    """Cells of one stream and regime each come to the same as one of all; one that is stopped trains nothing again."""
-    assert call(f"{TINY} --seeds 4 --out run")[0] == 0
-    values = {"hidden": (5,), "epochs": 1, "task_samples": 64, "samples": 40, "regimes": ("stable", "plastic")}
-    config = PRESETS["default"].model_copy(update={**values, "streams": ("permuted",), "seeds": (4,)})
-    real, left = analysis.expansion, [3]
-
-    def interrupted(*arguments, **options):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    with monkeypatch.context() as stop:
-        stop.setattr(analysis, "expansion", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            analysis.cell(config, Place(tmp_path / "place"))
-    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "place").rglob("*.pt")}
-    assert len(trained) == 5
-    records = analysis.cell(config, Place(tmp_path / "place"))
-    assert {path: path.stat().st_mtime_ns for path in trained} == trained
-    assert [r for r in records if "forgetting" in r] == json.loads(Path("run/table.json").read_text())
-    assert [r for r in records if "accuracy" in r] == json.loads(Path("run/accuracies.json").read_text())
-
-
-@pytest.mark.parametrize("done", [1, 3])
-def test_interrupted_and_continued(call, monkeypatch, done):
-    line = f"{TINY} --seeds 0 1 --tasks 3 --jobs 1"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    real, left = Store.finish, [done]
-
-    def interrupted(self, outcome):
-        real(self, outcome)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as stop:
-        stop.setattr(Store, "finish", interrupted)
-        code, out, err = call(f"{line} --out run")
-    assert (code, out) == (130, "")
-    assert err == f"interrupted\ncells done in run: {done}; the same command with --out run continues there\n"
-    assert call(f"{line} --out run --jobs 2")[0] == 0
-    same_results("run", "undisturbed")
-    assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
-
-
-def test_killed_and_continued(call):
-    """In the second cell, after its first task."""
-    line = f"{TINY} --regimes plastic --tasks 3 --seeds 0 1 --jobs 1"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    command = ["curvlab.analyze", "forgetting_bound", *shlex.split(line), "--out", "run"]
-    assert killed_when_written(command, "run", "task-1.pt", 2) == -signal.SIGKILL
-    assert not Path("run/table.json").exists()
-    assert call(f"{line} --out run")[0] == 0
-    same_results("run", "undisturbed")
-
-
-def test_a_cell_that_fails_is_told(call):
-    line = f"{TINY} --seeds 0 1 2 --plastic-lr 1e30 --out run"
-    code, out, err = call(line)
-    assert code == 1
-    assert err.startswith(
-        "error: 3 of 6 cells have failed, the first (seed 0) so: the loss of the evaluation data is nan"
-    )
-    assert "cells done in run: 3; the same command with --out run --retry-failed continues there" in err
-    assert out.count("regimes=") == 3
-    records = json.loads(Path("run/table.json").read_text())
-    assert {(r["regime"], r["seed"]) for r in records} == {("stable", seed) for seed in range(3)}
-    claims = {claim["text"]: claim["verdict"] for claim in json.loads(Path("run/claims.json").read_text())}
-    assert {verdict for text, verdict in claims.items() if "stable over plastic" in text} == {"not tested"}
-
-
-def test_one_seed_of_a_regime_fails(call):
-    """The titles do not say of all rows how many seeds there are."""
-    assert call(f"{TINY} --seeds 0 --regimes stable --out one")[0] == 0
-    (folder,) = Path("one/sweep.sqlite.cells").iterdir()
-    Path("run/sweep.sqlite.cells").mkdir(parents=True)
-    Path("run/sweep.sqlite.cells", folder.name).write_text("where the folder of the cell belongs")
-    Path("run/config.yaml").write_text(call(f"{TINY} --seeds 0 1 --print-config")[1])
-    code, out, _ = call(f"{TINY} --seeds 0 1 --out run")
-    assert code == 1
-    assert "standard deviation over the seeds that did not fail" in " ".join(out.split())
-    assert out.count("┃ seeds") == 3
-
-
-@pytest.mark.parametrize(
-    ("line", "fragment"),
-    [
-        ("--tasks 1", "--tasks should be greater than or equal to 2, not '1'"),
-        ("--regimes", "regimes needs one value or several different ones"),
-        ("--regimes stable stable", "regimes needs one value or several different ones"),
-        ("--regimes stabel", "--regimes should be 'stable'"),
-        ("--streams permuted permuted", "streams needs one value or several different ones"),
-        ("--streams shuffled", "--streams should be 'rotated' or 'permuted', not 'shuffled'"),
-        ("--seeds", "seeds needs one value or several different ones"),
-        ("--samples 101 --task-samples 100", "samples is 101, but there are 100 training samples"),
-        ("--task-samples 1438", "task_samples is 1,438, but there are 1,437 training samples"),
-        ("--stable-dropout 1", "--stable-dropout should be less than 1"),
-        ("--stable-decay 1.1", "--stable-decay should be less than or equal to 1"),
-        ("--plastic-lr 0", "--plastic-lr should be greater than 0"),
-        ("--solver arnoldi", "--solver should be 'lanczos' or 'power_iteration'"),
-        ("--degrees nan", "--degrees should be a finite number"),
-        ("--model cnn", "with cnn set stable_dropout and plastic_dropout to 0"),
-        ("--model resnet20 --regimes plastic", "resnet20 takes images of shape (3, 32, 32)"),
-        ("--data flat.npz", "only images (C, H, W) can be rotated"),
-        ("--weights gone.pt", "gone.pt: there is no such file"),
-        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
-        ("--regime stable", "there is no option --regime; the nearest is --regimes"),
-    ],
-)
-def test_bad_value(call, line, fragment, tmp_path):
-    x, y = np.random.default_rng(0).random((20, 5), np.float32), np.arange(20) % 3
-    np.savez("flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    code, out, err = call(f"--regimes plastic stable {line} --out run")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert fragment in err
-    assert [path.name for path in tmp_path.iterdir()] == ["flat.npz"]
+    assert not any("hollow" in text.get_text() for text in draw(pairs()).legends[0].get_texts())
+    mixed = draw(*([record | {"regime": "stable-batch_size"} for record in found] for found in (pairs(), seen())))
+    assert mixed.legends[0].get_texts()[0].get_text() == "stable, batch size of plastic"
 
 
 def test_presets_are_the_papers_regimes():
     for name in ("cpu", "paper"):
-        config = PRESETS[name]
+        config = PRESETS[name].config
         assert (config.hidden, config.tasks, config.epochs, config.momentum) == ((100, 100), 5, 5, 0.8)
         assert Regime.of(config, "stable") == Regime(0.1, 0.4, 16, 0.25)
         assert Regime.of(config, "plastic") == Regime(0.01, 1.0, 64, 0.0)
-    assert PRESETS["paper"].task_samples is None
-
-
-def test_vectors_can_be_permuted(call):
-    x, y = np.random.default_rng(0).random((40, 5), np.float32), np.arange(40) % 3
-    np.savez("flat.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    line = "--data flat.npz --streams permuted --regimes plastic+dropout --tasks 2 --seeds 0 --hidden 4"
-    code, _, err = call(f"{line} --solver power_iteration --out run")
-    assert (code, err) == (0, "")
-    assert len(json.loads(Path("run/table.json").read_text())) == 1
-
-
-def test_what_the_options_say():
-    assert RunOptions().out is None
-    fields = ForgettingBoundConfig.model_fields
-    assert all(field.description for field in fields.values())
+    assert PRESETS["paper"].config.task_samples is None

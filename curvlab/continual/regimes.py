@@ -71,3 +71,15 @@ class Regime:
             "min_lr": _LOWEST_RATE,
             "batch_size": self.batch_size,
         }
+
+
+def describe_regime(name: str) -> str:
+    """Return in words what a regime is.
+
+    Examples:
+        >>> describe_regime("stable-batch_size"), describe_regime("plastic+lr"), describe_regime("stable")
+        ('stable, batch size of plastic', 'plastic, lr of stable', 'stable')
+    """
+    own, _, exchanged = name.replace("+", "-").partition("-")
+    other = "plastic" if own == "stable" else "stable"
+    return f"{own}, {exchanged.replace('_', ' ')} of {other}" if exchanged else own

@@ -60,7 +60,8 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     Args:
         ours: Conditions of the run, by name.
         theirs: Those of the publication.
-        least: The conditions that are asked for: a value, or for a number the smallest one, ``{"at least": 5}``.
+        least: The conditions that are asked for: a value, several of which one, ``{"one of": ["cifar100", "mnist"]}``,
+            or for a number the smallest one, ``{"at least": 5}``.
 
     Examples:
         >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
@@ -69,7 +70,10 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     missed = []
     for name, value in least.items():
         own = ours.get(name)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "one of" in value:
+            if own not in value["one of"]:
+                missed.append(f"{name} is {_word(own)}, {' or '.join(map(_word, value['one of']))} is needed")
+        elif isinstance(value, Mapping):
             if own is None or own < value["at least"]:
                 missed.append(f"{name} is {_word(own)}, at least {_word(value['at least'])} is needed")
         elif own != value:

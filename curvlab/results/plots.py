@@ -12,6 +12,7 @@ Record = Mapping[str, Any]
 
 _ON, _OFF = "#0b559f", "#e07b39"
 _FONT = {"title": 10, "label": 9, "tick": 8}
+_SHIFT, _THEIRS = 0.18, 0.18  # of a tensor's two dots from its place, and of the published ones from ours
 
 
 def block_heat_map(matrix: np.ndarray, names: Sequence[str], counts: Sequence[int], title: str) -> Figure:
@@ -96,8 +97,8 @@ def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], titl
     return figure
 
 
-def diagonality_bars(records: Sequence[Record], title: str, published: Mapping[str, Record] | None = None) -> Figure:
-    """Draw sums and means on and off the diagonal as bars in a logarithmic scale, a group a parameter tensor.
+def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[str, Record] | None = None) -> Figure:
+    """Draw sums and means on and off the diagonal as dots in a logarithmic scale, a pair a parameter tensor.
 
     Args:
         records: As ``curvlab.results.aggregate`` gives them: ``diag_sum``, ``offdiag_abs_sum``, ``diag_mean``,
@@ -110,35 +111,40 @@ def diagonality_bars(records: Sequence[Record], title: str, published: Mapping[s
     figure.suptitle(title, fontsize=_FONT["title"])
     names = [record["parameter"] for record in records]
     places = np.arange(len(records))
+    # Published dots stand right of ours; a tensor that has none has its two in the middle.
+    moved = np.array([_THEIRS / 2 if name in (published or {}) else 0.0 for name in names])
     panels = (
         ("Sum", "diag_sum", "offdiag_abs_sum", r"$\Sigma_i F_{ii}$", r"$\Sigma_{i\neq j}|F_{ij}|$"),
         ("Mean", "diag_mean", "offdiag_abs_mean", r"mean $F_{ii}$", r"mean $|F_{ij}|,\ i\neq j$"),
     )
     for place, (label, on, off, on_label, off_label) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, place)
-        for shift, key, colour, text in ((-0.2, on, _ON, on_label), (0.2, off, _OFF, off_label)):
+        for shift, key, colour, text in ((-_SHIFT, on, _ON, on_label), (_SHIFT, off, _OFF, off_label)):
             heights = np.array([record[key] if record[key] else np.nan for record in records], dtype=float)
             spread = np.array([record.get(f"{key}_std") or 0.0 for record in records], dtype=float)
-            # On a logarithmic axis a bar must not reach below zero.
-            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))
-            axes.bar(
-                places + shift,
+            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))  # not below zero, which no logarithm has
+            axes.errorbar(
+                places + shift - moved,
                 heights,
-                0.38,
-                color=colour,
-                label=text,
                 yerr=[below, spread] if spread.any() else None,
-                error_kw={"elinewidth": 0.9, "capsize": 2},
+                fmt="o",
+                color=colour,
+                markersize=5,
+                elinewidth=1.2,
+                capsize=2.5,
+                label=text,
             )
         _mark_published(axes, records, published, on, off)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_ylabel(f"{label} of entries (nats)", fontsize=_FONT["label"])
         axes.tick_params(labelsize=_FONT["tick"])
         axes.spines[["top", "right"]].set_visible(False)
-        # Above the axes: inside, it would hide a bar or a mark.
+        # Above the axes: inside, it would hide a mark.
         axes.legend(fontsize=_FONT["tick"], frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -148,15 +154,16 @@ def _mark_published(
 ) -> None:
     if not published:
         return
-    points = []
     for place, record in enumerate(records):
         row = published.get(record["parameter"])
         if row is None:
             continue
         n = record["size"]
         divide = {"diag_sum": 1, "offdiag_abs_sum": 1, "diag_mean": n, "offdiag_abs_mean": n * (n - 1)}
-        points.append((place - 0.2, row["diag_sum"] / divide[on]))
-        points.append((place + 0.2, row["offdiag_abs_sum"] / divide[off]))
-    if points:
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, linestyle="none", marker="D", markersize=4, color="black", label="published")
+        for shift, key, divisor, colour in (
+            (-_SHIFT, "diag_sum", divide[on], _ON),
+            (_SHIFT, "offdiag_abs_sum", divide[off], _OFF),
+        ):
+            x, y = place + shift + _THEIRS / 2, row[key] / divisor
+            axes.plot(x, y, "D", markersize=5, color="white", markeredgecolor=colour)
+    axes.plot([], [], "D", markersize=5, color="white", markeredgecolor="black", label="published")

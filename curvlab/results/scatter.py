@@ -76,12 +76,13 @@ def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_ylabel("largest eigenvalue", fontsize=_FONT["label"])
 
 
-def bound_scatter(records: Sequence[Record], title: str) -> Figure:
+def bound_scatter(records: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:
     """Draw what was forgotten against its bound and the bound's factors, in logarithmic scales.
 
     Args:
         records: A record a pair of tasks, with ``stream``, ``regime``, ``forgetting``, ``bound``, ``lambda_max`` and
             ``distance``. Where nothing was forgotten, a hollow mark lies on the lower edge.
+        labels: What the regimes are called.
         title: What stands above.
     """
     streams = list(dict.fromkeys(record["stream"] for record in records))
@@ -124,16 +125,16 @@ def bound_scatter(records: Sequence[Record], title: str) -> Figure:
             color=colour,
             marker=marker,
             markersize=4.5,
-            label=regime.replace("-", " − ").replace("_", " "),
+            label=labels.get(regime, regime),
         )
         for regime, (colour, marker) in zip(regimes, _styles(len(regimes)), strict=True)
     ]
     marks.append(Line2D([], [], color=_GREY, linewidth=0.9, linestyle="--", label=r"$F_1$ = bound"))
     if any(record["forgetting"] <= 0 for record in records):
         hollow = Line2D([], [], linestyle="none", color=_GREY, marker="o", markerfacecolor="none", markersize=4.5)
-        hollow.set_label(r"hollow: $F_1\leq 0$")
+        hollow.set_label(r"hollow, at the lower edge: $F_1\leq 0$")
         marks.append(hollow)
-    figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=_FONT["tick"], frameon=False)
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=_FONT["tick"], frameon=False)
     return figure
 
 

@@ -226,19 +226,21 @@ class Analysis(Generic[C]):
         return cells
 
     def run_cell(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Do a run as ``curvlab.grid`` calls it; hyper-parameters of which several are given are chosen first."""
+        """Do a run as ``curvlab.grid`` calls it; several parts or hyper-parameters one after another."""
         config, dataset = self._prepare(values, place)
         here = Workspace(place)
-        if self.search is None or not self.search.trials(config):
-            return list(self.measure(config, dataset, here))
-        trials = [
-            run_trial(self.search, self.measure, trial, dataset, here.within(f"candidate-{number}"))
-            for number, trial in enumerate(self.search.trials(config))
-        ]
-        chosen = choose(self.search, config, trials)
+        configs: Sequence[C] = [config] if self.parts is None else self.parts(config)
+        if self.search is not None:
+            trials = [
+                run_trial(self.search, self.measure, trial, dataset, here.within(f"candidate-{number}"))
+                for number, trial in enumerate(self.search.trials(config))
+            ]
+            configs = self.search.runs(config, choose(self.search, config, trials))
+        if len(configs) == 1:
+            return list(self.measure(configs[0], dataset, here))
         return [
             record
-            for number, part in enumerate(self.search.runs(config, chosen))
+            for number, part in enumerate(configs)
             for record in self.measure(part, dataset, here.within(f"run-{number}"))
         ]
 

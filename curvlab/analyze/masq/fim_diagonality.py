@@ -16,7 +16,7 @@ from curvlab.data import Dataset
 from curvlab.diagonality import Level, Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
 from curvlab.results import Column, aggregate
-from curvlab.results.plots import block_heat_map, diagonality_bars
+from curvlab.results.plots import block_heat_map, diagonality_dots
 
 
 class FimDiagonalityConfig(TrainedSubjectConfig):
@@ -169,9 +169,9 @@ def report(run: Run[FimDiagonalityConfig]) -> Report:
     if is_paper:
         tables.append(Table(f"{table2.source()}, beside ours", table2.COLUMNS, table2.beside_published(table)))
 
-    def bars() -> Figure:
+    def dots() -> Figure:
         tensors = [row for row in table if "." in row["parameter"]]
-        return diagonality_bars(tensors, title, table2.published_rows() if is_paper else None)
+        return diagonality_dots(tensors, title, table2.published_rows() if is_paper else None)
 
     def heat_map() -> Figure:
         part: dict[str, Any] = run.artifacts["heat_map"][0]
@@ -188,7 +188,7 @@ def report(run: Run[FimDiagonalityConfig]) -> Report:
         tables,
         table2.claims(found, conditions),
         table2.identities(found, conditions),
-        {"sums_and_means": bars} | ({"heat_map": heat_map} if run.artifacts["heat_map"] else {}),
+        {"sums_and_means": dots} | ({"heat_map": heat_map} if run.artifacts["heat_map"] else {}),
         deviations=table2.deviations(conditions) if is_paper else [],
         notes=notes,
     )

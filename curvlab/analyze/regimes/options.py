@@ -1,11 +1,8 @@
-"""What the analyses of training regimes share: their options, tasks and networks, and claims judged seed by seed."""
+"""What the analyses of training regimes share: their options, parts, tasks and networks."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,7 +13,6 @@ from curvlab.continual.regimes import Regime
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.models import build
 from curvlab.problem import Problem
 
 Record = dict[str, Any]
@@ -45,7 +41,7 @@ class RegimesConfig(SubjectConfig):
     }
 
     samples: int | None = Field(default=None, ge=1)
-    """Take losses and curvature on so many training samples of a task, the first ones; none means all."""
+    """Take losses and curvature on so many training samples of a task, random ones; none means all."""
     streams: tuple[Literal["rotated", "permuted"], ...] = ("rotated", "permuted")
     """What tells tasks apart: every image is rotated, or its pixels permuted; one or both."""
     tasks: int = Field(default=3, ge=2)
@@ -53,7 +49,7 @@ class RegimesConfig(SubjectConfig):
     degrees: float = 10.0
     """Rotated: from a task's angle to the next one's."""
     task_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a task, the first ones, the same images in every task; none means all."""
+    """Training samples of a task, random ones, the same images in every task; none means all."""
     regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
     """stable and plastic are given below; stable-X has the X of plastic, plastic+X that of stable."""
     epochs: int = Field(default=5, ge=1)
@@ -93,31 +89,20 @@ def check(config: RegimesConfig, dataset: Dataset) -> None:
     Raises:
         CurvlabError: The configuration, the data or the weights are not usable.
     """
-    check_values(config, dataset)
-    for regime in config.regimes:
-        model = network(config, dataset, config.seeds[0], Regime.of(config, regime))
-    for stream in config.streams:
-        first = tasks(config, dataset, stream, config.seeds[0])[0]
-        estimate(Problem(model, "cross_entropy", samples(config, first)), "hessian", "implicit")  # checks both
-
-
-def check_values(config: RegimesConfig, dataset: Dataset) -> None:
-    """Refuse the values that are not refused where something is made of them.
-
-    Raises:
-        CurvlabError: One is not usable.
-    """
-    subject.check_distinct(seeds=config.seeds, streams=config.streams, regimes=config.regimes)
-    of_task = config.task_samples
-    if of_task is not None and of_task > len(dataset.x_train):
-        raise CurvlabError(f"task_samples is {of_task:,}, but there are {len(dataset.x_train):,} training samples")
-    subject.check_subject(config, _shortened(config, dataset))
+    subject.check_distinct(streams=config.streams, regimes=config.regimes)
+    subject.check_subject(config, subject.take(dataset, config.task_samples))
     if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
         raise CurvlabError(f"dropout is for the mlp: with {config.model} set stable_dropout and plastic_dropout to 0")
+    for regime in config.regimes:
+        model = make_network(config, dataset, Regime.of(config, regime))
+    for stream in config.streams:
+        first = make_tasks(config, dataset, stream)[0]
+        problem = Problem(model, "cross_entropy", take_samples(config, first))
+        estimate(problem, "hessian", "implicit")  # checks both
 
 
 def parts(config: C) -> list[C]:
-    """Return the configuration of each cell: a stream, seed and regime."""
+    """Return the configuration of each run: a stream, seed and regime."""
     return [
         config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
         for stream in config.streams
@@ -126,68 +111,24 @@ def parts(config: C) -> list[C]:
     ]
 
 
-def tasks(config: RegimesConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, ...]:
-    """Return the tasks of a stream."""
-    of_task = _shortened(config, dataset)
+def make_tasks(config: RegimesConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:
+    """Return the tasks of a stream, for the first seed.
+
+    Raises:
+        CurvlabError: The data set has no such tasks.
+    """
+    data = subject.take(dataset, config.task_samples)
     if stream == "rotated":
-        return rotated(of_task, tasks=config.tasks, seed=seed, degrees=config.degrees)
-    return permuted(of_task, tasks=config.tasks, seed=seed)
+        return rotated(data, tasks=config.tasks, seed=config.seeds[0], degrees=config.degrees)
+    return permuted(data, tasks=config.tasks, seed=config.seeds[0])
 
 
-def _shortened(config: RegimesConfig, dataset: Dataset) -> Dataset:
-    n = config.task_samples
-    return replace(dataset, x_train=dataset.x_train[:n], y_train=dataset.y_train[:n])
-
-
-def network(config: RegimesConfig, dataset: Dataset, seed: int, regime: Regime) -> nn.Module:
+def make_network(config: RegimesConfig, dataset: Dataset, regime: Regime) -> nn.Module:
     """Return the network as it is initialised or loaded, with the regime's dropout, in eval mode."""
-    model = build(
-        config.model,
-        dataset.sample_shape,
-        dataset.num_classes,
-        hidden=config.hidden,
-        dropout=regime.dropout,
-        seed=seed,
-        weights=config.weights,
-    )
-    return model.to(config.device, getattr(torch, config.dtype)).eval()
+    return subject.network(config, dataset, config.seeds[0], dropout=regime.dropout)
 
 
-def samples(config: RegimesConfig, task: Task) -> tuple[Tensor, Tensor]:
+def take_samples(config: RegimesConfig, task: Task) -> tuple[Tensor, Tensor]:
     """Return the training samples of a task that losses and curvature are taken on."""
     x, y = task.train
     return x[: config.samples], y[: config.samples]
-
-
-# Claims ---------------------------------------------------------------------------------------------------------------
-
-
-def where(records: Sequence[Record], **wanted: object) -> list[Record]:
-    """Return the records that have these values."""
-    return [record for record in records if all(record[key] == value for key, value in wanted.items())]
-
-
-def by_seed(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:
-    """Return a value for every seed, NaN where there is none, or where the seed lacks records that another one has."""
-    counts = {seed: len(where(records, seed=seed)) for seed in seeds}
-    values = [value(seed) if counts[seed] == max(counts.values()) else None for seed in seeds]
-    return [math.nan if found is None else found for found in values]
-
-
-def stable_beside_plastic(
-    seeds: Sequence[int],
-    value: Callable[[int, str], float],
-    records: Sequence[Record],
-    compare: Callable[[float, float], float],
-) -> list[float]:
-    """Return stable beside plastic for every seed; none if one of the two was not run.
-
-    Args:
-        seeds: All of them.
-        value: Of a seed and regime.
-        records: What the values are made of.
-        compare: Makes a number of that of ``stable`` and that of ``plastic``.
-    """
-    if not {"stable", "plastic"} <= {record["regime"] for record in records}:
-        return []
-    return by_seed(records, seeds, lambda seed: compare(value(seed, "stable"), value(seed, "plastic")))

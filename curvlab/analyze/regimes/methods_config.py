@@ -1,18 +1,19 @@
-"""What the analysis of methods compares: its options, and the candidates of each method."""
+"""The options of the analysis of methods, its presets, and the candidates of each method."""
 
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from curvlab.analyze.frame.analysis import Preset
+from curvlab.analyze.frame.search import Candidate
 from curvlab.analyze.frame.subject import SubjectConfig
+from curvlab.analyze.regimes.method_list import METHODS
 
 StreamName = Literal["permuted", "rotated", "split"]
-MethodName = Literal["naive", "ewc", "agem", "er", "stable", "joint"]
-Candidate = dict[str, float]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -34,10 +35,6 @@ class MethodsConfig(SubjectConfig):
     """EWC takes the curvature on so many training samples of a task, random ones; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100, 100)
     """Hidden sizes of the mlp; no number for a linear model."""
-    normalize: Literal["none", "imagenet"] = "none"
-    """imagenet: subtract its channels' means and divide by their deviations, as pre-trained networks expect."""
-    fine_tune: bool = False
-    """The weights are of a network for other classes: the last layer is a new one, and BatchNorm is frozen."""
     streams: tuple[StreamName, ...] = ("permuted", "rotated")
     """What tells tasks apart: the pixels of every image are permuted, it is rotated, or tasks split the classes; with
     split the outputs of other tasks do not count."""
@@ -46,12 +43,16 @@ class MethodsConfig(SubjectConfig):
     degrees: float = 40.0
     """Rotated: from a task's angle to the next one's."""
     task_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a task; none means all."""
+    """Training samples of a task, random ones, always the same; none means all."""
     test_samples: int | None = Field(default=None, ge=1)
     """Test on so many samples of the data set, random ones, always the same; none means all."""
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    """naive, ewc, agem, er (reservoir), stable (Stable SGD: naive with a falling rate and dropout), joint (all tasks at
-    once)."""
+    methods: tuple[str, ...] = Field(
+        default=tuple(METHODS),
+        description=", ".join(
+            f"{name} ({': '.join(filter(None, (method.label, method.help)))})" for name, method in METHODS.items()
+        )
+        + ".",
+    )
     epochs: int = Field(default=3, ge=1)
     """Passes over the samples of each task."""
     momentum: float = Field(default=0.8, ge=0, lt=1)
@@ -130,63 +131,52 @@ _CIFAR = MethodsConfig(
 )
 PRESETS = {
     # Lists in which the best values of most methods are inside, and no candidate diverges.
-    "default": MethodsConfig(
-        trials=9,
-        lrs=(0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.003),
-        batch_sizes=(16,),
-        ewc_strengths=(3.0, 10.0, 30.0),
-        ewc_lrs=(0.1, 0.05, 0.02),
-        stable_lrs=(0.4, 0.2, 0.1),
-        decays=(0.5, 0.4, 0.3),
+    "default": Preset(
+        MethodsConfig(
+            trials=9,
+            lrs=(0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.003),
+            batch_sizes=(16,),
+            ewc_strengths=(3.0, 10.0, 30.0),
+            ewc_lrs=(0.1, 0.05, 0.02),
+            stable_lrs=(0.4, 0.2, 0.1),
+            decays=(0.5, 0.4, 0.3),
+        ),
+        minutes=2,
     ),
-    "cpu": _MNIST,
-    "cpu-cifar100": _CIFAR,
-    "paper": _MNIST.model_copy(
-        update={
-            "task_samples": None,
-            "validation": 5000,
-            "test_samples": None,
-            "trials": 18,
-            "seeds": (0, 1, 2, 3, 4),
-            "batch_sizes": (10, 32, 64),
-        }
+    "cpu": Preset(_MNIST, minutes=60, needs=("mnist",)),
+    "cpu-cifar100": Preset(_CIFAR, needs=("cifar100", "weights")),
+    "paper": Preset(
+        _MNIST.model_copy(
+            update={
+                "task_samples": None,
+                "validation": 5000,
+                "test_samples": None,
+                "trials": 18,
+                "seeds": (0, 1, 2, 3, 4),
+                "batch_sizes": (10, 32, 64),
+            }
+        ),
+        needs=("mnist", "gpu"),
     ),
-    "paper-cifar100": _CIFAR.model_copy(
-        update={
-            "task_samples": None,
-            "validation": 250,
-            "test_samples": None,
-            "samples": 1000,
-            "epochs": 1,
-            "trials": 8,
-            "lrs": (0.1, 0.03, 0.01, 0.003),
-            "ewc_strengths": (10.0, 100.0),
-            "ewc_lrs": (0.03, 0.01),
-            "stable_lrs": (0.03, 0.01),
-            "decays": (0.95, 0.85),
-            "seeds": (0, 1, 2, 3, 4),
-        }
+    "paper-cifar100": Preset(
+        _CIFAR.model_copy(
+            update={
+                "task_samples": None,
+                "validation": 250,
+                "test_samples": None,
+                "samples": 1000,
+                "epochs": 1,
+                "trials": 8,
+                "lrs": (0.1, 0.03, 0.01, 0.003),
+                "ewc_strengths": (10.0, 100.0),
+                "ewc_lrs": (0.03, 0.01),
+                "stable_lrs": (0.03, 0.01),
+                "decays": (0.95, 0.85),
+                "seeds": (0, 1, 2, 3, 4),
+            }
+        ),
+        needs=("cifar100", "weights", "gpu"),
     ),
-}
-
-_COMMON = {"lr": "lrs", "batch_size": "batch_sizes"}
-#: What is tuned of each method, and the list of its values.
-LISTS: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(get_args(MethodName), _COMMON),
-    "ewc": {**_COMMON, "lr": "ewc_lrs", "strength": "ewc_strengths"},
-    "stable": {**_COMMON, "lr": "stable_lrs", "decay": "decays", "dropout": "dropouts"},
-}
-#: All that is tuned of some method.
-TUNED = tuple(dict.fromkeys(name for lists in LISTS.values() for name in lists))
-#: Options that are of some methods or streams alone.
-_ONLY_OF = {
-    "samples": ("ewc",),
-    "quantity": ("ewc",),
-    "structure": ("ewc",),
-    "ewc_mode": ("ewc",),
-    "per_class": ("agem", "er"),
-    "replay_batch_size": ("agem", "er"),
-    "degrees": ("rotated",),
 }
 
 
@@ -195,41 +185,30 @@ def candidates(config: MethodsConfig, method: str) -> list[Candidate]:
 
     A larger number of trials begins with the same draws.
     """
-    lists = LISTS[method]
-    combinations = list(product(*(getattr(config, field) for field in lists.values())))
+    lists = METHODS[method].tuned
+    combinations = list(product(*(getattr(config, option) for option in lists.values())))
     order = np.arange(len(combinations))
     if len(combinations) > config.trials:
         order = np.sort(np.random.default_rng(0).permutation(order)[: config.trials])
     return [dict(zip(lists, combinations[i], strict=True)) for i in order]
 
 
-def pairs(config: MethodsConfig) -> list[tuple[str, str]]:
-    """Return every stream with every method."""
-    return list(product(config.streams, config.methods))
-
-
-def single(
-    config: MethodsConfig, stream: str, method: str, candidate: Candidate, seed: int, evaluation: str
+def single_run(
+    config: MethodsConfig,
+    stream: str,
+    method: str,
+    candidate: Candidate,
+    *,
+    seeds: tuple[int, ...],
+    evaluation: Literal["test", "validation"],
 ) -> MethodsConfig:
-    """Return the configuration of one cell, in which what has no part in it is always the same."""
-    unused = {name for name, users in _ONLY_OF.items() if not {stream, method} & set(users)}
-    unused |= {"trials", "selection_seeds"}
-    lists: dict[str, tuple[float, ...]] = {field: () for of_method in LISTS.values() for field in of_method.values()}
-    lists |= {field: (candidate[name],) for name, field in LISTS[method].items()}
+    """Return the configuration of a stream and method with a candidate, with unused options reset to their defaults."""
+    lists: dict[str, tuple[float, ...]] = {option: () for other in METHODS.values() for option in other.tuned.values()}
+    lists |= {option: (candidate[name],) for name, option in METHODS[method].tuned.items()}
+    unused = {option for other in METHODS.values() for option in other.options} - {*METHODS[method].options}
+    unused |= {"trials", "selection_seeds"} | (set() if stream == "rotated" else {"degrees"})
     return config.model_copy(
         update={name: MethodsConfig.model_fields[name].default for name in unused}
         | lists
-        | {"streams": (stream,), "methods": (method,), "seeds": (seed,), "evaluation": evaluation}
+        | {"streams": (stream,), "methods": (method,), "seeds": seeds, "evaluation": evaluation}
     )
-
-
-def trials(config: MethodsConfig, stream: str, method: str) -> list[MethodsConfig]:
-    """Return the cells of a method's candidates; none for a single one."""
-    every = candidates(config, method)
-    if len(every) == 1:
-        return []
-    return [
-        single(config, stream, method, candidate, seed, "validation")
-        for candidate in every
-        for seed in config.selection_seeds
-    ]

@@ -1,0 +1,99 @@
+"""What a network forgets of a task when it learns the next one, and the second-order expansion of that.
+
+``F1 = L1(w2) - L1(w1)`` is to second order ``g'd + 1/2 d'H d`` with ``d = w2 - w1`` and the gradient and Hessian of the
+old task's loss at its end, and ``1/2 d'H d <= 1/2 lambda_max |d|^2``. The inequality holds of the quadratic form, not
+of F1.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvlab.estimators import estimate
+from curvlab.matrices import CurvatureMatrix
+from curvlab.problem import Problem
+from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
+
+Record = dict[str, Any]
+
+
+def expansion(
+    old: Problem, new: nn.Module, *, solver: Literal["lanczos", "power_iteration"] = "lanczos", tol: float = 1e-3
+) -> Record:
+    """Return what is lost of a problem's loss at the weights of another model, and its expansion to second order.
+
+    Keys: ``forgetting`` (F1), ``gradient_term`` (g'd), ``quadratic`` (1/2 d'H d), ``second_order`` (the two
+    together), ``bound`` (1/2 lambda_max |d|^2), ``lambda_max``, ``residual`` (of its eigenvector), ``matvecs``,
+    ``distance`` (|d|), ``tightness`` (quadratic over bound), ``loss`` (L1(w1)).
+
+    Args:
+        old: The old task: its loss and samples, and the model as it was at its end.
+        new: The model after it learnt something else.
+        solver: Of the largest eigenvalue: ``curvlab.top_eigenvalues``, or deflated power iteration.
+        tol: Relative error of the largest eigenvalue, for ``lanczos``.
+
+    Raises:
+        CurvlabError: The curvature cannot be computed.
+    """
+    hessian: CurvatureMatrix = estimate(old, "hessian", "implicit")
+    top = top_eigenvalues(hessian, tol=tol) if solver == "lanczos" else deflated_power_iteration(hessian)
+    largest = float(top.values[0])
+    weights = dict(new.named_parameters())
+    d = old.space.flatten({name: weights[name].detach() - w for name, w in old.parameters().items()})
+    before, gradient = _loss_and_gradient(old)
+    after, _ = _loss_and_gradient(Problem(new, old.loss.name, old.data))
+    wide = d.double()
+    distance = float(wide.norm())
+    quadratic = 0.5 * float(wide @ hessian.matvec(d).double())
+    gradient_term = float(wide @ gradient.double())
+    bound = 0.5 * largest * distance**2
+    return {
+        "forgetting": after - before,
+        "gradient_term": gradient_term,
+        "quadratic": quadratic,
+        "second_order": gradient_term + quadratic,
+        "bound": bound,
+        "lambda_max": largest,
+        "residual": float(top.residuals[0]),
+        "matvecs": top.matvecs,
+        "distance": distance,
+        "tightness": quadratic / bound if bound else None,
+        "loss": before,
+    }
+
+
+def _loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
+    """Return the mean loss and its gradient ``(P,)``."""
+    leaves = {name: value.requires_grad_() for name, value in problem.parameters().items()}
+    loss, gradient = 0.0, torch.zeros(problem.space.total, dtype=torch.float64, device=problem.device)
+    for inputs, targets in problem.batches():
+        with torch.enable_grad():
+            values = problem.loss.values(problem.forward(leaves, inputs), targets)
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
+        loss += float(values.detach().sum(dtype=torch.float64))
+        gradient += torch.cat([slope.flatten() for slope in slopes])
+    return loss / problem.num_samples, gradient / problem.num_samples
+
+
+def quadratic_difference(seed: int) -> float:
+    """Return by how much F1 differs from 1/2 d'H d, relative, where the loss is quadratic and w1 its minimum.
+
+    Two tasks of linear regression, each solved exactly, in float64.
+
+    Examples:
+        >>> quadratic_difference(0) < 1e-10
+        True
+    """
+    rng = np.random.default_rng(seed)
+    solutions = []
+    for _ in range(2):
+        x, y = (torch.from_numpy(rng.standard_normal((50, width))) for width in (6, 3))
+        model = nn.Linear(6, 3, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.copy_(torch.linalg.lstsq(x, y).solution.mT)
+        solutions.append((Problem(model, "squared_error", (x, y)), model))
+    (old, _), (_, new) = solutions
+    found = expansion(old, new)
+    return float(abs(found["forgetting"] - found["quadratic"]) / abs(found["quadratic"]))
