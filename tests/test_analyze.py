@@ -26,14 +26,13 @@ from curvlab.analyze.__main__ import main
 from curvlab.analyze.backends import estimators
 from curvlab.analyze.frame import subject
 from curvlab.analyze.masq import fim_diagonality
-from curvlab.analyze.masq import table2 as masq_table2
 from curvlab.commandline.options import RunOptions
 from curvlab.diagonality import records
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.grid import reading
 from curvlab.models import build
-from curvlab.results import RunDirectory, run_directory
+from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
 
 pytestmark = pytest.mark.usefixtures("one_server")
@@ -48,7 +47,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Run in an empty folder, without the machine's data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path / "no data"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(fim_diagonality.__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(fim_diagonality.__file__).parents[3]))
 
 
 @pytest.fixture
@@ -117,9 +116,7 @@ def test_help_of_every_analysis(capsys, name):
 
 def test_unknown_analysis(capsys):
     assert main(["fim_diag"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: there is no analysis 'fim_diag'; the nearest is 'fim_diagonality'"
-    )
+    assert capsys.readouterr().err.startswith("error: there is no analysis 'fim_diag'; did you mean 'fim_diagonality'?")
 
 
 def test_program(capsys):
@@ -146,10 +143,10 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("--hiden 30", "there is no option --hiden; the nearest is --hidden "),
-        ("--batch_size=3", "there is no option --batch_size; the nearest is --batch-size "),
+        ("--hiden 30", "there is no option --hiden; did you mean '--hidden'?"),
+        ("--batch_size=3", "there is no option --batch_size; did you mean '--batch-size'?"),
         ("stray", "'stray' belongs to no option"),
-        ("--preset papr", "there is no preset 'papr'; the nearest is 'paper'"),
+        ("--preset papr", "there is no preset 'papr'; did you mean 'paper'?"),
         ("--preset=papr", "'papr'"),
         ("--preset", "--preset: expected one argument"),
         ("--steps", "--steps: expected one argument"),
@@ -247,7 +244,7 @@ def test_of_two_files_the_last_counts(call):
         (b"data: 2020-13-45\n", "there is no data set '2020-13-45'"),
         (b"- 1\n", "c.yaml does not hold options"),
         (b"", "c.yaml does not hold options"),
-        (b"hiden: [3]\n", "c.yaml: there is no option 'hiden'; the nearest is 'hidden'"),
+        (b"hiden: [3]\n", "c.yaml: there is no option 'hiden'; did you mean 'hidden'?"),
         (b"steps: many\n", "c.yaml: steps should be a valid integer, not 'many'"),
         (b"lr: .nan\n", "c.yaml: lr should be a finite number"),
     ],
@@ -328,7 +325,12 @@ def test_a_run_and_the_same_again(call):
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "claims.json", "provenance.json"),
         *("sums_and_means.png", "sums_and_means.pdf", "heat_map.png", "heat_map.pdf"),
         *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite.cells"),
-        *(f"sweep.sqlite.cells/{key}{name}" for key in keys("run") for name in ("", "/checkpoint.pt")),
+        "heat_map.json",
+        *(
+            f"sweep.sqlite.cells/{key}{name}"
+            for key in keys("run")
+            for name in ("", "/checkpoint.pt", "/heat_map.json")
+        ),
     }
     assert len(keys("run")) == 2
     records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
@@ -342,7 +344,7 @@ def test_a_run_and_the_same_again(call):
     assert (config["hidden"], config["per"]) == ([1], ["tensor", "network"])
     provenance = json.loads(Path("run/provenance.json").read_text())
     assert {"command", "versions", "seeds", "data_hash", "git", "machine", "seconds"} <= set(provenance)
-    assert set(provenance["seconds"]) == {"data", "cells", "figures"}
+    assert set(provenance["seconds"]) == {"data", "runs", "figures"}
     assert provenance["cells"] == {"done": 2, "failed": 0, "absent": 0, "earlier": 0}
     assert provenance["continued"] is False
     claims = json.loads(Path("run/claims.json").read_text())
@@ -419,11 +421,11 @@ def test_the_number_of_jobs_changes_no_bit(call):
 def test_records_are_what_the_functions_give(call):
     assert call("--hidden 40 --steps 3 --samples 40 --time-budget 1e-6 --seeds 0 1 --out run")[0] == 0
     config = fim_diagonality.FimDiagonalityConfig(hidden=(40,), steps=3, samples=40, seeds=(1,))
-    data = subject.dataset(config, RunOptions())
+    data = subject.load_dataset(config, RunOptions())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model, accuracy = subject.trained(config, data, 1)
+        model, accuracy = subject.train_network(config, data, 1)
         rows = list(records(subject.problem(config, data, model), "empirical_fisher", time_budget=1e-6, seed=1))
     finally:
         torch.set_num_threads(threads)
@@ -447,10 +449,8 @@ def test_every_cell_fails(call):
     code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
     assert (code, out) == (1, "")
     first, second = err.splitlines()
-    assert first.startswith(
-        "error: 2 of 2 cells have failed, the first (seed 0) so: the training loss is nan at step 2"
-    )
-    assert second == "cells done in run: 0; the same command with --out run --retry-failed continues there"
+    assert first.startswith("error: 2 of 2 runs have failed, the first (seed 0) so: the training loss is nan at step 2")
+    assert second == "runs done in run: 0; the same command with --out run --retry-failed continues there"
     assert not Path("run/table.json").exists()
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
 
@@ -463,9 +463,9 @@ def test_a_cell_fails(call):
     bad.write_bytes(b"of another program")
     code, out, err = call(f"{TINY} --out run")
     assert code == 1
-    assert err.splitlines()[0].startswith("error: 1 of 2 cells has failed, the first (seed 0) so: checkpoint ")
-    assert err.splitlines()[1].startswith("cells done in run: 1; ")
-    assert "; one seed of 2" in out
+    assert err.splitlines()[0].startswith("error: 1 of 2 runs has failed, the first (seed 0) so: checkpoint ")
+    assert err.splitlines()[1].startswith("runs done in run: 1; ")
+    assert "over the seeds that did not fail" in " ".join(out.split())
     footer = out.splitlines()[-2:]
     assert footer[0] == "Failed, and in no number above:"
     assert footer[1].startswith(f"{keys('run')[0][:8]}  raised   seed=0: ")
@@ -485,35 +485,10 @@ def test_a_cell_fails(call):
     assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 0
 
 
-def test_a_figure_says_how_many_cells_are_in_it(call, monkeypatch):
-    """Also that of a script, which draws what the cells have given that did not fail."""
-    script = Path(fim_diagonality.__file__).parents[2] / "figures" / "masq_table2.py"
-    if not script.exists():
-        pytest.skip("the scripts are not installed with the package")
-    names = {"__name__": "script"}
-    exec(compile(script.read_text(), script, "exec"), names)
-    notes = []
-
-    def write(self, stem, figure):
-        notes.append(figure.get_suptitle().splitlines()[1:])
-        return ()
-
-    monkeypatch.setattr(RunDirectory, "write_figure", write)
-    monkeypatch.setitem(names, "analyze", lambda line: main(line[:1] + shlex.split(TINY) + line[3:]))
-    assert names["main"](Path("whole")) == 0
-    assert notes == [[]] * 3
-    notes.clear()
-    Path("run/sweep.sqlite.cells").mkdir(parents=True)
-    shutil.copy("whole/config.yaml", "run")
-    Path("run/sweep.sqlite.cells", keys("whole")[0]).write_text("where the folder of the cell belongs")
-    assert names["main"](Path("run")) == 1
-    assert names["main"](Path("run")) == 0
-    assert [note for note in notes if note] == [["1 of 2 cells; the others have failed (seed 0)"]] * 3
-
-
 def test_a_network_that_is_on_another_machine_has_no_heat_map(call):
     assert call(f"{TINY} --out run")[0] == 0
-    Path("run/sweep.sqlite.cells", keys("run")[0], "checkpoint.pt").unlink()
+    for key in keys("run"):
+        Path("run/sweep.sqlite.cells", key, "heat_map.json").unlink()
     Path("run/heat_map.png").unlink()
     assert call(f"{TINY} --out run")[0] == 0
     assert not Path("run/heat_map.png").exists()
@@ -533,7 +508,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
     assert code == 2
     assert err.splitlines() == [
         "error: cannot write run/heat_map.png: No space left on device",
-        "cells done in run: 2; the same command with --out run continues there",
+        "runs done in run: 2; the same command with --out run continues there",
     ]
     before = Path("run/table.json").read_bytes()
     assert call(f"{TINY} --out run")[0] == 0
@@ -563,7 +538,7 @@ def test_full_disk(call, tmp_path, kilobytes):
 # Stopping and continuing.
 
 
-@pytest.mark.parametrize("where", ["load", "check"])
+@pytest.mark.parametrize("where", ["load", "check_subject"])
 def test_interrupted_before_the_work(call, monkeypatch, where):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -596,7 +571,7 @@ def test_stopped_in_training_and_continued(call, sign):
     assert out == ""
     if sign == signal.SIGINT:
         assert process.returncode == 130
-        assert err == "interrupted\ncells done in run: 1; the same command with --out run continues there\n"
+        assert err == "interrupted\nruns done in run: 1; the same command with --out run continues there\n"
     else:
         assert process.returncode == -signal.SIGKILL
     with reading(Path("run/sweep.sqlite")) as store:
@@ -658,31 +633,10 @@ def test_a_narrow_terminal_loses_no_digit(capsys):
         assert word in words
 
 
-def records_of(seed, sum_ratio):
-    shares = {"mean_ratio": 20.0, "paper_mean_ratio": 30.0, "sum_ratio": sum_ratio}
-    return [{"parameter": name, "seed": seed} | shares for name in ("fc1.bias", "fc2.bias", "fc3.bias", "fc3.weight")]
-
-
 def test_a_ratio_that_is_not_finite():
     records = [{"parameter": "b", "size": 1, "mean_ratio": ratio, "method": "exact"} for ratio in (math.inf, 1.0)]
     (row,) = fim_diagonality.summarise(records)
     assert (row["mean_ratio"], row["mean_ratio_std"]) == (None, None)
-
-
-def test_claims_are_tested_only_where_it_is_said():
-    found = [record for seed in range(3) for record in records_of(seed, 2.0)]
-    paper = masq_table2.claims(found, tested=True)
-    assert [claim.verdict for claim in paper if claim.text.startswith("b1: the off-diag")] == ["reproduced"]
-    default = masq_table2.claims(found, tested=False)
-    assert {claim.verdict for claim in default} == {"not tested"}
-    assert {claim.ours for claim in default} == {None}
-
-
-def test_a_claim_without_a_number_is_not_tested():
-    # As a record of a layer without gradients looks when it is read back.
-    found = [record for seed in range(3) for record in records_of(seed, None if seed == 1 else 2.0)]
-    claims = masq_table2.claims(found, tested=True)
-    assert {claim.verdict for claim in claims if "reaches or exceeds" in claim.text} == {"not tested"}
 
 
 # Doctor and estimators.
@@ -723,7 +677,7 @@ def test_doctor(hasty_doctor, capsys):
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("--quantity fisher", "there is no option --quantity; the nearest is --quantities"),
+        ("--quantity fisher", "there is no option --quantity; did you mean '--quantities'?"),
         ("--quantities fihser", "did you mean 'fisher'"),
         ("--quantities ggn ggn", "quantities needs one value or several different ones"),
         ("--params fc7", "no trainable parameter matches 'fc7'"),
@@ -754,7 +708,7 @@ def test_the_support_page_is_what_the_code_says(capsys):
     assert main(["estimators", "--format", "markdown"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    page = Path(fim_diagonality.__file__).parents[2] / "docs" / "reference" / "support.md"
+    page = Path(fim_diagonality.__file__).parents[3] / "docs" / "reference" / "support.md"
     assert out == page.read_text()
 
 

@@ -1,54 +1,41 @@
 """The analysis ``softmax_hessian``: its formulas against exact arithmetic, its network against a dense oracle."""
 
-import json
 import math
-import shlex
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from curvlab.analyze.__main__ import main
 from curvlab.analyze.dlcft import softmax_hessian as analysis
 from curvlab.analyze.dlcft.softmax_hessian import (
+    PRESETS,
     SoftmaxHessianConfig,
-    claims_of,
     logit_records,
     network_record,
     random_logits,
     softmax_hessian,
     summarise,
 )
+from curvlab.analyze.dlcft.softmax_hessian_claims import claims, conditions, deviations, identities
+from curvlab.analyze.frame.analysis import Run, Workspace
+from curvlab.analyze.frame.subject import Subject
+from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.grid import Place, Store, folder_of
+from curvlab.grid import Place
 from curvlab.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
-
-TINY = "--hidden 4 --steps 3 --points 2 --samples 40 --draws 3 --decades 4"
 CONFIG = {"hidden": (4,), "steps": 3, "points": 2, "samples": 40, "draws": 3, "decades": 4}
+MNIST = conditions(PRESETS["cpu"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000))
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(analysis.__file__).parents[2]))
-
-
-@pytest.fixture
-def call(capsys):
-    def call(line):
-        code = main(["softmax_hessian", *shlex.split(line)])
-        return (code, *capsys.readouterr())
-
-    return call
+def measure(config, folder):
+    dataset = analysis.ANALYSIS.load(config, RunOptions())
+    return list(analysis.measure(config, dataset, Workspace(Place(folder))))
 
 
 # At random logits.
@@ -121,16 +108,21 @@ def test_records_of_logits():
     assert records[-1]["autograd"] > 0.5
 
 
-def test_a_wrong_formula_and_wrong_factors_are_seen(monkeypatch):
-    config = SoftmaxHessianConfig(draws=4, decades=3)
+def test_identities_show_a_wrong_formula(monkeypatch):
+    config = SoftmaxHessianConfig(draws=4, decades=6)
     right = softmax_hessian
-
-    with monkeypatch.context() as wrong:
-        wrong.setattr(analysis, "softmax_hessian", lambda x, t: right(x, t) * (1 + 1e-6))
-        records = [record for seed in range(3) for record in logit_records(config, seed)]
-    verdicts = {claim.text[:20]: claim.verdict for claim in claims_of(records, network())}
-    assert verdicts["Equations (20) and ("] == "not reproduced"
-    assert verdicts["So are the output fa"] == "not reproduced"
+    records = [record for seed in range(3) for record in logit_records(config, seed)]
+    slope, autograd, factors, *bounds, squared_error = [one.values for one in identities(records)]
+    assert all(len(values) == 3 for values in (slope, autograd, factors, *bounds, squared_error))
+    assert max(map(abs, slope)) < 0.01
+    assert max(*autograd, *factors, *(value for values in bounds for value in values)) < 1e-12
+    assert max(squared_error) == 0
+    monkeypatch.setattr(analysis, "softmax_hessian", lambda x, t: right(x, t) * (1 + 1e-6))
+    wrong = [record for seed in range(3) for record in logit_records(config, seed)]
+    _, autograd, factors, *_ = [one.values for one in identities(wrong)]
+    assert min(*autograd, *factors) > 1e-8
+    # A rate needs two probabilities near one.
+    assert all(map(math.isnan, identities([r for r in records if r["complement"] > 0.01])[0].values))
 
 
 # Of a network.
@@ -159,85 +151,55 @@ def network(start=None, end=None):
     return [{"seed": seed, "step": step, **r} for seed in range(3) for step, r in ((0, first), (9, last))]
 
 
-def test_claims():
-    config = SoftmaxHessianConfig(draws=4, decades=6)
-    drawn = [record for seed in range(3) for record in logit_records(config, seed)]
-    assert {claim.verdict for claim in claims_of(drawn, network())} == {"reproduced"}
-    assert {claim.verdict for claim in claims_of(drawn[:7], network()[:2])} == {"not tested"}
-    of_network = {claim.text[:15]: claim for claim in claims_of(drawn, network(end={"outputs": 0.05, "ggn": 0.9}))}
-    assert of_network["In training, th"].verdict == "not reproduced"
-    assert of_network["In training, th"].ours == pytest.approx(0.5)  # of the peak, which is at the start here
-    assert of_network["The curvature o"].verdict == "not reproduced"
+@pytest.mark.parametrize(
+    ("end", "verdicts", "ours"),
+    [
+        ({"outputs": 0.02, "ggn": 1.0}, ["reproduced", "reproduced"], [0.2, 1.0]),
+        # Of the peak, which is at the start here.
+        ({"outputs": 0.05, "ggn": 1.0}, ["not reproduced", "reproduced"], [0.5, 1.0]),
+        ({"outputs": 0.02, "ggn": 0.9}, ["reproduced", "not reproduced"], [0.2, 0.9]),
+    ],
+)
+def test_verdicts(end, verdicts, ours):
+    found = claims(network(end=end), MNIST)
+    assert [claim.verdict for claim in found] == verdicts
+    assert [claim.ours for claim in found] == pytest.approx(ours)
+    assert [claim.scope for claim in found] == ["direction, at network 784-100-10 network, steps 5,000", ""]
+    assert {claim.verdict for claim in claims(network(end=end)[:2], MNIST)} == {"not tested"}
 
-    for key, text in (
-        ("above_trace", "The largest eigenvalue is at most"),
-        ("above_upper", "1 - |p|² is at most"),
-        ("below_lower", "p_t (1 - p_t) is at most"),
-        ("squared_error", "The squared error's"),
-    ):
-        broken = [*drawn[:-1], {**drawn[-1], key: 1e-9}]
-        (claim,) = (claim for claim in claims_of(broken, network()) if claim.text.startswith(text))
-        assert claim.verdict == "not reproduced"
-    slower = [{**record, "lambda_max": record["lambda_max"] ** 0.9} for record in drawn]
-    assert claims_of(slower, network())[0].verdict == "not reproduced"
-    early = [record for record in drawn if record["complement"] > 0.01]
-    assert claims_of(early, network())[0].verdict == "not tested"
+
+def test_the_claim_of_the_paper_is_not_tested_on_other_data():
+    ours = conditions(SoftmaxHessianConfig(), Subject("digits", (64,), 10, 1437, 360))
+    paper, own = claims(network(), ours)
+    assert (paper.verdict, own.verdict) == ("not tested", "reproduced")
+    assert paper.reason == "data is digits, published: mnist; training samples is 1,437, at least 5,000 is needed"
+    assert deviations(ours) == []
+    assert deviations(MNIST) == ["network 784-100-10 network (shallow_cnn); steps 5,000 (10,000)."]
 
 
 # The run.
 
 
-def test_a_run_and_the_same_again(call, with_figures):
-    line = f"{TINY} --seeds 0 1 2 --out run"
-    code, out, err = call(line)
-    assert (code, err) == (0, "")
-    files = {str(path.relative_to("run")) for path in Path("run").rglob("*") if path.is_file()}
-    assert {file for file in files if not file.startswith("sweep.sqlite")} == {
-        *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "network.json", "claims.json"),
-        *("provenance.json", "vanishing_curvature.png", "vanishing_curvature.pdf"),
-    }
-    assert sorted(Path(file).name for file in files if ".cells/" in file) == ["checkpoint.pt"] * 3
-    records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
-    assert len(records) == len(pd.read_csv("run/table.csv")) == 3 * 5
-    of_network = json.loads(Path("run/network.json").read_text())
-    assert [(r["seed"], r["step"]) for r in of_network] == [(s, step) for s in range(3) for step in (0, 1, 3)]
-    claims = json.loads(Path("run/claims.json").read_text())
-    assert [claim["verdict"] for claim in claims[:7]] == ["reproduced"] * 7
-    for text in ("Hessian of the softmax loss at 3 random logits", "64-4-10 network on digits learns", "Saved in run"):
-        assert text in out
-    assert Path("run/table.tex").read_text().isascii()
-
-    files = {file for file in files if not file.endswith(".lock")}
-    before = {file: Path("run", file).read_bytes() for file in files}
-    assert call(f"{line} --jobs 3") == (0, out, "")
-    assert {file: Path("run", file).read_bytes() for file in files} == before
+def test_a_run_and_its_report(tmp_path):
+    config = SoftmaxHessianConfig(**CONFIG, seeds=(1,))
+    records = measure(config, tmp_path)
+    logits = [record for record in records if "lambda_max" in record]
+    steps = [record for record in records if "step" in record]
+    assert len(logits) == 5
+    assert [(record["seed"], record["step"]) for record in steps] == [(1, 0), (1, 1), (1, 3)]
+    run = Run(config, Subject("digits", (64,), 10, 1437, 360), {"table": logits, "network": steps})
+    report = analysis.ANALYSIS.report(run)
+    assert report.summary.title == "Hessian of the softmax loss at 3 random logits of 10 classes; one seed"
+    assert "64-4-10 network on digits, 40 samples" in report.tables[1].title
+    assert len(report.identities) == 7
+    assert {claim.verdict for claim in report.claims} == {"not tested"}
+    assert isinstance(report.figures["vanishing_curvature"](), Figure)
 
 
-def test_interrupted_and_continued(call, monkeypatch):
-    line = f"{TINY} --seeds 0 1 --jobs 1"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    real = Store.finish
-
-    def interrupted(self, outcome):
-        real(self, outcome)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as stop:
-        stop.setattr(Store, "finish", interrupted)
-        code, out, err = call(f"{line} --out run")
-    assert (code, out) == (130, "")
-    assert err == "interrupted\ncells done in run: 1; the same command with --out run continues there\n"
-    assert not Path("run/table.json").exists()
-    assert call(f"{line} --out run")[0] == 0
-    for name in ("table.json", "network.json", "claims.json"):
-        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
-    assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
-
-
-def test_a_cell_stopped_within_its_training(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_within_its_training(tmp_path, monkeypatch):
     """Its checkpoint is taken up: the network is not measured again where it was."""
     config = SoftmaxHessianConfig(**CONFIG | {"points": 3}, seeds=(1,))
-    whole = analysis.cell(config, Place(tmp_path / "whole"))
+    whole = measure(config, tmp_path / "whole")
     real, measured = analysis.network_record, []
 
     def interrupted(*arguments):
@@ -248,87 +210,30 @@ def test_a_cell_stopped_within_its_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(analysis, "network_record", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        analysis.cell(config, Place(tmp_path / "stopped"))
-    assert analysis.cell(config, Place(tmp_path / "stopped")) == whole
+        measure(config, tmp_path / "stopped")
+    assert measure(config, tmp_path / "stopped") == whole
     assert len(measured) == 3 + 2  # of the steps 0, 1, 2 and 3
 
 
-def test_a_cell_that_fails_is_told(call):
-    """A wrong checkpoint is what makes the second of four fail."""
-    line = f"{TINY} --seeds 0 1 2 3"
-    assert call(f"{line} --out undisturbed")[0] == 0
-    cells = analysis.ANALYSIS.cells([SoftmaxHessianConfig(**CONFIG, seeds=(0, 1, 2, 3))])
-    checkpoint = folder_of(Path("run/sweep.sqlite"), cells[1].key) / "checkpoint.pt"
-    checkpoint.parent.mkdir(parents=True)
-    Path("run/config.yaml").write_bytes(Path("undisturbed/config.yaml").read_bytes())
-    checkpoint.write_text("not a checkpoint")
-    code, out, err = call(f"{line} --out run")
-    assert code == 1
-    assert "3 seeds of 4" in out
-    assert " seed=1: " in out
-    assert err.startswith("error: 1 of 4 cells has failed, the first (seed 1) so: ")
-    assert "cells done in run: 3; the same command with --out run --retry-failed continues there" in err
-    assert {record["seed"] for record in json.loads(Path("run/network.json").read_text())} == {0, 2, 3}
-    assert "seeds" in Path("run/table.md").read_text().splitlines()[0]
-
-    checkpoint.unlink()
-    assert call(f"{line} --out run")[0] == 1  # not by itself
-    assert call(f"{line} --out run --retry-failed")[0] == 0
-    for name in ("table.json", "table.md", "network.json", "claims.json"):
-        assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
-    assert json.loads(Path("run/provenance.json").read_text())["cells"]["done"] == 4
+def test_outputs_that_are_not_finite(tmp_path):
+    config = SoftmaxHessianConfig(**CONFIG | {"steps": 200, "hidden": (30, 30)}, seeds=(0,), lr=1e30)
+    with pytest.raises(CurvlabError, match="outputs are not finite"):
+        measure(config, tmp_path)
 
 
-def test_no_cell_is_done(call):
-    code, out, err = call("--points 2 --draws 2 --decades 2 --lr 1e30 --steps 200 --seeds 0 1 --out run")
-    assert (code, out) == (1, "")
-    assert err.startswith(
-        "error: 2 of 2 cells have failed, the first (seed 0) so: the network's outputs are not finite"
-    )
-    assert not Path("run/table.json").exists()
-    code, out, _ = call("--points 2 --draws 2 --decades 2 --lr 1e30 --steps 200 --seeds 0 1 --out run")
-    assert (code, out) == (1, "")
-
-
-def test_a_cell_refuses_what_the_run_refuses(tmp_path):
-    with pytest.raises(CurvlabError, match="samples is 1,438, but there are 1,437"):
-        analysis.cell(SoftmaxHessianConfig(samples=1438, seeds=(0,)), Place(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("line", "fragment"),
-    [
-        ("--categories 1", "--categories should be greater than or equal to 2"),
-        ("--draws 0", "--draws should be greater than or equal to 1"),
-        ("--decades 400", "--decades should be less than or equal to 150"),
-        ("--steps 0", "--steps should be greater than or equal to 1"),
-        ("--tol 0", "--tol should be greater than 0"),
-        ("--seeds 1 1", "seeds needs one value or several different ones"),
-        ("--samples 1438", "samples is 1,438, but there are 1,437"),
-        ("--model resnet20", "resnet20 takes images of shape (3, 32, 32)"),
-        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
-        ("--momentum 0.5", "momentum belongs to sgd"),
-        ("--draw 3", "there is no option --draw; the nearest is --draws"),
-    ],
-)
-def test_bad_value(call, line, fragment, tmp_path):
-    code, out, err = call(f"--points 2 --out run {line}")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert fragment in err
-    assert err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_figure():
+def test_the_figure_shows_every_curve():
     config = SoftmaxHessianConfig(draws=4, decades=6)
     drawn = [record for seed in range(3) for record in logit_records(config, seed)]
     figure = analysis.vanishing_curvature(*summarise(drawn, network()), "net")
-    assert isinstance(figure, Figure)
     left, right = figure.axes
     assert {axes.get_xscale() + axes.get_yscale() for axes in (left, right)} == {"loglog"}
+    assert {axes.get_ylabel() for axes in (left, right)} == {"largest eigenvalue"}
     points = next(line for line in left.lines if line.get_label() == "softmax").get_xydata()
     assert points[:, 0].tolist() == [0.5 * 10.0**-k for k in range(7)]
     means = [np.mean([r["lambda_max"] for r in drawn if r["complement"] == x]) for x in points[:, 0]]
     np.testing.assert_allclose(points[:, 1], means, rtol=1e-12)
     assert "net" in right.get_title()
+    # The Hessian's broken line lies on the wider one of the GGN.
+    curves = {container.get_label(): container.lines[0] for container in right.containers}
+    assert curves["GGN"].get_linewidth() > 2 * curves["Hessian"].get_linewidth()
+    assert curves["Hessian"].get_linestyle() == "--"

@@ -16,14 +16,13 @@ import yaml
 from cells_under_test import NAME as GRID
 from test_grid import light_server
 
-from curvlab.analyze import ANALYSES
-from curvlab.analyze.command import Analysis
-from curvlab.analyze.frame import subject
+from curvlab.analyze import ANALYSES, Entry
+from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Table, Tool
 from curvlab.analyze.frame.command import execute
-from curvlab.commandline.config import Config
+from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.commandline.options import RunOptions
-from curvlab.errors import CurvlabError
 from curvlab.grid import reading, report
+from curvlab.results import Column
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
 
@@ -34,11 +33,9 @@ pytestmark = pytest.mark.usefixtures("one_server", "light_server")
 # An analysis ---------------------------------------------------------------------------------------------------------
 
 
-class SmallConfig(Config):
+class SmallConfig(SubjectConfig):
     """Two numbers."""
 
-    data: str = "digits"
-    """Data."""
     lr: float = 0.1
     """Learning rate."""
     hidden: tuple[int, ...] = (3, 4)
@@ -47,26 +44,35 @@ class SmallConfig(Config):
     """Seeds."""
 
 
-def small(given, place):
+def measure(given, dataset, workspace):
     assert isinstance(given, SmallConfig)
-    assert place.folder.is_dir()
+    assert dataset.name == "digits"
+    assert workspace.folder.is_dir()
     (seed,) = given.seeds
-    return [{"parameter": f"w{i}", "value": given.lr * size + seed} for i, size in enumerate(given.hidden)]
+    return [
+        {"parameter": f"w{i}", "value": given.lr * size + seed, "number": seed} for i, size in enumerate(given.hidden)
+    ]
 
 
-def run_small(given, options, console):
-    tally = options.run(ANALYSIS.cells([given]), options.out / "sweep.sqlite")
-    console.print(f"{tally['done']} done of {type(options).__name__}")
+def make_report(run):
+    return Report(Table("Small", [Column("parameter", "parameter")], run.records["table"]))
 
 
-ANALYSIS = Analysis(SmallConfig, {"default": SmallConfig(), "other": SmallConfig(lr=0.5)}, run_small, "Small.", small)
+ANALYSIS = Analysis(
+    SmallConfig,
+    "Small.",
+    {"default": Preset(SmallConfig()), "other": Preset(SmallConfig(lr=0.5))},
+    measure,
+    make_report,
+    kinds={"table": "value"},
+)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ANALYSES, "small", "For tests.")
-    monkeypatch.setitem(sys.modules, "curvlab.analyze.small", sys.modules[__name__])
+    monkeypatch.setitem(ANALYSES, "small", Entry("backends", "For tests."))
+    monkeypatch.setitem(sys.modules, "curvlab.analyze.backends.small", sys.modules[__name__])
 
 
 @pytest.fixture
@@ -169,12 +175,12 @@ CIRCLE.append(CIRCLE)
     [
         ({}, "s.yaml needs either analysis or function"),
         ({"analysis": "small", "function": "m:f"}, "s.yaml needs either analysis or function"),
-        ({"analysis": "smal"}, "there is no analysis 'smal'; the nearest is 'small'"),
-        ({"analysis": "doctor"}, "the analysis doctor is no grid"),
-        ({"analysis": "small", "preset": "othr"}, "there is no preset 'othr'; the nearest is 'other'"),
-        ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: there is no option 'lrr'; the nearest is 'lr'"),
+        ({"analysis": "smal"}, "there is no analysis 'smal'; did you mean 'small'?"),
+        ({"analysis": "doctor"}, "the analysis doctor has no runs to sweep"),
+        ({"analysis": "small", "preset": "othr"}, "there is no preset 'othr'; did you mean 'other'?"),
+        ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: there is no option 'lrr'; did you mean 'lr'?"),
         ({"analysis": "small", "grid": {"lr": ["x"]}}, "s.yaml: lr should be a valid number"),
-        ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; the nearest is 'grid'"),
+        ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; did you mean 'grid'?"),
         ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid.a should be a valid list"),
         ({"function": "m:f", "grid": {"a": []}}, "s.yaml: the grid needs a list of values for 'a'"),
         (
@@ -246,20 +252,20 @@ def test_lists_the_commands(call):
             code, shown, _ = call(f"{command} --help")
             assert code == 0
             descriptions.add(shown.split("\n\n")[1])
-            assert "Exit codes: 0 done; 1 done, but cells have failed;" in " ".join(shown.split())
+            assert "Exit codes: 0 done; 1 done, but runs have failed;" in " ".join(shown.split())
     assert len(descriptions) == 4
 
 
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("rn s.yaml", "there is no command 'rn'; the nearest is 'run'"),
+        ("rn s.yaml", "there is no command 'rn'; did you mean 'run'?"),
         ("run", "needs CONFIG.yaml"),
         ("run no.yaml", "cannot read no.yaml: No such file"),
         ("status no.sqlite", "there is no store no.sqlite"),
         ("status", "needs STORE"),
         ("status a b", "'b' belongs to no option"),
-        ("run s.yaml --job 2", "there is no option --job; the nearest is --jobs"),
+        ("run s.yaml --job 2", "there is no option --job; did you mean '--jobs'?"),
         ("run s.yaml --jobs 0", "--jobs should be greater than or equal to 1"),
         ("run s.yaml --cell-timeout 0", "--cell-timeout should be greater than 0"),
         ("export x.sqlite --by step", "add --summary"),
@@ -400,31 +406,18 @@ def test_an_analysis_is_run_as_cells(call, in_servers):
     assert [float(row["value"]) for row in rows] == pytest.approx([1.3, 1.4, 1.6, 1.8])
 
 
-def test_the_options_of_an_analysis_with_cells(in_servers, capsys, tmp_path):
+def test_the_options_of_an_analysis(in_servers, capsys, tmp_path):
     assert execute(ANALYSIS, ["--out", "here", "--jobs", "2", "--seeds", "0", "1", "2"], "x") == 0
-    assert capsys.readouterr().out == "3 done of GridOptions\n"
+    assert capsys.readouterr().out.count("w1") == 3
     with reading(Path("here/sweep.sqlite")) as store:
         assert [json.loads(json.dumps(record))["parameter"] for record in store.records()] == ["w0", "w1"] * 3
     assert execute(ANALYSIS, ["--help"], "x") == 0
     assert "--scheduler" in capsys.readouterr().out
 
 
-def test_an_analysis_without_cells_has_no_such_options(capsys):
-    whole = Analysis(SmallConfig, {"default": SmallConfig()}, lambda *given: print(type(given[1]).__name__), "None.")
-    assert execute(whole, ["--jobs", "2"], "x") == 2
-    assert execute(whole, [], "x") == 0
+def test_a_tool_has_no_such_options(capsys, refused):
+    tool = Tool(SmallConfig, "None.", {"default": Preset(SmallConfig())}, lambda *given: print(type(given[1]).__name__))
+    assert execute(tool, ["--jobs", "2"], "x") == 2
+    assert execute(tool, [], "x") == 0
     assert capsys.readouterr().out == f"{RunOptions.__name__}\n"
-    with pytest.raises(CurvlabError, match="is no grid"):
-        whole.cells([SmallConfig()])
-
-
-def test_an_analysis_with_one_seed():
-    class One(subject.SubjectConfig):
-        """With a seed."""
-
-        seed: int = 3
-        """Seed."""
-
-    analysis = Analysis(One, {"default": One()}, run_small, "One.", small)
-    assert [cell.config["seed"] for cell in analysis.cells([One()])] == [3]
-    assert [cell.config["seed"] for cell in analysis.cells([One()], [5, 6])] == [5, 6]
+    assert "the analysis doctor has no runs to sweep" in refused(f"run {write(analysis='doctor')}")

@@ -15,6 +15,15 @@ class Entry(NamedTuple):
     question: str
 
 
+#: The papers, by room.
+ROOMS = {
+    "masq": "Gepperth and Wiech (2019): Simplified computation and interpretation of Fisher matrices in incremental "
+    "learning with deep neural networks",
+    "regimes": "Mirzadeh et al. (2020): Understanding the role of training regimes in continual learning",
+    "dlcft": "Shon et al. (2022): DLCFT, deep linear continual fine-tuning for general incremental learning",
+    "lecture": "Carta: Continual learning, regularization priors (lecture slides)",
+}
+
 #: By name.
 ANALYSES = {
     "fim_diagonality": Entry(
@@ -33,6 +42,9 @@ ANALYSES = {
     "softmax_hessian": Entry(
         "dlcft", "Why does it vanish? The softmax loss's Hessian as the network fits, against the formula."
     ),
+    "fisher_histogram": Entry(
+        "lecture", "How skewed is the Fisher? The distribution of its exact diagonal after a task."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? Loss of an old task against its curvature, over training regimes."
     ),
@@ -45,6 +57,7 @@ ANALYSES = {
     "dlcft": Entry(
         "dlcft", "Does a linear network with squared error forget less? DLCFT and its baselines in three settings."
     ),
+    "papers": Entry("backends", "Which published items have a command, and what became of their claims? A list."),
 }
 
 

@@ -60,7 +60,8 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     Args:
         ours: Conditions of the run, by name.
         theirs: Those of the publication.
-        least: The conditions that are asked for: a value, or for a number the smallest one, ``{"at least": 5}``.
+        least: The conditions that are asked for: a value, several of which one, ``{"one of": ["cifar100", "mnist"]}``,
+            or for a number the smallest one, ``{"at least": 5}``.
 
     Examples:
         >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
@@ -69,7 +70,10 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     missed = []
     for name, value in least.items():
         own = ours.get(name)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "one of" in value:
+            if own not in value["one of"]:
+                missed.append(f"{name} is {_word(own)}, {' or '.join(map(_word, value['one of']))} is needed")
+        elif isinstance(value, Mapping):
             if own is None or own < value["at least"]:
                 missed.append(f"{name} is {_word(own)}, at least {_word(value['at least'])} is needed")
         elif own != value:
@@ -182,25 +186,45 @@ class Identity:
     text: str
     values: Sequence[float]
 
+    @property
+    def mean_and_spread(self) -> tuple[float | None, float | None]:
+        """Mean and standard deviation of the values that there are."""
+        known = [value for value in self.values if math.isfinite(value)]
+        return fmean(known) if known else None, stdev(known) if len(known) > 1 else None
+
+
+def significant_claim(published: float | str | None) -> str:
+    """Return a published number with the digits that it has, or its words."""
+    return f"{published:g}" if isinstance(published, float) else significant(published)
+
+
+def sort_claims(claims: Sequence[Claim]) -> tuple[list[tuple[Claim, str]], list[str]]:
+    """Return the claims, those not reproduced first, each with its verdict in words, and the reasons it refers to."""
+    reasons = list(dict.fromkeys(claim.reason for claim in claims if claim.reason))
+
+    def say(claim: Claim) -> str:
+        note = f" [{reasons.index(claim.reason) + 1}]" if claim.reason else ""
+        return f"{claim.verdict}{note}" + (f" ({claim.scope})" if claim.scope else "")
+
+    ordered = sorted(claims, key=lambda claim: claim.verdict != "not reproduced")
+    return [(claim, say(claim)) for claim in ordered], [f"[{n}] {reason}" for n, reason in enumerate(reasons, start=1)]
+
 
 def render_claims(claims: Sequence[Claim]) -> Table:
     """Return the claims as a table for the console; those not reproduced come first."""
-    reasons = list(dict.fromkeys(claim.reason for claim in claims if claim.reason))
-    caption = "\n".join(f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1))
+    ordered, reasons = sort_claims(claims)
+    caption = "\n".join(reasons)
     table = Table(title="Claims", show_edge=False, pad_edge=False, caption=Text(caption), caption_justify="left")
     for header in ("claim", "source"):
         table.add_column(header)
     for header in ("published", "ours"):
         table.add_column(header, justify="right")
     table.add_column("verdict")
-    for claim in sorted(claims, key=lambda claim: claim.verdict != "not reproduced"):
-        note = f" [{reasons.index(claim.reason) + 1}]" if claim.reason else ""
-        verdict = f"{claim.verdict}{note}" + (f" ({claim.scope})" if claim.scope else "")
-        published = f"{claim.published:g}" if isinstance(claim.published, float) else significant(claim.published)
+    for claim, verdict in ordered:
         table.add_row(
             Text(claim.text),
             Text(claim.source),
-            Text(published),
+            Text(significant_claim(claim.published)),
             Text(plus_minus(claim.ours, claim.spread)),
             Text(verdict, style=_COLOURS[claim.verdict]),
         )
@@ -213,6 +237,5 @@ def render_identities(identities: Sequence[Identity]) -> Table:
     table.add_column("statement")
     table.add_column("ours", justify="right")
     for one in identities:
-        spread = stdev(one.values) if len(one.values) > 1 else None
-        table.add_row(Text(one.text), Text(plus_minus(fmean(one.values) if one.values else None, spread)))
+        table.add_row(Text(one.text), Text(plus_minus(*one.mean_and_spread)))
     return table

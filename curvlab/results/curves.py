@@ -16,8 +16,11 @@ _FONT = {"title": 10, "label": 9, "tick": 8}
 _FEW_DECADES = 100.0
 _LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
 _LOSS_COLOURS = {"cross_entropy": "#0b559f", "squared_error": "#e07b39"}
+# A loss of probabilities is in nats. Half a squared error has the unit of its outputs, squared.
+_UNITS = {"cross_entropy": "nats", "squared_error": "squared outputs"}
 _QUANTITIES = {"fisher": "Fisher", "hessian": "Hessian", "ekfac": "Fisher by EK-FAC", "ggn": "GGN"}
-# By place, and told apart without colour too. A broken line on top of a whole one shows both where they agree.
+_EARLY = 2  # points: a maximum among the first ones is not resolved
+# By place, and distinct without colour too. A broken line on top of a whole one shows both where they agree.
 _STYLES = (
     {"color": "#0b559f", "linestyle": "-", "linewidth": 2.2},
     {"color": "#e07b39", "linestyle": (0, (3, 1.5)), "linewidth": 1.6},
@@ -29,23 +32,29 @@ _STYLES = (
 def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
     """Draw the largest eigenvalues over training: a column a loss, linear above and logarithmic below.
 
+    The range over the seeds is shaded for the first quantity, and between thin lines for the others. A circle marks a
+    maximum in the first interval, at the start or the first point after it: the curve may be higher between the two.
+
     Args:
         records: One a ``loss``, ``seed``, ``step`` and ``quantity``, with the eigenvalue as ``value``.
         title: What stands above.
     """
     losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
     figure, panels = _grid(len(losses), title)
+    early = False
     for column, loss in enumerate(losses):
         for row, axes in enumerate(panels[:, column]):
             for place, quantity in enumerate(quantities):
                 steps, values = _values(records, loss=loss, quantity=quantity)
-                _draw(axes, steps, values, _STYLES[place % len(_STYLES)], log=row == 1)
+                style = _STYLES[place % len(_STYLES)]
+                _draw(axes, steps, values, style, log=row == 1, outline=place > 0)
+                early |= _mark_early_peak(axes, steps, values, style)
             _finish(axes, log=row == 1)
-        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+        panels[0, column].set_title(_loss_title(loss), fontsize=_FONT["label"])
     for axes in panels[:, 0]:
-        axes.set_ylabel(r"$\lambda_{\max}$ (nats)", fontsize=_FONT["label"])
+        axes.set_ylabel(r"$\lambda_{\max}$", fontsize=_FONT["label"])
     styles = {_QUANTITIES.get(name, name): _STYLES[place % len(_STYLES)] for place, name in enumerate(quantities)}
-    _legend(figure, styles, _number_of_seeds(records))
+    _legend(figure, styles, _number_of_seeds(records), outlines=len(quantities) > 1, early=early)
     return figure
 
 
@@ -62,17 +71,21 @@ def normalised_curves(records: Sequence[Record], title: str) -> Figure:
         loss: {"color": _LOSS_COLOURS.get(loss, "#3a7d44"), "linestyle": style, "linewidth": 1.8}
         for loss, style in zip(losses, ("-", "--", "-."), strict=False)
     }
+    early = False
     for column, quantity in enumerate(quantities):
         for row, axes in enumerate(panels[:, column]):
             for loss in losses:
                 steps, values = _values(records, loss=loss, quantity=quantity)
                 if len(steps):
-                    _draw(axes, steps, values / values.max(axis=1, keepdims=True), styles[loss], log=row == 1)
+                    values = values / values.max(axis=1, keepdims=True)
+                    _draw(axes, steps, values, styles[loss], log=row == 1)
+                    early |= _mark_early_peak(axes, steps, values, styles[loss])
             _finish(axes, log=row == 1)
         panels[0, column].set_title(_QUANTITIES.get(quantity, quantity), fontsize=_FONT["label"])
     for axes in panels[:, 0]:
         axes.set_ylabel(r"$\lambda_{\max}$ / its maximum", fontsize=_FONT["label"])
-    _legend(figure, {_LOSSES.get(loss, loss): style for loss, style in styles.items()}, _number_of_seeds(records))
+    names = {_LOSSES.get(loss, loss): style for loss, style in styles.items()}
+    _legend(figure, names, _number_of_seeds(records), early=early)
     return figure
 
 
@@ -95,10 +108,8 @@ def layer_curves(records: Sequence[Record], title: str) -> Figure:
                 _draw(axes, steps, values, {"color": colour, "linewidth": 1.5}, log=True)
             _finish(axes, log=True)
             if column == 0:
-                axes.set_ylabel(
-                    rf"$\lambda_{{\max}}$, {_QUANTITIES.get(quantity, quantity)} (nats)", fontsize=_FONT["label"]
-                )
-        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+                axes.set_ylabel(rf"$\lambda_{{\max}}$, {_QUANTITIES.get(quantity, quantity)}", fontsize=_FONT["label"])
+        panels[0, column].set_title(_loss_title(loss), fontsize=_FONT["label"])
     styles = {layer: {"color": colour, "linewidth": 1.5} for layer, colour in zip(layers, colours, strict=True)}
     _legend(figure, styles, _number_of_seeds(records))
     return figure
@@ -128,13 +139,18 @@ def density_curves(densities: Sequence[Record], title: str) -> Figure:
             if top:
                 axes.set_ylim(top * 1e-7, top * 3)
             _finish(axes, log=True)
-            axes.set_xlabel(f"eigenvalue of the {_QUANTITIES.get(quantity, quantity)} (nats)", fontsize=_FONT["label"])
+            unit = f" ({_UNITS[loss]})" if loss in _UNITS else ""
+            axes.set_xlabel(f"eigenvalue of the {_QUANTITIES.get(quantity, quantity)}{unit}", fontsize=_FONT["label"])
             if column == 0:
                 axes.set_ylabel("density, smoothed", fontsize=_FONT["label"])
         panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
     styles = {f"step {step:,}": {"color": colour} for step, colour in zip(steps, colours, strict=True)}
     _legend(figure, styles, 1)
     return figure
+
+
+def _loss_title(loss: str) -> str:
+    return f"{_LOSSES.get(loss, loss)} ({_UNITS[loss]})" if loss in _UNITS else loss
 
 
 def _distinct(records: Sequence[Record], key: str) -> list[str]:
@@ -170,13 +186,35 @@ def _grid(
     return figure, panels
 
 
-def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any], log: bool) -> None:
-    """Draw the mean over seeds and, where there are several, the band from the smallest to the largest."""
+def _draw(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any], log: bool, outline: bool = False
+) -> None:
+    """Draw the mean over seeds and, where there are several, their range: shaded, or the outline alone."""
     if log:
         values = np.where(values > 0, values, np.nan)
     axes.plot(steps, values.mean(axis=0), marker="o" if len(steps) == 1 else None, markersize=4, **style)
-    if len(values) > 1:
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.22, linewidth=0)
+    if len(values) < 2:
+        return
+    low, high = values.min(axis=0), values.max(axis=0)
+    if outline:
+        for edge in (low, high):
+            axes.plot(steps, edge, **{**style, "linewidth": 0.7})
+    else:
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.22, linewidth=0)
+
+
+def _mark_early_peak(axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any]) -> bool:
+    """Put a circle on a mean whose maximum is one of the first points of several, and say whether that is so."""
+    if len(steps) <= _EARLY:
+        return False
+    mean = values.mean(axis=0)
+    place = int(mean.argmax())
+    if place >= _EARLY:
+        return False
+    axes.scatter(
+        steps[place], mean[place], s=36, facecolors="none", edgecolors=style["color"], linewidths=1.0, zorder=3
+    )
+    return True
 
 
 def _finish(axes: Axes, log: bool) -> None:
@@ -195,10 +233,17 @@ def _finish(axes: Axes, log: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int) -> None:
+def _legend(
+    figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int, outlines: bool = False, early: bool = False
+) -> None:
     handles: list[Line2D | Patch] = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     if seeds > 1:
-        handles.append(Patch(facecolor="#808080", alpha=0.3, label=f"mean and range of {seeds} seeds"))
+        edge: dict[str, Any] = {"edgecolor": (0, 0, 0, 0.6), "linestyle": "--", "linewidth": 0.7} if outlines else {}
+        handles.append(Patch(facecolor=(0.5, 0.5, 0.5, 0.3), label=f"mean and range of {seeds} seeds", **edge))
+    if early:
+        circle = Line2D([], [], linestyle="none", marker="o", markerfacecolor="none", color="#808080", markersize=6)
+        circle.set_label("maximum in the first interval")
+        handles.append(circle)
     # A row holds what the width of the figure does: about six characters a label beside its line.
     widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() * 13 / (widest + 7)))

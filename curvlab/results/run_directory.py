@@ -146,6 +146,19 @@ def open_run(out: Path | None, analysis: str, config: str | Mapping[str, Any]) -
     return run
 
 
+def read_analysis_name(folder: Path) -> str:
+    """Return the name of the analysis that a folder is a run of; nothing if it does not say.
+
+    Raises:
+        CurvlabError: It holds no configuration of a run.
+    """
+    try:
+        first = (folder / CONFIG).read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, ValueError) as error:
+        raise CurvlabError(f"{folder} is not the folder of a run: {error}") from error
+    return first.removeprefix(_MARK) if first.startswith(_MARK) else ""
+
+
 def _new_name(analysis: str) -> Path:
     stem = f"{analysis}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     path, number = RUNS / stem, 1

@@ -13,55 +13,33 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 Record = Mapping[str, Any]
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0b559f", "#e07b39", "#3a8f5c", "#767676"
+_LIGHT_BLUE = "#8fbbe3"
 _FONT = {"title": 10, "label": 9, "tick": 8}
 
 
-def vanishing_curvature(of_logits: Sequence[Record], of_network: Sequence[Record], title: str) -> Figure:
+def vanishing_curvature(logits: Sequence[Record], network: Sequence[Record], title: str) -> Figure:
     """Draw the softmax loss's largest eigenvalue over ``1 - p_t``: at random logits, and of a network in training.
 
     Args:
-        of_logits: A record a probability, with ``complement`` (``1 - p_t``), ``lambda_max``, ``lower``, ``trace`` and
+        logits: A record a probability, with ``complement`` (``1 - p_t``), ``lambda_max``, ``lower``, ``trace`` and
             ``upper``.
-        of_network: A record a step, with ``complement``, ``outputs``, ``jacobian``, ``ggn`` and ``hessian``, each with
+        network: A record a step, with ``complement``, ``outputs``, ``jacobian``, ``ggn`` and ``hessian``, each with
             its ``_std`` over seeds.
         title: What the network is.
     """
     figure = Figure(figsize=(7.2, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    x = _column(of_logits, "complement")
+    x = _column(logits, "complement")
     left.axhline(1.0, color=_ORANGE, linewidth=1.2, label="squared error")
-    left.plot(x, _column(of_logits, "lambda_max"), ".", color=_BLUE, markersize=6, label="softmax")
-    left.plot(x, _column(of_logits, "trace"), color=_GREEN, linewidth=1.0, label=r"$1-\|p\|^2$")
-    bounds = [_column(of_logits, key) for key in ("lower", "upper")]
+    left.plot(x, _column(logits, "lambda_max"), ".", color=_BLUE, markersize=6, label="softmax")
+    left.plot(x, _column(logits, "trace"), color=_GREEN, linewidth=1.0, label=r"$1-\|p\|^2$")
+    bounds = [_column(logits, key) for key in ("lower", "upper")]
     left.fill_between(x, *bounds, color=_GREY, alpha=0.3, linewidth=0, label=r"$p_t(1-p_t)$ to $2(1-p_t)$")
     left.set_title("Hessian with respect to random logits", fontsize=_FONT["label"], pad=34)
-    left.set_xlabel(r"$1-p_t$  (surer to the right)", fontsize=_FONT["label"])
+    left.set_xlabel(r"$1-p_t$  (more certain to the right)", fontsize=_FONT["label"])
     left.set_ylabel("largest eigenvalue", fontsize=_FONT["label"])
-
-    x = _column(of_network, "complement")
-    for key, colour, marker, label in (
-        ("jacobian", _ORANGE, "^", r"mean of $J^{\mathsf{T}}J$"),
-        ("ggn", _BLUE, "o", "GGN"),
-        ("hessian", _GREEN, "x", "Hessian"),
-        ("outputs", _GREY, ".", "outputs (mean)"),
-    ):
-        spread = np.array([record.get(f"{key}_std") or 0.0 for record in of_network])
-        height = _column(of_network, key)
-        below = np.minimum(spread, 0.9 * height)  # on a logarithmic axis a bar must not reach below zero
-        right.errorbar(
-            x,
-            height,
-            yerr=[below, spread] if spread.any() else None,
-            color=colour,
-            marker=marker,
-            markersize=4,
-            linewidth=1.0,
-            elinewidth=0.8,
-            capsize=2,
-            label=label,
-        )
+    _training_panel(right, network)
     right.set_title(f"{title}, in training", fontsize=_FONT["label"], pad=34)
-    right.set_xlabel(r"mean $1-p_t$ of the samples  (surer to the right)", fontsize=_FONT["label"])
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -77,6 +55,25 @@ def vanishing_curvature(of_logits: Sequence[Record], of_network: Sequence[Record
             columnspacing=1,
         )
     return figure
+
+
+def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
+    """Draw the eigenvalues of a network in training; the Hessian's broken line lies on the GGN's wide one."""
+    x = _column(records, "complement")
+    drawn: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("jacobian", r"mean of $J^{\mathsf{T}}J$", {"color": _ORANGE, "marker": "^"}),
+        ("ggn", "GGN", {"color": _LIGHT_BLUE, "marker": "o", "markersize": 7, "linewidth": 4.0}),
+        ("hessian", "Hessian", {"color": "black", "marker": "x", "linestyle": (0, (3, 1.5))}),
+        ("outputs", "outputs (mean over samples)", {"color": _GREY, "marker": "."}),
+    )
+    for key, label, style in drawn:
+        spread = np.array([record.get(f"{key}_std") or 0.0 for record in records])
+        height = _column(records, key)
+        below = np.minimum(spread, 0.9 * height)  # on a logarithmic axis a bar must not reach below zero
+        bars: dict[str, Any] = {"yerr": [below, spread], "elinewidth": 0.8, "capsize": 2} if spread.any() else {}
+        axes.errorbar(x, height, label=label, **{"markersize": 4, "linewidth": 1.0, **style, **bars})
+    axes.set_xlabel(r"mean $1-p_t$  (more certain to the right)", fontsize=_FONT["label"])
+    axes.set_ylabel("largest eigenvalue", fontsize=_FONT["label"])
 
 
 def bound_scatter(records: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:

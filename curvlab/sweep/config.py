@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from curvlab.analyze import ANALYSES, load_analysis
-from curvlab.analyze.frame.analysis import Analysis
+from curvlab.analyze.frame.analysis import Analysis, Tool
 from curvlab.analyze.frame.subject import check_distinct
 from curvlab.commandline.config import Config
 from curvlab.commandline.parser import change, did_you_mean, read_yaml
@@ -130,8 +130,8 @@ def find_analysis(name: str, file: Path) -> Analysis[Any]:
         CurvlabError: There is none of that name.
     """
     if name in ANALYSES:
-        analysis: Analysis[Any] = load_analysis(name)
-        if isinstance(analysis, Analysis) or getattr(analysis, "cell", None) is not None:
+        analysis: Analysis[Any] | Tool[Any] = load_analysis(name)
+        if not isinstance(analysis, Tool):
             return analysis
-        raise CurvlabError(f"{file}: the analysis {name} is no grid, so that there is nothing to sweep")
+        raise CurvlabError(f"{file}: the analysis {name} has no runs to sweep")
     raise CurvlabError(f"{file}: there is no analysis {name!r}{did_you_mean(name, ANALYSES)}")

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from curvlab.analyze.command import Analysis, RunOptions
 from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.analysis import Preset, Tool
 from curvlab.analyze.frame.subject import SubjectConfig
+from curvlab.commandline.options import RunOptions
 from curvlab.doctor import Diagnosis, doctor
 from curvlab.errors import CurvlabError
 from curvlab.results import RunDirectory, Stopwatch, collect, open_run, write_tables
@@ -32,10 +33,11 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
         CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
     """
     clock = Stopwatch()
+    located = subject.locate_weights(config, options)
     with clock("data"):
-        dataset = subject.load_dataset(config, options)
-    subject.check_subject(config, dataset)
-    problem = subject.problem(config, dataset, subject.network(config, dataset, seed=0))
+        dataset = subject.load_dataset(located, options)
+    subject.check_subject(located, dataset)
+    problem = subject.problem(located, dataset, subject.network(located, dataset, seed=0))
     subject.check_curvature(problem, config.quantities, config.params)
     directory = None if options.out is None else open_run(options.out, "doctor", config.to_yaml())
     try:
@@ -67,11 +69,11 @@ def _write(directory: RunDirectory, diagnosis: Diagnosis) -> None:
     directory.write_json("findings.json", [diagnosis.summary, *diagnosis.findings])
 
 
-ANALYSIS = Analysis(
+ANALYSIS = Tool(
     config=DoctorConfig,
-    presets={"default": DoctorConfig()},
-    run=run,
-    description="What can each backend do for this network, and what will it cost? Tries every backend and structure "
+    question="What can each backend do for this network, and what will it cost? Tries every backend and structure "
     "on a few samples: what is refused, why, and what would work; and the predicted seconds and memory of the rest. "
     "It prints, and saves only with --out.",
+    presets={"default": Preset(DoctorConfig(), minutes=0.2)},
+    run=run,
 )

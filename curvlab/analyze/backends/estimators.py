@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from curvlab.analyze.command import Analysis, Config, RunOptions
+from curvlab.analyze.frame.analysis import Preset, Tool
+from curvlab.commandline.config import Config
+from curvlab.commandline.options import RunOptions
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.verification import kronecker_layers
@@ -279,10 +281,10 @@ def run(config: EstimatorsConfig, options: RunOptions, console: Console) -> None
         raise
 
 
-ANALYSIS = Analysis(
+ANALYSIS = Tool(
     config=EstimatorsConfig,
-    presets={"default": EstimatorsConfig()},
-    run=run,
-    description="Which backend computes what, of which modules? Prints tables: what each has, from the registry, and "
+    question="Which backend computes what, of which modules? Prints tables: what each has, from the registry, and "
     "which modules it takes, by trying small networks. It saves only with --out.",
+    presets={"default": Preset(EstimatorsConfig(), minutes=0.2)},
+    run=run,
 )

@@ -1,111 +1,157 @@
-"""Shon et al. (2022), DLCFT: what is published, and what becomes of its claims."""
+"""Shon et al. (2022), DLCFT: its claims, and their verdicts."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from curvlab import yaml_file
+from curvlab.analyze.dlcft.conditions import direction_gate, measured_samples, published_tables
 from curvlab.analyze.dlcft.methods import METHODS, SETTINGS
-from curvlab.results import Claim
+from curvlab.analyze.dlcft.options import DlcftConfig, MethodName, Setting
+from curvlab.analyze.frame.subject import Subject
+from curvlab.analyze.frame.values import number
+from curvlab.results import Claim, Gate
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 #: Above this mean accuracy too little is left to judge methods by.
 _SATURATED = 0.97
+_HALF_A_POINT = 0.005
+_LINEAR = "the linear network with squared error is above the non-linear one with cross-entropy"
+_ROUNDING = 1 - 1e-9
 
 
-@cache
-def published() -> dict[str, Any]:
-    """Return what is printed: ``source``, ``conditions``, and ``rows`` by setting and method, in percent."""
-    text = files("curvlab.analyze").joinpath("published/dlcft.yaml").read_text()
-    table: dict[str, Any] = yaml_file.loads(text)
-    return table
+def list_claims(found: Sequence[Record], config: DlcftConfig, data: Subject) -> list[Claim]:
+    """Return the claims about the settings that were run; a claim is reproduced if it holds for every seed.
 
-
-def beside_published(table: Sequence[Record]) -> list[Record]:
-    """Return the rows of a summary with the published accuracy and backward transfer, as shares, where there are some.
-
-    A ``published_acc`` whose row does not bear the method's name has ``published_read``.
-    """
-    rows = []
-    for row in table:
-        printed = published()["rows"][row["setting"]].get(row["method"], {})
-        shares = {f"published_{key}": value / 100 for key, value in printed.items() if key != "read"}
-        rows.append({**row, **shares, "published_read": "our reading" if printed.get("read") else None})
-    return rows
-
-
-def claims(found: Sequence[Record], images: int) -> list[Claim]:
-    """Return the claims with their verdicts: one is reproduced if it holds for every seed.
-
-    Not tested is, with the reason in the text, where two methods differ by less than one test image on average, or all
-    that is compared is above 0.97.
+    A claim is not tested, with the reason, on data or streams for which the paper says nothing (``direction`` of the
+    published tables), where two methods differ by less than one test image on average, or where both are above 0.97.
 
     Args:
-        found: A record a setting, method and seed, with ``acc`` and ``bwt``, as ``table.json`` has them.
-        images: Samples that the accuracies are measured on.
+        found: A record a setting, method and seed, with ``acc`` and ``bwt``.
+        config: The configuration.
+        data: What the streams are made of.
     """
-    answers = []
-    for setting in ("data", "data_long"):
-        answers += _of_data(_Values(found, setting, images))
-    return [*answers, *_of_tasks(_Values(found, "task", images)), *_of_classes(_Values(found, "class", images))]
+    samples = measured_samples(config, data)
+    runs = {
+        setting: _Runs.select(found, setting, direction_gate(config, data, setting), samples) for setting in SETTINGS
+    }
+    answers: dict[Setting, Callable[[], list[Claim]]] = {
+        "data": lambda: [*_data_claims(runs["data"], runs["data"]), _joint_claim(runs["data"])],
+        "data_long": lambda: _data_claims(runs["data_long"], runs["data"]),
+        "task": lambda: _task_claims(runs["task"]),
+        "class": lambda: _class_claims(runs["class"]),
+    }
+    return [claim for setting, make in answers.items() if runs[setting].records for claim in make()]
 
 
-def _above(difference: float) -> bool:
+def _is_positive(difference: float) -> bool:
     return difference > 0
 
 
-class _Values:
-    """The values of a setting, and claims about them."""
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of a setting, and claims about them."""
 
-    def __init__(self, found: Sequence[Record], setting: str, images: int) -> None:
-        self.seeds = list(dict.fromkeys(record["seed"] for record in found))
-        self.records = {(r["method"], r["seed"]): r for r in found if r["setting"] == setting}
-        self.name = SETTINGS[setting][0]  # type: ignore[index]
-        self.printed = published()["rows"][setting]
-        self.images = images
+    setting: Setting
+    seeds: Sequence[int]
+    records: Mapping[tuple[str, int], Record]
+    gate: Gate
+    samples: int
 
-    def of(self, method: str, key: str = "acc") -> list[float]:
+    @classmethod
+    def select(cls, found: Sequence[Record], setting: Setting, gate: Gate, samples: int) -> "_Runs":
+        """Return the runs of a setting."""
+        records = {(r["method"], r["seed"]): r for r in found if r["setting"] == setting}
+        return cls(setting, list(dict.fromkeys(record["seed"] for record in found)), records, gate, samples)
+
+    def values(self, method: MethodName, key: str = "acc") -> list[float]:
         """Return a value a seed, NaN where there is none."""
-        values = [self.records.get((method, seed), {}).get(key) for seed in self.seeds]
-        return [math.nan if value is None else value for value in values]
+        return [number(self.records.get((method, seed), {}).get(key)) for seed in self.seeds]
 
-    def ran(self, *methods: str) -> bool:
+    def ran(self, *methods: MethodName) -> bool:
+        """Say whether there is a run of each of several methods."""
         return all(any(name == method for name, _ in self.records) for method in methods)
 
-    def above(
+    def claim(
         self,
         text: str,
         source: str,
-        better: str,
-        worse: str,
-        key: str = "acc",
-        by: Callable[[float], bool] = _above,
-        nothing: str = "",
+        values: Sequence[float],
+        by: Callable[[float], bool],
+        published: float | None = None,
     ) -> Claim:
-        """Return the claim that one method is above another in every seed.
+        """Return a claim about values of this setting."""
+        return Claim.of(f"{SETTINGS[self.setting][0]}: {text}", source, values, by, published, self.gate)
+
+    def require(self, reason: str) -> "_Runs":
+        """Return the same runs with a gate that is closed for a reason, if there is one and it was open."""
+        return replace(self, gate=Gate(reason)) if reason and not self.gate.reason else self
+
+    def compare(
+        self,
+        text: str,
+        source: str,
+        better: MethodName,
+        worse: MethodName,
+        key: str = "acc",
+        by: Callable[[float], bool] = _is_positive,
+    ) -> Claim:
+        """Return the claim that a method is above another one in every seed.
 
         Args:
             text: The claim, without the setting.
-            source: Where it stands.
+            source: The published table.
             better: The method that is to be above.
             worse: The other one.
-            key: Of what.
+            key: Of the value.
             by: The test of a difference.
-            nothing: Why there is nothing to judge, if that is so.
         """
-        pair = self.of(better, key), self.of(worse, key)
-        differences = [a - b for a, b in zip(*pair, strict=True)]
-        rows = [self.printed.get(method, {}).get(key) for method in (better, worse)]
-        known = None if None in rows else round((rows[0] - rows[1]) / 100, 4)
-        nothing = nothing or self.nothing(*pair, close=by is _above)
-        values = differences if not nothing and self.ran(better, worse) else []
-        return Claim.of(f"{self.name}: {text}{nothing and f' ({nothing})'}", source, values, by, known)
+        pair = self.values(better, key), self.values(worse, key)
+        differences = [a - b for a, b in zip(*pair, strict=True)] if self.ran(better, worse) else []
+        runs = self.require(self.indistinct(*pair, close=by is _is_positive))
+        return runs.claim(
+            text, source, differences, by, _published_difference(self.setting, source, better, worse, key)
+        )
 
-    def nothing(self, one: Sequence[float], other: Sequence[float], close: bool) -> str:
+    def compare_linear(
+        self, text: str, source: str, better: MethodName, worse: MethodName, joint: "_Runs"
+    ) -> list[Claim]:
+        """Return the claim that a linear method is above a non-linear one, and the same less joint training of each.
+
+        Args:
+            text: The claim, without the setting.
+            source: The published table.
+            better: The linear method.
+            worse: The other one.
+            joint: The runs with joint training.
+        """
+        gains = [
+            (a - a_joint) - (b - b_joint)
+            for a, a_joint, b, b_joint in zip(
+                self.values(better),
+                joint.values("joint_linear"),
+                self.values(worse),
+                joint.values("joint"),
+                strict=True,
+            )
+        ]
+        ran = self.ran(better, worse) and joint.ran("joint", "joint_linear")
+        runs = self.require(self.indistinct(self.values(better), self.values(worse), close=False))
+        if ran and abs(fmean(gains)) < _ROUNDING / self.samples:
+            runs = runs.require(f"they differ by less than one of {self.samples:,} test images")
+        return [
+            self.compare(text, source, better, worse),
+            runs.claim(
+                f"{text}, each less its own joint training",
+                f"ours, of {source}",
+                gains if ran else [],
+                _is_positive,
+            ),
+        ]
+
+    def indistinct(self, one: Sequence[float], other: Sequence[float], close: bool) -> str:
         """Return why two methods cannot be told apart, or nothing.
 
         Args:
@@ -115,129 +161,148 @@ class _Values:
         """
         a, b = fmean(one), fmean(other)
         if a > _SATURATED and b > _SATURATED:  # not of the smaller one, which of NaN is either
-            return f"both are above {_SATURATED}: nothing to judge"
-        if close and abs(a - b) < (1 - 1e-9) / self.images:
-            return f"they differ by less than one of {self.images:,} test images: nothing to judge"
+            return f"both are above {_SATURATED}"
+        if close and abs(a - b) < _ROUNDING / self.samples:
+            return f"they differ by less than one of {self.samples:,} test images"
         return ""
 
 
-def _of_data(values: _Values) -> list[Claim]:
-    if not values.records:
-        return []
-    long = values.name != SETTINGS["data"][0]
-    pairs = [
+def _published_value(setting: Setting, source: str, method: MethodName, key: str) -> float | None:
+    """Return a published number in percent, of the table that is cited if it has it."""
+    tables = sorted(published_tables(setting), key=lambda table: table["source"] != source)
+    found = (table["rows"].get(method, {}).get(key) for table in tables)
+    return next((float(value) for value in found if value is not None), None)
+
+
+def _published_difference(
+    setting: Setting, source: str, better: MethodName, worse: MethodName, key: str = "acc"
+) -> float | None:
+    """Return the published difference of two methods, as a share."""
+    first, second = (_published_value(setting, source, method, key) for method in (better, worse))
+    return None if first is None or second is None else round((first - second) / 100, 4)
+
+
+def _data_claims(runs: _Runs, short: _Runs) -> list[Claim]:
+    """Return the claims of data-IL.
+
+    Args:
+        runs: Of the short or of the long stream.
+        short: Of the short one, where joint training is.
+    """
+    pairs: tuple[tuple[str, MethodName, MethodName], ...] = (
         ("diagonal", "dlcft_diag", "ewc"),
         ("K-FAC", "dlcft_kfac", "osla"),
         ("TK-FAC", "dlcft_tkfac", "osla_tkfac"),
-    ]
-    answers = [
-        values.above(
-            f"with {name} curvature the linear network with squared error is above the non-linear one with "
-            "cross-entropy (difference of accuracy)",
+    )
+    long = runs.setting == "data_long"
+    return [
+        claim
+        for name, better, worse in pairs[1 if long else 0 :]
+        for claim in runs.compare_linear(
+            f"with {name} curvature {_LINEAR}",
             "poster, ablation" if long or name == "TK-FAC" else "Table 5",
             better,
             worse,
+            short,
         )
-        for name, better, worse in pairs[1 if long else 0 :]
     ]
-    return answers if long else [*answers, _not_above_joint(values)]
 
 
-def _not_above_joint(values: _Values) -> Claim:
+def _joint_claim(runs: _Runs) -> Claim:
     """Return the claim about the method that is highest on average: the largest difference of a seed would be noise."""
-    margin = 0.005
-    joint = [max(pair) for pair in zip(values.of("joint"), values.of("joint_linear"), strict=True)]
-    others = [values.of(method) for method in METHODS if values.ran(method) and not method.startswith("joint")]
-    able = [of_method for of_method in others if math.isfinite(fmean(of_method))]
-    text = f"{values.name}: no method is more than half a point above joint training"
-    differences = []
-    if able and values.ran("joint", "joint_linear"):
-        best = max(able, key=fmean)
-        text += f" (the best of {len(able)} on average, less the better of the two joint ones)"
-        nothing = values.nothing(best, joint, close=False)
-        if margin * values.images < 1:
-            nothing = f"half a point is less than one of {values.images:,} test images: nothing to judge"
-        text += nothing and f" ({nothing})"
-        differences = [] if nothing else [a - b for a, b in zip(best, joint, strict=True)]
-    return Claim.of(text, "poster, data-IL", differences, lambda difference: difference <= margin, -0.0087)
+    joint = [max(pair) for pair in zip(runs.values("joint"), runs.values("joint_linear"), strict=True)]
+    others = [runs.values(method) for method in METHODS if runs.ran(method) and not method.startswith("joint")]
+    complete = [values for values in others if math.isfinite(fmean(values))]
+    differences: list[float] = []
+    if complete and runs.ran("joint", "joint_linear"):
+        best = max(complete, key=fmean)
+        runs = runs.require(runs.indistinct(best, joint, close=False))
+        differences = [a - b for a, b in zip(best, joint, strict=True)]
+    if _HALF_A_POINT * runs.samples < 1:
+        runs = runs.require(f"half a point is less than one of {runs.samples:,} test images")
+    return runs.claim(
+        f"no method is more than half a point above joint training (the best of {len(complete)} on average, less the "
+        "better of the two joint ones)",
+        "poster, data-IL",
+        differences,
+        lambda difference: difference <= _HALF_A_POINT,
+        _published_difference("data", "poster, data-IL", "dlcft_tkfac", "joint"),  # the highest one there
+    )
 
 
-def _of_tasks(values: _Values) -> list[Claim]:
-    if not values.records:
-        return []
-    ewc = fmean(values.of("ewc"))
-    gate = f"EWC is at {ewc:.3f}: nothing to judge" if ewc > _SATURATED else ""
+def _task_claims(runs: _Runs) -> list[Claim]:
+    ewc = fmean(runs.values("ewc"))
     if math.isnan(ewc):
-        gate = "no value of EWC, which says whether there is something to judge"
-    forgotten = values.of("lwf", "bwt") if not gate and values.ran("lwf") else []
+        runs = runs.require("no value of EWC, which shows whether tasks are forgotten at all")
+    elif ewc > _SATURATED:
+        runs = runs.require(f"EWC is at {ewc:.3f}: next to nothing is forgotten")
+    baselines: tuple[tuple[MethodName, str], ...] = (
+        ("lwf", "Table 6"),
+        ("er", "poster, replay"),
+        ("der", "poster, replay"),
+        ("derpp", "poster, replay"),
+    )
     return [
-        values.above("DLCFT is above OSLA", "Table 6", "dlcft_tkfac", "osla", nothing=gate),
-        values.above(
+        *runs.compare_linear("DLCFT is above OSLA", "Table 6", "dlcft_tkfac", "osla", runs),
+        *_baseline_claims(runs, baselines),
+        runs.compare(
             "OSLA is not below EWC, by one test image or more",
             "Table 6",
             "osla",
             "ewc",
-            by=lambda difference: difference > -(1 - 1e-9) / values.images,
-            nothing=gate,
+            by=lambda difference: difference > -_ROUNDING / runs.samples,
         ),
-        values.above(
+        runs.compare(
             "DLCFT forgets less than EWC (backward transfer more than 2 points higher)",
             "Table 6",
             "dlcft_tkfac",
             "ewc",
             "bwt",
             lambda difference: difference > 0.02,
-            gate,
         ),
-        Claim.of(
-            f"{values.name}: LwF forgets next to nothing (backward transfer at least -3 points){gate and f' ({gate})'}",
+        runs.claim(
+            "LwF forgets next to nothing (backward transfer at least -3 points)",
             "Table 6",
-            forgotten,
+            runs.values("lwf", "bwt") if runs.ran("lwf") else [],
             lambda value: value >= -0.03,
             0.0004,
         ),
     ]
 
 
-def _of_classes(values: _Values) -> list[Claim]:
-    if not values.records:
-        return []
+def _baseline_claims(runs: _Runs, baselines: Sequence[tuple[MethodName, str]]) -> list[Claim]:
+    return [
+        runs.compare(f"DLCFT is above {METHODS[name].label}", source, "dlcft_tkfac", name) for name, source in baselines
+    ]
 
+
+def _class_claims(runs: _Runs) -> list[Claim]:
     def five_points(difference: float) -> bool:
         return difference >= 0.05
 
+    regularization: tuple[tuple[str, MethodName, MethodName], ...] = (
+        ("with replay", "dlcft_tkfac", "dlcft_no_regularization"),
+        ("without replay", "dlcft_no_replay", "dlcft_neither"),
+    )
     answers = [
-        values.above(
-            "regularising the classifier gives 5 points or more, with replay",
+        runs.compare(
+            f"regularising the classifier gives 5 points or more, {text}",
             "poster, class-IL (no number)",
-            "dlcft_tkfac",
-            "dlcft_no_regularization",
+            better,
+            worse,
             by=five_points,
-        ),
-        values.above(
-            "regularising the classifier gives 5 points or more, without replay",
-            "poster, class-IL (no number)",
-            "dlcft_no_replay",
-            "dlcft_neither",
-            by=five_points,
-        ),
+        )
+        for text, better, worse in regularization
     ]
-    linear = "the linear network with squared error is above the non-linear one with cross-entropy, both with replay"
-    for name, better, alike, worse in (
+    arms: tuple[tuple[str, MethodName, MethodName, MethodName], ...] = (
         ("K-FAC", "dlcft_kfac", "dlcft_kfac_no_regularization", "osla"),
         ("TK-FAC", "dlcft_tkfac", "dlcft_no_regularization", "osla_tkfac"),
-    ):
-        answers += [
-            values.above(f"with {name} {linear}; its classifier alone regularised", "poster, ablation", better, worse),
-            values.above(f"with {name} {linear}; no classifier regularised", "(like with like)", alike, worse),
-        ]
-    return [
-        *answers,
-        values.above(
-            "DLCFT with replay is at most 2 points below DER",
-            "poster, replay",
-            "dlcft_tkfac",
-            "der",
-            by=lambda difference: difference >= -0.02,
-        ),
-    ]
+    )
+    for name, better, alike, worse in arms:
+        text = f"with {name} curvature and replay {_LINEAR}"
+        answers += runs.compare_linear(text, "poster, ablation", better, worse, runs)
+        answers += runs.compare_linear(
+            f"{text}, no classifier regularised", "poster, ablation (like with like)", alike, worse, runs
+        )
+    baselines: tuple[MethodName, ...] = ("er", "der", "derpp")
+    return [*answers, *_baseline_claims(runs, [(name, "poster, replay") for name in baselines])]

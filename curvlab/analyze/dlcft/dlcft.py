@@ -2,373 +2,230 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from curvlab.analyze import gridded
-from curvlab.analyze.command import Analysis, GridOptions
-from curvlab.analyze.dlcft.claims import beside_published, claims, published
-from curvlab.analyze.dlcft.deviations import deviations
-from curvlab.analyze.dlcft.methods import (
-    METHODS,
-    SETTINGS,
-    MethodName,
-    Point,
-    Setting,
-    canonical,
-    network,
-    steps,
-    stream,
-)
-from curvlab.analyze.dlcft.network import data, pretrained
-from curvlab.analyze.dlcft.options import PRESETS, DlcftConfig
+from curvlab.analyze.dlcft.claims import list_claims
+from curvlab.analyze.dlcft.conditions import has_scale, list_deviations, published_tables
+from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, adapt, count_tasks, list_steps, split
+from curvlab.analyze.dlcft.network import TransferData, check_source, load_data, pretrain
+from curvlab.analyze.dlcft.options import PRESETS, DlcftConfig, MethodName, Setting
 from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.search import Choice, Search
+from curvlab.analyze.frame.subject import Subject
+from curvlab.analyze.frame.values import where
 from curvlab.continual import metrics
 from curvlab.continual import run as learn
 from curvlab.continual.checks import check_loss
 from curvlab.continual.outputs import Outputs
-from curvlab.continual.tasks import Part
 from curvlab.data import Dataset
-from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.grid import Place
-from curvlab.results import (
-    Claim,
-    Column,
-    RunDirectory,
-    Stopwatch,
-    aggregate,
-    render,
-    render_claims,
-    write_tables,
-)
-from curvlab.results.incremental import method_points, setting_curves
+from curvlab.errors import CurvlabError
+from curvlab.results import Column, aggregate
+from curvlab.results.incremental import accuracy_points, setting_curves
 from curvlab.training.optimization import OptimizerName, make_optimizer
 
-Record = dict[str, Any]
 Name = tuple[Setting, MethodName]
 
 
-def _four_decimals(value: float) -> str:
-    return f"{value:.4f}"
+def _shortest(value: float) -> str:
+    return f"{value:g}"
 
 
 _NAMES = (Column("setting_label", "setting"), Column("label", "method"))
-_ACCURACY = (
-    Column("acc", "accuracy", spread="acc_std"),
-    Column("published_acc", "published", format=_four_decimals),
-    Column("published_read", ""),
-)
-_TRANSFER = (
-    Column("bwt", "backward transfer", spread="bwt_std"),
-    Column("published_bwt", "published", format=_four_decimals),
-)
-_CHOSEN = (
-    Column("lr", "lr", format=lambda value: f"{value:g}"),
-    Column("strength", "strength", format=lambda value: f"{value:g}"),
-)
+_MEASURED = {
+    "acc": Column("acc", "accuracy", spread="acc_std"),
+    "bwt": Column("bwt", "backward transfer", spread="bwt_std"),
+}
+_PUBLISHED = {key: Column(f"published_{key}", "published") for key in _MEASURED}
+_CHOSEN = (Column("lr", "lr", format=_shortest), Column("strength", "strength", format=_shortest))
 _COSTS = (
     Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
     Column("seconds", "median s", format=lambda value: f"{value:.1f}"),
 )
-_TABLE = (*_NAMES, *_ACCURACY, *_TRANSFER, *_CHOSEN, *_COSTS)
-#: What is printed in place of the published columns and of the chosen values.
-_PUBLISHED = {key: Column(f"printed_{key}", "published") for key in ("acc", "bwt")}
-_CHOICE = (
-    Column("chosen_lr", "lr"),
-    Column("chosen_strength", "strength"),
-    Column("validation_acc", "held-out", spread="validation_acc_std"),
-    Column("tried", "tried"),
-    Column("failed", "failed"),
-)
+#: The methods with lines of their own in a figure of many.
+_MAIN = ("fine_tuning", "ewc", "osla", "der", "dlcft_kfac", "dlcft_tkfac", "joint", "joint_linear")
 _VALUES = ["acc", "bwt", "forgetting", "learning_accuracy", "bytes"]
 
 
-def run(config: DlcftConfig, options: GridOptions, console: Console) -> None:
-    """Choose hyper-parameters, learn and measure, a cell a setting, method and seed, and write the run directory.
-
-    Raises:
-        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
-            failed, and what the others gave is written and printed.
-    """
-    clock = Stopwatch()
-    with clock("data"):
-        source, target = data(config, options)
-        data_hash = target.fingerprint()
-    _check(subject.locate_weights(config, options), source, target)
-    with gridded.opened("dlcft", config, options) as directory:
-        with clock("selection"):
-            tries = ANALYSIS.cells(_part(config, *one, "validation") for one in _tries(config))
-            of_tries = gridded.candidates(tries, options, directory) if tries else []
-            chosen = choose(config, of_tries)
-        with clock("cells"):
-            cells = ANALYSIS.cells(
-                _part(config, name, point, seed, config.evaluation)
-                for name, point in chosen.items()
-                for seed in config.seeds
-            )
-            records, failed = gridded.run([*tries, *cells], options, directory)
-        records = records[len(of_tries) :]
-        found = [record for record in records if "acc" in record]
-        curves = [record for record in records if "after" in record]
-        if not found:
-            gridded.report_failures(console, directory)
-        images = len(target.x_test) if config.evaluation == "test" else config.validation
-        table, verdicts, picked = summarise(found), claims(found, images), selection(of_tries, chosen)
-        columns = (*_TABLE, gridded.SEEDS) if failed else _TABLE
-        write_tables(directory, found, columns, summary=beside_published(table))
-        directory.write_json("selection.json", picked)
-        directory.write_json("curves.json", curves)
-        directory.write_json("claims.json", verdicts)
-        with clock("figures"):
-            for name, figure in figures(table, curves, describe(config)).items():
-                directory.write_figure(name, gridded.marked(figure, directory.path))
-        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
-        _print(console, config, target, table, picked, verdicts, directory)
-        gridded.report_failures(console, directory)
+# A run ----------------------------------------------------------------------------------------------------------------
 
 
-def cell(config: DlcftConfig, place: Place) -> list[Record]:
-    """Return the records of all settings, methods and seeds of a configuration.
-
-    One a run, with ``acc``; and one a task of it, with the accuracy so far ``after`` that task. Of several
-    hyper-parameters the best on the held-out samples are taken.
-
-    Raises:
-        CurvlabError: The configuration, the data or the weights are not usable, or a training diverges.
-    """
-    source, target = data(config, place)
-    config = subject.locate_weights(config, place)
-    _check(config, source, target)
-
-    def learnt(name: Name, point: Point, seed: int, evaluation: Part, file: str) -> list[Record]:
-        part = _part(config, name, point, seed, evaluation)
-        return _learnt(part, source, target, name, point, seed, place.folder / file)
-
-    tried = [
-        record
-        for number, one in enumerate(_tries(config))
-        for record in learnt(*one, "validation", f"candidate-{number}.pt")
-    ]
-    return [
-        record
-        for name, point in choose(config, tried).items()
-        for seed in config.seeds
-        for record in learnt(name, point, seed, config.evaluation, f"{'-'.join(name)}-{seed}.pt")
-    ]
-
-
-def _check(config: DlcftConfig, source: Dataset | None, target: Dataset) -> None:
+def check(config: DlcftConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
+    assert isinstance(dataset, TransferData)
     subject.check_distinct(seeds=config.seeds, settings=config.settings, methods=config.methods)
-    subject.check_subject(config, target)
+    subject.check_subject(config, dataset)
+    check_source(config, dataset)
     if not _pairs(config):
         raise CurvlabError(
             f"none of the methods {', '.join(config.methods)} is run in {', '.join(config.settings)}: choose others"
         )
-    streams = {setting: stream(config, target, setting, config.seeds[0]) for setting in config.settings}
-    for setting, tasks in streams.items():
-        needs = any(_chosen_in(config, at, name) == setting and _many(config, name) for at, name in _pairs(config))
-        if (needs or config.evaluation == "validation") and not tasks[0].sizes["validation"]:
+    streams = {setting: split(config, dataset, setting, config.seeds[0]) for setting in config.settings}
+    _check_held_out(config)
+    for setting, name in _pairs(config):
+        method = METHODS[name]
+        subject.check_distinct(**{key: getattr(config, key) for key in method.lists})
+        method.make(config, setting, 1.0)
+        outputs = Outputs(streams[setting], method.head(setting), dataset.num_classes, torch.device("cpu"))
+        check_loss(streams[setting], outputs, method.loss)
+        optimizer, momentum = _optimizer(config, name)
+        weight = nn.Parameter(torch.zeros(()))
+        make_optimizer(optimizer, [weight], getattr(config, method.lists[0])[0], momentum, config.weight_decay)
+    model = pretrain(config, dataset, config.seeds[0], steps=0)
+    adapt(model, METHODS["dlcft_tkfac"])(dataset.x_train[:2].to(config.device, getattr(torch, config.dtype)))
+
+
+def _check_held_out(config: DlcftConfig) -> None:
+    """Refuse a search, or a table of held-out samples, that has none, and both with the same seeds."""
+    searched = {group["setting"] for group, candidates in _candidates(config) if len(candidates) > 1}
+    for setting in config.settings:
+        tasks = count_tasks(config, setting)
+        if (setting in searched or config.evaluation == "validation") and config.validation < tasks:
+            what = "hyper-parameters are chosen on" if setting in searched else "the table is measured on"
+            remedy = ", or give one value of each hyper-parameter" if setting in searched else ""
             raise CurvlabError(
-                f"validation={config.validation} gives none of its held-out samples to each of the {len(tasks)} tasks "
-                f"of {setting}, where "
-                + (
-                    f"hyper-parameters are chosen on them: hold out {len(tasks)} or more, or give single values"
-                    if needs
-                    else f"the table is of them: hold out {len(tasks)} or more"
-                )
+                f"validation={config.validation} is less than one sample for each of the {tasks} tasks of {setting}, "
+                f"and {what} held-out samples: hold out {tasks} or more{remedy}"
             )
-    if any(_many(config, name) for _, name in _pairs(config)):
+    if searched:
         subject.check_distinct(selection_seeds=config.selection_seeds)
         if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
             raise CurvlabError(
                 "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
                 "give seeds and selection_seeds no value in common"
             )
+
+
+def _optimizer(config: DlcftConfig, name: MethodName) -> tuple[OptimizerName, float]:
+    """Return the optimizer of a method, and its momentum."""
+    optimizer = config.linear_optimizer if METHODS[name].linear else config.nonlinear_optimizer
+    return optimizer, 0.9 if optimizer == "sgd" else 0.0
+
+
+def measure(config: DlcftConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+    """Learn the tasks of each setting by each method, with the one seed.
+
+    Yields:
+        A record a setting and method, with ``acc``, and one a task of it, with the ``accuracy`` on the tasks so far.
+    """
+    assert isinstance(dataset, TransferData)
     for setting, name in _pairs(config):
-        method = METHODS[name]
-        subject.check_distinct(**{key: getattr(config, key) for key in method.lists})
-        method.make(config, setting, 1.0)
-        outputs = Outputs(streams[setting], method.head(setting), target.num_classes, torch.device("cpu"))
-        check_loss(streams[setting], outputs, method.loss)
-        make_optimizer(*_optimizer(config, name), config.weight_decay)
-    model = pretrained(config, source, target, config.seeds[0], trained=False)
-    network(METHODS["dlcft_tkfac"], model)(target.x_train[:2].to(config.device, getattr(torch, config.dtype)))
-
-
-# A run ----------------------------------------------------------------------------------------------------------------
-
-
-def _optimizer(config: DlcftConfig, name: MethodName) -> tuple[OptimizerName, list[nn.Parameter], float, float]:
-    """Return the optimizer's name, a parameter, a learning rate, and the momentum."""
-    linear = METHODS[name].linear
-    optimizer = config.linear_optimizer if linear else config.nonlinear_optimizer
-    lrs = config.linear_lrs if linear else config.nonlinear_lrs
-    return optimizer, [nn.Parameter(torch.zeros(()))], lrs[0], 0.9 if optimizer == "sgd" else 0.0
-
-
-def _learnt(
-    config: DlcftConfig,
-    source: Dataset | None,
-    target: Dataset,
-    name: Name,
-    point: Point,
-    seed: int,
-    checkpoint: Path,
-) -> list[Record]:
-    """Learn the tasks of a setting by a method, and return what came of it; of a candidate that diverges, this."""
-    setting, method = name[0], METHODS[name[1]]
-    lr, strength = point[method.lists[0]], point.get(method.strengths or "")
-    keys: Record = {"setting": setting, "method": name[1], "seed": seed, "evaluation": config.evaluation}
-    keys |= {"lr": lr, "strength": strength}
-    tasks = stream(config, target, setting, seed)
-    optimizer, _, _, momentum = _optimizer(config, name[1])
-    try:
-        result = learn(
-            tasks,
-            network(method, pretrained(config, source, target, seed)),
-            method.make(config, setting, 0.0 if strength is None else strength),
-            head=method.head(setting),
-            loss=method.loss,
-            target_scale=config.target_scale if method.linear else 1.0,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=config.weight_decay,
-            schedule=config.schedule,
-            clip_norm=config.clip_norm,
-            steps=steps(config, name[1], setting),
-            batch_size=config.batch_size,
-            seed=seed,
-            evaluation=config.evaluation,
-            checkpoint=checkpoint,
-            progress=False,
-        )
-    except UnsupportedError:
-        raise
-    except CurvlabError as error:
-        if config.evaluation == "test":
+        checkpoint = workspace.folder / f"{setting}-{name}.pt"
+        try:
+            records = list(_measure(config, dataset, setting, name, checkpoint))
+        except CurvlabError:  # the training diverges, and would again
+            checkpoint.unlink(missing_ok=True)
             raise
-        # The options have been checked: what is left is a loss, or a weight, that is not finite.
-        checkpoint.unlink(missing_ok=True)
-        return [{**keys, **dict.fromkeys([*_VALUES, "seconds"]), "note": str(error)}]
-    checkpoint.unlink(missing_ok=True)  # all that is wanted of it is in the records
-    whole = {
+        checkpoint.unlink(missing_ok=True)  # the records have all that is needed of it
+        yield from records
+
+
+def _measure(
+    config: DlcftConfig, dataset: TransferData, setting: Setting, name: MethodName, checkpoint: Path
+) -> Iterator[Record]:
+    (seed,), method = config.seeds, METHODS[name]
+    (candidate,) = method.candidates(config)
+    optimizer, momentum = _optimizer(config, name)
+    result = learn(
+        split(config, dataset, setting, seed),
+        adapt(pretrain(config, dataset, seed), method),
+        method.make(config, setting, candidate.get("strength", 0.0)),
+        head=method.head(setting),
+        loss=method.loss,
+        target_scale=config.target_scale if method.linear else 1.0,
+        optimizer=optimizer,
+        lr=candidate["lr"],
+        momentum=momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        clip_norm=config.clip_norm,
+        steps=list_steps(config, name, setting),
+        batch_size=config.batch_size,
+        seed=seed,
+        evaluation=config.evaluation,
+        checkpoint=checkpoint,
+        progress=False,
+    )
+    keys: Record = {"setting": setting, "method": name, "seed": seed, "evaluation": config.evaluation}
+    keys |= {"lr": candidate["lr"], "strength": candidate.get("strength")}
+    record = {
         **keys,
         **metrics.summary(result.accuracy),
         "bytes": result.tasks[-1]["bytes"],
         "seconds": sum(task["seconds"] + task["strategy_seconds"] for task in result.tasks),
-        "note": "",
     }
-    so_far = enumerate(metrics.average_accuracy(result.accuracy).tolist(), start=1)
-    curve = [{**keys, "after": after, "accuracy": value} for after, value in so_far if not math.isnan(value)]
-    return [{key: None if value != value else value for key, value in whole.items()}, *curve]
+    yield {key: None if value != value else value for key, value in record.items()}
+    for after, value in enumerate(metrics.average_accuracy(result.accuracy).tolist(), start=1):
+        if not math.isnan(value):
+            yield {**keys, "after": after, "accuracy": value}
 
 
 # Hyper-parameters -----------------------------------------------------------------------------------------------------
 
 
 def _pairs(config: DlcftConfig) -> list[Name]:
+    """Return the settings and methods of a configuration that go together."""
     return [
         (setting, name) for setting in config.settings for name in config.methods if setting in METHODS[name].settings
     ]
 
 
-def _many(config: DlcftConfig, name: MethodName) -> bool:
-    return len(METHODS[name].points(config)) > 1
-
-
-def _tries(config: DlcftConfig) -> Iterator[tuple[Name, Point, int]]:
-    """Yield the candidates of each method, each with all selection seeds; none for a single one.
-
-    In data_long a method has what is chosen in data, if it is run there.
-    """
-    for setting, name in _pairs(config):
-        if _chosen_in(config, setting, name) == setting and _many(config, name):
-            for point in METHODS[name].points(config):
-                for seed in config.selection_seeds:
-                    yield (setting, name), point, seed
-
-
-def _chosen_in(config: DlcftConfig, setting: Setting, name: MethodName) -> Setting:
+def _setting_of_choice(config: DlcftConfig, setting: Setting, name: MethodName) -> Setting:
+    """Return the setting that the hyper-parameters are chosen in: those of data_long in data, if that is run."""
     return "data" if setting == "data_long" and ("data", name) in _pairs(config) else setting
 
 
-def _part(config: DlcftConfig, name: Name, point: Point, seed: int, evaluation: Part) -> DlcftConfig:
-    """Return the configuration of one cell, in which what has no part in it is always the same."""
-    lists = {key: (value,) for key, value in point.items()}
-    one = {"settings": name[:1], "methods": name[1:], "seeds": (seed,), "evaluation": evaluation}
-    return config.model_copy(update=canonical(config, name[1]) | lists | one)
-
-
-def _judged(name: Name, tried: Sequence[Record]) -> list[Record]:
-    """Return a record a candidate: its mean accuracy on the held-out samples over the seeds; None if one diverged."""
-    of_name = [
-        {**record, "validation_acc": record["acc"]}
-        for record in tried
-        if "acc" in record and (record["setting"], record["method"]) == name
+def _candidates(config: DlcftConfig) -> list[tuple[dict[str, str], list[dict[str, float]]]]:
+    return [
+        ({"setting": setting, "method": name}, METHODS[name].candidates(config))
+        for setting, name in _pairs(config)
+        if _setting_of_choice(config, setting, name) == setting
     ]
-    rows = aggregate(of_name, ["setting", "method", "lr", "strength"], ["validation_acc"])
-    for row in rows:
-        row["note"] = next((r["note"] for r in of_name if r["note"] and _point(r) == _point(row)), "")
-    return rows
 
 
-def choose(config: DlcftConfig, tried: Sequence[Record]) -> dict[Name, Point]:
-    """Return for every setting and method the point with the best accuracy on held-out samples, the first of several.
-
-    Raises:
-        CurvlabError: A method has diverged with all of them.
-    """
-    chosen = {}
-    for setting, name in _pairs(config):
-        if not _many(config, name):
-            chosen[setting, name] = METHODS[name].points(config)[0]
-            continue
-        within = _chosen_in(config, setting, name)
-        rows = _judged((within, name), tried)
-        able = [row for row in rows if row["validation_acc"] is not None]
-        if not able:
-            raise CurvlabError(
-                f"{METHODS[name].label} does not come to an end in {within} with any of its {len(rows)} candidates: "
-                f"lower {' or '.join(METHODS[name].lists)}"
-            )
-        chosen[setting, name] = _point(max(able, key=lambda row: float(row["validation_acc"])))
-    return chosen
+def _trial(config: DlcftConfig, group: Mapping[str, Any], candidate: Mapping[str, float], seed: int) -> DlcftConfig:
+    update = {"seeds": (seed,), "evaluation": "validation"}
+    return _run(config, group["setting"], group["method"], candidate).model_copy(update=update)
 
 
-def _point(record: Record) -> Point:
-    values = (record["lr"], record["strength"])
-    return dict(zip(METHODS[record["method"]].lists, values, strict=False))
+def _run(config: DlcftConfig, setting: Setting, name: MethodName, candidate: Mapping[str, float]) -> DlcftConfig:
+    """Return the configuration of the runs of one setting and method."""
+    one = {"settings": (setting,), "methods": (name,)}
+    return config.model_copy(update=METHODS[name].choose(candidate) | one)
 
 
-def selection(tried: Sequence[Record], chosen: Mapping[Name, Point]) -> list[Record]:
-    """Return a record a candidate that was tried, and of a method with a single one this, with ``chosen``."""
-    found: list[Record] = []
-    for name, point in chosen.items():
-        rows = _judged(name, tried) or [_single(name, point)]
-        found += [{**row, "chosen": _point(row) == point} for row in rows]
-    return found
+def _runs(config: DlcftConfig, chosen: Sequence[Choice]) -> list[DlcftConfig]:
+    values = {(choice.group["setting"], choice.group["method"]): choice.candidate for choice in chosen}
+    return [
+        _run(config, setting, name, values[_setting_of_choice(config, setting, name), name])
+        for setting, name in _pairs(config)
+    ]
 
 
-def _single(name: Name, point: Point) -> Record:
-    lr, strength = [*point.values(), None][:2]
-    return {"setting": name[0], "method": name[1], "lr": lr, "strength": strength}
+def _label(part: str) -> str:
+    names: dict[str, str] = {name: label for name, (label, _) in SETTINGS.items()}
+    names |= {name: method.label for name, method in METHODS.items()}
+    return names[part]
 
 
-def at_an_end(config: DlcftConfig, name: MethodName, point: Point) -> list[str]:
-    """Return the lists of a method, of three values or more, of which a point has the smallest or the largest."""
-    values = {key: getattr(config, key) for key in METHODS[name].lists}
-    return [key for key, tried in values.items() if len(tried) > 2 and point[key] in (min(tried), max(tried))]
+SEARCH = Search(
+    candidates=_candidates,
+    config=_trial,
+    runs=_runs,
+    seeds=lambda config: config.selection_seeds,
+    value="acc",
+    advice="give smaller learning rates or strengths",
+    label=_label,
+)
 
 
-# What is made of them -------------------------------------------------------------------------------------------------
+# The report -----------------------------------------------------------------------------------------------------------
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
@@ -377,7 +234,7 @@ def summarise(found: Sequence[Record]) -> list[Record]:
     Of the seconds it is the median: another program may have disturbed one of the runs.
 
     Args:
-        found: Records as ``table.json`` has them.
+        found: Records of ``measure`` with ``acc``.
     """
     rows = aggregate(found, ["setting", "method", "lr", "strength"], _VALUES)
     order = {pair: place for place, pair in enumerate((s, m) for s in SETTINGS for m in METHODS)}
@@ -389,32 +246,34 @@ def summarise(found: Sequence[Record]) -> list[Record]:
             "label": METHODS[row["method"]].label,
             "linear": METHODS[row["method"]].linear,
             "megabytes": None if row["bytes"] is None else row["bytes"] / 1e6,
-            "seconds": median(r["seconds"] for r in found if all(r[key] == row[key] for key in ("setting", "method"))),
+            "seconds": median(r["seconds"] for r in where(found, setting=row["setting"], method=row["method"])),
         }
         for row in rows
     ]
 
 
-def figures(table: Sequence[Record], curves: Sequence[Record], title: str) -> dict[str, Any]:
-    """Return the figures by name: accuracies over the tasks, and the table as points beside the published ones.
+def add_published(table: Sequence[Record], config: DlcftConfig, data: Subject) -> list[Record]:
+    """Return the rows of a summary, with the published numbers where a setting has the published data and tasks.
 
-    Args:
-        table: Of ``summarise``.
-        curves: Records as ``curves.json`` has them.
-        title: What stands above.
+    ``published_acc`` and ``published_bwt`` are texts with the digits that were printed, as shares, and a dagger where
+    the name of the method is not beside the number; ``published_value`` is the accuracy as a number.
     """
-    labels: dict[str, str] = {name: method.label for name, method in METHODS.items()}
-    linear = {name for name, method in METHODS.items() if method.linear}
-    settings: dict[str, str] = {name: label for name, (label, _) in SETTINGS.items()}
-    drawn = {"accuracies": method_points(beside_published(table), title)}
-    if any(record["after"] > 1 for record in curves):
-        drawn["accuracy_curves"] = setting_curves(curves, labels, settings, linear, title)
-    return drawn
+    rows = []
+    for row in table:
+        printed: Mapping[str, Any] = {}
+        if has_scale(config, data, row["setting"]):
+            tables = (published["rows"] for published in published_tables(row["setting"]))
+            printed = next((numbers[row["method"]] for numbers in tables if row["method"] in numbers), {})
+        mark = "†" if printed.get("read") else ""
+        shares = {key: value / 100 for key, value in printed.items() if key != "read"}
+        texts = {f"published_{key}": f"{value:.4f}{mark}" for key, value in shares.items()}
+        rows.append({**row, **texts, "published_value": shares.get("acc")})
+    return rows
 
 
-def describe(config: DlcftConfig) -> str:
+def describe(config: DlcftConfig, data: Subject) -> str:
     """Return what a title says: which network on what."""
-    name = Path(config.data).name
+    name = data.data
     if config.classes != "all" and len(config.classes) > 1:
         first, last = config.classes[0], config.classes[-1]
         name += f", classes {first} to {last}" if [*config.classes] == [*range(first, last + 1)] else ""
@@ -422,88 +281,74 @@ def describe(config: DlcftConfig) -> str:
     return f"{config.model} fine-tuned on {name}{held_out}"
 
 
-def _print(
-    console: Console,
-    config: DlcftConfig,
-    target: Dataset,
-    table: Sequence[Record],
-    picked: Sequence[Record],
-    verdicts: Sequence[Claim],
-    directory: RunDirectory,
-) -> None:
-    seeds: tuple[Column, ...] = ()
-    number = f"{len(config.seeds)} seeds"
-    if any(row["seeds"] < len(config.seeds) for row in table):
-        number, seeds = "the seeds that did not fail", (gridded.SEEDS,)
-    spread = f"mean ± standard deviation over {number}" if len(config.seeds) > 1 else "one seed"
-    every, notes = [row | _printed(row) | _choice(config, row, picked) for row in beside_published(table)], []
-    for setting, (label, _) in SETTINGS.items():
-        rows = [row for row in every if row["setting"] == setting]
-        if not rows:
-            continue
-        tasks = len(steps(config, "fine_tuning", setting))
-        transfer = (_TRANSFER[0], _PUBLISHED["bwt"]) if setting == "task" else ()
-        columns = [_NAMES[1], _ACCURACY[0], _PUBLISHED["acc"], *transfer, *_CHOICE, *_COSTS, *seeds]
-        shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
-        console.print(render(rows, shown, f"{label}, {tasks} tasks: {describe(config)}; {spread}"), crop=False)
-    # A published number has no more digits than were printed.
-    printed = [c if c.published is None else replace(c, published=f"{c.published:g}") for c in verdicts]
-    console.print(render_claims(printed), crop=False)
-    lists = dict.fromkeys(key for name in config.methods for key in METHODS[name].lists)
-    if any(_many(config, name) for name in config.methods):
-        notes.append(
-            "lr and strength are those with the best mean accuracy on held-out samples, of runs with seed "
-            f"{', '.join(map(str, config.selection_seeds))}; the table's have {', '.join(map(str, config.seeds))}."
-            + (" data-IL, long has what is chosen in data-IL." if {"data", "data_long"} <= {*config.settings} else "")
+def report(run: Run[DlcftConfig]) -> Report:
+    """Return a table a setting, the claims of the paper, and the figures."""
+    config, found, curves = run.config, run.records["table"], run.records["curves"]
+    table = add_published(summarise(found), config, run.subject)
+    title = describe(config, run.subject)
+    tables = [
+        Table(
+            f"{SETTINGS[setting][0]}, {count_tasks(config, setting)} tasks: {title}; {run.spread}", _columns(rows), rows
         )
-    if any("*" in f"{row['chosen_lr']}{row['chosen_strength']}" for row in every):
-        notes.append("* The smallest or largest of the values that were tried: beyond it may be a better one.")
-    if of_two := [key for key in lists if len(getattr(config, key)) == 2]:
-        notes.append(f"Of two values only, each of which is the smallest or the largest, are {', '.join(of_two)}.")
-    if any(row["published_read"] for row in every):
-        notes.append("† Where it is printed the name of this method is not beside it: it is our reading.")
-    for note in (
-        *notes,
-        f"Published: {published()['source']}, of a ResNet-18 on CIFAR-100. Here, and there (in brackets):",
-        *(f"- {line}" for line in deviations(config, target)),
-        f"Saved in {directory.path}: table (.json .csv .md .tex), selection, curves, claims, provenance, figures, "
-        f"{gridded.STORE}.",
-    ):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        for setting in SETTINGS
+        if (rows := where(table, setting=setting))
+    ]
+    figures = {"accuracies": partial(accuracy_points, table, [method.label for method in METHODS.values()], title)}
+    if any(record["after"] > 1 for record in curves):
+        figures["accuracy_curves"] = partial(
+            setting_curves,
+            curves,
+            {name: method.label for name, method in METHODS.items()},
+            {name: label for name, (label, _) in SETTINGS.items()},
+            {name for name, method in METHODS.items() if method.linear},
+            _MAIN,
+            title,
+        )
+    return Report(
+        Table(title, (*_NAMES, *_columns(table)[1:]), table),
+        tables,
+        list_claims(found, config, run.subject),
+        figures=figures,
+        deviations=list_deviations(config, run.subject),
+        notes=_notes(config, table),
+    )
 
 
-def _printed(row: Record) -> Record:
-    """Return the published numbers with the digits that they were printed with, and marked where they are a reading."""
-    mark = "†" if row["published_read"] else ""
-    values = {key: row.get(f"published_{key}") for key in _PUBLISHED}
-    return {f"printed_{key}": None if value is None else f"{value:.4f}{mark}" for key, value in values.items()}
+def _columns(rows: Sequence[Record]) -> list[Column]:
+    """Return the columns of a table that have a value in one of its rows."""
+    transfer = [_MEASURED["bwt"], _PUBLISHED["bwt"]] if any(row["setting"] == "task" for row in rows) else []
+    columns = [_NAMES[1], _MEASURED["acc"], _PUBLISHED["acc"], *transfer, *_CHOSEN, *_COSTS]
+    return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
 
-def _choice(config: DlcftConfig, row: Record, picked: Sequence[Record]) -> Record:
-    """Return what is printed of how the hyper-parameters of a row were chosen."""
-    names = METHODS[row["method"]].lists
-    tried = [r for r in picked if (r["setting"], r["method"]) == (row["setting"], row["method"])]
-    ends = at_an_end(config, row["method"], _point(row))
-    texts = [f"{value:g}{'*' * (key in ends)}" for key, value in zip(names, _point(row).values(), strict=True)]
-    best = next((r for r in tried if r["chosen"]), {})
-    of_several = len(tried) > 1
-    failed = sum(r["validation_acc"] is None for r in tried) if of_several else 0
-    return {
-        "chosen_lr": texts[0],
-        "chosen_strength": texts[1] if len(texts) > 1 else None,
-        "validation_acc": best.get("validation_acc"),
-        "validation_acc_std": best.get("validation_acc_std"),
-        "tried": len(tried) if of_several else None,
-        "failed": failed or None,
-    }
+def _notes(config: DlcftConfig, table: Sequence[Record]) -> list[str]:
+    notes = []
+    if SEARCH.trials(config):
+        long = " data-IL, long takes what is chosen in data-IL." if {"data", "data_long"} <= {*config.settings} else ""
+        notes.append(
+            "lr and strength have the best mean accuracy on held-out samples, of runs with seed "
+            f"{', '.join(map(str, config.selection_seeds))}; the table's have "
+            f"{', '.join(map(str, config.seeds))}.{long}"
+        )
+    printed = [row.get(f"published_{key}") or "" for row in table for key in _MEASURED]
+    if any(printed):
+        notes.append("Published: Shon et al. (2022), poster and supplement, of a ResNet-18.")
+    if any("†" in text for text in printed):
+        notes.append("† The name of this method is not printed beside the number: it is our reading.")
+    return notes
 
 
 ANALYSIS = Analysis(
     config=DlcftConfig,
-    presets=PRESETS,
-    run=run,
-    description="Does a linear network with squared error forget less? Fine-tunes a pre-trained network on streams of "
+    question="Does a linear network with squared error forget less? Fine-tunes a pre-trained network on streams of "
     "parts of the data, or of classes with the task known or unknown, by DLCFT and by its baselines, the "
-    "hyper-parameters of each chosen on held-out samples, and sets what is left beside the published numbers.",
-    cell=cell,
+    "hyper-parameters of each chosen on held-out samples.",
+    presets=PRESETS,
+    load=load_data,
+    check=check,
+    measure=measure,
+    report=report,
+    search=SEARCH,
+    kinds={"table": "acc", "curves": "after"},
+    items=("Table 5", "Table 6", "poster, data-IL", "poster, replay", "poster, ablation"),
 )

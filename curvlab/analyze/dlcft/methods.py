@@ -1,57 +1,20 @@
-"""What the analysis ``dlcft`` compares: settings, and methods with the network and the loss of each."""
+"""Settings and methods that the analysis ``dlcft`` compares, with the network and the loss of each method."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
 
+from curvlab.analyze.dlcft.options import LISTS, DlcftConfig, MethodName, Setting
 from curvlab.continual import Task, split_classes, split_data
 from curvlab.continual.outputs import Head, LossName
 from curvlab.continual.strategies import DER, DLCFT, ER, EWC, MAS, OSLA, Joint, LwF, Naive, Strategy
 from curvlab.data import Dataset
 from curvlab.linearize import linearize
 
-if TYPE_CHECKING:
-    from curvlab.analyze.dlcft.options import DlcftConfig
-
-Setting = Literal["data", "data_long", "task", "class"]
-MethodName = Literal[
-    "fine_tuning",
-    "lwf",
-    "ewc",
-    "mas",
-    "osla",
-    "osla_tkfac",
-    "er",
-    "der",
-    "derpp",
-    "dlcft_diag",
-    "dlcft_kfac",
-    "dlcft_tkfac",
-    "dlcft_no_replay",
-    "dlcft_no_regularization",
-    "dlcft_kfac_no_regularization",
-    "dlcft_neither",
-    "joint",
-    "joint_linear",
-]
-#: What is chosen for a method: values of its lists in the configuration, by the names of the lists.
-Point = dict[str, float]
-
-_LISTS = (
-    "nonlinear_lrs",
-    "linear_lrs",
-    "lwf_strengths",
-    "ewc_strengths",
-    "mas_strengths",
-    "osla_strengths",
-    "der_alphas",
-    "dlcft_strengths",
-)
-
-#: By name: what it is called, and how the network's outputs are read.
+#: Name -> the label, and the head: which outputs count.
 SETTINGS: dict[Setting, tuple[str, Head]] = {
     "data": ("data-IL", "single"),
     "data_long": ("data-IL, long", "single"),
@@ -66,18 +29,18 @@ class Method:
 
     Attributes:
         label: What it is called.
-        settings: Where it is run.
-        make: Makes it of a configuration, a setting, and the strength that was chosen (0 without one).
+        settings: The settings in which it is run.
+        make: Makes it from a configuration, a setting, and a strength (0 without one).
         strengths: Name of the list of strengths that are tried; None if it has no strength.
-        linear: Whether the network is linearized and the loss the squared error of scaled one-hot targets; else the
-            network is as it is and the loss cross-entropy.
-        wide: Whether in class-IL all outputs count from the start, as in the authors' code of DER: a sample is then
+        linear: Whether the network is linearized and the loss is the squared error of scaled one-hot targets; else
+            the network is the original one and the loss is cross-entropy.
+        wide: Whether all outputs count from the start in class-IL, as in the authors' code of DER: a sample is then
             kept with its outputs for later classes, too.
     """
 
     label: str
     settings: tuple[Setting, ...]
-    make: Callable[["DlcftConfig", Setting, float], Strategy]
+    make: Callable[[DlcftConfig, Setting, float], Strategy]
     strengths: str | None = None
     linear: bool = False
     wide: bool = False
@@ -93,25 +56,26 @@ class Method:
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """The lists of the configuration of which a value each is chosen."""
+        """The lists of the configuration from each of which one value is chosen."""
         return ("linear_lrs" if self.linear else "nonlinear_lrs", *([self.strengths] if self.strengths else []))
 
-    def points(self, config: "DlcftConfig") -> list[Point]:
-        """Return all combinations of the values in the method's lists."""
-        return [
-            dict(zip(self.lists, values, strict=True)) for values in product(*(getattr(config, n) for n in self.lists))
-        ]
+    def candidates(self, config: DlcftConfig) -> list[dict[str, float]]:
+        """Return all combinations of the values in the method's lists: ``lr`` and, if it has one, ``strength``."""
+        values = product(*(getattr(config, name) for name in self.lists))
+        return [dict(zip(("lr", "strength"), given, strict=False)) for given in values]
+
+    def choose(self, candidate: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
+        """Return the lists of a configuration that has one candidate alone, with unused lists reset to the defaults.
+
+        Two configurations that differ in unused options only are then the same run.
+        """
+        fields = DlcftConfig.model_fields
+        unused = {name: fields[name].default for name in (*LISTS, "selection_seeds") if name not in self.lists}
+        return unused | dict(zip(self.lists, ((value,) for value in candidate.values()), strict=True))
 
 
-def canonical(config: "DlcftConfig", name: MethodName) -> dict[str, Any]:
-    """Return the lists that have no part in a method, as they are by default: no cell is then run twice."""
-    fields = type(config).model_fields
-    unused = {*_LISTS, "selection_seeds"} - {*METHODS[name].lists}
-    return {other: fields[other].default for other in unused}
-
-
-def network(method: Method, model: nn.Module) -> nn.Module:
-    """Return the network that a method trains, of one that is pre-trained and ends with a linear layer."""
+def adapt(model: nn.Module, method: Method) -> nn.Module:
+    """Return a pre-trained network that ends with a linear layer as a method trains it: linearized, or as it is."""
     return linearize(model, head=last_linear(model)) if method.linear else model
 
 
@@ -121,32 +85,37 @@ def last_linear(model: nn.Module) -> str:
     return names[-1]
 
 
-def tasks_of(config: "DlcftConfig", setting: Setting) -> int:
-    """Return how many tasks a setting has."""
+def count_tasks(config: DlcftConfig, setting: Setting) -> int:
+    """Return the number of tasks of a setting."""
     return {"data": config.data_tasks, "data_long": config.long_tasks}.get(setting, config.class_tasks)
 
 
-def stream(config: "DlcftConfig", dataset: Dataset, setting: Setting, seed: int) -> tuple[Task, ...]:
+def split(config: DlcftConfig, dataset: Dataset, setting: Setting, seed: int) -> tuple[Task, ...]:
     """Return the tasks of a setting: equal parts of the data, random classes, or classes in their order.
 
     Raises:
         CurvlabError: The data set cannot be split so.
     """
-    tasks = tasks_of(config, setting)
+    tasks = count_tasks(config, setting)
     validation = config.validation // tasks
     if setting in ("data", "data_long"):
         return split_data(dataset, tasks=tasks, seed=seed, validation=validation)
     return split_classes(dataset, tasks=tasks, seed=seed if setting == "task" else None, validation=validation)
 
 
-def steps(config: "DlcftConfig", name: MethodName, setting: Setting) -> Sequence[int]:
-    """Return the steps of each task, twice as many for the first one; joint training has all of them at the end."""
-    each = config.long_steps if setting == "data_long" else config.steps
-    counts = [2 * each] + [each] * (tasks_of(config, setting) - 1)
+def count_steps(config: DlcftConfig, setting: Setting) -> int:
+    """Return the number of steps of a task of a setting; the first task has twice as many."""
+    return config.long_steps if setting == "data_long" else config.steps
+
+
+def list_steps(config: DlcftConfig, name: MethodName, setting: Setting) -> Sequence[int]:
+    """Return the steps of each task; joint training has all of them at the end."""
+    each = count_steps(config, setting)
+    counts = [2 * each] + [each] * (count_tasks(config, setting) - 1)
     return [*counts[:-1], sum(counts)] if name.startswith("joint") else counts
 
 
-def _curvature(config: "DlcftConfig", structure: str) -> dict[str, Any]:
+def _curvature(config: DlcftConfig, structure: str) -> dict[str, Any]:
     drawn = "" if config.draws is None else f":samples={config.draws}"
     return {"quantity": f"fisher{drawn}", "structure": structure, "samples": config.samples}
 
@@ -154,11 +123,11 @@ def _curvature(config: "DlcftConfig", structure: str) -> dict[str, Any]:
 _KFAC, _TKFAC = "kfac", "tkfac:variant=rescaled"
 
 
-def _osla(structure: str) -> Callable[["DlcftConfig", Setting, float], Strategy]:
-    def make(config: "DlcftConfig", setting: Setting, strength: float) -> Strategy:
+def _osla(structure: str) -> Callable[[DlcftConfig, Setting, float], Strategy]:
+    def make(config: DlcftConfig, setting: Setting, strength: float) -> Strategy:
         if setting != "class":
             return OSLA(strength, merge="average", **_curvature(config, structure))
-        # What the ablation of the paper has in class-IL: all of DLCFT but the linear network and the squared error.
+        # The ablation of the paper in class-IL: DLCFT without the linear network and the squared error.
         return DLCFT(
             strength,
             classifier_regularization=False,
@@ -171,8 +140,8 @@ def _osla(structure: str) -> Callable[["DlcftConfig", Setting, float], Strategy]
 
 def _dlcft(
     structure: str, *, regularization: bool = True, replay: bool = True
-) -> Callable[["DlcftConfig", Setting, float], Strategy]:
-    def make(config: "DlcftConfig", setting: Setting, strength: float) -> Strategy:
+) -> Callable[[DlcftConfig, Setting, float], Strategy]:
+    def make(config: DlcftConfig, setting: Setting, strength: float) -> Strategy:
         return DLCFT(
             strength,
             merge="exact" if structure == "diag" else "average",
@@ -237,7 +206,7 @@ METHODS: dict[MethodName, Method] = {
         linear=True,
     ),
     "dlcft_neither": Method(
-        "DLCFT (TK-FAC), neither of the two",
+        "DLCFT (TK-FAC), neither",
         ("class",),
         _dlcft(_TKFAC, regularization=False, replay=False),
         "dlcft_strengths",

@@ -1,4 +1,4 @@
-"""What the analysis ``dlcft`` has for options, and its presets."""
+"""The options of the analysis ``dlcft``, and its presets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,13 +6,47 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from curvlab.analyze.dlcft.methods import MethodName, Setting
+from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.training.optimization import OptimizerName, ScheduleName
 
 Positive = Annotated[float, Field(gt=0)]
 Label = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+Setting = Literal["data", "data_long", "task", "class"]
+MethodName = Literal[
+    "fine_tuning",
+    "lwf",
+    "ewc",
+    "mas",
+    "osla",
+    "osla_tkfac",
+    "er",
+    "der",
+    "derpp",
+    "dlcft_diag",
+    "dlcft_kfac",
+    "dlcft_tkfac",
+    "dlcft_no_replay",
+    "dlcft_no_regularization",
+    "dlcft_kfac_no_regularization",
+    "dlcft_neither",
+    "joint",
+    "joint_linear",
+]
+
+#: The fields with the values of hyper-parameters that are tried.
+LISTS = (
+    "nonlinear_lrs",
+    "linear_lrs",
+    "lwf_strengths",
+    "ewc_strengths",
+    "mas_strengths",
+    "osla_strengths",
+    "der_alphas",
+    "dlcft_strengths",
+)
 
 
 class DlcftConfig(SubjectConfig):
@@ -36,17 +70,18 @@ class DlcftConfig(SubjectConfig):
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100,)
     """Hidden sizes of the mlp; no number for a linear model."""
     weights: Path | None = None
-    """Start from the weights in this file, with a new last layer; no source classes are needed then."""
-    normalize: Literal["none", "imagenet"] = "none"
-    """imagenet: subtract its channels' means and divide by their deviations, as pre-trained networks expect."""
+    """Start from the weights in this file, looked for here and in the data root, instead of pre-training on source
+    classes; the last layer is a new one."""
+    fine_tune: bool = False
+    """Has no effect here: with weights the last layer is always a new one."""
     source_classes: tuple[Label, ...] = (0, 1, 2, 3)
     """Classes that the network is pre-trained on; no number with weights."""
     source_steps: int = Field(default=300, ge=1)
-    """Steps of that, with Adam at a learning rate of 0.001."""
+    """Steps of pre-training, with Adam at a learning rate of 0.001."""
     slope: float = Field(default=0.01, ge=0, lt=1)
-    """Of the LeakyReLU that takes the place of every ReLU; 0 leaves it."""
+    """Slope of the LeakyReLU that replaces every ReLU; 0 keeps the ReLU."""
     batch_norm: Literal["merged", "frozen"] = "merged"
-    """What becomes of batch normalisation after pre-training: part of the convolution before it, or a fixed map."""
+    """Batch normalisation after pre-training: merged into the convolution before it, or a fixed map."""
     settings: tuple[Setting, ...] = ("data", "task", "class")
     """data and data_long (data-IL: random parts of the data, one head), task (task-IL: some classes each, whose outputs
     alone count), class (class-IL: the outputs of the classes so far count)."""
@@ -70,7 +105,7 @@ class DlcftConfig(SubjectConfig):
     steps: int = Field(default=60, ge=1)
     """Steps of a task; the first one of a stream has twice as many."""
     long_steps: int = Field(default=10, ge=1)
-    """The same of data_long."""
+    """Steps of a task of data_long; the first one has twice as many."""
     batch_size: int = Field(default=64, ge=1)
     """New samples a step; as many are replayed."""
     schedule: ScheduleName = "linear"
@@ -80,15 +115,15 @@ class DlcftConfig(SubjectConfig):
     clip_norm: Positive | None = None
     """Largest norm of a gradient; none means no limit."""
     nonlinear_optimizer: OptimizerName = "adam"
-    """Of methods with the network as it is; sgd has a momentum of 0.9."""
+    """Optimizer of methods with the original (non-linear) network; sgd has a momentum of 0.9."""
     linear_optimizer: OptimizerName = "adam"
-    """Of methods with the linear network."""
+    """Optimizer of methods with the linearized network."""
     target_scale: Positive = 15.0
-    """What the one-hot targets of squared error have in place of 1."""
+    """Value of the one-hot targets of squared error, in place of 1."""
     nonlinear_lrs: tuple[Positive, ...] = (3e-3, 1e-2)
-    """Learning rates tried for methods with the network as it is."""
+    """Learning rates tried for methods with the original network."""
     linear_lrs: tuple[Positive, ...] = (1e-2, 3e-2)
-    """Learning rates tried for methods with the linear network."""
+    """Learning rates tried for methods with the linearized network."""
     lwf_strengths: tuple[Positive, ...] = (1.0, 10.0)
     """Strengths tried for lwf."""
     ewc_strengths: tuple[Positive, ...] = (1.0, 10.0)
@@ -172,37 +207,39 @@ _CIFAR = DlcftConfig(
     der_alphas=(0.1, 0.5),
     dlcft_strengths=(1.0, 10.0),
 )
+_PAPER = _CIFAR.model_copy(
+    update={
+        "device": "cuda",
+        "classes": "all",
+        "settings": ("data", "data_long", "task", "class"),
+        "methods": get_args(MethodName),
+        "stream_samples": None,
+        "validation": 5000,
+        "samples": None,
+        "test_samples": None,
+        "data_tasks": 10,
+        "long_tasks": 100,
+        "class_tasks": 10,
+        "buffer_size": 500,
+        "steps": 10_000,
+        "long_steps": 10_000,
+        "batch_size": 128,
+        "clip_norm": 1.0,
+        "nonlinear_optimizer": "sgd",
+        "nonlinear_lrs": (1e-3, 1e-2),
+        "linear_lrs": (1e-4, 1e-3),
+        "lwf_strengths": (1.0, 10.0, 100.0),
+        "ewc_strengths": (1.0, 10.0, 100.0),
+        "mas_strengths": (0.01, 0.1, 1.0),
+        "osla_strengths": (1.0, 10.0, 100.0),
+        "der_alphas": (0.1, 0.3, 1.0),
+        "dlcft_strengths": (1.0, 10.0, 100.0),
+    }
+)
+
 PRESETS = {
-    "default": DlcftConfig(),
-    "cpu": _MNIST,
-    "cpu-cifar100": _CIFAR,
-    "paper": _CIFAR.model_copy(
-        update={
-            "device": "cuda",
-            "classes": "all",
-            "settings": ("data", "data_long", "task", "class"),
-            "methods": get_args(MethodName),
-            "stream_samples": None,
-            "validation": 5000,
-            "samples": None,
-            "test_samples": None,
-            "data_tasks": 10,
-            "long_tasks": 100,
-            "class_tasks": 10,
-            "buffer_size": 500,
-            "steps": 10_000,
-            "long_steps": 10_000,
-            "batch_size": 128,
-            "clip_norm": 1.0,
-            "nonlinear_optimizer": "sgd",
-            "nonlinear_lrs": (1e-3, 1e-2),
-            "linear_lrs": (1e-4, 1e-3),
-            "lwf_strengths": (1.0, 10.0, 100.0),
-            "ewc_strengths": (1.0, 10.0, 100.0),
-            "mas_strengths": (0.01, 0.1, 1.0),
-            "osla_strengths": (1.0, 10.0, 100.0),
-            "der_alphas": (0.1, 0.3, 1.0),
-            "dlcft_strengths": (1.0, 10.0, 100.0),
-        }
-    ),
+    "default": Preset(DlcftConfig(), minutes=3),
+    "cpu": Preset(_MNIST, minutes=45, needs=("mnist",)),
+    "cpu-cifar100": Preset(_CIFAR, minutes=60, needs=("cifar100", "weights")),
+    "paper": Preset(_PAPER, needs=("cifar100", "weights", "gpu")),
 }

@@ -1,48 +1,31 @@
 """Does the Hessian of the softmax loss vanish? Shon et al. (DLCFT, 2022), supplement, Appendix A, in numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from rich.console import Console
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
-from curvlab.analyze import gridded
-from curvlab.analyze.command import Analysis, GridOptions
+from curvlab.analyze.dlcft import softmax_hessian_claims as appendix_a
 from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.grid import Place
 from curvlab.losses import get_loss
 from curvlab.problem import Problem
-from curvlab.results import (
-    Claim,
-    Column,
-    RunDirectory,
-    Stopwatch,
-    aggregate,
-    render,
-    render_claims,
-    significant,
-    write_tables,
-)
+from curvlab.results import Column, aggregate, significant
 from curvlab.results.scatter import vanishing_curvature
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import fit
 
-Record = dict[str, Any]
-
 _FIRST = 0.5  # 1 - p_t of the first random logits; each next has a tenth
-_ROUNDING = 1e-12  # relative: what an inequality between computed numbers may miss
-_SETTLED = 0.01  # 1 - p_t below which the rate is measured
 
 
 class SoftmaxHessianConfig(TrainedSubjectConfig):
@@ -67,8 +50,10 @@ class SoftmaxHessianConfig(TrainedSubjectConfig):
 
 
 PRESETS = {
-    "default": SoftmaxHessianConfig(),
-    "cpu": SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16),
+    "default": Preset(SoftmaxHessianConfig(), minutes=0.6),
+    "cpu": Preset(
+        SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16), needs=("mnist",)
+    ),
 }
 
 _LOGITS = (
@@ -90,53 +75,17 @@ _NETWORK = (
 )
 
 
-def run(config: SoftmaxHessianConfig, options: GridOptions, console: Console) -> None:
-    """Measure at random logits, train and measure networks, and write the run directory.
-
-    Raises:
-        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a cell has
-            failed, and what the others gave is written and printed.
-    """
-    clock = Stopwatch()
-    with clock("data"):
-        dataset = subject.load_dataset(config, options)
-        data_hash = dataset.fingerprint()
-    _check(config, dataset)
-    with gridded.opened("softmax_hessian", config, options) as directory:
-        with clock("cells"):
-            found, failed = gridded.run(ANALYSIS.cells([config]), options, directory)
-        of_logits = [record for record in found if "step" not in record]
-        of_network = [record for record in found if "step" in record]
-        tables = summarise(of_logits, of_network)
-        claims = claims_of(of_logits, of_network)
-        write_tables(directory, of_logits, (*_LOGITS, gridded.SEEDS) if failed else _LOGITS, summary=tables[0])
-        directory.write_json("network.json", of_network)
-        directory.write_json("claims.json", claims)
-        with clock("figures"):
-            drawn = vanishing_curvature(*tables, _title(config, dataset))
-            directory.write_figure("vanishing_curvature", gridded.marked(drawn, directory.path))
-        gridded.write_provenance(directory, config.seeds, data_hash, clock, config.device)
-        _print(console, config, dataset, tables, claims, directory)
-        gridded.report_failures(console, directory)
-
-
-def cell(config: SoftmaxHessianConfig, place: Place) -> list[Record]:
-    """Return the records of a seed: those of the random logits, and those of its network, which have a ``step``.
-
-    Raises:
-        CurvlabError: The configuration, the data or the weights are not usable, or the training diverges.
-    """
-    dataset = subject.load_dataset(config, place)
-    _check(config, dataset)
-    (seed,) = config.seeds
-    return logit_records(config, seed) + _of_network(config, dataset, seed, place.folder / "checkpoint.pt")
-
-
-def _check(config: SoftmaxHessianConfig, dataset: Dataset) -> None:
+def check(config: SoftmaxHessianConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
-    subject.check_distinct(seeds=config.seeds)
     subject.check_subject(config, dataset)
     estimate(subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0])), "hessian", "implicit")
+
+
+def measure(config: SoftmaxHessianConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+    """Yield the records of the random logits, and those of the network in training, which have a ``step``."""
+    (seed,) = config.seeds
+    yield from logit_records(config, seed)
+    yield from network_records(config, dataset, seed, workspace)
 
 
 # At random logits -----------------------------------------------------------------------------------------------------
@@ -228,7 +177,7 @@ def _relative(matrices: Tensor, reference: Tensor) -> float:
     return float((((matrices - reference) / scale).norm(dim=(1, 2)) / (reference / scale).norm(dim=(1, 2))).max())
 
 
-# Of a network ---------------------------------------------------------------------------------------------------------
+# In training ----------------------------------------------------------------------------------------------------------
 
 
 class NetworkRecorder:
@@ -255,8 +204,10 @@ class NetworkRecorder:
         self.records = list(states["records"])
 
 
-def _of_network(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, checkpoint: Path) -> list[Record]:
-    """Return the records of a seed's training."""
+def network_records(
+    config: SoftmaxHessianConfig, dataset: Dataset, seed: int, workspace: Workspace
+) -> Iterator[Record]:
+    """Train a network, and yield a record a step at which it is measured."""
     model = subject.network(config, dataset, seed)
     steps = np.geomspace(1, config.steps, config.points).round().astype(int).tolist()
     recorder = NetworkRecorder(
@@ -268,9 +219,10 @@ def _of_network(config: SoftmaxHessianConfig, dataset: Dataset, seed: int, check
         **subject.fit_options(config),
         seed=seed,
         observers=[recorder],
-        checkpoint=checkpoint,
+        checkpoint=workspace.folder / "checkpoint.pt",
     )
-    return [{"seed": seed, **record} for record in recorder.records]
+    for record in recorder.records:
+        yield {"seed": seed, **record}
 
 
 def network_record(problem: Problem, tol: float) -> Record:
@@ -300,8 +252,8 @@ def network_record(problem: Problem, tol: float) -> Record:
     with_zeros = [(x, torch.zeros(len(x), logits.shape[1])) for x, _ in problem.batches()]
     squares = Problem(problem.model, "squared_error", with_zeros)
 
-    def largest(of: Problem, quantity: str) -> float:
-        return float(top_eigenvalues(estimate(of, quantity, "implicit"), tol=tol).values[0])
+    def largest(measured: Problem, quantity: str) -> float:
+        return float(top_eigenvalues(estimate(measured, quantity, "implicit"), tol=tol).values[0])
 
     return {
         "complement": float(torch.cat(complements).mean()),
@@ -312,129 +264,55 @@ def network_record(problem: Problem, tol: float) -> Record:
     }
 
 
-# What is made of them ------------------------------------------------------------------------------------------------
+# The report -----------------------------------------------------------------------------------------------------------
 
 
-def summarise(of_logits: Sequence[Record], of_network: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def summarise(logits: Sequence[Record], network: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Return mean and standard deviation over the seeds: a record a probability, and one a step of the training."""
-    of_draws = aggregate(of_logits, ["complement", "lower", "upper"], ["lambda_max", "trace", "autograd", "factors"])
-    values = [key for key in of_network[0] if key not in ("seed", "step")]
-    return of_draws, aggregate(of_network, ["step"], values)
+    by_probability = aggregate(logits, ["complement", "lower", "upper"], ["lambda_max", "trace", "autograd", "factors"])
+    values = [key for key in network[0] if key not in ("seed", "step")]
+    return by_probability, aggregate(network, ["step"], values)
 
 
-def claims_of(of_logits: Sequence[Record], of_network: Sequence[Record]) -> list[Claim]:
-    """Return the claims of Appendix A with their verdicts, and what it leaves open for the parameters."""
-    appendix, own = "DLCFT supplement, Appendix A", "ours"
-    drawn, trained = _by_seed(of_logits), _by_seed(of_network)
-
-    def largest(key: str) -> list[float]:
-        return [max(record[key] for record in records) for records in drawn]
-
-    return [
-        Claim.of(
-            "The Hessian with respect to the logits vanishes as p_t goes to 1: the largest eigenvalue is proportional "
-            "to 1 - p_t (slope of their logarithms below 0.01, minus 1)",
-            appendix,
-            [_slope(records) - 1 for records in drawn],
-            lambda value: abs(value) <= 0.01,
+def report(run: Run[SoftmaxHessianConfig]) -> Report:
+    """Return the tables, the identities of Appendix A, what it says of a training, and the figure."""
+    logits, network, config = run.records["table"], run.records["network"], run.config
+    conditions = appendix_a.conditions(config, run.subject)
+    by_probability, by_step = summarise(logits, network)
+    name = f"{subject.describe_network(config, run.subject)} on {run.subject.data}"
+    samples = config.samples or run.subject.train
+    tables = [
+        Table(
+            f"Hessian of the softmax loss at {config.draws:,} random logits of {config.categories} classes; "
+            f"{run.spread}",
+            _LOGITS,
+            by_probability,
         ),
-        Claim.of(
-            "Equations (20) and (21) are what automatic differentiation gives (largest difference of an entry at most "
-            "1e-10)",
-            appendix,
-            largest("autograd_entry"),
-            lambda value: value <= 1e-10,
-        ),
-        Claim.of(
-            "So are the output factors that all estimators here start from, to 1e-10 of the Hessian at every p_t",
-            own,
-            largest("factors"),
-            lambda value: value <= 1e-10,
-        ),
-        *(
-            Claim.of(f"{text} (largest relative excess)", own, largest(key), lambda value: value <= _ROUNDING)
-            for key, text in (
-                ("above_trace", "The largest eigenvalue is at most 1 - |p|²"),
-                ("above_upper", "1 - |p|² is at most 2 (1 - p_t)"),
-                ("below_lower", "p_t (1 - p_t) is at most the largest eigenvalue"),
-            )
-        ),
-        Claim.of(
-            "The squared error's Hessian with respect to the outputs is the identity at every output (largest "
-            "difference of an entry)",
-            "DLCFT poster",
-            largest("squared_error"),
-            lambda value: value <= 1e-12,
-        ),
-        Claim.of(
-            "In training, the Hessian with respect to a network's outputs falls to a fifth of its peak, or less (mean "
-            "largest eigenvalue, end over peak)",
-            appendix,
-            [records[-1]["outputs"] / max(record["outputs"] for record in records) for records in trained],
-            lambda value: value <= 0.2,
-        ),
-        Claim.of(
-            "The curvature of the parameters need not fall with it, since the Jacobian grows: the GGN's largest "
-            "eigenvalue is no less at the end than at the start (end over start)",
-            own,
-            [records[-1]["ggn"] / records[0]["ggn"] for records in trained],
-            lambda value: value >= 1,
-        ),
+        Table(f"Largest eigenvalues during training: {name}, {samples:,} samples; {run.spread}", _NETWORK, by_step),
     ]
-
-
-def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
-    seeds = dict.fromkeys(record["seed"] for record in records)
-    return [[record for record in records if record["seed"] == seed] for seed in seeds]
-
-
-def _slope(records: Sequence[Record]) -> float:
-    """Return the slope of log lambda over log (1 - p_t); NaN with less than two points."""
-    settled = [record for record in records if record["complement"] <= _SETTLED]
-    if len(settled) < 2:
-        return math.nan
-    x, y = (np.log([record[key] for record in settled]) for key in ("complement", "lambda_max"))
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def _title(config: SoftmaxHessianConfig, dataset: Dataset) -> str:
-    return f"{subject.describe(config, dataset, 'ggn').removeprefix('GGN of a ')} on {Path(config.data).name}"
-
-
-def _print(
-    console: Console,
-    config: SoftmaxHessianConfig,
-    dataset: Dataset,
-    tables: tuple[Sequence[Record], Sequence[Record]],
-    claims: Sequence[Claim],
-    directory: RunDirectory,
-) -> None:
-    of_logits, of_network = tables
-    seeds = of_network[0]["seeds"]
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    if seeds < len(config.seeds):
-        spread += f" of {len(config.seeds)}"
-    title = f"Hessian of the softmax loss at {config.draws:,} random logits of {config.categories} classes; {spread}"
-    console.print(render(of_logits, _LOGITS, title), crop=False)
-    samples = config.samples or len(dataset.x_train)
-    title = f"Largest eigenvalues while a {_title(config, dataset)} learns, {samples:,} samples; {spread}"
-    console.print(render(of_network, _NETWORK, title), crop=False)
-    console.print(render_claims(claims), crop=False)
-    for note in (
-        "Relative differences are to equations (20) and (21), the largest over the draws. Automatic differentiation "
-        "in float64 takes p_t - p_t², of which no digit is left once 1 - p_t is below 1e-16.",
-        f"Saved in {directory.path}: table (.json .csv .md .tex), network, claims, provenance, figure, "
-        f"{gridded.STORE}.",
-    ):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return Report(
+        tables[0],
+        tables,
+        appendix_a.claims(network, conditions),
+        appendix_a.identities(logits),
+        {"vanishing_curvature": lambda: vanishing_curvature(by_probability, by_step, name)},
+        deviations=appendix_a.deviations(conditions),
+        notes=[
+            "Relative differences are to equations (20) and (21), the largest over the draws. Automatic "
+            "differentiation in float64 computes p_t - p_t², which has no correct digit once 1 - p_t is below 1e-16."
+        ],
+    )
 
 
 ANALYSIS = Analysis(
     config=SoftmaxHessianConfig,
-    presets=PRESETS,
-    run=run,
-    description="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? At random "
+    question="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? At random "
     "logits, by automatic differentiation, by the formulas of the DLCFT supplement and by the output factors of the "
-    "estimators here; and what becomes of a network's curvature while it learns.",
-    cell=cell,
+    "estimators here; and what becomes of a network's curvature in training.",
+    presets=PRESETS,
+    check=check,
+    measure=measure,
+    report=report,
+    kinds={"table": "lambda_max", "network": "step"},
+    items=("supplement, Appendix A",),
 )

@@ -181,7 +181,7 @@ class Analysis(Generic[C]):
         search: How hyper-parameters are chosen, if they are.
         kinds: Name of a file of records -> a key that these records alone have; ``table`` among them.
         artifacts: What ``Workspace.save`` may be given.
-        room: The folder of the paper, which has ``published.yaml``; None for an analysis of no paper.
+        items: The tables and figures of the paper that it regenerates.
         version: Of ``measure``: raised when its numbers change, so that stores do not mix old ones with new.
     """
 
@@ -196,6 +196,7 @@ class Analysis(Generic[C]):
     search: Search[C] | None = None
     kinds: Mapping[str, str] = field(default_factory=lambda: {"table": "seed"})
     artifacts: Sequence[str] = ()
+    items: Sequence[str] = ()
     version: int = 1
 
     @property

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from curvlab.analyze import load_analysis
-from curvlab.analyze.__main__ import main
+from curvlab.analyze.frame.command import execute
 from curvlab.analyze.frame.driver import PROVENANCE, draw, read_run
-from curvlab.commandline.program import report_errors
+from curvlab.commandline.program import exit_code_of, report_errors
 from curvlab.results import RunDirectory
 
 
@@ -17,7 +17,7 @@ def run_script(name: str, preset: str, out: str) -> int:
     Returns:
         The exit code.
     """
-    return main([name, "--preset", preset, "--out", out, *sys.argv[1:]])
+    return _run(name, "--preset", preset, "--out", out, *sys.argv[1:])
 
 
 def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -> int:
@@ -35,10 +35,14 @@ def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else out)
     code = 0
     if not (folder / PROVENANCE).exists():
-        code = main([name, "--preset", preset, "--out", str(folder)])
+        code = _run(name, "--preset", preset, "--out", str(folder))
         if not (folder / PROVENANCE).exists():
             return code
     return report_errors(lambda: _draw(name, folder, figures), debug=False) or code
+
+
+def _run(name: str, *arguments: str) -> int:
+    return exit_code_of(lambda: execute(load_analysis(name), list(arguments), f"python -m curvlab.analyze {name}"))
 
 
 def _draw(name: str, folder: Path, figures: Sequence[str]) -> None:

@@ -1,8 +1,10 @@
 """How diagonal is the Fisher? The table that Gepperth and Wiech (2019), Table 2, set out to give."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from matplotlib.figure import Figure
 from pydantic import Field
 
@@ -11,7 +13,7 @@ from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.analyze.masq import table2
 from curvlab.data import Dataset
-from curvlab.diagonality import Level, records, submatrix
+from curvlab.diagonality import Level, Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
 from curvlab.results import Column, aggregate
 from curvlab.results.plots import block_heat_map, diagonality_dots
@@ -117,8 +119,20 @@ def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace
         part = submatrix(problem, config.quantity)
     except UnsupportedError:
         return  # the Hessian of a large network: there are no rows to take entries from
-    drawn = {"seed": seed, "names": part.names, "counts": part.counts, "matrix": part.matrix.cpu()}
-    workspace.save("heat_map", drawn)
+    workspace.save("heat_map", {"seed": seed, **_without_zeros(part)})
+
+
+def _without_zeros(part: Submatrix) -> Record:
+    """Return what is drawn of a matrix: the rows that are not all zero, to the digits that a colour shows."""
+    matrix = part.matrix.cpu().numpy()
+    alive = np.abs(matrix).max(axis=1) > 0
+    ends = np.cumsum([0, *part.counts])
+    return {
+        "names": part.names,
+        "counts": [int(alive[start:end].sum()) for start, end in pairwise(ends)],
+        "zero_rows": int((~alive).sum()),
+        "matrix": [[float(f"{value:.3g}") for value in row] for row in matrix[np.ix_(alive, alive)]],
+    }
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
@@ -161,11 +175,14 @@ def report(run: Run[FimDiagonalityConfig]) -> Report:
 
     def heat_map() -> Figure:
         part: dict[str, Any] = run.artifacts["heat_map"][0]
-        above = f"{title}\nevenly spaced parameters, seed {part['seed']}"
+        zeros = f"; {part['zero_rows']} of zeros left out" if part["zero_rows"] else ""
+        above = f"{title}\nrows of evenly spaced parameters, seed {part['seed']}{zeros}"
         return block_heat_map(part["matrix"], part["names"], part["counts"], above)
 
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
-    trained = f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}."
+    notes = []
+    if accuracies:
+        notes.append(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")
     return Report(
         Table(tables[0].title, _TABLE, table),
         tables,
@@ -173,7 +190,7 @@ def report(run: Run[FimDiagonalityConfig]) -> Report:
         table2.identities(found, conditions),
         {"sums_and_means": dots} | ({"heat_map": heat_map} if run.artifacts["heat_map"] else {}),
         deviations=table2.deviations(conditions) if is_paper else [],
-        notes=[trained] if accuracies else [],
+        notes=notes,
     )
 
 
@@ -186,4 +203,5 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     artifacts=("heat_map",),
+    items=("Table 2",),
 )

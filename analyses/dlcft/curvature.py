@@ -1,6 +1,6 @@
 """Shon et al. (2022), "DLCFT": does the Fisher's largest eigenvalue vanish in training, with each loss?
 
-    python analyses/dlcft_curvature.py [OPTIONS of eigenvalues]
+    python analyses/dlcft/curvature.py [OPTIONS of eigenvalues]
 
 The MNIST network of the authors' code over three seeds, softmax cross-entropy against squared error, with each claim's
 verdict. Results in runs/dlcft_curvature; a finished run is printed again, an interrupted one continues. Needs MNIST.
@@ -9,9 +9,7 @@ With --preset paper-cifar100 and another --out: Fig. 7 of the supplement, on CIF
 
 import sys
 
-from curvlab.analyze.__main__ import main
-
-OUT = "runs/dlcft_curvature"
+from curvlab.analyze.frame.scripts import run_script
 
 if __name__ == "__main__":
-    sys.exit(main(["eigenvalues", "--preset", "paper", "--out", OUT, *sys.argv[1:]]))
+    sys.exit(run_script("eigenvalues", preset="paper", out="runs/dlcft_curvature"))

@@ -1,0 +1,14 @@
+"""Carta, "Regularization Priors", slide "Training Stability": how skewed is the Fisher after task 1 of SplitMNIST?
+
+    python analyses/lecture/fisher_histogram.py [OPTIONS of fisher_histogram]
+
+The exact diagonal for an MLP over three seeds, with each claim's verdict. Results in runs/fisher_histogram; a finished
+run is printed again, an interrupted one continues. Needs MNIST.
+"""
+
+import sys
+
+from curvlab.analyze.frame.scripts import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("fisher_histogram", preset="paper", out="runs/fisher_histogram"))

@@ -1,0 +1,196 @@
+"""One training of ``eigenvalues``: its data and targets, what is recorded, and the loss on the held-out samples."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.analysis import Record, Workspace
+from curvlab.data import Dataset
+from curvlab.errors import CurvlabError
+from curvlab.estimators import estimate
+from curvlab.matrices import EKFAC, Composite
+from curvlab.problem import Problem
+from curvlab.recorder import EigenvalueRecorder, Level
+from curvlab.spectrum.density import SpectralDensity
+from curvlab.training import FitResult, Observer, evaluate, fit
+
+if TYPE_CHECKING:
+    from curvlab.analyze.dlcft.eigenvalues import EigenvaluesConfig
+
+Samples = tuple[Tensor, Tensor]
+
+_BANDWIDTHS = 100  # of a smoothed density, over the range of its eigenvalues
+
+
+def split(config: "EigenvaluesConfig", data: Dataset) -> tuple[Dataset, Samples | None]:
+    """Return the data set to train on, and the samples that are held out.
+
+    Raises:
+        CurvlabError: There are not so many samples.
+    """
+    held_out = None
+    if config.validation:
+        data, held_out = data.hold_out(config.validation)
+    return subject.take(data, train=config.train_samples), held_out
+
+
+def make_targets(config: "EigenvaluesConfig", data: Dataset, loss: str, samples: Samples) -> Samples:
+    """Return samples with the targets that the loss takes: labels, or scaled one-hot vectors."""
+    inputs, labels = samples
+    if loss == "cross_entropy":
+        return inputs, labels
+    return inputs, config.alpha * F.one_hot(labels, data.num_classes).to(inputs.dtype)
+
+
+def learning_rate(config: "EigenvaluesConfig", loss: str) -> float:
+    """Return the learning rate of a loss; of several candidates the first."""
+    return config.lr if loss == "cross_entropy" else config.lr_squared_error[0]
+
+
+def _train(
+    config: "EigenvaluesConfig",
+    model: nn.Module,
+    data: Dataset,
+    loss: str,
+    observers: Sequence[Observer] = (),
+    checkpoint: Path | None = None,
+) -> FitResult:
+    return fit(
+        model,
+        make_targets(config, data, loss, (data.x_train, data.y_train)),
+        loss=loss,
+        **{**subject.fit_options(config), "lr": learning_rate(config, loss)},
+        seed=config.seeds[0],
+        evaluate_every=config.every,
+        observers=observers,
+        checkpoint=checkpoint,
+        checkpoint_every=config.every,
+        progress=False,
+    )
+
+
+def measure_candidate(config: "EigenvaluesConfig", dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+    """Train with the one loss and learning rate, and yield the loss on the held-out samples.
+
+    Raises:
+        CurvlabError: A loss is not finite.
+    """
+    del workspace  # a candidate has no checkpoint
+    data, held_out = split(config, dataset)
+    (loss,), (seed,) = config.losses, config.seeds
+    assert held_out is not None
+    model = subject.network(config, data, seed)
+    _train(config, model, data, loss)
+    value = evaluate(model, *make_targets(config, data, loss, held_out), loss=loss).loss
+    if not math.isfinite(value):
+        raise CurvlabError(f"the loss on the held-out samples is {value}")
+    yield {"validation_loss": value}
+
+
+def record_training(
+    config: "EigenvaluesConfig", data: Dataset, loss: str, checkpoint: Path
+) -> tuple[list[Record], list[Record]]:
+    """Return what was recorded over a training: records, that of the training itself first, and densities."""
+    samples = make_targets(config, data, loss, subject.samples(config, data))
+    (seed,) = config.seeds
+    recorders = [
+        EigenvalueRecorder(
+            samples,
+            loss,
+            quantities=config.quantities,
+            every=config.every,
+            tol=config.tol,
+            per=level,
+            densities_at=config.densities_at if level == config.per[0] else (),
+            seed=seed,
+        )
+        for level in config.per
+    ]
+    ekfac = [] if config.ekfac_every is None else [EkfacRecorder(samples, loss, config.ekfac_every, config.per)]
+    model = subject.network(config, data, seed)
+    result = _train(config, model, data, loss, [*recorders, *ekfac], checkpoint)
+    losses = {point["step"]: point["train_loss"] for point in result.history}
+    training = {
+        "loss": loss,
+        "seed": seed,
+        "lr": learning_rate(config, loss),
+        "test_accuracy": evaluate(model, data.x_test, data.y_test).accuracy,
+        # Of the call that ended the training: one that was stopped before has taken more.
+        "training_seconds": result.seconds - result.observer_seconds,
+        "observer_seconds": result.observer_seconds,
+    }
+    points = [record for recorder in recorders for record in recorder.records]
+    points += [record for recorder in ekfac for record in recorder.records]
+    return (
+        [training]
+        + [{"loss": loss, "seed": seed, **point, "train_loss": losses.get(point["step"])} for point in points],
+        [{"loss": loss, "seed": seed, **found} for recorder in recorders for found in recorder.densities],
+    )
+
+
+class EkfacRecorder:
+    """Records the largest eigenvalue of the Fisher's EK-FAC, which is the largest over the layers."""
+
+    def __init__(self, data: Samples, loss: str, every: int, per: Sequence[Level]) -> None:
+        self._data, self._loss, self._every, self._per = data, loss, every, per
+        self.records: list[Record] = []
+
+    def due(self, step: int) -> bool:
+        """Say whether there is a point after this many steps."""
+        return step % self._every == 0
+
+    def __call__(self, step: int, model: nn.Module) -> None:
+        """Add a record of the network and of every layer, as far as they are asked for."""
+        started = time.perf_counter()
+        matrix = estimate(Problem(model, self._loss, self._data), "fisher", "ekfac:rest=diag")
+        values = {"network": float(matrix.eigenvalues().max())} if "network" in self._per else {}
+        if "layer" in self._per:
+            for part in matrix.parts if isinstance(matrix, Composite) else (matrix,):
+                if isinstance(part, EKFAC):
+                    values |= {layer: float(basis.values.max()) for layer, basis in part.bases.items()}
+        seconds = time.perf_counter() - started
+        self.records += [
+            {
+                "step": step,
+                "quantity": "ekfac",
+                "layer": layer,
+                "index": 0,
+                "value": value,
+                "residual": None,
+                "matvecs": None,
+                "converged": True,
+                "seconds": seconds,
+            }
+            for layer, value in values.items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records."""
+        return {"every": self._every, "records": list(self.records)}
+
+    def load_state_dict(self, states: Mapping[str, Any], /) -> None:
+        """Take up the records of a run that was stopped."""
+        self.records = list(states["records"])
+
+
+def smooth(densities: Sequence[Record]) -> list[Record]:
+    """Return densities with ``grid`` and ``density``: those of one loss and quantity on one grid, equally smooth."""
+    smoothed = []
+    for record in densities:
+        like = [r for r in densities if (r["loss"], r["quantity"]) == (record["loss"], record["quantity"])]
+        all_nodes = [node for r in like for nodes in r["density"]["nodes"] for node in nodes]
+        low, high = min(all_nodes), max(all_nodes)
+        width = max(high - low, 1e-12) / _BANDWIDTHS
+        grid = torch.linspace(low - 3 * width, high + 3 * width, 500, dtype=torch.float64)
+        saved = record["density"]
+        tensors = {key: torch.tensor(saved[key], dtype=torch.float64) for key in ("nodes", "weights")}
+        values, _ = SpectralDensity(**{**saved, **tensors}).pdf(grid, width)
+        smoothed.append({**record, "grid": grid.tolist(), "density": values.tolist()})
+    return smoothed

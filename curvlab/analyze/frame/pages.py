@@ -1,0 +1,151 @@
+"""Pages made of kept results: a README for each paper, and one page of what did not reproduce."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from curvlab.analyze import ANALYSES, ROOMS
+from curvlab.analyze.frame.results import Result, read_results
+from curvlab.results import Claim, Column
+from curvlab.results.claims import significant_claim, sort_claims
+from curvlab.results.tables import plus_minus, to_markdown
+
+_MADE = "<!-- Made by `make papers` from results/*.json. -->"
+_CLAIMS = (
+    Column("text", "claim"),
+    Column("source", "source"),
+    Column("published", "published"),
+    Column("ours", "ours"),
+    Column("verdict", "verdict"),
+)
+
+
+def render_readme(root: Path, room: str) -> str:
+    """Return the README of a paper: of each result its command and cost, claims, tables beside the published numbers.
+
+    Args:
+        root: The folder ``analyses`` of the repository.
+        room: The paper.
+    """
+    results = read_results(root, room)
+    names = [name for name, entry in ANALYSES.items() if entry.room == room]
+    parts = [f"# {ROOMS[room]}", _MADE]
+    for name in names:
+        parts.append(f"## {name}\n\n{ANALYSES[name].question}")
+        mine = [result for result in results if result.name == name]
+        if not mine:
+            parts.append(f"No result is kept yet: `python -m curvlab.analyze {name} --preset cpu`.")
+        parts += [_render_result(result) for result in mine]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_result(result: Result) -> str:
+    report, origin = result.report, result.origin
+    machine = origin["machine"]
+    device = machine["device_name"] or f"{machine['cores']} cores of {machine['cpu']}"
+    command = f"python -m curvlab.analyze {result.name}" + (f" --preset {result.preset}" if result.preset else "")
+    versions = ", ".join(f"{name} {origin['versions'][name]}" for name in ("curvlab", "torch"))
+    parts = [
+        f"### {result.preset or 'another configuration'}",
+        f"`{command}`: {result.minutes:.1f} minutes on {device} ({versions}).",
+    ]
+    if report.claims:
+        parts.append(_table(report.claims))
+    for table in report.tables or [report.summary]:
+        parts.append(f"{table.title}\n\n{to_markdown(table.records, table.columns)}".rstrip())
+    if report.identities:
+        lines = [f"- {one.text}: {plus_minus(*one.mean_and_spread)}" for one in report.identities]
+        parts.append("Identities and arithmetic, which no data could refute:\n\n" + "\n".join(lines))
+    if report.deviations:
+        lines = [f"- {line}" for line in report.deviations]
+        parts.append("Here, and in the published runs (in brackets):\n\n" + "\n".join(lines))
+    parts += [str(note) for note in report.notes]
+    pictures = sorted(result.file.parent.glob(f"{result.file.stem}.*.png"))
+    parts += [f"![{file.stem.rpartition('.')[2]}](results/{file.name})" for file in pictures]
+    return "\n\n".join(parts)
+
+
+def _table(claims: Sequence[Claim]) -> str:
+    """Return the claims as a Markdown table; those not reproduced come first."""
+    ordered, reasons = sort_claims(claims)
+    rows = [
+        {
+            "text": claim.text,
+            "source": claim.source,
+            "published": significant_claim(claim.published),
+            "ours": plus_minus(claim.ours, claim.spread),
+            "verdict": verdict,
+        }
+        for claim, verdict in ordered
+    ]
+    return "\n".join([to_markdown(rows, _CLAIMS), *(f"{reason}\n" for reason in reasons)]).rstrip()
+
+
+def render_index(root: Path) -> str:
+    """Return the page of all papers: what did not reproduce comes first, then a line an analysis and preset.
+
+    Args:
+        root: The folder ``analyses`` of the repository.
+    """
+    failed, rows = [], []
+    for room, citation in ROOMS.items():
+        for result in read_results(root, room):
+            claims = result.report.claims
+            at = f"{result.name}, {result.preset or 'another configuration'}"
+            failed += [
+                {
+                    "paper": citation.partition(":")[0],
+                    "text": claim.text,
+                    "published": significant_claim(claim.published),
+                    "ours": plus_minus(claim.ours, claim.spread),
+                    "at": at,
+                }
+                for claim in claims
+                if claim.verdict == "not reproduced"
+            ]
+            counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
+            rows.append({"paper": citation.partition(":")[0], "at": at, "minutes": result.minutes, **counts})
+    what = (
+        Column("paper", "paper"),
+        Column("text", "claim"),
+        Column("published", "published"),
+        Column("ours", "ours"),
+        Column("at", "analysis, preset"),
+    )
+    every = (
+        Column("paper", "paper"),
+        Column("at", "analysis, preset"),
+        Column("minutes", "minutes", format=lambda value: f"{value:.1f}"),
+        *(Column(verdict, verdict) for verdict in VERDICTS),
+    )
+    return (
+        "\n\n".join(
+            [
+                "# The papers, reproduced",
+                "<!-- Made by `make papers` from analyses/*/results/*.json. -->",
+                "## What did not reproduce",
+                to_markdown(failed, what).rstrip() if failed else "Nothing that is kept.",
+                "## All results",
+                "Of each paper, `analyses/PAPER/README.md` has claims, tables and deviations.",
+                to_markdown(rows, every).rstrip(),
+            ]
+        )
+        + "\n"
+    )
+
+
+VERDICTS = ("not reproduced", "reproduced", "not tested")
+
+
+def write_pages(root: Path, docs: Path) -> list[Path]:
+    """Write the README of every paper and the page of all of them; return the files.
+
+    Args:
+        root: The folder ``analyses`` of the repository.
+        docs: The folder ``docs``.
+    """
+    pages = {root / room / "README.md": render_readme(root, room) for room in ROOMS if (root / room).is_dir()}
+    pages[docs / "papers" / "index.md"] = render_index(root)
+    for file, text in pages.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return list(pages)

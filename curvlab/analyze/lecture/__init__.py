@@ -1,0 +1,1 @@
+"""Carta's lecture "Continual Learning: Regularization Priors"."""

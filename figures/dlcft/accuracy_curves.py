@@ -1,0 +1,13 @@
+"""The poster's figure of Shon et al. (2022), "DLCFT": accuracy over the tasks, here of every setting.
+
+    python figures/dlcft/accuracy_curves.py [RUN]
+
+Draws from the results in RUN (default runs/dlcft), running the analysis first if there are none.
+"""
+
+import sys
+
+from curvlab.analyze.frame.scripts import draw_script
+
+if __name__ == "__main__":
+    sys.exit(draw_script("dlcft", preset="cpu", out="runs/dlcft", figures=["accuracy_curves"]))

@@ -1,0 +1,13 @@
+"""The figure of Carta's slide "Training Stability": the distribution of the Fisher's diagonal, logarithmic.
+
+    python figures/lecture/fisher_histogram.py [RUN]
+
+Draws from the results in RUN (default runs/fisher_histogram), running the analysis first if there are none.
+"""
+
+import sys
+
+from curvlab.analyze.frame.scripts import draw_script
+
+if __name__ == "__main__":
+    sys.exit(draw_script("fisher_histogram", preset="paper", out="runs/fisher_histogram"))

@@ -1,0 +1,409 @@
+"""What the frame does for every analysis: options, a run, the same again, failures, a search, files, kept results."""
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import Field
+
+from curvlab.analyze import ANALYSES, ROOMS, Entry, load_analysis
+from curvlab.analyze.__main__ import main
+from curvlab.analyze.frame import driver, results
+from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Table
+from curvlab.analyze.frame.pages import render_index, render_readme
+from curvlab.analyze.frame.results import find_preset, keep_result, read_results
+from curvlab.analyze.frame.search import Search, at_an_end
+from curvlab.analyze.frame.subject import SubjectConfig, load_dataset, take
+from curvlab.commandline.options import RunOptions
+from curvlab.errors import CurvlabError
+from curvlab.results import Claim, Column, Identity
+
+pytestmark = pytest.mark.usefixtures("no_figures", "cells_here")
+
+ROOT = Path(driver.__file__).parents[3]
+
+#: Options that make a run of every analysis small.
+SMALL = {
+    "agreement": "--hidden 4 --steps 3 --samples 20 --quantities fisher:samples=1 --structures diag "
+    "--backends hooks torch",
+    "fim_diagonality": "--hidden 4 --steps 3 --samples 40",
+    "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
+    "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
+    "--lr-squared-error 0.003",
+    "softmax_hessian": "--hidden 4 --steps 6 --points 3 --samples 30 --draws 4 --decades 3",
+    "forgetting_bound": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",
+    "training_regimes": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",
+    "methods": "--hidden 5 --epochs 1 --tasks 2 --task-samples 60 --validation 20 --samples 20 --trials 1 "
+    "--methods naive ewc stable",
+    "dlcft": "--hidden 5 --steps 3 --long-steps 2 --source-steps 3 --stream-samples 120 --validation 30 "
+    "--test-samples 60 --data-tasks 2 --methods fine_tuning ewc dlcft_kfac --nonlinear-lrs 0.01 --linear-lrs 0.01 "
+    "--ewc-strengths 1 --dlcft-strengths 1",
+}
+
+#: Those whose records have seconds.
+TIMED = {"agreement", "methods", "dlcft", "eigenvalues"}
+
+GRIDS = [name for name in ANALYSES if isinstance(load_analysis(name), Analysis)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path / "no data"))
+
+
+@pytest.fixture
+def call(capsys):
+    """Return a function that runs a command and gives exit code, standard output and standard error."""
+
+    def call(line):
+        code = main(shlex.split(line))
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# Every analysis ------------------------------------------------------------------------------------------------------
+
+
+def test_every_analysis_has_small_options_here():
+    assert set(SMALL) == set(GRIDS)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_help_and_configuration(call, name):
+    code, out, _ = call(f"{name} --help")
+    assert code == 0
+    assert out.startswith(f"usage: python -m curvlab.analyze {name} [OPTIONS]")
+    analysis = load_analysis(name)
+    text = " ".join(out.split())
+    for field in analysis.config.model_fields:
+        assert f"--{field.replace('_', '-')} " in text
+    for preset in analysis.presets:
+        first = call(f"{name} --preset {preset} --print-config")[1]
+        assert yaml.safe_load(first)
+        Path("c.yaml").write_text(first)
+        assert call(f"{name} --config c.yaml --print-config") == (0, first, "")
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("--sedes 1", "there is no option --sedes"),
+        ("--preset defalt", "there is no preset 'defalt'; did you mean 'default'?"),
+        ("stray", "'stray' belongs to no option"),
+        ("--config none.yaml", "cannot read none.yaml"),
+        ("--out ''", "--out was given an empty value"),
+    ],
+)
+def test_bad_words(call, name, line, fragment):
+    code, out, err = call(f"{name} {line}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert fragment in err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("--seeds", "seeds needs one value or several different ones"),
+        ("--seeds 1 1", "seeds needs one value or several different ones"),
+        ("--seeds -1", "--seeds should be greater than or equal to 0"),
+        ("--data digts", "digts"),
+        ("--data mnist --offline", "mnist is not whole on disk"),
+        ("--weights gone.pt", "gone.pt: there is no such file of weights, here or in the data root"),
+        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
+        ("--samples 0", "--samples should be greater than or equal to 1"),
+        ("--jobs 0", "--jobs should be greater than or equal to 1"),
+        ("--scheduler tcp://127.0.0.1:x", "there is no Dask scheduler at tcp://127.0.0.1:x"),
+    ],
+)
+def test_bad_values(call, name, line, fragment):
+    code, out, err = call(f"{name} {SMALL[name]} {line} --out run")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert fragment in err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_run_the_same_again_and_its_report(call, name, tmp_path):
+    """A run leaves what its report needs; the same command prints the same, and changes no file."""
+    line = f"{name} {SMALL[name]} --seeds 0 1 2 --jobs 1 --out run"
+    code, out, err = call(line)
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "Saved in run: " in out
+    before = contents("run")
+    names = {"config.yaml", "claims.json", "provenance.json", *(f"table.{end}" for end in ("json", "csv", "md", "tex"))}
+    assert names <= set(before)
+    assert call(line) == (0, out, "")
+    assert contents("run") == before
+
+    analysis = load_analysis(name)
+    claims = json.loads(Path("run/claims.json").read_text())
+    for claim in claims:  # of digits no number of a paper is tested
+        assert claim["reason"] if claim["verdict"] == "not tested" else not claim["reason"]
+    finished = driver.read_run(analysis, Path("run"))
+    report = analysis.report(finished)
+    assert [claim.verdict for claim in report.claims] == [claim["verdict"] for claim in claims]
+    assert {Path(file).stem for file in before if file.endswith(".png")} == set(report.figures)
+    for table in report.tables or [report.summary]:
+        assert len(table.records) > 0
+    if ANALYSES[name].room in ROOMS:
+        keep_result(Path("run"), tmp_path / "analyses")
+        (kept,) = read_results(tmp_path / "analyses", ANALYSES[name].room)
+        assert kept.report.claims == report.claims
+        assert kept.report.summary == report.summary
+        assert f"## {name}" in render_readme(tmp_path / "analyses", ANALYSES[name].room)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_only_what_failed_is_repeated(call, name, monkeypatch):
+    analysis, done = load_analysis(name), []
+
+    def fail_later(config, dataset, workspace):
+        if done:
+            raise CurvlabError("stopped")
+        done.append(config)
+        return list(analysis.measure(config, dataset, workspace))
+
+    def count(config, dataset, workspace):
+        done.append(config)
+        return analysis.measure(config, dataset, workspace)
+
+    def use(measure):
+        measure.__module__ = analysis.module
+        monkeypatch.setattr(sys.modules[analysis.module], "ANALYSIS", replace(analysis, measure=measure))
+
+    line = f"{name} {SMALL[name]} --seeds 0 1 --jobs 1"
+    assert call(f"{line} --out whole")[0] == 0
+    use(fail_later)
+    code, _, err = call(f"{line} --out run")
+    assert code == 1
+    assert "runs done in run: 1; the same command with --out run --retry-failed continues there" in err
+    done.clear()
+    use(count)
+    assert call(f"{line} --out run --retry-failed")[0] == 0
+    total = json.loads(Path("run/provenance.json").read_text())["cells"]["done"]
+    assert 0 < len(done) < total
+    if name not in TIMED:
+        for file in ("table.json", "table.csv", "table.md", "table.tex", "claims.json"):
+            assert Path("run", file).read_bytes() == Path("whole", file).read_bytes()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_presets_say_what_they_need(name):
+    for preset in load_analysis(name).presets.values():
+        data = {"mnist", "cifar100"} & {preset.config.data}
+        assert data <= set(preset.needs)
+    assert find_preset(load_analysis(name), load_analysis(name).presets["default"].config) == "default"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_committed_readme_is_what_its_records_give(room):
+    """If this fails: make papers."""
+    if not (ROOT / "analyses" / room).is_dir():
+        pytest.skip("the results are not installed with the package")
+    assert (ROOT / "analyses" / room / "README.md").read_text() == render_readme(ROOT / "analyses", room)
+
+
+def test_the_committed_page_of_all_papers_is_what_the_records_give():
+    """If this fails: make papers."""
+    if not (ROOT / "docs" / "papers").is_dir():
+        pytest.skip("the documentation is not installed with the package")
+    assert (ROOT / "docs" / "papers" / "index.md").read_text() == render_index(ROOT / "analyses")
+
+
+# An analysis of the test ---------------------------------------------------------------------------------------------
+
+
+class ToyConfig(SubjectConfig):
+    """Numbers."""
+
+    rates: tuple[float, ...] = (1.0,)
+    """Rates tried."""
+    fails: tuple[int, ...] = ()
+    """Seeds whose run fails."""
+    evaluation: str = "test"
+    """What is measured."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2))
+    """Seeds."""
+
+
+def measure(config, dataset, workspace):
+    (seed,), (rate,) = config.seeds, config.rates
+    if seed in config.fails:
+        raise CurvlabError("it cannot be")
+    if rate > 100:
+        raise CurvlabError("the loss is nan")
+    workspace.save("thing", {"seed": seed, "rate": rate})
+    yield {"seed": seed, "rate": rate, "acc": rate / (1 + rate**2), "first": int(dataset.y_train[0])}
+    yield {"seed": seed, "extra": 1}
+
+
+def make_report(run):
+    records = run.records["table"]
+    return Report(
+        Table(f"Toy; {run.spread}", [Column("seed", "seed"), Column("acc", "accuracy")], records),
+        claims=[Claim.of("It is positive", "ours", [record["acc"] for record in records], lambda value: value > 0)],
+        identities=[Identity("One is one", [1.0])],
+        figures={"figure": lambda: __import__("matplotlib.figure").figure.Figure()},
+        deviations=["nothing."],
+        notes=[f"{len(run.records['extras'])} extras, {len(run.artifacts['thing'])} things"],
+    )
+
+
+def vary(config, group, rate, seed):
+    return config.model_copy(update={"rates": (rate["rate"],), "seeds": (seed,), "evaluation": "validation"})
+
+
+SEARCH = Search(
+    candidates=lambda config: [({"method": "toy"}, [{"rate": rate} for rate in config.rates])],
+    config=vary,
+    runs=lambda config, chosen: [config.model_copy(update={"rates": (chosen[0].candidate["rate"],)})],
+    seeds=lambda _: (100, 101),
+    value="acc",
+    advice="lower rates",
+    limits={"rate": (1.0,)},
+)
+
+ANALYSIS = Analysis(
+    ToyConfig,
+    "A toy.",
+    {"default": Preset(ToyConfig()), "other": Preset(ToyConfig(rates=(0.5, 2.0)), minutes=3, needs=("gpu",))},
+    measure,
+    make_report,
+    search=SEARCH,
+    kinds={"table": "acc", "extras": "extra"},
+    artifacts=("thing",),
+)
+
+
+@pytest.fixture
+def toy(monkeypatch, call):
+    monkeypatch.setitem(ANALYSES, "test_frame", Entry("masq", "A toy."))
+    monkeypatch.setitem(sys.modules, "curvlab.analyze.masq.test_frame", sys.modules[__name__])
+    return lambda line: call(f"test_frame {line}")
+
+
+def test_presets_and_their_cost_are_in_the_help(toy):
+    assert "A toy. Presets: default, other (3 min, needs gpu)." in " ".join(toy("--help")[1].split())
+
+
+def test_what_a_run_says_and_leaves(toy):
+    code, out, err = toy("--out run")
+    assert (code, err) == (0, "")
+    for text in ("Toy; mean ± standard deviation over 3 seeds", "3 extras, 3 things", "- nothing.", "One is one"):
+        assert text in " ".join(out.split())
+    assert json.loads(Path("run/extras.json").read_text()) == [{"seed": seed, "extra": 1} for seed in range(3)]
+    assert json.loads(Path("run/thing.json").read_text())[1] == {"seed": 1, "rate": 1.0}
+    assert (
+        "Saved in run: claims (.json), extras (.json), figure (.pdf .png), provenance (.json), selection (.json), "
+        "table (.csv .json .md .tex), thing (.json), sweep.sqlite.\n" in out
+    )
+
+
+def test_runs_that_fail(toy):
+    code, out, err = toy("--fails 1 --out run")
+    assert code == 1
+    assert err.splitlines()[0] == "error: 1 of 3 runs has failed, the first (seed 1) so: it cannot be"
+    assert err.splitlines()[1].startswith("runs done in run: 2; the same command with --out run --retry-failed")
+    assert "over the seeds that did not fail" in " ".join(out.split())
+    assert "Failed, and in no number above:" in out
+    finished = driver.read_run(ANALYSIS, Path("run"))
+    assert [one["seed"] for one in finished.failed] == [1]
+    assert finished.total == 3
+    with pytest.raises(CurvlabError, match="1 of the 3 runs in run have failed"):
+        keep_result(Path("run"), Path("analyses"))
+    code, out, err = toy("--fails 0 1 2 --out none")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: 3 of 3 runs have failed, the first (seed 0) so: it cannot be\n")
+    assert not Path("none/table.json").exists()
+
+
+def test_the_best_candidate_is_taken(toy):
+    code, out, _ = toy("--rates 0.5 1 3 1000 --out run")
+    assert code == 0
+    assert {record["rate"] for record in json.loads(Path("run/table.json").read_text())} == {1.0}
+    selection = json.loads(Path("run/selection.json").read_text())
+    assert [(row["rate"], row["chosen"], row["validation_acc"]) for row in selection] == [
+        (0.5, False, pytest.approx(0.4)),
+        (1.0, True, pytest.approx(0.5)),
+        (3.0, False, pytest.approx(0.3)),
+        (1000.0, False, None),
+    ]
+    assert selection[3]["note"] == "the loss is nan"
+    assert "Hyper-parameters, chosen on held-out samples" in out
+    assert "beyond it may be a better one" not in out
+    assert "beyond it may be a better one" in toy("--rates 2 3 --out other")[1]
+
+
+def test_all_candidates_diverge(toy):
+    code, _, err = toy("--rates 200 300 --out run")
+    assert code == 2
+    assert err.startswith("error: toy fails with every one of its 2 candidates (the loss is nan); lower rates")
+
+
+def test_a_limit_is_no_end():
+    rows = [{"rate": rate} for rate in (0.1, 1.0)]
+    assert at_an_end(SEARCH, rows[0], rows, ["rate"]) == ["rate"]
+    assert at_an_end(SEARCH, rows[1], rows, ["rate"]) == []
+
+
+def test_kept_results(toy):
+    assert toy("--preset other --out run")[0] == 0
+    file = keep_result(Path("run"), Path("analyses"))
+    assert file == Path("analyses/masq/results/test_frame.other.json")
+    (kept,) = read_results(Path("analyses"), "masq")
+    assert kept.preset == "other"
+    readme = render_readme(Path("analyses"), "masq")
+    assert "`python -m curvlab.analyze test_frame --preset other`" in readme
+    assert "| It is positive | ours | – | 0.4000 ± 0 | reproduced |" in readme
+    assert "| Gepperth and Wiech (2019) | test_frame, other |" in render_index(Path("analyses"))
+    file.write_text("{}")
+    with pytest.raises(CurvlabError, match=r"test_frame\.other\.json is not a kept run"):
+        read_results(Path("analyses"), "masq")
+    with pytest.raises(CurvlabError, match="is not the folder of a run"):
+        keep_result(Path("analyses"), Path("analyses"))
+    Path("half").mkdir()
+    Path("half/config.yaml").write_bytes(Path("run/config.yaml").read_bytes())
+    with pytest.raises(CurvlabError, match="half is no finished run of test_frame"):
+        keep_result(Path("half"), Path("analyses"))
+    assert results.FOLDER == "results"
+
+
+# Which samples -------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
+    """Files may have their samples class by class."""
+    import numpy as np
+
+    y = np.sort(np.arange(60) % 3)
+    x = np.arange(60, dtype=np.float32)[:, None]
+    np.savez("sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    whole = load_dataset(SubjectConfig(data="sorted.npz"), RunOptions())
+    assert set(whole.y_train[:12].tolist()) == {0, 1, 2}
+    assert sorted(whole.x_train.flatten().tolist()) == x.flatten().tolist()
+    again = load_dataset(SubjectConfig(data="sorted.npz", validation=12), RunOptions())
+    assert again.x_train.flatten().tolist() == whole.x_train[12:].flatten().tolist()
+    some = load_dataset(SubjectConfig(data="sorted.npz", classes=(2, 0)), RunOptions())
+    assert some.x_train.flatten().tolist() == [v for v in whole.x_train.flatten().tolist() if not 20 <= v < 40]
+    assert take(whole, train=5, test=4).x_train.flatten().tolist() == whole.x_train[:5].flatten().tolist()
+    with pytest.raises(CurvlabError, match="61 training samples were asked for, but there are 60"):
+        take(whole, train=61)
+    assert math.isfinite(float(take(whole).x_test.sum()))
