@@ -282,4 +282,5 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "acc", "accuracies": "accuracy"},
+    items=("Table 2", "Fig. 4"),
 )

@@ -244,4 +244,5 @@ ANALYSIS = Analysis(
     report=report,
     parts=regimes.parts,
     kinds={"table": "acc", "points": "matvecs", "accuracies": "accuracy"},
+    items=("Fig. 3",),
 )
