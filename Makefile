@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz check lint docs install install-test install-dev clean FORCE
+.PHONY: help demo test fuzz papers check lint docs install install-test install-dev clean FORCE
 
 help: ## list the targets
 	@echo "Each target installs what it needs into $(VENV) first (another Python: make TARGET PYTHON=python3.12)."
@@ -22,6 +22,9 @@ test: install-test ## the tests (seconds to minutes; those marked slow are left 
 
 fuzz: install-test ## random networks against plain loops: SECONDS=600, SEED=1000; CELL=17 runs one of them
 	@OMP_NUM_THREADS=1 $(RUN) tests.fuzzing --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(if $(CELL),--cell $(CELL))
+
+papers: install ## the README of every paper and docs/papers, from the records in analyses/
+	@$(RUN) curvlab.analyze papers --write
 
 check: lint docs ## all but the tests: style, types, layers, documentation
 

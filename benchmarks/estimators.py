@@ -8,7 +8,8 @@ rounds, after one batch each to warm up; what is printed is the median over roun
 of the plain passes before and after it.
 ``--memory``: instead, the peak memory of each way over up to four batches, above the process with model and data that
 has done a plain pass; a process a way. ``--against``: instead, ours here and in another checkout of this repository, in
-turn. Prints a line of JSON a cell, as soon as it is there.
+turn. ``--cpu``: the processor's seconds instead of those on the clock, for a machine that others use, too. Prints a
+line of JSON a cell, as soon as it is there.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from curvlab.quantities import Quantity
 Batches = list[tuple[Tensor, Tensor]]
 Way = Callable[[nn.Module, Batches], object]
 
+_clock = time.process_time if "--cpu" in sys.argv else time.perf_counter
 N = 2000
 BATCH = {"mlp": 2000, "cnn": 250, "resnet20": 125}
 # Name -> what is estimated.
@@ -265,19 +267,19 @@ def serve(net: str, cell: str) -> None:
         print(2 * seconds / (before + _seconds(lambda: plain(model, batches))), flush=True)
 
 
-def compared(net: str, cell: str, rounds: int, other: str) -> dict[str, object]:
+def compared(net: str, cell: str, rounds: int, other: str, *options: str) -> dict[str, object]:
     """Return the medians of this checkout and another one, and that of their quotients, round by round."""
     here = str(Path(__file__).resolve().parent.parent)
-    found = side_by_side(__file__, f"{net}:{cell}", {"new": here, "old": other}, rounds)
+    found = side_by_side(__file__, f"{net}:{cell}", {"new": here, "old": other}, rounds, *options)
     quotients = [new / old for new, old in zip(found["new"], found["old"], strict=True)]
     passes = {name: round(statistics.median(values), 3) for name, values in found.items()}
     return {"net": net, "cell": cell, **passes, "new_over_old": round(statistics.median(quotients), 3)}
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = _clock()
     work()
-    return time.perf_counter() - started
+    return _clock() - started
 
 
 def run_memory(net: str, cell: str, way: str) -> dict[str, object]:
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--against", metavar="CHECKOUT")
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,11 +312,12 @@ def main() -> None:
         else:
             emit(run_memory(net, cell, way[0]) if way else run_times(net, cell, arguments.rounds, arguments.ways))
         return
+    clock = ["--cpu"] if arguments.cpu else []
     emit({"machine": machine(), "samples": N, "batch": BATCH})
     for net in arguments.nets:
         for cell in arguments.cells:
             if arguments.against:
-                result = compared(net, cell, arguments.rounds, arguments.against)
+                result = compared(net, cell, arguments.rounds, arguments.against, *clock)
             elif arguments.memory:
                 cases = {way: f"{net}:{cell}:{way}" for way in ("plain", *ways(net, cell))}
                 peaks = {way: in_own_process(__file__, case) for way, case in cases.items()}
@@ -321,7 +325,7 @@ def main() -> None:
                 result = {"net": net, "cell": cell, "peak_mb": megabytes}
             else:
                 only = ["--ways", *arguments.ways] if arguments.ways else []
-                result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds), *only)
+                result = in_own_process(__file__, f"{net}:{cell}", "--rounds", str(arguments.rounds), *only, *clock)
             emit(result)
 
 

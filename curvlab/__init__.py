@@ -1,5 +1,11 @@
 """curvlab: the curvature of a network on its data, on one scale, checked."""
 
+from curvlab.startup import wait_for_program
+
+wait_for_program()  # before what takes long to load
+
+# isort: split
+
 from curvlab import data
 from curvlab._version import __version__
 from curvlab.diagonality import diagonality

@@ -1,8 +1,9 @@
 """The data of a problem: what has their form, passes over them, and a few samples from several places."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeGuard, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from curvlab.errors import CurvlabError
 from curvlab.randomness import holders_of, random_state, with_own_randomness
 
-Batch = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 _BATCH_SIZE = 500
 _ANEW = "a curvature takes several passes, which must give the same samples in the same order"
+
+_AS_TENSORS = "; give [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]"
 
 
 class BatchSource(Protocol):
@@ -33,9 +36,13 @@ class Intake:
         CurvlabError: The data have another form, or can be read only once.
     """
 
-    def __init__(self, data: BatchSource | Batch) -> None:
+    def __init__(self, data: BatchSource | Pair) -> None:
         if _is_pair(data):
             _check_pair(data, "the data", "the data have")
+        elif _is_pair_of_arrays(data):
+            raise CurvlabError(
+                f"the data are {_described(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
+            )
         elif not isinstance(data, Iterable):
             raise CurvlabError(
                 f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
@@ -46,7 +53,7 @@ class Intake:
         self._start = random_state(holders_of(data))  # that every pass starts from
         self._first: _Record | None = None
 
-    def batches(self, size: int | None = None) -> Iterator[Batch]:
+    def batches(self, size: int | None = None) -> Iterator[Pair]:
         """Go through the data once, in batches of a size or, without one, in their own.
 
         Raises:
@@ -67,7 +74,7 @@ class Intake:
         assert self._first is not None
         return self._first
 
-    def _pass(self, pair_batch_size: int) -> Iterator[Batch]:
+    def _pass(self, pair_batch_size: int) -> Iterator[Pair]:
         record = _Record()
         # Of a pair, batches may be larger or smaller than before, and the same tensors are the same data.
         first = None if _is_pair(self._data) else self._first
@@ -86,7 +93,7 @@ class Intake:
         else:
             self._first = record
 
-    def _own_batches(self, pair_batch_size: int) -> Iterator[Batch]:
+    def _own_batches(self, pair_batch_size: int) -> Iterator[Pair]:
         if _is_pair(self._data):
             if len(self._data[0]):
                 parts = [torch.split(tensor, pair_batch_size) for tensor in self._data]
@@ -97,6 +104,7 @@ class Intake:
             if not _is_pair(batch):
                 raise CurvlabError(
                     f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_described(batch)}"
+                    + (_AS_TENSORS if _could_be_pair(batch) else "")
                     + self._unbatched()
                 )
             _check_pair(batch, f"batch {index}", f"batch {index} has", self._unbatched())
@@ -142,8 +150,8 @@ class _Record:
         self.count = 0
         self._threads = torch.get_num_threads()
         self._seen: list[tuple[complex, ...]] = []  # a batch: samples, sum of the inputs, sum of the targets
-        self._kept: dict[int, Batch] = {}
-        self._last: dict[int, Batch] = {}
+        self._kept: dict[int, Pair] = {}
+        self._last: dict[int, Pair] = {}
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Note a batch.
@@ -155,7 +163,7 @@ class _Record:
         end = self.count + len(inputs)
         powers = [1 << k for k in range(end.bit_length())]
 
-        def take(indices: Iterable[int]) -> dict[int, Batch]:
+        def take(indices: Iterable[int]) -> dict[int, Pair]:
             # Copies, which do not keep the whole batch.
             rows = {i: slice(i - self.count, i - self.count + 1) for i in indices if self.count <= i < end}
             return {i: (inputs[row].clone(), targets[row].clone()) for i, row in rows.items()}
@@ -186,12 +194,12 @@ class _Record:
                 f"the data gave {self.count} samples in the first pass and {later.count or 'none'} in this one: {_ANEW}"
             )
 
-    def probe(self) -> list[Batch]:
+    def probe(self) -> list[Pair]:
         """Return two samples from the beginning, two from about the middle and two from the end, grouped by shape."""
         n = self.count
         middle = min((1 << k for k in range(1, n.bit_length())), key=lambda i: abs(2 * i - n + 1), default=0)
         kept = self._kept | self._last
-        groups: dict[object, list[Batch]] = {}
+        groups: dict[object, list[Pair]] = {}
         for index in sorted({0, 1, middle, middle + 1, n - 2, n - 1} & kept.keys()):
             x, y = kept[index]
             groups.setdefault((x.shape, x.dtype, y.shape, y.dtype), []).append((x, y))
@@ -214,6 +222,22 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype, of finite entries, are equal."""
+    one, other = numbers(one.detach()), numbers(other.detach())
+    # NumPy compares words five times as quickly as torch does entries; a zero may still have two signs.
+    if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
+        words, others = (tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other))
+        if np.array_equal(words, others):
+            return True
+    return torch.equal(one, other)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    ordinary = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return ordinary and tensor.is_contiguous() and not tensor.is_neg()
+
+
 def _finite_sum(tensor: Tensor) -> complex:
     total = tensor.detach().sum()
     if not bool(total.isfinite()):
@@ -223,11 +247,25 @@ def _finite_sum(tensor: Tensor) -> complex:
     return complex(total)
 
 
-def _is_pair(data: object) -> TypeGuard[Batch]:
+def _is_pair(data: object) -> TypeGuard[Pair]:
     return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
 
 
-def _check_pair(batch: Batch, what: str, has: str, unbatched: str = "") -> None:
+def _could_be_pair(batch: object) -> bool:
+    """Return whether a batch is a pair of what tensors can be made of."""
+    return (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(part, (Tensor, np.ndarray, list, tuple)) for part in batch)
+    )
+
+
+def _is_pair_of_arrays(data: object) -> bool:
+    """Return whether data are a pair of arrays, or of one and a tensor, which no two batches are."""
+    return _could_be_pair(data) and any(isinstance(part, (Tensor, np.ndarray)) for part in cast("Sequence[Any]", data))
+
+
+def _check_pair(batch: Pair, what: str, has: str, unbatched: str = "") -> None:
     """Refuse tensors of which a row is not a sample."""
     for role, tensor in zip(("inputs", "targets"), batch, strict=True):
         if tensor.is_nested:
@@ -270,12 +308,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(": ")
 
 
-def _regroup(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:
     """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
     if size is None:
         yield from batches
         return
-    held: list[Batch] = []
+    held: list[Pair] = []
     count = 0
     for inputs, targets in batches:
         while len(inputs):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.intake import Batch, BatchSource, Intake, is_finite, numbers
+from curvlab.intake import BatchSource, Intake, Pair, are_equal, is_finite, numbers
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state, watched
 from curvlab.stateless import attributes_copied, call, check_dtype, check_module, leaves, writes
 
-__all__ = ["Batch", "BatchSource", "Problem", "is_stochastic"]
+__all__ = ["BatchSource", "Pair", "Problem", "is_stochastic"]
 
 
 class Problem:
@@ -42,9 +42,7 @@ class Problem:
         4
     """
 
-    def __init__(
-        self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Batch = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Pair = ()) -> None:
         check_module(model)
         self.model = model
         self.loss: Loss = get_loss(loss)
@@ -77,7 +75,7 @@ class Problem:
         """
         return self._intake.count()
 
-    def probe(self) -> list[Batch]:
+    def probe(self) -> list[Pair]:
         """Return a few samples on which a computation can be verified, on the model's device and in its dtype.
 
         Two are from the beginning of the data, two from about the middle and two from the end; fewer if there are
@@ -132,7 +130,7 @@ class Problem:
         given = (parameters[name].dtype for name in self.space.names if name in parameters)
         return outputs.to(next(given, self.dtype))
 
-    def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int | None = None) -> Iterator[Pair]:
         """Go through the data once, in the same order at every call, on the model's device.
 
         Args:
@@ -213,7 +211,7 @@ class Problem:
                     self._check_samples(copies, inputs, outputs if index == 0 else None)
                 unchanged()
             for name, (p, _) in own.items():
-                if not torch.equal(numbers(copies[name]), numbers(p)):
+                if not are_equal(copies[name], p):
                     raise UnsupportedError(writes(self.model, name))
 
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from curvlab.estimators import estimate
 from curvlab.estimators.per_layer import patterns_by_module
 from curvlab.losses import get_loss
 from curvlab.matrices import CurvatureMatrix
-from curvlab.problem import Batch, BatchSource, Problem
+from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.spectrum.arguments import choice, real, whole
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
 from curvlab.spectrum.eigenvalues import EigenResult, Stop, Which, top_eigenvalues
 
-Level = Literal["network", "layer"]
+CurveLevel = Literal["network", "layer"]
 
 _FRESH_EVERY = 20  # points
 
@@ -81,7 +81,7 @@ class EigenvalueRecorder:
 
     def __init__(
         self,
-        data: BatchSource | Batch | Callable[[nn.Module], Problem],
+        data: BatchSource | Pair | Callable[[nn.Module], Problem],
         loss: str = "cross_entropy",
         *,
         quantities: Sequence[Quantity | str] = ("fisher", "hessian"),
@@ -91,7 +91,7 @@ class EigenvalueRecorder:
         tol: float = 1e-3,
         max_matvecs: int | None = None,
         params: Sequence[str] | str | None = None,
-        per: Level = "network",
+        per: CurveLevel = "network",
         batch_size: int | None = None,
         warm: bool = True,
         densities_at: Collection[int] = (),
@@ -102,7 +102,7 @@ class EigenvalueRecorder:
         if isinstance(quantities, (str, Quantity)) or not quantities:
             raise CurvlabError("quantities is a list of one or more, such as ['fisher', 'hessian']")
         choice("which", which, get_args(Which))
-        choice("per", per, get_args(Level))
+        choice("per", per, get_args(CurveLevel))
         # Whole and real numbers of Python's alone, as a checkpoint takes no others.
         k, every, seed = whole("k", k, 1), whole("every", every, 1), whole("seed", seed, 0)
         tol = real("tol", tol, above=0)

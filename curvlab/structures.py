@@ -4,6 +4,7 @@
 factored ``kfac``, ``ekfac`` and ``tkfac``, a pair of factors a layer: ``kfac:sharing=reduce``, ``kfac:rest=diag``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,33 +22,56 @@ class Structure:
         """Return the string form, without the options left at their defaults."""
         return form(self)
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return how many numbers a matrix of parameter tensors of these sizes is stored in.
+
+        Of a Kronecker structure: of the parameters that no layer with factors has.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class Dense(Structure):
+class DenseStructure(Structure):
     """The whole matrix."""
 
     name: ClassVar[str] = "dense"
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return the square of all."""
+        return sum(sizes) ** 2
+
 
 @dataclass(frozen=True)
-class BlockDiag(Structure):
+class BlockDiagStructure(Structure):
     """A dense block a parameter tensor."""
 
     name: ClassVar[str] = "block_diag"
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return the squares of the sizes."""
+        return sum(size**2 for size in sizes)
+
 
 @dataclass(frozen=True)
-class Diag(Structure):
+class DiagStructure(Structure):
     """The diagonal."""
 
     name: ClassVar[str] = "diag"
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return one a parameter."""
+        return sum(sizes)
+
 
 @dataclass(frozen=True)
-class Implicit(Structure):
+class ImplicitStructure(Structure):
     """Products alone: nothing is stored, every product goes through the data."""
 
     name: ClassVar[str] = "implicit"
+
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return none."""
+        return 0 * len(sizes)
 
 
 @dataclass(frozen=True)
@@ -72,23 +96,40 @@ class Kronecker(Structure):
         if self.rest not in ("diag", "block_diag", None):
             raise CurvlabError(f"{self.name} takes rest diag or block_diag, not {self.rest!r}")
 
+    def entries(self, sizes: Sequence[int]) -> int:
+        """Return those of the rest."""
+        return sum(size**2 for size in sizes) if self.rest == "block_diag" else sum(sizes)
+
+    def factor_entries(self, outputs: int, columns: int) -> int:
+        """Return how many numbers the factors of a layer are stored in.
+
+        Args:
+            outputs: Rows of the weight.
+            columns: Columns of the weight, the bias among them.
+        """
+        return outputs**2 + columns**2
+
 
 @dataclass(frozen=True)
-class KFAC(Kronecker):
+class KFACStructure(Kronecker):
     """Kronecker-factored curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016)."""
 
     name: ClassVar[str] = "kfac"
 
 
 @dataclass(frozen=True)
-class EKFAC(Kronecker):
+class EKFACStructure(Kronecker):
     """K-FAC's eigenbasis with the true second moments along it (George et al. 2018)."""
 
     name: ClassVar[str] = "ekfac"
 
+    def factor_entries(self, outputs: int, columns: int) -> int:
+        """Return those of the eigenvectors and of an eigenvalue a parameter."""
+        return super().factor_entries(outputs, columns) + outputs * columns
+
 
 @dataclass(frozen=True)
-class TKFAC(Kronecker):
+class TKFACStructure(Kronecker):
     """Trace-restricted Kronecker factors: the trace of a layer's block is exact (Gao et al. 2021).
 
     Args:
@@ -108,7 +149,18 @@ class TKFAC(Kronecker):
             raise CurvlabError(f"tkfac takes variant gao or rescaled, not {self.variant!r}")
 
 
-STRUCTURES: dict[str, type[Structure]] = {s.name: s for s in (Dense, BlockDiag, Diag, KFAC, EKFAC, TKFAC, Implicit)}
+STRUCTURES: dict[str, type[Structure]] = {
+    kind.name: kind
+    for kind in (
+        DenseStructure,
+        BlockDiagStructure,
+        DiagStructure,
+        KFACStructure,
+        EKFACStructure,
+        TKFACStructure,
+        ImplicitStructure,
+    )
+}
 
 
 def parse_structure(text: str | Structure) -> Structure:
@@ -119,6 +171,6 @@ def parse_structure(text: str | Structure) -> Structure:
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")
-        KFAC(sharing='reduce', rest=None)
+        KFACStructure(sharing='reduce', rest=None)
     """
     return text if isinstance(text, Structure) else parse_form(text, "structure", STRUCTURES)

@@ -1,14 +1,15 @@
-"""What tests share."""
+"""What tests share.
+
+Torch and what needs it are imported where they are used: the process that only hands tests to others reads this too.
+"""
 
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from matplotlib.figure import Figure
-
-from curvlab.grid import cell, processes
+from programs import Starter
 
 # Shells ignore Ctrl-C for what they start in the background, and tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -18,17 +19,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Give a test the same random numbers whatever ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def one_server():
     """Let the runs of a module's tests share the process that starts cells: it takes seconds to import torch."""
+    from curvlab.grid import processes
+
     close = processes.close
     processes.close = lambda: None
     yield
     processes.close = close
     close()
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """What starts programs that tests stop, in less than the seconds that a new one takes to import torch."""
+    starter = Starter()
+    yield starter
+    starter.close()
 
 
 class _Exchange:
@@ -45,13 +58,22 @@ class _Exchange:
 
 
 @pytest.fixture
-def with_figures() -> None:
-    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run."""
+def with_figures(monkeypatch) -> None:
+    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run.
+
+    They are drawn as ever, and written with fewer dots, which are most of the work.
+    """
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *given, **options: savefig(*given, **options | {"dpi": 50}))
 
 
 @pytest.fixture
 def no_figures(request, monkeypatch) -> None:
     """Let a run write empty files for its figures, which take longer than all the rest of a small one."""
+    from matplotlib.figure import Figure
+
     if "with_figures" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
@@ -66,6 +88,10 @@ def cells_here(request, monkeypatch) -> None:
     """Run cells in this process, one after another: a process for each costs more than a small cell itself."""
     if "in_processes" in request.fixturenames:
         return
+    import torch
+
+    from curvlab.grid import cell, processes
+
     one_at_a_time = threading.Lock()
 
     def run(function, threads, code, given, file, timeout, wanted):

@@ -1,25 +1,21 @@
 """Kill a run at a place of its work, not at a time: what is tested does not depend on how busy the machine is."""
 
-import os
-import subprocess
-import sys
-import tempfile
+import signal
 from collections.abc import Sequence
-from pathlib import Path
 
-# Python imports a ``sitecustomize`` at its start, in the run's process and in those of its cells.
-_SITE = """
+from programs import Starter
+
+# In the run's process and in those of its cells.
+_BEFORE = """
 import os, signal
 from pathlib import Path
 
-count, name, run = os.environ["KILLED_WHEN_WRITTEN"].split()
-main = int(os.environ.setdefault("KILLED_PROCESS", str(os.getpid())))
 replace = os.replace
 
 def watched(source, target, **options):
     replace(source, target, **options)
-    if Path(target).name == name and len(list(Path(run).rglob(name))) >= int(count):
-        os.kill(main, signal.SIGKILL)
+    if Path(target).name == {name!r} and len(list(Path({run!r}).rglob({name!r}))) >= {count}:
+        os.kill(PROGRAM, {sign})
         while True:
             signal.pause()
 
@@ -27,13 +23,15 @@ os.replace = watched
 """
 
 
-def killed_when_written(command: Sequence[str], run: str, name: str, count: int = 1) -> int:
-    """Run ``python -m`` a command, kill it when so many files of a name are in its folder, return its exit code.
+def stopped_when_written(
+    starter: Starter, command: Sequence[str], run: str, name: str, count: int = 1, sign: int = signal.SIGKILL
+) -> tuple[int, str, str]:
+    """Run ``python -m`` a command, send it a signal when so many files of a name are in its folder.
 
-    The cell that has written the last of them kills the process and goes no further, until it is ended itself.
+    The cell that has written the last of them sends the signal and goes no further, until it is ended itself.
+
+    Returns:
+        Its exit code, and what it has written to standard output and standard error.
     """
-    with tempfile.TemporaryDirectory() as site:
-        Path(site, "sitecustomize.py").write_text(_SITE)
-        path = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
-        given = os.environ | {"PYTHONPATH": path, "KILLED_WHEN_WRITTEN": f"{count} {name} {run}"}
-        return subprocess.run([sys.executable, "-m", *command], env=given, capture_output=True, check=False).returncode
+    before = _BEFORE.format(name=name, run=run, count=count, sign=int(sign))
+    return starter.start(["-m", *command], before).wait()

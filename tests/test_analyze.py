@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from killing import stopped_when_written
 from rich.console import Console
 
 from curvlab.__main__ import main as program
@@ -28,6 +29,7 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.masq import fim_diagonality
 from curvlab.commandline.options import RunOptions
 from curvlab.diagonality import records
+from curvlab.doctor import cost, probe
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.grid import reading
@@ -35,11 +37,10 @@ from curvlab.models import build
 from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
 
-pytestmark = pytest.mark.usefixtures("one_server")
+pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
 
 NAME = "fim_diagonality"
 TINY = "--hidden 4 --steps 3 --samples 40 --seeds 0 1"
-COMMAND = [sys.executable, "-m", "curvlab.analyze", NAME]
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +229,12 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(call):
     assert picked == {"data": "mnist", "hidden": [1], "steps": 9, "lr": 0.01, "weights": None}
 
 
+def test_one_value_in_the_place_of_a_list(call):
+    Path("a.yaml").write_text("seeds: 3\n")
+    code, _, err = call("--config a.yaml --print-config")
+    assert (code, err) == (2, "error: a.yaml: seeds should be a list, such as [3], not 3\n")
+
+
 def test_of_two_files_the_last_counts(call):
     Path("a.yaml").write_text("steps: 1\n")
     Path("b.yaml").write_text("lr: 0.5\n")
@@ -315,7 +322,7 @@ def test_smallest_inputs(call, line):
 # The run directory.
 
 
-def test_a_run_and_the_same_again(call):
+def test_a_run_and_the_same_again(call, with_figures):
     line = "--hidden 1 --steps 3 --samples 40 --seeds 0 1 --per tensor network --out run"
     code, out, err = call(line)
     assert (code, err) == (0, "")
@@ -410,10 +417,11 @@ def test_a_failure_leaves_what_was_in_the_folder(refused):
 # The grid.
 
 
-def test_the_number_of_jobs_changes_no_bit(call):
+def test_the_number_of_jobs_changes_no_bit(starter):
     line = "--hidden 8 --steps 50 --samples 60 --seeds 4 0 2 --per tensor network --quantity fisher:samples=2"
     for jobs in (1, 3):
-        assert call(f"{line} --jobs {jobs} --out run{jobs}")[0] == 0
+        program = starter.start(["-m", "curvlab.analyze", NAME, *shlex.split(f"{line} --jobs {jobs} --out run{jobs}")])
+        assert program.wait()[::2] == (0, "")
     for name in ("table.json", "table.csv", "table.md", "table.tex", "claims.json", "heat_map.pdf"):
         assert Path("run1", name).read_bytes() == Path("run3", name).read_bytes()
 
@@ -455,7 +463,7 @@ def test_every_cell_fails(call):
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
 
 
-def test_a_cell_fails(call):
+def test_a_cell_fails(call, with_figures):
     assert call(f"{TINY} --out whole")[0] == 0
     bad = Path("run/sweep.sqlite.cells", keys("whole")[0], "checkpoint.pt")
     bad.parent.mkdir(parents=True)
@@ -517,7 +525,7 @@ def test_full_disk_at_the_figures(call, monkeypatch):
 
 
 @pytest.mark.parametrize("kilobytes", [40, 96, 220])
-def test_full_disk(call, tmp_path, kilobytes):
+def test_full_disk(call, tmp_path, kilobytes, in_processes, with_figures):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
@@ -549,31 +557,27 @@ def test_interrupted_before_the_work(call, monkeypatch, where):
     assert not Path("run").exists()
 
 
-def started(line, appears):
-    process = subprocess.Popen(
-        [*COMMAND, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
+def wait_for(appears, process):
+    deadline = time.monotonic() + 600
     while not Path(appears).exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return process
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_in_training_and_continued(call, sign):
-    line = "--seeds 0 1 --steps 1500 --jobs 1"
+def test_stopped_in_training_and_continued(call, starter, sign):
+    """In the second cell, at its first checkpoint, after 500 steps."""
+    line = "--hidden 8 --seeds 0 1 --steps 600 --samples 40 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     _, second = keys("undisturbed")
-    process = started(f"{line} --out run", f"run/sweep.sqlite.cells/{second}/checkpoint.pt")
-    process.send_signal(sign)
-    out, err = process.communicate(timeout=20)
+    command = ["curvlab.analyze", NAME, *shlex.split(line), "--out", "run"]
+    code, out, err = stopped_when_written(starter, command, "run", "checkpoint.pt", 2, sign)
     assert out == ""
     if sign == signal.SIGINT:
-        assert process.returncode == 130
+        assert code == 130
         assert err == "interrupted\nruns done in run: 1; the same command with --out run continues there\n"
     else:
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
     with reading(Path("run/sweep.sqlite")) as store:
         assert store.tally() == {"done": 1, "failed": 0, "absent": 1, "earlier": 0}
         assert {record["seed"] for record in store.records()} == {0}
@@ -587,29 +591,61 @@ def test_stopped_in_training_and_continued(call, sign):
     assert not left.exists()
     Path("run/.mine.tmp").unlink()
     assert tree("run") == tree("undisturbed")
-    for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
+    for name in ("table.json", "table.csv", "table.md", "table.tex"):
         assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
     with reading(Path("run/sweep.sqlite")) as store:
         assert store.table()["cell.seconds"].nunique() == 2
 
 
-def test_stopped_before_anything_is_done():
-    process = started("--steps 400 --seeds 0 --out run", "run/sweep.sqlite.lock")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+def test_stopped_before_anything_is_done(starter):
+    """When the first cell is about to start, which waits until it is not wanted."""
+    before = """
+import os, signal, time
+from pathlib import Path
+from curvlab.grid import processes
+
+run = processes.run
+
+def stopped(*given):
+    assert Path("run/sweep.sqlite.lock").exists()
+    os.kill(PROGRAM, signal.SIGINT)
+    while given[-1]():
+        time.sleep(0.01)
+    return run(*given)
+
+processes.run = stopped
+"""
+    program = starter.start(["-m", "curvlab.analyze", NAME, *shlex.split(TINY), "--out", "run", "--jobs", "1"], before)
+    assert program.wait() == (130, "", "interrupted\n")
     assert not Path("run").exists()
 
 
+LOADING = "from pathlib import Path; import time; Path('loading').touch(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("program", [["curvlab.analyze", "eigenvalues"], ["curvlab.sweep", "run"], ["curvlab"]])
+def test_interrupted_while_it_is_loaded(program):
+    Path("torch.py").write_text(LOADING)
+    with subprocess.Popen([sys.executable, "-m", *program], stderr=subprocess.PIPE, text=True) as process:
+        wait_for("loading", process)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[1], process.returncode) == ("interrupted\n", 130)
+
+
+def test_a_script_that_loads_the_package_is_interrupted_as_python_has_it():
+    Path("torch.py").write_text(LOADING)
+    Path("script.py").write_text("try:\n import curvlab\nexcept KeyboardInterrupt:\n raise SystemExit(7)")
+    with subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.PIPE, text=True) as process:
+        wait_for("loading", process)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[1], process.returncode) == ("", 7)
+
+
 @pytest.mark.parametrize("line", ["--help", "--hidden --steps 0 --samples 20 --seeds 0"])
-def test_nobody_reads_the_output(line):
-    process = subprocess.Popen(
-        [*COMMAND, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    process.stdout.close()
-    err = process.stderr.read()
-    assert (process.wait(), err) == (0, "")
+def test_nobody_reads_the_output(starter, line):
+    program = starter.start(["-m", "curvlab.analyze", NAME, *shlex.split(line)], unread=True)
+    assert program.wait() == (0, "", "")
 
 
 def test_output_without_unicode_and_closed_output(call, monkeypatch):
@@ -645,9 +681,10 @@ def test_a_ratio_that_is_not_finite():
 @pytest.fixture
 def hasty_doctor(monkeypatch):
     """Try two backends, once."""
-    module = sys.modules["curvlab.doctor"]
-    monkeypatch.setattr(module, "_QUICK", 0.0)
-    monkeypatch.setattr(module, "BACKENDS", {name: module.BACKENDS[name] for name in ("hooks", "nngeometry")})
+    few = {name: BACKENDS[name] for name in ("hooks", "nngeometry")}
+    monkeypatch.setattr(cost, "_QUICK", 0.0)
+    monkeypatch.setattr(probe, "BACKENDS", few)
+    monkeypatch.setattr(sys.modules["curvlab.doctor"], "BACKENDS", few)
 
 
 def test_doctor(hasty_doctor, capsys):

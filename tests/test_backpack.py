@@ -18,7 +18,7 @@ from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.backpack import compute
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.structures import KFAC, parse_structure
+from curvlab.structures import KFACStructure, parse_structure
 
 ROWS = ("dense", "block_diag", "diag", "kfac")
 CELLS = [(q, s) for q in (EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN()) for s in ROWS]
@@ -134,7 +134,7 @@ class TestFactors:
             model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, CLASSES, bias=bias)).double()
         whole = case("mlp")
         problem = Problem(model, whole.loss, (whole.inputs, whole.targets))
-        tensors = compute(problem, Fisher(), KFAC(), problem.space, 3, silent).tensors
+        tensors = compute(problem, Fisher(), KFACStructure(), problem.space, 3, silent).tensors
         hidden = model[:2](whole.inputs).detach()
         p = model(whole.inputs).detach().softmax(dim=1)
         s = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)

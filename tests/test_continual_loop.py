@@ -1,10 +1,7 @@
 """The loop: against plain PyTorch written out, to the bit; killed and continued; careful with what is not its own."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import Starter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +21,7 @@ from curvlab.continual import Regime, Result, Strategy, Task, disjoint, permuted
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.outputs import Outputs, mean_loss
 from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive
-from curvlab.data import Dataset
+from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.training.state import derived_seed
 
@@ -451,7 +449,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) 
         assert result.resumed_at == 4
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, starter: Starter) -> None:
     """The process is killed at three places, each after some of the work, and at last left to finish."""
     script = textwrap.dedent(
         """
@@ -501,15 +499,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         print(killed.count(signal.SIGKILL), attempt("killed"))
         """
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    killed, last = map(int, finished.stdout.split())
+    code, out, err = starter.start(["-c", script, str(Path(__file__).parent), str(tmp_path)]).wait()
+    assert code == 0, err
+    killed, last = map(int, out.split())
     assert killed == 3
     assert last == 0
     whole, continued = (torch.load(tmp_path / f"{name}.done") for name in ("whole", "killed"))
@@ -978,3 +970,10 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
         learn(two_by_two(), stopped, METHODS[name], head=head, epochs=2, checkpoint=path)
     result = learn(two_by_two(), models[2], METHODS[name], head=head, epochs=2, checkpoint=path)
     assert same(results[0].accuracy, result.accuracy)
+
+
+@pytest.mark.parametrize("wrong", [None, nn.Linear, nn.Linear(2, 3).state_dict(), 3])
+def test_what_is_no_model(wrong: object) -> None:
+    stream = permuted(load("digits"), tasks=2)
+    with pytest.raises(CurvlabError, match=r"the model must be a torch.nn.Module, not"):
+        run(stream, wrong, Naive(), steps=1)

@@ -20,7 +20,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Batch, Problem
 from curvlab.progress import silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.structures import EKFAC, KFAC, Dense, Implicit, Kronecker
+from curvlab.structures import DenseStructure, EKFACStructure, ImplicitStructure, KFACStructure, Kronecker
 
 LOSSES = ("cross_entropy", "squared_error", "binary_cross_entropy")
 QUANTITIES = (Fisher(), Fisher(samples=2, seed=1), EmpiricalFisher(), GGN())
@@ -158,7 +158,7 @@ class TestFactors:
         self.check(case(name, loss=loss).problem, quantity, SHARINGS[k % 2])
 
     def check(self, problem: Problem, quantity: Quantity, sharing: str) -> None:
-        tensors = computed(problem, quantity, KFAC(sharing))
+        tensors = computed(problem, quantity, KFACStructure(sharing))
         for layer in {key.partition("|")[0] for key in tensors}:
             # A parameter that is frozen has no row: the oracle's factors are of weight and bias.
             a, s = factors(problem, quantity, layer, sharing)
@@ -170,8 +170,8 @@ class TestFactors:
     def test_ekfac(self, name: str, sharing: str, quantity: Quantity) -> None:
         """The bases diagonalise K-FAC's factors; along them are the second moments of the true gradients."""
         problem = case(name).problem
-        tensors = computed(problem, quantity, EKFAC(sharing))
-        kfac = computed(problem, quantity, KFAC(sharing))
+        tensors = computed(problem, quantity, EKFACStructure(sharing))
+        kfac = computed(problem, quantity, KFACStructure(sharing))
         for layer in {key.partition("|")[0] for key in tensors}:
             for side in ("A", "S"):
                 basis, factor = tensors[f"{layer}|U_{side}"], kfac[f"{layer}|{side}"]
@@ -185,7 +185,9 @@ class TestFactors:
                 values += sum((u_s.mT @ g.mT @ a @ u_a).square() for g in gradients) / N
             assert_same(tensors[f"{layer}|values"], values)
 
-    @pytest.mark.parametrize("structure", [KFAC(), KFAC("reduce"), EKFAC(), EKFAC("reduce")], ids=str)
+    @pytest.mark.parametrize(
+        "structure", [KFACStructure(), KFACStructure("reduce"), EKFACStructure(), EKFACStructure("reduce")], ids=str
+    )
     @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
     def test_batches_do_not_matter(self, quantity: Quantity, structure: Kronecker) -> None:
         whole = case("tokens")
@@ -207,7 +209,7 @@ class TestFactors:
         basis = torch.kron(t["out|U_S"], t["out|U_A"])
         return basis @ t["out|values"].flatten().diag() @ basis.mT
 
-    @pytest.mark.parametrize("structure", [KFAC(), EKFAC()], ids=str)
+    @pytest.mark.parametrize("structure", [KFACStructure(), EKFACStructure()], ids=str)
     @pytest.mark.parametrize("params", [["*.weight"], ["*.bias"], ["2.*", "0.bias"]], ids=str)
     def test_some_parameters(self, params: list[str], structure: Kronecker) -> None:
         problem = case("mlp").problem
@@ -232,7 +234,7 @@ class TestFactors:
         model = nn.Sequential(nn.Linear(300, 4), nn.ReLU(), nn.Linear(4, CLASSES))
         x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
         problem = Problem(model, "cross_entropy", (x, torch.arange(5) % CLASSES))
-        tensors = computed(problem, Fisher(), EKFAC())
+        tensors = computed(problem, Fisher(), EKFACStructure())
         basis = tensors["0|U_A"].double()
         assert basis.shape == (301, 301)
         assert tensors["0|U_A"].dtype == torch.float32
@@ -245,8 +247,8 @@ class TestFactors:
         with torch.no_grad():
             model.weight.copy_(torch.tensor([[30.0, 0.0], [0.0, 0.0], [0.0, 0.1]]))
         x, y = torch.ones(3, 2, dtype=torch.float64), torch.tensor([0, 1, 2])
-        expected = computed(Problem(model, "cross_entropy", (x, y)), Fisher(), KFAC())
-        actual = computed(Problem(deepcopy(model).to(dtype), "cross_entropy", (x, y)), Fisher(), KFAC())
+        expected = computed(Problem(model, "cross_entropy", (x, y)), Fisher(), KFACStructure())
+        actual = computed(Problem(deepcopy(model).to(dtype), "cross_entropy", (x, y)), Fisher(), KFACStructure())
         assert actual["|S"].max() < 1e-12
         assert_same(actual["|S"].double(), expected["|S"], rtol=1e-5)
 
@@ -266,8 +268,8 @@ def test_products(name: str, quantity: Quantity) -> None:
     space = problem.space
     if isinstance(quantity, Hessian) and name in WITHOUT_HESSIAN:
         quantity = GGN()
-    assert BACKEND.obstacle(problem, quantity, Implicit(), space) is None
-    matrix = torch_func.compute(problem, quantity, Dense(), space, None, silent).tensors["matrix"]
+    assert BACKEND.obstacle(problem, quantity, ImplicitStructure(), space) is None
+    matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, silent).tensors["matrix"]
     vectors = torch.randn(space.total, 2, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
     assert BACKEND.product is not None
     assert_same(BACKEND.product(problem, quantity, space, 3)(vectors), matrix @ vectors)
@@ -327,19 +329,19 @@ class TestTheUsersModel:
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
 
-    @pytest.mark.parametrize("structure", [KFAC(), EKFAC("reduce"), Implicit()], ids=str)
-    def test_is_as_it_was(self, structure: Kronecker | Implicit) -> None:
+    @pytest.mark.parametrize("structure", [KFACStructure(), EKFACStructure("reduce"), ImplicitStructure()], ids=str)
+    def test_is_as_it_was(self, structure: Kronecker | ImplicitStructure) -> None:
         model = self.model()
         problem = Problem(model, "cross_entropy", (torch.randn(N, 4), torch.arange(N) % CLASSES))
 
         def act() -> None:
-            params = None if isinstance(structure, Implicit) else ["0.*", "3.*"]
+            params = None if isinstance(structure, ImplicitStructure) else ["0.*", "3.*"]
             matrix = estimate(problem, Fisher(samples=2), structure, backend="curvlinops", params=params)
             assert matrix.to_dense().any()
 
         self.assert_unchanged(model, act)
 
-    @pytest.mark.parametrize("structure", [KFAC(), EKFAC()], ids=str)
+    @pytest.mark.parametrize("structure", [KFACStructure(), EKFACStructure()], ids=str)
     def test_is_as_it_was_after_a_failure(self, structure: Kronecker) -> None:
         model = self.model()
         y = torch.arange(4) % CLASSES
@@ -357,7 +359,7 @@ class TestTheUsersModel:
     def test_its_progress_ends_at_the_number_of_samples(self) -> None:
         problem = case("mlp").problem
         done: list[float] = []
-        for structure in (KFAC(), EKFAC()):
+        for structure in (KFACStructure(), EKFACStructure()):
             BACKEND.compute(problem, GGN(), structure, problem.space, 2, lambda n=1, /, **_: done.append(n))
         assert sum(done) == 2 * N
 

@@ -134,7 +134,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell, self.out = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 3)
+        self.cell, self.out = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.cell(x)[0][:, -1])

@@ -1,6 +1,7 @@
 """The doctor: what it finds, that it says what ``estimate`` says, what it predicts, and that it changes nothing."""
 
 import math
+import sys
 import warnings
 from copy import deepcopy
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab
 from curvlab import doctor, estimate
+from curvlab.doctor import cost
+from curvlab.doctor import probe as probe_module
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
 from curvlab.problem import Problem
 from curvlab.structures import STRUCTURES
 
-MODULE = __import__("sys").modules["curvlab.doctor"]  # the function of that name hides it
+MODULE = sys.modules["curvlab.doctor"]  # the function of that name hides it
 
 X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
 
@@ -26,20 +29,21 @@ X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
     """Measure nothing; what is not about predictions needs none."""
-    monkeypatch.setattr(MODULE, "_PATIENCE", 0.0)
+    monkeypatch.setattr(probe_module, "_PATIENCE", 0.0)
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """Measure everything, once, and however busy the machine is."""
-    monkeypatch.setattr(MODULE, "_QUICK", 0.0)
-    monkeypatch.setattr(MODULE, "_PATIENCE", float("inf"))
+    monkeypatch.setattr(cost, "_QUICK", 0.0)
+    monkeypatch.setattr(probe_module, "_PATIENCE", float("inf"))
 
 
 @pytest.fixture
 def two_backends(monkeypatch):
     """Enough where it is not about them."""
-    monkeypatch.setattr(MODULE, "BACKENDS", {name: BACKENDS[name] for name in ("hooks", "torch")})
+    for module in (MODULE, probe_module):
+        monkeypatch.setattr(module, "BACKENDS", {name: BACKENDS[name] for name in ("hooks", "torch")})
 
 
 def problem(*layers: nn.Module, train: bool = False) -> Problem:
@@ -185,7 +189,7 @@ def test_a_backend_that_fails_is_told_of(monkeypatch):
     def failing(*_, **__):
         raise ZeroDivisionError("by zero\nand more")
 
-    monkeypatch.setattr(MODULE, "estimate", failing)
+    monkeypatch.setattr(probe_module, "estimate", failing)
     assert one(doctor(mlp()), structure="diag", backend="hooks")["obstacle"] == (
         "backend hooks fails: ZeroDivisionError: by zero"
     )
@@ -250,9 +254,10 @@ def test_seconds_and_peak_of_the_whole(monkeypatch, fixed, each, batch, reached)
 
     x, y = torch.randn(1000, 4), torch.arange(1000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=batch))
-    probe = MODULE._Probe(subject, None, {})
-    monkeypatch.setattr(MODULE, "estimate", timed)
-    monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    probe = probe_module.Probe(subject, None, {})
+    monkeypatch.setattr(probe_module, "estimate", timed)
+    for module in (probe_module, cost):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
     assert costs["seconds"] == pytest.approx(fixed + each * 1000)
     assert costs["peak_bytes"] == 100 * batch + 100 * (reached and batch > 30)  # also where no probe is as large
@@ -277,7 +282,7 @@ def test_a_probe_a_backend_not_a_run(monkeypatch):
         tried.append((str(structure), options["backend"], some.num_samples))
         return estimate(some, quantity, structure, **options)
 
-    monkeypatch.setattr(MODULE, "estimate", counted)
+    monkeypatch.setattr(probe_module, "estimate", counted)
     monkeypatch.setattr(MODULE, "STRUCTURES", {name: STRUCTURES[name] for name in ("diag", "kfac", "implicit")})
     cells = doctor(subject, "empirical_fisher", params=["pooler.*", "classifier.*"]).cells
     there = cells[cells.supported != "absent"]
@@ -313,11 +318,12 @@ def test_measuring_ends(monkeypatch, each):
 
     x, y = torch.randn(4000, 4), torch.arange(4000) % 3
     subject = Problem(mlp().model, "cross_entropy", DataLoader(TensorDataset(x, y), batch_size=2000))
-    monkeypatch.setattr(MODULE, "_PATIENCE", 10.0)
-    monkeypatch.setattr(MODULE, "_QUICK", 0.0)
-    probe = MODULE._Probe(subject, None, {})
-    monkeypatch.setattr(MODULE, "estimate", slow)
-    monkeypatch.setattr(MODULE, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(probe_module, "_PATIENCE", 10.0)
+    monkeypatch.setattr(cost, "_QUICK", 0.0)
+    probe = probe_module.Probe(subject, None, {})
+    monkeypatch.setattr(probe_module, "estimate", slow)
+    for module in (probe_module, cost):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = [probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True) for _ in range(100)]
     assert clock[0] - 100 * each <= 10.0 + each
     assert ("seconds" in costs[0]) == (each < 5)
@@ -332,7 +338,7 @@ def test_a_hessian_is_not_formed_to_see_who_can(monkeypatch):
         tried.append((str(structure), options["backend"]))
         return estimate(some, quantity, structure, **options)
 
-    monkeypatch.setattr(MODULE, "estimate", counted)
+    monkeypatch.setattr(probe_module, "estimate", counted)
     diagnosis = doctor(mlp(), "hessian")
     for structure in ("dense", "block_diag", "diag"):
         cell = one(diagnosis, structure=structure, backend="torch")
@@ -355,10 +361,10 @@ def test_many_classes(two_backends, monkeypatch, loss, rows):
 
 
 def test_a_line_through_the_last_two_points():
-    assert MODULE._extrapolated([(4, 9.0), (10, 3.0), (20, 5.0)], 50) == 11.0
-    assert MODULE._extrapolated([(10, 3.0), (20, 2.0)], 50) == 2.0  # noise, not a gift
-    assert MODULE._extrapolated([(10, 1.0), (20, 5.0)], 40) == 10.0  # more than in proportion is noise, too
-    assert MODULE._extrapolated([(9, 3.0)], 9) == 3.0
+    assert cost.extrapolate([(4, 9.0), (10, 3.0), (20, 5.0)], 50) == 11.0
+    assert cost.extrapolate([(10, 3.0), (20, 2.0)], 50) == 2.0  # noise, not a gift
+    assert cost.extrapolate([(10, 1.0), (20, 5.0)], 40) == 10.0  # more than in proportion is noise, too
+    assert cost.extrapolate([(9, 3.0)], 9) == 3.0
 
 
 def test_peak_of_memory():
@@ -370,12 +376,12 @@ def test_peak_of_memory():
         c = torch.cat([b.flatten()] * 3)  # a copy, then three more
         return c.sum()
 
-    assert MODULE._peak_bytes(work) == 4 * 5000
-    assert MODULE._peak_bytes(lambda: held.view(-1)) == 0
+    assert cost.measure_peak(work) == 4 * 5000
+    assert cost.measure_peak(lambda: held.view(-1)) == 0
 
 
 def test_a_matrix_that_is_too_large_is_not_tried(monkeypatch):
-    monkeypatch.setattr(MODULE, "_LARGEST", 43 * 43 * 4 - 1)
+    monkeypatch.setattr(probe_module, "_LARGEST", 43 * 43 * 4 - 1)
     diagnosis = doctor(mlp(), ["fisher", "hessian"])
     dense = one(diagnosis, quantity="fisher", structure="dense", backend="hooks")
     assert (dense["supported"], dense["matrix_bytes"]) == ("not tried", 43 * 43 * 4)
@@ -436,7 +442,7 @@ def test_what_a_library_draws_is_not_seen(two_backends, monkeypatch):
         warnings.simplefilter("once", FutureWarning)
         return estimate(*arguments, **options)
 
-    monkeypatch.setattr(MODULE, "estimate", drawing)
+    monkeypatch.setattr(probe_module, "estimate", drawing)
     subject = mlp()
     random, filters = torch.get_rng_state(), list(warnings.filters)
     doctor(subject, "empirical_fisher")
@@ -456,3 +462,14 @@ def test_one_sample_and_one_class(two_backends):
     model = nn.Sequential(nn.Linear(4, 1))
     cells = doctor(Problem(model, "cross_entropy", (X[:1], torch.zeros(1, dtype=torch.int64)))).cells
     assert (cells[cells.structure == "diag"].supported != "no").all()
+
+
+def test_what_is_no_problem_or_quantity() -> None:
+    model = nn.Linear(2, 3)
+    problem = Problem(model, "cross_entropy", (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])))
+    for wrong in (model, None, (model, "cross_entropy")):
+        with pytest.raises(CurvlabError, match=r"doctor takes a problem, Problem\(model"):
+            doctor(wrong)
+    for wrong in (None, 3, [], {"fisher"}):
+        with pytest.raises(CurvlabError, match="quantity is one or several"):
+            doctor(problem, wrong)

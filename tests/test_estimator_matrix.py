@@ -20,7 +20,7 @@ from models_under_test import CLASSES, ZOO, Case, N, case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvlab.errors import UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.estimators.verification import kronecker_layers
@@ -398,6 +398,27 @@ class TestExactness:
         for structure in ("ekfac", "tkfac", "tkfac:variant=rescaled"):
             matrix = estimate(expected.problem, quantity, structure, params=expected.kronecker_names)
             assert close(matrix.trace(), expected.dense.diagonal()[expected.index(matrix)].sum())
+
+    @pytest.mark.parametrize("variant", ["gao", "rescaled"])
+    @pytest.mark.parametrize("backend", ["auto", "hooks", "torch"])
+    @pytest.mark.parametrize("cancelling", ["inputs", "gradients"])
+    def test_factors_that_cancel_over_the_positions(self, cancelling: str, backend: str, variant: str) -> None:
+        """With reduce there is nothing but rounding to be scaled to the trace."""
+
+        class Centred(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x - x.mean(dim=1, keepdim=True) if cancelling == "inputs" else x.softmax(dim=1)
+
+        linear = nn.Linear(2, 3, bias=cancelling == "gradients")
+        layers = (Centred(), linear) if cancelling == "inputs" else (linear, Centred())
+        model = nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES))
+        whole = random_case(model, (N, 4, 2), "squared_error")
+        expected = estimate(whole.problem, "empirical_fisher", "diag", backend="torch").trace()
+        options = f"variant={variant},rest=diag"
+        assert close(estimate(whole.problem, "empirical_fisher", f"tkfac:{options}", backend="hooks").trace(), expected)
+        told = rf"{1 * (cancelling == 'inputs')} \(Linear\) has no tkfac with sharing=reduce: .*sharing=expand"
+        with pytest.raises(CurvlabError, match=told):
+            estimate(whole.problem, "empirical_fisher", f"tkfac:sharing=reduce,{options}", backend=backend)
 
 
 # Invariances ---------------------------------------------------------------------------------------------------------

@@ -6,16 +6,20 @@ from threading import Event
 
 import pytest
 import torch
-from fuzzing import workers
+from fuzzing import factors, oracle, workers
 from fuzzing.cells import Cell, draw
 from fuzzing.decorations import DECORATIONS
 from fuzzing.draft import Draft, Step, UnfitError
-from fuzzing.judge import Verdict, judge
+from fuzzing.judge import Truth, UnfitCellError, Verdict, _check_refusal, _solve, judge
 from fuzzing.layers import LAYERS, ODD
 from fuzzing.shrink import script, shrink
 from fuzzing.source import source
+from torch import Tensor
+from torch.nn import functional as F
 
+from curvlab import estimate
 from curvlab.estimators import hooks
+from curvlab.matrices import Diagonal
 from curvlab.problem import Problem
 
 _SHAPES = ((4,), (3, 4), (4, 2, 2), (2, 4, 4))
@@ -86,6 +90,77 @@ class TestVerdicts:
         odd = plain(steps=(Step("random", 0, 1),))
         monkeypatch.setattr(Problem, "check", lambda _: None)
         assert judge(odd).word == "wrong"
+
+
+class TestWhatIsNoFailure:
+    """Where the loops themselves, or torch, are not what a number can be held against."""
+
+    def test_saturated_losses_keep_their_digits(self) -> None:
+        for name, y in (("cross_entropy", torch.tensor([1])), ("binary_cross_entropy", torch.tensor([[0.0, 1.0]]))):
+            f = torch.tensor([[-18.0, 20.0]]).double().requires_grad_()
+            (slope,) = torch.autograd.grad(oracle.losses(name, f, y.double()).sum(), f)
+            small = torch.tensor(-38.0 if name == "cross_entropy" else -20.0).double().sigmoid()
+            assert abs(float(slope[0, 1] / -small) - 1) < 1e-14
+            curvature = oracle.output_hessian(name, f.detach()[0])
+            assert abs(float(curvature[1, 1] / (small * (1 - small))) - 1) < 1e-14
+
+    def test_a_damped_matrix_that_is_nearly_singular(self) -> None:
+        matrix = torch.nn.Linear(3, 2).double()
+        x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+        ones = estimate(Problem(matrix, "squared_error", (x, y)), "ggn", "diag")
+        almost = Diagonal(torch.full((8,), -0.3 + 1e-6).double(), ones.space, ones.info)
+        assert _solve(plain(damping="0.3"), almost).word == "right"
+        off = Diagonal(almost.entries * (1 + 1e-14), ones.space, ones.info)
+        off.solve = lambda b, damping: almost.solve(b, damping=damping + 1e-11)  # type: ignore[method-assign]
+        assert _solve(plain(damping="0.3"), off).word == "wrong"
+
+    @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+    def test_samples_that_mix_without_a_trace(self, dtype: str) -> None:
+        class Mixing(torch.nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.cumsum(0).softmax(-1).sum(-1, keepdim=True) if centred else x.cumsum(0)
+
+        cell = plain(steps=(Step("mixing", 0, 1),), dtype=dtype)
+        assert cell.refusal == "it mixes samples"
+        x = torch.randn(3, 4).to(getattr(torch, dtype))
+        centred = True
+        with pytest.raises(UnfitCellError):
+            _check_refusal(cell, Mixing(), x)
+        centred = False
+        _check_refusal(cell, Mixing(), x)
+
+    def test_torch_is_wrong_for_a_batch_of_one(self) -> None:
+        """An instance norm, whose gradient comes in channels-last memory."""
+
+        class Network(torch.nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).permute(0, 2, 3, 1).contiguous().flatten(2).mean(2)
+
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 2, 2).double()
+        code = {"data": lambda: (x, torch.randn(2, 2).double())}
+        convolution, norm = torch.nn.Conv2d(3, 2, 1), torch.nn.InstanceNorm2d(2)
+        assert Truth(plain(), code, Network(convolution).double()).matrix is not None
+        with pytest.raises(UnfitCellError, match="torch's gradients of a batch"):
+            Truth(plain(), code, Network(convolution, norm).double())
+
+    def test_layers_of_which_no_factor_is_asked_are_left_alone(self) -> None:
+        class Frozen(torch.nn.Module):
+            """What is done in place to the first layer's outputs is lawful as long as no gradient goes there."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.tied, self.out = (torch.nn.Linear(3, 3) for _ in range(3))
+                self.tied.weight = self.first.weight
+                self.first.requires_grad_(False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.out(self.tied(F.elu_(self.first(x).tanh())).tanh())
+
+        model, x, y = Frozen().double(), torch.randn(2, 3).double(), torch.randn(2, 3).double()
+        names = ["tied.bias", "out.weight", "out.bias"]
+        found = factors.samples(model, names, "empirical_fisher", "squared_error", x, y, None)
+        assert {name: len(samples) for name, samples in found.items()} == {"tied": 2, "out": 2}
 
 
 class TestWorkers:

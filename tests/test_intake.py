@@ -16,6 +16,7 @@ from curvlab.continual import permuted, run
 from curvlab.continual.strategies import Naive
 from curvlab.data import Dataset as DataSet
 from curvlab.errors import CurvlabError
+from curvlab.intake import are_equal
 from curvlab.problem import Problem
 from curvlab.training import fit
 
@@ -291,3 +292,30 @@ def test_a_last_batch_of_one_under_batch_normalisation() -> None:
     dataset = DataSet("nine", inputs, targets, inputs, targets, ("a", "b"))
     with pytest.raises(CurvlabError, match=f"the model fails in task 0: {told}"):
         run(permuted(dataset, tasks=1), net, Naive(), batch_size=8, progress=False)
+
+
+def test_arrays_and_lists_are_told_how_to_become_tensors() -> None:
+    x, y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+    for pair in ((x.numpy(), y.numpy()), (x, y.numpy()), (x, y.tolist())):
+        with pytest.raises(CurvlabError, match=r"give tensors, \(torch.as_tensor\(inputs\)"):
+            Problem(nn.Linear(2, 3), "cross_entropy", pair).check()
+    for batch in ((x.numpy(), y.numpy()), (x.tolist(), y.tolist()), (x, y.tolist())):
+        with pytest.raises(CurvlabError, match=r"give \[\(torch.as_tensor\(x\), torch.as_tensor\(y\)\) for"):
+            Problem(nn.Linear(2, 3), "cross_entropy", [batch, batch, batch]).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (4, 6), (3, 5), (0,)])
+def test_equal_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whether they are compared as words or entry by entry."""
+    torch.manual_seed(0)
+    one = torch.randn(shape).to(dtype)
+    assert are_equal(one, one.clone())
+    assert are_equal(one.mT, one.mT.clone()) if len(shape) == 2 else True
+    assert are_equal(torch.zeros(shape, dtype=dtype), -torch.zeros(shape, dtype=dtype))
+    if one.numel():
+        other = one.clone()
+        other.view(-1)[-1] += 1
+        assert not are_equal(one, other)
+        other.view(-1)[-1] = torch.nan
+        assert not are_equal(one, other)

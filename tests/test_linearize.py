@@ -441,19 +441,19 @@ def test_small_changes_are_not_lost_where_products_are_rounded(kind: str) -> Non
 
 def test_products_are_taken_of_the_change_where_torch_may_round_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(2, 3)
-    assert not augmented._rounds(x)
-    assert not augmented._rounds(x.float())
+    assert not augmented.rounds(x)
+    assert not augmented.rounds(x.float())
     with tf32():
-        assert augmented._rounds(x.float())
-        assert not augmented._rounds(x)
+        assert augmented.rounds(x.float())
+        assert not augmented.rounds(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert augmented._rounds(x.float())
+        assert augmented.rounds(x.float())
 
     def mixed() -> str:
         raise RuntimeError("mix of the legacy and new APIs")
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
-    assert augmented._rounds(x.float())
+    assert augmented.rounds(x.float())
 
 
 def test_frozen_later_keeps_its_displacement() -> None:

@@ -1,6 +1,8 @@
 """What a matrix is asked that it cannot answer, and half precision: one sentence, or the right answer."""
 
+import pickle
 from collections.abc import Callable
+from copy import copy, deepcopy
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -307,3 +309,62 @@ def test_an_implicit_matrix_has_a_narrower_choice() -> None:
     for attempt in (lambda: matrix.to(dtype=torch.bfloat16), lambda: matrix.save("m")):
         with pytest.raises(CurvlabError, match="holds no tensors"):
             attempt()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_divided_by_a_number(name: str) -> None:
+    matrix, dense = MAKERS[name]()
+    for divisor in (2, -0.5, torch.tensor(4.0, dtype=torch.float64), np.float64(3)):
+        assert close((matrix / divisor).to_dense(), dense / float(divisor))
+    assert close((-matrix).to_dense(), -dense)
+    for wrong in (0, 0.0, *NO_NUMBERS, matrix):
+        with pytest.raises(CurvlabError) as refused:
+            matrix / wrong
+        assert "\n" not in str(refused.value)
+    for left in (1, vector(), vector().numpy()):
+        with pytest.raises(CurvlabError, match="solve"):
+            left / matrix
+        for attempt in (lambda left=left: left - matrix, lambda left=left: matrix - left):
+            with pytest.raises(CurvlabError, match="to a matrix"):
+                attempt()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_difference_is_that_of_the_entries(name: str) -> None:
+    matrix, dense = MAKERS[name]()
+    difference = 3 * matrix - matrix
+    assert close(difference.to_dense(), 2 * dense)
+    assert close(difference @ vector(), 2 * dense @ vector())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_complex_vectors_in_scipy(name: str) -> None:
+    """The product is linear: that of the imaginary part is the imaginary part."""
+    matrix, dense = MAKERS[name]()
+    z = np.stack([vector(seed=1).numpy(), vector(seed=2).numpy()], 1) @ np.array([[1, 2j], [1j, 3]])
+    operator = matrix.to_scipy()
+    for vectors in (z, z[:, 0]):
+        for product in (operator @ vectors, operator.H @ vectors):
+            assert np.allclose(product, dense.numpy() @ vectors, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_quadratic_forms_are_never_beyond_the_dtype(name: str) -> None:
+    matrix, _ = MAKERS[name]()
+    for large in (torch.full((matrix.space.total,), 1e200, dtype=torch.float64), 1e200 * vector()):
+        with pytest.raises(CurvlabError, match="delta smaller"):
+            matrix.quadratic_form(large)
+    bad = vector()
+    bad[0] = float("inf")
+    assert not matrix.quadratic_form(bad).isfinite()  # as torch has it
+
+
+def test_copies_of_an_implicit_matrix() -> None:
+    matrix, dense = MAKERS["Implicit"]()
+    assert close(deepcopy(matrix).to_dense(), dense)
+    assert close(copy(matrix).to_dense(), dense)
+    with pytest.raises(CurvlabError, match="cannot be pickled"):
+        pickle.dumps(matrix)
+    module = torch.nn.Identity()  # its product can be
+    plain = Implicit(module, matrix.space, INFO, dtype=torch.float64)
+    assert close(pickle.loads(pickle.dumps(plain)).to_dense(), torch.eye(P, dtype=torch.float64))

@@ -14,7 +14,7 @@ from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.nngeometry import compute
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
-from curvlab.structures import EKFAC, KFAC, parse_structure
+from curvlab.structures import EKFACStructure, KFACStructure, parse_structure
 
 QUANTITIES = (EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN())
 STORED = ("dense", "block_diag", "diag")
@@ -114,7 +114,7 @@ class TestFactors:
         convolution = nn.Conv2d(2, 4, 2, stride=2, padding=1, bias=bias)
         problem = images(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(16, CLASSES, bias=bias))
         whole = problem.problem
-        tensors = compute(whole, Fisher(), KFAC(), whole.space, 3, silent).tensors
+        tensors = compute(whole, Fisher(), KFACStructure(), whole.space, 3, silent).tensors
         for name, layer in (("1", convolution), ("4", problem.model[4])):
             a, s = self.by_loops(problem, layer)
             assert close(tensors[f"{name}|A"], a)
@@ -122,7 +122,7 @@ class TestFactors:
 
     def test_eigenvalues_are_second_moments_in_the_eigenbasis(self) -> None:
         whole = case("mlp")
-        tensors = compute(whole.problem, EmpiricalFisher(), EKFAC(), whole.problem.space, None, silent).tensors
+        tensors = compute(whole.problem, EmpiricalFisher(), EKFACStructure(), whole.problem.space, None, silent).tensors
         gradients = whole.gradients()[:, :25]  # of the first layer, (5, 4) and (5,)
         homogeneous = torch.cat([gradients[:, :20].view(N, 5, 4), gradients[:, 20:].unsqueeze(2)], dim=2)
         rotated = tensors["0|U_S"].mT @ homogeneous @ tensors["0|U_A"]

@@ -279,3 +279,28 @@ def test_training_is_that_with_the_penalty_in_the_loss() -> None:
             optimizer.step()
     for a, b in zip(*(net.parameters() for net in nets), strict=True):
         assert close(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision(make: Make, dtype: torch.dtype) -> None:
+    """What is computed is that of the same weights in the matrix's dtype; the gradient is rounded at the end."""
+    net = model().to(dtype)
+    space = ParameterSpace.of(net)
+    half = dict(net.named_parameters())
+    wide = {name: p.detach().double().requires_grad_() for name, p in half.items()}
+    of_half, of_wide = Penalty(), Penalty()
+    for seed in range(2):
+        mu = {name: t.to(dtype) for name, t in space.unflatten(anchor(space, seed)).items()}
+        of_half.add(make(space, seed), mu)
+        of_wide.add(make(space, seed), {name: t.double() for name, t in mu.items()})
+    assert torch.equal(of_half.value(half), of_wide.value(wide))
+    of_wide.add_gradient_(wide)
+    eps = torch.finfo(dtype).eps
+    for way in (lambda: of_half.value(half).backward(), lambda: of_half.add_gradient_(half)):
+        net.zero_grad()
+        way()
+        for name, p in half.items():
+            right = wide[name].grad
+            assert p.grad.dtype == dtype
+            assert (p.grad.double() - right).abs().max() <= 2 * eps * right.abs().max()  # a rounding a term

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvlab import Problem, estimate
 from curvlab.estimators import hooks
 from curvlab.estimators import positions as module
 from curvlab.estimators.layers import Layer
-from curvlab.estimators.positions import ReducedPositions, add_gram_, mirror_, positions
+from curvlab.estimators.positions import ConvPositions, ReducedPositions, add_gram_, mirror_, positions
+from curvlab.estimators.verification import Verified
 
 N, OUTPUTS = 5, 3
 CONVOLUTIONS = {
@@ -17,6 +19,7 @@ CONVOLUTIONS = {
     "2d same": (lambda c: nn.Conv2d(c, OUTPUTS, (2, 3), padding="same"), (4, 5)),
     "2d circular": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=1, padding_mode="circular"), (4, 4)),
     "2d reflect": (lambda c: nn.Conv2d(c, OUTPUTS, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
+    "2d one entry": (lambda c: nn.Conv2d(c, OUTPUTS, 1, stride=(2, 1), padding=(0, 1)), (4, 3)),
     "2d one position": (lambda c: nn.Conv2d(c, OUTPUTS, 4), (4, 4)),
     "3d": (lambda c: nn.Conv3d(c, OUTPUTS, 2, stride=(1, 2, 1), padding=(1, 0, 1)), (3, 4, 3)),
 }
@@ -95,6 +98,43 @@ def test_convolutions(name: str, channels: int, few: int, has: str, monkeypatch:
     agree(make(channels).double(), torch.randn(N, channels, *size, dtype=torch.float64), has)
 
 
+@pytest.mark.parametrize("unfolds", [True, False])
+@pytest.mark.parametrize("has", ["both", "weight"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_of_convolutions_either_way(
+    name: str, has: str, unfolds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways to the per-sample gradients, whichever would be taken."""
+    monkeypatch.setattr(ConvPositions, "_unfolds", lambda *_: unfolds)
+    monkeypatch.setattr(module, "_BYTES", 2000)
+    torch.manual_seed(0)
+    make, size = CONVOLUTIONS[name]
+    layer, inputs = make(6).double(), torch.randn(N, 6, *size, dtype=torch.float64)
+    description, a, g, gradient = given(layer, inputs, has)
+    found = torch.cat(list(positions(description, inputs).sample_gradients(gradient)))
+    assert close(found, torch.einsum("nto,ntd->nod", g, a))
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "unfolds"),
+    [
+        (nn.Conv2d(1, 16, 3), torch.float32, True),
+        (nn.Conv2d(12, 16, 3), torch.float32, True),
+        (nn.Conv2d(16, 10, 3), torch.float32, True),  # no blocks of outputs
+        (nn.Conv2d(16, 32, 3), torch.float32, False),
+        (nn.Conv2d(64, 128, 1), torch.float32, True),
+        (nn.Conv2d(6, 16, 5), torch.float32, False),  # large patches
+        (nn.Conv3d(1, 8, 3), torch.float32, False),
+        (nn.Conv2d(3, 16, 3), torch.float64, False),
+    ],
+)
+def test_the_way_of_a_convolution_follows_from_its_shapes(layer: nn.Conv2d, dtype: torch.dtype, unfolds: bool) -> None:
+    inputs = torch.zeros(1, layer.in_channels, *[6] * len(layer.kernel_size), dtype=dtype)
+    here = positions(Layer("", layer, "weight", None), inputs)
+    assert isinstance(here, ConvPositions)
+    assert here._unfolds(layer.out_channels) == unfolds
+
+
 @pytest.mark.parametrize("has", ["both", "weight", "bias"])
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
 def test_linear_layers(shape: tuple[int, ...], has: str) -> None:
@@ -147,5 +187,40 @@ def test_pieces_are_the_batch(piece: int) -> None:
     batches = [(torch.arange(7), torch.arange(7) + 1), (torch.arange(2), torch.arange(2))]
     pieces = list(hooks._pieces(batches, piece))
     assert max(len(x) for x, _ in pieces) <= piece
+    assert piece > 3 or len(pieces[0][0]) == min(piece, 3)  # 3, 3 and 1 of seven
     for index in (0, 1):
         assert torch.equal(torch.cat([p[index] for p in pieces]), torch.cat([b[index] for b in batches]))
+
+
+def test_pieces_are_equal_parts() -> None:
+    pieces = hooks._pieces([(torch.arange(250), torch.arange(250))], 79)
+    assert [len(x) for x, _ in pieces] == [63, 63, 63, 61]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "entries", "piece"),
+    [
+        ({"a": 6_000, "b": 100}, 0, 1000),  # small layers: as many as ever
+        ({"a": 150_000, "b": 100_000}, 0, 80),  # what the largest one leaves room for
+        ({"a": 100_000_000}, 0, 8),  # but some
+        ({"a": 150_000, "b": 100_000}, 25_000_000, 400),  # and more where a large result is gone through for each
+        ({"a": 0}, 0, 1000),
+    ],
+)
+def test_the_size_of_a_piece(sizes: dict[str, int], entries: int, piece: int) -> None:
+    problem = Problem(nn.Linear(2, 2), "squared_error", (torch.zeros(3, 2), torch.zeros(3, 2)))
+    layers = {name: Layer(name, problem.model, "weight", "bias") for name in sizes}
+    assert hooks._piece(problem, Verified(layers, {}, (), (), sizes), entries) == piece
+
+
+def test_what_is_taken_at_once_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 25, 3)]
+    problem = Problem(nn.Sequential(*layers).double(), data=(torch.randn(23, 2, 5, 5), torch.arange(23) % 3))
+    for quantity in ("empirical_fisher", "fisher", "fisher:samples=2"):
+        for structure in ("diag", "kfac", "ekfac"):
+            with monkeypatch.context() as patched:
+                whole = estimate(problem, quantity, structure, backend="hooks")
+                patched.setattr(hooks, "_piece", lambda *_: 3)
+                parts = estimate(problem, quantity, structure, backend="hooks")
+            assert torch.allclose(parts.diagonal(), whole.diagonal(), rtol=1e-11, atol=1e-13)

@@ -3,14 +3,13 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from programs import Starter
 from torch import Tensor, nn
 
 from curvlab import CurvlabError, Problem, UnsupportedError, estimate
@@ -20,7 +19,7 @@ from curvlab.models import mlp
 from curvlab.recorder import EigenvalueRecorder
 from curvlab.spectrum import top_eigenvalues
 from curvlab.spectrum.density import spectral_density
-from curvlab.training import Observer, fit
+from curvlab.training import fit
 
 
 def blobs(count: int = 60) -> tuple[Tensor, Tensor]:
@@ -62,23 +61,33 @@ class Reference:
         pass
 
 
-@pytest.mark.parametrize("which", ["LA", "LM", "SA"])
-@pytest.mark.parametrize("per", ["network", "layer"])
-def test_values_are_those_of_the_dense_matrix(which: str, per: str) -> None:
+LEARNING = {"steps": 17, "batch_size": 16, "lr": 0.03}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[tuple[int, str, str], Tensor]:
+    """All eigenvalues at every fifth step, of a training without a recorder."""
     reference = Reference(5)
+    fit(network().double(), blobs(), observers=[reference], **LEARNING)
+    return reference.values
+
+
+@pytest.mark.parametrize(("which", "per"), [("LA", "network"), ("LA", "layer"), ("LM", "network"), ("SA", "layer")])
+def test_values_are_those_of_the_dense_matrix(
+    which: str, per: str, reference: dict[tuple[int, str, str], Tensor]
+) -> None:
     recorder = EigenvalueRecorder(blobs(), k=2, which=which, every=5, per=per, tol=1e-6)
-    observers: list[Observer] = [recorder, reference]
-    fit(network().double(), blobs(), steps=22, batch_size=16, lr=0.03, observers=observers)
+    fit(network().double(), blobs(), observers=[recorder], **LEARNING)
     layers = ["network"] if per == "network" else ["0", "1", "4"]
     assert [(r["step"], r["quantity"], r["layer"], r["index"]) for r in recorder.records] == [
         (step, quantity, layer, index)
-        for step in (0, 5, 10, 15, 20, 22)
+        for step in (0, 5, 10, 15, 17)
         for quantity in ("fisher", "hessian")
         for layer in layers
         for index in (0, 1)
     ]
     for record in recorder.records:
-        all_values = reference.values[record["step"], record["quantity"], record["layer"]]
+        all_values = reference[record["step"], record["quantity"], record["layer"]]
         order = {"LA": -all_values, "SA": all_values, "LM": -all_values.abs()}[which].argsort()
         expected = float(all_values[order[record["index"]]])
         scale = float(all_values.abs().max())
@@ -154,7 +163,7 @@ def test_at_most_six_products_a_point() -> None:
     digits = load("digits")
     data = digits.x_train[:500], digits.y_train[:500]
     torch.manual_seed(0)
-    options = {"optimizer": "sgd", "lr": 1e-2, "momentum": 0.9, "steps": 600, "batch_size": 50}
+    options = {"optimizer": "sgd", "lr": 1e-2, "momentum": 0.9, "steps": 300, "batch_size": 50}
     recorder, cold = EigenvalueRecorder(data, every=30), EigenvalueRecorder(data, every=30, warm=False)
     sharp = EigenvalueRecorder(data, every=30, tol=1e-8, warm=False)
     result = fit(mlp(64, (50,), 10), (digits.x_train, digits.y_train), observers=[recorder, cold, sharp], **options)
@@ -261,7 +270,7 @@ def test_weights_are_the_same_bits_without_it(whole: tuple[dict[str, Tensor], Ei
 
 @pytest.mark.parametrize("stop_at", [3, 44])
 def test_killed_run_goes_on_to_the_same_records(
-    tmp_path: Path, whole: tuple[dict[str, Tensor], EigenvalueRecorder], stop_at: int
+    tmp_path: Path, whole: tuple[dict[str, Tensor], EigenvalueRecorder], stop_at: int, starter: Starter
 ) -> None:
     """Killed for good (kill -9): what is not in the file is lost."""
     file = tmp_path / "run.pt"
@@ -280,8 +289,8 @@ def step(run, *batch):
 loop._Run.train_step = step
 fit(network(), blobs(), checkpoint={str(file)!r}, observers=[recorder_of_run()], **OPTIONS)
 """
-    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, _, err = starter.start(["-c", script]).wait()
+    assert code == -signal.SIGKILL, err
     model, recorder = network(), recorder_of_run()
     result = fit(model, blobs(), checkpoint=file, observers=[recorder], **OPTIONS)
     assert result.resumed_at == stop_at // 7 * 7

@@ -87,22 +87,25 @@ def exact(rows: Tensor, block: Block) -> tuple[float, float]:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["outer", "several rows a sample", "streamed"])
 def test_unbiased_and_covered(name: str) -> None:
-    """Over 200 seeds, each one round of draws. The seeds are fixed: this fails always or never.
+    """Over 100 seeds, each one round of draws. The seeds are fixed: this fails always or never.
 
-    Of 200 intervals at 95 %, 91 % to 99 % hold the truth with probability 0.99; too few draws for the
-    normal interval cost the squares, which are more skewed, another two points.
+    Of 100 intervals at 95 %, 89 % or more hold the truth with probability 0.99; too few draws for the
+    normal interval cost the squares, which are more skewed, another two points. That they are not too wide
+    is seen of their lengths, which the errors have to fill within three standard errors of their spread.
     """
     block, rows = MAKES[name]()
     truths = np.array(exact(rows, block))
-    runs = [sample_off_diagonal(block, 1e-9, ONE_ROUND, seed, ignore) for seed in range(200)]
+    runs = [sample_off_diagonal(block, 1e-9, ONE_ROUND, seed, ignore) for seed in range(100)]
     estimates = np.array([(run.abs_sum, run.square_sum) for run in runs])
     halves = np.array([(run.abs_sum_ci95, run.square_sum_ci95) for run in runs])
     errors = estimates - truths
     z = errors.mean(axis=0) / (errors.std(axis=0, ddof=1) / np.sqrt(len(runs)))
     coverage = (np.abs(errors) <= halves).mean(axis=0)
     assert (np.abs(z) < 4).all(), z
-    assert 0.91 <= coverage[0] <= 0.99, coverage
-    assert 0.89 <= coverage[1] <= 0.99, coverage
+    assert coverage[0] >= 0.89, coverage
+    assert coverage[1] >= 0.87, coverage
+    filled = 1.96 * np.sqrt((errors**2).mean(axis=0) / (halves**2).mean(axis=0))
+    assert (np.abs(filled - 1) < 0.21).all(), filled
     assert errors[:, 0].std() > 1e-3 * truths[0]  # or nothing was sampled
 
 
@@ -113,12 +116,12 @@ def test_covered_where_the_precision_stops_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sampling, "_MIN_DRAWS", 80)
     block, rows = outer(1)
     truth, _ = exact(rows, block)
-    runs = [sample_off_diagonal(block, 0.02, 1e18, seed, ignore) for seed in range(200)]
+    runs = [sample_off_diagonal(block, 0.02, 1e18, seed, ignore) for seed in range(100)]
     assert all(run.abs_sum_ci95 <= 0.02 * run.abs_sum for run in runs)
     assert len({run.draws for run in runs}) > 1
     assert min(run.draws for run in runs) >= 80
     covered = np.mean([abs(run.abs_sum - truth) <= run.abs_sum_ci95 for run in runs])
-    assert 0.89 <= covered <= 0.995, covered
+    assert covered >= 0.87, covered
 
 
 @pytest.mark.usefixtures("quick")

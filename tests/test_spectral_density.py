@@ -178,7 +178,7 @@ def test_error_of_the_cdf_and_the_density() -> None:
     """The means over many seeds are those of the matrix, and the stated errors their spread."""
     values = torch.cat([torch.zeros(60), torch.linspace(0.5, 1, 30), torch.linspace(4, 5, 10)]).double()
     matrix, points = symmetric(values), torch.tensor([0.25, 2.0])
-    densities = [spectral_density(matrix, probes=3, steps=25, seed=seed) for seed in range(100)]
+    densities = [spectral_density(matrix, probes=3, steps=25, seed=seed) for seed in range(64)]
     grid = torch.tensor([0.0, 0.75, 4.5]).double()
     gaussians = (-((values - grid[:, None]) ** 2) / (2 * 0.3**2)).exp().mean(dim=1) / (0.3 * sqrt(2 * pi))
     for shares, truth in (
@@ -187,7 +187,7 @@ def test_error_of_the_cdf_and_the_density() -> None:
     ):
         estimates, errors = (torch.stack(parts) for parts in zip(*shares, strict=True))
         spread = estimates.std(dim=0)
-        assert bool(((estimates.mean(dim=0) - truth).abs() < 4 * spread / 10).all())
+        assert bool(((estimates.mean(dim=0) - truth).abs() < 4 * spread / 8).all())
         assert torch.allclose(errors.square().mean(dim=0).sqrt(), spread, rtol=0.3)
 
 
@@ -338,12 +338,12 @@ def test_effective_dimension_of_small_matrices(dtype: torch.dtype) -> None:
 def test_effective_dimension_covers(damping: float) -> None:
     values = torch.cat([torch.zeros(100), torch.logspace(-4, 1, 100)]).double()
     truth = dimension(values, damping)
-    results = [effective_dimension(symmetric(values), damping, probes=5, steps=20, seed=s) for s in range(60)]
+    results = [effective_dimension(symmetric(values), damping, probes=5, steps=20, seed=s) for s in range(40)]
     covered = np.mean([float(low) <= truth <= float(high) for low, high in (r.interval for r in results)])
-    assert covered >= 0.88  # of 60 at 95 %, 53 or more with probability 0.99
+    assert covered >= 0.85  # of 40 at 95 %, 34 or more with probability 0.99
     if all(r.converged for r in results):
         estimates = np.array([float(r.value) for r in results])
-        assert abs(estimates.mean() - truth) < 4 * estimates.std() / sqrt(60)
+        assert abs(estimates.mean() - truth) < 4 * estimates.std() / sqrt(40)
     else:
         assert damping == 1e-3  # a ten-thousandth of the largest eigenvalue, for which twenty steps are too few
 

@@ -17,7 +17,7 @@ from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.problem import Problem
 from curvlab.quantities import Fisher
 
-SEEDS = 250
+SEEDS = 120  # enough to see a variance that is off by two thirds; what is finer is seen in closed form, below
 
 
 def statistics(error: StandardError) -> Tensor:
@@ -30,9 +30,7 @@ def directions(problem: Problem) -> Tensor:
     return torch.randn(problem.space.total, 2, dtype=torch.float64, generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("samples", "loss"), [(1, "cross_entropy"), (3, "cross_entropy"), (1, "squared_error"), (2, "binary_cross_entropy")]
-)
+@pytest.mark.parametrize(("samples", "loss"), [(3, "cross_entropy"), (1, "squared_error"), (2, "binary_cross_entropy")])
 def test_the_spread_over_seeds(samples: int, loss: str) -> None:
     """The mean of the squared errors is the variance of the estimates: z-scores of both, over independent seeds."""
     problem = case("mlp", loss=loss).problem

@@ -882,3 +882,22 @@ class TestRefusals:
         with pytest.raises(CurvlabError, match=message):
             full_batch(tasks(2), model, strategy)
         assert torch.equal(flat(model.parameters()), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(lambda structure=structure: EWC(1.0, structure=structure) for structure in STRUCTURES),
+        *(lambda: EWC(1.0, mode="online"), lambda: SI(1.0), lambda: MAS(1.0), lambda: OSLA(1.0), lambda: IMM("mode")),
+    ],
+)
+def test_networks_in_half_precision(strategy: Callable[[], Strategy], dtype: torch.dtype) -> None:
+    """A run is the one in float32, but for rounding."""
+    finals = []
+    for of in (dtype, torch.float32):
+        model = mlp().to(of)
+        run(tasks(2), model, strategy(), steps=4, lr=0.05, progress=False)
+        assert all(p.dtype == of for p in model.parameters())
+        finals.append(flat(model.parameters()).float())
+    assert torch.allclose(*finals, rtol=0, atol=8 * torch.finfo(dtype).eps)

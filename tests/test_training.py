@@ -489,3 +489,17 @@ def test_a_diverged_training_is_named_before_an_observer_sees_it() -> None:
     with pytest.raises(CurvlabError, match=r"parameter weight holds NaN or infinite values after step 1: lower lr"):
         fit(nn.Linear(6, 3), (1e3 * x, y), optimizer="sgd", lr=1e38, steps=3, batch_size=30, observers=[observer])
     assert [step for step, _ in observer.seen] == [0]
+
+
+def test_what_is_no_model_and_no_data() -> None:
+    x, y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+    for wrong in (None, nn.Linear, nn.Linear(2, 3).state_dict()):
+        for attempt in (
+            lambda wrong=wrong: fit(wrong, (x, y), loss="cross_entropy", steps=1),
+            lambda wrong=wrong: evaluate(wrong, x, y),
+        ):
+            with pytest.raises(CurvlabError, match=r"must be a torch.nn.Module, not"):
+                attempt()
+    for wrong in (None, 3, x, (x.numpy(), y.numpy()), (x, y, y)):
+        with pytest.raises(CurvlabError, match="must be a pair of tensors"):
+            fit(nn.Linear(2, 3), wrong, loss="cross_entropy", steps=1)

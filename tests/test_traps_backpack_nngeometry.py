@@ -25,7 +25,7 @@ from curvlab.estimators import estimate
 from curvlab.estimators.nngeometry import compute
 from curvlab.problem import Problem
 from curvlab.quantities import Fisher
-from curvlab.structures import EKFAC
+from curvlab.structures import EKFACStructure
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> bool:
@@ -193,7 +193,7 @@ class TestModulesOfNNGeometry:
             x = torch.rand(20, 300) * (torch.rand(20, 300) < 0.2)
         problem = Problem(model, data=(x, torch.arange(20) % CLASSES))
         ours = estimate(problem, "fisher", "ekfac", backend="nngeometry")
-        computed = compute(problem, Fisher(), EKFAC(), problem.space, None, lambda *_, **__: None)
+        computed = compute(problem, Fisher(), EKFACStructure(), problem.space, None, lambda *_, **__: None)
         basis = computed.tensors["0|U_A"].double()
         assert (basis.mT @ basis - torch.eye(301)).abs().max() < 2e-7  # in float32 1e-6, at best
         exact = estimate(problem, "fisher", "diag", backend="torch").trace()  # EK-FAC has the exact trace

@@ -1,5 +1,6 @@
 """Rules are taken where they are right, of networks as people write them; what is rejected is told, and computed."""
 
+import re
 import types
 
 import pytest
@@ -8,20 +9,21 @@ from kinds_under_test import CLASSES, RIGHT, mlp, plainly, problem_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab import Problem, estimate
+from curvlab import Problem, diagonality, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
-from curvlab.estimators.backend import Backend
+from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import forward, graph_of, leaves_of
-from curvlab.estimators.layers import layer_in
+from curvlab.estimators.layers import Layer, layer_in
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_factors, verify_rules
 from curvlab.losses import Loss
+from curvlab.parameters import ParameterSpace
 from curvlab.progress import silent
-from curvlab.quantities import EmpiricalFisher, Fisher
-from curvlab.structures import Dense
+from curvlab.quantities import EmpiricalFisher, Fisher, Quantity
+from curvlab.structures import DenseStructure, EKFACStructure
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -49,7 +51,9 @@ def test_kronecker_factors_or_the_diagonal(kind: str) -> None:
     )
     if not layers:
         with pytest.raises(UnsupportedError, match="no parameter has Kronecker factors"):
-            estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+            estimate(problem, "empirical_fisher", "ekfac")
+        whole = estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+        assert close(whole.diagonal(), plainly(problem, "empirical_fisher").diagonal())
         return
     diagonal = problem.space.unflatten(plainly(problem, "empirical_fisher").diagonal())
     for backend in ("auto", "torch"):
@@ -142,6 +146,152 @@ def test_a_use_that_the_samples_of_the_verification_do_not_show() -> None:
             estimate(problem, "empirical_fisher", "kfac", backend=backend)
 
 
+@pytest.mark.parametrize("structure", ["diag", "kfac", "ekfac"])
+def test_a_hook_that_changes_the_outputs_of_some_samples_only(structure: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[0].register_forward_hook(lambda _, __, output: output.clamp(-20, 20))
+    problem, whole = sixteen(model, 5)
+    assert max(float(model[0](x).detach().abs().max()) for x, _ in problem.probe()) < 15
+    assert float(model[0](next(whole.batches())[0]).detach().abs().max()) == 20
+    reference = estimate(whole, "empirical_fisher", structure, backend="torch")
+    if structure == "diag":
+        assert close(reference.diagonal(), plainly(whole, "empirical_fisher").diagonal())
+    for backend in ("hooks", "torch", *(["curvlinops"] if structure != "diag" else [])):
+        matrix = estimate(problem, "empirical_fisher", structure, backend=backend)
+        assert close(matrix.to_dense(), reference.to_dense())
+    for backend in ("nngeometry", *(["backpack"] if structure != "ekfac" else [])):
+        with pytest.raises(UnsupportedError, match=r"a hook of Linear \(0\) changes its output"):
+            estimate(problem, "empirical_fisher", structure, backend=backend)
+
+
+def test_a_replaced_forward_that_does_more_for_some_samples_only() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[0].forward = lambda x, plain=model[0].forward: plain(x).clamp(-20, 20)
+    problem, whole = sixteen(model, 5)
+    assert max(float(model[0](x).detach().abs().max()) for x, _ in problem.probe()) < 15
+    right = plainly(whole, "empirical_fisher")
+    for of in (problem, whole):
+        matrix = estimate(of, "empirical_fisher", "diag")
+        assert close(matrix.diagonal(), right.diagonal())
+        assert "0.weight is of Linear 0, whose forward was replaced" in matrix.info.rejected[0]
+        for backend in ("hooks", "torch", "nngeometry", "backpack"):
+            with pytest.raises(UnsupportedError, match="0"):
+                estimate(of, "empirical_fisher", "kfac", backend=backend)
+        for backend in ("nngeometry", "backpack"):
+            with pytest.raises(UnsupportedError, match="whose forward was replaced"):
+                estimate(of, "empirical_fisher", "dense", backend=backend)
+
+
+def test_a_hook_that_changes_nothing_keeps_no_library_away() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    _, whole = sixteen(model)
+    right = estimate(whole, "empirical_fisher", "diag", backend="torch").diagonal()
+    for backend in ("nngeometry", "backpack"):
+        assert close(estimate(whole, "empirical_fisher", "diag", backend=backend).diagonal(), right)
+
+
+class InPlace(nn.Module):
+    """In a batch of one sample, the output of the layer is a view, on which a hook of a library is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x.unflatten(1, (1, 4)).repeat(1, 2, 1))
+        hidden += 1
+        return self.out(hidden.tanh().flatten(1))
+
+
+@pytest.mark.parametrize("size", [1, 3, 15, None])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac:sharing=reduce"])
+def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None) -> None:
+    _, whole = sixteen(InPlace())
+    right = estimate(whole, "empirical_fisher", structure, backend="torch").to_dense()
+    for backend in ("curvlinops", "hooks"):
+        matrix = estimate(whole, "empirical_fisher", structure, backend=backend, batch_size=size)
+        assert close(matrix.to_dense(), right), backend
+
+
+@pytest.mark.parametrize(
+    ("structure", "change", "told"),
+    [
+        ("kfac", lambda t: t.pop("0|S"), r"'0\|S' is lacking"),
+        ("ekfac", lambda t: [t.pop(name) for name in list(t) if name.startswith("0|")], "bases|layers"),
+        ("diag", lambda t: t.update(entries=t["entries"][1:]), "shape"),
+        ("dense", lambda t: t.update(matrix=t["matrix"][1:]), "shape"),
+        ("block_diag", lambda t: t.pop("0.weight"), "the blocks' names"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: object) -> Computed:
+        tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
+        change(tensors)
+        return Computed(tensors)
+
+    broken = Backend("hooks", hooks.BACKEND.cells, compute)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": broken, "torch": torch_func.BACKEND})
+    problem = problem_of(mlp)
+    matrix = estimate(problem, "fisher", structure)
+    assert matrix.info.backend == "torch"
+    assert re.search(f"backend hooks: its tensors are not those of Sequential: .*{told}", matrix.info.rejected[0])
+    with pytest.raises(UnsupportedError, match="backend hooks cannot: its tensors are not those of Sequential"):
+        estimate(problem, "fisher", structure, backend="hooks")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"0|values": 1.01 * t["0|values"]}),
+        lambda t: t.update({"0|values": t["0|values"].flip(0)}),
+        lambda t: t.update({"2|U_S": 2 * t["2|U_S"], "2|values": t["2|values"] * 4}),
+        lambda t: t.update({"2|U_S": torch.eye(len(t["2|U_S"]), dtype=torch.float64)}),
+        lambda t: t.update({"0|U_A": t["0|U_A"].flip(1)}),
+    ],
+)
+def test_an_ekfac_of_a_library_that_is_wrong(change, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*arguments: object) -> Computed:
+        tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
+        change(tensors)
+        return Computed(tensors)
+
+    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
+    matrix = estimate(problem_of(mlp), "fisher", "ekfac")
+    assert matrix.info.backend == "torch"
+    assert "backend hooks: it gives a wrong answer for Sequential" in matrix.info.rejected[0]
+
+
+class Scaled(nn.Module):
+    """The factor S is a multiple of the identity, and the true block is no Kronecker product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x[:, :4]) * x[:, 4:]
+
+
+def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(
+        problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, *_: object
+    ) -> Computed:
+        tensors = dict(torch_func.compute(problem, quantity, structure, space, None, silent).tensors)
+        tensors["fc|U_S"] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
+        return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
+
+    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
+    torch.manual_seed(0)
+    inputs = torch.cat([torch.randn(6, 4), (1 + torch.eye(3)).repeat(2, 1)], dim=1).double()
+    problem = Problem(Scaled().double(), "squared_error", (inputs, torch.randn(6, 3).double()))
+    one, other = (estimate(problem, "ggn", "ekfac", backend=backend).to_dense() for backend in ("hooks", "torch"))
+    assert not close(one, other, tolerance=1e-3)
+
+
 class BranchesByName(nn.Module):
     """For some samples a layer has no part in the outputs."""
 
@@ -169,7 +319,7 @@ def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: in
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 10)).double()
     inputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
     problem = Problem(model, "cross_entropy", list(zip(inputs.split(split), targets.split(split), strict=True)))
-    whole = torch_func.compute(problem, Fisher(), Dense(), problem.space, None, silent).tensors["matrix"]
+    whole = torch_func.compute(problem, Fisher(), DenseStructure(), problem.space, None, silent).tensors["matrix"]
     parts = [whole[part, part] for part in problem.space.slices.values()]
     expected = {"diag": whole.diagonal().diag(), "dense": whole, "block_diag": torch.block_diag(*parts)}[structure]
     assert close(estimate(problem, "fisher", structure).to_dense(), expected)
@@ -236,6 +386,28 @@ def test_weights_and_biases_of_their_own() -> None:
     verified = verify_rules(problem, problem.space)
     assert verified.layers["fc"].parameters == ("fc.bias",)
     assert set(verify_factors(problem, problem.space).layers) == {"out"}
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_biases_beside_a_tied_weight() -> None:
+    """Where the weight is not asked for, either bias has factors; else neither has."""
+    problem = problem_of(tied)
+    reasons = kronecker_layers(problem, problem.space)[1]
+    assert reasons["0.bias"] == reasons["2.bias"] == "is beside 0.weight, which is shared with 2 (a tied weight)"
+    right = problem.space.unflatten(plainly(problem, "ggn").diagonal())
+    for backend in ("hooks", "torch", "curvlinops"):
+        matrix = estimate(problem, "ggn", "kfac", params=["*.bias"], backend=backend)
+        assert len(matrix.tensors()) == 6
+        for name, diagonal in matrix.space.unflatten(matrix.diagonal()).items():
+            assert close(diagonal, right[name])
+    problem.model[0].weight.requires_grad_(False)
+    frozen = Problem(problem.model, problem.loss.name, list(problem.batches()))
+    assert set(kronecker_layers(frozen, frozen.space)[0]) == {"0", "2", "3"}
 
 
 def test_uses_of_parameters_in_a_graph() -> None:
@@ -333,3 +505,61 @@ def test_layers_without_a_gradient_on_the_samples_of_the_verification(build) -> 
     problem, whole = sixteen(DeadOnMost(build), 5)
     matrix = estimate(problem, "empirical_fisher", "diag")
     assert close(matrix.diagonal(), plainly(whole, "empirical_fisher").diagonal())
+
+
+class SeldomTwice(nn.Module):
+    """Has a layer that some samples use twice, which are few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if (x[:, 0] > 5).any():
+            h = torch.where(x[:, :1] > 5, self.a(h.tanh()), h)
+        return self.c(h.tanh())
+
+
+def test_a_layer_that_few_samples_use_twice_is_refused_in_one_sentence_with_a_way_out() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 4, dtype=torch.float64).clamp(-3, 3)
+    x[100, 0] = 9
+    problem = Problem(SeldomTwice().double(), "cross_entropy", list(zip(x.split(20), TARGETS.split(20), strict=True)))
+    for structure in ("kfac", "kfac:rest=diag"):
+        with pytest.raises(UnsupportedError, match=r"no Kronecker factors: leave it out with params=") as refused:
+            estimate(problem, "fisher", structure)
+        assert len(str(refused.value)) < 200
+        assert "backend" not in str(refused.value)
+        with pytest.raises(UnsupportedError) as refused:
+            estimate(problem, "fisher", structure, backend="torch")
+        assert "backend hooks can" not in str(refused.value), "which is not so"
+    with pytest.raises(UnsupportedError, match=r"leave its parameters out with params="):
+        diagonality(problem, "fisher")
+    # The ways out that are named.
+    assert estimate(problem, "fisher", "kfac", params="c.*").shape == (15, 15)
+    assert list(diagonality(problem, "fisher", params="c.*").parameter) == ["c.weight", "c.bias"]
+    assert estimate(problem, "fisher", "diag").shape == (35, 35)
+
+
+TARGETS = torch.arange(200) % 3
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4)])
+def test_how_far_a_rule_is_from_other_gradients(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Linear layer, whose weight is compared some rows at a time."""
+    monkeypatch.setattr(rules, "_BLOCK", 8)  # two rows of four
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(4, 5).double(), torch.randn(shape, dtype=torch.float64)
+    slopes = torch.randn_like(layer(inputs))
+    layer(inputs).backward(slopes)
+    right = {"w": layer.weight.grad, "b": layer.bias.grad}
+    of_call = rules.rule(Layer("", layer, "w", "b"), inputs)
+    assert max(of_call.distances(slopes, right).values()) < 1e-12
+    other = {name: value.clone() for name, value in right.items()}
+    other["w"][0, 0] += 3
+    other["w"][4, 3] += 4  # in the last rows
+    other["b"][4] += 2
+    assert of_call.distances(slopes, other) == pytest.approx({"w": 5.0, "b": 2.0})
+    other["w"][0, 0] = torch.nan
+    assert not rules.is_rounding(of_call.distances(slopes, other)["w"], torch.inf, 1.0, torch.float64)

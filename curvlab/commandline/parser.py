@@ -123,6 +123,7 @@ def validate(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str
         # One fault an alternative that the field has, or one an item of a list.
         reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _where(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
+        text = text.replace("should be a valid tuple", f"should be a list, such as [{faults[0]['input']}]")
         raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
 
 

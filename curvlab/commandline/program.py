@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from curvlab.errors import CurvlabError
+from curvlab.startup import begin_program
 from curvlab.text import readable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -30,6 +31,7 @@ def exit_code_of(program: Callable[[], int], interrupted: str = "interrupted") -
         The exit code: that of the program, 0 too if nobody reads its output any more; 2 if the output cannot be
         written, and 130 after Ctrl-C.
     """
+    begin_program()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have the plus-minus sign
     try:

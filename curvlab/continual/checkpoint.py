@@ -13,13 +13,13 @@ from curvlab.continual.strategies.base import Strategy
 from curvlab.errors import CurvlabError
 from curvlab.matrices import CurvatureMatrix, Info
 from curvlab.matrices.kronecker import Eigenbasis, Factors
-from curvlab.matrices.layers import Layer
+from curvlab.matrices.layers import HomogeneousWeight
 from curvlab.matrices.penalty import STORED
 from curvlab.parameters import ParameterSpace
 from curvlab.training.checkpoint import CheckpointFile, model_tensors
 
 # What a method may hold besides tensors and plain values: a checkpoint is read without running anything else.
-_HELD = (*CurvatureMatrix.kinds.values(), Info, Layer, Eigenbasis, Factors, ParameterSpace, slice, *STORED)
+_HELD = (*CurvatureMatrix.kinds.values(), Info, HomogeneousWeight, Eigenbasis, Factors, ParameterSpace, slice, *STORED)
 _BUFFERS = (Reservoir, Ring)
 _PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 

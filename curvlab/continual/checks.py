@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from curvlab.continual.options import check_number, check_positive, check_whole, is_number
-from curvlab.continual.outputs import LossName, Outputs
+from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.optimization import make_optimizer, make_schedule
-from curvlab.training.samples import check_weights, model_errors, reference, take
+from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
 from curvlab.training.state import modes_restored, random_state_restored
 
 
@@ -23,7 +23,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         CurvlabError: One is not.
     """
-    if options["loss"] not in get_args(LossName):
+    if options["loss"] not in get_args(TaskLoss):
         raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
     if options["evaluation"] not in ("test", "validation"):
         raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
@@ -93,7 +93,7 @@ def check_stream(stream: object, evaluation: Part) -> tuple[Task, ...]:
     return stream
 
 
-def check_loss(stream: Sequence[Task], outputs: Outputs, loss: LossName) -> None:
+def check_loss(stream: Sequence[Task], outputs: Outputs, loss: TaskLoss) -> None:
     """Require that the loss depends on the network in every task.
 
     Raises:
@@ -134,6 +134,7 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         CurvlabError: It does not take the samples, does not give one vector of outputs for each, has no trainable
             parameters, or holds values that are not finite or not there; or gradients cannot be had here.
     """
+    require_module(model)
     if torch.is_inference_mode_enabled():
         raise CurvlabError("a run has to take gradients: call it outside of torch.inference_mode")
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from curvlab.continual.outputs import LossName, Outputs, mean_loss, one_hot
+from curvlab.continual.outputs import Outputs, TaskLoss, mean_loss, one_hot
 from curvlab.continual.tasks import Task
 from curvlab.problem import Problem
 from curvlab.training.samples import reference, take
@@ -56,7 +56,7 @@ class Learner:
         model: nn.Module,
         stream: Sequence[Task],
         outputs: Outputs,
-        loss_name: LossName,
+        loss_name: TaskLoss,
         target_scale: float,
         batch_size: int,
     ) -> None:

@@ -17,7 +17,7 @@ from curvlab.continual import checkpoint as checkpoints
 from curvlab.continual.checks import check_loss, check_model, check_options, check_strategy, check_stream, lengths
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.measure import accuracies
-from curvlab.continual.outputs import Head, LossName, Outputs
+from curvlab.continual.outputs import Head, Outputs, TaskLoss
 from curvlab.continual.source import Source
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
@@ -71,7 +71,7 @@ def run(
     strategy: Strategy,
     *,
     head: Head = "single",
-    loss: LossName = "cross_entropy",
+    loss: TaskLoss = "cross_entropy",
     target_scale: float = 1.0,
     optimizer: str = "sgd",
     lr: float = 0.1,

@@ -16,7 +16,7 @@ from curvlab.continual.tasks import Task
 from curvlab.errors import CurvlabError
 
 Head = Literal["single", "growing", "masked", "multi"]
-LossName = Literal["cross_entropy", "squared_error"]
+TaskLoss = Literal["cross_entropy", "squared_error"]
 
 
 class Outputs:
@@ -115,7 +115,7 @@ class Outputs:
         return learnt
 
 
-def mean_loss(loss: LossName, outputs: Tensor, y: Tensor, counting: Tensor | None, scale: float = 1.0) -> Tensor:
+def mean_loss(loss: TaskLoss, outputs: Tensor, y: Tensor, counting: Tensor | None, scale: float = 1.0) -> Tensor:
     """Return the mean loss of a batch, a scalar; outputs that do not count have no part in it.
 
     Args:

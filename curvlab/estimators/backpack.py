@@ -19,6 +19,7 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
 from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.capture import output_changed_by_hooks
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
@@ -251,7 +252,8 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
             return told
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
             return f"its factors of {_label(name, layer.module)} are of another approximation"
-    if told := unfaithful(problem, space):
+    modules = {name: layer.module for name, layer in layers.items()}
+    if told := unfaithful(problem, space) or output_changed_by_hooks(problem, modules):
         return told
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -106,6 +107,38 @@ def forward(
             hooks.callback(handle.remove)
         outputs = problem.forward(parameters, inputs)
     return outputs, calls
+
+
+def output_changed_by_hooks(problem: Problem, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return a clause that names the first of some modules of which a hook of the user's changes the output, if any.
+
+    The hooks of another library come after it, and see another output than the one that its rules are of. Whether it
+    is another cannot be told from the values, which may differ on some samples only.
+    """
+    hooked = {name: module for name, module in modules.items() if module._forward_hooks}
+    given: dict[str, tuple[Tensor, int]] = {}
+    changed: list[str] = []
+
+    def first(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            given[name] = output, output._version
+
+    def last(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        before, version = given.pop(name, (output, 0))
+        if output is not before or (isinstance(output, Tensor) and output._version != version):
+            changed.append(name)
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, module in hooked.items():
+            hooks.callback(module.register_forward_hook(partial(first, name), prepend=True).remove)
+            hooks.callback(module.register_forward_hook(partial(last, name)).remove)
+        for inputs, _ in problem.batches() if hooked else ():
+            problem.forward({}, inputs)
+            if changed:
+                return (
+                    f"a hook of {type(modules[changed[0]]).__name__} ({changed[0] or 'the model'}) changes its output"
+                )
+    return None
 
 
 def backward(outputs: Tensor, calls: Sequence[Call], seed: Tensor, keep: bool) -> tuple[Tensor, ...]:

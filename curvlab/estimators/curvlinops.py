@@ -6,7 +6,8 @@ have no part. Its check of determinism, which costs several passes, is off: ``Pr
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
-from curvlab.estimators.snapshots import differentiable
-from curvlab.estimators.verification import verify_rules
+from curvlab.estimators.snapshots import differentiable, told
 from curvlab.losses import Loss
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Kronecker, Structure
@@ -50,7 +50,7 @@ class _Passes:
     ) -> None:
         self.problem, self.quantity, self.batch_size, self.advance = problem, quantity, batch_size, advance
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         self._rng = label_stream(self.quantity)
         for inputs, targets in self.problem.batches(self.batch_size):
             yield inputs, targets
@@ -64,7 +64,7 @@ class _Passes:
 class _WithRows(_Passes):
     """The same, with the output rows in the place of the targets."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         for inputs, targets in super().__iter__():
             with torch.enable_grad():  # which a derivative inside the forward needs
                 outputs = self.problem.forward({}, inputs).detach()
@@ -75,10 +75,36 @@ class _WithRows(_Passes):
 
 
 class _ByRows:
-    """A backward pass for each of our output rows, in place of the library's own."""
+    """A backward pass for each of our output rows, in place of the library's own, to the outputs that layers give.
+
+    The library looks at outputs after the user's hooks, which may have changed them, on some samples only, and its own
+    hooks are lost where an output is a view that is changed in place.
+    """
 
     _data: _Passes
     _params: list[Tensor]
+    _outputs: dict[str, Tensor]  # of the layers, before any other hook, which go on as copies
+
+    def _keep_outputs(self, modules: Mapping[str, nn.Module]) -> None:
+        self._outputs = {}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(self._keep, name), prepend=True)
+
+    def _keep(self, name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        self._outputs[name] = output.clone()
+        return self._outputs[name]
+
+    def _register_tensor_hook_on_output_to_accumulate_gradient_covariance(
+        self, module: nn.Module, inputs: tuple[Tensor], _: Tensor, module_name: str
+    ) -> None:
+        kept = self._outputs.pop(module_name)
+        super()._register_tensor_hook_on_output_to_accumulate_gradient_covariance(module, inputs, kept, module_name)  # type: ignore[misc]
+
+    def _register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(
+        self, module: nn.Module, inputs: tuple[Tensor], _: Tensor, module_name: str
+    ) -> None:
+        kept = self._outputs.pop(module_name)
+        super()._register_tensor_hook_on_output_to_accumulate_corrected_eigenvalues(module, inputs, kept, module_name)  # type: ignore[misc]
 
     def _compute_loss_and_backward(self, output: Tensor, y: Tensor) -> None:
         rows = self._data.rows(output.detach(), y).unbind(dim=1)
@@ -107,8 +133,9 @@ def compute(
     n = problem.num_samples
     corrected = structure.name == "ekfac"
     copied = _copy(problem, space)
-    for name in _layer_names(space):
-        copied.model.get_submodule(name).register_forward_pre_hook(_by_position, with_kwargs=True)
+    modules = {name: copied.model.get_submodule(name) for name in _layer_names(space)}
+    for module in modules.values():
+        module.register_forward_pre_hook(_by_position, with_kwargs=True)
     operator = (_EKFAC if corrected else _KFAC)(
         copied.model,
         _LOSSES[problem.loss.name](reduction="sum"),
@@ -121,9 +148,10 @@ def compute(
         separate_weight_and_bias=False,
         num_data=n,
     )
+    operator._keep_outputs(modules)
     operator.compute_kronecker_factors()
     one = torch.ones(1, 1, dtype=problem.dtype, device=problem.device)  # A of a bias alone
-    inputs = {name: operator.state_dict()["input_covariances"].get(name, one) for name in _layer_names(space)}
+    inputs = {name: operator.state_dict()["input_covariances"].get(name, one) for name in modules}
     slopes = operator.state_dict()["gradient_covariances"]
     if not corrected:
         factors = {f"{name}|A": a for name, a in inputs.items()}
@@ -191,7 +219,7 @@ def product(
         operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
 
     def multiply(vectors: Tensor) -> Tensor:
-        with differentiable(copied):
+        with differentiable(copied), told(copied.model):
             return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
 
     return multiply
@@ -218,9 +246,6 @@ def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
     if isinstance(structure, Kronecker):
-        if apart := verify_rules(problem, space).apart:
-            # Torch itself dies of a hook on a view that is changed in place.
-            return f"an output of {', '.join(apart)} is a view that is changed in place, on which its hooks fail"
         return _factor_obstacle(problem.model, space)
     few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
     try:

@@ -1,10 +1,10 @@
 """Our own fast path: one forward pass, one backward pass a row to the outputs of the layers, and algebra.
 
 No gradient of a parameter is computed by automatic differentiation where a layer has a closed form. The squares of the
-per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares, those of a convolution come from a
-convolution in as many groups as samples; other modules that are called once are differentiated by themselves,
-vectorised over samples; and what is left (tied weights, bare parameters, recurrent and attention modules) by the whole
-network.
+per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares, those of a convolution come from its
+patches or from a convolution in as many groups as samples; other modules that are called once are differentiated by
+themselves, vectorised over samples; and what is left (tied weights, bare parameters, recurrent and attention modules)
+by the whole network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import Call, backward
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.capture import Call, backward, working_dtype
+from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
@@ -23,12 +23,14 @@ from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, Verified, verify_factors, verify_rules
 from curvlab.matrices.base import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
-from curvlab.structures import TKFAC, Kronecker, Structure
+from curvlab.structures import Kronecker, Structure, TKFACStructure
 
-_PIECE = 500  # samples of a batch that are taken at once unless asked otherwise: more take memory and little less time
+# Samples of a batch that are taken at once unless asked otherwise: see ``_piece``.
+_FEWEST, _MOST = 8, 1000
+_CACHE = 1.2e7  # about what the input and output of a layer may take there
 _BYTES = 6.4e7  # about what the rotated gradients of a layer that are held at once may take
 
 _Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs
@@ -46,13 +48,14 @@ def compute(
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
         verified = verify_factors(problem, space)
+        entries = sum(sum(size * size for size in _shape(layer)) for layer in verified.layers.values())
 
         def batches() -> Iterator[_Batch]:
-            for inputs, gradients in _batches(problem, quantity, verified, batch_size):
+            for inputs, gradients in _batches(problem, quantity, verified, batch_size, entries):
                 yield inputs, gradients
                 advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
 
-        if isinstance(structure, TKFAC):
+        if isinstance(structure, TKFACStructure):
             return Computed(_tkfac(batches, verified.layers, structure, problem))
         factors = _kfac(batches, verified.layers, structure, problem)
         if structure.name == "kfac":
@@ -128,7 +131,8 @@ def _by_rules(
     """Return the diagonal, ``(P,)``, with zeros for the parameters without a rule."""
     sums = Sums({"entries": (space.total,)}, problem)
     total = space.unflatten(sums.running["entries"])  # views
-    for calls, gradients in _batches(problem, quantity, verified, batch_size) if verified.layers else ():
+    batches = _batches(problem, quantity, verified, batch_size, space.total) if verified.layers else ()
+    for calls, gradients in batches:
         rules = [rule(verified.layers[name], inputs) for name, inputs in calls.items()]
         for row in gradients:
             for one, gradient in zip(rules, row, strict=True):
@@ -140,19 +144,47 @@ def _by_rules(
     return sums.means()["entries"]
 
 
-def _batches(problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None) -> Iterator[_Batch]:
-    """Yield, a batch, the inputs of each layer, and then for every row the gradients of their outputs."""
+def _batches(
+    problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None, entries: int
+) -> Iterator[_Batch]:
+    """Yield, a batch, the inputs of each layer, and then for every row the gradients of their outputs.
+
+    Args:
+        problem: Model, loss and data.
+        quantity: What has the rows.
+        verified: The layers.
+        batch_size: Samples of a batch; None for what is fast.
+        entries: Of what a batch is added to.
+    """
     rng = label_stream(quantity)
-    for inputs, targets in _pieces(problem.batches(batch_size), _PIECE if batch_size is None else batch_size):
+    size = _piece(problem, verified, entries) if batch_size is None else batch_size
+    for inputs, targets in _pieces(problem.batches(batch_size), size):
         outputs, calls = verified.run(problem, inputs)
         seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
         given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
         yield given, _pulled_back(outputs, list(calls.values()), seeds)
 
 
-def _pieces(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+def _piece(problem: Problem, verified: Verified, entries: int) -> int:
+    """Return how many samples are taken at once.
+
+    What a layer reads and writes should still be in the cache for the next one: a convolution on many samples is
+    slower for each of them, and takes memory. But what a batch is added to is gone through for each, which should not
+    take longer than the activations. An accelerator is kept busy by many.
+    """
+    if problem.device.type != "cpu":
+        return _MOST
+    sizes = [verified.sizes[name] for name in verified.layers]
+    fitting = int(_CACHE / max(1, *sizes))
+    worth_it = entries * working_dtype(problem.dtype).itemsize // max(1, sum(sizes))
+    return min(_MOST, max(_FEWEST, fitting, worth_it))
+
+
+def _pieces(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
+    """Yield batches in equal parts of at most some samples."""
     for inputs, targets in batches:
-        yield from zip(inputs.split(size), targets.split(size), strict=True)
+        step = -(-len(inputs) // -(-len(inputs) // size))
+        yield from zip(inputs.split(step), targets.split(step), strict=True)
 
 
 def _pulled_back(outputs: Tensor, calls: Sequence[Call], seeds: Seeds) -> Iterator[Sequence[Tensor]]:
@@ -180,7 +212,9 @@ def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, p
     return {key: mirror_(factor) for key, factor in sums.means().items()}
 
 
-def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, problem: Problem) -> dict[str, Tensor]:
+def _tkfac(
+    batches: _Passes, layers: Mapping[str, Layer], structure: TKFACStructure, problem: Problem
+) -> dict[str, Tensor]:
     weighted = structure.variant == "gao"
     sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)
@@ -197,13 +231,15 @@ def _tkfac(batches: _Passes, layers: Mapping[str, Layer], structure: TKFAC, prob
             here.add_moment_(sums.running[f"{name}|A"], slopes[name] if weighted else None)
         sums.next()
     means = {key: mirror_(factor) for key, factor in sums.means().items()}
-    for name in layers:
+    for name, layer in layers.items():
         left, right = means[f"{name}|A"], means[f"{name}|S"]
         # The whole scale is on S: gao's A has trace one, the other's is K-FAC's own.
-        share = float(left.trace()) if weighted else 1.0
-        if product := float(left.trace()) * float(right.trace()):
+        if weighted and (share := float(left.trace())):
             left /= share
-            right *= trace[name] * share / (problem.num_samples * product)
+        now, wanted = float(left.trace()) * float(right.trace()), trace[name] / problem.num_samples
+        check_scale(layer, now, wanted, problem.dtype)
+        if now:
+            right *= wanted / now
     return means
 
 

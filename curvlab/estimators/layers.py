@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from curvlab.errors import CurvlabError
 from curvlab.parameters import ParameterSpace
 
 #: Modules whose output is linear in the weight, position by position, and whose weight is ``(outputs, ...)``.
@@ -39,6 +41,22 @@ def layer_in(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
         for key in ("weight", "bias")
     )
     return Layer(name, module, weight, bias)
+
+
+def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -> None:
+    """Refuse to scale a layer's factors from a trace that is given to one that is wanted, where that scales rounding.
+
+    With ``sharing=reduce``, the inputs or the gradients may cancel over the positions, where the gradient of the weight
+    does not: what is left of a factor then has no digit that is right.
+
+    Raises:
+        CurvlabError: It is so.
+    """
+    if given <= torch.finfo(dtype).eps * wanted and wanted:
+        raise CurvlabError(
+            f"{layer.name or 'the model'} ({type(layer.module).__name__}) has no tkfac with sharing=reduce: its inputs "
+            "or gradients cancel over the positions, and leave nothing to scale; sharing=expand does not add them up"
+        )
 
 
 def layers_of(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:

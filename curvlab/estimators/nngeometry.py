@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import forward
+from curvlab.estimators.capture import forward, output_changed_by_hooks
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, layers_of
 from curvlab.estimators.seeds import label_stream, output_rows
@@ -215,7 +215,7 @@ def obstacle(
         told = _rule_obstacle(module, structure)
         if told:
             return f"{told} ({name or 'the model'})"
-    if told := unfaithful(problem, space):
+    if told := unfaithful(problem, space) or output_changed_by_hooks(problem, modules):
         return told
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from curvlab.estimators.layers import Layer
 
-_FEW_CHANNELS = 4  # up to which unfolding a convolution's input is faster than convolving it
-_BYTES = 6.4e7  # about what the per-sample gradients of a layer that are held at once may take
+_FEW_CHANNELS = 4  # up to which the moment of patches is faster from these than by convolving the images
+_BYTES = 8e6  # about what the per-sample gradients of a layer that are held at once may take: they fit in a cache
+_SMALL_PATCH = 150  # entries of a patch below which unfolding is faster where a convolution has no blocks of channels
 
 
 class LinearPositions:
@@ -203,6 +204,21 @@ class ConvPositions:
         )[1]
         return answer
 
+    def _unfolds(self, outputs: int) -> bool:
+        """Return whether the gradients are faster from the patches than by a convolution in groups.
+
+        Of shapes alone, so that numbers do not depend on a machine's load. The patches of a kernel of one entry are the
+        images. oneDNN convolves in blocks of eight channels of float32, at the speed of a matrix product; where there
+        are none it unfolds by itself, sample by sample, at a cost that is that of ours for large patches only. In three
+        dimensions, and in float64, ours is the slower one (``benchmarks/convolutions.py``).
+        """
+        entries = self._channels * prod(self.kernel)
+        if prod(self.kernel) == 1:
+            return True
+        blocks = self._channels % 8 == 0 and outputs % 8 == 0
+        small = entries < _SMALL_PATCH and len(self.kernel) < 3
+        return small and not blocks and self.inputs.dtype == torch.float32
+
     def means(self) -> Tensor:
         """Return the mean over positions, ``(N, d)``."""
         n = len(self.images)
@@ -263,7 +279,7 @@ class ConvPositions:
             yield gradient.flatten(2).sum(dim=2, keepdim=True)
             return
         step = _step(outputs * self._channels * prod(self.kernel), gradient)
-        few = self._channels <= _FEW_CHANNELS
+        few = self._unfolds(outputs)
         # The kernel pads by itself, without a copy, where it can: with as many zeros before as behind.
         before, behind = zip(*map(self._of, range(len(self.kernel))), strict=True)
         itself = self.mode == "constant" and before == behind

@@ -22,7 +22,7 @@ from curvlab.estimators.rows import row_batches
 from curvlab.estimators.seeds import label_stream, output_product
 from curvlab.estimators.snapshots import HeldProblem, Watch, differentiable, snapshot, told
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
 _KEPT_BYTES = 1e9  # of graphs that are kept from product to product, a matrix
@@ -33,7 +33,7 @@ Term = Callable[[Tensor], Tensor]
 #: From a vector, by parameter, to ``J v`` ``(N, C)``.
 Push = Callable[[Leaves], Tensor]
 #: From a batch and the stream of labels to its term, and the tensors whose graphs that uses.
-Build = Callable[[Batch, np.random.Generator], tuple[Term, Sequence[Tensor]]]
+Build = Callable[[Pair, np.random.Generator], tuple[Term, Sequence[Tensor]]]
 #: What makes that of a forward pass: with the tensors whose graph it keeps.
 Pushing = Callable[[Problem, Leaves, Tensor, Tensor], tuple[Push, Sequence[Tensor]]]
 
@@ -141,7 +141,7 @@ def _square_term(gradients: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _hessian_term(
-    problem: Problem, space: ParameterSpace, batch: Batch, _: np.random.Generator | None = None
+    problem: Problem, space: ParameterSpace, batch: Pair, _: np.random.Generator | None = None
 ) -> tuple[Term, Sequence[Tensor]]:
     inputs, targets = batch
     leaves = _leaves(problem, space)
@@ -155,7 +155,7 @@ def _hessian_term(
     return term, slope
 
 
-def _check_symmetry(problem: Problem, space: ParameterSpace, few: Batch) -> None:
+def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
     name = type(problem.model).__name__
     vectors = _random(problem, (2, space.total))
     try:
@@ -195,7 +195,7 @@ def _gram_term(
     quantity: Quantity,
     space: ParameterSpace,
     pushing: Pushing,
-    batch: Batch,
+    batch: Pair,
     rng: np.random.Generator,
 ) -> tuple[Term, Sequence[Tensor]]:
     inputs, targets = batch

@@ -25,7 +25,7 @@ from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import attributes_restored, parametrizations_computed
-from curvlab.structures import STRUCTURES, Kronecker, Structure, parse_structure
+from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
 BACKENDS: Mapping[str, Backend] = {
@@ -134,6 +134,8 @@ def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> lis
         return [(structure, space)]
     name, reason = next(iter(reasons.items()))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    if not layers and structure.rest is not None:
+        return [(parse_structure(structure.rest), space)]
     if not layers:
         raise UnsupportedError(f"no parameter has Kronecker factors: {name} {reason}{more}; diag and block_diag do it")
     if structure.rest is None:
@@ -168,9 +170,10 @@ def _estimate(
         batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
     )
     obstacles: dict[str, str] = {}
+    tried: set[str] = set()  # of these, what fails only on the data
     for candidate in able(quantity, structure, backend):
         started = time.perf_counter()
-        if (reason := _obstacle(candidate, problem, quantity, structure, space)) is not None:
+        if (reason := _obstacle(candidate, problem, quantity, structure, space, batch_size)) is not None:
             obstacles[candidate.name] = reason
             continue
         rejected = [f"backend {name}: {reason}" for name, reason in obstacles.items()]
@@ -183,20 +186,37 @@ def _estimate(
             computed = candidate.compute(problem, quantity, structure, space, batch_size, advance)
         except Exception as error:
             obstacles[candidate.name] = _failure(error, problem)
+            tried.add(candidate.name)
+            if isinstance(error, UnfaithfulError) and isinstance(structure, Kronecker):
+                # Nobody has factors of what some batch uses otherwise.
+                told = " ".join(next(iter(error.reasons.items())))
+                raise UnsupportedError(
+                    f"{quantity.name} as {structure}: {told}, so that it has no Kronecker factors: leave it out with "
+                    "params=[...], or take diag or block_diag"
+                ) from error
+            continue
+        try:
+            matrix = CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info)
+        except (CurvlabError, KeyError) as error:
+            obstacles[candidate.name] = _incomplete(error, problem)
             continue
         for name, tensor in computed.tensors.items():
             if not is_finite(tensor):
                 raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-        info = replace(
+        matrix.info = replace(
             info,
             backend=candidate.name,
             seconds=time.perf_counter() - started,
             rejected=(*rejected, *(f"{name} {reason}" for name, reason in computed.rejected.items())),
         )
-        return CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info)
+        return matrix
     told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
     others = [b for b in able(quantity, structure) if b.name not in obstacles]
-    working = [b.name for b in others if _obstacle(b, problem, quantity, structure, space) is None]
+    # The reference has looked at every sample: where it finds no factors, nobody does.
+    spoiled = isinstance(structure, Kronecker) and torch_func.BACKEND.name in tried
+    working = [
+        b.name for b in others if not spoiled and _obstacle(b, problem, quantity, structure, space, batch_size) is None
+    ]
     way_out = f"; backend {_either(working)} can" if working else ""
     raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
 
@@ -212,6 +232,11 @@ def _failure(error: Exception, problem: Problem) -> str:
     if isinstance(error, CurvlabError):
         raise error
     return _fails(problem, error)
+
+
+def _incomplete(error: Exception, problem: Problem) -> str:
+    lacking = f"{error} is lacking" if isinstance(error, KeyError) else first_line(error)
+    return f"its tensors are not those of {type(problem.model).__name__}: {lacking}"
 
 
 def _fails(problem: Problem, error: Exception) -> str:
@@ -246,7 +271,12 @@ def _either(names: Iterable[str]) -> str:
 
 
 def _obstacle(
-    backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
+    backend: Backend,
+    problem: Problem,
+    quantity: Quantity,
+    structure: Structure,
+    space: ParameterSpace,
+    batch_size: int | None,
 ) -> str | None:
     """Return what keeps a backend from a cell for this model; a library is tried, too."""
     if backend.library and problem.dtype.itemsize < torch.float32.itemsize:
@@ -260,7 +290,7 @@ def _obstacle(
     if structure.name == "implicit":
         return _disagreement(backend, problem, quantity, structure, space)
     told = _disagreement(backend, problem, quantity, structure, space)
-    return told or _change_of_use(problem, verify_rules(problem, space))
+    return told or _change_of_use(problem, verify_rules(problem, space), batch_size)
 
 
 def _disagreement(
@@ -270,8 +300,6 @@ def _disagreement(
 
     A model can hold what no list of modules shows: a functional call between layers, a weight used elsewhere.
     """
-    if structure.name == "ekfac":  # which is not unique where factors have equal eigenvalues; its basis is K-FAC's
-        structure = parse_structure(str(structure).replace("ekfac", "kfac", 1))
     few = problem.probe()
     sample = Problem(problem.model, problem.loss.name, few)
     vectors = random_like(torch.empty((), dtype=problem.dtype, device=problem.device), (space.total, 2))
@@ -281,11 +309,14 @@ def _disagreement(
         if structure.name == "implicit":
             assert by.product is not None
             return by.product(sample, quantity, space, None)(vectors)
-        computed = by.compute(sample, quantity, structure, space, None, silent)
-        return CurvatureMatrix.kinds[structure.name].from_tensors(computed.tensors, space, info) @ vectors
+        tensors = by.compute(sample, quantity, structure, space, None, silent).tensors
+        return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
 
     try:
-        theirs, reference = products(backend), products(torch_func.BACKEND)
+        if isinstance(structure, EKFACStructure):
+            theirs, reference = _eigen_tensors(backend, sample, quantity, structure, space)
+        else:
+            theirs, reference = products(backend), products(torch_func.BACKEND)
     except UnsupportedError as error:
         return str(error)
     except Exception as error:  # whatever another library raises, or is wrong with what it gives
@@ -299,10 +330,31 @@ def _disagreement(
     )
 
 
-def _change_of_use(problem: Problem, verified: Verified) -> str | None:
+def _eigen_tensors(
+    backend: Backend, sample: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace
+) -> tuple[Tensor, Tensor]:
+    """Return what tells an EK-FAC from the reference's, whose own basis may be another, and what it has to be.
+
+    A basis is right if it is orthonormal and K-FAC's factors are diagonal there; then the eigenvalues are unique.
+    """
+    theirs = backend.compute(sample, quantity, structure, space, None, silent).tensors
+    turned, right = torch_func.in_basis(sample, quantity, structure, space, theirs)
+    bases = [theirs[name.replace("|", "|U_")] for name in turned]
+    pairs = [(u.mT @ u, torch.eye(len(u), dtype=u.dtype, device=u.device)) for u in bases]
+    for some in ("A", "S", "values"):
+        ours = {name: tensor for name, tensor in (turned | right).items() if name.endswith(f"|{some}")}
+        scale = max(float(tensor.abs().max()) for tensor in ours.values()) or 1.0
+        for name, tensor in ours.items():
+            told = (theirs[name], tensor) if some == "values" else (tensor, tensor.diagonal().diag())
+            pairs.append((told[0] / scale, told[1] / scale))
+    actual, expected = zip(*pairs, strict=True)
+    return torch.cat([t.flatten() for t in actual]), torch.cat([t.flatten() for t in expected])
+
+
+def _change_of_use(problem: Problem, verified: Verified, batch_size: int | None) -> str | None:
     """Return how a later batch uses a parameter otherwise than the few samples on which a library was compared."""
     try:
-        for inputs, _ in problem.batches():
+        for inputs, _ in problem.batches(batch_size):
             verified.run(problem, inputs)
     except UnfaithfulError as error:
         return str(error)

@@ -70,7 +70,8 @@ def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Li
         uses = graph_of(outputs, leaves).uses
         if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in parameters):
             raise UnsupportedError(
-                f"{name} was not called once on (N, d) for every batch of the data, or acts elsewhere"
+                f"{name} was not called once on (N, d) for every batch of the data, or acts elsewhere: leave its "
+                "parameters out with params=[...], or take estimate(problem, quantity, 'dense') of a small network"
             )
         seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
         gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in seeds]

@@ -26,6 +26,7 @@ _ALONE = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
 )
 _BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
+_BLOCK = 1 << 17  # entries of a weight that are compared at once
 
 Gradients = dict[str, Tensor]
 
@@ -51,14 +52,14 @@ class Rule(ABC):
             gradient: Of the output, one row, in at least float32.
         """
 
-    def total(self, gradient: Tensor) -> Gradients:
-        """Return the gradients of all samples together, flattened, by parameter."""
+    def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return how far the gradients of all samples together are from other ones, by parameter."""
         sums: Gradients = {}
         for some in self.gradients(gradient):
             for name, rows in some.items():
                 summed = rows.sum(dim=0).reshape(-1)
                 sums[name] = sums[name] + summed if name in sums else summed
-        return sums
+        return {name: float(torch.dist(value, right[name].detach().reshape(-1))) for name, value in sums.items()}
 
     def add(self, gradient: Tensor) -> None:
         """Take the gradient of the output, of one row."""
@@ -86,9 +87,17 @@ class _Flat(Rule):
         if self.layer.bias:
             yield {self.layer.bias: gradient.clone()}
 
-    def total(self, gradient: Tensor) -> Gradients:
-        sums = {self.layer.weight: gradient.mT @ self.inputs, self.layer.bias: gradient.sum(dim=0)}
-        return {name: value.reshape(-1) for name, value in sums.items() if name is not None}
+    def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
+        found = {}
+        if self.layer.weight:
+            # Some rows of the weight at a time: new memory of its size would take longer than all of the verification.
+            step = max(1, _BLOCK // max(1, self.inputs.shape[1]))
+            blocks = zip(right[self.layer.weight].detach().split(step), gradient.mT.split(step), strict=True)
+            parts = [torch.addmm(block, slopes, self.inputs, alpha=-1).norm() for block, slopes in blocks]
+            found[self.layer.weight] = float(torch.stack(parts).norm())
+        if self.layer.bias:
+            found[self.layer.bias] = float(torch.dist(gradient.sum(dim=0), right[self.layer.bias].detach()))
+        return found
 
     def add(self, gradient: Tensor) -> None:
         if self.squared is None:
@@ -241,17 +250,20 @@ def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor
 
 
 def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
-    """Return whether two ways to the same numbers agree, but for rounding.
+    """Return whether two ways to the same numbers, of any shape, agree but for rounding: see ``is_rounding``."""
+    return is_rounding(float(torch.dist(one.detach(), other.detach())), float(other.detach().norm()), scale, dtype)
+
+
+def is_rounding(error: float, size: float, scale: float, dtype: torch.dtype) -> bool:
+    """Return whether two ways to the same numbers differ by no more than rounding may do.
 
     Args:
-        one: Any shape.
-        other: The same.
+        error: The norm of their difference.
+        size: The norm of the numbers.
         scale: Of the terms that they are sums of, whose rounding remains where these cancel.
         dtype: Of the network, in which they were rounded.
     """
     eps = torch.finfo(dtype).eps
     # Half precision has no digits to spare: there, not much more than its rounding.
     relative, of_terms = (3 * eps**0.5, 100 * eps) if eps < 1e-5 else (8 * eps, 2 * eps)
-    error = float(torch.dist(one.detach(), other.detach()))
-    allowed: float = relative * float(other.detach().norm()) + of_terms * scale
-    return error <= allowed
+    return error <= relative * size + of_terms * scale

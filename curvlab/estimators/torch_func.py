@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.capture import working, working_dtype
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.products import product
 from curvlab.estimators.rules import agree
 from curvlab.estimators.seeds import label_stream
@@ -41,7 +41,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
-from curvlab.structures import EKFAC, KFAC, TKFAC, Kronecker, Structure
+from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure
 
 _BYTES = 6.4e7  # that the rows of a sample may take at once
 
@@ -57,7 +57,7 @@ def compute(
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
         layers = kronecker_layers(problem, space)[0]
-        if isinstance(structure, EKFAC):
+        if isinstance(structure, EKFACStructure):
             return Computed(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
         return Computed(_factors(problem, quantity, structure, layers, advance))
     if isinstance(quantity, Hessian):
@@ -198,7 +198,7 @@ def _gradient(value: Tensor, parameters: list[Tensor], create_graph: bool = Fals
 def _factors(
     problem: Problem, quantity: Quantity, structure: Kronecker, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
-    weighted = isinstance(structure, TKFAC) and structure.variant == "gao"
+    weighted = isinstance(structure, TKFACStructure) and structure.variant == "gao"
     sums: dict[str, Tensor] = defaultdict(
         lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device)
     )
@@ -212,29 +212,49 @@ def _factors(
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
     means = {name: value / problem.num_samples for name, value in sums.items()}
     tiny = torch.finfo(problem.dtype).tiny  # for a layer without gradients
-    for name in layers:
+    for name, layer in layers.items():
         trace = means.pop(f"{name}|trace")
         if weighted:
             means[f"{name}|A"] /= means[f"{name}|A"].trace().clamp(min=tiny)
-        if isinstance(structure, TKFAC):
+        if isinstance(structure, TKFACStructure):
             now = means[f"{name}|A"].trace() * means[f"{name}|S"].trace()
+            check_scale(layer, float(now), float(trace), problem.dtype)
             means[f"{name}|S"] *= trace / now.clamp(min=tiny)
     return means
 
 
 def _eigenvalue_corrected(
-    problem: Problem, quantity: Quantity, structure: EKFAC, layers: Mapping[str, Layer], advance: Advance
+    problem: Problem, quantity: Quantity, structure: EKFACStructure, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
-    kfac = _factors(problem, quantity, KFAC(structure.sharing), layers, silent)
-    tensors: dict[str, Tensor] = {}
-    for name in layers:
-        for side in ("A", "S"):
-            tensors[f"{name}|U_{side}"] = symmetric_eigh(kfac[f"{name}|{side}"])[1]
+    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, silent)
+    bases = {name.replace("|", "|U_"): symmetric_eigh(factor)[1] for name, factor in kfac.items()}
+    return bases | _moments(problem, quantity, layers, bases, advance)
+
+
+def in_basis(
+    problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, bases: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return K-FAC's factors and EK-FAC's eigenvalues, ``LAYER|values``, in the bases ``LAYER|U_A``, ``LAYER|U_S``."""
+    layers = kronecker_layers(problem, space)[0]
+    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, silent)
+    rotations = {name: bases[name.replace("|", "|U_")] for name in kfac}
+    turned = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
+    return turned, _moments(problem, quantity, layers, bases, silent)
+
+
+def _moments(
+    problem: Problem,
+    quantity: Quantity,
+    layers: Mapping[str, Layer],
+    bases: Mapping[str, Tensor],
+    advance: Advance,
+) -> dict[str, Tensor]:
+    moments: dict[str, Tensor] = {}
     for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
-        rotated = (gradients @ tensors[f"{name}|U_S"]).mT @ (inputs @ tensors[f"{name}|U_A"])
+        rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ bases[f"{name}|U_A"])
         term = rotated.square().sum(dim=0) / problem.num_samples
-        tensors[f"{name}|values"] = tensors.get(f"{name}|values", 0) + term
-    return tensors
+        moments[f"{name}|values"] = moments.get(f"{name}|values", 0) + term
+    return moments
 
 
 def _layer_samples(

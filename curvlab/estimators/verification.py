@@ -30,7 +30,7 @@ from curvlab.estimators.capture import (
     working_dtype,
 )
 from curvlab.estimators.layers import Layer, has_factors, layer_in
-from curvlab.estimators.rules import agree, has_rule, random_like, rule
+from curvlab.estimators.rules import has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import HeldProblem, without_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -65,12 +65,14 @@ class Verified:
         reasons: Why a rule is wrong, or that there is none, by parameter: a phrase that follows its name.
         apart: Modules whose outputs go on as copies (see ``curvlab.estimators.capture.forward``).
         reached: Modules whose outputs are in the graph of the model's.
+        sizes: Of the input and output of each of the layers, together, in bytes a sample.
     """
 
     layers: Mapping[str, Layer]
     reasons: Mapping[str, str]
     apart: Collection[str]
     reached: Collection[str]
+    sizes: Mapping[str, int]
 
     def run(self, problem: Problem, inputs: Tensor) -> tuple[Tensor, dict[str, Call]]:
         """Run a batch; return the outputs, with their graph, and the one call of each of the layers.
@@ -102,7 +104,29 @@ class Verified:
                     reasons[parameter] = f"{told} on some batch"
                 elif graph.uses[parameter] > (name in self.reached):
                     reasons[parameter] = f"is of {_label(layer)}, but acts elsewhere too on some batch"
-        return outputs, calls, reasons
+        return outputs, calls, reasons or self._wrong_here(problem, outputs, calls, leaves, graph)
+
+    def _wrong_here(
+        self, problem: Problem, outputs: Tensor, calls: Mapping[str, list[Call]], leaves: Leaves, graph: Graph
+    ) -> dict[str, str]:
+        """Return which rules are wrong on a batch, of the layers whose forward is the user's own.
+
+        What that does after the layer's operation can change the gradients of some samples only, as a clamp does, and
+        a graph does not show it. What hooks do comes after the outputs that are looked at.
+        """
+        layers = [self.layers[name] for name in calls if "forward" in vars(self.layers[name].module)]
+        layers = [layer for layer in layers if layer.name in self.reached]
+        if not layers:
+            return {}
+        once, names = [calls[layer.name][0] for layer in layers], [name for one in layers for name in one.parameters]
+        seed = random_like(outputs, tuple(outputs.shape))
+        slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=True)
+        right = dict(zip(names, found, strict=True))
+        norms = {name: float(value.norm()) for name, value in right.items()}
+        reasons: dict[str, str] = {}
+        for layer, call, slope in zip(layers, once, slopes, strict=True):
+            reasons |= _differences(layer, call, slope, len(outputs), right, norms, graph, problem.dtype)
+        return {name: f"{told} on some batch" for name, told in reasons.items()}
 
     def within(self, space: ParameterSpace) -> "Verified":
         """Return what there is of the parameters of a smaller space."""
@@ -137,7 +161,7 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verified:
 
 
 def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
-    """Return the layers with Kronecker factors: where a weight has none, its bias has none either.
+    """Return the layers with Kronecker factors: where a weight of the space has none, its bias has none either.
 
     Raises:
         UnsupportedError: As ``verify_rules``.
@@ -149,12 +173,10 @@ def verify_factors(problem: Problem, space: ParameterSpace) -> Verified:
         weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
             told = _of_module(layer)
-        elif weight is not None and own[id(weight)] != name:
-            told = f"is beside {name}, which is {own[id(weight)]}, a tied weight"
+        elif weight is not None and own[id(weight)] in verified.reasons:  # by its first name, if it is tied
+            told = f"is beside {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
         elif weight is None and getattr(layer.module, "weight", None) is not None:
             told = f"is beside {name}, which is computed from other parameters"
-        elif name in verified.reasons:
-            told = f"is beside {name}, which {verified.reasons[name]}"
         else:
             continue
         reasons.update(dict.fromkeys(layer.parameters, told))
@@ -256,7 +278,7 @@ def _verified(problem: Problem, candidates: Mapping[str, Layer]) -> Verified:
     for name, layer in left.items():
         if name in trial.reached:  # without a part in the outputs, zero is right
             reasons.update(dict.fromkeys(silent & set(layer.parameters), f"is of {_label(layer)}, {_UNTRIED}"))
-    return Verified(_restricted(left, reasons), reasons, trial.apart, trial.reached)
+    return Verified(_restricted(left, reasons), reasons, trial.apart, trial.reached, trial.sizes)
 
 
 @dataclass(frozen=True)
@@ -265,6 +287,7 @@ class _Trial:
     silent: set[str]  # parameters without a gradient on any sample
     reached: frozenset[str]
     apart: Collection[str]
+    sizes: Mapping[str, int]  # of input and output of the layers, in bytes a sample
 
 
 def _attempt(
@@ -276,6 +299,7 @@ def _attempt(
 ) -> _Trial:
     reasons: dict[str, str] = {}
     reached: set[str] = set()
+    sizes: dict[str, int] = {}
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
     modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
@@ -297,11 +321,15 @@ def _attempt(
             wanted = names or list(leaves)  # also where there are no rules: can torch differentiate the model?
             slopes, found = gradients(outputs, once, [leaves[name] for name in wanted], seed, keep=False)
         of_parameters = dict(zip(wanted, found, strict=True))
+        norms = {parameter: float(value.norm()) for parameter, value in of_parameters.items()}
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
-            reasons.update(_differences(layer, call, slope, masked, of_parameters, graph, problem.dtype))
-            silent -= {parameter for parameter in layer.parameters if float(of_parameters[parameter].norm())}
-    return _Trial(reasons, silent, frozenset(reached), frozenset(apart))
+            assert call.inputs is not None
+            size = (call.inputs.nbytes + slope.nbytes) // len(inputs)
+            sizes[layer.name] = max(size, sizes.get(layer.name, 0))
+            reasons.update(_differences(layer, call, slope, masked, of_parameters, norms, graph, problem.dtype))
+            silent -= {parameter for parameter in layer.parameters if norms[parameter]}
+    return _Trial(reasons, silent, frozenset(reached), frozenset(apart), sizes)
 
 
 def _differences(
@@ -310,17 +338,18 @@ def _differences(
     slope: Tensor,
     masked: int,
     right: Mapping[str, Tensor],
+    norms: Mapping[str, float],
     graph: Graph,
     dtype: torch.dtype,
 ) -> dict[str, str]:
-    """Return what is wrong with the rule for a call, by parameter, given the right gradients of the parameters."""
+    """Return what is wrong with the rule for a call, by parameter, given the right gradients and their norms."""
     label = _label(layer)
     if bool(slope[masked::2].any()):
         return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
     assert call.inputs is not None
     try:
         of_call = rule(layer, call.inputs)
-        totals = of_call.total(slope)
+        errors = of_call.distances(slope, right)
     except Exception as error:  # a rule may be given what its kind of module never sees
         told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, told)
@@ -332,7 +361,7 @@ def _differences(
         # A parameter may act without its layer: where the layer's output has no part in the model's, any use is one.
         if graph.uses[parameter] > _reached(call, graph):
             reasons[parameter] = f"is of {label}, which does not have it to itself: it acts elsewhere, too"
-        elif not agree(totals[parameter], right[parameter].reshape(-1), scale, coarser):
+        elif not is_rounding(errors[parameter], norms[parameter], scale, coarser):
             reasons[parameter] = _explained(layer)
     return reasons
 

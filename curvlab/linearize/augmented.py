@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.linearize.point import value_at
+from curvlab.linearize.pushforward import rounds
 from curvlab.models import BasicBlock, FrozenBatchNorm2d, ResNet20
 
 Tangent = Tensor | None
@@ -58,7 +59,7 @@ def _linear(module: nn.Linear, x: Tensor, t: Tangent) -> Pair:
     change = None if t is None else F.linear(t, weight)
     if not _displaced(module):
         return out, change
-    if _rounds(x):
+    if rounds(x):
         return out, _add(change, F.linear(x, module.weight - weight, _moved_bias(module, bias)))
     # The difference of two products, not the product with a difference: that costs a pass over the weights.
     return out, _add(change, F.linear(x, module.weight, module.bias) - out)
@@ -145,23 +146,6 @@ def _values(module: Any) -> tuple[Any, Any]:
 
 def _moved_bias(module: Any, bias: Tangent) -> Tangent:
     return None if bias is None or module.bias is None else module.bias - bias
-
-
-def _rounds(x: Tensor) -> bool:
-    """Return whether products of ``x`` with weights may be rounded so that a small change is lost in their difference.
-
-    That is in half precision, under autocast, and where float32 is multiplied as TF32 or bfloat16.
-    """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return True
-    if x.dtype != torch.float32:  # neither autocast nor TF32 is of float64
-        return False
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return True
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch does not tell where its newer switches were used, too
-        return True
 
 
 def _displaced(module: nn.Module) -> bool:

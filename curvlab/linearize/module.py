@@ -1,5 +1,6 @@
 """A model to first order in its parameters, as a module."""
 
+import warnings
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from difflib import get_close_matches
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.linearize import augmented, pushforward
+from curvlab.linearize import augmented, pushforward, verification
 from curvlab.linearize.point import move_to, parameters_of, place, value_at
 from curvlab.linearize.pushforward import Arguments, Keywords
+from curvlab.linearize.verification import Origin
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state
+from curvlab.stateless import check_module, copied
 
 
 def linearize(
@@ -48,7 +51,8 @@ def linearize(
     Raises:
         CurvlabError: Nothing is trainable, ``at`` does not fit the model, or there is no such head.
         UnsupportedError: The model cannot be copied; when it is called: batch normalisation is in train mode, torch
-            lacks a forward derivative, or the head is not what the model ends with. The message names the module.
+            lacks a forward derivative or it is not that of the model's backward passes, a closure uses parameters past
+            their modules, or the head is not what the model ends with. The message names the module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -58,13 +62,9 @@ def linearize(
         >>> [name for name, _ in linear.named_parameters()]
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    try:
-        model = deepcopy(model)
-    except Exception as error:  # a module may hold anything
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be copied ({reason}), so it cannot be linearized"
-        ) from error
+    check_module(model)
+    origin = Origin(model)
+    model = copied(model)
     if at is not None:
         _set(model, at)
     outside = set() if head is None else _parameters_of_head(model, head)
@@ -78,13 +78,13 @@ def linearize(
     if not points:
         but = f" but those of {head}" if head else ""
         raise CurvlabError(f"{type(model).__name__} has no trainable parameter{but} to linearize in")
-    return Linearized(model, head)
+    return Linearized(model, head, origin)
 
 
 class Linearized(nn.Module):
     """What ``linearize`` returns."""
 
-    def __init__(self, model: nn.Module, head: str | None) -> None:
+    def __init__(self, model: nn.Module, head: str | None, origin: Origin) -> None:
         super().__init__()
         self._head = head  # not ``head``, which is what many models call a module
         # The very dictionaries of the model: what it has under a name this module has under that name, also what is
@@ -93,7 +93,9 @@ class Linearized(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
         self._model = (model,)  # in a tuple, so that it is no submodule
-        self._tried: list[bool] = []  # by rules, or not; a list, which a call that restores attributes leaves as it is
+        # By rules or not, and with how many hooks; a list, which a call that restores attributes leaves as it is.
+        self._tried: list[tuple[bool, int]] = []
+        self._origin = origin
         self._original: tuple[Linearized, ...] = ()  # of what ``first_order`` returns
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
@@ -120,9 +122,10 @@ class Linearized(nn.Module):
         model = self._features()
         _check(model)
         ruled = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not keywords and augmented.has_rule(model)
-        if self._tried != [ruled]:
-            self._try(model, inputs, keywords, ruled)
-        return augmented.push(model, inputs[0]) if ruled else pushforward.push(model, inputs, keywords)
+        way = ruled, _hooks(model)
+        if self._tried != [way] and self._try(model, inputs, keywords, ruled):
+            self._tried[:] = [way]
+        return (_ruled if ruled else pushforward.push)(model, inputs, keywords)
 
     def _features(self) -> nn.Module:
         """Return the model without its head."""
@@ -130,17 +133,23 @@ class Linearized(nn.Module):
         model.training = self.training
         return model if self._head is None else _without(model, self._head)
 
-    def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> None:
-        """Check, at the first call of either way, what only inputs can show."""
+    def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> bool:
+        """Check, at the first call of either way, what only inputs can show; return whether these can."""
         # Nothing can be read off numbers that torch.func has wrapped; the next call may be outside of that.
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs if isinstance(x, Tensor)):
-            return
-        with torch.inference_mode(False), preserved_random_state():
+            return False
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
+            # It is torch's own, the first time that numbers with a dual part are used.
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
             if self._head is not None:
                 _check_head(self._model[0], self._head, inputs, keywords)
-            if not ruled:
-                pushforward.check_adjoint(model, inputs, keywords)
-        self._tried[:] = [ruled]
+            push = _ruled if ruled else pushforward.push
+            verification.check(model, inputs, keywords, push, self._origin)
+        return True
+
+
+def _ruled(model: nn.Module, inputs: Arguments, _: Keywords) -> tuple[Tensor, Tensor]:
+    return augmented.push(model, inputs[0])
 
 
 def first_order(model: nn.Module) -> nn.Module:
@@ -226,7 +235,18 @@ def _without(model: nn.Module, name: str) -> nn.Module:
     return view
 
 
+def _hooks(model: nn.Module) -> int:
+    """Return how many hooks and replaced forwards a model has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(sum(len(vars(m)[kind]) for kind in kinds) + ("forward" in vars(m)) for m in model.modules())
+
+
 def _check(model: nn.Module) -> None:
+    if torch.nn.modules.module._has_any_global_hook():
+        raise UnsupportedError(
+            "a global hook of torch (register_module_forward_hook and its kin) acts on a linearized model and again on "
+            "the model within it: remove it, or register hooks on the modules"
+        )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise UnsupportedError(

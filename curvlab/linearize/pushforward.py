@@ -1,20 +1,18 @@
 """The Jacobian of any model times the displacement of its parameters, by torch's forward-mode differentiation."""
 
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvlab.errors import UnsupportedError
+from curvlab.errors import UnsupportedError, first_line
 from curvlab.linearize.point import buffers_of, parameters_of, value_at
-from curvlab.randomness import preserved_random_state
+from curvlab.stateless import attributes_restored, parametrizations_computed
 
 Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]
@@ -26,45 +24,17 @@ def push(model: nn.Module, inputs: Arguments, keywords: Keywords) -> tuple[Tenso
     Raises:
         UnsupportedError: Torch has no forward derivative of an operation of the model.
     """
-    function, at, displacement = _function(model, inputs, keywords)
-    return _jvp(model, function, at, displacement)
+    of, at, displacement = function(model, inputs, keywords)
+    return _jvp(model, of, at, displacement)
 
 
 def outputs(model: nn.Module, inputs: Arguments, keywords: Keywords) -> Tensor:
     """Return the outputs at the point of linearization."""
-    function, at, _ = _function(model, inputs, keywords)
-    return function(at)
+    of, at, _ = function(model, inputs, keywords)
+    return of(at)
 
 
-def check_adjoint(model: nn.Module, inputs: Arguments, keywords: Keywords) -> None:
-    """Make sure that the forward derivative of a model is that of its backward passes.
-
-    They differ where a model switches gradients off for a part of itself, of which forward derivatives do not know, or
-    has hooks that change gradients.
-
-    Raises:
-        UnsupportedError: They do differ, or there is none.
-    """
-    function, at, _ = _function(model, inputs, keywords)
-    # NumPy's: a draw of torch's in a forward pass is taken for one of the model.
-    generator = np.random.default_rng(0)
-    along = {name: torch.from_numpy(generator.standard_normal(value.shape)).to(value) for name, value in at.items()}
-    with warnings.catch_warnings():
-        # It is torch's own, the first time that numbers with a dual part are used.
-        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
-        with preserved_random_state():
-            pushed = _jvp(model, function, at, along)[1].detach()
-    with preserved_random_state(), _differentiable_kernels(model):
-        (pulled,) = vjp(function, at)[1](pushed)
-    forward, backward = pushed.square().sum(), sum((pulled[name] * along[name]).sum() for name in at)
-    if bool((forward - backward).abs() > 10 * torch.finfo(pushed.dtype).eps ** 0.5 * forward):
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be linearized: its forward derivative is not that of its backward passes, "
-            "as where a part of it runs under torch.no_grad(); use detach() there"
-        )
-
-
-def _function(
+def function(
     model: nn.Module, inputs: Arguments, keywords: Keywords
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Return the outputs as a function of the parameters, the point of linearization, and the way from there."""
@@ -78,44 +48,54 @@ def _function(
         else:
             at[name], displacement[name] = value, parameter - value
 
-    def function(parameters: dict[str, Tensor]) -> Tensor:
+    def of(parameters: dict[str, Tensor]) -> Tensor:
         # Torch lets a model change in place only what comes from within, so these are copies; nor is the caller's
         # changed so.
         buffers = {name: buffer.clone() for name, buffer in buffers_of(model)}
         given = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
         # Ties are resolved: torch would replace a module's parameters for good where it has two names.
         slots = {**parameters, **constants, **buffers}
-        outputs: Tensor = functional_call(model, slots, given, dict(keywords), tie_weights=False)
+        with attributes_restored(list(model.modules())), parametrizations_computed():
+            outputs: Tensor = functional_call(model, slots, given, dict(keywords), tie_weights=False)
         return outputs
 
-    return function, at, displacement
+    return of, at, displacement
 
 
 def _jvp(
     model: nn.Module,
-    function: Callable[[dict[str, Tensor]], Tensor],
+    of: Callable[[dict[str, Tensor]], Tensor],
     at: dict[str, Tensor],
     along: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     try:
         with _differentiable_kernels(model):
-            outputs, change = jvp(function, (at,), (along,))[:2]
+            outputs, change = jvp(of, (at,), (along,))[:2]
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # also NotImplementedError
+    except Exception as error:  # of torch's, or of the model's on what it has never seen
         if "Nested forward mode" in str(error):  # is what the caller does, with dual numbers
             raise
         with torch.no_grad():
-            function(at)  # what fails without derivatives, too, is not theirs
+            of(at)  # what fails without derivatives, too, is not theirs
         raise UnsupportedError(
             f"{_culprit(error, model)} cannot be linearized: torch has no forward derivative of it "
-            f"({str(error).partition(chr(10))[0]}); replace that module or operation"
+            f"({first_line(error)}); replace that module or operation"
         ) from error
+    require_tensor(model, outputs)
+    return outputs, change
+
+
+def require_tensor(model: nn.Module, outputs: object) -> None:
+    """Refuse outputs that are not one tensor.
+
+    Raises:
+        UnsupportedError: They are not.
+    """
     if not isinstance(outputs, Tensor):
         raise UnsupportedError(
             f"{type(model).__name__} cannot be linearized: it must return one tensor, not a {type(outputs).__name__}"
         )
-    return outputs, change
 
 
 def _culprit(error: BaseException, model: nn.Module) -> str:
@@ -129,13 +109,37 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 @contextmanager
 def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Have torch take kernels that have a forward derivative."""
-    with ExitStack() as settings:
-        settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with random_as_in_forward_mode(model), ExitStack() as settings:
         attention = torch.backends.mha
         settings.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
         attention.set_fastpath_enabled(False)
+        yield
+
+
+@contextmanager
+def random_as_in_forward_mode(model: nn.Module) -> Iterator[None]:
+    """Have torch take kernels that draw what those with a forward derivative draw, and round as they do."""
+    with ExitStack() as settings:
+        settings.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             for fused in (torch.backends.mkldnn, torch.backends.cudnn):
                 settings.callback(setattr, fused, "enabled", fused.enabled)
                 fused.enabled = False  # type: ignore[attr-defined]
         yield
+
+
+def rounds(x: Tensor) -> bool:
+    """Return whether products of ``x`` with weights may be rounded so that a small change is lost in their difference.
+
+    That is in half precision, under autocast, and where float32 is multiplied as TF32 or bfloat16.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return True
+    if x.dtype != torch.float32:  # neither autocast nor TF32 is of float64
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch does not tell where its newer switches were used, too
+        return True

@@ -188,11 +188,22 @@ class CurvatureMatrix(ABC):
         return self @ vector
 
     def quadratic_form(self, delta: Vectors) -> Tensor:
-        """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the penalty of EWC is half of it)."""
+        """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the penalty of EWC is half of it).
+
+        Raises:
+            CurvlabError: ``delta`` is no vector of this space, or is finite where the number is not.
+        """
         flat = self._flat(delta)
         if flat.ndim != 1:
             raise CurvlabError(f"quadratic_form takes one vector, not a tensor of shape {tuple(flat.shape)}")
-        return self._quadratic_form(flat)
+        value = self._quadratic_form(flat)
+        with suppress(RuntimeError):  # under torch.func.vmap values are not known
+            if not bool(value.isfinite()) and bool(flat.isfinite().all()):
+                wider = "" if self.dtype == torch.float64 else ", or take matrix and vector to torch.float64"
+                raise CurvlabError(
+                    f"delta' F delta is beyond {self.dtype}, or the matrix is not finite: make delta smaller{wider}"
+                )
+        return value
 
     def _quadratic_form(self, delta: Tensor) -> Tensor:
         return delta @ self._matmul(delta.unsqueeze(1)).squeeze(1)
@@ -356,6 +367,8 @@ class CurvatureMatrix(ABC):
             raise CurvlabError(f"SciPy does not compute in {self.dtype}: take matrix.to(dtype=torch.float32)")
 
         def product(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            if np.iscomplexobj(vectors):
+                return product(vectors.real) + 1j * product(vectors.imag)
             # A contiguous copy: torch takes no negative strides.
             return (self @ torch.tensor(vectors.copy(), dtype=self.dtype, device=self.device)).cpu().numpy()
 
@@ -377,6 +390,34 @@ class CurvatureMatrix(ABC):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Self:
+        """Return the matrix divided by a number.
+
+        Raises:
+            CurvlabError: It is no finite real number, or zero, or its reciprocal is beyond this dtype.
+        """
+        if not real_number(divisor, "what a matrix is divided by"):
+            raise CurvlabError("a matrix cannot be divided by zero")
+        return self * (1 / divisor)
+
+    def __rtruediv__(self, dividend: object) -> Self:
+        """Refuse ``b / F``."""
+        raise CurvlabError("nothing is divided by a matrix: solve(b, damping) gives its inverse times b")
+
+    def __neg__(self) -> Self:
+        """Return minus the matrix."""
+        return self * -1.0
+
+    def __sub__(self, other: "CurvatureMatrix") -> Self:
+        """Return the difference of two matrices of the same structure over the same parameters.
+
+        Raises:
+            CurvlabError: The parameter spaces or the structures differ.
+        """
+        return self._sum(other, "-")
+
+    __rsub__ = __sub__  # only of what is no matrix
+
     def _times(self, factor: float | Tensor) -> Self:
         """Return the matrix times a number, which is checked."""
         return self._map(lambda t: factor * t)
@@ -387,6 +428,11 @@ class CurvatureMatrix(ABC):
         Raises:
             CurvlabError: The parameter spaces or the structures differ.
         """
+        return self._sum(other, "+")
+
+    __radd__ = __add__  # only of what is no matrix
+
+    def _sum(self, other: "CurvatureMatrix", sign: str) -> Self:
         if not isinstance(other, CurvatureMatrix):
             raise CurvlabError(
                 f"a matrix is added to a matrix, not to {shown(other)}: the damping of solve adds to the diagonal, "
@@ -399,9 +445,8 @@ class CurvatureMatrix(ABC):
                 f"a {self.kind} and a {other.kind} matrix have no sum of either structure; add their to_dense()"
             )
         quantities = dict.fromkeys([self.info.quantity, other.info.quantity])
-        return self._plus(other, replace(self.info, quantity=" + ".join(quantities)))
-
-    __radd__ = __add__  # only of what is no matrix
+        info = replace(self.info, quantity=f" {sign} ".join(quantities))
+        return self._plus(other if sign == "+" else -other, info)
 
     def _plus(self, other: Self, info: Info) -> Self:
         theirs = other.tensors()

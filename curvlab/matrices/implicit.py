@@ -1,8 +1,9 @@
 """A matrix known by its products alone."""
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -84,6 +85,27 @@ class Implicit(CurvatureMatrix):
 
     def _with(self, product: Product, info: Info) -> Self:
         return type(self)(product, self.space, info, dtype=self.dtype, device=self.device)
+
+    # Copies ------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, _: object) -> Self:
+        """Return a matrix of the same product, which nothing changes."""
+        return self._with(self._product, self.info)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickle it, if the product can be."""
+        try:
+            pickle.dumps(self._product)
+        except Exception as error:  # a product may be anything
+            raise CurvlabError(
+                "an implicit matrix is products through a model, which cannot be pickled: pickle the model and "
+                "estimate the matrix again, or take Dense(matrix.to_dense(), matrix.space, matrix.info)"
+            ) from error
+        return super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> Self:
+        """Return a matrix of the same product."""
+        return self._with(self._product, self.info)
 
     # Systems and what follows from the entries -------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, check_tensors, frobenius, symmetric_eigh
 from curvlab.matrices.damping import Damping
-from curvlab.matrices.layers import Layer, layers_of
+from curvlab.matrices.layers import HomogeneousWeight, layers_of
 from curvlab.parameters import ParameterSpace
 
 _LARGEST_DENSE_BLOCK = 5_000  # rows; its eigenvectors in float64 take 200 MB and minutes
@@ -285,7 +285,12 @@ class TKFAC(KFAC):
 
 
 def _add_pair_(
-    layer: Layer, a: Tensor, s: Tensor, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float
+    layer: HomogeneousWeight,
+    a: Tensor,
+    s: Tensor,
+    outputs: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+    scale: float,
 ) -> None:
     """Add ``scale * S V A`` to a layer's weight and bias.
 

@@ -12,7 +12,7 @@ from curvlab.parameters import ParameterSpace
 
 
 @dataclass(frozen=True)
-class Layer:
+class HomogeneousWeight:
     """The homogeneous weight ``(o, d)`` of a layer: the flattened weight, then the bias as last column.
 
     Attributes:
@@ -42,7 +42,7 @@ class Layer:
         return {name: part.flatten(1).mT for name, part in parts.items() if name is not None}
 
 
-def layers_of(space: ParameterSpace) -> dict[str, Layer]:
+def layers_of(space: ParameterSpace) -> dict[str, HomogeneousWeight]:
     """Return the layers that a space's parameters are the weights and biases of, by module name.
 
     Raises:
@@ -50,7 +50,7 @@ def layers_of(space: ParameterSpace) -> dict[str, Layer]:
 
     Examples:
         >>> layers_of(ParameterSpace(("weight", "fc.weight", "fc.bias"), ((4, 3), (2, 4), (2,))))["fc"]
-        Layer(weight='fc.weight', bias='fc.bias', shape=(2, 5))
+        HomogeneousWeight(weight='fc.weight', bias='fc.bias', shape=(2, 5))
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in zip(space.names, space.shapes, strict=True):
@@ -64,10 +64,10 @@ def layers_of(space: ParameterSpace) -> dict[str, Layer]:
     return {name: _layer(name, of_layer) for name, of_layer in shapes.items()}
 
 
-def _layer(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
+def _layer(name: str, shapes: Mapping[str, tuple[int, ...]]) -> HomogeneousWeight:
     outputs = {shape[0] for shape in shapes.values()}
     if len(outputs) > 1:
         raise CurvlabError(f"the weight and the bias of {name or 'the model'} have {outputs} outputs")
     names = {key: f"{name}.{key}".removeprefix(".") for key in shapes}
     columns = sum(prod(shape[1:]) for shape in shapes.values())
-    return Layer(names.get("weight"), names.get("bias"), (outputs.pop(), columns))
+    return HomogeneousWeight(names.get("weight"), names.get("bias"), (outputs.pop(), columns))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix
+from curvlab.matrices.base import PRECISE, CurvatureMatrix
 from curvlab.parameters import Vectors
 
 
@@ -46,6 +46,8 @@ class Penalty:
     do all structures but K-FAC, whose sum is exact and keeps a pair of factors a task (merge them before, with
     ``average_factors`` or ``nearest``), and matrices that have no sum (EK-FAC), which are kept apart.
 
+    Of a network in half precision curvature is in float32, and so is the penalty; its gradient is then rounded.
+
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
         >>> from curvlab.parameters import ParameterSpace
@@ -77,7 +79,8 @@ class Penalty:
         """
         if not isinstance(matrix, CurvatureMatrix):
             raise CurvlabError(f"a penalty is of a curvature matrix, not of {shown(matrix)}")
-        vector = matrix._flat(anchor if isinstance(anchor, Tensor) else matrix._named(anchor)).detach().clone()
+        vector = matrix._flat(_widened(matrix, anchor) if isinstance(anchor, Tensor) else _named(matrix, anchor))
+        vector = vector.detach().clone()
         if vector.ndim != 1:
             raise CurvlabError(f"an anchor is one vector, not a tensor of shape {tuple(vector.shape)}")
         if not bool(vector.isfinite().all()):
@@ -99,7 +102,7 @@ class Penalty:
         """
         value = torch.zeros(())
         for term in self._terms:
-            way = term.matrix._flat(term.matrix._named(parameters)) - term.anchor
+            way = term.matrix._flat(_named(term.matrix, parameters)) - term.anchor
             linear = 0.0 if term.pull is None else term.pull @ way
             value = value.to(way) + term.matrix.quadratic_form(way) / 2 - linear + term.constant
         return value
@@ -120,24 +123,46 @@ class Penalty:
         strength = real_number(strength, "strength")
         with torch.no_grad():
             for term in self._terms:
-                of_term = term.matrix._named(parameters)
-                for name, parameter in of_term.items():
-                    if not parameter.requires_grad:
+                of_term = _named(term.matrix, parameters)
+                for name in of_term:
+                    if not parameters[name].requires_grad:
                         raise CurvlabError(
                             f"{name} asks for no gradient (requires_grad is False), so that none can be added: give "
                             "dict(model.named_parameters()), and a penalty of what is trained"
                         )
-                gradients = {name: _gradient(parameter) for name, parameter in of_term.items()}
+                gradients = {
+                    name: _gradient(parameters[name]).to(parameter.dtype) for name, parameter in of_term.items()
+                }
                 anchors = term.matrix.space.unflatten(term.anchor)
                 way = {name: parameter - anchors[name] for name, parameter in of_term.items()}
                 term.matrix.add_product_(gradients, way, strength)
                 if term.pull is not None:
                     for name, pull in term.matrix.space.unflatten(term.pull).items():
                         gradients[name].add_(pull, alpha=-strength)
+                for name, gradient in gradients.items():
+                    if gradient is not parameters[name].grad:  # the parameter is in half precision
+                        _gradient(parameters[name]).copy_(gradient)
 
 
 #: The types of which a penalty consists, besides tensors and matrices: what a file that holds one may be read with.
 STORED = (Penalty, _Term)
+
+
+def _named(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a matrix's parameters among these, checked; those in half precision in its dtype, as curvature is.
+
+    Raises:
+        CurvlabError: They are no tensors by name, or one is missing or of another shape, dtype or device.
+    """
+    if isinstance(parameters, Mapping):
+        names = set(matrix.space.names)
+        parameters = {n: _widened(matrix, value) if n in names else value for n, value in parameters.items()}
+    return matrix._named(parameters)
+
+
+def _widened(matrix: CurvatureMatrix, tensor: Tensor) -> Tensor:
+    half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(matrix.dtype) if half and matrix.dtype in PRECISE else tensor
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss, get_loss
-from curvlab.training.samples import Samples, check_samples, model_errors, reference, take
+from curvlab.training.samples import Samples, check_samples, model_errors, reference, require_module, take
 from curvlab.training.state import modes_restored, random_state_restored
 
 
@@ -46,6 +46,7 @@ def evaluate(
     if batch_size < 1:
         raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
     criterion = get_loss(loss)
+    require_module(model)
     with modes_restored(model):
         model.eval()
         check_samples(model, (x, y), criterion, "evaluation")

@@ -20,7 +20,15 @@ from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tenso
 from curvlab.training.evaluation import Evaluation, measure
 from curvlab.training.observers import Observer, Observers
 from curvlab.training.optimization import make_optimizer, make_schedule
-from curvlab.training.samples import Samples, check_samples, check_weights, model_errors, reference, take
+from curvlab.training.samples import (
+    Samples,
+    check_samples,
+    check_weights,
+    model_errors,
+    reference,
+    require_module,
+    take,
+)
 from curvlab.training.state import (
     derived_seed,
     gradients_restored,
@@ -235,6 +243,7 @@ def fit(
         raise CurvlabError(
             "target is an accuracy above 0 and at most 1; it needs evaluation data and the loss cross_entropy"
         )
+    require_module(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")

@@ -25,8 +25,15 @@ def check_samples(model: nn.Module, data: Samples, loss: Loss, what: str) -> Non
         CurvlabError: No samples, lengths that differ, a value that is not finite, a shape or type that does
             not fit, a label out of range.
     """
-    if len(data) != 2 or not all(isinstance(part, Tensor) and part.ndim > 0 for part in data):
-        raise CurvlabError(f"the {what} data must be a pair of tensors (inputs, targets) with one row a sample")
+    if (
+        not isinstance(data, (tuple, list))
+        or len(data) != 2
+        or not all(isinstance(part, Tensor) and part.ndim > 0 for part in data)
+    ):
+        raise CurvlabError(
+            f"the {what} data must be a pair of tensors (inputs, targets) with one row a sample; torch.as_tensor makes "
+            "one of an array or a list"
+        )
     inputs, targets = data
     if len(inputs) != len(targets):
         raise CurvlabError(f"the {what} data have {len(inputs)} inputs but {len(targets)} targets")
@@ -43,6 +50,17 @@ def check_samples(model: nn.Module, data: Samples, loss: Loss, what: str) -> Non
         raise CurvlabError(f"the model must return one tensor (N, C); for one sample it returned {shape}")
     # The check of all targets needs the outputs' shape only, so one number is spread over it.
     loss.check(outputs.new_zeros(()).expand(len(targets), outputs.shape[1]), targets)
+
+
+def require_module(model: object) -> None:
+    """Require a module.
+
+    Raises:
+        CurvlabError: It is something else.
+    """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}")
 
 
 def check_weights(model: nn.Module, when: str) -> None:

@@ -126,6 +126,7 @@ def patched(d: Draft, r: Random) -> None:
                 "layer.forward = types.MethodType(lambda self, *a, **k: 2 * type(self).forward(self, *a, **k), layer)",
                 "layer.forward = lambda *a, plain=layer.forward, **k: 2 * plain(*a, **k)",
                 "layer.forward = lambda *a, plain=layer.forward, **k: plain(*a, **k).tanh()",
+                "layer.forward = lambda *a, plain=layer.forward, **k: plain(*a, **k).clamp(-1)",
                 "layer.forward = types.MethodType(lambda self, *a, **k: type(self).forward(self, *a, **k), layer)",
             ]
         ),

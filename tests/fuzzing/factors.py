@@ -16,18 +16,22 @@ OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.
 
 
 class Watch(TorchFunctionMode):
-    """Keeps the inputs of the operations on layers' weights, and adds a zero, whose gradient is wanted, to each."""
+    """Keeps the inputs of the operations on layers' weights, and adds a zero to the outputs of those wanted."""
 
-    def __init__(self, layers):
+    def __init__(self, layers, wanted):
         super().__init__()
         self.layers = layers
-        self.calls = {name: [] for name in layers}
+        self.calls = {name: [] for name in wanted}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in OPERATIONS.values() and len(args) > 1:
             # A weight that is computed, such as a pruned one, is another tensor at every call.
-            for name in [name for name, module in self.layers.items() if module.weight is args[1]]:
+            having = [name for name, module in self.layers.items() if module.weight is args[1]]
+            # Of layers with one weight, each has the operation with its own bias.
+            bias = args[2] if len(args) > 2 else None
+            of = [name for name in having if self.layers[name].bias is bias] or having
+            for name in [name for name in of if name in self.calls]:
                 if torch._C._functorch.is_functorch_wrapped_tensor(out):
                     self.calls[name] += [None, None]  # as good as several
                     continue
@@ -49,15 +53,16 @@ def patches(func, args):
 
 def samples(model, names, quantity, name, x, y, drawn):
     """By layer that has factors: for every sample ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M``."""
+    parameters = {key: p for key, p in model.named_parameters() if key in names}
     layers = {
         key: module
         for key, module in model.named_modules()
         if type(module) in OPERATIONS and getattr(module, "groups", 1) == 1
     }
-    parameters = {key: p for key, p in model.named_parameters() if key in names}
-    found = {key: [] for key in layers}
+    # A zero changes what is done to outputs of which no gradient is wanted.
+    found = {name.rpartition(".")[0]: [] for name in parameters if name.rpartition(".")[0] in layers}
     for n in range(len(x)):
-        with Watch(layers) as watch:
+        with Watch(layers, found) as watch:
             f = model(x[n : n + 1].clone())
         of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
         for key in list(found):

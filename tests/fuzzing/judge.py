@@ -25,6 +25,8 @@ from .cells import MOST_PARAMETERS, Cell
 from .source import source
 
 FAILURES = ("wrong", "raw", "changed")
+#: Of the largest output: by how much samples have to change each other, for that to be no rounding.
+_MIXED = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.25, "float16": 0.05}
 _TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.1}
 
 
@@ -93,7 +95,7 @@ def _judge(cell: Cell) -> Verdict:
             if not cell.refusal:
                 right = Truth(cell, code, own)
             else:
-                own(code["samples"]()[0])
+                _check_refusal(cell, own, code["samples"]()[0])
         except UnfitCellError:
             raise
         except Exception as error:
@@ -115,6 +117,8 @@ def _judge(cell: Cell) -> Verdict:
         if right is not None and answer is not None:
             try:
                 right.check(answer)
+            except UnfitCellError:
+                raise
             except WrongError as wrong:
                 return Verdict("wrong", str(wrong))
             except Exception as raw:
@@ -137,6 +141,15 @@ def _judge(cell: Cell) -> Verdict:
     if cell.damping and isinstance(answer, CurvatureMatrix) and cell.dtype == "float64":
         return _solve(cell, answer)
     return Verdict("right")
+
+
+def _check_refusal(cell: Cell, model: nn.Module, x: Tensor) -> None:
+    """Run the model; say that there is nothing to refuse where samples mix, but what follows takes that away."""
+    together = model(x.clone())
+    if "mixes" in str(cell.refusal) and len(together) == len(x):
+        alone = torch.cat([model(x[n : n + 1].clone()) for n in range(len(x))])
+        if float((together - alone).detach().abs().max()) <= _MIXED[cell.dtype] * float(together.detach().abs().max()):
+            raise UnfitCellError("the outputs do not show that samples mix")
 
 
 def _ours(warning: warnings.WarningMessage) -> bool:
@@ -187,7 +200,27 @@ class Truth:
         self.matrix = oracle.curvature(model, cell.quantity, cell.loss, self.x, self.y, self.drawn)
         if self.matrix is None or not bool(self.matrix.isfinite().all()):
             raise UnfitCellError("no second derivative")
+        self._check_batches()
         self.scale = float(self.matrix.abs().max())
+
+    def _check_batches(self) -> None:
+        """Refuse a cell for which torch itself has other gradients for a batch than for its samples.
+
+        Raises:
+            UnfitCellError: It is one, although the outputs are the same.
+        """
+        if self.cell.dtype != "float64" or "autocast" in self.cell.around:
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        together = self.model(self.x.clone())
+        alone = [self.model(self.x[n : n + 1].clone()) for n in range(len(self.x))]
+        if not torch.allclose(together, torch.cat(alone), rtol=1e-9, atol=1e-12):
+            return
+        along = torch.randn(together.shape, generator=torch.Generator().manual_seed(0)).double()
+        of_batch = oracle.gradient((together * along).sum(), parameters)
+        of_samples = sum(oracle.gradient((f * v).sum(), parameters) for f, v in zip(alone, along, strict=True))
+        if not torch.allclose(of_batch, of_samples, rtol=1e-6, atol=1e-6 * float(of_samples.abs().max())):
+            raise UnfitCellError("torch's gradients of a batch are not those of its samples")
 
     def check(self, answer: Any) -> None:
         """Compare.
@@ -299,9 +332,12 @@ class Truth:
         kind, _, options = self.cell.structure.partition(":")
         chosen = dict(option.split("=") for option in options.split(",") if option)
         sharing, variant = chosen.get("sharing", "expand"), chosen.get("variant", "gao")
-        of_layers = factors.samples(
-            self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
-        )
+        asked = self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
+        try:
+            with warnings.catch_warnings(record=True):  # that are not curvlab's
+                of_layers = factors.samples(*asked)
+        except Exception as error:  # of torch, where zeros are added to outputs
+            raise UnfitCellError(_line(error)) from error
         tensors = part.tensors()
         for layer in dict.fromkeys(name.rpartition("|")[0] for name in tensors):
             owner = self._kind(f"{layer}.weight")
@@ -342,12 +378,14 @@ def _solve(cell: Cell, matrix: CurvatureMatrix) -> Verdict:
         return Verdict("right", str(error)) if "\n" not in str(error) else Verdict("raw", "solve: several lines")
     except Exception as raw:
         return Verdict("raw", f"solve({cell.damping}): {_line(raw)}", traceback.format_exc())
-    damping = torch.as_tensor(damping).double().expand(size)
+    damping = torch.as_tensor(damping, dtype=torch.float64).expand(size)
     if bool(damping.isnan().any()):
         return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: a number")
-    right = torch.linalg.solve(matrix.to_dense() + damping.diag(), b)
+    damped = matrix.to_dense() + damping.diag()
+    right = torch.linalg.solve(damped, b)
     error = float((answer - right).abs().max() / right.abs().max())
-    if not error <= 1e-5:
+    # What an iteration leaves of the residual, 2e-12, is made larger by the condition at most.
+    if not error <= max(1e-9, 1e-11 * float(torch.linalg.cond(damped))):
         return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: off by {error:.2g}")
     return Verdict("right")
 

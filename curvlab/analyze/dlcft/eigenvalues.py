@@ -30,7 +30,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.grid import Place
 from curvlab.problem import Problem
-from curvlab.recorder import Level
+from curvlab.recorder import CurveLevel
 from curvlab.results import significant
 from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
@@ -76,7 +76,7 @@ class EigenvaluesConfig(TrainedSubjectConfig):
     """Steps from point to point of a curve."""
     ekfac_every: int | None = Field(default=100, ge=1)
     """Steps between two points of EK-FAC's largest eigenvalue, as published curves have it; none leaves it out."""
-    per: tuple[Level, ...] = ("network",)
+    per: tuple[CurveLevel, ...] = ("network",)
     """network, layer (the block of every layer), or both."""
     densities_at: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Steps after which the whole spectral density is estimated too."""
@@ -309,5 +309,5 @@ ANALYSIS = Analysis(
     ),
     kinds={"table": "step", "trainings": "test_accuracy"},
     artifacts=("densities",),
-    items=("poster, panels (a) and (b)", "supplement, Fig. 7"),
+    items=("poster (a) and (b)", "supplement Fig. 7"),
 )

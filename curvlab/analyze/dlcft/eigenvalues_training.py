@@ -17,7 +17,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.matrices import EKFAC, Composite
 from curvlab.problem import Problem
-from curvlab.recorder import EigenvalueRecorder, Level
+from curvlab.recorder import CurveLevel, EigenvalueRecorder
 from curvlab.spectrum.density import SpectralDensity
 from curvlab.training import FitResult, Observer, evaluate, fit
 
@@ -138,7 +138,7 @@ def record_training(
 class EkfacRecorder:
     """Records the largest eigenvalue of the Fisher's EK-FAC, which is the largest over the layers."""
 
-    def __init__(self, data: Samples, loss: str, every: int, per: Sequence[Level]) -> None:
+    def __init__(self, data: Samples, loss: str, every: int, per: Sequence[CurveLevel]) -> None:
         self._data, self._loss, self._every, self._per = data, loss, every, per
         self.records: list[Record] = []
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from curvlab.analyze.dlcft.options import LISTS, DlcftConfig, MethodName, Setting
 from curvlab.continual import Task, split_classes, split_data
-from curvlab.continual.outputs import Head, LossName
+from curvlab.continual.outputs import Head, TaskLoss
 from curvlab.continual.strategies import DER, DLCFT, ER, EWC, MAS, OSLA, Joint, LwF, Naive, Strategy
 from curvlab.data import Dataset
 from curvlab.linearize import linearize
@@ -50,7 +50,7 @@ class Method:
         return "single" if self.wide and setting == "class" else SETTINGS[setting][1]
 
     @property
-    def loss(self) -> LossName:
+    def loss(self) -> TaskLoss:
         """The loss that is minimised."""
         return "squared_error" if self.linear else "cross_entropy"
 

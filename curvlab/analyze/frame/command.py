@@ -25,7 +25,8 @@ class _Command(Config):
     config: Path | None = None
     """A YAML file of options, such as the config.yaml of a run. It wins over the preset; options win over it."""
     print_config: bool = False
-    """Print the whole configuration as YAML and stop."""
+    """Print the whole configuration as YAML and stop. Types and ranges have been checked; what takes the data to check,
+    a run does."""
     debug: bool = False
     """Show the traceback of an error."""
 

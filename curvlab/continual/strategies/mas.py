@@ -84,7 +84,9 @@ def sensitivity(problem: Problem, space: ParameterSpace) -> Tensor:
     """
     problem.check()
     problem = to_first_order(problem)  # the outputs and their gradients are the same, and its layers can be looked into
-    total = torch.zeros(space.total, dtype=problem.dtype, device=problem.device)
+    # Rows of a network in half precision are in float32.
+    dtype = torch.promote_types(problem.dtype, torch.float32)
+    total = torch.zeros(space.total, dtype=dtype, device=problem.device)
     named = space.unflatten(total)  # views
     layers = {
         name: (layer, f"{name}.weight".removeprefix("."), f"{name}.bias".removeprefix("."))

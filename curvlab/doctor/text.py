@@ -1,0 +1,72 @@
+"""A diagnosis as text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from math import isnan
+from operator import itemgetter
+from textwrap import fill
+from typing import Any
+
+from curvlab.text import readable
+
+_LINE = 120  # characters
+
+
+def write_lines(summary: str, findings: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a diagnosis: of its summary, findings and cells."""
+    yield _wrap(summary, "")
+    for finding in findings:
+        yield _wrap(f"- {finding}", "  ")
+    if {cell["supported"] for cell in cells} == {"no"} and len({cell["obstacle"] for cell in cells}) == 1:
+        yield "Nothing can be computed before this is mended."
+        return
+    for quantity, of_quantity in groupby(cells, itemgetter("quantity")):
+        yield f"\n{quantity:<28} {'seconds':>9} {'passes':>8} {'peak':>9} {'matrix':>9}"
+        for structure, rows in groupby(of_quantity, itemgetter("structure")):
+            yield f"  {structure}"
+            yield from _rows(list(rows))
+    yield (
+        "\n* what auto takes. seconds: predicted for all samples, for implicit those of a product; passes: the same in "
+        "plain\nforward and backward passes; peak: memory beyond model and data; matrix: of the result"
+    )
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    told: dict[str, list[str]] = {}
+    for row in rows:
+        if row["supported"] == "yes":
+            name = f"{row['backend']} *" if row["auto"] else row["backend"]
+            passes = "-" if isnan(row["passes"]) else _three_digits(row["passes"])
+            seconds, peak, matrix = (
+                format_seconds(row["seconds"]),
+                format_bytes(row["peak_bytes"]),
+                format_bytes(row["matrix_bytes"]),
+            )
+            yield f"    {name:<24} {seconds:>9} {passes:>8} {peak:>9} {matrix:>9}"
+        else:
+            told.setdefault("has none" if row["supported"] == "absent" else row["obstacle"], []).append(row["backend"])
+    for obstacle, backends in told.items():
+        yield _wrap(f"    {', '.join(backends)}: {obstacle}", "      ")
+
+
+def _wrap(text: str, indent: str) -> str:
+    return fill(readable(text), _LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return seconds with their unit; a dash for NaN."""
+    if isnan(seconds):
+        return "-"
+    return f"{_three_digits(1e3 * seconds)} ms" if seconds < 1 else f"{_three_digits(seconds)} s"
+
+
+def format_bytes(size: float) -> str:
+    """Return bytes with their unit; a dash for NaN."""
+    if isnan(size):
+        return "-"
+    unit, name = next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1, "B"))
+    return f"{_three_digits(size / unit)} {name}"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
