@@ -117,8 +117,8 @@ def test_candidates_are_judged_on_held_out_samples_with_other_seeds():
 
 def test_samples_are_in_another_order_always_the_same(tmp_path):
     x = np.arange(60, dtype=np.float32)[:, None].repeat(3, 1)
-    np.savez("sorted.npz", x_train=x, y_train=np.arange(60) // 20, x_test=x, y_test=np.arange(60) // 20)
-    config = MethodsConfig(data="sorted.npz", test_samples=30)
+    np.savez(tmp_path / "sorted.npz", x_train=x, y_train=np.arange(60) // 20, x_test=x, y_test=np.arange(60) // 20)
+    config = MethodsConfig(data=str(tmp_path / "sorted.npz"), test_samples=30)
     data, again = (load_dataset(config, Place(tmp_path)) for _ in range(2))
     assert data.fingerprint() == again.fingerprint()
     assert sorted(data.x_train[:, 0].tolist()) == list(range(60))

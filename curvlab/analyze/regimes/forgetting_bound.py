@@ -34,6 +34,7 @@ PRESETS = {
     "default": Preset(ForgettingBoundConfig(hidden=(100, 100), epochs=10, plastic_lr=0.05), minutes=2),
     "cpu": Preset(
         ForgettingBoundConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
+        minutes=8,
         needs=("mnist",),
     ),
     "paper": Preset(

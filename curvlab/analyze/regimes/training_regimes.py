@@ -36,6 +36,7 @@ PRESETS = {
     "default": Preset(TrainingRegimesConfig(hidden=(100, 100), tasks=5, epochs=10, plastic_lr=0.05), minutes=2),
     "cpu": Preset(
         TrainingRegimesConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
+        minutes=8,
         needs=("mnist",),
     ),
     "paper": Preset(
