@@ -18,7 +18,7 @@ from curvlab.analyze.__main__ import main
 from curvlab.analyze.dlcft import eigenvalues
 from curvlab.analyze.dlcft.eigenvalues import ANALYSIS, PRESETS, EigenvaluesConfig
 from curvlab.analyze.dlcft.eigenvalues_claims import claims, conditions, describe_early_peaks, deviations, summarise
-from curvlab.analyze.dlcft.eigenvalues_training import EkfacRecorder, smooth, split
+from curvlab.analyze.dlcft.eigenvalues_training import EkfacRecorder, smooth
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Run, Workspace
 from curvlab.analyze.frame.driver import read_run
@@ -62,7 +62,11 @@ def call(capsys):
 
 
 def load(config):
-    return eigenvalues.load(config, RunOptions())
+    return subject.load_dataset(config, RunOptions())
+
+
+def split(config, data):
+    return subject.take(data, train=config.train_samples), data.held_out
 
 
 def measure(config, folder):

@@ -18,17 +18,14 @@ from curvlab.analyze.dlcft.eigenvalues_training import (
     measure_candidate,
     record_training,
     smooth,
-    split,
 )
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
-from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.grid import Place
 from curvlab.problem import Problem
 from curvlab.recorder import CurveLevel
 from curvlab.results import significant
@@ -155,15 +152,6 @@ PRESETS = {
 # The runs -------------------------------------------------------------------------------------------------------------
 
 
-def load(config: EigenvaluesConfig, options: RunOptions | Place) -> Dataset:
-    """Return the data set, the samples that ``split`` holds out the first of its training samples.
-
-    Raises:
-        CurvlabError: There are no such data.
-    """
-    return subject.load_dataset(config.model_copy(update={"validation": 0}), options)
-
-
 def check(config: EigenvaluesConfig, dataset: Dataset) -> None:
     """Refuse what cannot be done, before anything is written."""
     subject.check_distinct(losses=config.losses, per=config.per, lr_squared_error=config.lr_squared_error)
@@ -179,7 +167,7 @@ def check(config: EigenvaluesConfig, dataset: Dataset) -> None:
         raise CurvlabError(
             "a learning rate is chosen on held-out samples: set validation, or give lr_squared_error a single one"
         )
-    data, _ = split(config, dataset)
+    data = subject.take(dataset, train=config.train_samples)
     subject.check_subject(config, data)
     model = subject.network(config, data, config.seeds[0])
     for loss in config.losses:
@@ -195,7 +183,7 @@ def check(config: EigenvaluesConfig, dataset: Dataset) -> None:
 
 def measure(config: EigenvaluesConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
     """Train with each loss; yield a record of the training, and those of the points of its curves, with ``step``."""
-    data, _ = split(config, dataset)
+    data = subject.take(dataset, train=config.train_samples)
     densities: list[Record] = []
     for loss in config.losses:
         records, found = record_training(config, data, loss, workspace.folder / f"{loss}.pt")
@@ -293,7 +281,6 @@ ANALYSIS = Analysis(
     "error, and follows the largest eigenvalue of Fisher and Hessian, by Lanczos' method and by EK-FAC.",
     presets=PRESETS,
     check=check,
-    load=load,
     measure=measure,
     report=report,
     search=Search(

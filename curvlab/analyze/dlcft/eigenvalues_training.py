@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Record, Workspace
+from curvlab.analyze.frame.subject import SubjectData
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
 Samples = tuple[Tensor, Tensor]
 
 _BANDWIDTHS = 100  # of a smoothed density, over the range of its eigenvalues
-
-
-def split(config: "EigenvaluesConfig", data: Dataset) -> tuple[Dataset, Samples | None]:
-    """Return the data set to train on, and the samples that are held out.
-
-    Raises:
-        CurvlabError: There are not so many samples.
-    """
-    held_out = None
-    if config.validation:
-        data, held_out = data.hold_out(config.validation)
-    return subject.take(data, train=config.train_samples), held_out
 
 
 def make_targets(config: "EigenvaluesConfig", data: Dataset, loss: str, samples: Samples) -> Samples:
@@ -76,15 +65,15 @@ def _train(
     )
 
 
-def measure_candidate(config: "EigenvaluesConfig", dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+def measure_candidate(config: "EigenvaluesConfig", dataset: SubjectData, workspace: Workspace) -> Iterator[Record]:
     """Train with the one loss and learning rate, and yield the loss on the held-out samples.
 
     Raises:
         CurvlabError: A loss is not finite.
     """
     del workspace  # a candidate has no checkpoint
-    data, held_out = split(config, dataset)
     (loss,), (seed,) = config.losses, config.seeds
+    held_out, data = dataset.held_out, subject.take(dataset, train=config.train_samples)
     assert held_out is not None
     model = subject.network(config, data, seed)
     _train(config, model, data, loss)

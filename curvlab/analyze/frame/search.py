@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Group = Mapping[str, str]
 Candidate = Mapping[str, float]
-Measure = Callable[[C, Dataset, "Workspace"], Iterable[Record]]
+Measure = Callable[[C, Any, "Workspace"], Iterable[Record]]  # of whatever ``load`` of the analysis gives
 
 
 @dataclass(frozen=True)

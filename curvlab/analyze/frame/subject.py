@@ -1,7 +1,7 @@
 """What the analyses are about: a network on the training samples of a data set, as the command line gives them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -100,7 +100,18 @@ class TrainedSubjectConfig(SubjectConfig):
     """Samples a training step."""
 
 
-def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
+@dataclass(frozen=True, eq=False)
+class SubjectData(Dataset):
+    """A data set as the analyses have it.
+
+    Attributes:
+        held_out: Inputs and labels of the samples that are held out, if there are any.
+    """
+
+    held_out: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectData:
     """Return the data set of a configuration: the one rule of all analyses for which samples are taken.
 
     The samples are put in a random order that is always the same: files may have them class by class. The first
@@ -110,12 +121,17 @@ def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
     Raises:
         CurvlabError: There are no such data.
     """
-    loaded = shuffle(load(config.data, root=options.data_root, offline=options.offline))
+    loaded, held_out = shuffle(load(config.data, root=options.data_root, offline=options.offline)), None
     if config.normalize == "imagenet":
         loaded = normalise(loaded)
     if config.validation:
-        loaded, _ = loaded.hold_out(config.validation)
-    return loaded if config.classes == "all" else loaded.select(config.classes)
+        loaded, held_out = loaded.hold_out(config.validation)
+    if config.classes != "all":
+        loaded = loaded.select(config.classes)
+        if held_out is not None:
+            chosen = torch.isin(held_out[1], torch.tensor(config.classes))
+            held_out = (held_out[0][chosen], held_out[1][chosen])
+    return SubjectData(**vars(loaded), held_out=held_out)
 
 
 def shuffle(data: Dataset) -> Dataset:
