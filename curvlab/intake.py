@@ -220,8 +220,8 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
     one, other = numbers(one.detach()), numbers(other.detach())
     # NumPy compares words five times as quickly as torch does entries; a zero may still have two signs.
     if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
-        words = [tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other)]
-        if np.array_equal(*words):
+        words, others = (tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other))
+        if np.array_equal(words, others):
             return True
     return torch.equal(one, other)
 
