@@ -1,5 +1,6 @@
 """Rules are taken where they are right, of networks as people write them; what is rejected is told, and computed."""
 
+import contextlib
 import re
 import types
 
@@ -563,3 +564,19 @@ def test_how_far_a_rule_is_from_other_gradients(shape: tuple[int, ...], monkeypa
     assert of_call.distances(slopes, other) == pytest.approx({"w": 5.0, "b": 2.0})
     other["w"][0, 0] = torch.nan
     assert not rules.is_rounding(of_call.distances(slopes, other)["w"], torch.inf, 1.0, torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["curvlinops", "nngeometry", "backpack", "hooks", "torch"])
+def test_a_patched_forward_that_leads_a_copy_back_to_the_model_leaves_its_gradients(backend: str) -> None:
+    """A library's copy then goes through the model's own weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2)).double()
+    model[0].forward = lambda *a, plain=model[0].forward: plain(*a).tanh()  # type: ignore[method-assign]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    problem = Problem(model, "squared_error", (torch.randn(4, 5).double(), torch.randn(4, 2).double()))
+    for structure in ("kfac:rest=diag,sharing=reduce", "ekfac:rest=diag", "diag", "implicit"):
+        with contextlib.suppress(UnsupportedError):
+            estimate(problem, "empirical_fisher", structure, backend=backend)
+        assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
+        assert all(p.grad is not None for p in model.parameters())

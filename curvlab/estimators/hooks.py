@@ -30,7 +30,7 @@ from curvlab.structures import Kronecker, Structure, TKFACStructure
 
 # Samples of a batch that are taken at once unless asked otherwise: see ``_piece``.
 _FEWEST, _MOST = 8, 1000
-_CACHE = 1.2e7  # about what the input and output of a layer may take there
+_CACHE = 1.6e7  # about what the input and output of a layer may take there
 _BYTES = 6.4e7  # about what the rotated gradients of a layer that are held at once may take
 
 _Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs

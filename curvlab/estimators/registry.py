@@ -16,6 +16,7 @@ from curvlab.estimators.capture import quiet, working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
 from curvlab.estimators.seeds import fewer_seeds
+from curvlab.estimators.snapshots import preserved_gradients
 from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
 from curvlab.forms import unknown
 from curvlab.intake import is_finite
@@ -90,6 +91,7 @@ def estimate(
         quiet(),  # which also takes away the filters that are added by what is imported at a first use
         attributes_restored(problem.model.modules()),  # also what a checkpoint sets in a backward pass
         parametrizations_computed(),  # also there
+        preserved_gradients(problem.model),  # a patched forward may lead a library's copy back to the model
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure

@@ -212,6 +212,19 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
+@contextmanager
+def preserved_gradients(model: nn.Module) -> Iterator[None]:
+    """Give the parameters back the gradients that they had, whatever a backward pass within has added to them."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
+
+
 def _elsewhere(model: nn.Module) -> dict[str, Tensor]:
     """Return other values of the floating parameters and buffers, near the model's."""
     values = {}
