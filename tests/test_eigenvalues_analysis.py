@@ -493,7 +493,7 @@ def test_fine_tuning(call):
     assert torch.equal(trained["buffer bn1.running_mean"], before["bn1.running_mean"])
     assert torch.equal(trained["parameter bn1.weight"], before["bn1.weight"])
     assert not torch.equal(trained["parameter conv1.weight"], before["conv1.weight"])
-    config = PRESETS["cpu-resnet20"].config.model_copy(update={"data": "images.npz"})
+    config = PRESETS["cpu-resnet20"].config.model_copy(update={"data": "images.npz", "validation": 0})
     data, raw = load(config), load(config.model_copy(update={"normalize": "none"}))
     torch.testing.assert_close(data.x_test[:, 2], (raw.x_test[:, 2] - 0.406) / 0.225)
     code, _, err = call(f"{line} --weights weights/gone.pt --out other")

@@ -187,6 +187,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
             "ours": None,
             "spread": None,
             "verdict": "not tested",
+            "reason": "",
+            "scope": "",
         },
     }
 
