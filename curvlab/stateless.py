@@ -119,21 +119,24 @@ def writes(model: nn.Module, name: str) -> str:
     )
 
 
-def leaves(outputs: Tensor) -> dict[int, Tensor]:
-    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+def graph_nodes(outputs: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph of outputs, each once."""
     waiting = [outputs.grad_fn]
     seen = set(waiting)
-    found: dict[int, Tensor] = {}
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
-        if (variable := getattr(node, "variable", None)) is not None:
-            found[id(variable)] = variable
+        yield node
         further = [following for following, _ in node.next_functions if following not in seen]
         seen.update(further)
         waiting += further
-    return found
+
+
+def leaves(outputs: Tensor) -> dict[int, Tensor]:
+    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+    ends = (getattr(node, "variable", None) for node in graph_nodes(outputs))
+    return {id(end): end for end in ends if end is not None}
 
 
 def copied(model: nn.Module) -> nn.Module:

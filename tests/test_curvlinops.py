@@ -419,3 +419,28 @@ class TestRefusals:
     def test_auto_takes_another(self) -> None:
         matrix = estimate(case("transformer block").problem, "hessian", "implicit")
         assert matrix.info.backend == "torch"
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_an_embedding_with_a_padding_index_that_few_samples_do_not_show(functional: bool) -> None:
+    """Its row has no gradient, but the library's forward-mode derivative goes through it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 3, padding_idx=None if functional else 0)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = nn.functional.embedding(x, self.words.weight, padding_idx=0) if functional else self.words(x)
+            out: Tensor = self.head(h.flatten(1))
+            return out
+
+    torch.manual_seed(0)
+    words = torch.tensor([[1], [2], [3], [4], [0], [1], [2], [3], [4], [1]])
+    problem = Problem(Net().double(), "squared_error", (words, torch.randn(10, 2).double()))
+    with pytest.raises(UnsupportedError, match=r"goes through padding_idx.*backend torch can"):
+        estimate(problem, "ggn", "implicit", backend="curvlinops")
+    right = estimate(problem, "ggn", "dense", backend="torch").to_dense()
+    vector = torch.randn(len(right)).double()
+    torch.testing.assert_close(estimate(problem, "ggn", "implicit") @ vector, right @ vector, rtol=1e-10, atol=1e-12)

@@ -25,12 +25,14 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
+from curvlab.stateless import graph_nodes
 from curvlab.structures import Kronecker, Structure
 
 with warnings.catch_warnings():  # of a library that it imports
     warnings.simplefilter("ignore", FutureWarning)
     from curvlinops import EKFACLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
 
+_NO_INDEX = 2**64 - 1  # what a node of torch's graph saves for no index: -1
 _PROBE_SAMPLES = 2
 #: Whose gradient torch.func cannot differentiate, or differentiates wrongly (the norms' weights).
 _NO_SECOND_DERIVATIVE = (nn.LayerNorm, _InstanceNorm, nn.GroupNorm, nn.SiLU, nn.Mish, nn.Hardsigmoid)
@@ -267,6 +269,9 @@ def _factor_obstacle(model: nn.Module, space: ParameterSpace) -> str | None:
 
 
 def _product_obstacle(few: Problem, quantity: Quantity, space: ParameterSpace) -> str | None:
+    if _has_padding_index(few):
+        # Which few samples need not show, as they need not hold the index.
+        return "its forward-mode derivative of an embedding goes through padding_idx, whose row has no gradient"
     vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     vectors = vectors.to(few.device, few.dtype)
     theirs = product(few, quantity, space, None)(vectors)
@@ -274,6 +279,13 @@ def _product_obstacle(few: Problem, quantity: Quantity, space: ParameterSpace) -
     if bool((theirs - ours).abs().max() > 10 * torch.finfo(few.dtype).eps ** 0.5 * ours.abs().max()):
         return f"its {quantity.name} of {_suspects(few.model, quantity)} is not that of automatic differentiation"
     return None
+
+
+def _has_padding_index(few: Problem) -> bool:
+    inputs, _ = next(few.batches())
+    leaves = {name: p.detach().requires_grad_() for name, p in few.model.named_parameters() if p.requires_grad}
+    found = {getattr(node, "_saved_padding_idx", _NO_INDEX) for node in graph_nodes(few.forward(leaves, inputs))}
+    return bool(found - {_NO_INDEX})
 
 
 def _suspects(model: nn.Module, quantity: Quantity) -> str:

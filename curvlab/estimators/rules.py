@@ -59,7 +59,8 @@ class Rule(ABC):
             for name, rows in some.items():
                 summed = rows.sum(dim=0).reshape(-1)
                 sums[name] = sums[name] + summed if name in sums else summed
-        return {name: float(torch.dist(value, right[name].detach().reshape(-1))) for name, value in sums.items()}
+        flat = {name: value.detach().reshape(-1) for name, value in right.items()}
+        return {name: float(torch.dist(total.detach(), flat[name])) for name, total in sums.items()}
 
     def add(self, gradient: Tensor) -> None:
         """Take the gradient of the output, of one row."""

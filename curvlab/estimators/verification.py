@@ -122,7 +122,7 @@ class Verified:
         seed = random_like(outputs, tuple(outputs.shape))
         slopes, found = gradients(outputs, once, [leaves[name] for name in names], seed, keep=True)
         right = dict(zip(names, found, strict=True))
-        norms = {name: float(value.norm()) for name, value in right.items()}
+        norms = {name: float(value.detach().norm()) for name, value in right.items()}
         reasons: dict[str, str] = {}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
             reasons |= _differences(layer, call, slope, len(outputs), right, norms, graph, problem.dtype)
@@ -321,7 +321,7 @@ def _attempt(
             wanted = names or list(leaves)  # also where there are no rules: can torch differentiate the model?
             slopes, found = gradients(outputs, once, [leaves[name] for name in wanted], seed, keep=False)
         of_parameters = dict(zip(wanted, found, strict=True))
-        norms = {parameter: float(value.norm()) for parameter, value in of_parameters.items()}
+        norms = {parameter: float(value.detach().norm()) for parameter, value in of_parameters.items()}
         reached |= {layer.name for layer, call in zip(layers, once, strict=True) if _reached(call, graph)}
         for layer, call, slope in zip(layers, once, slopes, strict=True):
             assert call.inputs is not None
@@ -347,14 +347,15 @@ def _differences(
     if bool(slope[masked::2].any()):
         return dict.fromkeys(layer.parameters, f"is of {label}, which the outputs of other samples depend on")
     assert call.inputs is not None
+    inputs = call.inputs.detach()
     try:
-        of_call = rule(layer, call.inputs)
-        errors = of_call.distances(slope, right)
+        of_call = rule(layer, inputs)
+        errors = of_call.distances(slope.detach(), right)
     except Exception as error:  # a rule may be given what its kind of module never sees
         told = f"is of {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, told)
-    sizes = call.inputs.flatten(1).norm(dim=1) if call.inputs.is_floating_point() else 1.0
-    scale = float(((1 + sizes) * slope.flatten(1).norm(dim=1)).sum())
+    sizes = inputs.flatten(1).norm(dim=1) if inputs.is_floating_point() else 1.0
+    scale = float(((1 + sizes) * slope.detach().flatten(1).norm(dim=1)).sum())
     coarser = max(dtype, of_call.dtype, key=lambda one: torch.finfo(one).eps)
     reasons = {}
     for parameter in layer.parameters:
