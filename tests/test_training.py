@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
-from curvlab.training import evaluate, fit, loop
+from curvlab.training import evaluate, fit
+from curvlab.training import run as running
 from curvlab.training.checkpoint import CheckpointFile
 
 
@@ -156,14 +157,14 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     whole = fit(undisturbed, blobs(), **options(None, optimizer=optimizer, momentum=momentum))
 
     file = tmp_path / "new" / "run.pt"
-    real = loop._Run.train_step
+    real = running.Run.train_step
 
-    def dies(run: loop._Run, *batch: object) -> None:
+    def dies(run: running.Run, *batch: object) -> None:
         real(run, *batch)
         if run.step == 18:
             raise KeyboardInterrupt  # in the middle of a step: nothing of it may be saved
 
-    monkeypatch.setattr(loop._Run, "train_step", dies)
+    monkeypatch.setattr(running.Run, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         fit(network(), blobs(), **options(file, optimizer=optimizer, momentum=momentum))
     monkeypatch.undo()
@@ -186,9 +187,9 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.Mo
     whole = fit(undisturbed, blobs(), **options(None))
     file = tmp_path / "run.pt"
     handler = signal.getsignal(signal.SIGINT)
-    real_step, real_measure = loop._Run.train_step, loop.measure
+    real_step, real_measure = running.Run.train_step, running.measure
 
-    def step(run: loop._Run, *batch: object) -> None:
+    def step(run: running.Run, *batch: object) -> None:
         if place == "step" and run.step == 12:
             os.kill(os.getpid(), signal.SIGINT)
         real_step(run, *batch)
@@ -199,8 +200,8 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.Mo
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
-    monkeypatch.setattr(loop._Run, "train_step", step)
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(running.Run, "train_step", step)
+    monkeypatch.setattr(running, "measure", measure)
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(network(), blobs(), **options(file))
     monkeypatch.undo()
@@ -273,15 +274,15 @@ def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"lr": 0.0}, "lr must be a positive number, not 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"optimizer": "lbfgs"}, "no optimizer 'lbfgs'"),
-        ({"schedule": "step"}, "no schedule 'step'"),
+        ({"schedule": "square"}, "no schedule 'square'"),
         ({"momentum": 0.9}, "momentum belongs to sgd"),
         ({"epochs": 1}, "either epochs or steps, not both"),
         ({"steps": None}, "either epochs or steps"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be a whole number from 0, not -1"),
         ({"target": 0.9}, "target .* needs evaluation data"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
     ],
@@ -412,14 +413,14 @@ def test_observers_of_a_killed_run_go_on(tmp_path: Path, monkeypatch: pytest.Mon
     whole = Counts()
     fit(network(), blobs(), **options(None), observers=[whole])
     file = tmp_path / "run.pt"
-    real = loop._Run.train_step
+    real = running.Run.train_step
 
-    def dies(run: loop._Run, *batch: object) -> None:
+    def dies(run: running.Run, *batch: object) -> None:
         real(run, *batch)
         if run.step == 23:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "train_step", dies)
+    monkeypatch.setattr(running.Run, "train_step", dies)
     lost = Counts()
     with pytest.raises(KeyboardInterrupt):
         fit(network(), blobs(), **options(file), observers=[lost])
