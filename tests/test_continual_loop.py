@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from curvlab.continual.outputs import Outputs, mean_loss
 from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
+from curvlab.training import Training
 from curvlab.training.state import derived_seed
 
 CLASSES = 6
@@ -109,10 +111,13 @@ def stop_at(model: nn.Module, call: int, error: BaseException | None = None) -> 
         {"epochs": (1, 3, 2), "momentum": 0.8, "weight_decay": 0.01, "clip_norm": 0.5, "schedule": "cosine"},
         {"epochs": 1, "optimizer": "adam", "lr": 0.01, "lr_decay": 0.5, "min_lr": 0.004},
         {"epochs": 1, "loss": "squared_error", "target_scale": 3.0},
+        {"epochs": 2, "batch_size": [4, 60, 7]},
+        {"steps": 9, "batch_size": (16, 5, 5), "schedule": "step", "schedule_factor": 0.5, "schedule_drops": [1 / 3]},
+        {"epochs": [2, 1, 1], "schedule": "exponential", "schedule_factor": 0.02},
     ],
 )
 def test_naive_is_a_plain_loop_to_the_bit(options: dict[str, Any]) -> None:
-    data, seed, batch = blobs(), 5, 8
+    data, seed = blobs(), 5
     stream = permuted(data, tasks=3)
     model, plain = network(dropout=0.4, norm=True), network(dropout=0.4, norm=True)
     result = learn(stream, model, seed=seed, **options)
@@ -130,6 +135,7 @@ def test_naive_is_a_plain_loop_to_the_bit(options: dict[str, Any]) -> None:
             momentum = options.get("momentum", 0.0)
             optimizer = torch.optim.SGD(plain.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
         x, y = task.train
+        batch = options.get("batch_size", [8] * 3)[t]
         per_epoch = -(-len(x) // batch)
         length = options.get("steps", options.get("epochs"))
         length = length if isinstance(length, int) else length[t]
@@ -139,6 +145,10 @@ def test_naive_is_a_plain_loop_to_the_bit(options: dict[str, Any]) -> None:
             for group in optimizer.param_groups:
                 if options.get("schedule") == "cosine":
                     group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * step / steps))
+                elif options.get("schedule") == "step":
+                    group["lr"] = lr * 0.5 if step >= 3 else lr
+                elif options.get("schedule") == "exponential":
+                    group["lr"] = lr * 0.02 ** (step / steps)
             epoch, position = divmod(step, per_epoch)
             index = order(seed, t, epoch, len(x))[position * batch : (position + 1) * batch]
             optimizer.zero_grad()
@@ -158,6 +168,35 @@ def test_naive_is_a_plain_loop_to_the_bit(options: dict[str, Any]) -> None:
     assert equal(values(model), values(plain))
     assert same(result.accuracy, accuracy)
     assert result.initial.tolist() == initial
+
+
+def test_a_training_and_its_fields_as_keywords_are_one() -> None:
+    stream = permuted(blobs(), tasks=2)
+    training = Training(optimizer="sgd", lr=0.05, lr_decay=0.5, batch_size=[8, 16], epochs=2, seed=4)
+    models = [network(dropout=0.3) for _ in range(3)]
+    run(stream, models[0], Naive(), training=training, progress=False)
+    fields = {"lr": 0.05, "lr_decay": 0.5, "batch_size": [8, 16], "epochs": 2, "seed": 4}
+    run(stream, models[1], Naive(), **fields, progress=False)
+    run(stream, models[2], Naive(), training=replace(training, epochs=7), epochs=2, progress=False)
+    assert equal(values(models[0]), values(models[1]))
+    assert equal(values(models[0]), values(models[2]))
+    assert run(stream, network(), Naive(), training=training, steps=3, progress=False).tasks[0]["steps"] == 3
+
+
+def test_a_method_sees_the_batch_size_of_its_task() -> None:
+    drawn: list[tuple[int, int]] = []
+
+    class Listens(ER):
+        def loss(self, learner: Learner, batch: Batch) -> Tensor:
+            drawn.append((learner.batch_size, len(batch.y)))
+            return super().loss(learner, batch)
+
+    learn(permuted(blobs(), tasks=3), network(), Listens(20), batch_size=[20, 30, 60])
+    assert drawn == [(20, 20)] * 3 + [(30, 30)] * 2 + [(60, 60)]
+    drawn.clear()
+    joint = type("Listens", (Listens, Joint), {"tasks": Joint.tasks, "loss": Listens.loss})
+    learn(permuted(blobs(), tasks=3), network(), joint(20), batch_size=[20, 30, 60])
+    assert drawn == [(60, 60)] * 3
 
 
 def two_by_two(count: int = 60) -> tuple[Task, ...]:
@@ -605,7 +644,7 @@ def test_a_strategy_is_used_again() -> None:
         ({"target_scale": 15.0}, "target_scale belongs to the loss squared_error"),
         ({"loss": "squared_error", "target_scale": 0.0}, "target_scale must be a positive number"),
         ({"optimizer": "lion"}, "no optimizer 'lion'"),
-        ({"schedule": "step"}, "no schedule 'step'"),
+        ({"schedule": "square"}, "no schedule 'square'"),
         ({"lr": -1.0}, "lr must be a positive number"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"lr_decay": 0.0}, "lr_decay must be a positive number"),
@@ -614,11 +653,15 @@ def test_a_strategy_is_used_again() -> None:
         ({"optimizer": "adam", "momentum": 0.9}, "momentum belongs to sgd"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"clip_norm": 0.0}, "clip_norm must be a positive number"),
+        ({"batch_size": [8, 8, 8]}, "batch_size has 3 values, and there are 2 tasks"),
+        ({"batch_size": [8, 0]}, "batch_size must be a whole number from 1, not 0"),
+        ({"training": {"lr": 0.1}}, r"training must be a curvlab\.training\.Training, not {'lr': 0.1}"),
+        ({"learning_rate": 0.1}, "no training option 'learning_rate'"),
         ({"epochs": 1, "steps": 1}, "give either epochs or steps, not both"),
         ({"epochs": 0}, "epochs must be a whole number from 1, not 0"),
         ({"epochs": 1.5}, "epochs must be a whole number from 1, not 1.5"),
         ({"steps": [1, 2, 3]}, "steps has 3 values, and there are 2 tasks"),
-        ({"steps": "10"}, "steps must be a whole number from 1, not '1'"),
+        ({"steps": "10"}, "steps must be a whole number from 1, not '10'"),
         ({"epochs": True}, "epochs must be a whole number from 1, not True"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"batch_size": 8.0}, "batch_size must be a whole number from 1, not 8.0"),
@@ -627,8 +670,8 @@ def test_a_strategy_is_used_again() -> None:
         ({"evaluate_every": 2.5}, "evaluate_every must be a whole number from 1, not 2.5"),
         ({"seed": -1}, "seed must be a whole number from 0, not -1"),
         ({"seed": 1.5}, "seed must be a whole number from 0, not 1.5"),
-        ({"lr": "0.1"}, "lr must be a number, not '0.1'"),
-        ({"momentum": None}, "momentum must be a number, not None"),
+        ({"lr": "0.1"}, "lr must be a positive number, not '0.1'"),
+        ({"momentum": None}, "momentum must be at least 0 and below 1, not None"),
         ({"clip_norm": "1"}, "clip_norm must be a positive number, not '1'"),
         ({"min_lr": None}, "min_lr must be a number of at least 0, not None"),
         ({"stream": blobs()}, r"a stream is a sequence of tasks, such as permuted\(dataset, tasks=5\), not Dataset"),
@@ -774,6 +817,8 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         ({"strategy": Naive()}, r"strategy is ER\(.* there and Naive\(\) here"),
         ({"lr": 0.2}, "lr is 0.1 there and 0.2 here"),
         ({"epochs": 2}, r"epochs is \(1, 1, 1\) there and \(2, 2, 2\) here"),
+        ({"batch_size": [8, 8, 9]}, r"batch_size is 8 there and \(8, 8, 9\) here"),
+        ({"schedule": "exponential"}, "schedule is constant there and exponential here"),
         ({"steps": 8}, "epochs is .* there and absent here"),
         ({"head": "growing"}, "head is single there"),
         ({"model": network(norm=True)}, "belongs to another run"),
@@ -782,6 +827,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CurvlabError, match=said) as raised:
             learn(**given)
         assert len(str(raised.value)) < 800
+    assert learn(stream, network(), ER(10), checkpoint=path, batch_size=[8, 8, 8]).resumed_at == 3
     for changed in (network(seed=4), network().requires_grad_(True)):
         if equal(values(changed), values(network())):
             changed[4].bias.data[1] += 1e-6
@@ -792,6 +838,31 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         learn(stream, network(), ER(10), checkpoint=path)
     with pytest.raises(CurvlabError, match="is a file, not a folder"):
         learn(stream, network(), checkpoint=path / "run.pt")
+
+
+def test_a_checkpoint_describes_a_run_as_in_earlier_versions(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    learn(permuted(blobs(), tasks=2), network(), checkpoint=path, schedule="linear")
+    described = torch.load(path)["fingerprint"]
+    assert {name: value for name, value in described.items() if not name.startswith(("task", "parameter"))} == {
+        "head": "single",
+        "loss": "cross_entropy",
+        "target_scale": 1.0,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "lr_decay": 1.0,
+        "min_lr": 0.0,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "linear",
+        "clip_norm": None,
+        "batch_size": 8,
+        "seed": 0,
+        "evaluation": "test",
+        "evaluate_every": None,
+        "epochs": (1, 1),
+        "strategy": "Naive()",
+    }
 
 
 def test_a_checkpoint_began_at_a_point_of_linearization(tmp_path: Path) -> None:

@@ -279,14 +279,15 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from test_recorder import OPTIONS, blobs, network, recorder_of_run
-from curvlab.training import fit, loop
+from curvlab.training import fit
+from curvlab.training.run import Run
 torch.set_num_threads({torch.get_num_threads()})
-real = loop._Run.train_step
+real = Run.train_step
 def step(run, *batch):
     if run.step == {stop_at}:
         os.kill(os.getpid(), signal.SIGKILL)
     real(run, *batch)
-loop._Run.train_step = step
+Run.train_step = step
 fit(network(), blobs(), checkpoint={str(file)!r}, observers=[recorder_of_run()], **OPTIONS)
 """
     code, _, err = starter.start(["-c", script]).wait()

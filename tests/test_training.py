@@ -3,7 +3,10 @@
 import os
 import random
 import signal
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
-from curvlab.training import evaluate, fit, loop
+from curvlab.training import Training, evaluate, fit
+from curvlab.training import run as running
 from curvlab.training.checkpoint import CheckpointFile
+from curvlab.training.options import TrainingChanges
 
 
 def blobs(count: int = 90, features: int = 6) -> tuple[Tensor, Tensor]:
@@ -103,6 +108,115 @@ def test_schedules_fall_to_zero_after_the_last_step(schedule: str, rates: list[f
     assert [record["lr"] for record in result.history] == pytest.approx(rates, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({"schedule": "step"}, lambda step: 0.1 ** ((step >= 6) + (step >= 9))),
+        (
+            {"schedule": "step", "schedule_factor": 0.5, "schedule_drops": [1 / 3, 2 / 3, 0.75]},
+            lambda step: 0.5 ** ((step >= 4) + (step >= 8) + (step >= 9)),
+        ),
+        ({"schedule": "step", "schedule_factor": 0.2, "schedule_drops": (0.99,)}, lambda step: 1.0),
+        ({"schedule": "exponential"}, lambda step: 0.1 ** (step / 12)),
+        ({"schedule": "exponential", "schedule_factor": 1e-3}, lambda step: 1e-3 ** (step / 12)),
+    ],
+)
+def test_schedules_step_and_exponential(options: dict[str, Any], factor: Callable[[int], float]) -> None:
+    result = fit(network(), blobs(), lr=0.2, steps=12, evaluate_every=1, **options)
+    assert [record["lr"] for record in result.history] == [0.2 * factor(step) for step in range(12)]
+
+
+def test_gradients_are_clipped() -> None:
+    x, y = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [0.0]])
+    model = nn.Linear(2, 1, bias=False)
+    weight = model.weight.detach().clone()
+    gradient = (x @ weight.T - y).T @ x / 2
+    bound = float(gradient.norm()) / 4
+    fit(model, (x, y), loss="squared_error", optimizer="sgd", lr=0.1, steps=1, batch_size=2, clip_norm=bound)
+    torch.testing.assert_close(model.weight.detach(), weight - 0.1 * gradient / 4)
+
+
+def test_a_training_and_its_fields_as_keywords_are_one() -> None:
+    fields = {"optimizer": "sgd", "lr": 0.02, "momentum": 0.5, "schedule": "step", "batch_size": 16, "seed": 3}
+    models = [network() for _ in range(3)]
+    histories = [
+        fit(models[0], blobs(), training=Training(**fields, epochs=2)).history,
+        fit(models[1], blobs(), **fields, epochs=2).history,
+        fit(models[2], blobs(), training=Training(**fields, steps=99), epochs=2).history,
+    ]
+    assert histories[0] == histories[1] == histories[2]
+    assert equal(state(models[0]), state(models[1]))
+    assert equal(state(models[0]), state(models[2]))
+    assert fit(network(), blobs(), training=Training(epochs=9), steps=2).steps == 2
+
+
+def test_the_keywords_of_a_training_are_its_fields() -> None:
+    assert get_type_hints(TrainingChanges) == get_type_hints(Training)
+
+
+def test_a_training_holds_plain_values_and_can_be_a_key() -> None:
+    training = Training(lr=np.float32(0.5), seed=np.int64(3), batch_size=[np.int32(8), 4], schedule_drops=(0.5, 0.75))
+    assert training == Training(lr=0.5, seed=3, batch_size=(8, 4))
+    assert {training: 1}[Training(lr=0.5, seed=3, batch_size=[8, 4])] == 1
+    assert [type(value) for value in (training.lr, training.seed, *training.batch_size)] == [float, int, int, int]
+    with pytest.raises(FrozenInstanceError):
+        training.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "lion"}, "no optimizer 'lion'; the optimizers are adam, adamw, sgd"),
+        ({"schedule": "square"}, "no schedule 'square'; .* constant, linear, cosine, step, exponential"),
+        ({"lr": "0.1"}, "lr must be a positive number, not '0.1'"),
+        ({"lr": float("inf")}, "lr must be a positive number, not inf"),
+        ({"lr_decay": 0}, "lr_decay must be a positive number, not 0"),
+        ({"min_lr": -1.0}, "min_lr must be a number of at least 0, not -1.0"),
+        ({"momentum": 1, "optimizer": "sgd"}, "momentum must be at least 0 and below 1, not 1"),
+        ({"weight_decay": None}, "weight_decay must be at least 0, not None"),
+        ({"clip_norm": 0}, "clip_norm must be a positive number, not 0"),
+        ({"schedule": "step", "schedule_factor": 1.5}, "schedule_factor must be above 0 and at most 1, not 1.5"),
+        ({"schedule": "step", "schedule_drops": ()}, r"schedule_drops must be increasing fractions .*, not \(\)"),
+        ({"schedule": "step", "schedule_drops": 0.5}, "schedule_drops must be increasing fractions .*, not 0.5"),
+        ({"schedule": "step", "schedule_drops": [0.5, 0.5]}, "schedule_drops must be increasing"),
+        ({"schedule": "step", "schedule_drops": [0.5, 1.0]}, "schedule_drops must be increasing .*, not 1.0"),
+        ({"schedule_factor": 0.5}, "schedule_factor belongs to schedule step and exponential; leave it at 0.1"),
+        (
+            {"schedule": "exponential", "schedule_drops": [0.5]},
+            r"schedule_drops belongs to schedule step; leave it at \(0.5, 0.75\)",
+        ),
+        ({"batch_size": True}, "batch_size must be a whole number from 1, not True"),
+        ({"batch_size": [8, 1.5]}, "batch_size must be a whole number from 1, not 1.5"),
+        ({"epochs": 0}, "epochs must be a whole number from 1, not 0"),
+        ({"steps": 1.0}, "steps must be a whole number from 1, not 1.0"),
+        ({"epochs": 1, "steps": 1}, "either epochs or steps, not both"),
+        ({"seed": 0.5}, "seed must be a whole number from 0, not 0.5"),
+    ],
+)
+def test_wrong_values_of_a_training_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CurvlabError, match=message):
+        Training(**fields)
+
+
+def test_a_checkpoint_describes_a_run_as_in_earlier_versions(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    fit(network(), blobs(), **options(file))
+    described = torch.load(file)["fingerprint"]
+    assert {k: v for k, v in described.items() if not k.startswith(("parameter", "buffer")) and "data" not in k} == {
+        "loss": "cross_entropy",
+        "optimizer": "adam",
+        "lr": 0.01,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "steps": 30,
+        "batch_size": 16,
+        "seed": 0,
+        "evaluate_every": 7,
+        "target": None,
+    }
+
+
 def test_same_seed_same_bits_and_another_seed_others() -> None:
     models = [network() for _ in range(3)]
     histories = [
@@ -156,14 +270,14 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     whole = fit(undisturbed, blobs(), **options(None, optimizer=optimizer, momentum=momentum))
 
     file = tmp_path / "new" / "run.pt"
-    real = loop._Run.train_step
+    real = running.Run.train_step
 
-    def dies(run: loop._Run, *batch: object) -> None:
+    def dies(run: running.Run, *batch: object) -> None:
         real(run, *batch)
         if run.step == 18:
             raise KeyboardInterrupt  # in the middle of a step: nothing of it may be saved
 
-    monkeypatch.setattr(loop._Run, "train_step", dies)
+    monkeypatch.setattr(running.Run, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         fit(network(), blobs(), **options(file, optimizer=optimizer, momentum=momentum))
     monkeypatch.undo()
@@ -186,9 +300,9 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.Mo
     whole = fit(undisturbed, blobs(), **options(None))
     file = tmp_path / "run.pt"
     handler = signal.getsignal(signal.SIGINT)
-    real_step, real_measure = loop._Run.train_step, loop.measure
+    real_step, real_measure = running.Run.train_step, running.measure
 
-    def step(run: loop._Run, *batch: object) -> None:
+    def step(run: running.Run, *batch: object) -> None:
         if place == "step" and run.step == 12:
             os.kill(os.getpid(), signal.SIGINT)
         real_step(run, *batch)
@@ -199,8 +313,8 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.Mo
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
-    monkeypatch.setattr(loop._Run, "train_step", step)
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(running.Run, "train_step", step)
+    monkeypatch.setattr(running, "measure", measure)
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(network(), blobs(), **options(file))
     monkeypatch.undo()
@@ -221,6 +335,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     for model, data, changes, difference in (
         (network(), blobs(), {"lr": 0.02}, "lr is 0.01 there and 0.02 here"),
         (network(), blobs(), {"steps": 31}, "steps is 30 there and 31 here"),
+        (network(), blobs(), {"clip_norm": 1.0}, "clip_norm is absent there and 1.0 here"),
+        (network(), blobs(), {"schedule": "step"}, "schedule is cosine there and step here, schedule_factor is absent"),
         (
             network(9),
             blobs(),
@@ -273,17 +389,25 @@ def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"lr": 0.0}, "lr must be a positive number, not 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"optimizer": "lbfgs"}, "no optimizer 'lbfgs'"),
-        ({"schedule": "step"}, "no schedule 'step'"),
+        ({"schedule": "square"}, "no schedule 'square'"),
         ({"momentum": 0.9}, "momentum belongs to sgd"),
         ({"epochs": 1}, "either epochs or steps, not both"),
         ({"steps": None}, "either epochs or steps"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be a whole number from 0, not -1"),
         ({"target": 0.9}, "target .* needs evaluation data"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
+        ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1, not 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be a whole number from 1, not 0"),
+        ({"batch_size": [8]}, "batch_size must be one number here; a list, .* is for continual.run"),
+        ({"steps": [8]}, "steps must be one number here"),
+        ({"lr_decay": 0.5}, "lr_decay acts from one task to the next, in continual.run; leave it at 1.0"),
+        ({"min_lr": 0.5}, "min_lr acts from one task to the next"),
+        ({"training": 0.1}, r"training must be a curvlab\.training\.Training, not 0.1"),
+        ({"momentun": 0.9}, "no training option 'momentun'; did you mean 'momentum'"),
     ],
 )
 def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> None:
@@ -412,14 +536,14 @@ def test_observers_of_a_killed_run_go_on(tmp_path: Path, monkeypatch: pytest.Mon
     whole = Counts()
     fit(network(), blobs(), **options(None), observers=[whole])
     file = tmp_path / "run.pt"
-    real = loop._Run.train_step
+    real = running.Run.train_step
 
-    def dies(run: loop._Run, *batch: object) -> None:
+    def dies(run: running.Run, *batch: object) -> None:
         real(run, *batch)
         if run.step == 23:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Run, "train_step", dies)
+    monkeypatch.setattr(running.Run, "train_step", dies)
     lost = Counts()
     with pytest.raises(KeyboardInterrupt):
         fit(network(), blobs(), **options(file), observers=[lost])

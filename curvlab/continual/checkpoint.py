@@ -1,7 +1,7 @@
 """The state of a run after each of its tasks, in one file, and how much memory a method holds."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from curvlab.matrices.layers import HomogeneousWeight
 from curvlab.matrices.penalty import STORED
 from curvlab.parameters import ParameterSpace
 from curvlab.training.checkpoint import CheckpointFile, model_tensors
+from curvlab.training.options import Training
 
 # What a method may hold besides tensors and plain values: a checkpoint is read without running anything else.
 _HELD = (*CurvatureMatrix.kinds.values(), Info, HomogeneousWeight, Eigenbasis, Factors, ParameterSpace, slice, *STORED)
@@ -51,6 +52,20 @@ def weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def describe_training(trainings: Sequence[Training]) -> dict[str, Any]:
+    """Return the options of the training by name, with the length of each task, and its batch size where they differ.
+
+    Args:
+        trainings: The options of each task.
+    """
+    options = trainings[0].describe()
+    del options["epochs"], options["steps"]
+    length = "epochs" if trainings[0].steps is None else "steps"
+    options[length] = tuple(getattr(training, length) for training in trainings)
+    sizes = [training.batch_size for training in trainings]
+    return options | {"batch_size": tuple(sizes) if len(set(sizes)) > 1 else sizes[0]}
 
 
 def describe(strategy: Strategy) -> str:

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from curvlab.continual.options import check_number, check_positive, check_whole, is_number
+from curvlab.continual.options import check_positive, check_whole
 from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
-from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
 from curvlab.training.state import modes_restored, random_state_restored
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Require that each option of ``run`` is in its range.
+    """Require that each option of ``run`` itself is in its range.
 
     Raises:
         CurvlabError: One is not.
@@ -27,44 +26,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
     if options["evaluation"] not in ("test", "validation"):
         raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
-    check_whole("batch_size", options["batch_size"])
-    check_whole("seed", options["seed"], least=0)
     if options["evaluate_every"] is not None:
         check_whole("evaluate_every", options["evaluate_every"])
-    for name in ("target_scale", "lr_decay"):
-        check_positive(name, options[name])
-    if options["clip_norm"] is not None:
-        check_positive("clip_norm", options["clip_norm"])
-    check_number("min_lr", options["min_lr"])
-    for name in ("lr", "momentum", "weight_decay"):
-        if not is_number(options[name]):
-            raise CurvlabError(f"{name} must be a number, not {options[name]!r}")
+    check_positive("target_scale", options["target_scale"])
     if options["target_scale"] != 1 and options["loss"] != "squared_error":
         raise CurvlabError("target_scale belongs to the loss squared_error; leave it at 1")
-    parameter = nn.Parameter(torch.zeros(()))
-    optimizer = make_optimizer(
-        options["optimizer"], [parameter], options["lr"], options["momentum"], options["weight_decay"]
-    )
-    make_schedule(options["schedule"], optimizer, 1)
-
-
-def lengths(
-    epochs: int | Sequence[int] | None, steps: int | Sequence[int] | None, tasks: int
-) -> tuple[str, tuple[int, ...]]:
-    """Return what the length of a task is counted in, ``epochs`` or ``steps``, and that of each task.
-
-    Raises:
-        CurvlabError: Both are given, or they are not one number or one a task, from 1.
-    """
-    if epochs is not None and steps is not None:
-        raise CurvlabError("give either epochs or steps, not both")
-    kind, value = ("epochs", 1 if epochs is None else epochs) if steps is None else ("steps", steps)
-    each = tuple(value) if isinstance(value, Sequence) else (value,) * tasks
-    if len(each) != tasks:
-        raise CurvlabError(f"{kind} has {len(each)} values, and there are {tasks} tasks")
-    for count in each:
-        check_whole(kind, count)
-    return kind, each
 
 
 def check_stream(stream: object, evaluation: Part) -> tuple[Task, ...]:

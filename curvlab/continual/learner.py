@@ -44,7 +44,7 @@ class Learner:
         loss_name: ``cross_entropy`` or ``squared_error``.
         target_scale: Of the one-hot targets of squared error.
         lr: Learning rate at the start of the present task.
-        batch_size: Samples a step.
+        batch_size: Samples a step of the present task.
         steps: How many steps the present task has.
         step: How many of them are done.
         epoch_steps: How many steps it takes to see each sample once.

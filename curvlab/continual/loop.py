@@ -3,22 +3,23 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvlab.continual import checkpoint as checkpoints
-from curvlab.continual.checks import check_loss, check_model, check_options, check_strategy, check_stream, lengths
-from curvlab.continual.learner import Batch, Learner
+from curvlab.continual.checks import check_loss, check_model, check_options, check_strategy, check_stream
+from curvlab.continual.learner import Learner
 from curvlab.continual.measure import accuracies
 from curvlab.continual.outputs import Head, Outputs, TaskLoss
 from curvlab.continual.source import Source
+from curvlab.continual.steps import DROPOUT, STRATEGY, do_steps
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
@@ -27,19 +28,16 @@ from curvlab.progress import Advance
 from curvlab.progress import progress as progress_bar
 from curvlab.randomness import preserved_random_state
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
+from curvlab.training.lengths import count_steps, get_batch_size, split_by_task
 from curvlab.training.observers import unchanged
-from curvlab.training.optimization import make_optimizer, make_schedule
-from curvlab.training.samples import MODEL_ERRORS, check_weights, model_error, reference
+from curvlab.training.options import Training, TrainingChanges, combine
+from curvlab.training.samples import check_weights, reference
 from curvlab.training.state import derived_seed, gradients_restored, modes_restored, random_state_restored
 
 Record = dict[str, Any]
 Observe = Callable[[Learner], Mapping[str, Any]]
 
-_SHOW_EVERY = 0.1  # seconds
-_CHECK_EVERY = 500  # steps between two looks at the losses, each of which waits for the device
-_LOSSES = 100  # how many of the last ones the loss of a task is the mean of
-
-_ORDER, _DROPOUT, _STRATEGY = range(3)  # the independent random streams of a run
+_DEFAULT = Training(optimizer="sgd", lr=0.1, batch_size=64)
 
 
 @dataclass
@@ -73,23 +71,13 @@ def run(
     head: Head = "single",
     loss: TaskLoss = "cross_entropy",
     target_scale: float = 1.0,
-    optimizer: str = "sgd",
-    lr: float = 0.1,
-    lr_decay: float = 1.0,
-    min_lr: float = 0.0,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    schedule: str = "constant",
-    clip_norm: float | None = None,
-    epochs: int | Sequence[int] | None = None,
-    steps: int | Sequence[int] | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    training: Training = _DEFAULT,
     evaluation: Part = "test",
     evaluate_every: int | None = None,
     observe: Observe | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
+    **changes: Unpack[TrainingChanges],
 ) -> Result:
     """Learn the tasks of a stream one after another, and measure what is left of the earlier ones.
 
@@ -109,18 +97,8 @@ def run(
         loss: ``cross_entropy``, or ``squared_error`` on one-hot targets, half the squared distance; minimised is the
             mean over a batch.
         target_scale: What a one-hot target has in place of 1 (15 in the code of Shon et al. 2022).
-        optimizer: ``adam``, ``adamw`` or ``sgd``; made anew for every task.
-        lr: Learning rate of the first task.
-        lr_decay: Factor on it from one task to the next (Mirzadeh et al. 2020).
-        min_lr: What the decay does not go below.
-        momentum: For ``sgd``.
-        weight_decay: As the optimizer of ``torch.optim`` understands it.
-        schedule: Within a task: ``constant``, or down to 0: ``linear``, ``cosine``.
-        clip_norm: Largest norm of the gradient, what a method adds to it included; None for no limit.
-        epochs: Length of a task, of all or of each; either this or ``steps``. Without either, one epoch.
-        steps: Length of a task in batches, of all or of each.
-        batch_size: Samples a step.
-        seed: Decides the order of the samples and what dropout and the method draw; not the initial weights.
+        training: How each task is trained. The default is SGD with a rate of 0.1 and batches of 64 samples; a
+            ``Training`` that is given replaces it whole. Without ``epochs`` and ``steps``, a task has one epoch.
         evaluation: What accuracies are measured on; hyper-parameters are chosen on ``validation``.
         evaluate_every: Steps between two points of the curves of the tasks so far; None for no curves.
         observe: Called after every task, with the model as it is evaluated; what it returns (a dictionary of plain
@@ -129,6 +107,7 @@ def run(
         checkpoint: A file for the state after every task; if it exists, the run goes on from there. The model has to be
             as it was before the first task, not the one that a run that stopped has left.
         progress: Whether a terminal shows a progress bar.
+        **changes: Fields of ``training`` to change, such as ``lr=0.05, batch_size=[16, 32], epochs=3``.
 
     Raises:
         CurvlabError: An option, the stream, the model or its head do not go together; the loss or a weight ceases to
@@ -152,33 +131,22 @@ def run(
         "head": head,
         "loss": loss,
         "target_scale": target_scale,
-        "optimizer": optimizer,
-        "lr": lr,
-        "lr_decay": lr_decay,
-        "min_lr": min_lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "clip_norm": clip_norm,
-        "batch_size": batch_size,
-        "seed": seed,
         "evaluation": evaluation,
         "evaluate_every": evaluate_every,
     }
     # A checkpoint keeps plain values.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     check_options(options)
-    kind, each = lengths(epochs, steps, len(stream))
-    options[kind] = each
+    trainings = split_by_task(combine(training, changes), len(stream))
     outputs = Outputs(stream, head, check_model(model, stream), reference(model).device)
     check_loss(stream, outputs, loss)
     file = None
     if checkpoint is not None:
-        described = options | {"strategy": checkpoints.describe(strategy)}
+        described = options | checkpoints.describe_training(trainings) | {"strategy": checkpoints.describe(strategy)}
         described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
         file = CheckpointFile(Path(checkpoint), fingerprint(described, model))
-    learner = Learner(model, stream, outputs, loss, options["target_scale"], options["batch_size"])
-    return _Run(learner, copy.deepcopy(strategy), options, observe, file).all_tasks(progress)
+    learner = Learner(model, stream, outputs, loss, options["target_scale"], get_batch_size(trainings[0]))
+    return _Run(learner, copy.deepcopy(strategy), options, trainings, observe, file).all_tasks(progress)
 
 
 class _Run:
@@ -189,10 +157,12 @@ class _Run:
         learner: Learner,
         strategy: Strategy,
         options: Mapping[str, Any],
+        trainings: Sequence[Training],
         observe: Observe | None,
         file: CheckpointFile | None,
     ) -> None:
-        self.learner, self.strategy, self.options, self.observe, self.file = learner, strategy, options, observe, file
+        self.learner, self.strategy, self.options, self.trainings = learner, strategy, options, trainings
+        self.observe, self.file = observe, file
         tasks = len(learner.stream)
         self.result = Result(torch.full((tasks, tasks), torch.nan).double(), torch.full((tasks,), torch.nan).double())
         self.saved = 0
@@ -231,14 +201,14 @@ class _Run:
         return result
 
     def _begin(self) -> None:
-        learner, seed, tasks = self.learner, self.options["seed"], len(self.learner.stream)
+        learner, seed, tasks = self.learner, self.trainings[0].seed, len(self.learner.stream)
         states = None
         if self.file is not None:
             states = checkpoints.read(self.file, self.began)
             if states is None:
                 make_writable_folder(self.file.path.parent)
-        learner.generator.manual_seed(derived_seed(seed, tasks, _STRATEGY))
-        with random_state_restored(learner.device, derived_seed(seed, tasks, _DROPOUT)):
+        learner.generator.manual_seed(derived_seed(seed, tasks, STRATEGY))
+        with random_state_restored(learner.device, derived_seed(seed, tasks, DROPOUT)):
             self.strategy.start(learner)
         if states is not None:
             self._restore(states)
@@ -271,14 +241,14 @@ class _Run:
     # One task ---------------------------------------------------------------------------------------------------------
 
     def _task(self, advance: Advance) -> Record:
-        learner, strategy, options, result = self.learner, self.strategy, self.options, self.result
-        task, seed = learner.task, options["seed"]
+        learner, strategy, options, task = self.learner, self.strategy, self.options, self.learner.task
+        training = self.trainings[task]
         # Counted is what was trained on: joint training is at its first rate when the stream is at its last task.
-        decay = options["lr_decay"] ** sum(record["steps"] > 0 for record in result.tasks)
-        learner.lr = max(options["lr"] * decay, options["min_lr"])
-        learner.generator.manual_seed(derived_seed(seed, task, _STRATEGY))
+        decay = training.lr_decay ** sum(record["steps"] > 0 for record in self.result.tasks)
+        learner.lr, learner.batch_size = max(training.lr * decay, training.min_lr), get_batch_size(training)
+        learner.generator.manual_seed(derived_seed(training.seed, task, STRATEGY))
         learner.step, learner.steps, learner.epoch_steps = 0, 0, 1
-        with random_state_restored(learner.device, derived_seed(seed, task, _DROPOUT)):
+        with random_state_restored(learner.device, derived_seed(training.seed, task, DROPOUT)):
             # As in a run that continues here.
             learner.model.train()
             learner.model.zero_grad()
@@ -287,8 +257,7 @@ class _Run:
             if tasks := strategy.tasks(learner):
                 source = Source(learner, tasks)
                 learner.epoch_steps = math.ceil(len(source) / learner.batch_size)
-                length = options.get("steps") or options["epochs"]
-                learner.steps = length[task] * (1 if "steps" in options else learner.epoch_steps)
+                learner.steps = count_steps(training, learner.epoch_steps)
             times.append(time.perf_counter())
             strategy.before_task(learner)
             times.append(time.perf_counter())
@@ -296,7 +265,8 @@ class _Run:
             if source is None:
                 advance()
             else:
-                loss, evaluating = self._train(source, advance)
+                every = options["evaluate_every"]
+                loss, evaluating = do_steps(learner, strategy, training, source, every, self._point, advance)
             times.append(time.perf_counter())
             way_out = f"lower lr (here {learner.lr:g}) or the method's strength"
             check_weights(learner.model, f"after the last step of task {task}: {way_out}")
@@ -314,64 +284,6 @@ class _Run:
             "strategy_seconds": before + after,
             "evaluation_seconds": evaluating,
         }
-
-    def _train(self, source: Source, advance: Advance) -> tuple[float, float]:
-        """Do all steps; return the loss, and the seconds of the evaluations between them."""
-        learner, strategy, options = self.learner, self.strategy, self.options
-        parameters = list(learner.parameters.values())
-        if not parameters:
-            raise CurvlabError(f"{type(strategy).__name__} leaves no parameter to train")
-        optimizer = make_optimizer(
-            options["optimizer"], parameters, learner.lr, options["momentum"], options["weight_decay"]
-        )
-        scheduler = make_schedule(options["schedule"], optimizer, learner.steps)
-        clip, every = options["clip_norm"], options["evaluate_every"]
-        # What naive fine-tuning does not do costs nothing.
-        after_backward, after_step = _own(strategy, "after_backward"), _own(strategy, "after_step")
-        evaluating, shown, shown_at, note = 0.0, 0, -math.inf, ""
-        losses = _Losses(learner)
-        # A loss of its own is the method's, and what fails in it may be, too.
-        own = "" if type(strategy).loss is Strategy.loss else f", or the loss of {type(strategy).__name__},"
-        blamed, fails = f"the model{own}", f"fails in task {learner.task}"
-        for step, batch in enumerate(self._batches(source), start=1):
-            optimizer.zero_grad()
-            try:  # a context manager, entered at every step, would take a percent of a small one
-                loss = strategy.loss(learner, batch)
-                loss.backward()
-            except MODEL_ERRORS as error:
-                raise model_error(error, fails, of=blamed) from error
-            if after_backward is not None:
-                after_backward(learner)
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            learner.step = step
-            if after_step is not None:
-                after_step(learner)
-            losses.new.append(loss.detach())
-            last = step == learner.steps
-            measured = every is not None and (last or step % every == 0)
-            if last or measured or len(losses.new) == _CHECK_EVERY:
-                losses.check()
-            if measured:
-                started = time.perf_counter()
-                note = self._point()
-                evaluating += time.perf_counter() - started
-            if (now := time.monotonic()) > shown_at + _SHOW_EVERY or last:
-                advance((step - shown) / learner.steps, note=f"task {learner.task} {note}")
-                shown, shown_at = step, now
-        return losses.mean, evaluating
-
-    def _batches(self, source: Source) -> Iterator[Batch]:
-        learner = self.learner
-        epoch_steps = learner.epoch_steps
-        for epoch in range(math.ceil(learner.steps / epoch_steps)):
-            generator = torch.Generator().manual_seed(derived_seed(self.options["seed"], learner.task, _ORDER, epoch))
-            order = torch.randperm(len(source), generator=generator)
-            left = learner.steps - epoch * epoch_steps
-            yield from source.batches(order[: left * learner.batch_size], learner.batch_size)
 
     def _point(self) -> str:
         """Evaluate the tasks so far for the curves, and return what to show of it."""
@@ -419,34 +331,3 @@ class _Run:
             f"{stopped}; the same call, with the model as it was at first, goes on after task {self.saved - 1}, which "
             f"is saved in {self.file.path}"
         )
-
-
-class _Losses:
-    """Those of one task; new ones are still on the device, as bringing each one would stall it at every step."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
-        self.new: list[Tensor] = []
-        self.last: list[float] = []
-
-    @property
-    def mean(self) -> float:
-        return math.fsum(self.last) / len(self.last)
-
-    def check(self) -> None:
-        """Bring the new ones, and make sure that they are finite."""
-        values = torch.stack(self.new).tolist()
-        self.new.clear()
-        for step, value in enumerate(values, start=self.learner.step - len(values) + 1):
-            if not math.isfinite(value):
-                raise CurvlabError(
-                    f"the training loss is {value} at step {step} of task {self.learner.task}: lower lr (here "
-                    f"{self.learner.lr:g}) or the method's strength, or look at the scale of the inputs"
-                )
-        self.last = (self.last + values)[-_LOSSES:]
-
-
-def _own(strategy: Strategy, hook: str) -> Callable[[Learner], None] | None:
-    """Return a hook that is not the one of the base, which does nothing."""
-    bound: Callable[[Learner], None] = getattr(strategy, hook)
-    return None if getattr(bound, "__func__", None) is getattr(Strategy, hook) else bound

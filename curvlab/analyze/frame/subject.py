@@ -19,8 +19,8 @@ from curvlab.models import build, freeze_batch_norm
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
-from curvlab.training import fit
-from curvlab.training.optimization import OptimizerName, ScheduleName, make_optimizer
+from curvlab.training import Training, fit
+from curvlab.training.options import OptimizerName, ScheduleName
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
 
@@ -93,7 +93,7 @@ class TrainedSubjectConfig(SubjectConfig):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, as the optimizer of torch.optim understands it."""
     schedule: ScheduleName = "constant"
-    """Learning-rate schedule; linear and cosine end at 0."""
+    """Learning-rate schedule; linear and cosine end at 0, step at a hundredth of lr, exponential at a tenth."""
     steps: int = Field(default=500, ge=0)
     """Training steps (mini-batches); 0 analyses the network as it is initialised or loaded."""
     batch_size: int = Field(default=100, ge=1)
@@ -218,8 +218,7 @@ def check_subject(config: SubjectConfig, data: Dataset) -> None:
     if config.fine_tune and config.weights is None:
         raise CurvlabError("fine_tune is for weights from a file: set weights")
     if isinstance(config, TrainedSubjectConfig) and config.steps:
-        weight = nn.Parameter(torch.zeros(()))
-        make_optimizer(config.optimizer, [weight], config.lr, config.momentum, config.weight_decay)
+        Training(**fit_options(config))
 
 
 def check_distinct(**values: Sequence[object]) -> None:
@@ -270,7 +269,7 @@ def problem(config: SubjectConfig, data: Dataset, model: nn.Module) -> Problem:
 
 
 def fit_options(config: TrainedSubjectConfig) -> dict[str, Any]:
-    """Return what ``curvlab.training.fit`` takes of a config."""
+    """Return the options of a ``curvlab.training.Training`` that a config has."""
     names = ("optimizer", "lr", "momentum", "weight_decay", "schedule", "steps", "batch_size")
     return {name: getattr(config, name) for name in names}
 
@@ -289,8 +288,7 @@ def train_network(
     result = fit(
         model,
         (data.x_train, data.y_train),
-        **fit_options(config),
-        seed=seed,
+        training=Training(**fit_options(config), seed=seed),
         evaluation=(data.x_test, data.y_test),
         evaluate_every=config.steps,
         checkpoint=checkpoint,
