@@ -23,10 +23,10 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import CurvatureMatrix
+from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.results import Column, aggregate, significant
-from curvlab.results.plots import difference_maps
 from curvlab.structures import parse_structure
 
 REFERENCE = "torch"
