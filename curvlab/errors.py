@@ -9,12 +9,16 @@ class UnsupportedError(CurvlabError):
     """A backend cannot compute this right for this model; the message names the module, the backend and what would."""
 
 
-def first_line(error: BaseException, length: int = 160) -> str:
+def first_line(error: BaseException | str, length: int = 160) -> str:
     r"""Return the first line of what an error of other code says, for a clause of a message; cut where it is long.
+
+    The type of an error that says nothing stands for it.
 
     Examples:
         >>> first_line(RuntimeError("it does not fit\nHere is how to report it ..."))
         'it does not fit'
+        >>> first_line(KeyboardInterrupt())
+        'KeyboardInterrupt'
     """
-    line = str(error).strip().partition("\n")[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= length else line[: length - 4] + " ..."

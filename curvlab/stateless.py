@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -150,7 +150,7 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return deepcopy(model, {id(t): t.detach().clone() for t in apart})
     except Exception as error:  # a module may hold anything
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
 
 

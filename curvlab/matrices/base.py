@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlab.checks import real_number, shown, whole_number
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, first_line
 from curvlab.files import to_path, write_whole
 from curvlab.matrices.damping import Damping, DampingLike
 from curvlab.parameters import ParameterSpace, Vectors
@@ -562,7 +562,7 @@ def _moved(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype
     try:
         moved = tensor.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise CurvlabError(f"the matrix cannot be moved to {device!r}: {reason}") from error
     if moved.is_meta:
         raise CurvlabError("the matrix cannot be moved to 'meta', where tensors have no entries")
