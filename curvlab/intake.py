@@ -41,7 +41,7 @@ class Intake:
             _check_pair(data, "the data", "the data have")
         elif _is_pair_of_arrays(data):
             raise CurvlabError(
-                f"the data are {_describe_batch(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
+                f"the data are {_describe(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
             )
         elif not isinstance(data, Iterable):
             raise CurvlabError(
@@ -103,7 +103,7 @@ class Intake:
         for index, batch in enumerate(self._drawn()):
             if not _is_pair(batch):
                 raise CurvlabError(
-                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_describe_batch(batch)}"
+                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_describe(batch)}"
                     + (_AS_TENSORS if _could_be_pair(batch) else "")
                     + self._unbatched()
                 )
@@ -297,7 +297,7 @@ def _expected_batches(data: object) -> int | None:
         return None
 
 
-def _describe_batch(batch: object) -> str:
+def _describe(batch: object) -> str:
     if isinstance(batch, (tuple, list)):
         kind = type(batch).__name__
         return f"a {kind} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
