@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from curvlab.continual.options import check_number, check_positive, check_whole, is_number
 from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.tasks import Part, Task
+from curvlab.continual.task import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
