@@ -20,7 +20,7 @@ from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.snapshots import differentiable, told
 from curvlab.losses import Loss
-from curvlab.matrices.base import symmetric_eigh
+from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
