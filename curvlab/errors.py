@@ -22,3 +22,14 @@ def first_line(error: BaseException | str, length: int = 160) -> str:
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= length else line[: length - 4] + " ..."
+
+
+def type_and_line(error: BaseException, length: int = 160) -> str:
+    """Return the type of an error of other code and the first line of what it says, or the type alone.
+
+    Examples:
+        >>> type_and_line(ValueError("too many")), type_and_line(StopIteration())
+        ('ValueError: too many', 'StopIteration')
+    """
+    name, line = type(error).__name__, first_line(error, length)
+    return name if line == name else f"{name}: {line}"

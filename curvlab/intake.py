@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from curvlab.errors import CurvlabError, first_line
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.randomness import holders_of, random_state, with_own_randomness
 
 Pair = tuple[Tensor, Tensor]
@@ -130,7 +130,7 @@ class Intake:
             except CurvlabError:
                 raise
             except Exception as error:
-                raise CurvlabError(f"the data fail at batch {index}: {_describe_error(error)}") from error
+                raise CurvlabError(f"the data fail at batch {index}: {type_and_line(error)}") from error
             yield batch
             index += 1
 
@@ -302,11 +302,6 @@ def _describe(batch: object) -> str:
         kind = type(batch).__name__
         return f"a {kind} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
     return f"a {type(batch).__name__}"
-
-
-def _describe_error(error: Exception) -> str:
-    kind, line = type(error).__name__, first_line(error)
-    return kind if line == kind else f"{kind}: {line}"
 
 
 def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
+from curvlab.graph import walk
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,19 +122,8 @@ def writes(model: nn.Module, name: str) -> str:
 
 def leaves(outputs: Tensor) -> dict[int, Tensor]:
     """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
-    waiting = [outputs.grad_fn]
-    seen = set(waiting)
-    found: dict[int, Tensor] = {}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if (variable := getattr(node, "variable", None)) is not None:
-            found[id(variable)] = variable
-        further = [following for following, _ in node.next_functions if following not in seen]
-        seen.update(further)
-        waiting += further
-    return found
+    variables = (getattr(node, "variable", None) for node, _ in walk([outputs]))
+    return {id(variable): variable for variable in variables if variable is not None}
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from curvlab.errors import UnsupportedError
+from curvlab.errors import UnsupportedError, type_and_line
 from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
@@ -251,7 +251,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
     try:
         return _product_obstacle(few, quantity, space)
     except Exception as error:  # what is raised where it meets something unforeseen can be anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = type_and_line(error)
         return f"it fails on {_suspects(problem.model, quantity)} ({reason})"
 
 
