@@ -56,7 +56,8 @@ def test_every_method_has_as_many_candidates():
         assert {len(candidates(config, method)) for method in ALL} == {config.trials}, name
         for method in ALL:
             assert (
-                math.prod(len(getattr(config, field)) for field in METHODS[method].tuned.values()) == config.trials
+                math.prod(len(getattr(config, field)) for field in METHODS[method].hyper_parameters.values())
+                == config.trials
             ), name
 
 
@@ -380,7 +381,7 @@ def test_no_batch_is_smaller_and_no_rate_rises():
         for size in (1, 64)
         for decay in (0.5, 1.0)
     ]
-    tuned = list(METHODS["stable"].tuned)
+    tuned = list(METHODS["stable"].hyper_parameters)
     ends = {(row["lr"], row["batch_size"], row["decay"]): at_an_end(SEARCH, row, rows, tuned) for row in rows}
     assert ends[0.2, 1, 1.0] == []
     assert ends[0.1, 64, 0.5] == ["lr", "batch_size", "decay"]

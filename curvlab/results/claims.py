@@ -66,6 +66,8 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     Examples:
         >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
         Gate(reason='', scope='direction, at tasks 5')
+        >>> require_direction({"data": "digits"}, {"data": "mnist"}, {"data": {"one of": ["mnist", "cifar10"]}}).reason
+        'data is digits, mnist or cifar10 is needed'
     """
     missed = []
     for name, value in least.items():

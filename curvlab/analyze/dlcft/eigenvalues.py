@@ -309,5 +309,5 @@ ANALYSIS = Analysis(
     ),
     kinds={"table": "step", "trainings": "test_accuracy"},
     artifacts=("densities",),
-    items=("poster, panels (a) and (b)", "supplement, Fig. 7"),
+    items=("poster (a) and (b)", "supplement Fig. 7"),
 )

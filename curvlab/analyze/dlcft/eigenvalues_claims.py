@@ -170,9 +170,9 @@ def claims(records: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         records: Points as ``table.json`` has them.
         ours: Of ``conditions``.
     """
-    of_network = [record for record in records if record["layer"] == "network"]
-    curves = {(curve["loss"], curve["quantity"], curve["seed"]): curve for curve in summarise_curves(of_network)}
-    seeds = sorted({record["seed"] for record in of_network})
+    points = [record for record in records if record["layer"] == "network"]
+    curves = {(curve["loss"], curve["quantity"], curve["seed"]): curve for curve in summarise_curves(points)}
+    seeds = sorted({record["seed"] for record in points})
     most = max((curve["points"] for curve in curves.values()), default=0)
     gate, source = _gate(ours), _table(ours)["source"]
 
@@ -184,7 +184,7 @@ def claims(records: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         return [math.nan if value is None else value for value in values]
 
     answers = []
-    for quantity in dict.fromkeys(record["quantity"] for record in of_network):
+    for quantity in dict.fromkeys(record["quantity"] for record in points):
         softmax, squared = (ends(loss, quantity) for loss in LOSSES)
         pairs = zip(softmax, squared, strict=True) if softmax and squared else ()
         ratios = [other / mine if mine > 0 else math.nan for mine, other in pairs]

@@ -314,5 +314,5 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     kinds={"table": "lambda_max", "network": "step"},
-    items=("supplement, Appendix A",),
+    items=("supplement Appendix A",),
 )

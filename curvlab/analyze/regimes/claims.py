@@ -107,14 +107,14 @@ def compare_regimes(
 
 
 def judge_stability(
-    stream: str, compared: Callable[[str, Callable[[float, float], float]], Sequence[float]], gate: Gate
+    stream: str, compare_metric: Callable[[str, Callable[[float, float], float]], Sequence[float]], gate: Gate
 ) -> dict[str, Claim]:
     """Return the claims about stable beside plastic training, by what they are about.
 
     Args:
         stream: Name of the stream.
-        compared: Of ``forgetting``, ``lambda_max``, ``distance`` or ``learning_accuracy``, and how to make a number of
-            that of stable and of plastic: the number of every seed, as ``compare_regimes`` gives it.
+        compare_metric: Takes ``forgetting``, ``lambda_max``, ``distance`` or ``learning_accuracy``, and how to make a
+            number of that of stable and of plastic; returns the number of every seed, as ``compare_regimes`` does.
         gate: Of the claims.
     """
     source: str = read_published("regimes")["figure3"]["source"]
@@ -141,6 +141,6 @@ def judge_stability(
         ),
     }
     return {
-        key: Claim.of(f"{stream}: {text}", source, compared(key, compare), test, gate=gate)
+        key: Claim.of(f"{stream}: {text}", source, compare_metric(key, compare), test, gate=gate)
         for key, (text, compare, test) in statements.items()
     }

@@ -211,7 +211,7 @@ def _claims(
     seeds = list(dict.fromkeys(record["seed"] for record in found))
     ranks = {row["seed"]: row for row in correlate(found)}
 
-    def compared(key: str, compare: Callable[[float, float], float]) -> list[float]:
+    def compare_metric(key: str, compare: Callable[[float, float], float]) -> list[float]:
         if key in ("lambda_max", "distance"):
             return published.compare_regimes(
                 seeds, found, lambda seed, name: fmean(p[key] for p in where(found, seed=seed, regime=name)), compare
@@ -234,7 +234,7 @@ def _claims(
             "lambda_max", "the wider the minimum, the less is forgotten (rank correlation of F1 and λmax alone"
         ),
         correlation("bound", "forgetting goes with its bound (rank correlation of F1 and 1/2 λmax |d|²"),
-        *published.judge_stability(stream, compared, gate("figure3")).values(),
+        *published.judge_stability(stream, compare_metric, gate("figure3")).values(),
     ]
 
 
@@ -284,4 +284,5 @@ ANALYSIS = Analysis(
     report=report,
     parts=regimes.parts,
     kinds={"table": "forgetting", "accuracies": "accuracy"},
+    items=("main hypothesis", "bound on forgetting"),
 )

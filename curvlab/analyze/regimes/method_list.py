@@ -28,7 +28,7 @@ class Method:
     options: tuple[str, ...] = ()
 
     @property
-    def tuned(self) -> Mapping[str, str]:
+    def hyper_parameters(self) -> Mapping[str, str]:
         """What is tuned, and the option that has its values."""
         return {"lr": self.lists["lr"], "batch_size": "batch_sizes", **self.lists}
 
@@ -74,7 +74,7 @@ METHODS: Mapping[str, Method] = {
     "joint": Method("multi-task (joint)", "all tasks at once", lambda *_: Joint()),
 }
 #: All that is tuned of some method.
-TUNED = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.tuned))
+HYPER_PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.hyper_parameters))
 
 
 def label_method(name: str) -> str:

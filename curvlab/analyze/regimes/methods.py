@@ -11,7 +11,7 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
 from curvlab.analyze.regimes import table2
-from curvlab.analyze.regimes.method_list import METHODS, TUNED, label_method
+from curvlab.analyze.regimes.method_list import HYPER_PARAMETERS, METHODS, label_method
 from curvlab.analyze.regimes.methods_config import PRESETS, MethodsConfig, candidates, single_run
 from curvlab.commandline.options import RunOptions
 from curvlab.commandline.parser import did_you_mean
@@ -89,7 +89,7 @@ def check(config: MethodsConfig, dataset: Dataset) -> None:
 
 def _check_lists(config: MethodsConfig, method: str) -> None:
     """Refuse the lists of a method, or what its candidates are to be judged by."""
-    tuned = {option: getattr(config, option) for option in METHODS[method].tuned.values()}
+    tuned = {option: getattr(config, option) for option in METHODS[method].hyper_parameters.values()}
     subject.check_distinct(**tuned)
     if len(candidates(config, method)) == 1:
         return
@@ -159,7 +159,7 @@ def measure(config: MethodsConfig, dataset: Dataset, workspace: Workspace) -> It
     summary = {
         **names,
         "evaluation": config.evaluation,
-        **{name: candidate.get(name) for name in TUNED},
+        **{name: candidate.get(name) for name in HYPER_PARAMETERS},
         **metrics.summary(result.accuracy),
         "bytes": result.tasks[-1]["bytes"],
         "seconds": sum(task["seconds"] + task["strategy_seconds"] for task in result.tasks),
@@ -282,4 +282,5 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "acc", "accuracies": "accuracy"},
+    items=("Table 2", "Fig. 4"),
 )

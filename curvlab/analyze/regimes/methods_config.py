@@ -185,7 +185,7 @@ def candidates(config: MethodsConfig, method: str) -> list[Candidate]:
 
     A larger number of trials begins with the same draws.
     """
-    lists = METHODS[method].tuned
+    lists = METHODS[method].hyper_parameters
     combinations = list(product(*(getattr(config, option) for option in lists.values())))
     order = np.arange(len(combinations))
     if len(combinations) > config.trials:
@@ -203,8 +203,10 @@ def single_run(
     evaluation: Literal["test", "validation"],
 ) -> MethodsConfig:
     """Return the configuration of a stream and method with a candidate, with unused options reset to their defaults."""
-    lists: dict[str, tuple[float, ...]] = {option: () for other in METHODS.values() for option in other.tuned.values()}
-    lists |= {option: (candidate[name],) for name, option in METHODS[method].tuned.items()}
+    lists: dict[str, tuple[float, ...]] = {
+        option: () for other in METHODS.values() for option in other.hyper_parameters.values()
+    }
+    lists |= {option: (candidate[name],) for name, option in METHODS[method].hyper_parameters.items()}
     unused = {option for other in METHODS.values() for option in other.options} - {*METHODS[method].options}
     unused |= {"trials", "selection_seeds"} | (set() if stream == "rotated" else {"degrees"})
     return config.model_copy(

@@ -184,7 +184,7 @@ def _claims(
     ranks = {row["seed"]: row["width"] for row in correlate(points)}
     gate = partial(published.gate, config, data, stream)
 
-    def compared(key: str, compare: Callable[[float, float], float]) -> list[float]:
+    def compare_metric(key: str, compare: Callable[[float, float], float]) -> list[float]:
         def value(seed: int, regime: str) -> float:
             (network,) = where(networks, seed=seed, regime=regime)
             return float(network[key])
@@ -196,7 +196,7 @@ def _claims(
         return max(float(stable["lambda_max"] / plastic["lambda_max"]) for stable, plastic in zip(*pairs, strict=True))
 
     both = {"stable", "plastic"} <= {record["regime"] for record in points}
-    stability = published.judge_stability(stream, compared, gate("figure3"))
+    stability = published.judge_stability(stream, compare_metric, gate("figure3"))
     each = Claim.of(
         f"{stream}: the stable regime's largest eigenvalue is smaller after every single task (the largest ratio)",
         stability["lambda_max"].source,
@@ -244,4 +244,5 @@ ANALYSIS = Analysis(
     report=report,
     parts=regimes.parts,
     kinds={"table": "acc", "points": "matvecs", "accuracies": "accuracy"},
+    items=("Fig. 3",),
 )
