@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.randomness import holders_of, random_state, with_own_randomness
 
 Pair = tuple[Tensor, Tensor]
@@ -41,7 +41,7 @@ class Intake:
             _check_pair(data, "the data", "the data have")
         elif _is_pair_of_arrays(data):
             raise CurvlabError(
-                f"the data are {_described(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
+                f"the data are {_describe(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
             )
         elif not isinstance(data, Iterable):
             raise CurvlabError(
@@ -103,7 +103,7 @@ class Intake:
         for index, batch in enumerate(self._drawn()):
             if not _is_pair(batch):
                 raise CurvlabError(
-                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_described(batch)}"
+                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_describe(batch)}"
                     + (_AS_TENSORS if _could_be_pair(batch) else "")
                     + self._unbatched()
                 )
@@ -130,7 +130,7 @@ class Intake:
             except CurvlabError:
                 raise
             except Exception as error:
-                raise CurvlabError(f"the data fail at batch {index}: {_first_line(error)}") from error
+                raise CurvlabError(f"the data fail at batch {index}: {type_and_line(error)}") from error
             yield batch
             index += 1
 
@@ -297,15 +297,11 @@ def _expected_batches(data: object) -> int | None:
         return None
 
 
-def _described(batch: object) -> str:
+def _describe(batch: object) -> str:
     if isinstance(batch, (tuple, list)):
         kind = type(batch).__name__
         return f"a {kind} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
     return f"a {type(batch).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(": ")
 
 
 def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:

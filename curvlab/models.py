@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 
 _NAMES = ("mlp", "cnn", "shallow_cnn", "resnet20")
 _TORCHVISION = "torchvision:"
@@ -257,7 +257,7 @@ def _check_fit(model: nn.Module, name: str, sample_shape: tuple[int, ...], outpu
         with torch.no_grad():
             out = model(torch.zeros(2, *sample_shape))
     except Exception as error:  # a network can fail on a wrong shape in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CurvlabError(
             f"{name} cannot take samples of shape {sample_shape} ({reason}); choose another model"
         ) from error
@@ -368,7 +368,7 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
     try:
         graph = _LayerTracer().trace(model)
     except Exception as error:  # a forward pass that does not take the place-holders can fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UnsupportedError(
             f"the forward pass of {type(model).__name__} cannot be traced ({reason}), so that what follows a "
             "convolution is not known: freeze the batch normalisation by freeze_batch_norm"

@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, type_and_line
 from curvlab.intake import BatchSource, Intake, Pair, are_equal, is_finite, numbers
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
@@ -222,7 +222,7 @@ class Problem:
         except CurvlabError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = type_and_line(error)
             if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
                 reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
             raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error

@@ -1,4 +1,4 @@
-"""Random numbers: their states given back as they were, kept from what data draw, and draws of a model seen."""
+"""Random numbers: their states given back as they were, kept from what data draw; seeds; and draws of a model seen."""
 
 import random
 import sys
@@ -39,6 +39,24 @@ def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
             put(state)
 
     return restore
+
+
+@contextmanager
+def random_state_restored(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Give the global random state of the CPU and of ``device`` back; in between, start from ``seed``."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if seed is not None:
+            # torch.manual_seed would seed every other GPU too.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        yield
+
+
+def derived_seed(seed: int, *stream: int) -> int:
+    """Return a seed for one of the independent random streams that belong to ``seed``."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0])
 
 
 def holders_of(data: object) -> list[object]:

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
+from curvlab.graph import walk
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,24 +120,10 @@ def writes(model: nn.Module, name: str) -> str:
     )
 
 
-def graph_nodes(outputs: Tensor) -> Iterator[Any]:
-    """Yield the nodes of the graph of outputs, each once."""
-    waiting = [outputs.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        yield node
-        further = [following for following, _ in node.next_functions if following not in seen]
-        seen.update(further)
-        waiting += further
-
-
 def leaves(outputs: Tensor) -> dict[int, Tensor]:
     """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
-    ends = (getattr(node, "variable", None) for node in graph_nodes(outputs))
-    return {id(end): end for end in ends if end is not None}
+    variables = (getattr(node, "variable", None) for node, _ in walk([outputs]))
+    return {id(variable): variable for variable in variables if variable is not None}
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -153,7 +140,7 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return deepcopy(model, {id(t): t.detach().clone() for t in apart})
     except Exception as error:  # a module may hold anything
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
 
 

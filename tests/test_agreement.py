@@ -16,8 +16,8 @@ from curvlab.analyze.backends.agreement import compare, difference, make_sketch,
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import Diagonal, Info
 from curvlab.parameters import ParameterSpace
+from curvlab.plots import difference_maps
 from curvlab.problem import Problem
-from curvlab.results.plots import difference_maps
 
 pytestmark = pytest.mark.usefixtures("no_figures", "cells_here")
 

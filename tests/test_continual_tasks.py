@@ -411,7 +411,7 @@ def test_the_form_of_the_rows_does_not_matter():
 
 
 def test_a_data_set_is_hashed_once_and_not_kept(monkeypatch):
-    from curvlab.continual.tasks import _FINGERPRINTS
+    from curvlab.continual.task import _FINGERPRINTS
 
     hashed = []
     own = Dataset.fingerprint

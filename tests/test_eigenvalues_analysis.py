@@ -27,7 +27,7 @@ from curvlab.analyze.frame.subject import Subject
 from curvlab.commandline.options import RunOptions
 from curvlab.grid import Place
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
-from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
+from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
 pytestmark = pytest.mark.usefixtures("one_server", "cells_here")
 

@@ -13,7 +13,7 @@ from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.models import build
-from curvlab.results.distributions import log_bins, log_histogram
+from curvlab.plots import log_bins, log_histogram
 
 MNIST = Subject("mnist", (1, 28, 28), 10, 12665, 2115)
 

@@ -21,6 +21,7 @@ from cells_under_test import NAME, everything
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Outcome, draw, expand, folder_of, processes, reading, run, writing
 from curvlab.grid import store as store_module
+from curvlab.grid.aggregates import Mean, Std
 from curvlab.grid.cell import OUTPUT, find
 from curvlab.grid.output import Output
 from curvlab.sweep import config
@@ -500,7 +501,7 @@ def test_a_store_is_not_continued_with_other_data(file):
 def test_mean_and_spread_do_not_depend_on_the_order():
     rng = np.random.default_rng(0)
     values = rng.standard_normal(50) * 10.0 ** rng.integers(-8, 8, 50)
-    for aggregate in (store_module._Mean, store_module._Std):
+    for aggregate in (Mean, Std):
         found = set()
         for _ in range(20):
             gathered = aggregate()

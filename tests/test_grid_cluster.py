@@ -28,7 +28,7 @@ from test_grid import allow, attempts, cells, contents, grid_of, light_server, r
 
 from curvlab import data
 from curvlab.grid import cluster as cluster_module
-from curvlab.results.provenance import software
+from curvlab.software import describe_software
 
 __all__ = ["light_server"]  # a fixture
 
@@ -263,8 +263,8 @@ def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_pa
         try:
             until(lambda: list(tmp_path.glob("*/*/begun")))
             if what == "version":
-                other = software() | {"versions": {**software()["versions"], "curvlab": "0.0"}}
-                monkeypatch.setattr(cluster_module, "software", lambda: other)
+                other = describe_software() | {"versions": {**describe_software()["versions"], "curvlab": "0.0"}}
+                monkeypatch.setattr(cluster_module, "describe_software", lambda: other)
             else:
                 name = "curvlab" if what == "package" else NAME
                 monkeypatch.setattr(
@@ -283,10 +283,10 @@ def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_pa
 
 
 def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
-    other = software()
+    other = describe_software()
     other["versions"]["torch"] = "1.0"
     with monkeypatch.context() as patch:
-        patch.setattr(cluster_module, "software", lambda: other)
+        patch.setattr(cluster_module, "describe_software", lambda: other)
         patch.setattr(cluster_module.Requirements, "_require", _require_torch(cluster_module.Requirements._require))
         with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers from"):
             run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
@@ -302,7 +302,7 @@ def _require_torch(require):
 
     def check(requirements, worker):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cluster_module, "software", software)
+            patch.setattr(cluster_module, "describe_software", describe_software)
             require(requirements, worker)
 
     return check
@@ -328,7 +328,7 @@ WORKER = SimpleNamespace(address="tcp://a:1", name="w")
 
 def required(**others):
     given = REQUIRED | others
-    return {"software": software(), "code": fingerprints(given["functions"])} | given
+    return {"software": describe_software(), "code": fingerprints(given["functions"])} | given
 
 
 def test_what_a_worker_must_have():

@@ -10,7 +10,7 @@ import pytest
 
 from curvlab.errors import CurvlabError
 from curvlab.grid import Cell, Outcome, reading, writing
-from curvlab.grid import store as store_module
+from curvlab.grid.schema import APPLICATION, SCHEMA
 
 SOFTWARE = {"versions": {"torch": "2"}, "git": None}
 CELLS = [Cell("m:f", {"lr": 0.1 / 3**number, "word": "x" * 9, "seed": number % 3}) for number in range(12)]
@@ -129,8 +129,8 @@ def test_a_view_and_an_index_of_the_users_do_no_harm(whole, file):
 
 def test_a_store_without_checksums_is_read_and_given_them_by_the_next_run(whole, file):
     with closing(sqlite3.connect(file)) as connection:
-        connection.executescript(store_module._SCHEMA)
-        connection.execute(f"PRAGMA application_id = {store_module._APPLICATION}")
+        connection.executescript(SCHEMA)
+        connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute("PRAGMA user_version = 1")
         new = file.with_name("new.sqlite")
         new.write_bytes(whole[0])

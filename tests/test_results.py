@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from curvlab import software
 from curvlab.errors import CurvlabError
 from curvlab.results import (
     Claim,
@@ -27,7 +28,6 @@ from curvlab.results import (
     judge,
     open_run,
     plus_minus,
-    provenance,
     render,
     render_claims,
     significant,
@@ -369,12 +369,12 @@ def test_git_state_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     """An installed package outside any checkout: the user's own checkout is what can be named."""
     package = tmp_path / "site-packages"
     package.mkdir()
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(software, "__file__", str(package / "software.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    assert provenance._git() is None
+    assert software._git() is None
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -382,12 +382,12 @@ def test_git_state_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
         return answer.stdout.strip()
 
     git("init", "-q")
-    assert provenance._git() is None
+    assert software._git() is None
     (work / "a").write_text("1")
     git("add", "a")
     git("commit", "-q", "-m", "first")
-    assert provenance._git() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert software._git() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (work / "a").write_text("2")
-    assert provenance._git()["dirty"] is True
-    monkeypatch.setattr(provenance.shutil, "which", lambda name: None)
-    assert provenance._git() is None
+    assert software._git()["dirty"] is True
+    monkeypatch.setattr(software.shutil, "which", lambda name: None)
+    assert software._git() is None

@@ -8,7 +8,8 @@ from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.loop import Result, run
 from curvlab.continual.regimes import Regime
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.tasks import Task, disjoint, permuted, rotated, split_classes, split_data
+from curvlab.continual.task import Task
+from curvlab.continual.tasks import disjoint, permuted, rotated, split_classes, split_data
 
 __all__ = [
     "Batch",

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from curvlab.continual.options import check_positive, check_whole
 from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.tasks import Part, Task
+from curvlab.continual.task import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
 from curvlab.training.state import modes_restored, random_state_restored

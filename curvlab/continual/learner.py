@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.continual.outputs import Outputs, TaskLoss, mean_loss, one_hot
-from curvlab.continual.tasks import Task
+from curvlab.continual.task import Task
 from curvlab.problem import Problem
 from curvlab.training.samples import reference, take
 from curvlab.training.state import modes_restored

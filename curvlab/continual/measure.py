@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvlab.continual.learner import Learner
-from curvlab.continual.tasks import Part
+from curvlab.continual.task import Part
 from curvlab.training.samples import model_errors, reference, take
 from curvlab.training.state import modes_restored, random_state_restored
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvlab.continual.tasks import Task
+from curvlab.continual.task import Task
 from curvlab.errors import CurvlabError
 
 Head = Literal["single", "growing", "masked", "multi"]

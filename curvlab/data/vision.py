@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from curvlab.data.arrays import Array
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, first_line
 
 _SETS: dict[str, type[MNIST] | type[CIFAR10]] = {
     "mnist": MNIST,
@@ -60,7 +60,7 @@ def read_torchvision(name: str, root: Path, offline: bool) -> dict[str, Array]:
             try:
                 _download(name, root)
             except (OSError, RuntimeError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", error) or type(error).__name__).splitlines()[0]
+                reason = first_line(getattr(error, "reason", None) or error)
                 raise CurvlabError(
                     f"{name} is not whole on disk ({fault}) and the download failed ({reason}); "
                     f"connect to the network, {way_out}"

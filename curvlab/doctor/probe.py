@@ -12,7 +12,7 @@ import torch
 
 from curvlab.doctor.cost import extrapolate, measure_peak, measure_seconds
 from curvlab.doctor.text import format_bytes, format_seconds
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators.layers import Layer
 from curvlab.estimators.registry import BACKENDS, able, estimate
 from curvlab.estimators.seeds import fewer_seeds
@@ -112,7 +112,7 @@ class Probe:
             except CurvlabError as error:
                 rows[backend] = row("no", obstacle=str(error))
             except Exception as error:  # a library can fail in any way, and that is then what there is to say
-                told = f"backend {backend} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                told = f"backend {backend} fails: {type_and_line(error)}"
                 rows[backend] = row("no", obstacle=told)
         for backend in self._chosen(quantity, structure, [name for name in rows if rows[name]["supported"] == "yes"]):
             rows[backend]["auto"] = True

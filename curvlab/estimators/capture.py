@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvlab.graph import walk
 from curvlab.problem import Problem
 
 Leaves = Mapping[str, Tensor]
@@ -185,17 +186,9 @@ def graph_of(outputs: Tensor, leaves: Leaves) -> Graph:
     """Look through the graph of outputs of ``forward`` that was given these leaves."""
     names = {id(leaf): name for name, leaf in leaves.items()}
     uses = dict.fromkeys(leaves, 0)
-    following: dict[object, Sequence[Any]] = {}
-    ends: dict[object, str | None] = {}  # the leaves at which the graph ends; None for what is no leaf of these
-    todo: list[Any] = [outputs.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in following:
-            continue
-        following[node] = [other for other, _ in node.next_functions]
-        todo += following[node]
-        if not following[node]:
-            ends[node] = names.get(id(getattr(node, "variable", None)))
+    following: dict[object, Sequence[Any]] = dict(walk([outputs]))
+    # The leaves at which the graph ends; None for what is no leaf of these.
+    ends = {node: names.get(id(getattr(node, "variable", None))) for node, inputs in following.items() if not inputs}
 
     def origin(node: object) -> str | None:
         """Return the leaf that a node passes on, itself or as a view or copy of it and nothing else."""

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from curvlab.errors import UnsupportedError
+from curvlab.errors import UnsupportedError, type_and_line
 from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, Computed
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.snapshots import differentiable, told
+from curvlab.graph import walk
 from curvlab.losses import Loss
-from curvlab.matrices.base import symmetric_eigh
+from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.stateless import graph_nodes
 from curvlab.structures import Kronecker, Structure
 
 with warnings.catch_warnings():  # of a library that it imports
@@ -253,7 +253,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
     try:
         return _product_obstacle(few, quantity, space)
     except Exception as error:  # what is raised where it meets something unforeseen can be anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = type_and_line(error)
         return f"it fails on {_suspects(problem.model, quantity)} ({reason})"
 
 
@@ -284,7 +284,7 @@ def _product_obstacle(few: Problem, quantity: Quantity, space: ParameterSpace) -
 def _has_padding_index(few: Problem) -> bool:
     inputs, _ = next(few.batches())
     leaves = {name: p.detach().requires_grad_() for name, p in few.model.named_parameters() if p.requires_grad}
-    found = {getattr(node, "_saved_padding_idx", _NO_INDEX) for node in graph_nodes(few.forward(leaves, inputs))}
+    found = {getattr(node, "_saved_padding_idx", _NO_INDEX) for node, _ in walk([few.forward(leaves, inputs)])}
     return bool(found - {_NO_INDEX})
 
 

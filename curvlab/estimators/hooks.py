@@ -21,7 +21,7 @@ from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.seeds import Seeds, label_stream, output_rows
 from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, Verified, verify_factors, verify_rules
-from curvlab.matrices.base import symmetric_eigh
+from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.progress import Advance, silent

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlab.checks import whole_number
-from curvlab.errors import CurvlabError, UnsupportedError, first_line
+from curvlab.errors import CurvlabError, UnsupportedError, first_line, type_and_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import quiet, working_dtype
@@ -242,7 +242,7 @@ def _incomplete(error: Exception, problem: Problem) -> str:
 
 
 def _fails(problem: Problem, error: Exception) -> str:
-    return f"it fails on {type(problem.model).__name__} ({type(error).__name__}: {first_line(error)})"
+    return f"it fails on {type(problem.model).__name__} ({type_and_line(error)})"
 
 
 def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:

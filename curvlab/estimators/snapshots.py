@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
-from curvlab.errors import CurvlabError, UnsupportedError
+from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import gradients, quiet, working_dtype
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
@@ -285,5 +285,5 @@ def told(model: nn.Module) -> Iterator[None]:
     except (CurvlabError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first = str(error).partition("\n")[0]
-        raise UnsupportedError(f"torch cannot differentiate {type(model).__name__}: {first}") from error
+        name = type(model).__name__
+        raise UnsupportedError(f"torch cannot differentiate {name}: {first_line(error)}") from error

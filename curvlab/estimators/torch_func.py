@@ -36,7 +36,7 @@ from curvlab.estimators.rules import agree
 from curvlab.estimators.seeds import label_stream
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
-from curvlab.matrices.base import symmetric_eigh
+from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, silent

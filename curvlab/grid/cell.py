@@ -141,7 +141,7 @@ class Outcome:
         peak_bytes: The peak of the process's memory, Python and torch included.
         host: The machine.
         threads: Of the process.
-        software: Versions and state of the code, as ``curvlab.results.provenance.software`` tells them.
+        software: Versions and state of the code, as ``curvlab.software.describe_software`` tells them.
     """
 
     key: str

@@ -13,12 +13,12 @@ from typing import Any
 from distributed import Client, KilledWorker, Security, Worker, WorkerPlugin, as_completed, get_worker, rpc
 
 from curvlab import data as data_sets
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, first_line
 from curvlab.grid import processes
 from curvlab.grid.cell import Outcome, find
 from curvlab.grid.code import fingerprints
-from curvlab.grid.running import Task, forget, supervised
-from curvlab.results.provenance import software
+from curvlab.grid.supervision import Task, forget_software, supervise
+from curvlab.software import describe_software
 
 _BATCH = 1000  # tasks that are sent at once
 _CONNECT = 10  # seconds until a scheduler or worker that does not answer is not there
@@ -28,7 +28,7 @@ def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) ->
     """Run tasks on a cluster and yield their outcomes as they come.
 
     Args:
-        tasks: As ``supervised`` takes them.
+        tasks: As ``supervise`` takes them.
         address: Of the scheduler.
         data: Names of data sets and files, and their fingerprints here.
 
@@ -134,7 +134,7 @@ def _no_scheduler(address: str, error: Exception) -> CurvlabError:
     if isinstance(error, TimeoutError):
         reason = f"no answer in {_CONNECT} seconds"
     elif isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError):
-        reason = _first_line(error)
+        reason = first_line(error)
     else:
         reason = "the answer is that of another service"
     return CurvlabError(
@@ -166,7 +166,7 @@ def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], da
     first = tasks[0]
     functions = sorted({task["function"] for task in tasks})
     requirements = Requirements(
-        software(), fingerprints(functions), functions, data, first["data_root"], first["offline"]
+        describe_software(), fingerprints(functions), functions, data, first["data_root"], first["offline"]
     )
     try:
         client.wait_for_workers(1, timeout=_CONNECT)
@@ -175,7 +175,7 @@ def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], da
     try:
         client.register_plugin(requirements, name=name)
     except Exception as error:  # of whatever kind: the worker may not even have the plugin's module
-        raise CurvlabError(f"a worker of {address} cannot do it: {_first_line(error)}") from error
+        raise CurvlabError(f"a worker of {address} cannot do it: {first_line(error, 1000)}") from error
 
     for worker, fit in _fit(client, name).items():
         if not fit:  # its plugin is not the one below
@@ -189,7 +189,7 @@ class Requirements(WorkerPlugin):
     """What a worker has to have: the same versions and code, the functions, the data.
 
     Args:
-        software: As ``curvlab.results.provenance.software`` tells it here.
+        software: As ``curvlab.software.describe_software`` tells it here.
         code: Fingerprints of the source files here.
         functions: ``module:name`` of the cells.
         data: Names of data sets and files, and their fingerprints.
@@ -230,9 +230,9 @@ class Requirements(WorkerPlugin):
     def _require(self, worker: Worker) -> None:
         # Another sweep has begun: its code may be newer than what the processes of an earlier one have imported.
         processes.close_idle()
-        forget()
+        forget_software()
         where = f"worker {worker.address} on {worker.name}" if worker.name != worker.address else worker.address
-        theirs = software()
+        theirs = describe_software()
         for package, ours in self.software["versions"].items():
             if theirs["versions"].get(package) != ours:
                 raise CurvlabError(
@@ -297,7 +297,7 @@ def on_fit_worker(task: Task) -> Outcome:
         state = worker.state.tasks.get(key)
         return state is not None and state.state != "cancelled"
 
-    return supervised(task, wanted)
+    return supervise(task, wanted)
 
 
 def _given_up(task: Task, error: BaseException) -> Outcome:
@@ -306,7 +306,3 @@ def _given_up(task: Task, error: BaseException) -> Outcome:
         raise error
     why = "every worker that ran it has died with it, most likely because memory ran out"
     return Outcome(task["key"], "killed", why, str(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 from curvlab.files import write_whole
 from curvlab.grid.running import folder_of
 from curvlab.grid.store import Store
-from curvlab.results.tables import significant, uncomputed
+from curvlab.text import quote_formula, significant
 
 _HOUR = 3600
 
@@ -86,8 +86,8 @@ def write_csv(frame: pd.DataFrame) -> str:
     # Not by pandas, which would make numbers with an exponent of integers beside a gap.
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(map(uncomputed, frame.columns))
-    rows.writerows(map(uncomputed, row) for row in frame.itertuples(index=False, name=None))
+    rows.writerow(map(quote_formula, frame.columns))
+    rows.writerows(map(quote_formula, row) for row in frame.itertuples(index=False, name=None))
     return text.getvalue()
 
 

@@ -1,20 +1,15 @@
 """The engine: cells that are not done yet are run, each in a process of its own, and what becomes of them is stored.
 
 They are distributed over threads of this process by joblib, or over the workers of a cluster by Dask. Either runs
-``supervised``, which starts the process of a cell and waits for its end, whatever that is. Only the process that
-called ``run`` writes the store. All cells have the same number of threads, however many run at once, so that their
-numbers do not depend on it.
+``supervise`` of ``curvlab.grid.supervision``, which starts the process of a cell and waits for its end, whatever that
+is. Only the process that called ``run`` writes the store. All cells have the same number of threads, however many run
+at once, so that their numbers do not depend on it.
 """
 
-import json
-import os
-import platform
-import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +17,11 @@ import joblib
 
 from curvlab.errors import CurvlabError
 from curvlab.grid import processes
-from curvlab.grid.cell import OUTPUT, Cell, Outcome, canonical, plain
+from curvlab.grid.cell import Cell, Outcome, canonical
 from curvlab.grid.code import fingerprints
 from curvlab.grid.store import Store, writing
+from curvlab.grid.supervision import Task, forget_software, supervise
 from curvlab.progress import progress
-from curvlab.results.provenance import software
-
-_END_OF_OUTPUT = 4000  # characters of what a cell wrote that are stored if it leaves nothing else
-
-Task = Mapping[str, Any]
 
 
 def run(
@@ -69,7 +60,7 @@ def run(
     """
     if jobs is None:
         jobs = max(1, joblib.cpu_count() // threads)
-    forget()
+    forget_software()
     unique = {cell.key: cell for cell in cells}
     with writing(store) as opened:
         opened.register(list(unique.values()), data or {})
@@ -79,7 +70,7 @@ def run(
         tasks = [_task(cell, store, threads, cell_timeout, data_root, offline, code) for cell in open_cells]
         if tasks:
             outcomes = _local(tasks, jobs) if scheduler is None else _cluster(tasks, scheduler, data or {})
-            _stored(opened, outcomes, len(tasks), jobs if scheduler is None else None)
+            _store_outcomes(opened, outcomes, len(tasks), jobs if scheduler is None else None)
         return opened.tally()
 
 
@@ -106,7 +97,7 @@ def _task(
     }
 
 
-def _stored(store: Store, outcomes: Iterator[Outcome], total: int, jobs: int | None) -> None:
+def _store_outcomes(store: Store, outcomes: Iterator[Outcome], total: int, jobs: int | None) -> None:
     left, failed = total, 0
 
     def note() -> str:
@@ -125,7 +116,7 @@ def _stored(store: Store, outcomes: Iterator[Outcome], total: int, jobs: int | N
 
 def _local(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     stopping = threading.Event()
-    call = joblib.delayed(supervised)
+    call = joblib.delayed(supervise)
     parallel = joblib.Parallel(jobs, backend="threading", return_as="generator_unordered", batch_size=1)
     outcomes = parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
     try:
@@ -147,79 +138,3 @@ def _cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> It
             f"--scheduler needs Dask, and there is no {error.name}: pip install 'curvlab[cluster]'"
         ) from error
     yield from distributed(tasks, address, data)
-
-
-# Where a cell is run, here or on a worker ----------------------------------------------------------------------------
-
-
-def supervised(task: Task, wanted: Callable[[], bool]) -> Outcome:
-    """Run a cell in a process of its own and say what became of it; it is killed when it is not wanted any more.
-
-    Raises:
-        CurvlabError: No process can be started.
-    """
-    folder = Path(task["folder"])
-    request = json.dumps(task).encode()
-    ended = processes.run(
-        task["function"], task["threads"], task["code"], request, folder / OUTPUT, task["timeout"], wanted
-    )
-    with suppress(OSError):
-        folder.rmdir()  # one that holds something stays
-    here = {
-        "key": task["key"],
-        "peak_bytes": ended.peak_bytes,
-        "host": platform.node(),
-        "threads": task["threads"],
-        "software": _software(),
-    }
-    if ended.answer is None or ended.stopped:
-        kind = "timeout" if ended.stopped == "timeout" else "killed"
-        return Outcome(kind=kind, error=_why(task, ended), traceback=_output(task), seconds=ended.seconds, **here)
-    answer = json.loads(ended.answer)
-    if "error" in answer:
-        return Outcome(
-            kind="raised", error=answer["error"], traceback=answer["traceback"], seconds=answer["seconds"], **here
-        )
-    records = answer["records"]
-    nan = next((name for record in records for name, value in record.items() if value != value), None)
-    return Outcome(
-        kind=None if nan is None else "nan",
-        error=None if nan is None else f"{nan} is NaN",
-        records=records,
-        seconds=answer["seconds"],
-        **here,
-    )
-
-
-def _why(task: Task, ended: processes.Ended) -> str:
-    memory = "" if ended.peak_bytes is None else f", with {ended.peak_bytes / 1e9:.2f} GB of memory at its peak"
-    if ended.stopped == "timeout":
-        return f"not done after {task['timeout']:g} seconds{memory}"
-    if ended.stopped == "orphaned":
-        return f"the process that starts the cells was killed, and when this one was begun again, once more{memory}"
-    if ended.code == -signal.SIGKILL:
-        return f"killed (SIGKILL), most likely because memory ran out{memory}"
-    if ended.code < 0:
-        return f"killed ({signal.Signals(-ended.code).name}){memory}"
-    return f"ended with exit code {ended.code} and no records{memory}"
-
-
-def _output(task: Task) -> str | None:
-    try:
-        with (Path(task["folder"]) / OUTPUT).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16 * _END_OF_OUTPUT))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    # After a crash Python lists every extension module that there is.
-    return plain(text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:]) or None
-
-
-def forget() -> None:
-    """Look at the code again, which may have changed since the last sweep, before the next cell."""
-    _software.cache_clear()
-
-
-@cache
-def _software() -> dict[str, Any]:
-    return software()

@@ -1,64 +1,25 @@
 """The store of a sweep: one SQLite file that one process writes and any may read."""
 
 import json
-import math
-import os
-import platform
 import sqlite3
-import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import pandas as pd
 
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
 from curvlab.grid import checksums
+from curvlab.grid.aggregates import add_aggregates
 from curvlab.grid.cell import Cell, Outcome, canonical
-
-FORMAT = 2  # of the tables below; a file of a later one is refused, and one of 1 has no checksums
-_APPLICATION = 0x63757276  # "curv", in the header of the file
-
-_SCHEMA = """
-CREATE TABLE cells (
-    key TEXT PRIMARY KEY,       -- hash of name, version and configuration
-    point TEXT NOT NULL,        -- the same without the seed
-    position INTEGER,           -- in the sweep; NULL: not of the sweep as it was last run
-    name TEXT NOT NULL,
-    version INTEGER NOT NULL,
-    config TEXT NOT NULL,       -- JSON, whole
-    seed INTEGER,
-    seed_name TEXT NOT NULL,    -- its key in config
-    status TEXT NOT NULL DEFAULT 'absent' CHECK (status IN ('absent', 'done', 'failed')),
-    kind TEXT,                  -- how it failed: raised, killed, timeout, nan
-    error TEXT,
-    traceback TEXT,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    seconds REAL,
-    peak_bytes INTEGER,
-    host TEXT,
-    threads INTEGER,
-    software INTEGER REFERENCES software (id),
-    ended TEXT                  -- UTC
-);
-CREATE INDEX cells_of_point ON cells (point);
-CREATE TABLE software (id INTEGER PRIMARY KEY, described TEXT NOT NULL UNIQUE);  -- JSON: versions, git
-CREATE TABLE data (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;  -- what the cells read
-CREATE TABLE entries (
-    cell TEXT NOT NULL REFERENCES cells (key),
-    row INTEGER NOT NULL,       -- which of the cell's records
-    number INTEGER NOT NULL,    -- which of the record's entries
-    name TEXT NOT NULL,
-    type TEXT NOT NULL CHECK (type IN ('NoneType', 'bool', 'int', 'float', 'str')),
-    value,                      -- as it is; NaN, which SQLite does not have, is a float without one
-    PRIMARY KEY (cell, row, number)
-) WITHOUT ROWID;
-"""
+from curvlab.grid.schema import make_tables
+from curvlab.grid.sqlite_errors import report_errors
+from curvlab.grid.store_file import check, connect_reader, exists, lock, resolve
+from curvlab.grid.tables import read_records, record_table, summary_table, varied_keys
 
 
 class Store:
@@ -74,8 +35,7 @@ class Store:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        connection.create_aggregate("mean", 1, _Mean)  # type: ignore[arg-type]
-        connection.create_aggregate("std", 1, _Std)  # type: ignore[arg-type]
+        add_aggregates(connection)
 
     # Writing
 
@@ -198,13 +158,7 @@ class Store:
 
     def axes(self) -> list[str]:
         """Return the keys whose values differ between the configurations of the sweep, the seed left out."""
-        rows = self._rows(
-            "SELECT name FROM (SELECT entry.key AS name, count(*) AS number FROM cells, json_each(config) AS entry "
-            "WHERE position IS NOT NULL AND entry.key <> seed_name GROUP BY entry.key, entry.type, entry.value) "
-            "GROUP BY name HAVING count(*) > 1 "
-            "OR sum(number) < (SELECT count(*) FROM cells WHERE position IS NOT NULL) ORDER BY name"
-        )
-        return [name for (name,) in rows]
+        return varied_keys(self._rows)
 
     def kinds(self) -> dict[str, int]:
         """Return how many cells have failed in which way."""
@@ -230,43 +184,14 @@ class Store:
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the cells that are done, as the cells returned them, in the order of the sweep."""
-        return [record for key, record in self._records() if key[1] == "done"]
+        return [record for key, record in read_records(self._rows) if key[1] == "done"]
 
     def table(self) -> pd.DataFrame:
         """Return a row a record: the cell, its axes (``config.NAME``), the record, what it took, and how it failed.
 
         A cell without records, failed or absent, has a row too.
         """
-        axes = self.axes()
-        described = (
-            "key",
-            "status",
-            "kind",
-            "error",
-            "config",
-            "seed",
-            "seconds",
-            "peak_bytes",
-            "host",
-            "threads",
-            "software",
-            "ended",
-        )
-        cells = self._rows(f"SELECT {', '.join(described)} FROM cells WHERE position IS NOT NULL ORDER BY position")
-        of_cell: dict[str, list[dict[str, Any]]] = {}
-        for (key, _), record in self._records():
-            of_cell.setdefault(key, []).append(record)
-        rows = []
-        for values in cells:
-            cell = dict(zip(described, values, strict=True))
-            config = json.loads(cell.pop("config"))
-            head = {"cell": cell.pop("key"), "status": cell.pop("status"), "kind": cell.pop("kind")}
-            head |= {f"config.{name}": _text(config.get(name)) for name in axes} | {"config.seed": cell.pop("seed")}
-            tail = {f"cell.{name}": value for name, value in cell.items()}
-            rows += [head | record | tail for record in of_cell.get(head["cell"], [{}])]
-        number = {name: place for place, name in enumerate(dict.fromkeys(name for row in rows for name in row))}
-        ordered = sorted(number, key=lambda name: (name.startswith("cell."), number[name]))
-        return _frame(rows, ordered)
+        return record_table(self._rows)
 
     def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> pd.DataFrame:
         """Return means and standard deviations over the seeds, a row a configuration and group of records.
@@ -285,94 +210,15 @@ class Store:
             CurvlabError: No record has such a key, a seed has several records in a group, or one of the values is
                 called as another one's standard deviation.
         """
-        here = "cells.position IS NOT NULL AND cells.status = 'done'"
-        rows = self._rows(
-            f"SELECT e.name, type, count(*) FROM entries AS e JOIN cells ON cells.key = cell WHERE {here} "
-            "GROUP BY e.name, type ORDER BY min(number), e.name"
-        )
-        known = list(dict.fromkeys(name for name, _, _ in rows))
-        texts = [name for name, kind, _ in rows if kind == "str"]
-        numbers = [name for name, kind, _ in rows if kind in ("int", "float")]
-        for name in (*by, *(values or ())):
-            if known and name not in known:
-                raise CurvlabError(f"no record has {name!r}; they have {', '.join(known)}")
-        groups = list(dict.fromkeys([*texts, *by]))
-        averaged = [n for n in dict.fromkeys(numbers) if n not in (*groups, "seed") and (values is None or n in values)]
-        if twice := [name for name in averaged if f"{name}_std" in (*groups, *averaged)]:
-            raise CurvlabError(
-                f"the records have {twice[0]}_std, which is what the standard deviation of {twice[0]} is called here; "
-                "name with --values those to average, without one of the two"
-            )
-        joins = "".join(
-            f" LEFT JOIN entries AS g{n} ON g{n}.cell = e.cell AND g{n}.row = e.row AND g{n}.name = ?"
-            for n in range(len(groups))
-        )
-        keys = ", ".join(["point", *(f"g{n}.value" for n in range(len(groups)))])
-        found = self._rows(
-            f"SELECT e.name, mean(e.value), std(e.value), count(*), count(DISTINCT e.cell), {keys} "
-            f"FROM entries AS e JOIN cells ON cells.key = e.cell{joins} "
-            f"WHERE {here} AND e.name IN (SELECT value FROM json_each(?)) "
-            f"GROUP BY e.name, {keys} ORDER BY min(position), min(e.row), min(e.number)",
-            (*groups, json.dumps(averaged)),
-        )
-        seeds = {
-            tuple(group): count
-            for count, *group in self._rows(
-                f"SELECT count(DISTINCT e.cell), {keys} FROM entries AS e "
-                f"JOIN cells ON cells.key = e.cell{joins} WHERE {here} GROUP BY {keys}",
-                groups,
-            )
-        }
-        tables: dict[Any, dict[tuple[Any, ...], dict[str, Any]]] = {}
-        for name, mean, std, count, cells, point, *group in found:
-            if count > cells:
-                raise CurvlabError(
-                    f"a cell has {count // cells} records of the same group; name what tells them apart with "
-                    f"--by (one or several of {', '.join(n for n in known if n not in groups)})"
-                )
-            row = tables.setdefault(point, {}).setdefault(tuple(group), {"seeds": seeds[point, *group]})
-            if cells < row["seeds"]:  # a seed without the number: as one with None
-                mean = std = None
-            row |= {name: mean, f"{name}_std": std}
-        axes = self.axes()
-        points = self._rows(
-            "SELECT point, min(config), sum(status = 'done'), sum(status = 'failed'), sum(status = 'absent') "
-            "FROM cells WHERE position IS NOT NULL GROUP BY point ORDER BY min(position)"
-        )
-        lines = []
-        for point, config, done, failed, absent in points:
-            whole = json.loads(config)
-            head = {f"config.{name}": _text(whole.get(name)) for name in axes}
-            for group, row in tables.get(point, {(): {"seeds": done}}).items():
-                named = dict(zip(groups, group, strict=True)) if group else {}
-                lines.append(head | named | {"seeds": row.pop("seeds"), "failed": failed, "absent": absent} | row)
-        columns = [f"config.{name}" for name in axes] + groups + ["seeds", "failed", "absent"]
-        columns += [name for value in averaged for name in (value, f"{value}_std")]
-        return _frame(lines, columns)
-
-    def _records(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-        """Yield ``(key, status)`` and each record of the sweep, in its order."""
-        rows = self._rows(
-            "SELECT cells.key, status, row, entries.name, type, value FROM entries JOIN cells ON cells.key = cell "
-            "WHERE position IS NOT NULL ORDER BY position, row, number"
-        )
-        last, record = None, {}
-        for key, status, row, name, kind, value in rows:
-            if last is not None and last != (key, status, row):
-                yield last[:2], record
-                record = {}
-            last = (key, status, row)
-            record[name] = math.nan if kind == "float" and value is None else bool(value) if kind == "bool" else value
-        if last is not None:
-            yield last[:2], record
+        return summary_table(self._rows, by, values)
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        with _told(self.path):
+        with report_errors(self.path):
             return self._connection.execute(query, values).fetchall()
 
     @contextmanager
     def _writes(self) -> Iterator[sqlite3.Connection]:
-        with _told(self.path), self._connection:  # commits, or rolls back
+        with report_errors(self.path), self._connection:  # commits, or rolls back
             self._connection.execute("BEGIN IMMEDIATE")
             yield self._connection
 
@@ -384,9 +230,9 @@ def writing(path: Path) -> Iterator[Store]:
     Raises:
         CurvlabError: Another process writes it, it cannot be written, it is damaged, of a newer version or no store.
     """
-    path = _resolved(path)  # under any name it has one lock
+    path = resolve(path)  # under any name it has one lock
     make_writable_folder(path.parent)
-    with _lock(path), _told(path):
+    with lock(path), report_errors(path):
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         try:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
@@ -394,23 +240,10 @@ def writing(path: Path) -> Iterator[Store]:
             connection.execute("PRAGMA synchronous = FULL")  # also what the machine's power takes is whole or absent
             connection.execute("PRAGMA foreign_keys = ON")
             checksums.able_to_sign(connection)
-            _bring_up_to_date(connection)
+            make_tables(connection)
             yield Store(path, connection)
         finally:
             connection.close()
-
-
-def _bring_up_to_date(connection: sqlite3.Connection) -> None:
-    """Make the tables, or their checksums, where there are none."""
-    ((version,),) = connection.execute("PRAGMA user_version")
-    if version == FORMAT:
-        return
-    tables = f"{_SCHEMA} PRAGMA application_id = {_APPLICATION};" if version == 0 else ""
-    connection.executescript(f"BEGIN IMMEDIATE; {tables} {checksums.SCHEMA}")
-    for table in checksums.TABLES:
-        checksums.sign(connection, table)
-    connection.execute(f"PRAGMA user_version = {FORMAT}")
-    connection.execute("COMMIT")
 
 
 @contextmanager
@@ -420,207 +253,15 @@ def reading(path: Path) -> Iterator[Store]:
     Raises:
         CurvlabError: There is none, or it is damaged, of a newer version or no store.
     """
-    if not _is_there(path):
+    if not exists(path):
         raise CurvlabError(f"there is no store {path}; name the file that a run has made, which ends in .sqlite")
-    with _told(path):
-        _check(path, begun=True)
-        connection = _reader(_resolved(path))
+    with report_errors(path):
+        check(path, begun=True)
+        connection = connect_reader(resolve(path))
         try:
             yield Store(path, connection)
         finally:
             connection.close()
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:  # the latter: a link to itself
-        raise CurvlabError(f"{path} is not to be had: {error}; choose another store") from error
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null byte
-        return False
-    except OSError as error:
-        raise CurvlabError(f"cannot read {path}: {error.strerror}; choose another store") from error
-    return True
-
-
-def _reader(path: Path) -> sqlite3.Connection:
-    """Return a connection that changes nothing, but removes SQLite's other two files when it is the last one."""
-    for mode in ("rw", "ro"):
-        try:
-            connection = _connected(path, f"mode={mode}")
-        except sqlite3.OperationalError:  # what it has to write for its readers cannot be written here
-            continue
-        connection.execute("PRAGMA query_only = ON")
-        return connection
-    return _connected(path, "mode=ro&immutable=1")
-
-
-def _connected(path: Path, how: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{path.as_uri()}?{how}", uri=True, timeout=30, isolation_level=None)
-    try:
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _check(path: Path, begun: bool) -> None:
-    """Refuse a file that is not whole, not one of ours or, if ``begun``, empty; leave nothing beside it."""
-    if path.is_dir():
-        raise CurvlabError(f"{path} is a folder; name the file of the store in it")
-    if not path.is_file():
-        raise CurvlabError(f"{path} is no regular file; choose another one for the store")
-    file = _resolved(path)
-    log, shared = (file.with_name(f"{file.name}-{ending}") for ending in ("wal", "shm"))
-    there = shared.exists()
-    while True:
-        before = file.stat()
-        newest = log.exists() and log.stat().st_size > 0
-        try:
-            try:
-                # As a file that does not change: nothing comes beside it, and there may be no right to write there.
-                connection = _connected(file, "mode=ro" if newest else "mode=ro&immutable=1")
-            except sqlite3.OperationalError as error:
-                if not newest or error.sqlite_errorcode & 0xFF not in (
-                    sqlite3.SQLITE_CANTOPEN,
-                    sqlite3.SQLITE_READONLY,
-                ):
-                    raise
-                raise CurvlabError(
-                    f"the newest part of {path} is in {log.name}, which cannot be read where nothing can be written; "
-                    "copy both to a folder that is writable"
-                ) from error
-            try:
-                _examine(path, connection, begun)
-            finally:
-                connection.close()
-        except (CurvlabError, sqlite3.Error, UnicodeDecodeError):
-            now = file.stat()
-            if not newest and (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size):
-                continue  # another process has just written it
-            if not there:
-                shared.unlink(missing_ok=True)
-            raise
-        return
-
-
-def _examine(path: Path, connection: sqlite3.Connection, begun: bool) -> None:
-    connection.text_factory = lambda text: text.decode(errors="surrogateescape")  # what is no text is a wrong one
-    connection.execute("BEGIN")  # another process may be writing
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    found = {(kind, name): text for kind, name, text in connection.execute("SELECT type, name, sql FROM sqlite_master")}
-    if not (application or version or found or begun):
-        return  # a run was killed before it could make the tables
-    if application != _APPLICATION:
-        raise CurvlabError(f"{path} is a database, but not the store of a sweep; choose another file")
-    if version > FORMAT:
-        raise CurvlabError(
-            f"{path} was written by a newer curvlab (format {version}, this one knows {FORMAT}); update curvlab"
-        )
-    if version < 1:
-        raise _damaged(path, "it lacks its version")
-    for (kind, name), text in _definitions(version).items():
-        if (kind, name) not in found:
-            raise _damaged(path, f"it lacks {name}")
-        if found[kind, name] != text:
-            raise _damaged(path, f"the {kind} {name} is not what it was made as")
-    ((structure,),) = connection.execute("PRAGMA integrity_check(1)")
-    if structure != "ok":
-        raise _damaged(path, structure)
-    if version > 1 and (what := checksums.wrong(connection)):
-        raise _damaged(path, what)
-
-
-@cache
-def _definitions(version: int) -> dict[tuple[str, str], str]:
-    """Return what a store of a version defines: type and name -> SQL."""
-    with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(_SCHEMA + (checksums.SCHEMA if version > 1 else ""))
-        return {
-            (kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")
-        }
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the right to write a store that is whole; the system takes it back from a process that is killed."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise CurvlabError("sweeps run on Linux and macOS; on Windows, run them in WSL") from error
-    file = path.with_name(f"{path.name}.lock")
-    while True:
-        there = file.exists()
-        try:
-            held: IO[str] = file.open("a+")
-        except OSError as error:
-            raise CurvlabError(f"cannot write {file}: {error.strerror}; choose a folder that is writable") from error
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            held.seek(0)
-            who = held.read().strip() or "another process"
-            held.close()
-            raise CurvlabError(
-                f"{path} is being written by {who}; wait for its end, or choose another store"
-            ) from error
-        with suppress(FileNotFoundError):  # another process has removed it, since it refused the store
-            if os.path.samestat(os.fstat(held.fileno()), file.stat()):
-                break
-        held.close()
-    with held:
-        try:
-            with _told(path):
-                if _is_there(path):
-                    _check(path, begun=False)
-        except BaseException:
-            if not there:
-                file.unlink(missing_ok=True)
-            raise
-        with suppress(OSError):  # the disk is full: it is then not said who holds the lock
-            held.truncate(0)
-            held.write(f"process {os.getpid()} on {platform.node()}")
-            held.flush()
-        yield
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn the errors of SQLite into one sentence each."""
-    try:
-        yield
-    except UnicodeDecodeError as error:  # in a message of SQLite
-        raise _damaged(path, "it has what is no text") from error
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise _damaged(path, str(error)) from error
-        if code == sqlite3.SQLITE_FULL:
-            reason = "there is no space left; make some, and repeat the command: what is finished is in the store"
-        elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-            reason = f"{error}; choose a folder that is writable"
-        elif code == sqlite3.SQLITE_BUSY:
-            reason = "another program holds it; close that program"
-        elif code == sqlite3.SQLITE_IOERR:
-            reason = f"{error}; is the disk full or gone? what is finished is in the store"
-        else:
-            raise CurvlabError(f"cannot use {path}: {error}") from error
-        raise CurvlabError(f"cannot write {path}: {reason}") from error
-
-
-def _damaged(path: Path, what: str) -> CurvlabError:
-    what = " ".join(what.replace("***", "").split())  # what SQLite says has lines and stars
-    return CurvlabError(
-        f"{path} is damaged or no store ({what}); move it away, or save what can be read with: "
-        f"sqlite3 {path} .recover | sqlite3 recovered.sqlite"
-    )
 
 
 def _seed(cell: Cell) -> int | None:
@@ -628,39 +269,3 @@ def _seed(cell: Cell) -> int | None:
     if isinstance(value, Collection) and not isinstance(value, str) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, int) else None
-
-
-def _frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    # As objects: a column of integers with a gap stays one of integers, and NaN is told from nothing, which is None.
-    return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns), dtype=object)
-
-
-def _text(value: Any) -> Any:
-    return canonical(value) if isinstance(value, list | dict) else value
-
-
-class _Values:
-    """An SQL aggregate that gathers numbers."""
-
-    def __init__(self) -> None:
-        self.values: list[float | None] = []
-
-    def step(self, value: Any) -> None:
-        self.values.append(float(value) if isinstance(value, int | float) else None)
-
-    def known(self) -> list[float]:
-        """Return the numbers; none if one is missing, not finite or no number."""
-        known = [value for value in self.values if value is not None and math.isfinite(value)]
-        return known if len(known) == len(self.values) else []
-
-
-class _Mean(_Values):
-    def finalize(self) -> float | None:
-        known = self.known()
-        return math.fsum(known) / len(known) if known else None  # exact, whatever the order
-
-
-class _Std(_Values):
-    def finalize(self) -> float | None:
-        known = self.known()
-        return statistics.stdev(known) if len(known) > 1 else None  # in exact fractions

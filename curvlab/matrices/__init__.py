@@ -1,12 +1,13 @@
 """Curvature matrices: algebra only. A matrix knows its parameter space and where it came from, never a model."""
 
-from curvlab.matrices.base import CurvatureMatrix, Info
+from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.block_diagonal import BlockDiagonal
 from curvlab.matrices.composite import Composite
 from curvlab.matrices.dense import Dense
 from curvlab.matrices.diagonal import Diagonal
 from curvlab.matrices.eigen_kronecker import EKFAC
 from curvlab.matrices.implicit import Implicit
+from curvlab.matrices.info import Info
 from curvlab.matrices.kronecker import KFAC, TKFAC
 from curvlab.matrices.penalty import Penalty
 from curvlab.matrices.storage import load

@@ -1,75 +1,28 @@
 """What every curvature matrix can do, derived from a handful of methods that each structure writes."""
 
-import hashlib
-import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save as serialise
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlab.checks import real_number, shown, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.files import to_path, write_whole
+from curvlab.files import to_path
 from curvlab.matrices.damping import Damping, DampingLike
+from curvlab.matrices.eigen import invert, require_positive
+from curvlab.matrices.entries import DTYPES, PRECISE, at_least_float32, move, require_finite
+from curvlab.matrices.file_format import write_file
+from curvlab.matrices.info import Info
 from curvlab.parameters import ParameterSpace, Vectors
 
 V = TypeVar("V", bound=Vectors)
-
-#: Of the files that ``save`` writes; 1 had no checksum.
-FORMAT = 2
-
-#: The dtypes in which a matrix is inverted, and all those of its entries: half precision is for products and files.
-PRECISE = (torch.float32, torch.float64)
-DTYPES = (torch.float16, torch.bfloat16, *PRECISE)
-
-
-@dataclass(frozen=True)
-class Info:
-    """Where a matrix came from.
-
-    ``seconds`` is wall time; ``samples`` and ``seed`` are those of Monte Carlo labels; ``rejected`` says what was not
-    taken, a backend or the rule for a parameter, and why.
-    """
-
-    quantity: str
-    structure: str
-    loss: str
-    backend: str
-    num_samples: int
-    samples: int | None = None
-    seed: int | None = None
-    batch_size: int | None = None
-    seconds: float = 0.0
-    rejected: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse what a file could not give back.
-
-        Raises:
-            CurvlabError: A field is of another type, or negative, or not finite.
-        """
-        if not isinstance(self.rejected, (tuple, list)) or not all(isinstance(told, str) for told in self.rejected):
-            raise CurvlabError(f"rejected of a matrix's info cannot be {shown(self.rejected)}")
-        object.__setattr__(self, "rejected", tuple(self.rejected))  # a file gives a list
-        for field in fields(self)[:-1]:
-            value = getattr(self, field.name)
-            kind = (int, float) if field.type is float else field.type
-            number = isinstance(value, (int, float))
-            if (
-                not isinstance(value, kind)  # type: ignore[arg-type]
-                or isinstance(value, bool)
-                or (number and not (value >= 0 and math.isfinite(value)))
-            ):
-                raise CurvlabError(f"{field.name} of a matrix's info cannot be {shown(value)}")
 
 
 class CurvatureMatrix(ABC):
@@ -285,19 +238,7 @@ class CurvatureMatrix(ABC):
         return self._apply(lambda v: self._solve(require_finite(v), of), b)
 
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
-        def inverse(eigenvalues: Tensor) -> Tensor:
-            if not eigenvalues.shape[-1]:  # of an empty parameter
-                return eigenvalues
-            smallest, largest = eigenvalues.abs().amin(dim=-1), eigenvalues.abs().amax(dim=-1)
-            singular = ~(smallest > self._resolution(largest))  # also where they are NaN or infinite
-            if bool(singular.any()):
-                raise CurvlabError(
-                    f"F + {damping} is singular: its eigenvalues reach from {smallest[singular][0].item():.2g} to "
-                    f"{largest[singular][0].item():.2g} in size; raise the damping"
-                )
-            return eigenvalues.reciprocal()
-
-        return self._spectral(inverse, vectors, damping)
+        return self._spectral(lambda values: invert(values, damping), vectors, damping)
 
     def logdet(self, damping: DampingLike = 0.0) -> Tensor:
         """Return ``log det (F + D)``, a scalar tensor.
@@ -309,7 +250,7 @@ class CurvatureMatrix(ABC):
             CurvlabError: The damped matrix is not positive definite, or the damping is not what this structure can add.
         """
         of = self._damping(damping)
-        return torch.stack([self._positive(values, of).log().sum() for values in self._spectra(of)]).sum()
+        return torch.stack([require_positive(values, of).log().sum() for values in self._spectra(of)]).sum()
 
     def sample(self, n: int, damping: DampingLike = 0.0, seed: int = 0) -> Tensor:
         """Draw ``n`` vectors from ``N(0, (F + D)^-1)``, the Laplace posterior's deviations; ``(P, n)``.
@@ -328,24 +269,8 @@ class CurvatureMatrix(ABC):
         except (MemoryError, ValueError) as error:
             raise CurvlabError(f"{n:,} vectors of {self.space.total:,} numbers do not fit into memory") from error
         return self._spectral(
-            lambda e: self._positive(e, of).rsqrt(), noise.to(dtype=self.dtype, device=self.device), of
+            lambda e: require_positive(e, of).rsqrt(), noise.to(dtype=self.dtype, device=self.device), of
         )
-
-    def _resolution(self, largest: Tensor) -> Tensor:
-        # Eigenvalues that are zero come out as a few rounding errors of the largest in their block.
-        limits = torch.finfo(self.dtype)
-        return (10 * limits.eps * largest).clamp(min=limits.tiny)
-
-    def _positive(self, eigenvalues: Tensor, damping: Damping) -> Tensor:
-        if not eigenvalues.shape[-1]:  # of an empty parameter
-            return eigenvalues
-        smallest, largest = eigenvalues.amin(dim=-1), eigenvalues.abs().amax(dim=-1)
-        if not bool((smallest > self._resolution(largest)).all()):  # also where they are NaN or infinite
-            raise CurvlabError(
-                f"F + {damping} is not positive definite: its smallest eigenvalue is {smallest.min().item():.2g}; "
-                "raise the damping"
-            )
-        return eigenvalues
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the matrix on another device or in another floating dtype.
@@ -355,7 +280,7 @@ class CurvatureMatrix(ABC):
         """
         if dtype not in (None, *DTYPES):
             raise CurvlabError(f"a matrix is in {', '.join(map(str, DTYPES))}, not {dtype!r}")
-        return self._map(lambda t: _moved(t, device, dtype))
+        return self._map(lambda t: move(t, device, dtype))
 
     def to_scipy(self) -> LinearOperator:
         """Return a ``scipy.sparse.linalg.LinearOperator`` with the same products, in this matrix's dtype.
@@ -462,13 +387,7 @@ class CurvatureMatrix(ABC):
             CurvlabError: The entries are not finite, or the file cannot be written: its folder is missing or full, or
                 the path is a folder, a device or a pipe.
         """
-        file = to_path(path)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise CurvlabError("a matrix with entries that are NaN or infinite is not saved")
-        description = {"format": FORMAT} | self._description()
-        description["checksum"] = checksum(description, tensors)
-        write_whole(file, serialise(tensors, metadata={"curvlab": json.dumps(description)}))
+        write_file(to_path(path), self._description(), self.tensors())
 
     def _description(self) -> dict[str, Any]:
         space = self.space
@@ -480,109 +399,3 @@ class CurvatureMatrix(ABC):
     def __repr__(self) -> str:
         """Name the structure, the quantity and the size."""
         return f"{type(self).__name__}({self.info.quantity}, P={self.space.total:,}, {self.dtype}, {self.device})"
-
-
-def checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 (hex) of all that a file says and holds, on the CPU."""
-    digest = hashlib.sha256(json.dumps(description).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def check_tensors(tensors: Iterable[object]) -> None:
-    """Require that the tensors of a matrix are dense, of one floating dtype and on one device.
-
-    Raises:
-        CurvlabError: One is not; the message says what it is.
-    """
-    kinds = set()
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-            raise CurvlabError(
-                f"a matrix is made of dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}"
-            )
-        kinds.add((tensor.dtype, tensor.device))
-    if len(kinds) > 1:
-        raise CurvlabError("the tensors of a matrix differ in dtype or device: move them with to()")
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which numbers of this one are added up."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def frobenius(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all the entries together, a scalar tensor in float32 at least.
-
-    In float64 and scaled: squares of small entries vanish, and those of large ones overflow.
-    """
-    tensors = [tensor.double() for tensor in tensors]
-    largest = torch.stack([t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]).amax()
-    scale = torch.where(largest > 0, largest, 1)
-    norms = torch.stack([torch.linalg.vector_norm(tensor / scale) for tensor in tensors])
-    norm: Tensor = scale * torch.linalg.vector_norm(norms)
-    return norm
-
-
-def damped_eigh(matrix: Tensor, undamped: Callable[[], tuple[Tensor, Tensor]], shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of a block plus its damping.
-
-    Args:
-        matrix: ``(p, p)``.
-        undamped: Its own, which serve every damping that is one number.
-        shift: ``()`` or ``(p,)``.
-    """
-    if shift.ndim:
-        return symmetric_eigh(matrix + shift.diag())
-    values, vectors = undamped()
-    return values + shift, vectors
-
-
-def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors, computed in float64.
-
-    In float32 LAPACK fails to converge on rank-deficient curvature, depending on batch size and threads.
-
-    Raises:
-        CurvlabError: The matrix is not finite or not symmetric.
-    """
-    wide = matrix.double()
-    if wide.numel():
-        off = (wide - wide.mT).detach().abs().max()
-        if not bool(off <= wide.detach().abs().max() * torch.finfo(matrix.dtype).eps ** 0.5):
-            raise CurvlabError("a matrix, or a block or factor of one, is not finite or not symmetric")
-    values, vectors = torch.linalg.eigh(wide)
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
-
-
-def _moved(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor elsewhere, in which its largest entry keeps its digits."""
-    try:
-        moved = tensor.to(device=device, dtype=dtype)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CurvlabError(f"the matrix cannot be moved to {device!r}: {reason}") from error
-    if moved.is_meta:
-        raise CurvlabError("the matrix cannot be moved to 'meta', where tensors have no entries")
-    limits = torch.finfo(moved.dtype)
-    if moved.dtype != tensor.dtype and limits.smallest_normal > torch.finfo(tensor.dtype).smallest_normal:
-        largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
-        if math.isfinite(largest) and largest and not limits.smallest_normal <= largest <= limits.max:
-            raise CurvlabError(
-                f"entries of the matrix reach {largest:.2g}, which is beyond {moved.dtype}: scale it first"
-            )
-    return moved
-
-
-def require_finite(vectors: Tensor) -> Tensor:
-    """Return right-hand sides, of which a system has no solution that is right unless they are finite.
-
-    Raises:
-        CurvlabError: One is not.
-    """
-    with suppress(RuntimeError):  # under torch.func.vmap values are not known
-        if not bool(vectors.isfinite().all()):
-            raise CurvlabError("the right-hand side of solve holds NaN or infinity")
-    return vectors

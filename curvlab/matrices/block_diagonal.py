@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import (
-    CurvatureMatrix,
-    Info,
-    at_least_float32,
-    check_tensors,
-    damped_eigh,
-    frobenius,
-    symmetric_eigh,
-)
+from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.damping import Damping
+from curvlab.matrices.eigen import damped_eigh, symmetric_eigh
+from curvlab.matrices.entries import at_least_float32, check_tensors, frobenius
+from curvlab.matrices.info import Info
 from curvlab.parameters import ParameterSpace
 
 

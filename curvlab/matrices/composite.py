@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, at_least_float32, frobenius
+from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.damping import Damping
+from curvlab.matrices.entries import at_least_float32, frobenius
+from curvlab.matrices.info import Info
 from curvlab.matrices.kronecker import KFAC
 from curvlab.parameters import ParameterSpace
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import Info, at_least_float32, check_tensors, frobenius
 from curvlab.matrices.damping import Damping
+from curvlab.matrices.entries import at_least_float32, check_tensors, frobenius
+from curvlab.matrices.info import Info
 from curvlab.matrices.kronecker import Eigenbasis, Layered
 from curvlab.parameters import ParameterSpace
 

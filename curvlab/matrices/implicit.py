@@ -10,9 +10,11 @@ from torch import Tensor
 
 from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import CurvatureMatrix, Info, V, require_finite
+from curvlab.matrices.base import CurvatureMatrix, V
 from curvlab.matrices.damping import Damping, DampingLike
 from curvlab.matrices.dense import Dense
+from curvlab.matrices.entries import require_finite
+from curvlab.matrices.info import Info
 from curvlab.matrices.iterative import solve
 from curvlab.parameters import ParameterSpace
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from curvlab.checks import real_number, shown
 from curvlab.errors import CurvlabError
-from curvlab.matrices.base import PRECISE, CurvatureMatrix
+from curvlab.matrices.base import CurvatureMatrix
+from curvlab.matrices.entries import PRECISE
 from curvlab.parameters import Vectors
 
 

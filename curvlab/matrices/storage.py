@@ -10,8 +10,11 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.files import to_path
-from curvlab.matrices.base import FORMAT, CurvatureMatrix, Info, check_tensors, checksum
+from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.composite import Composite
+from curvlab.matrices.entries import check_tensors
+from curvlab.matrices.file_format import FORMAT, checksum
+from curvlab.matrices.info import Info
 from curvlab.parameters import ParameterSpace
 
 _KEYS = {"kind", "names", "shapes", "info"}  # of the description of a matrix; a composite one has "parts" also

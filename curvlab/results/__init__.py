@@ -3,7 +3,8 @@
 from curvlab.results.claims import Claim, Gate, Identity, Verdict, judge, render_claims, require, require_direction
 from curvlab.results.provenance import Stopwatch, collect
 from curvlab.results.run_directory import RunDirectory, open_run
-from curvlab.results.tables import Column, aggregate, plus_minus, render, significant, write_tables
+from curvlab.results.tables import Column, aggregate, render, write_tables
+from curvlab.text import plus_minus, significant
 
 __all__ = [
     "Claim",

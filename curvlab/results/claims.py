@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from rich.table import Table
 from rich.text import Text
 
-from curvlab.results.tables import plus_minus, significant
+from curvlab.text import plus_minus, significant
 
 Verdict = Literal["reproduced", "not reproduced", "not tested"]
 

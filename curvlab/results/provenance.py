@@ -3,32 +3,17 @@
 import os
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curvlab._version import __version__
-
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "backpack-for-pytorch",
-    "nngeometry",
-    "curvlinops-for-pytorch",
-)
+from curvlab.software import describe_software
 
 
 class Stopwatch:
@@ -83,7 +68,7 @@ def collect(
     """
     return {
         "command": shlex.join(sys.orig_argv),
-        **software(),
+        **describe_software(),
         "seeds": list(seeds),
         "data_hash": data_hash,
         "machine": _machine(torch.device(device)),
@@ -92,55 +77,6 @@ def collect(
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
     }
-
-
-def software() -> dict[str, Any]:
-    """Return ``versions`` and ``git``, as in ``collect``: what has to be the same for the same numbers.
-
-    Examples:
-        >>> list(software())
-        ['versions', 'git']
-    """
-    return {"versions": _versions(), "git": _git()}
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"curvlab": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _git() -> dict[str, Any] | None:
-    """Describe the checkout that the package is run from, or else the one around the current folder."""
-    # An installed package may lie in a virtual environment inside a checkout that does not track it.
-    for folder, tracked in ((Path(__file__).parent, [Path(__file__).name]), (Path.cwd(), [])):
-        if tracked and not _ask_git(folder, "ls-files", *tracked):
-            continue
-        commit = _ask_git(folder, "rev-parse", "HEAD")
-        changes = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
-        if commit:
-            return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-    return None
-
-
-def _ask_git(folder: Path, *arguments: str) -> str | None:
-    program = shutil.which("git")
-    if program is None:
-        return None
-    try:
-        answer = subprocess.run(
-            [program, "--no-optional-locks", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
@@ -18,62 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from curvlab.results.run_directory import RunDirectory
-from curvlab.text import readable
+from curvlab.text import MISSING, plus_minus, quote_formula, readable, significant
 
 Record = Mapping[str, Any]
-
-MISSING = "–"
-
-
-def significant(value: Any, digits: int = 4) -> str:
-    """Format a value to be read: a number with its significant digits, nothing (None, NaN) as a dash.
-
-    Integers are exact, with separators of thousands; numbers from 0.0001 to below a million are written out, others
-    with an exponent.
-
-    Examples:
-        >>> [significant(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
-        ['0.5000', '1,235', '3.142e-9', '23,520', '–']
-    """
-    if value is None or (isinstance(value, Real) and math.isnan(value)):
-        return MISSING
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return str(value)
-    if isinstance(value, Integral):
-        return f"{int(value):,}"
-    number = float(value)
-    if math.isinf(number):
-        return "∞" if number > 0 else "-∞"
-    if number == 0:
-        return "0"
-    # The exponent after rounding: 999.96 is 1000 in four digits.
-    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
-    if -4 <= int(exponent) < 6:
-        return f"{number:,.{max(digits - 1 - int(exponent), 0)}f}"
-    return f"{mantissa}e{int(exponent)}"
-
-
-def plus_minus(mean: float | None, deviation: float | None) -> str:
-    """Format a mean and its standard deviation to the same decimal, two digits of the deviation.
-
-    Examples:
-        >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(-1e-9, 0.1), plus_minus(0.5, None)
-        ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.00 ± 0.10', '0.5000')
-    """
-    if mean is None or deviation is None or not math.isfinite(mean) or not math.isfinite(deviation):
-        return significant(mean)
-    if deviation == 0:
-        return f"{significant(mean)} ± 0"
-    top = _exponent(max(abs(mean), deviation))
-    if -4 <= top < 6:
-        decimals = max(1 - _exponent(deviation), 0)
-        return f"{mean:z,.{decimals}f} ± {deviation:,.{decimals}f}"
-    decimals = max(1 - (_exponent(deviation) - top), 0)
-    return f"({mean / 10.0**top:.{decimals}f} ± {deviation / 10.0**top:.{decimals}f})e{top}"
-
-
-def _exponent(number: float) -> int:
-    return int(f"{number:.1e}".split("e")[1])
 
 
 @dataclass(frozen=True)
@@ -157,19 +103,8 @@ def write_tables(
 def to_csv(records: Sequence[Record]) -> str:
     """Return all keys of the records as CSV, with every digit; a text is one line."""
     # As objects: a column of integers with a gap stays one of integers.
-    shown = [{uncomputed(key): uncomputed(value) for key, value in record.items()} for record in records]
+    shown = [{quote_formula(key): quote_formula(value) for key, value in record.items()} for record in records]
     return pd.DataFrame(shown, dtype=object).to_csv(index=False)
-
-
-def uncomputed(value: Any) -> Any:
-    """Return a text as one that no spreadsheet computes; numbers, also negative ones, are left as they are."""
-    if not isinstance(value, str):
-        return value
-    text = readable(value)
-    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
-
-
-_FORMULA = tuple("=+-@＝＋－＠")  # how a text begins that some spreadsheet computes
 
 
 def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, first_line
 from curvlab.spectrum.operator import Products
 
 
@@ -33,7 +33,7 @@ def by_arpack(
     try:
         values, vectors = eigsh(operator, k=k, which=which, tol=tol, v0=start.cpu().numpy())
     except ArpackError as error:
-        reason = str(error).removeprefix("ARPACK error ").partition("\n")[0]
+        reason = first_line(error).removeprefix("ARPACK error ")
         raise CurvlabError(
             f"eigsh fails after {products.count} products ({reason}): raise tol, or take method='lanczos'"
         ) from error

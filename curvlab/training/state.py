@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-import numpy as np
-import torch
 from torch import nn
 
+from curvlab.randomness import derived_seed, random_state_restored
 
-def derived_seed(seed: int, *stream: int) -> int:
-    """Return a seed for one of the independent random streams that belong to ``seed``."""
-    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0])
+__all__ = [
+    "StepGuard",
+    "derived_seed",
+    "gradients_restored",
+    "interrupts_between_steps",
+    "modes_restored",
+    "random_state_restored",
+]
 
 
 @contextmanager
@@ -38,19 +42,6 @@ def gradients_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def random_state_restored(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Give the global random state of the CPU and of ``device`` back; in between, start from ``seed``."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if seed is not None:
-            # torch.manual_seed would seed every other GPU too.
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-        yield
 
 
 class StepGuard:

@@ -20,13 +20,13 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import CurvatureMatrix
+from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.results import Column, aggregate, significant
-from curvlab.results.plots import difference_maps
 from curvlab.structures import parse_structure
 
 REFERENCE = "torch"
@@ -118,7 +118,7 @@ def _compute(
     except CurvlabError as error:
         return {"supported": "no", **nothing, "obstacle": str(error)}, None
     except Exception as error:  # a library can fail in any way, and that is then what there is to say
-        text = f"backend {backend} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        text = f"backend {backend} fails: {type_and_line(error)}"
         return {"supported": "no", **nothing, "obstacle": text}, None
     return {"supported": "yes", **found, "obstacle": ""}, make_sketch(products)
 

@@ -26,8 +26,8 @@ from curvlab.continual.checks import check_loss
 from curvlab.continual.outputs import Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
+from curvlab.plots import accuracy_points, setting_curves
 from curvlab.results import Column, aggregate
-from curvlab.results.incremental import accuracy_points, setting_curves
 from curvlab.training.optimization import OptimizerName, make_optimizer
 
 Name = tuple[Setting, MethodName]

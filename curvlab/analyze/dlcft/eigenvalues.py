@@ -26,10 +26,10 @@ from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 from curvlab.problem import Problem
 from curvlab.recorder import CurveLevel
 from curvlab.results import significant
-from curvlab.results.curves import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
 LossChoice = Literal["cross_entropy", "squared_error"]
 Rate = Annotated[float, Field(gt=0)]

@@ -19,9 +19,9 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.losses import get_loss
+from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
 from curvlab.results import Column, aggregate, significant
-from curvlab.results.scatter import vanishing_curvature
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import fit
 

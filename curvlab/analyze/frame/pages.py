@@ -5,9 +5,9 @@ from pathlib import Path
 
 from curvlab.analyze import ANALYSES, ROOMS
 from curvlab.analyze.frame.results import Result, read_results
-from curvlab.results import Claim, Column
+from curvlab.results import Claim, Column, plus_minus
 from curvlab.results.claims import significant_claim, sort_claims
-from curvlab.results.tables import plus_minus, to_markdown
+from curvlab.results.tables import to_markdown
 
 _MADE = "<!-- Made by `make papers` from results/*.json. -->"
 _CLAIMS = (

@@ -11,8 +11,8 @@ from curvlab.analyze.frame.published import read_published
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
+from curvlab.plots import log_bins, log_histogram
 from curvlab.results import Claim, Column, aggregate, require_direction
-from curvlab.results.distributions import log_bins, log_histogram
 
 
 class FisherHistogramConfig(subject.TrainedSubjectConfig):

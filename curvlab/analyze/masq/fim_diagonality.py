@@ -15,8 +15,8 @@ from curvlab.analyze.masq import table2
 from curvlab.data import Dataset
 from curvlab.diagonality import Level, Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
+from curvlab.plots import block_heat_map, diagonality_dots
 from curvlab.results import Column, aggregate
-from curvlab.results.plots import block_heat_map, diagonality_dots
 
 
 class FimDiagonalityConfig(TrainedSubjectConfig):

@@ -18,9 +18,9 @@ from curvlab.analyze.regimes.options import Record, RegimesConfig
 from curvlab.continual import Regime, Task
 from curvlab.continual.regimes import describe_regime
 from curvlab.data import Dataset
+from curvlab.plots import bound_scatter
 from curvlab.problem import Problem
 from curvlab.results import Claim, Column, Identity, aggregate
-from curvlab.results.scatter import bound_scatter
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
 

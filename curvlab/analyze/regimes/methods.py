@@ -22,8 +22,8 @@ from curvlab.continual.outputs import Head, Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
+from curvlab.plots import accuracy_curves, method_dots
 from curvlab.results import Column, aggregate
-from curvlab.results.continual import accuracy_curves, method_dots
 
 _VALUES = ["acc", "forgetting", "learning_accuracy", "bytes"]
 _NAMES = (Column("stream", "stream"), Column("label", "method"))

@@ -21,8 +21,8 @@ from curvlab.continual.regimes import describe_regime
 from curvlab.continual.strategies import Naive
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
+from curvlab.plots import regime_curves
 from curvlab.results import Claim, Column, aggregate
-from curvlab.results.continual import regime_curves
 from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
 from curvlab.training import evaluate
 

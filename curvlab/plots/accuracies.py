@@ -1,7 +1,7 @@
-"""Figures of continual learning: accuracies over a stream of tasks, of methods and of training regimes."""
+"""Figures of continual learning over a stream: accuracies of methods and of training regimes after every task."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,23 +11,23 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-Record = Mapping[str, Any]
-
-_FONT = {"title": 10, "label": 9, "tick": 8}
-_COLOURS = (
-    "#767676",
-    "#0b559f",
-    "#3a8f5c",
-    "#8e5ea2",
-    "#e07b39",
-    "#222222",
-    "#4fa3c7",
-    "#a0742b",
-    "#c0394b",
-    "#d67fb0",
+from curvlab.plots.records import Record, count_seeds, distinct
+from curvlab.plots.style import (
+    LABEL,
+    LINEAR,
+    MARKERS,
+    METHODS,
+    NONLINEAR,
+    OTHERS,
+    SYMBOL,
+    WIDTH,
+    add_legend,
+    finish,
+    new_figure,
 )
-_MARKERS = "os^vDP*Xdh"
+
 _ACROSS: dict[str, Any] = {"linestyle": "--", "marker": None}
+_MOST_LINES = 8  # with a colour each
 
 
 def accuracy_curves(
@@ -44,10 +44,9 @@ def accuracy_curves(
         title: What stands above.
         bands: Draw the range of the seeds in place of each of them.
     """
-    streams, methods = _distinct(accuracies, "stream"), _distinct(accuracies, "method")
+    streams, methods = distinct(accuracies, "stream"), distinct(accuracies, "method")
     last = max(record["after"] for record in accuracies)
-    figure = Figure(figsize=(max(3.4 * len(streams), 4.4), 5.2), layout="constrained")
-    figure.suptitle(title, fontsize=_FONT["title"])
+    figure = new_figure(max(3.4 * len(streams), 4.4), 5.2, title)
     panels: np.ndarray = figure.subplots(2, len(streams), squeeze=False, sharex=True, sharey="row")
     for column, stream in zip(panels.T, streams, strict=True):
         for place, method in enumerate(methods):
@@ -58,10 +57,10 @@ def accuracy_curves(
                     _line(axes, np.array([1, last]), values.repeat(2, axis=1), place, bands, **_ACROSS)
                 elif len(after):
                     _line(axes, after, values, place, bands)
-        column[0].set_title(stream, fontsize=_FONT["label"])
-        column[1].set_xlabel("after task", fontsize=_FONT["label"])
-    panels[0, 0].set_ylabel("mean accuracy, tasks so far", fontsize=_FONT["label"])
-    panels[1, 0].set_ylabel("accuracy on the first task", fontsize=_FONT["label"])
+        column[0].set_title(stream, fontsize=LABEL)
+        column[1].set_xlabel("after task", fontsize=LABEL)
+    panels[0, 0].set_ylabel("mean accuracy, tasks so far", fontsize=LABEL)
+    panels[1, 0].set_ylabel("accuracy on the first task", fontsize=LABEL)
     for axes in panels.flat:
         _finish(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -69,56 +68,8 @@ def accuracy_curves(
     for method in methods:
         if len({record["after"] for record in accuracies if record["method"] == method}) == 1 < last:
             styles[labels.get(method, method)] |= _ACROSS
-    _legend(figure, styles, _seeds(accuracies), bands)
+    _legend(figure, styles, count_seeds(accuracies), bands)
     return figure
-
-
-def method_dots(table: Sequence[Record], title: str) -> Figure:
-    """Draw accuracy and, below it, forgetting of methods as dots: a column a stream; published ones as diamonds.
-
-    Args:
-        table: A record a ``stream`` and method (``label``) with ``acc`` and ``forgetting``, each with its ``_std``, the
-            number of ``seeds``, and where there are some ``published_acc`` and ``published_forgetting``.
-        title: What stands above.
-    """
-    streams = _distinct(table, "stream")
-    labels = _distinct(table, "label")
-    figure = Figure(figsize=(max(3.4 * len(streams), 4.4), 5.2), layout="constrained")
-    figure.suptitle(title, fontsize=_FONT["title"])
-    panels: np.ndarray = figure.subplots(2, len(streams), squeeze=False, sharey="row")
-    for column, stream in zip(panels.T, streams, strict=True):
-        for axes, key in zip(column, ("acc", "forgetting"), strict=True):
-            for row in (row for row in table if row["stream"] == stream):
-                _dot(axes, labels.index(row["label"]), row, key)
-            axes.set_xlim(-0.6, len(labels) - 0.4)
-            axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", rotation_mode="anchor")
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-            axes.set_axisbelow(True)
-            _finish(axes)
-        column[0].set_title(stream, fontsize=_FONT["label"])
-        column[0].tick_params(labelbottom=False)
-    panels[0, 0].set_ylabel("accuracy, mean over all tasks", fontsize=_FONT["label"])
-    panels[1, 0].set_ylabel("forgetting", fontsize=_FONT["label"])
-    handles = []
-    if any(row["acc_std"] is not None for row in table):
-        seeds = max(row["seeds"] for row in table)
-        handles.append(_symbol("o", f"mean and standard deviation of {seeds} seeds", markersize=5))
-    if any(row.get("published_acc") is not None for row in table):
-        handles.append(_symbol("D", "published mean", markerfacecolor="white", markersize=5))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=_FONT["tick"], frameon=False)
-    return figure
-
-
-def _dot(axes: Axes, place: int, row: Record, key: str) -> None:
-    """Draw a value with its deviation and, to the right of it, the published one."""
-    published = row.get(f"published_{key}")
-    shift = 0.0 if published is None else 0.13
-    if row[key] is not None:
-        style: dict[str, Any] = {"fmt": "o", "markersize": 5, "elinewidth": 1.2, "capsize": 2.5}
-        axes.errorbar(place - shift, row[key], yerr=row[f"{key}_std"], color=_COLOURS[place % len(_COLOURS)], **style)
-    if published is not None:
-        axes.plot(place + shift, published, "D", color="white", markeredgecolor="black", markersize=5)
 
 
 def regime_curves(
@@ -141,9 +92,8 @@ def regime_curves(
         title: What stands above.
         bands: Draw the range of the seeds in place of each of them.
     """
-    streams, regimes = _distinct(points, "stream"), _distinct(points, "regime")
-    figure = Figure(figsize=(7.6, 1.9 * len(streams) + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=_FONT["title"])
+    streams, regimes = distinct(points, "stream"), distinct(points, "regime")
+    figure = new_figure(7.6, 1.9 * len(streams) + 0.9, title)
     panels: np.ndarray = figure.subplots(len(streams), 4, squeeze=False, sharex=True)
     for row, stream in zip(panels, streams, strict=True):
         for place, regime in enumerate(regimes, start=1):
@@ -159,7 +109,7 @@ def regime_curves(
             )
             for axes, (tasks, values) in zip(row, drawn, strict=True):
                 _line(axes, tasks, values, place, bands)
-        row[0].set_ylabel(stream, fontsize=_FONT["label"])
+        row[0].set_ylabel(stream, fontsize=LABEL)
         for axes in row[2:]:
             axes.set_yscale("log")
     headers = (
@@ -169,23 +119,15 @@ def regime_curves(
         r"$\|\Delta w\|$",
     )
     for axes, header in zip(panels[0], headers, strict=True):
-        axes.set_title(header, fontsize=_FONT["label"])
+        axes.set_title(header, fontsize=LABEL)
     for axes in panels.flat:
         _finish(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[-1]:
-        axes.set_xlabel("after task", fontsize=_FONT["label"])
+        axes.set_xlabel("after task", fontsize=LABEL)
     styles = {labels.get(regime, regime): _style(place) for place, regime in enumerate(regimes, start=1)}
-    _legend(figure, styles, _seeds(points), bands)
+    _legend(figure, styles, count_seeds(points), bands)
     return figure
-
-
-def _distinct(records: Sequence[Record], key: str) -> list[str]:
-    return list(dict.fromkeys(record[key] for record in records))
-
-
-def _seeds(records: Sequence[Record]) -> int:
-    return len({record["seed"] for record in records})
 
 
 def _over(records: Sequence[Record], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -200,8 +142,8 @@ def _over(records: Sequence[Record], x: str, y: str) -> tuple[np.ndarray, np.nda
 
 
 def _style(place: int) -> dict[str, Any]:
-    place %= len(_COLOURS)
-    return {"color": _COLOURS[place], "marker": _MARKERS[place], "markersize": 3.5}
+    place %= len(METHODS)
+    return {"color": METHODS[place], "marker": MARKERS[place], "markersize": 3.5}
 
 
 def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool, **style: Any) -> None:
@@ -214,10 +156,6 @@ def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool
     axes.plot(x, values.mean(axis=0), **style)
 
 
-def _symbol(marker: str, label: str, **style: Any) -> Line2D:
-    return Line2D([], [], linestyle="none", color="black", marker=marker, label=label, **style)
-
-
 def _finish(axes: Axes) -> None:
     if axes.get_yscale() == "log":
         low, high = axes.get_ylim()
@@ -228,18 +166,93 @@ def _finish(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(labelsize=_FONT["tick"])
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes)
 
 
 def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int, bands: bool) -> None:
     handles: list[Line2D | Patch] = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     if seeds > 1 and bands:
-        handles.append(Patch(facecolor="#808080", alpha=0.3, label=f"mean and range of {seeds} seeds"))
+        handles.append(Patch(facecolor=SYMBOL, alpha=0.3, label=f"mean and range of {seeds} seeds"))
     elif seeds > 1:
-        handles.append(
-            Line2D([], [], color="#808080", linewidth=0.5, label=f"one of {seeds} seeds (thick: their mean)")
-        )
+        handles.append(Line2D([], [], color=SYMBOL, linewidth=0.5, label=f"one of {seeds} seeds (thick: their mean)"))
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * longest)))  # inches
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=_FONT["tick"], frameon=False)
+    add_legend(figure, handles, columns)
+
+
+def setting_curves(
+    curves: Sequence[Record],
+    labels: Mapping[str, str],
+    settings: Mapping[str, str],
+    linear: Collection[str],
+    first: Collection[str],
+    title: str,
+) -> Figure:
+    """Draw the accuracy on the tasks so far over tasks, the mean over seeds: a panel a setting.
+
+    Args:
+        curves: Records of ``setting``, ``method``, ``seed`` and ``after`` (tasks, from 1) with the ``accuracy``. A
+            method that is measured after the last task only is a dotted line across the panel.
+        labels: What the methods are called.
+        settings: What the settings are called.
+        linear: The methods with solid lines; the others have dashed ones.
+        first: The methods that have a colour where there are more than eight; the others are thin grey lines.
+        title: What stands above.
+    """
+    drawn = distinct(curves, "setting")
+    methods = [name for name in labels if name in distinct(curves, "method")]
+    coloured = methods if len(methods) <= _MOST_LINES else [name for name in methods if name in first]
+    styles: dict[str, dict[str, Any]] = {name: {"color": OTHERS, "linewidth": 0.8, "zorder": 1} for name in methods}
+    styles |= {name: _setting_style(name in linear, place) for name, place in _places(coloured, linear)}
+    for name in {name for name in methods if all(r["after"] > 1 for r in curves if r["method"] == name)}:
+        styles[name]["linestyle"] = ":"
+    handles = [Line2D([], [], label=labels[name], **styles[name]) for name in coloured]
+    if len(coloured) < len(methods):
+        handles.append(Line2D([], [], label="other methods", color=OTHERS, linewidth=0.8))
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
+    spread = ", mean over seeds" if len(distinct(curves, "seed")) > 1 else ""
+    figure = new_figure(WIDTH if columns == 2 else 5.0, 2.4 * rows + 0.9, f"{title}{spread}")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(drawn) :]:
+        axes.remove()
+    for axes, setting in zip(panels, drawn, strict=False):
+        _draw_curves(axes, [record for record in curves if record["setting"] == setting], styles)
+        axes.set_title(settings[setting], fontsize=LABEL)
+    for axes in panels[::columns]:
+        axes.set_ylabel("accuracy so far", fontsize=LABEL)
+    add_legend(figure, handles, columns + 1)
+    return figure
+
+
+def _draw_curves(axes: Axes, records: Sequence[Record], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    last = max(record["after"] for record in records)
+    for method, style in styles.items():
+        tasks, values = _mean_curve(records, method)
+        if len(tasks) == 1 < last:
+            axes.axhline(values[0], **style)
+        elif len(tasks):
+            axes.plot(tasks, values, marker="." if last <= 10 else None, markersize=4, **style)
+    axes.set_xlabel("tasks learned", fontsize=LABEL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(axes)
+
+
+def _places(methods: Sequence[str], linear: Collection[str]) -> list[tuple[str, int]]:
+    """Return every method with its place among those of its kind."""
+    kinds = [name in linear for name in methods]
+    return [(name, kinds[:i].count(kinds[i])) for i, name in enumerate(methods)]
+
+
+def _setting_style(linear: bool, place: int) -> dict[str, Any]:
+    colours = LINEAR if linear else NONLINEAR
+    line: Any = "-" if linear else (0, (4, 1.5))
+    return {"color": colours[place % len(colours)], "linestyle": line, "linewidth": 1.4, "zorder": 3 if linear else 2}
+
+
+def _mean_curve(records: Sequence[Record], method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers of tasks and the mean accuracies of a method over the seeds."""
+    chosen = [record for record in records if record["method"] == method]
+    tasks = sorted({record["after"] for record in chosen})
+    values = [np.mean([record["accuracy"] for record in chosen if record["after"] == after]) for after in tasks]
+    return np.array(tasks), np.array(values)

@@ -1,16 +1,13 @@
-"""Figures of distributions over many decades, drawn to be read at the width of a page."""
+"""Figures of distributions over many decades."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-Record = Mapping[str, Any]
-
-_COLOURS = ("#0b559f", "#e07b39", "#3a7d44", "#7b3294", "#767676")
-_FONT = {"title": 10, "label": 9, "tick": 8}
+from curvlab.plots.records import Record
+from curvlab.plots.style import LABEL, SERIES, TICK, TITLE, finish, new_figure, set_log_ticks
 
 
 def log_bins(values: np.ndarray, per_decade: int = 5) -> list[dict[str, Any]]:
@@ -41,7 +38,7 @@ def log_histogram(records: Sequence[Record], title: str) -> Figure:
         records: One a ``seed`` and bin that is not empty, with its edges ``low`` and ``high`` and its ``count``.
         title: What stands above.
     """
-    figure = Figure(figsize=(5.4, 3.3), layout="constrained")
+    figure = new_figure(5.4, 3.3)
     axes = figure.add_subplot()
     for place, seed in enumerate(dict.fromkeys(record["seed"] for record in records)):
         bins = sorted((r["low"], r["high"], r["count"]) for r in records if r["seed"] == seed)
@@ -53,16 +50,14 @@ def log_histogram(records: Sequence[Record], title: str) -> Figure:
                 counts.append(float("nan"))
             edges.append(high)
             counts.append(count)
-        axes.stairs(counts, edges, color=_COLOURS[place % len(_COLOURS)], linewidth=1.3, label=f"seed {seed}")
+        axes.stairs(counts, edges, color=SERIES[place % len(SERIES)], linewidth=1.3, label=f"seed {seed}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_title(title, fontsize=_FONT["title"])
-    axes.set_xlabel("entry of the diagonal, where it is not zero (nats)", fontsize=_FONT["label"])
-    axes.set_ylabel("parameters a bin", fontsize=_FONT["label"])
+    axes.set_title(title, fontsize=TITLE)
+    axes.set_xlabel("entry of the diagonal, where it is not zero (nats)", fontsize=LABEL)
+    axes.set_ylabel("parameters a bin", fontsize=LABEL)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=8))
-        axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(labelsize=_FONT["tick"])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=_FONT["tick"], frameon=False)
+        set_log_ticks(axis)
+    finish(axes)
+    axes.legend(fontsize=TICK, frameon=False)
     return figure

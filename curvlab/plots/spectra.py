@@ -1,4 +1,4 @@
-"""Figures of eigenvalues over training, drawn to be read at the width of a page."""
+"""Figures of eigenvalues over training, and of spectral densities."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,24 +8,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-Record = Mapping[str, Any]
+from curvlab.plots.records import Record, count_seeds, distinct
+from curvlab.plots.style import (
+    BLUE,
+    GREEN,
+    LABEL,
+    ORANGE,
+    SERIES,
+    SYMBOL,
+    add_legend,
+    finish,
+    new_figure,
+    set_log_ticks,
+)
 
-_FONT = {"title": 10, "label": 9, "tick": 8}
-_FEW_DECADES = 100.0
 _LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
-_LOSS_COLOURS = {"cross_entropy": "#0b559f", "squared_error": "#e07b39"}
+_LOSS_COLOURS = {"cross_entropy": BLUE, "squared_error": ORANGE}
 # A loss of probabilities is in nats. Half a squared error has the unit of its outputs, squared.
 _UNITS = {"cross_entropy": "nats", "squared_error": "squared outputs"}
 _QUANTITIES = {"fisher": "Fisher", "hessian": "Hessian", "ekfac": "Fisher by EK-FAC", "ggn": "GGN"}
 _EARLY = 2  # points: a maximum among the first ones is not resolved
 # By place, and distinct without colour too. A broken line on top of a whole one shows both where they agree.
-_STYLES = (
-    {"color": "#0b559f", "linestyle": "-", "linewidth": 2.2},
-    {"color": "#e07b39", "linestyle": (0, (3, 1.5)), "linewidth": 1.6},
-    {"color": "#3a7d44", "linestyle": "-.", "linewidth": 1.4},
-    {"color": "#7b3294", "linestyle": ":", "linewidth": 1.6},
+_LINES: tuple[tuple[Any, float], ...] = (("-", 2.2), ((0, (3, 1.5)), 1.6), ("-.", 1.4), (":", 1.6))
+_STYLES: tuple[dict[str, Any], ...] = tuple(
+    {"color": colour, "linestyle": line, "linewidth": width}
+    for colour, (line, width) in zip(SERIES, _LINES, strict=False)
 )
 
 
@@ -39,8 +47,8 @@ def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
         records: One a ``loss``, ``seed``, ``step`` and ``quantity``, with the eigenvalue as ``value``.
         title: What stands above.
     """
-    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
-    figure, panels = _grid(len(losses), title)
+    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
+    figure, panels = _new_panels(len(losses), title)
     early = False
     for column, loss in enumerate(losses):
         for row, axes in enumerate(panels[:, column]):
@@ -50,11 +58,11 @@ def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
                 _draw(axes, steps, values, style, log=row == 1, outline=place > 0)
                 early |= _mark_early_peak(axes, steps, values, style)
             _finish(axes, log=row == 1)
-        panels[0, column].set_title(_loss_title(loss), fontsize=_FONT["label"])
+        panels[0, column].set_title(_loss_title(loss), fontsize=LABEL)
     for axes in panels[:, 0]:
-        axes.set_ylabel(r"$\lambda_{\max}$", fontsize=_FONT["label"])
+        axes.set_ylabel(r"$\lambda_{\max}$", fontsize=LABEL)
     styles = {_QUANTITIES.get(name, name): _STYLES[place % len(_STYLES)] for place, name in enumerate(quantities)}
-    _legend(figure, styles, _number_of_seeds(records), outlines=len(quantities) > 1, early=early)
+    _legend(figure, styles, count_seeds(records), outlines=len(quantities) > 1, early=early)
     return figure
 
 
@@ -65,10 +73,10 @@ def normalised_curves(records: Sequence[Record], title: str) -> Figure:
         records: As for ``eigenvalue_curves``.
         title: What stands above.
     """
-    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
-    figure, panels = _grid(len(quantities), title, row_axis=True)
+    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
+    figure, panels = _new_panels(len(quantities), title, row_axis=True)
     styles = {
-        loss: {"color": _LOSS_COLOURS.get(loss, "#3a7d44"), "linestyle": style, "linewidth": 1.8}
+        loss: {"color": _LOSS_COLOURS.get(loss, GREEN), "linestyle": style, "linewidth": 1.8}
         for loss, style in zip(losses, ("-", "--", "-."), strict=False)
     }
     early = False
@@ -81,11 +89,11 @@ def normalised_curves(records: Sequence[Record], title: str) -> Figure:
                     _draw(axes, steps, values, styles[loss], log=row == 1)
                     early |= _mark_early_peak(axes, steps, values, styles[loss])
             _finish(axes, log=row == 1)
-        panels[0, column].set_title(_QUANTITIES.get(quantity, quantity), fontsize=_FONT["label"])
+        panels[0, column].set_title(_QUANTITIES.get(quantity, quantity), fontsize=LABEL)
     for axes in panels[:, 0]:
-        axes.set_ylabel(r"$\lambda_{\max}$ / its maximum", fontsize=_FONT["label"])
+        axes.set_ylabel(r"$\lambda_{\max}$ / its maximum", fontsize=LABEL)
     names = {_LOSSES.get(loss, loss): style for loss, style in styles.items()}
-    _legend(figure, names, _number_of_seeds(records), early=early)
+    _legend(figure, names, count_seeds(records), early=early)
     return figure
 
 
@@ -96,9 +104,9 @@ def layer_curves(records: Sequence[Record], title: str) -> Figure:
         records: As for ``eigenvalue_curves``, one a ``layer`` too.
         title: What stands above.
     """
-    losses, quantities = _distinct(records, "loss"), _distinct(records, "quantity")
-    layers = _distinct(records, "layer")
-    figure, panels = _grid(len(losses), title, rows=len(quantities))
+    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
+    layers = distinct(records, "layer")
+    figure, panels = _new_panels(len(losses), title, rows=len(quantities))
     colours = _sequence(len(layers))
     for column, loss in enumerate(losses):
         for row, quantity in enumerate(quantities):
@@ -108,10 +116,10 @@ def layer_curves(records: Sequence[Record], title: str) -> Figure:
                 _draw(axes, steps, values, {"color": colour, "linewidth": 1.5}, log=True)
             _finish(axes, log=True)
             if column == 0:
-                axes.set_ylabel(rf"$\lambda_{{\max}}$, {_QUANTITIES.get(quantity, quantity)}", fontsize=_FONT["label"])
-        panels[0, column].set_title(_loss_title(loss), fontsize=_FONT["label"])
+                axes.set_ylabel(rf"$\lambda_{{\max}}$, {_QUANTITIES.get(quantity, quantity)}", fontsize=LABEL)
+        panels[0, column].set_title(_loss_title(loss), fontsize=LABEL)
     styles = {layer: {"color": colour, "linewidth": 1.5} for layer, colour in zip(layers, colours, strict=True)}
-    _legend(figure, styles, _number_of_seeds(records))
+    _legend(figure, styles, count_seeds(records))
     return figure
 
 
@@ -122,9 +130,9 @@ def density_curves(densities: Sequence[Record], title: str) -> Figure:
         densities: One a ``loss``, ``quantity`` and ``step``, with ``grid`` and ``density``, lists of numbers.
         title: What stands above.
     """
-    losses, quantities = _distinct(densities, "loss"), _distinct(densities, "quantity")
+    losses, quantities = distinct(densities, "loss"), distinct(densities, "quantity")
     steps = sorted({record["step"] for record in densities})
-    figure, panels = _grid(len(losses), title, rows=len(quantities), shared=False)
+    figure, panels = _new_panels(len(losses), title, rows=len(quantities), shared=False)
     colours = _sequence(len(steps))
     for column, loss in enumerate(losses):
         for row, quantity in enumerate(quantities):
@@ -140,10 +148,10 @@ def density_curves(densities: Sequence[Record], title: str) -> Figure:
                 axes.set_ylim(top * 1e-7, top * 3)
             _finish(axes, log=True)
             unit = f" ({_UNITS[loss]})" if loss in _UNITS else ""
-            axes.set_xlabel(f"eigenvalue of the {_QUANTITIES.get(quantity, quantity)}{unit}", fontsize=_FONT["label"])
+            axes.set_xlabel(f"eigenvalue of the {_QUANTITIES.get(quantity, quantity)}{unit}", fontsize=LABEL)
             if column == 0:
-                axes.set_ylabel("density, smoothed", fontsize=_FONT["label"])
-        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=_FONT["label"])
+                axes.set_ylabel("density, smoothed", fontsize=LABEL)
+        panels[0, column].set_title(_LOSSES.get(loss, loss), fontsize=LABEL)
     styles = {f"step {step:,}": {"color": colour} for step, colour in zip(steps, colours, strict=True)}
     _legend(figure, styles, 1)
     return figure
@@ -151,14 +159,6 @@ def density_curves(densities: Sequence[Record], title: str) -> Figure:
 
 def _loss_title(loss: str) -> str:
     return f"{_LOSSES.get(loss, loss)} ({_UNITS[loss]})" if loss in _UNITS else loss
-
-
-def _distinct(records: Sequence[Record], key: str) -> list[str]:
-    return list(dict.fromkeys(record[key] for record in records))
-
-
-def _number_of_seeds(records: Sequence[Record]) -> int:
-    return len({record["seed"] for record in records})
 
 
 def _values(records: Sequence[Record], **of: str) -> tuple[np.ndarray, np.ndarray]:
@@ -172,17 +172,16 @@ def _values(records: Sequence[Record], **of: str) -> tuple[np.ndarray, np.ndarra
     return np.array(steps), values
 
 
-def _grid(
+def _new_panels(
     columns: int, title: str, rows: int = 2, shared: bool = True, row_axis: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(max(2.6 * columns + 0.6, 4.2), 2.0 * rows + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=_FONT["title"])
+    figure = new_figure(max(2.6 * columns + 0.6, 4.2), 2.0 * rows + 0.9, title)
     panels: np.ndarray = figure.subplots(
         rows, columns, squeeze=False, sharex=shared, sharey="row" if row_axis else False
     )
     if shared:
         for axes in panels[-1]:
-            axes.set_xlabel("training step", fontsize=_FONT["label"])
+            axes.set_xlabel("training step", fontsize=LABEL)
     return figure, panels
 
 
@@ -220,17 +219,10 @@ def _mark_early_peak(axes: Axes, steps: np.ndarray, values: np.ndarray, style: M
 def _finish(axes: Axes, log: bool) -> None:
     if log:
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        if high / low < _FEW_DECADES:  # powers of ten alone would be one label, or none
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_ticks(axes.yaxis, axes.get_ylim(), most=6)
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.tick_params(labelsize=_FONT["tick"])
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes)
 
 
 def _legend(
@@ -241,20 +233,13 @@ def _legend(
         edge: dict[str, Any] = {"edgecolor": (0, 0, 0, 0.6), "linestyle": "--", "linewidth": 0.7} if outlines else {}
         handles.append(Patch(facecolor=(0.5, 0.5, 0.5, 0.3), label=f"mean and range of {seeds} seeds", **edge))
     if early:
-        circle = Line2D([], [], linestyle="none", marker="o", markerfacecolor="none", color="#808080", markersize=6)
+        circle = Line2D([], [], linestyle="none", marker="o", markerfacecolor="none", color=SYMBOL, markersize=6)
         circle.set_label("maximum in the first interval")
         handles.append(circle)
     # A row holds what the width of the figure does: about six characters a label beside its line.
     widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() * 13 / (widest + 7)))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(columns, len(handles)),
-        fontsize=_FONT["tick"],
-        frameon=False,
-        handlelength=2.6,
-    )
+    add_legend(figure, handles, min(columns, len(handles)), handlelength=2.6)
 
 
 def _sequence(count: int) -> list[Any]:

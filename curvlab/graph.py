@@ -1,0 +1,29 @@
+"""The graph that torch keeps of a computation, node by node."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def walk(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield every node of the graph behind some tensors once, with the nodes of its inputs.
+
+    The node of an input is None where that has no gradient.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> [len(inputs) for _, inputs in walk([x * 2 + x])]
+        [2, 2, 0]
+    """
+    waiting: list[Any] = [output.grad_fn for output in outputs]
+    seen = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        inputs = [further for further, _ in node.next_functions]
+        waiting += inputs
+        yield node, inputs

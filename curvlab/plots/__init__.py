@@ -1,0 +1,27 @@
+"""Figures, drawn of flat records to be read at the width of a page: a module a kind of figure, and one style."""
+
+from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
+from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots
+from curvlab.plots.heat_maps import block_heat_map, difference_maps
+from curvlab.plots.histograms import log_bins, log_histogram
+from curvlab.plots.scatter import bound_scatter, vanishing_curvature
+from curvlab.plots.spectra import density_curves, eigenvalue_curves, layer_curves, normalised_curves
+
+__all__ = [
+    "accuracy_curves",
+    "accuracy_points",
+    "block_heat_map",
+    "bound_scatter",
+    "density_curves",
+    "diagonality_dots",
+    "difference_maps",
+    "eigenvalue_curves",
+    "layer_curves",
+    "log_bins",
+    "log_histogram",
+    "method_dots",
+    "normalised_curves",
+    "regime_curves",
+    "setting_curves",
+    "vanishing_curvature",
+]
