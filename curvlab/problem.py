@@ -207,8 +207,7 @@ class Problem:
                         with preserved_random_state(self.model.modules()):
                             outputs = self._tried(copies, inputs[:1])
                     self.loss.check(outputs.expand(len(targets), -1), targets)
-                for index, (inputs, _) in enumerate(self.probe()):
-                    self._check_samples(copies, inputs, outputs if index == 0 else None)
+                self.check_samples(copies, outputs)
                 unchanged()
             for name, (p, _) in own.items():
                 if not are_equal(copies[name], p):
@@ -247,17 +246,23 @@ class Problem:
             return False
         return True
 
-    def _check_samples(self, parameters: dict[str, Tensor], inputs: Tensor, first: Tensor | None) -> None:
-        """Refuse outputs that are random or depend on the rest of the batch.
+    def check_samples(self, parameters: dict[str, Tensor], first: Tensor | None = None) -> None:
+        """Refuse outputs that are random or depend on the rest of the batch, on the few samples of ``probe``.
 
         The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
         in the first.
 
         Args:
             parameters: To use.
-            inputs: A few.
-            first: The output of the first of them alone, where that is known.
+            first: The output of the first sample alone, where that is known.
+
+        Raises:
+            UnsupportedError: There are such outputs.
         """
+        for index, (inputs, _) in enumerate(self.probe()):
+            self._check_batch(parameters, inputs, first if index == 0 else None)
+
+    def _check_batch(self, parameters: dict[str, Tensor], inputs: Tensor, first: Tensor | None) -> None:
         with watched(self.model) as watch:
             outputs = self._tried(parameters, inputs)
             alone = self._tried(parameters, inputs[:1]) if first is None else first

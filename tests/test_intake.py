@@ -206,7 +206,7 @@ class TestRefused:
             ),
             (list(zip(X, Y, strict=True)), "targets of batch 0 are one number, not a row a sample"),
             ((torch.tensor(1.0), torch.tensor(1)), "inputs of the data are one number"),
-            ((X.numpy(), Y.numpy()), "the data are a tuple of 2 .ndarray, ndarray.: give tensors"),
+            ((X.numpy(), Y.numpy()), r"the data are a tuple of 2 \(ndarray, ndarray\): give tensors"),
             ([{"x": X, "y": Y}], "not a pair of tensors.*but a dict"),
             ("mnist", "not a pair of tensors.*but a str"),
             (None, "DataLoader, a list of batches or a pair of tensors, not NoneType"),

@@ -580,3 +580,24 @@ def test_a_patched_forward_that_leads_a_copy_back_to_the_model_leaves_its_gradie
             estimate(problem, "empirical_fisher", structure, backend=backend)
         assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
         assert all(p.grad is not None for p in model.parameters())
+
+
+def test_samples_that_mix_by_less_than_half_precision_shows() -> None:
+    """They are compared in float32."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(x) + 0.05 * x.mean(dim=0).sum()
+            return out
+
+    torch.manual_seed(0)
+    problem = Problem(
+        Mixing().bfloat16(), "squared_error", (torch.randn(4, 5).bfloat16(), torch.randn(4, 2).bfloat16())
+    )
+    problem.check()  # where it does not show
+    with pytest.raises(UnsupportedError, match="depends on the other samples"):
+        estimate(problem, "empirical_fisher", "diag")

@@ -229,11 +229,13 @@ def _precise(problem: Problem) -> Problem:
     if problem.dtype == working_dtype(problem.dtype):
         return problem
     precise = HeldProblem(problem, working_dtype(problem.dtype))
+    leaves = {name: value.requires_grad_() for name, value in precise.parameters().items()}
     try:
         for inputs, _ in precise.probe():
-            precise.forward(precise.parameters(), inputs)
+            precise.forward(leaves, inputs)
     except Exception:  # of the user's code, at tensors of another dtype
         return problem
+    precise.check_samples(leaves)  # of which little is seen in half precision
     return precise
 
 

@@ -18,9 +18,9 @@ OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.
 class Watch(TorchFunctionMode):
     """Keeps the inputs of the operations on layers' weights, and adds a zero to the outputs of those wanted."""
 
-    def __init__(self, layers, wanted):
+    def __init__(self, layers, wanted, asked):
         super().__init__()
-        self.layers = layers
+        self.layers, self.asked = layers, asked
         self.calls = {name: [] for name in wanted}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -31,6 +31,8 @@ class Watch(TorchFunctionMode):
             # Of layers with one weight, each has the operation with its own bias.
             bias = args[2] if len(args) > 2 else None
             of = [name for name in having if self.layers[name].bias is bias] or having
+            # Where no gradient of the weight is asked for, other uses of it say nothing of the layer's bias.
+            of = [name for name in of if self.layers[name].bias is bias or self.asked(f"{name}.weight")]
             for name in [name for name in of if name in self.calls]:
                 if torch._C._functorch.is_functorch_wrapped_tensor(out):
                     self.calls[name] += [None, None]  # as good as several
@@ -62,7 +64,7 @@ def samples(model, names, quantity, name, x, y, drawn):
     # A zero changes what is done to outputs of which no gradient is wanted.
     found = {name.rpartition(".")[0]: [] for name in parameters if name.rpartition(".")[0] in layers}
     for n in range(len(x)):
-        with Watch(layers, found) as watch:
+        with Watch(layers, found, lambda key: key.removeprefix(".") in parameters) as watch:
             f = model(x[n : n + 1].clone())
         of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
         for key in list(found):
