@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from curvlab.diagonality import diagonality, submatrix
 from curvlab.errors import UnsupportedError
+from curvlab.estimators import estimate
 from curvlab.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -90,3 +91,16 @@ def test_half_precision(dtype: torch.dtype) -> None:
     right = diagonality(double, "ggn", per=["tensor", "network"])
     for column in ("diag_sum", "offdiag_abs_sum", "frobenius"):
         assert list(found[column]) == pytest.approx(list(right[column]), rel=5 * torch.finfo(dtype).eps), column
+
+
+def test_a_replaced_forward_that_clamps_some_samples() -> None:
+    """Which the few samples of the verification need not show."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)).double()
+    model[0].forward = lambda x, plain=model[0].forward: plain(x).clamp(-0.2)  # type: ignore[method-assign]
+    problem = Problem(model, "squared_error", (torch.randn(9, 4).double(), torch.randn(9, 3).double()))
+    table = diagonality(problem, "empirical_fisher")
+    whole = estimate(problem, "empirical_fisher", "dense", backend="torch").to_dense()
+    for row in table.to_dict("records"):
+        part = problem.space.slices[row["parameter"]]
+        assert row["diag_sum"] == pytest.approx(float(whole[part, part].trace()), rel=1e-10)

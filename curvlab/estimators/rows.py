@@ -43,13 +43,14 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
     """Return the Linear layers whose rows are rank-one, by module name, as a few samples show them to be.
 
     A layer qualifies if it is called on ``(N, d)``, and if its weight and bias are verified (see
-    ``curvlab.estimators.verification``).
+    ``curvlab.estimators.verification``). One whose forward is the user's own does not: what that does after the
+    operation can change the gradients of some samples only.
     """
     verified = verify_factors(problem, problem.space)
     candidates: dict[str, nn.Linear] = {}
     for name, layer in verified.layers.items():
         whole = layer_in(problem.space, name, layer.module)
-        if isinstance(layer.module, nn.Linear) and layer == whole:
+        if isinstance(layer.module, nn.Linear) and layer == whole and "forward" not in vars(layer.module):
             candidates[name] = layer.module
     calls = forward(problem, candidates, problem.probe()[0][0])[1]
     return {name: module for name, module in candidates.items() if _is_flat(calls[name])}
