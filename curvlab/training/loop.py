@@ -125,9 +125,9 @@ def fit(
     ):
         run.begin()
         try:
-            run.go(guard, advance)
+            run.do_steps(guard, advance)
         except KeyboardInterrupt as interrupt:
-            run.explain(interrupt, guard)
+            run.stop(interrupt, guard)
             raise
     end = run.history[-1]
     return FitResult(

@@ -74,7 +74,7 @@ class Run:
             self.restore(states)
         self.resumed_at = self.step
 
-    def go(self, guard: StepGuard, advance: Advance) -> None:
+    def do_steps(self, guard: StepGuard, advance: Advance) -> None:
         """Do the steps that are left, and what is due between them.
 
         Args:
@@ -100,7 +100,7 @@ class Run:
                 with guard:
                     self.collect_losses()
 
-    def explain(self, interrupt: KeyboardInterrupt, guard: StepGuard) -> None:
+    def stop(self, interrupt: KeyboardInterrupt, guard: StepGuard) -> None:
         """Save the run that Ctrl-C stopped, if that was between two steps, and add a note that says so."""
         if self.file is None or guard.broken:
             return
