@@ -106,7 +106,8 @@ class Starter:
 
 def serve(descriptor: int) -> Callable[[], object]:
     """Fork a process for each request; return there what it has to do, and in this one, in the end, nothing to do."""
-    from curvlab.analyze import command, fim_diagonality  # noqa: F401
+    from curvlab.analyze.frame import command  # noqa: F401
+    from curvlab.analyze.masq import fim_diagonality  # noqa: F401
     from curvlab.grid import processes
 
     for module in processes._PRELOADED:
