@@ -14,8 +14,8 @@ def walk(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, list[Any]]]:
     Examples:
         >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
-        >>> [len(inputs) for _, inputs in walk([x * 2 + x])]
-        [2, 2, 0]
+        >>> [type(node).__name__ for node, _ in walk([x * 2 + x])]
+        ['AddBackward0', 'AccumulateGrad', 'MulBackward0']
     """
     waiting: list[Any] = [output.grad_fn for output in outputs]
     seen = {None}
