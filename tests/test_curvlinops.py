@@ -17,7 +17,7 @@ from curvlab.estimators.curvlinops import BACKEND
 from curvlab.estimators.seeds import label_stream
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Batch, Problem
+from curvlab.problem import Pair, Problem
 from curvlab.progress import silent
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import DenseStructure, EKFACStructure, ImplicitStructure, KFACStructure, Kronecker
@@ -345,7 +345,7 @@ class TestTheUsersModel:
     def test_is_as_it_was_after_a_failure(self, structure: Kronecker) -> None:
         model = self.model()
         y = torch.arange(4) % CLASSES
-        batches: list[Batch] = [(torch.randn(4, 4), y) for _ in range(3)]
+        batches: list[Pair] = [(torch.randn(4, 4), y) for _ in range(3)]
         batches[1][0][3] = 1e6  # of the second batch, but none of the samples that are probed
         problem = Problem(model, "cross_entropy", batches)
         space = ParameterSpace.of(model, ["3.*"])

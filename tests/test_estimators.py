@@ -19,7 +19,7 @@ from curvlab import estimators
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import kronecker_layers
-from curvlab.problem import Batch, BatchSource, Problem
+from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 
 estimate = partial(estimators.estimate, backend="torch")
@@ -514,7 +514,7 @@ class TestRefusals:
 
     def test_a_batch_is_checked_before_any_is_computed(self) -> None:
         whole = case("mlp")
-        batches: list[Batch] = [(whole.inputs, whole.targets), (whole.inputs, whole.targets + 1)]
+        batches: list[Pair] = [(whole.inputs, whole.targets), (whole.inputs, whole.targets + 1)]
         with pytest.raises(CurvlabError, match="label is 3, but the model has 3 outputs"):
             estimate(Problem(whole.model, whole.loss, batches), "empirical_fisher", "diag")
 

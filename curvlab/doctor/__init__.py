@@ -77,6 +77,7 @@ def doctor(
         CurvlabError: It is given no problem, a quantity is unknown, or a pattern matches nothing.
 
     Examples:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3))
         >>> data = torch.zeros(4, 4), torch.tensor([0, 1, 2, 0])
         >>> print(doctor(Problem(model, "cross_entropy", data)))
