@@ -15,7 +15,7 @@ from curvlab.intake import BatchSource, Intake, Pair, are_equal, is_finite, numb
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserved_random_state, watched
-from curvlab.stateless import attributes_copied, call, check_dtype, check_module, leaves, writes
+from curvlab.stateless import attributes_copied, call, check_dtype, check_module, leaves, refuse_memory, writes
 
 __all__ = ["BatchSource", "Pair", "Problem", "is_stochastic"]
 
@@ -199,7 +199,9 @@ class Problem:
         with torch.inference_mode(False), torch.enable_grad():
             own = {name: (p.detach(), p.requires_grad) for name, p in self.model.named_parameters()}
             # A model that writes into its parameters writes into these.
-            copies = {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()}
+            copies, others = (
+                {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()} for _ in range(2)
+            )
             outputs: Tensor | None = None
             with attributes_copied(self.model) as unchanged:
                 for inputs, targets in self.batches():
@@ -207,10 +209,10 @@ class Problem:
                         with preserved_random_state(self.model.modules()):
                             outputs = self._tried(copies, inputs[:1])
                     self.loss.check(outputs.expand(len(targets), -1), targets)
-                self.check_samples(copies, outputs)
+                self.check_samples(others, outputs)  # of others, a tensor that the first pass has kept is seen
                 unchanged()
             for name, (p, _) in own.items():
-                if not are_equal(copies[name], p):
+                if not (are_equal(copies[name], p) and are_equal(others[name], p)):
                     raise UnsupportedError(writes(self.model, name))
 
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
@@ -232,6 +234,10 @@ class Problem:
                     f"{name} uses its parameter {parameter} by a tensor or a function that was made before the forward "
                     "pass, so that it cannot be moved: take it from the module at every call"
                 )
+        given = {id(tensor) for tensor in parameters.values()}
+        for key, end in reached.items():
+            if key not in given:
+                refuse_memory(end, {one: parameters[one] for one in self.space.names})
         if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
             raise UnsupportedError(
                 f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "

@@ -1,8 +1,10 @@
 """Models called at other parameters, with nothing of the call left on them."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.graph import walk
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 def check_module(model: object) -> None:
@@ -144,6 +149,52 @@ def copied(model: nn.Module) -> nn.Module:
         raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
 
 
+def refuse_memory(end: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a leaf that ends a graph and has the values of a parameter, but is not the one that was given.
+
+    It is that of an earlier forward pass: the model keeps what it has computed of it, in a cache.
+
+    Args:
+        end: The leaf.
+        parameters: Those that were given, by name.
+
+    Raises:
+        UnsupportedError: It is one of an earlier pass.
+    """
+    for name, given in parameters.items():
+        alike = end is not given and end.shape == given.shape and end.dtype == given.dtype
+        if alike and end.device == given.device and torch.equal(end.detach(), given.detach()):
+            raise UnsupportedError(
+                f"the model keeps a tensor that an earlier forward pass has computed from its parameter {name}, as by "
+                "lru_cache or in a global dictionary, so that the parameter cannot be moved: compute it at every call"
+            )
+
+
+def _containers(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the containers that modules hold as attributes of their own, those within others too, each once."""
+    waiting: list[Any] = [value for m in modules for key, value in vars(m).items() if key not in _TORCHS_OWN]
+    found: dict[int, Any] = {}
+    while waiting:
+        one = waiting.pop()
+        if id(one) in found or not isinstance(one, dict | list | set | deque | SimpleNamespace):
+            continue
+        found[id(one)] = one
+        inside = vars(one) if isinstance(one, SimpleNamespace) else one
+        waiting += inside.values() if isinstance(inside, dict) else inside
+    return list(found.values())
+
+
+def _restore(container: Any, before: Any) -> None:
+    if isinstance(container, SimpleNamespace):
+        container = vars(container)
+    if isinstance(container, dict | set):
+        container.clear()
+        container.update(before)
+    else:
+        container.clear()
+        container.extend(before)
+
+
 @contextmanager
 def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Give modules copies of the tensors that they hold as plain attributes, and yield what refuses writing into these.
@@ -156,8 +207,8 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
         for prefix, module in model.named_modules():
             for key, tensor in vars(module).items():
                 if isinstance(tensor, Tensor) and not tensor.is_inference():
-                    module.__dict__[key] = copy = tensor.clone()
-                    copies.append((f"{prefix}.{key}".removeprefix("."), copy, copy._version))
+                    module.__dict__[key] = own = tensor.clone()
+                    copies.append((f"{prefix}.{key}".removeprefix("."), own, own._version))
 
         def check() -> None:
             for name, tensor, version in copies:
@@ -172,17 +223,19 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo, at the end of the block, what was set on modules: attributes, parameters, buffers and submodules."""
-    dictionaries: Iterator[dict[str, Any]] = (
-        held for m in modules for held in (m.__dict__, m._parameters, m._buffers, m._modules)
-    )
-    kept = [(held, held.copy()) for held in dictionaries]
+    """Undo, at the end of the block, what was set on modules: attributes, parameters, buffers and submodules.
+
+    Also what was put into dictionaries, lists and the like that are attributes.
+    """
+    modules = list(modules)
+    held: list[Any] = [one for m in modules for one in (m.__dict__, m._parameters, m._buffers, m._modules)]
+    held += _containers(modules)
+    kept = [(one, copy(vars(one) if isinstance(one, SimpleNamespace) else one)) for one in held]
     try:
         yield
     finally:
-        for held, before in kept:
-            held.clear()
-            held.update(before)
+        for one, before in kept:
+            _restore(one, before)
 
 
 @contextmanager

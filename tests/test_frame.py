@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import Field
@@ -391,8 +392,6 @@ def test_kept_results(toy):
 
 def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
     """Files may have their samples class by class."""
-    import numpy as np
-
     y = np.sort(np.arange(60) % 3)
     x = np.arange(60, dtype=np.float32)[:, None]
     np.savez("sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
@@ -407,3 +406,17 @@ def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
     with pytest.raises(CurvlabError, match="61 training samples were asked for, but there are 60"):
         take(whole, train=61)
     assert math.isfinite(float(take(whole).x_test.sum()))
+
+
+@pytest.mark.parametrize("name", sorted(set(GRIDS) - {"dlcft", "methods", "training_regimes", "forgetting_bound"}))
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_labels_that_are_all_the_same(call, name, with_figures):
+    """Its loss has no curvature; the tables say so, and what there is none of is not drawn."""
+    x = np.random.default_rng(0).random((60, 4), np.float32)
+    y = np.zeros(60, int)
+    np.savez("one.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    line = f"{name} {SMALL[name]} --data one.npz --classes all --validation 0 --seeds 0 --jobs 1 --out run"
+    line += " --lr-squared-error 0.01" if name == "eigenvalues" else ""
+    code, _, err = call(line)
+    assert err.count("\n") <= 2
+    assert code == 0 or err.startswith("error: ")

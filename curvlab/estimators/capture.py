@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlab.graph import walk
 from curvlab.problem import Problem
+from curvlab.stateless import refuse_memory
 
 Leaves = Mapping[str, Tensor]
 
@@ -183,12 +184,22 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def graph_of(outputs: Tensor, leaves: Leaves) -> Graph:
-    """Look through the graph of outputs of ``forward`` that was given these leaves."""
+    """Look through the graph of outputs of ``forward`` that was given these leaves.
+
+    Raises:
+        UnsupportedError: It ends at one of an earlier forward pass (see ``curvlab.stateless.refuse_memory``).
+    """
     names = {id(leaf): name for name, leaf in leaves.items()}
     uses = dict.fromkeys(leaves, 0)
     following: dict[object, Sequence[Any]] = dict(walk([outputs]))
     # The leaves at which the graph ends; None for what is no leaf of these.
-    ends = {node: names.get(id(getattr(node, "variable", None))) for node, inputs in following.items() if not inputs}
+    ends: dict[object, str | None] = {}
+    for node, inputs in following.items():
+        if not inputs:
+            end = getattr(node, "variable", None)
+            ends[node] = names.get(id(end))
+            if end is not None and ends[node] is None:
+                refuse_memory(end, leaves)
 
     def origin(node: object) -> str | None:
         """Return the leaf that a node passes on, itself or as a view or copy of it and nothing else."""

@@ -26,6 +26,7 @@ from curvlab.plots.style import (
     add_legend,
     finish,
     new_figure,
+    set_log_scale,
     set_log_ticks,
 )
 
@@ -56,8 +57,7 @@ def vanishing_curvature(logits: Sequence[Record], network: Sequence[Record], tit
     _training_panel(right, network)
     right.set_title(f"{title}, in training", fontsize=LABEL, pad=34)
     for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        set_log_scale(axes, x=True, y=True)
         axes.invert_xaxis()
         _finish(axes)
         # Above the axes: inside, it would hide a line.
@@ -152,6 +152,7 @@ def _raise_to_positive(values: np.ndarray) -> np.ndarray:
 
 
 def _finish(axes: Axes) -> None:
-    set_log_ticks(axes.xaxis, axes.get_xlim())
-    set_log_ticks(axes.yaxis, axes.get_ylim())
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if axis.get_scale() == "log":
+            set_log_ticks(axis, limits)
     finish(axes)

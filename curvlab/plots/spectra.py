@@ -20,6 +20,7 @@ from curvlab.plots.style import (
     add_legend,
     finish,
     new_figure,
+    set_log_scale,
     set_log_ticks,
 )
 
@@ -85,7 +86,8 @@ def normalised_curves(records: Sequence[Record], title: str) -> Figure:
             for loss in losses:
                 steps, values = _values(records, loss=loss, quantity=quantity)
                 if len(steps):
-                    values = values / values.max(axis=1, keepdims=True)
+                    largest = values.max(axis=1, keepdims=True)
+                    values = values / np.where(largest == 0, np.nan, largest)  # a curve of zeros has no maximum
                     _draw(axes, steps, values, styles[loss], log=row == 1)
                     early |= _mark_early_peak(axes, steps, values, styles[loss])
             _finish(axes, log=row == 1)
@@ -217,8 +219,7 @@ def _mark_early_peak(axes: Axes, steps: np.ndarray, values: np.ndarray, style: M
 
 
 def _finish(axes: Axes, log: bool) -> None:
-    if log:
-        axes.set_yscale("log")
+    if log and set_log_scale(axes, y=True):
         set_log_ticks(axes.yaxis, axes.get_ylim(), most=6)
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))

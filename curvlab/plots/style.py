@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -79,3 +80,17 @@ def set_log_ticks(axis: Axis, limits: tuple[float, float] | None = None, most: i
 def add_legend(figure: Figure, handles: Sequence[Any], columns: int, **more: Any) -> None:
     """Put a legend below the axes, where it hides nothing."""
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False, **more)
+
+
+def set_log_scale(axes: Axes, x: bool = False, y: bool = False) -> bool:
+    """Make axes logarithmic where they have something positive to show, and say whether all of these are."""
+    done = True
+    for wanted, limits, scale in (
+        (x, axes.dataLim.intervalx, axes.set_xscale),
+        (y, axes.dataLim.intervaly, axes.set_yscale),
+    ):
+        if wanted and 0 < limits.max() < np.inf:
+            scale("log")
+        elif wanted:
+            done = False
+    return done

@@ -10,6 +10,7 @@ from curvlab.analyze.frame.analysis import Record
 from curvlab.analyze.frame.conditions import differing
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
+from curvlab.analyze.frame.values import divide
 from curvlab.results import Claim, Gate, Identity, require_direction
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def claims(network: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
             "In training, the Hessian with respect to a network's outputs falls to a fifth of its peak, or less (mean "
             "largest eigenvalue, end over peak)",
             _table()["source"],
-            [records[-1]["outputs"] / max(record["outputs"] for record in records) for records in trained],
+            [divide(records[-1]["outputs"], max(record["outputs"] for record in records)) for records in trained],
             lambda value: value <= _FALLEN,
             "→ 0",
             _gate(ours),
@@ -79,7 +80,7 @@ def claims(network: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
             "The curvature of the parameters need not fall with it, since the Jacobian grows: the GGN's largest "
             "eigenvalue is no less at the end than at the start (end over start)",
             "ours, on any data",
-            [records[-1]["ggn"] / records[0]["ggn"] for records in trained],
+            [divide(records[-1]["ggn"], records[0]["ggn"]) for records in trained],
             lambda value: value >= 1,
         ),
     ]

@@ -27,3 +27,8 @@ def by_seed(records: Sequence[Record], seeds: Sequence[int], value: Callable[[in
 def number(value: Any) -> float:
     """Return a number of a record; what is null there, as a number that is not finite is, is NaN."""
     return math.nan if value is None else float(value)
+
+
+def divide(one: float, other: float) -> float:
+    """Return a ratio; NaN where there is none, as of the curvature of a network that has a single class to learn."""
+    return one / other if other else math.nan

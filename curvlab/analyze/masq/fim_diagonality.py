@@ -119,7 +119,8 @@ def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace
         part = submatrix(problem, config.quantity)
     except UnsupportedError:
         return  # the Hessian of a large network: there are no rows to take entries from
-    workspace.save("heat_map", {"seed": seed, **_without_zeros(part)})
+    if bool(part.matrix.any()):  # of a network with a single class to learn, there may be nothing to draw
+        workspace.save("heat_map", {"seed": seed, **_without_zeros(part)})
 
 
 def _without_zeros(part: Submatrix) -> Record:
