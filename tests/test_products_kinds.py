@@ -15,6 +15,7 @@ from kinds_under_test import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from curvlab.diagonality import diagonality
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate, products
 from curvlab.estimators.snapshots import HeldProblem, snapshot
@@ -247,3 +248,31 @@ class TestHalfPrecision:
         expected = estimate(plain, quantity, "implicit") @ vectors_of(problem)
         assert found.dtype == torch.float32
         assert (found - expected).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+class BeforeNormalisation(nn.Module):
+    """Has biases on which the outputs do not depend: what is in front of a normalisation, and an attention's key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4)
+        self.q, self.k, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x)).mT
+        out: Tensor = self.head(((self.q(h) @ self.k(h).mT / 2).softmax(dim=-1) @ h).square().mean(dim=1))
+        return out
+
+
+@pytest.mark.parametrize("params", ["k.bias", "conv.bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_block_that_is_zero_is_no_wrong_derivative(params: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = BeforeNormalisation().to(dtype)
+    problem = Problem(model, "cross_entropy", (torch.randn(9, 2, 5).to(dtype), torch.arange(9) % 3))
+    vector = torch.ones(4, dtype=dtype)
+    for quantity in ("hessian", "ggn", "fisher"):
+        for structure in ("dense", "implicit"):
+            product = estimate(problem, quantity, structure, params=params) @ vector
+            assert float(product.abs().max()) < 1e3 * torch.finfo(dtype).eps
+    assert float(diagonality(problem, "hessian", params=params).diag_sum.abs().max()) < 1e3 * torch.finfo(dtype).eps
