@@ -278,9 +278,9 @@ class Truth:
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         if actual.shape != expected.shape:
             raise WrongError(f"{what}: the shape is {tuple(actual.shape)} for {tuple(expected.shape)}")
-        # Where gradients cancel, their rounding is left: in half precision some thousandths of the largest curvature, in
-        # float32 some millionths, where a normalisation magnifies it. Of second derivatives more is left, as of x / |x|
-        # for a single number, where they are 0 in exact arithmetic.
+        # Where gradients cancel, their rounding is left: in half precision some thousandths of the largest curvature;
+        # in float32 some millionths, where a normalisation magnifies it. Of second derivatives more is left, as of
+        # x / |x| for a single number, where they are 0 in exact arithmetic.
         if self.tolerance >= 0.01:
             least = 2e-3
         elif self.cell.quantity == "hessian":
