@@ -3,6 +3,8 @@
 Losses, splits of the data and float32 are in test_estimator_matrix.py, for every backend.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from models_under_test import CLASSES, Case, N, case
@@ -160,23 +162,23 @@ def test_selected_parameters(params: list[str], structure: str) -> None:
 
 
 class Constants(nn.Module):
-    """Makes a tensor of the default dtype as it goes."""
+    """Makes a tensor of the default dtype as it goes, and notes it where a list of its own would be emptied again."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Callable[[torch.dtype], None]) -> None:
         super().__init__()
         self.conv, self.fc = nn.Conv1d(1, 2, 2), nn.Linear(6, CLASSES)
-        self.seen: list[torch.dtype] = []
+        self.note = seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(torch.tensor(1.0).dtype)
+        self.note(torch.tensor(1.0).dtype)
         return self.fc(self.conv(x.unsqueeze(1)).tanh().flatten(1))
 
 
 class TestNothingIsLeftBehind:
     def test_the_default_dtype_is_the_users(self) -> None:
         whole = case("mlp")
-        model = Constants().double()
-        seen = model.seen
+        seen: list[torch.dtype] = []
+        model = Constants(seen.append).double()
         model.register_forward_hook(lambda *_: seen.append(torch.get_default_dtype()))
         assert agree(Problem(model, whole.loss, (whole.inputs, whole.targets)), "fisher", "block_diag")
         assert set(seen) == {torch.get_default_dtype()} == {torch.float32}
