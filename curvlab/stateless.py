@@ -196,6 +196,19 @@ def _restore(container: Any, before: Any) -> None:
 
 
 @contextmanager
+def gradients_restored(model: nn.Module) -> Iterator[None]:
+    """Set the gradients aside, and put the same tensors back, whatever a backward pass within has added."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
 def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Give modules copies of the tensors that they hold as plain attributes, and yield what refuses writing into these.
 

@@ -58,7 +58,7 @@ class GridOptions(RunOptions):
         Raises:
             CurvlabError: The store or the cluster cannot be used, or the store was begun with other data.
         """
-        # Of analyses: another function may call anything data.
+        # Only configurations of analyses: another function may call anything data.
         configs = [cell.config for cell in cells if cell.function.startswith("curvlab.analyze.")]
         names = sorted({str(config[key]) for config in configs for key in ("data", "weights") if config.get(key)})
         return grid.run(

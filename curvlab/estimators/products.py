@@ -168,7 +168,7 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
     if not bool(products.isfinite().all()):
         raise UnsupportedError(f"the second derivative of {name} is not finite at these parameters")
     bound = _tolerance(problem) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
-    # Of a block that is zero, as that of a bias in front of a normalisation, only rounding is left.
+    # A block can be zero, as that of a bias before a normalisation is: only rounding is left then.
     loss = problem.loss.values(problem.forward({}, few[0]).detach(), few[1]).abs().sum()
     bound = bound + 100 * torch.finfo(problem.dtype).eps * loss * vectors.norm(dim=1).prod()
     if not bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() <= bound):

@@ -16,7 +16,6 @@ from curvlab.estimators.capture import quiet, working_dtype
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
 from curvlab.estimators.seeds import fewer_seeds
-from curvlab.estimators.snapshots import preserved_gradients
 from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
 from curvlab.forms import unknown
 from curvlab.intake import is_finite
@@ -25,7 +24,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, progress, silent
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
-from curvlab.stateless import attributes_restored, parametrizations_computed
+from curvlab.stateless import attributes_restored, gradients_restored, parametrizations_computed
 from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
 
 #: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
@@ -91,7 +90,7 @@ def estimate(
         quiet(),  # which also takes away the filters that are added by what is imported at a first use
         attributes_restored(problem.model.modules()),  # also what a checkpoint sets in a backward pass
         parametrizations_computed(),  # also there
-        preserved_gradients(problem.model),  # a patched forward may lead a library's copy back to the model
+        gradients_restored(problem.model),  # a patched forward may lead a library's copy back to the model
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure

@@ -197,32 +197,13 @@ def response(
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
     """Refuse a backward pass within that gives the model's parameters gradients; keep those that they have."""
-    before = [(p, p.grad) for p in model.parameters()]
-    for p, _ in before:
-        p.grad = None
-    try:
+    with stateless.gradients_restored(model):
         yield
-        if any(p.grad is not None for p, _ in before):
+        if any(p.grad is not None for p in model.parameters()):
             raise UnsupportedError(
                 f"a backward pass of {type(model).__name__} adds to its parameters' grad by itself, as a re-entrant "
                 "checkpoint does, and the gradient is lost: take torch.utils.checkpoint with use_reentrant=False"
             )
-    finally:
-        for p, gradient in before:
-            p.grad = gradient
-
-
-@contextmanager
-def preserved_gradients(model: nn.Module) -> Iterator[None]:
-    """Give the parameters back the gradients that they had, whatever a backward pass within has added to them."""
-    before = [(p, p.grad) for p in model.parameters()]
-    for p, _ in before:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, gradient in before:
-            p.grad = gradient
 
 
 def _elsewhere(model: nn.Module) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, ad
         n, loss = n + len(inputs), loss + float(value.detach().abs())
         advance(len(inputs))
     eps = torch.finfo(problem.dtype).eps
-    # Of a block that is zero, as that of a bias in front of a normalisation, only rounding is left.
+    # A block can be zero, as that of a bias before a normalisation is: only rounding is left then.
     bound = max(float(total.abs().max()) * eps**0.5, 100 * eps * loss)
     if bool((total - total.mT).abs().max() > bound):
         raise UnsupportedError(

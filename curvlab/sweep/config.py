@@ -85,8 +85,7 @@ def read(file: Path) -> list[Cell]:
 def _of_analysis(analysis: Analysis[Any], sweep: SweepConfig, combined: list[dict[str, Any]], file: Path) -> list[Cell]:
     if sweep.preset not in analysis.presets:
         raise CurvlabError(f"{file}: there is no preset {sweep.preset!r}{did_you_mean(sweep.preset, analysis.presets)}")
-    preset = analysis.presets[sweep.preset]
-    base: Any = getattr(preset, "config", preset)
+    base = analysis.presets[sweep.preset].config
     cells = analysis.cells((change(base, config, file) for config in combined), sweep.seeds)
     if not cells:
         raise CurvlabError(f"{file}: there are no cells: {analysis.seed} is empty")

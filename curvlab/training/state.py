@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from torch import nn
 
 from curvlab.randomness import derived_seed, random_state_restored
+from curvlab.stateless import gradients_restored
 
 __all__ = [
     "StepGuard",
@@ -29,19 +30,6 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def gradients_restored(model: nn.Module) -> Iterator[None]:
-    """Set the gradients aside, and put the same tensors back."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 class StepGuard:

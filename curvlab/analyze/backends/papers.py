@@ -65,11 +65,11 @@ def _list(root: Path) -> list[Record]:
             rows.append(
                 {
                     "paper": ROOMS[entry.room].partition(":")[0],
-                    "items": ", ".join(getattr(analysis, "items", ())),
+                    "items": ", ".join(analysis.items),
                     "command": name,
                     "preset": preset,
-                    "minutes": getattr(one, "minutes", None),
-                    "needs": ", ".join(getattr(one, "needs", ())) or None,
+                    "minutes": one.minutes,
+                    "needs": ", ".join(one.needs) or None,
                     **_counts(kept.get(preset)),
                 }
             )

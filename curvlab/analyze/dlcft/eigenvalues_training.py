@@ -111,7 +111,7 @@ def record_training(
         "seed": seed,
         "lr": learning_rate(config, loss),
         "test_accuracy": evaluate(model, data.x_test, data.y_test).accuracy,
-        # Of the call that ended the training: one that was stopped before has taken more.
+        # The seconds of the call that ended the training: a run that was stopped took more.
         "training_seconds": result.seconds - result.observer_seconds,
         "observer_seconds": result.observer_seconds,
     }

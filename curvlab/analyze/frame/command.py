@@ -1,9 +1,10 @@
 """From a command line to an analysis."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from curvlab.analyze.frame.analysis import Analysis, Tool
+from curvlab.analyze.frame.analysis import Analysis, Preset, Tool
 from curvlab.analyze.frame.driver import run
 from curvlab.commandline.config import C, Config
 from curvlab.commandline.console import make_console
@@ -52,14 +53,13 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
             f"(presets: {', '.join(analysis.presets)})"
         )
     preset = analysis.presets[command.preset]
-    base = getattr(preset, "config", preset)
+    base = preset.config
     if command.config is not None:
         base = change(base, read_yaml(command.config), command.config)
 
-    question = getattr(analysis, "question", None) or analysis.description
-    parser = Parser(program, f"{question} Presets: {describe_presets(analysis.presets)}.")
+    parser = Parser(program, f"{analysis.question} Presets: {describe_presets(analysis.presets)}.")
     kind: type[RunOptions] = RunOptions
-    if isinstance(analysis, Analysis) or getattr(analysis, "cell", None) is not None:
+    if isinstance(analysis, Analysis):
         kind, parser.epilog = GridOptions, EXIT_CODES
     sections = (command, base, kind())
     for values in sections:
@@ -79,13 +79,12 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
         analysis.run(config, options, make_console())
 
 
-def describe_presets(presets: Any) -> str:
+def describe_presets(presets: Mapping[str, Preset[Any]]) -> str:
     """Return the names of presets, with what each costs and needs where that is known."""
     return ", ".join(name + _cost(preset) for name, preset in presets.items())
 
 
-def _cost(preset: Any) -> str:
-    minutes, needs = getattr(preset, "minutes", None), getattr(preset, "needs", ())
-    parts = [] if minutes is None else ["seconds" if minutes < 1 else f"{minutes:g} min"]
-    parts += [f"needs {' and '.join(needs)}"] if needs else []
+def _cost(preset: Preset[Any]) -> str:
+    parts = [] if preset.minutes is None else ["seconds" if preset.minutes < 1 else f"{preset.minutes:g} min"]
+    parts += [f"needs {' and '.join(preset.needs)}"] if preset.needs else []
     return f" ({', '.join(parts)})" if parts else ""

@@ -104,7 +104,7 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         return Claim.of(f"{labels[name]}: {text}", where, _values(found, name, key), test, theirs, gate)
 
     answers = []
-    # Of the output layer, W3 and b3, it is an identity.
+    # For the output layer, W3 and b3, it is an identity.
     for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
         row = printed.get(name)
         answers.append(
