@@ -14,7 +14,7 @@ from curvlab.analyze.dlcft.dlcft import ANALYSIS, SEARCH, add_published, report,
 from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, adapt, list_steps, split
 from curvlab.analyze.dlcft.network import load_data, pretrain
 from curvlab.analyze.dlcft.options import LISTS, PRESETS, DlcftConfig
-from curvlab.analyze.frame.analysis import Run, Workspace
+from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.search import choose, run_trial
 from curvlab.analyze.frame.subject import Subject
@@ -446,14 +446,14 @@ def test_deviations_are_those_of_the_configuration():
     assert {name for name in LISTS if name.endswith("lrs")} == {"nonlinear_lrs", "linear_lrs"}
 
 
-def finished(**accuracies: float) -> Run[DlcftConfig]:
+def finished(**accuracies: float) -> Results[DlcftConfig]:
     found = records_with(**accuracies)
     curves = [
         {**{key: r[key] for key in ("setting", "method", "seed")}, "after": after, "accuracy": r["acc"] - 0.1 / after}
         for r in found
         for after in ((1, 2, 3) if not r["method"].startswith("joint") else (3,))
     ]
-    return Run(DlcftConfig(), MNIST, {"table": found, "curves": curves}, total=9)
+    return Results(DlcftConfig(), MNIST, {"table": found, "curves": curves}, total=9)
 
 
 def test_the_report_has_a_table_and_a_panel_a_setting():

@@ -20,7 +20,7 @@ from curvlab.analyze.dlcft.eigenvalues import ANALYSIS, PRESETS, EigenvaluesConf
 from curvlab.analyze.dlcft.eigenvalues_claims import claims, conditions, describe_early_peaks, deviations, summarise
 from curvlab.analyze.dlcft.eigenvalues_training import EkfacRecorder, smooth
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Run, Workspace
+from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.driver import read_run
 from curvlab.analyze.frame.search import choose, run_trial
 from curvlab.analyze.frame.subject import Subject
@@ -580,7 +580,7 @@ def test_a_run_with_layers_and_densities(call, monkeypatch):
 def test_a_report_without_the_trainings_of_a_loss():
     records = {"table": curve("squared_error", [1.0, 2.0]), "trainings": []}
     config = EigenvaluesConfig(seeds=(0,))
-    run = Run(config, Subject("digits", (64,), 10, 1437, 360), records, artifacts={"densities": []})
+    run = Results(config, Subject("digits", (64,), 10, 1437, 360), records, artifacts={"densities": []})
     report = ANALYSIS.report(run)
     assert report.summary.title.endswith("64-30-30-10 network on digits, 1,000 samples; one seed")
     assert [row["loss"] for row in report.summary.records] == ["squared error"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from curvlab import Problem, estimate
-from curvlab.analyze.frame.analysis import Run, Workspace
+from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.lecture import fisher_histogram as analysis
 from curvlab.analyze.lecture.fisher_histogram import ANALYSIS, PRESETS, FisherHistogramConfig
@@ -70,7 +70,7 @@ def report(subject=MNIST, config=PRESETS["cpu"].config, seeds=3, **numbers):
     usual |= {"top_share": 0.4, "mean_over_median": 10.0, "p99_over_median": 10.0}
     table = [{"seed": seed, **usual, **(numbers if seed == seeds - 1 else {})} for seed in range(seeds)]
     bins = [{"seed": seed, **one} for seed in range(seeds) for one in log_bins(np.array([1e-6, 1e-3, 1e-3]))]
-    return ANALYSIS.report(Run(config, subject, {"table": table, "histogram": bins}))
+    return ANALYSIS.report(Results(config, subject, {"table": table, "histogram": bins}))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from curvlab import CurvlabError
-from curvlab.analyze.frame.analysis import Run
+from curvlab.analyze.frame.analysis import Results
 from curvlab.analyze.frame.subject import Subject, load_dataset
 from curvlab.analyze.regimes import forgetting_bound as analysis
 from curvlab.analyze.regimes.expansion import expansion, quadratic_difference
@@ -404,7 +404,7 @@ def test_identities():
 
 
 def finish(records, accuracies, config=CPU, data=MNIST):
-    return Run(config, data, {"table": records, "accuracies": accuracies}, total=12)
+    return Results(config, data, {"table": records, "accuracies": accuracies}, total=12)
 
 
 def test_report():

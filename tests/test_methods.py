@@ -9,7 +9,7 @@ import pytest
 
 from curvlab import CurvlabError
 from curvlab.analyze.__main__ import main
-from curvlab.analyze.frame.analysis import Run
+from curvlab.analyze.frame.analysis import Results
 from curvlab.analyze.frame.search import at_an_end
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.regimes import table2
@@ -254,7 +254,7 @@ def test_a_new_method_is_one_entry(tmp_path, monkeypatch, capsys):
     assert "0.1*" in out or "0.01*" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} > {"selection.json", "accuracy_curves.png"}
     found = [record | {"method": "mine"} for record in records_of_methods() if record["method"] == "naive"]
-    run = Run(CPU.model_copy(update={"methods": ("mine",)}), MNIST, {"table": found, "accuracies": []})
+    run = Results(CPU.model_copy(update={"methods": ("mine",)}), MNIST, {"table": found, "accuracies": []})
     assert {claim.verdict for claim in report(run).claims} == {"not tested"}
 
 
@@ -444,7 +444,7 @@ def test_summary_beside_the_published_numbers():
 
 def test_report():
     def make(config, data):
-        return report(Run(config, data, {"table": records_of_methods(), "accuracies": []}))
+        return report(Results(config, data, {"table": records_of_methods(), "accuracies": []}))
 
     found = make(CPU, MNIST)
     assert [len(table.records) for table in found.tables] == [6, 6, 3]
@@ -473,7 +473,7 @@ def test_figures():
         if method == "naive" or after == 3
     ]
     found = {"table": records_of_methods(), "accuracies": accuracies}
-    drawn = {name: draw() for name, draw in report(Run(CPU, MNIST, found)).figures.items()}
+    drawn = {name: draw() for name, draw in report(Results(CPU, MNIST, found)).figures.items()}
     table = summarise(records_of_methods())
     curves, dots = drawn["accuracy_curves"], drawn["accuracy_and_forgetting"]
     mean, first = ([line for line in curves.axes[n].lines if line.get_linewidth() > 1] for n in (0, 2))

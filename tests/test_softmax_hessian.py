@@ -21,7 +21,7 @@ from curvlab.analyze.dlcft.softmax_hessian import (
     summarise,
 )
 from curvlab.analyze.dlcft.softmax_hessian_claims import claims, conditions, deviations, identities
-from curvlab.analyze.frame.analysis import Run, Workspace
+from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.subject import Subject
 from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
@@ -187,7 +187,7 @@ def test_a_run_and_its_report(tmp_path):
     steps = [record for record in records if "step" in record]
     assert len(logits) == 5
     assert [(record["seed"], record["step"]) for record in steps] == [(1, 0), (1, 1), (1, 3)]
-    run = Run(config, Subject("digits", (64,), 10, 1437, 360), {"table": logits, "network": steps})
+    run = Results(config, Subject("digits", (64,), 10, 1437, 360), {"table": logits, "network": steps})
     report = analysis.ANALYSIS.report(run)
     assert report.summary.title == "Hessian of the softmax loss at 3 random logits of 10 classes; one seed"
     assert "64-4-10 network on digits, 40 samples" in report.tables[1].title

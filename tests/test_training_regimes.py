@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvlab.analyze.frame.analysis import Run
+from curvlab.analyze.frame.analysis import Results
 from curvlab.analyze.frame.subject import Subject, load_dataset
 from curvlab.analyze.regimes import training_regimes as analysis
 from curvlab.analyze.regimes.options import RegimesConfig
@@ -243,7 +243,7 @@ def test_figure():
 
     def draw(after, seen):
         records = {"table": networks(), "points": after, "accuracies": seen}
-        found = report(Run(CPU, MNIST, records))
+        found = report(Results(CPU, MNIST, records))
         assert found.summary.title.startswith("Training regimes after 5 tasks of mnist")
         return found.figures["regime_curves"]()
 

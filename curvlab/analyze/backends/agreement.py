@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlab.analyze.backends.memory import Peak
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, type_and_line
@@ -243,7 +243,7 @@ def _largest(differences: Iterator[float | None]) -> float | None:
     return max((value for value in differences if value is not None), default=None)
 
 
-def report(run: Run[AgreementConfig]) -> Report:
+def report(run: Results[AgreementConfig]) -> Report:
     """Return the table, what backends cannot do, and a heat map of differences a quantity."""
     config, found = run.config, run.records["table"]
     sketches = [one for kept in run.artifacts["sketches"] for one in kept]
@@ -272,7 +272,7 @@ def report(run: Run[AgreementConfig]) -> Report:
     )
 
 
-def _draw(run: Run[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> Figure:
+def _draw(run: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> Figure:
     names = list(run.config.backends)
     panels: dict[str, np.ndarray] = {}
     for record in differences:

@@ -16,7 +16,7 @@ from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, adapt, count_tasks,
 from curvlab.analyze.dlcft.network import TransferData, check_source, load_data, pretrain
 from curvlab.analyze.dlcft.options import PRESETS, DlcftConfig, MethodName, Setting
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.search import Choice, Search
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import where
@@ -281,7 +281,7 @@ def describe(config: DlcftConfig, data: Subject) -> str:
     return f"{config.model} fine-tuned on {name}{held_out}"
 
 
-def report(run: Run[DlcftConfig]) -> Report:
+def report(run: Results[DlcftConfig]) -> Report:
     """Return a table a setting, the claims of the paper, and the figures."""
     config, found, curves = run.config, run.records["table"], run.records["curves"]
     table = add_published(summarise(found), config, run.subject)

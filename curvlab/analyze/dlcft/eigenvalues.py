@@ -20,7 +20,7 @@ from curvlab.analyze.dlcft.eigenvalues_training import (
     smooth,
 )
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
@@ -210,7 +210,7 @@ def _runs(config: EigenvaluesConfig, chosen: Sequence[Choice]) -> list[Eigenvalu
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def report(run: Run[EigenvaluesConfig]) -> Report:
+def report(run: Results[EigenvaluesConfig]) -> Report:
     """Return the summary of the curves, the claims of the paper, and the figures."""
     records, config = run.records["table"], run.config
     conditions = published.conditions(config, run.subject)
@@ -228,7 +228,7 @@ def report(run: Run[EigenvaluesConfig]) -> Report:
     )
 
 
-def _figures(run: Run[EigenvaluesConfig], title: str) -> dict[str, Any]:
+def _figures(run: Results[EigenvaluesConfig], title: str) -> dict[str, Any]:
     records = run.records["table"]
     network = [record for record in records if record["layer"] == "network"]
     layers = [record for record in records if record["layer"] != "network"]
@@ -250,7 +250,7 @@ def _figures(run: Run[EigenvaluesConfig], title: str) -> dict[str, Any]:
     return figures
 
 
-def _describe_trainings(run: Run[EigenvaluesConfig], loss: str) -> str:
+def _describe_trainings(run: Results[EigenvaluesConfig], loss: str) -> str:
     """Return a sentence about the trainings with a loss; an empty one where none is done."""
     trainings = [training for training in run.records["trainings"] if training["loss"] == loss]
     if not trainings:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from curvlab.analyze.dlcft import softmax_hessian_claims as appendix_a
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
@@ -274,7 +274,7 @@ def summarise(logits: Sequence[Record], network: Sequence[Record]) -> tuple[list
     return by_probability, aggregate(network, ["step"], values)
 
 
-def report(run: Run[SoftmaxHessianConfig]) -> Report:
+def report(run: Results[SoftmaxHessianConfig]) -> Report:
     """Return the tables, the identities of Appendix A, what it says of a training, and the figure."""
     logits, network, config = run.records["table"], run.records["network"], run.config
     conditions = appendix_a.conditions(config, run.subject)

@@ -68,7 +68,7 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Run(Generic[C]):
+class Results(Generic[C]):
     """What a report is made of; nothing in it needs the network or the data, so that it can be read from files.
 
     Attributes:
@@ -189,7 +189,7 @@ class Analysis(Generic[C]):
     question: str
     presets: Mapping[str, Preset[C]]
     measure: Callable[[C, Dataset, Workspace], Iterable[Record]]
-    report: Callable[[Run[C]], Report]
+    report: Callable[[Results[C]], Report]
     check: Callable[[C, Dataset], None] = _accept
     load: Callable[[Any, RunOptions | Place], Dataset] = load_dataset
     parts: Callable[[C], Sequence[C]] | None = None

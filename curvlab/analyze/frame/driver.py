@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from curvlab import grid, yaml_file
-from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results
 from curvlab.analyze.frame.search import choose, select, show_selection
 from curvlab.analyze.frame.subject import Subject, check_distinct, locate_weights
 from curvlab.commandline.config import C
@@ -66,7 +66,7 @@ def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console
         _report_failures(directory, console)
 
 
-def read_run(analysis: Analysis[C], folder: Path) -> Run[C]:
+def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
     """Return a finished run, as its report is made of it, from the files that it has left.
 
     Raises:
@@ -83,7 +83,7 @@ def read_run(analysis: Analysis[C], folder: Path) -> Run[C]:
         subject = Subject(**{**origin["subject"], "sample_shape": tuple(origin["subject"]["sample_shape"])})
     except (OSError, ValueError, KeyError, CurvlabError) as error:
         raise CurvlabError(f"{folder} is no finished run of {analysis.name}: {error}") from error
-    return Run(
+    return Results(
         config,
         subject,
         {name: files.get(name, []) for name in analysis.kinds},
@@ -126,7 +126,7 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
 
 def _do_runs(
     analysis: Analysis[C], config: C, options: GridOptions, directory: RunDirectory, clock: Stopwatch
-) -> Run[C]:
+) -> Results[C]:
     """Return the run but for its subject."""
     trial_cells = analysis.trial_cells(config)
     selection: list[Record] = []
@@ -162,7 +162,7 @@ def _do_runs(
     with grid.reading(directory.path / STORE) as store:
         total = sum(store.tally().values())
     seen = [{"seed": one["seed"], "error": one["error"]} for one in failed]
-    return Run(config, Subject("", (), 0, 0, 0), records, selection, artifacts, seen, total)
+    return Results(config, Subject("", (), 0, 0, 0), records, selection, artifacts, seen, total)
 
 
 def _do(
@@ -188,7 +188,7 @@ def _failure(failed: Sequence[Mapping[str, Any]], total: int) -> RunsFailed:
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def _write(analysis: Analysis[C], finished: Run[C], report: Report, directory: RunDirectory) -> None:
+def _write(analysis: Analysis[C], finished: Results[C], report: Report, directory: RunDirectory) -> None:
     """Write records, tables, claims and figures."""
     columns = _with_seeds(report.summary.columns, finished)
     write_tables(directory, finished.records["table"], columns, summary=report.summary.records)
@@ -201,7 +201,7 @@ def _write(analysis: Analysis[C], finished: Run[C], report: Report, directory: R
     draw(finished, report, directory)
 
 
-def draw(finished: Run[Any], report: Report, directory: RunDirectory, names: Sequence[str] = ()) -> list[Path]:
+def draw(finished: Results[Any], report: Report, directory: RunDirectory, names: Sequence[str] = ()) -> list[Path]:
     """Draw the figures of a report into a folder, and return the files.
 
     Args:
@@ -218,7 +218,7 @@ def draw(finished: Run[Any], report: Report, directory: RunDirectory, names: Seq
     ]
 
 
-def _mark_failures(figure: "Figure", finished: Run[Any]) -> "Figure":
+def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
     """Say under the title how many runs are in a figure, if some have failed."""
     if finished.failed:
         seeds = ", ".join(dict.fromkeys(str(one["seed"]) for one in finished.failed))
@@ -228,7 +228,7 @@ def _mark_failures(figure: "Figure", finished: Run[Any]) -> "Figure":
     return figure
 
 
-def _write_provenance(directory: RunDirectory, finished: Run[Any], data_hash: str, clock: Stopwatch) -> None:
+def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash: str, clock: Stopwatch) -> None:
     """Write where the results come from: last, and not again where no run has changed since."""
     file = directory.path / PROVENANCE
     with grid.reading(directory.path / STORE) as store:
@@ -252,7 +252,7 @@ def _write_provenance(directory: RunDirectory, finished: Run[Any], data_hash: st
 # What is printed ------------------------------------------------------------------------------------------------------
 
 
-def _print(analysis: Analysis[C], finished: Run[C], report: Report, console: Console) -> None:
+def _print(analysis: Analysis[C], finished: Results[C], report: Report, console: Console) -> None:
     for table in report.tables or [report.summary]:
         console.print(render(table.records, _with_seeds(table.columns, finished), table.title), crop=False)
     if any(row.get("note") is not None for row in finished.selection):
@@ -283,7 +283,7 @@ def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _with_seeds(columns: Sequence[Column], finished: Run[Any]) -> Sequence[Column]:
+def _with_seeds(columns: Sequence[Column], finished: Results[Any]) -> Sequence[Column]:
     return (*columns, _SEEDS) if finished.failed else columns
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvlab.analyze import ANALYSES, load_analysis
-from curvlab.analyze.frame.analysis import Analysis, Report, Run
+from curvlab.analyze.frame.analysis import Analysis, Report, Results
 from curvlab.analyze.frame.driver import PROVENANCE, read_run
 from curvlab.analyze.frame.subject import Subject
 from curvlab.errors import CurvlabError
@@ -35,7 +35,7 @@ class Result:
 
     name: str
     preset: str
-    run: Run[Any]
+    run: Results[Any]
     origin: Mapping[str, Any]
     file: Path
 
@@ -115,7 +115,7 @@ def _read(file: Path) -> Result:
         subject = Subject(**{**kept["subject"], "sample_shape": tuple(kept["subject"]["sample_shape"])})
         records = {name: kept["records"].get(name, []) for name in analysis.kinds}
         empty: dict[str, list[Any]] = {name: [] for name in analysis.artifacts}
-        run = Run(config, subject, records, kept["selection"], empty, (), kept["runs"])
+        run = Results(config, subject, records, kept["selection"], empty, (), kept["runs"])
         return Result(kept["analysis"], find_preset(analysis, config), run, kept["origin"], file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CurvlabError(f"{file} is not a kept run ({error}); make it anew") from error

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
@@ -66,7 +66,7 @@ def measure(config: FisherHistogramConfig, dataset: Dataset, workspace: Workspac
     yield from ({"seed": seed, **one} for one in log_bins(entries.numpy()))
 
 
-def report(run: Run[FisherHistogramConfig]) -> Report:
+def report(run: Results[FisherHistogramConfig]) -> Report:
     """Return the table, the claims of the slide, and the histogram."""
     found, slide = run.records["table"], read_published("lecture")["fisher_histogram"]
     classes = run.config.classes if run.config.classes == "all" else list(run.config.classes)

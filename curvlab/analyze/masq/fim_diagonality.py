@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.analyze.masq import table2
 from curvlab.data import Dataset
@@ -156,7 +156,7 @@ def summarise(found: Sequence[Record]) -> list[Record]:
     return table
 
 
-def report(run: Run[FimDiagonalityConfig]) -> Report:
+def report(run: Results[FimDiagonalityConfig]) -> Report:
     """Return the tables, the claims of Table 2, and the figures."""
     found, config = run.records["table"], run.config
     table = summarise(found)

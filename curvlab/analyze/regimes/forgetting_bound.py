@@ -8,7 +8,7 @@ from statistics import fmean, median
 from torch import nn
 
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import by_seed, where
 from curvlab.analyze.regimes import claims as published
@@ -239,7 +239,7 @@ def _claims(
     ]
 
 
-def report(run: Run[ForgettingBoundConfig]) -> Report:
+def report(run: Results[ForgettingBoundConfig]) -> Report:
     """Return the expansions, accuracies and correlations, the claims, and the figure."""
     config, found, accuracies = run.config, run.records["table"], run.records["accuracies"]
     table, correlations = summarise(found, accuracies), correlate(found)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Record, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
 from curvlab.analyze.regimes import table2
 from curvlab.analyze.regimes.method_list import HYPER_PARAMETERS, METHODS, label_method
@@ -225,7 +225,7 @@ def summarise(found: Sequence[Record]) -> list[Record]:
     return table
 
 
-def report(run: Run[MethodsConfig]) -> Report:
+def report(run: Results[MethodsConfig]) -> Report:
     """Return the table, beside the published one where the streams are its, the claims, and the curves."""
     config, found, accuracies = run.config, run.records["table"], run.records["accuracies"]
     table = table2.beside_published(summarise(found), config, run.subject)

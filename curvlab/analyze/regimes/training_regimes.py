@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Run, Table, Workspace
+from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import by_seed, where
 from curvlab.analyze.regimes import claims as published
@@ -214,7 +214,7 @@ def _claims(
     return [width, *stability.values(), each]
 
 
-def report(run: Run[TrainingRegimesConfig]) -> Report:
+def report(run: Results[TrainingRegimesConfig]) -> Report:
     """Return the table, the claims, and the curves over the tasks."""
     config, found = run.config, run.records["table"]
     points, accuracies = run.records["points"], run.records["accuracies"]
