@@ -52,7 +52,9 @@ class SoftmaxHessianConfig(TrainedSubjectConfig):
 PRESETS = {
     "default": Preset(SoftmaxHessianConfig(), minutes=0.6),
     "cpu": Preset(
-        SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16), needs=("mnist",)
+        SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16),
+        minutes=1,
+        needs=("mnist",),
     ),
 }
 
