@@ -1,14 +1,13 @@
-"""What the engine of sweeps costs: a cell, a rerun of what is finished, and what two processes gain.
+"""Cost of the engine of sweeps: overhead per run, repetition of a finished sweep, and speed-up by two processes.
 
     python benchmarks/sweeps.py [--rounds 3]
 
-- ``overhead_ms``: 100 cells that do nothing, one after the other, less the same start with one cell; a cell's
-  process, its records and its place in the store. With ``--jobs 2``, the time of the whole over the number of cells.
-- ``rerun_s``: the whole command on a finished sweep of 10,000 cells, Python's start and torch's import included.
-- ``speedup``: cells that keep a core busy, a second each, in one process after the other and in two at a time.
+- ``overhead_ms``: 100 runs that do nothing, one after another, less the time of a sweep with one run: the process
+  of a run, its records and its row in the store. With ``--jobs 2``, the total time divided by the number of runs.
+- ``rerun_s``: the whole command on a finished sweep of 10,000 runs, start of Python and import of torch included.
+- ``speedup``: runs that keep a core busy for a second each, one at a time against two at a time.
 
-Reported are medians over the rounds. Run it on a machine that does nothing else; it needs two cores. Prints a
-line of JSON a result.
+The results are medians over the rounds, one line of JSON each. Run it on an idle machine with two cores.
 """
 
 import argparse
@@ -26,10 +25,10 @@ from typing import Any
 import torch
 from measure import emit, machine
 
-from curvlab.grid import Cell, Outcome, Place, run, writing
+from curvlab.grid import Outcome, Place, RunSpec, run, write_store
 
-CELLS, BUSY, RERUN = 100, 12, 10_000
-NAME = "sweeps"  # this file, which the processes of the cells import
+RUNS, BUSY, RERUN = 100, 12, 10_000
+NAME = "sweeps"  # this file, which the processes of the runs import
 
 
 def nothing(config: Mapping[str, Any], _: Place) -> Sequence[dict[str, Any]]:
@@ -43,11 +42,11 @@ def busy(config: Mapping[str, Any], _: Place) -> Sequence[dict[str, Any]]:
     return [{"sum": float(a.sum())}]
 
 
-def cells(function: str, number: int, **config: Any) -> list[Cell]:
-    return [Cell(f"{NAME}:{function}", {**config, "seed": seed}) for seed in range(number)]
+def specs(function: str, number: int, **config: Any) -> list[RunSpec]:
+    return [RunSpec(f"{NAME}:{function}", {**config, "seed": seed}) for seed in range(number)]
 
 
-def seconds(work: Sequence[Cell], jobs: int) -> float:
+def seconds(work: Sequence[RunSpec], jobs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         tally = run(work, Path(folder) / "s.sqlite", jobs=jobs)
@@ -66,11 +65,11 @@ def rerun(rounds: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "s.yaml"
         file.write_text(json.dumps({"function": f"{NAME}:nothing", "seeds": list(range(RERUN))}))
-        work = cells("nothing", RERUN)
-        with writing(file.with_suffix(".sqlite")) as store:
+        work = specs("nothing", RERUN)
+        with write_store(file.with_suffix(".sqlite")) as store:
             store.register(work)
-            for cell in work:
-                store.finish(Outcome(cell.key, records=nothing(cell.config, Place(Path()))))
+            for spec in work:
+                store.finish(Outcome(spec.key, records=nothing(spec.config, Place(Path()))))
         taken = []
         for _ in range(rounds):
             started = time.perf_counter()
@@ -79,7 +78,7 @@ def rerun(rounds: int) -> list[float]:
             here = {**os.environ, "PYTHONPATH": path}  # where the function is
             out = subprocess.run(command, check=True, capture_output=True, text=True, env=here).stdout
             taken.append(time.perf_counter() - started)
-            assert f"{RERUN:,} cells: {RERUN:,} done" in out
+            assert f"{RERUN:,} runs: {RERUN:,} done" in out
     return taken
 
 
@@ -94,10 +93,10 @@ def main() -> None:
     pairs, steps = [], steps_a_second()
     for _ in range(rounds):
         for jobs, taken in overhead.items():
-            start = seconds(cells("nothing", 1), jobs)
-            taken.append(1e3 * (seconds(cells("nothing", CELLS + 1), jobs) - start) / CELLS)
-        start = seconds(cells("busy", 1, steps=1), 1)
-        pairs.append([seconds(cells("busy", BUSY, steps=steps), jobs) - start for jobs in (1, 2)])
+            start = seconds(specs("nothing", 1), jobs)
+            taken.append(1e3 * (seconds(specs("nothing", RUNS + 1), jobs) - start) / RUNS)
+        start = seconds(specs("busy", 1, steps=1), 1)
+        pairs.append([seconds(specs("busy", BUSY, steps=steps), jobs) - start for jobs in (1, 2)])
     emit({"overhead_ms": {f"jobs {jobs}": round(statistics.median(taken), 1) for jobs, taken in overhead.items()}})
     emit({"speedup": round(statistics.median(one / two for one, two in pairs), 2), "busy_s": pairs})
     emit({"rerun_s": round(statistics.median(rerun(rounds)), 2)})

@@ -1,8 +1,8 @@
 """curvlab: the curvature of a network on its data, on one scale, checked."""
 
-from curvlab.startup import wait_for_program
+from curvlab.startup import handle_interrupt
 
-wait_for_program()  # before what takes long to load
+handle_interrupt()  # before the slow imports
 
 # isort: split
 

@@ -1,4 +1,4 @@
-"""The program ``curvlab``: ``curvlab analyze ...`` is ``python -m curvlab.analyze ...``, and so for ``sweep``."""
+"""The program ``curvlab``: ``curvlab analyze`` is ``python -m curvlab.analyze``, and likewise ``curvlab sweep``."""
 
 import sys
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"usage: {_USAGE}")
         return 0
     print(
-        f"error: there is no command {given[0]!r}; there are curvlab analyze, curvlab sweep and curvlab --version",
+        f"error: unknown command {given[0]!r}; the commands are curvlab analyze, curvlab sweep and curvlab --version",
         file=sys.stderr,
     )
     return 2

@@ -1,4 +1,4 @@
-"""Progress bars: shown on a terminal, silent in a pipe."""
+"""Progress bars, shown on a terminal only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ from curvlab.text import readable
 
 
 class Advance(Protocol):
-    """What a progress bar gives to the work under it."""
+    """Function that advances a progress bar."""
 
     def __call__(self, steps: float = 1, /, *, note: str = "") -> None:
-        """Move on by ``steps`` and show ``note`` beside the bar."""
+        """Advance by ``steps`` and show ``note`` beside the bar."""
 
 
-def silent(_: float = 1.0, /, *, note: str = "") -> None:
-    """Show nothing: an ``Advance`` for those who do not ask for one."""
+def no_progress(_: float = 1.0, /, *, note: str = "") -> None:
+    """Show nothing; the default ``Advance``."""
 
 
 @contextmanager
 def progress(description: str, total: float | None, enabled: bool = True) -> Iterator[Advance]:
-    """Show a bar on standard error while the block runs, and yield the function that advances it.
+    """Show a progress bar on standard error during a ``with`` block, and yield the function that advances it.
 
     Args:
-        description: What is being done, a few words.
-        total: The number of steps; None for work of unknown length.
-        enabled: False for no bar at all; without a terminal there is none either.
+        description: Short description of the work.
+        total: Number of steps; None if it is unknown.
+        enabled: False for no bar; without a terminal there is no bar either.
 
     Examples:
         >>> with progress("counting", total=3) as advance:
@@ -37,7 +37,7 @@ def progress(description: str, total: float | None, enabled: bool = True) -> Ite
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}", markup=False),  # the name of a parameter is none
+        TextColumn("{task.description}", markup=False),  # names of parameters are not markup
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),

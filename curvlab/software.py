@@ -1,4 +1,4 @@
-"""Which software computes: the versions of the packages, and the state of the code."""
+"""Description of the software: versions of the packages, and state of the code."""
 
 import platform
 import shutil
@@ -23,9 +23,9 @@ _PACKAGES = (
 
 
 def describe_software() -> dict[str, Any]:
-    """Return ``versions`` by package, and ``git`` (``commit``, ``dirty``): of the same ones the numbers are the same.
+    """Return ``versions`` by package, and ``git`` with ``commit`` and ``dirty``.
 
-    What cannot be found out is None.
+    Unknown values are None. Equal software computes equal numbers on the same machine.
 
     Examples:
         >>> list(describe_software())
@@ -45,8 +45,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Describe the checkout that the package is run from, or else the one around the current folder."""
-    # An installed package may lie in a virtual environment inside a checkout that does not track it.
+    """Describe the checkout that contains the package, or otherwise the current folder."""
+    # An installed package may be in a virtual environment inside a checkout that does not track it.
     for folder, tracked in ((Path(__file__).parent, [Path(__file__).name]), (Path.cwd(), [])):
         if tracked and not _ask_git(folder, "ls-files", *tracked):
             continue

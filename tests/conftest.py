@@ -26,7 +26,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def one_server():
-    """Let the runs of a module's tests share the process that starts cells: it takes seconds to import torch."""
+    """Let the tests of a module share the process that starts runs, since importing torch takes seconds."""
     from curvlab.grid import processes
 
     close = processes.close
@@ -45,7 +45,7 @@ def starter() -> Iterator[Starter]:
 
 
 class _Exchange:
-    """Stands for the connection of a cell's process: the request is in it, and then the answer."""
+    """Stand-in for the connection of a run's process: it holds the request, and then the answer."""
 
     def __init__(self, request: bytes) -> None:
         self.request, self.answer = request, None
@@ -80,29 +80,29 @@ def no_figures(request, monkeypatch) -> None:
 
 @pytest.fixture
 def in_processes() -> None:
-    """Name this fixture in a test of a module with ``cells_here`` whose cells have to be processes."""
+    """Use this fixture in a test of a module with ``runs_here`` whose runs must be processes."""
 
 
 @pytest.fixture
-def cells_here(request, monkeypatch) -> None:
-    """Run cells in this process, one after another: a process for each costs more than a small cell itself."""
+def runs_here(request, monkeypatch) -> None:
+    """Execute runs in this process, one after another, since a process costs more than a small run."""
     if "in_processes" in request.fixturenames:
         return
     import torch
 
-    from curvlab.grid import cell, processes
+    from curvlab.grid import processes, run_process
 
     one_at_a_time = threading.Lock()
 
     def run(function, threads, code, given, file, timeout, wanted):
         with one_at_a_time:
             if not wanted():
-                return processes.Ended(None, 0, None, 0.0, "unwanted")
+                return processes.ProcessEnd(None, 0, None, 0.0, "unwanted")
             exchange = _Exchange(given)
             with torch.random.fork_rng():
-                cell.work(exchange, 1)
-        return processes.Ended(exchange.answer, 0, 1, 0.0)
+                run_process.execute_request(exchange, 1)
+        return processes.ProcessEnd(exchange.answer, 0, 1, 0.0)
 
     monkeypatch.setattr(processes, "run", run)
-    monkeypatch.setattr(cell, "_alone", lambda folder: Path(folder).mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(cell, "_redirect", lambda output: None)
+    monkeypatch.setattr(run_process, "_lock_folder", lambda folder: Path(folder).mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(run_process, "_redirect", lambda output: None)

@@ -1,11 +1,11 @@
-"""Kill a run at a place of its work, not at a time: what is tested does not depend on how busy the machine is."""
+"""Kill a program at a point of its work, not at a time, so that a test does not depend on the load of the machine."""
 
 import signal
 from collections.abc import Sequence
 
 from programs import Starter
 
-# In the run's process and in those of its cells.
+# In the process of the program and in those of its runs.
 _BEFORE = """
 import os, signal
 from pathlib import Path
@@ -26,12 +26,12 @@ os.replace = watched
 def stopped_when_written(
     starter: Starter, command: Sequence[str], run: str, name: str, count: int = 1, sign: int = signal.SIGKILL
 ) -> tuple[int, str, str]:
-    """Run ``python -m`` a command, send it a signal when so many files of a name are in its folder.
+    """Run ``python -m COMMAND``, and send it a signal when its folder holds ``count`` files with a name.
 
-    The cell that has written the last of them sends the signal and goes no further, until it is ended itself.
+    The run that has written the last of them sends the signal, and waits until it is killed itself.
 
     Returns:
-        Its exit code, and what it has written to standard output and standard error.
+        The exit code, standard output and standard error of the program.
     """
     before = _BEFORE.format(name=name, run=run, count=count, sign=int(sign))
     return starter.start(["-m", *command], before).wait()

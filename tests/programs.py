@@ -1,8 +1,8 @@
-"""Programs in processes of their own, forked from one that has torch behind it, whose import takes seconds.
+"""Programs in their own processes, forked from a process that has imported torch, which takes seconds.
 
-Each is ``python -m`` a module, or ``python -c`` a script, in all that a test looks at: its console, its folder, the
-signals that reach it, how it ends. So is the process that it has for its cells, which is forked before the program has
-threads or has differentiated anything.
+Each behaves like ``python -m MODULE`` or ``python -c SCRIPT`` in everything that a test observes: console, folder,
+signals and exit code. So does the server of its runs, which is forked before the program starts threads or
+differentiates anything.
 """
 
 import json
@@ -24,12 +24,12 @@ _NUMBER = struct.Struct("q")
 
 
 class Program:
-    """A program that runs, or has ended.
+    """A program that runs or has ended.
 
     Args:
-        end: A pipe, which gives its process id and, when it has ended, its wait status.
-        out: Takes what it writes to its standard output; None if nobody reads that.
-        err: Likewise, to its standard error.
+        end: Pipe with the process id of the program and, when it has ended, its wait status.
+        out: File with its standard output; None if nobody reads it.
+        err: File with its standard error.
     """
 
     def __init__(self, end: IO[bytes], out: IO[str] | None, err: IO[str]) -> None:
@@ -40,7 +40,7 @@ class Program:
         os.kill(self.pid, sign)
 
     def wait(self) -> tuple[int, str, str]:
-        """Wait for its end, and return its exit code (minus the signal that killed it) and what it has written."""
+        """Wait until it ends, and return its exit code (or minus the signal that killed it), output and errors."""
         (status,) = _NUMBER.unpack(self._end.read(_NUMBER.size))
         self._end.close()
         texts = []
@@ -55,7 +55,7 @@ class Program:
 
 
 class Starter:
-    """The process that programs are forked from; it is started for the first of them."""
+    """The process that programs are forked from; it starts with the first program."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -64,10 +64,10 @@ class Starter:
         """Start a program.
 
         Args:
-            command: What follows ``python``: ``-m`` and a module, or ``-c`` and a script, and arguments.
-            before: A script that is run first, in the process of the program and in that of its cells; ``PROGRAM`` is
-                there the process id of the program.
-            unread: Let its standard output be a pipe that nobody reads.
+            command: Arguments of ``python``: ``-m`` and a module, or ``-c`` and a script, and further arguments.
+            before: Script to execute first, in the process of the program and in those of its runs; the variable
+                ``PROGRAM`` is the process id of the program.
+            unread: Whether its standard output is a pipe that nobody reads.
         """
         if self._process is None:
             self._socket, theirs = socket.socketpair()
@@ -95,7 +95,7 @@ class Starter:
         return Program(os.fdopen(ending, "rb"), out, err)
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         if self._process is not None:
             self._socket.close()
             self._process.wait()
@@ -105,7 +105,7 @@ class Starter:
 
 
 def serve(descriptor: int) -> Callable[[], object]:
-    """Fork a process for each request; return there what it has to do, and in this one, in the end, nothing to do."""
+    """Fork a process for each request; return the work of the child in the child, and a no-op at the end here."""
     from curvlab.analyze.frame import command  # noqa: F401
     from curvlab.analyze.masq import fim_diagonality  # noqa: F401
     from curvlab.grid import processes
@@ -118,7 +118,7 @@ def serve(descriptor: int) -> Callable[[], object]:
         if not message:
             with suppress(ChildProcessError):
                 while True:
-                    os.wait()  # so that their time counts as its own
+                    os.wait()  # so that their CPU time is counted as its own
             return lambda: None
         content, out, err, end = descriptors
         if os.fork():
@@ -127,7 +127,7 @@ def serve(descriptor: int) -> Callable[[], object]:
             continue
         control.close()
         pid = os.fork()
-        if pid:  # this one tells how the program has ended
+        if pid:  # this process reports the exit of the program
             os.write(end, _NUMBER.pack(pid))
             os.write(end, _NUMBER.pack(os.waitpid(pid, 0)[1]))
             os._exit(0)
@@ -138,19 +138,19 @@ def serve(descriptor: int) -> Callable[[], object]:
         os.dup2(err, 2)
         for number in (out, err, end):
             os.close(number)
-        # The old ones know of a file where there may be a pipe now.
+        # The old objects belong to a file where there may be a pipe now.
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         exec(request["before"], {"PROGRAM": os.getpid()})
-        processes.Server = _prepared(processes)
+        processes.Server = _fork_server(processes)
         return lambda: _run(*request["command"])
 
 
 def _run(kind: str, what: str, *arguments: str) -> None:
-    """Do what ``python`` does with its arguments."""
+    """Do what ``python`` does with these arguments."""
     sys.argv[:] = [kind, *arguments]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
@@ -158,8 +158,8 @@ def _run(kind: str, what: str, *arguments: str) -> None:
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 
 
-def _prepared(processes: object) -> type:
-    """Fork a process for the cells now, and return a class of servers whose first is that one."""
+def _fork_server(processes: object) -> type:
+    """Fork a server of runs now, and return a ``Server`` class whose first instance uses it."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if not pid:
@@ -185,7 +185,7 @@ def _prepared(processes: object) -> type:
 
 
 class _Forked:
-    """What a server needs of a ``Popen``."""
+    """The part of ``Popen`` that a server uses."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._ended = pid, False

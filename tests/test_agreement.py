@@ -19,7 +19,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("no_figures", "cells_here")
+pytestmark = pytest.mark.usefixtures("no_figures", "runs_here")
 
 TINY = "--hidden 3 --steps 2 --samples 10"
 

@@ -32,12 +32,12 @@ from curvlab.diagonality import records
 from curvlab.doctor import cost, probe
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
-from curvlab.grid import reading
+from curvlab.grid import read_store
 from curvlab.models import build
 from curvlab.results import run_directory
 from curvlab.results.tables import Column, render
 
-pytestmark = pytest.mark.usefixtures("one_server", "cells_here", "no_figures")
+pytestmark = pytest.mark.usefixtures("one_server", "runs_here", "no_figures")
 
 NAME = "fim_diagonality"
 TINY = "--hidden 4 --steps 3 --samples 40 --seeds 0 1"
@@ -87,9 +87,9 @@ def contents(folder):
 
 
 def keys(run):
-    """Return the keys of the cells of a run, which name their folders, in the order of the seeds."""
+    """Return the keys of the runs, which name their folders, in the order of the seeds."""
     config = yaml.safe_load(Path(run, "config.yaml").read_text())
-    return [cell.key for cell in fim_diagonality.ANALYSIS.cells([fim_diagonality.FimDiagonalityConfig(**config)])]
+    return [spec.key for spec in fim_diagonality.ANALYSIS.run_specs([fim_diagonality.FimDiagonalityConfig(**config)])]
 
 
 def archive(path, **changed):
@@ -331,13 +331,9 @@ def test_a_run_and_the_same_again(call, with_figures):
     assert tree("run") == {
         *("config.yaml", "table.json", "table.csv", "table.md", "table.tex", "claims.json", "provenance.json"),
         *("sums_and_means.png", "sums_and_means.pdf", "heat_map.png", "heat_map.pdf"),
-        *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite.cells"),
+        *("sweep.sqlite", "sweep.sqlite.lock", "sweep.sqlite.runs"),
         "heat_map.json",
-        *(
-            f"sweep.sqlite.cells/{key}{name}"
-            for key in keys("run")
-            for name in ("", "/checkpoint.pt", "/heat_map.json")
-        ),
+        *(f"sweep.sqlite.runs/{key}{name}" for key in keys("run") for name in ("", "/checkpoint.pt", "/heat_map.json")),
     }
     assert len(keys("run")) == 2
     records = json.loads(Path("run/table.json").read_text(), parse_constant=pytest.fail)
@@ -352,7 +348,7 @@ def test_a_run_and_the_same_again(call, with_figures):
     provenance = json.loads(Path("run/provenance.json").read_text())
     assert {"command", "versions", "seeds", "data_hash", "git", "machine", "seconds"} <= set(provenance)
     assert set(provenance["seconds"]) == {"data", "runs", "figures"}
-    assert provenance["cells"] == {"done": 2, "failed": 0, "absent": 0, "earlier": 0}
+    assert provenance["runs_by_status"] == {"done": 2, "failed": 0, "absent": 0, "earlier": 0}
     assert provenance["continued"] is False
     claims = json.loads(Path("run/claims.json").read_text())
     assert {claim["verdict"] for claim in claims} == {"not tested"}
@@ -392,7 +388,7 @@ def test_files_that_have_changed_since(call, what):
     code, out, err = call(line)
     assert (code, out) == (2, "")
     file = {"data": "a.npz", "weights": "w.pt"}[what]
-    assert err.startswith(f"error: {file} is not what it was for the cells that ")
+    assert err.startswith(f"error: the runs in run/sweep.sqlite have read other data of {file}")
     assert contents("run") == before
 
 
@@ -437,7 +433,7 @@ def test_records_are_what_the_functions_give(call):
         rows = list(records(subject.problem(config, data, model), "empirical_fisher", time_budget=1e-6, seed=1))
     finally:
         torch.set_num_threads(threads)
-    with reading(Path("run/sweep.sqlite")) as store:
+    with read_store(Path("run/sweep.sqlite")) as store:
         found = [record for record in store.records() if record["seed"] == 1]
     assert len(found) == len(rows) == 4
     assert rows[0]["method"] == "sampled"  # by the seed
@@ -453,7 +449,7 @@ def test_records_are_what_the_functions_give(call):
         }
 
 
-def test_every_cell_fails(call):
+def test_every_run_fails(call):
     code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
     assert (code, out) == (1, "")
     first, second = err.splitlines()
@@ -463,9 +459,9 @@ def test_every_cell_fails(call):
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
 
 
-def test_a_cell_fails(call, with_figures):
+def test_a_run_fails(call, with_figures):
     assert call(f"{TINY} --out whole")[0] == 0
-    bad = Path("run/sweep.sqlite.cells", keys("whole")[0], "checkpoint.pt")
+    bad = Path("run/sweep.sqlite.runs", keys("whole")[0], "checkpoint.pt")
     bad.parent.mkdir(parents=True)
     shutil.copy("whole/config.yaml", "run")
     bad.write_bytes(b"of another program")
@@ -482,7 +478,7 @@ def test_a_cell_fails(call, with_figures):
     assert Path("run/table.md").read_text().splitlines()[0].endswith("| seeds |")
     assert Path("run/heat_map.png").exists()
     assert Path("run/sums_and_means.png").read_bytes() != Path("whole/sums_and_means.png").read_bytes()
-    assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 1
+    assert json.loads(Path("run/provenance.json").read_text())["runs_by_status"]["failed"] == 1
 
     bad.unlink()
     assert call(f"{TINY} --out run") == (code, out, err)
@@ -490,13 +486,13 @@ def test_a_cell_fails(call, with_figures):
     assert (code, err) == (0, "")
     for name in ("table.json", "table.csv", "table.md", "table.tex", "heat_map.pdf"):
         assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
-    assert json.loads(Path("run/provenance.json").read_text())["cells"]["failed"] == 0
+    assert json.loads(Path("run/provenance.json").read_text())["runs_by_status"]["failed"] == 0
 
 
 def test_a_network_that_is_on_another_machine_has_no_heat_map(call):
     assert call(f"{TINY} --out run")[0] == 0
     for key in keys("run"):
-        Path("run/sweep.sqlite.cells", key, "heat_map.json").unlink()
+        Path("run/sweep.sqlite.runs", key, "heat_map.json").unlink()
     Path("run/heat_map.png").unlink()
     assert call(f"{TINY} --out run")[0] == 0
     assert not Path("run/heat_map.png").exists()
@@ -570,7 +566,7 @@ def wait_for(appears, process):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_in_training_and_continued(call, starter, sign):
-    """In the second cell, at its first checkpoint, after 500 steps."""
+    """In the second run, at its first checkpoint, after 500 steps."""
     line = "--hidden 8 --seeds 0 1 --steps 600 --samples 40 --jobs 1"
     assert call(f"{line} --out undisturbed")[0] == 0
     _, second = keys("undisturbed")
@@ -582,12 +578,12 @@ def test_stopped_in_training_and_continued(call, starter, sign):
         assert err == "interrupted\nruns done in run: 1; the same command with --out run continues there\n"
     else:
         assert code == -signal.SIGKILL
-    with reading(Path("run/sweep.sqlite")) as store:
+    with read_store(Path("run/sweep.sqlite")) as store:
         assert store.tally() == {"done": 1, "failed": 0, "absent": 1, "earlier": 0}
         assert {record["seed"] for record in store.records()} == {0}
     assert not Path("run/table.json").exists()
 
-    left = Path(f"run/sweep.sqlite.cells/{second}/.checkpoint.pt.0123abcd.tmp")
+    left = Path(f"run/sweep.sqlite.runs/{second}/.checkpoint.pt.0123abcd.tmp")
     left.touch()  # what a killed program leaves
     Path("run/.mine.tmp").touch()
     code, _, err = call(f"{line} --out run")
@@ -598,12 +594,12 @@ def test_stopped_in_training_and_continued(call, starter, sign):
     for name in ("table.json", "table.csv", "table.md", "table.tex"):
         assert Path("run", name).read_bytes() == Path("undisturbed", name).read_bytes()
     assert json.loads(Path("run/provenance.json").read_text())["continued"] is True
-    with reading(Path("run/sweep.sqlite")) as store:
-        assert store.table()["cell.seconds"].nunique() == 2
+    with read_store(Path("run/sweep.sqlite")) as store:
+        assert store.table()["run.seconds"].nunique() == 2
 
 
 def test_stopped_before_anything_is_done(starter):
-    """When the first cell is about to start, which waits until it is not wanted."""
+    """Just before the first run starts, which waits until it is no longer wanted."""
     before = """
 import os, signal, time
 from pathlib import Path

@@ -18,7 +18,7 @@ from curvlab.estimators.seeds import label_stream
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
-from curvlab.progress import silent
+from curvlab.progress import no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import DenseStructure, EKFACStructure, ImplicitStructure, KFACStructure, Kronecker
 
@@ -72,7 +72,7 @@ def computed(
 ) -> dict[str, Tensor]:
     space = kronecker_space(problem, params)
     assert BACKEND.obstacle(problem, quantity, structure, space) is None
-    return dict(BACKEND.compute(problem, quantity, structure, space, size, silent).tensors)
+    return dict(BACKEND.compute(problem, quantity, structure, space, size, no_progress).tensors)
 
 
 def labels(problem: Problem, quantity: Quantity) -> list[list[tuple[float, Tensor]]]:
@@ -215,7 +215,7 @@ class TestFactors:
         problem = case("mlp").problem
         space = ParameterSpace.of(problem.model, params)
         tensors = computed(problem, Fisher(), structure, params)
-        expected = torch_func.compute(problem, Fisher(), structure, space, None, silent).tensors
+        expected = torch_func.compute(problem, Fisher(), structure, space, None, no_progress).tensors
         assert tensors.keys() == expected.keys()
         for key, tensor in tensors.items():
             assert tensor.shape == expected[key].shape
@@ -269,7 +269,7 @@ def test_products(name: str, quantity: Quantity) -> None:
     if isinstance(quantity, Hessian) and name in WITHOUT_HESSIAN:
         quantity = GGN()
     assert BACKEND.obstacle(problem, quantity, ImplicitStructure(), space) is None
-    matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, silent).tensors["matrix"]
+    matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, no_progress).tensors["matrix"]
     vectors = torch.randn(space.total, 2, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
     assert BACKEND.product is not None
     assert_same(BACKEND.product(problem, quantity, space, 3)(vectors), matrix @ vectors)
@@ -352,7 +352,7 @@ class TestTheUsersModel:
 
         def act() -> None:
             with pytest.raises(RuntimeError, match="the second batch"):
-                BACKEND.compute(problem, Fisher(), structure, space, None, silent)
+                BACKEND.compute(problem, Fisher(), structure, space, None, no_progress)
 
         self.assert_unchanged(model, act)
 

@@ -19,7 +19,7 @@ from curvlab.diagonality.blocks import Block, Draw, OffDiagonal
 from curvlab.diagonality.outer import OuterBlock
 from curvlab.diagonality.streamed import StreamedBlock
 from curvlab.estimators.rows import LinearFactors, row_batches
-from curvlab.progress import silent
+from curvlab.progress import no_progress
 
 FORCE_SAMPLING = 1e-12
 N = 13
@@ -286,7 +286,7 @@ def test_many_rows_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None
     """Rows that do not fit in memory come a few samples at a time."""
     from curvlab.estimators import rows
 
-    monkeypatch.setattr(rows.row_batches, "__defaults__", (2000, silent))
+    monkeypatch.setattr(rows.row_batches, "__defaults__", (2000, no_progress))
     check_table(problem_of(cnn()), "fisher")
 
 

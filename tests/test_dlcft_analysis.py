@@ -53,7 +53,7 @@ def tiny(**options: Any) -> DlcftConfig:
 
 
 def run(config: DlcftConfig, folder: Path) -> list[dict[str, Any]]:
-    return list(ANALYSIS.run_cell(config.model_dump(mode="json"), Place(folder)))
+    return list(ANALYSIS.execute(config.model_dump(mode="json"), Place(folder)))
 
 
 # Networks, streams, methods -------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_weights_from_a_file_take_the_place_of_the_pre_training(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     other = tiny(weights=Path("weights.pt"), source_classes=(), classes=(4, 5, 6, 7), class_tasks=2)
     values = other.model_dump(mode="json")
-    (record, *_) = ANALYSIS.run_cell({**values, "settings": ["task"], "methods": ["ewc"]}, Place(tmp_path, tmp_path))
+    (record, *_) = ANALYSIS.execute({**values, "settings": ["task"], "methods": ["ewc"]}, Place(tmp_path, tmp_path))
     assert 0 <= record["acc"] <= 1
     found = tiny(weights=tmp_path / "weights.pt", source_classes=(), classes=(4, 5, 6, 7), class_tasks=2)
     again = pretrain(found, load_data(found, Place(tmp_path)), 1)

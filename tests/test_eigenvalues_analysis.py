@@ -29,7 +29,7 @@ from curvlab.grid import Place
 from curvlab.models import ResNet20, build, freeze_batch_norm, load_weights, shallow_cnn
 from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
-pytestmark = pytest.mark.usefixtures("one_server", "cells_here")
+pytestmark = pytest.mark.usefixtures("one_server", "runs_here")
 
 TINY = {
     "hidden": (4,),
@@ -224,7 +224,7 @@ def test_the_validation_loss_is_of_samples_that_the_network_has_not_seen(tmp_pat
 
 def test_a_run_of_a_sweep_chooses_for_its_seed(tmp_path):
     config = EigenvaluesConfig(**{**TINY, "losses": ("squared_error",), "lr_squared_error": (1e-7, 0.01)})
-    records = ANALYSIS.run_cell(config.model_dump(mode="json"), Place(tmp_path / "several"))
+    records = ANALYSIS.execute(config.model_dump(mode="json"), Place(tmp_path / "several"))
     one = config.model_copy(update={"lr_squared_error": (0.01,)})
     assert without_seconds(records) == without_seconds(measure(one, tmp_path / "one"))
 

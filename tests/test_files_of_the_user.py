@@ -140,8 +140,8 @@ def test_what_comes_into_the_folder_during_a_run_stays(tmp_path):
     run = open_run(tmp_path / "a" / "run", "x", CONFIG)
     run.write_text("table.md", "")
     (run.path / "store.sqlite").touch()
-    (run.path / "store.sqlite.cells").mkdir()
-    (run.path / "store.sqlite.cells" / "cell").touch()
+    (run.path / "store.sqlite.runs").mkdir()
+    (run.path / "store.sqlite.runs" / "key").touch()
     (run.path / "notes.txt").write_text("mine")
     run.discard("store.sqlite*")
     assert contents(tmp_path) == {"a/run/notes.txt": b"mine"}

@@ -160,7 +160,7 @@ def test_regimes():
 
 
 def run_all(config, folder):
-    records = ANALYSIS.run_cell(config.model_dump(mode="json"), Place(folder))
+    records = ANALYSIS.execute(config.model_dump(mode="json"), Place(folder))
     return [r for r in records if "forgetting" in r], [r for r in records if "accuracy" in r]
 
 

@@ -24,7 +24,7 @@ from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
 from curvlab.results import Claim, Column, Identity
 
-pytestmark = pytest.mark.usefixtures("no_figures", "cells_here")
+pytestmark = pytest.mark.usefixtures("no_figures", "runs_here")
 
 ROOT = Path(driver.__file__).parents[3]
 
@@ -199,7 +199,7 @@ def test_only_what_failed_is_repeated(call, name, monkeypatch):
     done.clear()
     use(count)
     assert call(f"{line} --out run --retry-failed")[0] == 0
-    total = json.loads(Path("run/provenance.json").read_text())["cells"]["done"]
+    total = json.loads(Path("run/provenance.json").read_text())["runs_by_status"]["done"]
     assert 0 < len(done) < total
     if name not in TIMED:
         for file in ("table.json", "table.csv", "table.md", "table.tex", "claims.json"):

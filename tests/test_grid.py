@@ -1,4 +1,4 @@
-"""Grids: axes, keys, the processes of cells, the store, and what can go wrong with any of them."""
+"""Grids: axes, keys, the processes of runs, the store, and their failures."""
 
 import json
 import math
@@ -16,35 +16,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cells_under_test import NAME, everything
+from runs_under_test import NAME, everything
 
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell, Outcome, draw, expand, folder_of, processes, reading, run, writing
+from curvlab.grid import Outcome, RunSpec, draw, expand, processes, read_store, run, run_folder, write_store
 from curvlab.grid import store as store_module
 from curvlab.grid.aggregates import Mean, Std
-from curvlab.grid.cell import OUTPUT, find
 from curvlab.grid.output import Output
+from curvlab.grid.run_process import OUTPUT
+from curvlab.grid.run_spec import find_function
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_server", "light_server")
 
-# Cells ---------------------------------------------------------------------------------------------------------------
+# Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def cells(function, *configs, version=1):
-    return [Cell(f"{NAME}:{function}", config, version=version) for config in configs]
+def specs(function, *configs, version=1):
+    return [RunSpec(f"{NAME}:{function}", config, version=version) for config in configs]
 
 
 def grid_of(function, **axes):
-    return cells(function, *expand({}, grid=axes))
+    return specs(function, *expand({}, grid=axes))
 
 
 @pytest.fixture(scope="module")
 def light_server():
-    """Spare the processes that start cells what training needs, which takes them seconds more."""
+    """Import only what runs need in the servers; the modules for training take seconds more."""
     preloaded = processes._PRELOADED
-    processes._PRELOADED = ("curvlab.grid.cell",)
+    processes._PRELOADED = ("curvlab.grid.run_process",)
     yield preloaded
     processes._PRELOADED = preloaded
 
@@ -55,7 +56,7 @@ def file(tmp_path):
 
 
 def until(condition):
-    """Wait for an event, however slow the machine is."""
+    """Wait for a condition, on a slow machine too."""
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
@@ -63,7 +64,7 @@ def until(condition):
 
 
 def gone(pid):
-    """Say whether a process has ended, if perhaps nobody has asked how."""
+    """Return whether a process has ended, also if its parent has not waited for it."""
     try:
         return not Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -71,10 +72,10 @@ def gone(pid):
 
 
 def contents(file):
-    """Return all of a table that must not depend on chance."""
-    with reading(file) as store:
+    """Return the parts of a store that must be reproducible."""
+    with read_store(file) as store:
         table = store.table()
-        columns = [name for name in table if name not in ("cell.seconds", "cell.peak_bytes", "cell.ended")]
+        columns = [name for name in table if name not in ("run.seconds", "run.peak_bytes", "run.ended")]
         return table[columns].to_csv(), store.summary().to_csv(), [repr(record) for record in store.records()]
 
 
@@ -99,12 +100,12 @@ def test_expand_is_the_product_with_the_last_axis_fastest():
         ({"grid": {"a": [1]}, "points": [{"a": 2}]}, "'a' is set by two axes"),
         ({"points": [{"b": 1}], "samples": [{"b": 2}]}, "'b' is set by two axes"),
         ({"grid": {name: range(20) for name in "abcdefgh"}}, "25,600,000,000 combinations, and a sweep has at most"),
-        ({"grid": {"a": [2, 1, 1]}}, "the grid's list for 'a' has 1 twice; a value is run once"),
-        ({"grid": {"a": [1, 1.0]}}, "has 1 and 1.0, which are the same"),
-        ({"grid": {"a": [True, 0.5, 1]}}, "has True and 1, which are the same"),
-        ({"grid": {"a": [[1, {"b": 2}], [1.0, {"b": 2.0}]]}}, "which are the same"),
-        ({"points": [{"a": 1, "b": 2}, {"b": 2, "a": 1}]}, "the list of points has .*; a value is run once"),
-        ({"grid": {"a": [{1}]}}, "made of JSON values"),
+        ({"grid": {"a": [2, 1, 1]}}, "the grid's list for 'a' has 1 twice; equal values are one run"),
+        ({"grid": {"a": [1, 1.0]}}, "has 1 and 1.0, which are equal"),
+        ({"grid": {"a": [True, 0.5, 1]}}, "has True and 1, which are equal"),
+        ({"grid": {"a": [[1, {"b": 2}], [1.0, {"b": 2.0}]]}}, "which are equal"),
+        ({"points": [{"a": 1, "b": 2}, {"b": 2, "a": 1}]}, "the list of points has .*; equal values are one run"),
+        ({"grid": {"a": [{1}]}}, "consist of JSON values"),
     ],
 )
 def test_expand_refuses(axes, fragment):
@@ -163,19 +164,19 @@ def test_draw_refuses(given):
 
 
 def test_the_key_is_of_name_version_and_the_whole_configuration():
-    cell = Cell("m:f", {"a": 1, "seed": 0})
-    assert cell.key == Cell("m:f", {"seed": 0, "a": 1}).key
+    spec = RunSpec("m:f", {"a": 1, "seed": 0})
+    assert spec.key == RunSpec("m:f", {"seed": 0, "a": 1}).key
     others = [
-        Cell("m:g", {"a": 1, "seed": 0}),
-        Cell("m:f", {"a": 1, "seed": 0}, version=2),
-        Cell("m:f", {"a": 1.5, "seed": 0}),
-        Cell("m:f", {"a": "1", "seed": 0}),
-        Cell("m:f", {"a": 1, "seed": 0, "b": None}),
-        Cell("m:f", {"a": 1, "seed": 1}),
+        RunSpec("m:g", {"a": 1, "seed": 0}),
+        RunSpec("m:f", {"a": 1, "seed": 0}, version=2),
+        RunSpec("m:f", {"a": 1.5, "seed": 0}),
+        RunSpec("m:f", {"a": "1", "seed": 0}),
+        RunSpec("m:f", {"a": 1, "seed": 0, "b": None}),
+        RunSpec("m:f", {"a": 1, "seed": 1}),
     ]
-    assert len({cell.key, *(other.key for other in others)}) == 7
-    assert cell.point == others[-1].point != others[2].point
-    assert len(cell.key) == 32
+    assert len({spec.key, *(other.key for other in others)}) == 7
+    assert spec.point == others[-1].point != others[2].point
+    assert len(spec.key) == 32
 
 
 NESTED = []
@@ -188,15 +189,15 @@ for _ in range(200):
 )
 def test_the_key_needs_json(value):
     with pytest.raises(CurvlabError, match="JSON values"):
-        _ = Cell("m:f", {"a": value}).key
+        _ = RunSpec("m:f", {"a": value}).key
 
 
 # Running -------------------------------------------------------------------------------------------------------------
 
 
 def test_records_come_back_to_the_bit(file):
-    assert run(cells("everything", {}), file) == {"done": 1, "failed": 0, "absent": 0, "earlier": 0}
-    with reading(file) as store:
+    assert run(specs("everything", {}), file) == {"done": 1, "failed": 0, "absent": 0, "earlier": 0}
+    with read_store(file) as store:
         first, second = store.records()
     assert second == {"other": 1}
     expected = everything({}, None)[0] | {"numpy": float(np.float32(0.1)), "tensor": 2}
@@ -211,50 +212,50 @@ def test_the_number_of_jobs_changes_no_bit(tmp_path):
     run(work, tmp_path / "three.sqlite", jobs=3)
     one, three = contents(tmp_path / "one.sqlite"), contents(tmp_path / "three.sqlite")
     assert one == three
-    with reading(tmp_path / "one.sqlite") as store:
+    with read_store(tmp_path / "one.sqlite") as store:
         records = store.records()
     assert {record["threads"] for record in records} == {1}
-    assert len({record["torch"] for record in records}) == 12  # a cell draws its own numbers
+    assert len({record["torch"] for record in records}) == 12  # every run draws its own numbers
 
 
 def test_threads_are_those_asked_for_and_what_training_imports_is_there(file, monkeypatch, light_server):
     monkeypatch.setattr(processes, "_PRELOADED", light_server)
-    run(grid_of("drawn", seed=[0]) + cells("imported", {}), file, threads=2)
-    with reading(file) as store:
+    run(grid_of("drawn", seed=[0]) + specs("imported", {}), file, threads=2)
+    with read_store(file) as store:
         drawn, imported = store.records()
         assert drawn["threads"] == 2
-        assert store.table()["cell.threads"].tolist() == [2, 2]
+        assert store.table()["run.threads"].tolist() == [2, 2]
     assert imported == {"torch._dynamo": True, "sklearn.datasets": True}
 
 
-def test_a_finished_cell_is_not_run_again_and_a_sweep_grows(file):
+def test_a_finished_run_is_not_repeated_and_a_sweep_grows(file):
     work = grid_of("plain", a=[1, 2])
     run(work, file)
     before = contents(file), raw(file)
     assert run(work, file)["done"] == 2
     assert (contents(file), raw(file)) == before
     assert run(grid_of("plain", a=[2, 3]), file) == {"done": 2, "failed": 0, "absent": 0, "earlier": 1}
-    with reading(file) as store:
+    with read_store(file) as store:
         assert [record["value"] for record in store.records()] == [2 * 0.1, 3 * 0.1]
     assert run(grid_of("plain", a=[3, 2, 1]), file) == {"done": 3, "failed": 0, "absent": 0, "earlier": 0}
-    with reading(file) as store:
+    with read_store(file) as store:
         assert [record["value"] for record in store.records()] == [3 * 0.1, 2 * 0.1, 0.1]
     assert attempts(file) == [1, 1, 1]
 
 
 def test_a_new_version_is_computed_anew(file):
-    run(cells("plain", {"a": 1}), file)
-    assert run(cells("plain", {"a": 1}, version=2), file) == {"done": 1, "failed": 0, "absent": 0, "earlier": 1}
+    run(specs("plain", {"a": 1}), file)
+    assert run(specs("plain", {"a": 1}, version=2), file) == {"done": 1, "failed": 0, "absent": 0, "earlier": 1}
 
 
 def raw(file):
     with sqlite3.connect(file) as connection:
-        return connection.execute("SELECT * FROM cells ORDER BY key").fetchall()
+        return connection.execute("SELECT * FROM runs ORDER BY key").fetchall()
 
 
 def attempts(file):
     with sqlite3.connect(file) as connection:
-        return [n for (n,) in connection.execute("SELECT attempts FROM cells ORDER BY key")]
+        return [n for (n,) in connection.execute("SELECT attempts FROM runs ORDER BY key")]
 
 
 TROUBLES = {
@@ -265,12 +266,12 @@ TROUBLES = {
     "vanishes": ("killed", "ended with exit code 3 and no records"),
     "sleeps": ("timeout", "not done after 1 seconds"),
     "nan": ("nan", "x is NaN"),
-    "nested": ("raised", "'x' is a list; records are flat"),
+    "nested": ("raised", "'x' is a list; records are flat dictionaries"),
     "huge": ("raised", "more than 64 bits"),
     "memory": ("raised", "MemoryError"),
     "escapes": ("raised", r"ValueError: \udc80 \x1b[2J"),
-    "not UTF-8": ("raised", "'x' is not UTF-8"),
-    "named so": ("raised", r"'\udc80' is not UTF-8"),
+    "not UTF-8": ("raised", "'x' cannot be encoded as UTF-8"),
+    "named so": ("raised", r"'\udc80' cannot be encoded as UTF-8"),
     "nothing": ("raised", "returned None, not a list of records"),
     "dictionary": ("raised", "returned a dict, not a list of records"),
     "column": ("raised", "'seeds' is a column that the tables have themselves"),
@@ -278,16 +279,16 @@ TROUBLES = {
 }
 
 
-def test_every_way_to_fail_is_told_and_the_rest_goes_on(file):
+def test_every_kind_of_failure_is_recorded_and_the_rest_continues(file):
     work = grid_of("troubled", how=[*TROUBLES, "fine"])
     sleeps = work[list(TROUBLES).index("sleeps")]
     # The others take the time that they need.
-    assert run([cell for cell in work if cell != sleeps], file, jobs=3)["failed"] == len(TROUBLES) - 1
-    assert run(work, file, cell_timeout=1) == {"done": 1, "failed": len(TROUBLES), "absent": 0, "earlier": 0}
-    with reading(file) as store:
-        failed = {cell["axes"]["how"]: cell for cell in store.failed()}
+    assert run([spec for spec in work if spec != sleeps], file, jobs=3)["failed"] == len(TROUBLES) - 1
+    assert run(work, file, run_timeout=1) == {"done": 1, "failed": len(TROUBLES), "absent": 0, "earlier": 0}
+    with read_store(file) as store:
+        failed = {failure["axes"]["how"]: failure for failure in store.failed_runs()}
         table, summary = store.table(), store.summary()
-        assert store.kinds() == {"killed": 3, "nan": 1, "raised": 12, "timeout": 1}
+        assert store.count_failures() == {"killed": 3, "nan": 1, "raised": 12, "timeout": 1}
     assert list(failed) == list(TROUBLES)
     for how, (kind, error) in TROUBLES.items():
         assert failed[how]["kind"] == kind
@@ -299,28 +300,28 @@ def test_every_way_to_fail_is_told_and_the_rest_goes_on(file):
     assert "Segmentation fault" in failed["crashes"]["traceback"]
     assert failed["killed"]["peak_bytes"] > failed["vanishes"]["peak_bytes"] + 300e6
     assert failed["sleeps"]["seconds"] >= 1
-    # In the tables too: what a cell with NaN has returned stays to be seen, and is in no mean.
-    assert table["status"].tolist().count("failed") == len(TROUBLES) + 1  # two records of one cell
+    # In the tables too: the records of a run with NaN are shown, and are in no mean.
+    assert table["status"].tolist().count("failed") == len(TROUBLES) + 1  # two records of one run
     (nan,) = (value for value in table["x"] if isinstance(value, float) and math.isnan(value))
     assert math.isnan(nan)
     assert summary["failed"].tolist() == [1] * len(TROUBLES) + [0]
     assert summary["x"].tolist() == [None] * len(TROUBLES) + [1.0]
-    started = folder_of(file, sleeps.key) / "started"
-    until(lambda: not started.exists() or gone(started.read_text()))  # what the cell has started is gone too
+    started = run_folder(file, sleeps.key) / "started"
+    until(lambda: not started.exists() or gone(started.read_text()))  # what the run has started has ended too
 
 
-def test_what_a_cell_has_started_ends_with_it(file):
-    assert run(cells("forgetful", {}), file)["done"] == 1
-    with reading(file) as store:
+def test_what_a_run_has_started_ends_with_it(file):
+    assert run(specs("forgetful", {}), file)["done"] == 1
+    with read_store(file) as store:
         ((started,),) = (record.values() for record in store.records())
     until(lambda: gone(started))
 
 
 @pytest.mark.parametrize("how", ["fine", "raises", "crashes", "text", "leaves", "for ever"])
-def test_what_a_cell_prints_is_kept_within_bounds(file, how):
-    (cell,) = cells("loud", {"how": how, "lines": 10 if how in ("text", "leaves") else 5000})
-    run([cell], file, cell_timeout=1 if how == "for ever" else None)
-    kept = (folder_of(file, cell.key) / OUTPUT).read_bytes()
+def test_the_output_of_a_run_is_kept_within_bounds(file, how):
+    (spec,) = specs("loud", {"how": how, "lines": 10 if how in ("text", "leaves") else 5000})
+    run([spec], file, run_timeout=1 if how == "for ever" else None)
+    kept = (run_folder(file, spec.key) / OUTPUT).read_bytes()
     assert kept.startswith(b"first line\nxxx")
     if how in ("text", "leaves"):  # what is left may write before it is over
         assert kept.partition(b"y\n")[0] == b"first line\n" + (b"x" * 999 + b"\n") * 10 + "last ½\n".encode()
@@ -329,8 +330,8 @@ def test_what_a_cell_prints_is_kept_within_bounds(file, how):
         whole = len("first line\nlast ½\n".encode()) + 5_000_000
         assert f"\n[... {whole - 2 * 2**20:,} bytes are left out here ...]\n".encode() in kept
     assert len(kept) < 2 * 2**20 + 100
-    with reading(file) as store:
-        failed = store.failed()
+    with read_store(file) as store:
+        failed = store.failed_runs()
     if how == "raises":
         assert len(failed[0]["error"]) < 4100
         assert len(failed[0]["traceback"]) < 41000
@@ -346,7 +347,7 @@ def test_what_a_cell_prints_is_kept_within_bounds(file, how):
         assert failed[0]["kind"] == "timeout"
 
 
-def test_a_disk_that_takes_no_output_fails_no_cell(tmp_path):
+def test_a_disk_that_takes_no_output_fails_no_run(tmp_path):
     reading_end, writing_end = os.pipe()
     os.write(writing_end, b"text")
     os.close(writing_end)
@@ -357,47 +358,47 @@ def test_a_disk_that_takes_no_output_fails_no_cell(tmp_path):
     os.close(reading_end)
 
 
-def test_failed_cells_are_run_again_when_asked_and_find_their_checkpoint(file):
-    work = cells("counting", {"enough": 3})
+def test_failed_runs_are_retried_on_request_and_find_their_checkpoint(file):
+    work = specs("counting", {"enough": 3})
     assert run(work, file)["failed"] == 1
     assert run(work, file)["failed"] == 1
-    assert (folder_of(file, work[0].key) / "count").read_text() == "1"
-    left = folder_of(file, work[0].key) / ".count.0123abcd.tmp"  # as writing leaves it when it is killed
+    assert (run_folder(file, work[0].key) / "count").read_text() == "1"
+    left = run_folder(file, work[0].key) / ".count.0123abcd.tmp"  # as writing leaves it when it is killed
     left.write_text("")
     assert run(work, file, retry_failed=True)["failed"] == 1
     assert not left.exists()
     assert run(work, file, retry_failed=True)["done"] == 1
-    with reading(file) as store:
+    with read_store(file) as store:
         assert store.records() == [{"count": 3}]
-        assert store.failed() == []
+        assert store.failed_runs() == []
     assert attempts(file) == [3]
     assert raw(file)[0][9:12] == (None, None, None)  # no kind, error or traceback is left
 
 
-def test_a_cell_that_leaves_nothing_has_no_folder(file):
-    work = cells("plain", {"a": 1}) + cells("troubled", {"how": "fine"})
+def test_a_run_that_leaves_nothing_has_no_folder(file):
+    work = specs("plain", {"a": 1}) + specs("troubled", {"how": "fine"})
     run(work, file)
-    assert not folder_of(file, work[0].key).exists()
-    assert (folder_of(file, work[1].key) / OUTPUT).read_text() == "heard of fine\n"
+    assert not run_folder(file, work[0].key).exists()
+    assert (run_folder(file, work[1].key) / OUTPUT).read_text() == "heard of fine\n"
 
 
-def test_what_a_cell_prints_is_not_printed(file, capfd):
-    run(cells("troubled", {"how": "fine"}), file)
+def test_the_output_of_a_run_is_not_printed(file, capfd):
+    run(specs("troubled", {"how": "fine"}), file)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_function_that_there_is_not(file):
+def test_a_missing_function(file):
     missing = [f"{NAME}:no_such", NAME]
-    run([Cell(function, {"a": 1}) for function in missing], file)
-    with reading(file) as store:
-        for function, failed in zip(missing, store.failed(), strict=True):
+    run([RunSpec(function, {"a": 1}) for function in missing], file)
+    with read_store(file) as store:
+        for function, failed in zip(missing, store.failed_runs(), strict=True):
             assert function in failed["error"]
-    with pytest.raises(CurvlabError, match="no_such_module:f: there is no module"):
-        find("no_such_module:f")
+    with pytest.raises(CurvlabError, match="no_such_module:f: cannot import 'no_such_module': no such module"):
+        find_function("no_such_module:f")
 
 
-def test_two_processes_of_one_cell_are_one_after_the_other(file):
-    """One of a run that was killed on a cluster may still be at work when the next begins it again."""
+def test_two_processes_of_one_run_are_one_after_the_other(file):
+    """A process of a sweep that was killed on a cluster may still work when the next sweep starts the run again."""
     request = {"key": "0" * 32, "function": f"{NAME}:timed", "config": {}, "offline": False}
     request |= {"folder": str(file.parent / "f"), "cwd": str(file.parent), "data_root": None, "threads": 1}
     whole = json.dumps(request).encode()
@@ -420,18 +421,18 @@ def test_two_processes_of_one_cell_are_one_after_the_other(file):
 # The store -----------------------------------------------------------------------------------------------------------
 
 
-def outcome(cell, *records, **others):
-    return Outcome(cell.key, records=records, **others)
+def outcome(spec, *records, **others):
+    return Outcome(spec.key, records=records, **others)
 
 
 def test_summary_has_mean_spread_and_seeds(file):
     work = grid_of("plain", lr=[0.1, 0.2], seed=[0, 1, 2])
-    with writing(file) as store:
+    with write_store(file) as store:
         store.register(work)
-        for cell in reversed(work[:5]):
-            seed = cell.config["seed"]
+        for spec in reversed(work[:5]):
+            seed = spec.config["seed"]
             only = {"z": 1.0} if seed == 1 else {}
-            store.finish(outcome(cell, {"x": seed / 7, "y": 1.0 if seed else None} | only))
+            store.finish(outcome(spec, {"x": seed / 7, "y": 1.0 if seed else None} | only))
         summary = store.summary()
         assert store.axes() == ["lr"]
         assert store.tally() == {"done": 5, "failed": 0, "absent": 1, "earlier": 0}
@@ -446,8 +447,8 @@ def test_summary_has_mean_spread_and_seeds(file):
 def test_summary_wants_to_know_what_tells_records_apart(file):
     work = grid_of("steps", seed=[0, 2])
     run(work, file)
-    with reading(file) as store:
-        with pytest.raises(CurvlabError, match=r"a cell has 3 records of the same group.*--by.*step"):
+    with read_store(file) as store:
+        with pytest.raises(CurvlabError, match=r"a run has 3 records in the same group.*--by.*step"):
             store.summary()
         with pytest.raises(CurvlabError, match="no record has 'stp'; they have step, loss"):
             store.summary(by=["stp"])
@@ -459,10 +460,10 @@ def test_summary_wants_to_know_what_tells_records_apart(file):
 
 
 def test_summary_does_not_mix_a_record_with_a_deviation(file):
-    (cell,) = work = cells("plain", {"a": 1})
-    with writing(file) as store:
+    (spec,) = work = specs("plain", {"a": 1})
+    with write_store(file) as store:
         store.register(work)
-        store.finish(outcome(cell, {"loss": 1.0, "loss_std": 2.0}))
+        store.finish(outcome(spec, {"loss": 1.0, "loss_std": 2.0}))
         with pytest.raises(CurvlabError, match=r"the records have loss_std, which is what .* of loss is called"):
             store.summary()
         assert store.summary(values=["loss"])["loss"].tolist() == [1.0]
@@ -471,31 +472,31 @@ def test_summary_does_not_mix_a_record_with_a_deviation(file):
 
 
 def test_axes_are_of_different_values(file):
-    """Not of their first fifteen digits, and not of what is the same in another form."""
+    """Values are compared by all digits, and equal values in another form are not an axis."""
     near = 0.30000000000000004
     points = [{"a": 0.3, "b": 1, "c": None, "d": [near]}, {"a": near, "b": 1.0, "c": "", "d": [near]}]
-    with writing(file) as store:
-        store.register(cells("plain", *points))
+    with write_store(file) as store:
+        store.register(specs("plain", *points))
         assert store.axes() == ["a", "b", "c"]
         assert store.table()["config.a"].tolist() == [0.3, near]
 
 
 def test_another_key_of_the_seed_makes_other_points(file):
     configs = [{"seed": 0, "draw": draw} for draw in range(3)]
-    with writing(file) as store:
+    with write_store(file) as store:
         for seed, rows in (("seed", 3), ("draw", 1)):
-            store.register([Cell("m:f", config, seed=seed) for config in configs])
+            store.register([RunSpec("m:f", config, seed_key=seed) for config in configs])
             assert len(store.summary()) == rows
             assert store.table()["config.seed"].tolist() == ([0, 0, 0] if seed == "seed" else [0, 1, 2])
 
 
 def test_a_store_is_not_continued_with_other_data(file):
-    run(cells("plain", {"a": 1}), file, data={"digits": "1"})
-    with pytest.raises(CurvlabError, match=r"digits is not what it was for the cells that .*s.sqlite has"):
-        run(cells("plain", {"a": 2}), file, data={"mnist": "1", "digits": "2"})
-    with reading(file) as store:
+    run(specs("plain", {"a": 1}), file, data={"digits": "1"})
+    with pytest.raises(CurvlabError, match=r"the runs in .*s.sqlite have read other data of digits"):
+        run(specs("plain", {"a": 2}), file, data={"mnist": "1", "digits": "2"})
+    with read_store(file) as store:
         assert store.tally() == {"done": 1, "failed": 0, "absent": 0, "earlier": 0}
-    assert run(cells("plain", {"a": 2}), file, data={"mnist": "2", "digits": "1"})["done"] == 1
+    assert run(specs("plain", {"a": 2}), file, data={"mnist": "2", "digits": "1"})["done"] == 1
 
 
 def test_mean_and_spread_do_not_depend_on_the_order():
@@ -511,106 +512,119 @@ def test_mean_and_spread_do_not_depend_on_the_order():
         assert len(found) == 1
 
 
-def test_a_finished_cell_is_not_overwritten(file):
-    (cell,) = cells("plain", {"a": 1})
-    with writing(file) as store:
-        store.register([cell])
-        store.finish(outcome(cell, {"x": 1}))
-        store.finish(outcome(cell, {"x": 2}))
-        store.finish(Outcome(cell.key, "raised", "late"))
+def test_a_finished_run_is_not_overwritten(file):
+    (spec,) = specs("plain", {"a": 1})
+    with write_store(file) as store:
+        store.register([spec])
+        store.finish(outcome(spec, {"x": 1}))
+        store.finish(outcome(spec, {"x": 2}))
+        store.finish(Outcome(spec.key, "raised", "late"))
         assert store.records() == [{"x": 1}]
         assert store.tally()["done"] == 1
 
 
 def test_a_second_writer_is_refused_and_readers_are_not(file):
-    with writing(file) as store:
-        store.register(cells("plain", {"a": 1}))
+    with write_store(file) as store:
+        store.register(specs("plain", {"a": 1}))
         with pytest.raises(CurvlabError, match=rf"s.sqlite is being written by process {os.getpid()} on "):
-            run(cells("plain", {"a": 1}), file)
-        with reading(file) as reader:
+            run(specs("plain", {"a": 1}), file)
+        with read_store(file) as reader:
             assert reader.tally()["absent"] == 1
-    assert run(cells("plain", {"a": 1}), file)["done"] == 1
+    assert run(specs("plain", {"a": 1}), file)["done"] == 1
 
 
 def test_a_store_by_another_name_is_the_same(file):
     link = file.parent / "there" / "link.sqlite"
     link.parent.mkdir()
     link.symlink_to(file)
-    with writing(file), pytest.raises(CurvlabError, match="is being written by"):
-        run(cells("plain", {"a": 1}), link)
-    (cell,) = cells("troubled", {"how": "fine"})
-    assert run([cell], link)["done"] == 1
-    assert folder_of(link, cell.key) == folder_of(file, cell.key)
-    assert (folder_of(file, cell.key) / OUTPUT).exists()
+    with write_store(file), pytest.raises(CurvlabError, match="is being written by"):
+        run(specs("plain", {"a": 1}), link)
+    (spec,) = specs("troubled", {"how": "fine"})
+    assert run([spec], link)["done"] == 1
+    assert run_folder(link, spec.key) == run_folder(file, spec.key)
+    assert (run_folder(file, spec.key) / OUTPUT).exists()
 
 
 def test_nothing_is_left_beside_a_store(file):
-    """Of SQLite's files, by whoever leaves last; a reader changes nothing."""
-    with writing(file) as store:
-        store.register(cells("plain", {"a": 1}))
+    """The last connection removes SQLite's files; a reader changes nothing."""
+    with write_store(file) as store:
+        store.register(specs("plain", {"a": 1}))
     beside = {file.name, f"{file.name}.lock"}
     assert {path.name for path in file.parent.iterdir()} == beside
     before = file.read_bytes()
-    with reading(file) as store:
+    with read_store(file) as store:
         assert store.tally()["absent"] == 1
         with pytest.raises(CurvlabError, match="readonly"):
             store.register([])
     assert {path.name for path in file.parent.iterdir()} == beside
     assert file.read_bytes() == before
-    with reading(file) as reader:
-        with writing(file) as store:
-            store.register(cells("plain", {"a": 2}))
+    with read_store(file) as reader:
+        with write_store(file) as store:
+            store.register(specs("plain", {"a": 2}))
         assert reader.tally()["absent"] == 1
     assert {path.name for path in file.parent.iterdir()} == beside
 
 
-def test_a_store_that_there_is_not(file):
-    with pytest.raises(CurvlabError, match="there is no store"), reading(file):
+def test_a_missing_store(file):
+    with pytest.raises(CurvlabError, match="there is no store"), read_store(file):
         pass
 
 
-def test_a_damaged_store_is_told_and_left_as_it_is(file):
+def test_a_damaged_store_is_refused_and_not_changed(file):
     run(grid_of("plain", a=list(range(40))), file)
     whole = file.read_bytes()
     for broken in (b"no database at all" * 100, whole[:5000], whole[:8192] + b"\xff" * 12000 + whole[20192:]):
         file.write_bytes(broken)
-        for use in (reading, writing):
-            with pytest.raises(CurvlabError, match="is damaged or no store"), use(file):
+        for use in (read_store, write_store):
+            with pytest.raises(CurvlabError, match="is damaged or not a store"), use(file):
                 pass
         assert file.read_bytes() == broken
 
 
-def test_a_store_of_a_newer_version_and_another_database(file, tmp_path):
-    run(cells("plain", {"a": 1}), file)
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (4, r"a newer curvlab \(store format 4, this one reads format 3 only\); update curvlab"),
+        (2, r"an earlier curvlab \(store format 2, this one reads format 3 only\); .* another store \(--out\)"),
+        (1, r"an earlier curvlab \(store format 1, "),
+    ],
+)
+def test_a_store_of_another_version_is_refused_and_not_changed(file, version, message):
+    run(specs("plain", {"a": 1}), file)
     with sqlite3.connect(file) as connection:
-        connection.execute("PRAGMA user_version = 3")
-    for use in (reading, writing):
-        with (
-            pytest.raises(CurvlabError, match=r"newer curvlab \(format 3, this one knows 2\); update curvlab"),
-            use(file),
-        ):
+        connection.execute(f"PRAGMA user_version = {version}")
+    before = file.read_bytes()
+    for use in (read_store, write_store):
+        with pytest.raises(CurvlabError, match=message), use(file):
             pass
+    assert file.read_bytes() == before
+
+
+def test_another_database_and_other_files(tmp_path):
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as connection:
         connection.execute("CREATE TABLE t (x)")
-    for use in (reading, writing):
+    for use in (read_store, write_store):
         with pytest.raises(CurvlabError, match="not the store of a sweep"), use(other):
             pass
-    with pytest.raises(CurvlabError, match="is a folder"), reading(tmp_path):
+    with pytest.raises(CurvlabError, match="is a folder"), read_store(tmp_path):
         pass
     os.mkfifo(tmp_path / "pipe")
-    for use in (reading, writing):
-        with pytest.raises(CurvlabError, match="no regular file"), use(tmp_path / "pipe"):
+    for use in (read_store, write_store):
+        with pytest.raises(CurvlabError, match="not a regular file"), use(tmp_path / "pipe"):
             pass
 
 
 @pytest.mark.parametrize("change", ["DROP TABLE entries", "PRAGMA user_version = 0"])
-def test_a_store_that_lacks_something(file, change):
-    run(cells("plain", {"a": 1}), file)
+def test_a_store_with_something_missing(file, change):
+    run(specs("plain", {"a": 1}), file)
     with sqlite3.connect(file) as connection:
         connection.execute(change)
-    for use in (reading, writing):
-        with pytest.raises(CurvlabError, match=r"is damaged or no store \(it lacks (entries|its version)\)"), use(file):
+    for use in (read_store, write_store):
+        with (
+            pytest.raises(CurvlabError, match=r"damaged or not a store \((entries|its version) is missing\)"),
+            use(file),
+        ):
             pass
 
 
@@ -619,24 +633,24 @@ def test_a_run_killed_before_its_tables_were_made(file, how):
     with sqlite3.connect(file) as connection:
         if how == "without tables":
             connection.execute("PRAGMA journal_mode = WAL")
-    assert run(cells("plain", {"a": 1}), file)["done"] == 1
+    assert run(specs("plain", {"a": 1}), file)["done"] == 1
 
 
 def test_a_full_disk_is_told_and_what_is_finished_stays(file, monkeypatch):
-    work = cells("plain", *({"a": a} for a in range(30)))
+    work = specs("plain", *({"a": a} for a in range(30)))
     register = store_module.Store.register
 
-    def little(store, cells, data):
-        register(store, cells, data)
+    def little(store, specs, data):
+        register(store, specs, data)
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count = {pages + 4}")
 
     monkeypatch.setattr(store_module.Store, "register", little)
     monkeypatch.setattr(store_module.Store, "finish", _long(store_module.Store.finish))
-    with pytest.raises(CurvlabError, match=r"cannot write .*s.sqlite: there is no space left"):
+    with pytest.raises(CurvlabError, match=r"cannot write .*s.sqlite: the disk is full"):
         run(work, file, jobs=2)
     monkeypatch.undo()
-    with reading(file) as store:
+    with read_store(file) as store:
         done = len(store.records())
     assert 0 < done < 30
     assert store_is_whole(file)
@@ -657,12 +671,12 @@ def store_is_whole(file):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(file):
-    run(cells("plain", {"a": 1}), file)
+    run(specs("plain", {"a": 1}), file)
     file.parent.chmod(0o500)
     try:
         with pytest.raises(CurvlabError, match="cannot write"):
-            run(cells("plain", {"a": 2}), file)
-        with reading(file) as store:
+            run(specs("plain", {"a": 2}), file)
+        with read_store(file) as store:
             assert len(store.records()) == 1
     finally:
         file.parent.chmod(0o700)
@@ -671,11 +685,11 @@ def test_a_read_only_folder(file):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CurvlabError, match=r"not a folder|cannot write"):
-        run(cells("plain", {"a": 1}), tmp_path / "file" / "s.sqlite")
+        run(specs("plain", {"a": 1}), tmp_path / "file" / "s.sqlite")
 
 
 def test_a_store_is_read_where_nothing_can_be_written(file, monkeypatch):
-    run(cells("plain", {"a": 1}), file)
+    run(specs("plain", {"a": 1}), file)
     connect = sqlite3.connect
 
     def cannot_share(name, **others):
@@ -690,22 +704,22 @@ def test_a_store_is_read_where_nothing_can_be_written(file, monkeypatch):
     for content in (None, b""):
         if content is not None:
             log.write_bytes(content)
-        with reading(file) as store:
+        with read_store(file) as store:
             assert len(store.records()) == 1
     log.write_bytes(b"what is newer")
-    with pytest.raises(CurvlabError, match=r"the newest part of .*s.sqlite is in s.sqlite-wal"), reading(file):
+    with pytest.raises(CurvlabError, match=r"the newest part of .*s.sqlite is in s.sqlite-wal"), read_store(file):
         pass
 
 
 def test_software_is_kept_once_a_state(file):
-    work = cells("plain", {"a": 1}, {"a": 2}, {"a": 3})
-    with writing(file) as store:
+    work = specs("plain", {"a": 1}, {"a": 2}, {"a": 3})
+    with write_store(file) as store:
         store.register(work)
-        for cell, version in zip(work, ("1", "1", "2"), strict=True):
-            store.finish(outcome(cell, {"x": 1}, software={"versions": {"torch": version}}))
+        for spec, version in zip(work, ("1", "1", "2"), strict=True):
+            store.finish(outcome(spec, {"x": 1}, software={"versions": {"torch": version}}))
         assert [state["versions"] for state in store.software().values()] == [{"torch": "1"}, {"torch": "2"}]
-    run(cells("plain", {"a": 4}), file)
-    with reading(file) as store:
+    run(specs("plain", {"a": 4}), file)
+    with read_store(file) as store:
         ((_, state),) = store.software().items()
     assert state["versions"]["torch"] == torch.__version__.partition("+")[0] or state["versions"]["torch"]
     assert set(state) == {"versions", "git"}
@@ -718,19 +732,19 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
 sys.path[:0] = {sys.path!r}
 from curvlab.grid import processes
-processes._PRELOADED = ("curvlab.grid.cell",)
+processes._PRELOADED = ("curvlab.grid.run_process",)
 from curvlab.sweep.__main__ import main
 sys.exit(main(["run", "killed.yaml", "--jobs", "2"]))
 """
 
 
 def killed_at_random(tmp_path, number, signs):
-    """Kill a sweep at random moments, and require in the end what an undisturbed one gives, and no word beside that."""
+    """Kill a sweep at random moments, and require the result of an undisturbed sweep and no further output."""
     sweep = {"function": f"{NAME}:gated", "seeds": list(range(number))}
     (tmp_path / "killed.yaml").write_text(json.dumps(sweep))
     rng, file, ended = random.Random(0), tmp_path / "killed.sqlite", {}
     for turn, sign in enumerate(signs, 1):
-        allow(tmp_path, number * turn // (len(signs) + 1))  # it cannot come to its end before it is killed
+        allow(tmp_path, number * turn // (len(signs) + 1))  # it cannot end before it is killed
         process = subprocess.Popen([sys.executable, "-c", RUN], cwd=tmp_path, stderr=subprocess.PIPE)
         before = len(ended)
         until(lambda before=before: finished(file) > before)  # it has begun to work
@@ -742,7 +756,7 @@ def killed_at_random(tmp_path, number, signs):
             signal.SIGKILL: (-signal.SIGKILL, ""),
             signal.SIGINT: (130, "interrupted; the same command continues\n"),
         }[sign]
-        until(lambda children=children: all(map(gone, children)))  # the server and the cells
+        until(lambda children=children: all(map(gone, children)))  # the server and the runs
         assert children
         now = dict(rows(file))
         assert {key: now[key] for key in ended} == ended  # what was finished was not touched
@@ -758,7 +772,7 @@ def allow(folder, seeds):
 
 def rows(file):
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=30)) as connection:
-        return connection.execute("SELECT key, ended FROM cells WHERE status = 'done'").fetchall()
+        return connection.execute("SELECT key, ended FROM runs WHERE status = 'done'").fetchall()
 
 
 def finished(file):
@@ -771,8 +785,8 @@ def finished(file):
 def ends_as_undisturbed(tmp_path, number, capfd):
     assert main(["run", "killed.yaml", "--jobs", "2"]) == 0
     out, err = capfd.readouterr()
-    assert out.splitlines()[0].startswith(f"{number} cells: {number} done, 0 failed, 0 absent; ")
-    assert out.splitlines()[1:] == ["In killed.sqlite."]
+    assert out.splitlines()[0].startswith(f"{number} runs: {number} done, 0 failed, 0 absent; ")
+    assert out.splitlines()[1:] == ["Saved in killed.sqlite."]
     assert err == ""
     run(config.read(Path("killed.yaml")), tmp_path / "undisturbed.sqlite", jobs=1)
     assert contents(tmp_path / "killed.sqlite") == contents(tmp_path / "undisturbed.sqlite")
@@ -801,27 +815,27 @@ def descendants(pid):
     return found
 
 
-def test_a_server_that_is_killed_is_started_again_and_a_cell_with_it_once(file):
-    run(cells("plain", {"a": 1}), file)
+def test_a_killed_server_is_started_again_and_its_run_once(file):
+    run(specs("plain", {"a": 1}), file)
     for server in processes._servers.values():
         server._process.kill()
         server._process.wait()
-    # The first is killed while it does nothing, the next by its first cell, and two by the second cell.
-    assert run(cells("twice", {"kills": 1}, {"kills": 2}), file, jobs=1) == {
+    # The first is killed while it does nothing, the next by its first run, and two by the second run.
+    assert run(specs("twice", {"kills": 1}, {"kills": 2}), file, jobs=1) == {
         "done": 1,
         "failed": 1,
         "absent": 0,
         "earlier": 1,
     }
-    with reading(file) as store:
+    with read_store(file) as store:
         assert store.records() == [{"begun": 2}]
-        (failed,) = store.failed()
+        (failed,) = store.failed_runs()
     assert failed["kind"] == "killed"
-    assert failed["error"].startswith("the process that starts the cells was killed, and when this one was begun again")
+    assert failed["error"].startswith("the process that starts the runs was killed twice")
 
 
 def test_a_server_that_is_importing(tmp_path, monkeypatch, capfd):
-    """It is ended all the same, and what a module prints is not for our output."""
+    """It is ended too, and messages of an imported module are not in our output."""
     (tmp_path / "sluggish.py").write_text(
         "import time, pathlib; print('here', flush=True); pathlib.Path(__file__).with_suffix('.begun').touch(); "
         "time.sleep(1000)"
@@ -831,6 +845,6 @@ def test_a_server_that_is_importing(tmp_path, monkeypatch, capfd):
     while not (tmp_path / "sluggish.begun").exists():
         time.sleep(0.05)
     server.close()
-    assert not server.alive()
+    assert not server.is_alive()
     assert server._process.returncode == -signal.SIGKILL
     assert capfd.readouterr().out == ""

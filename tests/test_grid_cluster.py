@@ -1,4 +1,4 @@
-"""Grids on a Dask cluster: the same bits as here, also when workers die, and what workers must have."""
+"""Grids on a Dask cluster: the same bits as on this machine, also if workers die, and requirements on workers."""
 
 import asyncio
 import gc
@@ -14,17 +14,17 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from cells_under_test import NAME
+from runs_under_test import NAME
 
 from curvlab.errors import CurvlabError
-from curvlab.grid import processes, reading, run
+from curvlab.grid import processes, read_store, run
 from curvlab.grid.code import fingerprints
 
 pytest.importorskip("distributed")
 
 from distributed import Client, LocalCluster, Status, Worker
 from distributed.utils import LoopRunner
-from test_grid import allow, attempts, cells, contents, grid_of, light_server, rows, store_is_whole, until
+from test_grid import allow, attempts, contents, grid_of, light_server, rows, specs, store_is_whole, until
 
 from curvlab import data
 from curvlab.grid import cluster as cluster_module
@@ -49,7 +49,7 @@ def cluster():
 
 
 def _light():
-    processes._PRELOADED = ("curvlab.grid.cell",)
+    processes._PRELOADED = ("curvlab.grid.run_process",)
     processes.close_idle = lambda: None  # the next sweep has the same code
 
 
@@ -72,12 +72,12 @@ def file(tmp_path):
 # Workers that die ----------------------------------------------------------------------------------------------------
 
 
-def test_the_cluster_gives_the_same_bits_and_a_worker_that_is_killed_costs_no_cell(cluster, tmp_path, monkeypatch):
+def test_the_cluster_gives_the_same_bits_and_a_worker_that_is_killed_costs_no_run(cluster, tmp_path, monkeypatch):
     one_killed(cluster, tmp_path, monkeypatch, 9)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_costs_no_cell_of_200(cluster, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_costs_no_run_of_200(cluster, tmp_path, monkeypatch):
     one_killed(cluster, tmp_path, monkeypatch, 200)
 
 
@@ -89,7 +89,7 @@ def one_killed(cluster, tmp_path, monkeypatch, number):
     victim = next(iter(cluster.workers.values()))
 
     def kill():
-        until(lambda: len(list(tmp_path.glob("there.sqlite.cells/*/begun"))) > number // 3)
+        until(lambda: len(list(tmp_path.glob("there.sqlite.runs/*/begun"))) > number // 3)
         os.kill(victim.process.pid, signal.SIGKILL)
         allow(tmp_path, number)
 
@@ -103,18 +103,18 @@ def one_killed(cluster, tmp_path, monkeypatch, number):
     assert store_is_whole(tmp_path / "there.sqlite")
 
 
-def test_a_cell_that_kills_every_worker_is_given_up_and_the_rest_goes_on(cluster, file):
-    work = cells("kills_its_worker", *({"seed": seed} for seed in range(4)))
+def test_a_run_that_kills_every_worker_has_failed_and_the_rest_continues(cluster, file):
+    work = specs("kills_its_worker", *({"seed": seed} for seed in range(4)))
     allowed, cluster.scheduler.allowed_failures = cluster.scheduler.allowed_failures, 0
     try:
         tally = run(work, file, scheduler=cluster.scheduler_address)
     finally:
         cluster.scheduler.allowed_failures = allowed
     assert tally["done"] + tally["failed"] == 4
-    with reading(file) as store:
-        failed = {cell["seed"]: cell for cell in store.failed()}
+    with read_store(file) as store:
+        failed = {failure["seed"]: failure for failure in store.failed_runs()}
     assert failed[1]["kind"] == "killed"
-    assert "every worker that ran it has died" in failed[1]["error"]
+    assert "every worker that executed it has died" in failed[1]["error"]
 
 
 # Addresses -----------------------------------------------------------------------------------------------------------
@@ -156,20 +156,20 @@ def service():
 def test_what_answers_and_is_no_scheduler(file, monkeypatch, service, says, reason):
     monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
     address = service(says)
-    with pytest.raises(CurvlabError, match=rf"there is no Dask scheduler at {address} \(.*{reason}\); start one"):
+    with pytest.raises(CurvlabError, match=rf"cannot reach a Dask scheduler at {address} \(.*{reason}\); start one"):
         run(grid_of("plain", a=[1]), file, scheduler=address)
 
 
 def test_a_scheduler_that_is_not_there(file, monkeypatch):
     monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
     for address in ("tcp://127.0.0.1:9", "nonsense://x", "tcp://127.0.0.1", "tcp://127.0.0.1:abc", "tls://127.0.0.1:9"):
-        with pytest.raises(CurvlabError, match=rf"there is no Dask scheduler at {address} \("):
+        with pytest.raises(CurvlabError, match=rf"cannot reach a Dask scheduler at {address} \("):
             run(grid_of("plain", a=[1]), file, scheduler=address)
 
 
 def test_a_worker_is_no_scheduler(file, here):
     (worker,) = here.workers.values()
-    with pytest.raises(CurvlabError, match="is a Worker of Dask, not a scheduler"):
+    with pytest.raises(CurvlabError, match="is the address of a Worker of Dask; give the address"):
         run(grid_of("plain", a=[1]), file, scheduler=worker.address)
 
 
@@ -179,7 +179,7 @@ def test_a_client_that_could_not_connect_is_collected_while_another_starts(file,
     gc.disable()
     try:
         for address in ("tcp://127.0.0.1:9", "nonsense://x"):
-            with pytest.raises(CurvlabError, match="there is no Dask scheduler"):
+            with pytest.raises(CurvlabError, match="cannot reach a Dask scheduler"):
                 run(grid_of("plain", a=[1]), file, scheduler=address)
         collector = threading.Thread(target=gc.collect, daemon=True)
         with LoopRunner._lock:  # as the client that starts holds it, waiting for a thread that may collect garbage
@@ -212,11 +212,11 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
         with monkeypatch.context() as impatient:
             wait = Client.wait_for_workers
             impatient.setattr(Client, "wait_for_workers", lambda client, number, timeout: wait(client, number, 0.01))
-            with pytest.raises(CurvlabError, match="has no worker: start some"):
+            with pytest.raises(CurvlabError, match="has no workers: start some"):
                 run(work, file, scheduler=tcp)
         worker = asyncio.run_coroutine_threadsafe(_worker(tcp), loop).result()
         single = tmp_path / "single.sqlite"
-        assert run(cells("plain", {"a": 1}), single, scheduler=tcp)["done"] == 1
+        assert run(specs("plain", {"a": 1}), single, scheduler=tcp)["done"] == 1
 
         def kill():
             until(lambda: len(rows(file)) == 3)
@@ -224,7 +224,7 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
-        with pytest.raises(CurvlabError, match="has gone; what is finished is in the store"):
+        with pytest.raises(CurvlabError, match="was lost; finished runs are in the store"):
             run(work, file, scheduler=tcp)
         killer.join()
         until(lambda: worker.status in (Status.closed, Status.failed))  # it has no scheduler any more
@@ -233,7 +233,7 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
         scheduler.wait()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-    with reading(file) as store:
+    with read_store(file) as store:
         assert store.tally() == {"done": 3, "failed": 0, "absent": 6, "earlier": 0}
 
 
@@ -245,17 +245,17 @@ async def _worker(address):
 
 
 @pytest.mark.parametrize("what", ["version", "package", "module"])
-def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_path, monkeypatch, caplog, what):
+def test_a_worker_that_is_not_fit_and_joins_late_gets_no_run(here, file, tmp_path, monkeypatch, caplog, what):
     monkeypatch.chdir(tmp_path)
     allow(tmp_path, 0)
     ran = []
-    on_fit = cluster_module.on_fit_worker
+    on_fit = cluster_module.supervise_on_worker
 
     def noted(task):
         ran.append(cluster_module.get_worker().address)
         return on_fit(task)
 
-    monkeypatch.setattr(cluster_module, "on_fit_worker", noted)
+    monkeypatch.setattr(cluster_module, "supervise_on_worker", noted)
     (fit,) = here.workers.values()
 
     with ThreadPoolExecutor(1) as pool:
@@ -271,7 +271,7 @@ def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_pa
                     cluster_module, "fingerprints", lambda given: {**fingerprints(given), name: "other"}
                 )
             here.scale(2)
-            until(lambda: "no cell runs there" in caplog.text)  # it was given one
+            until(lambda: "it gets no runs" in caplog.text)  # it was given one
         finally:
             allow(tmp_path, 5)
         assert sweep.result()["done"] == 5
@@ -279,7 +279,7 @@ def test_a_worker_that_is_not_fit_and_joins_late_runs_no_cell(here, file, tmp_pa
     assert set(ran) == {fit.address}
     lacks = "has curvlab 0.0, and" if what == "version" else "has other source files of"
     assert lacks in caplog.text
-    assert caplog.text.count("no cell runs there") == 1
+    assert caplog.text.count("it gets no runs") == 1
 
 
 def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
@@ -288,11 +288,11 @@ def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cluster_module, "describe_software", lambda: other)
         patch.setattr(cluster_module.Requirements, "_require", _require_torch(cluster_module.Requirements._require))
-        with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers from"):
+        with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers in"):
             run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
     with monkeypatch.context() as patch:  # one that has no such check
         patch.setattr(cluster_module.Requirements, "setup", lambda self, worker: None)
-        with pytest.raises(CurvlabError, match=r"worker .* has another curvlab: start the workers from"):
+        with pytest.raises(CurvlabError, match=r"worker .* has another version of curvlab: start the workers in"):
             run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
     assert run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)["done"] == 1
 
@@ -339,13 +339,13 @@ def test_what_a_worker_must_have():
     assert fit.fit
     code = fingerprints([f"{NAME}:plain"])
     for others, fragment in (
-        ({"functions": ["no_such:f"]}, "there is no module 'no_such'"),
+        ({"functions": ["no_such:f"]}, "cannot import 'no_such'"),
         ({"functions": ["x"]}, "module:name"),
-        ({"data": {"digits": "other"}}, "other data under 'digits'"),
+        ({"data": {"digits": "other"}}, "other data for 'digits'"),
         ({"data": {"mnist": "any"}, "data_root": "/no/such"}, "mnist"),
-        ({"code": code | {"curvlab": "other"}}, "has other source files of curvlab than the process that runs"),
-        ({"code": code | {NAME: "other"}}, f"has other source files of {NAME} than the process that runs"),
-        ({"code": {"curvlab": code["curvlab"]}}, f"has other source files of {NAME} than the process that runs"),
+        ({"code": code | {"curvlab": "other"}}, "has other source files of curvlab than the process of the sweep"),
+        ({"code": code | {NAME: "other"}}, f"has other source files of {NAME} than the process of the sweep"),
+        ({"code": {"curvlab": code["curvlab"]}}, f"has other source files of {NAME} than the process of the sweep"),
     ):
         unfit = cluster_module.Requirements(**required(**others))
         with pytest.raises(CurvlabError, match=rf"worker tcp://a:1 on w.*{fragment}"):
@@ -356,7 +356,7 @@ def test_what_a_worker_must_have():
 def test_fingerprints_are_of_all_that_a_module_imports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     files = {
-        "cells_of_mine.py": "import json, torch\nimport helpers_of_mine\nfrom package_of_mine import sub\n",
+        "runs_of_mine.py": "import json, torch\nimport helpers_of_mine\nfrom package_of_mine import sub\n",
         "helpers_of_mine.py": "x = 1\n",
         "package_of_mine/__init__.py": "",
         "package_of_mine/sub.py": "from .deep import y\n",
@@ -366,18 +366,18 @@ def test_fingerprints_are_of_all_that_a_module_imports(tmp_path, monkeypatch):
     (tmp_path / "package_of_mine").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    before = fingerprints(["cells_of_mine:f", "curvlab.models:mlp", "torch:rand", "no_such:f"])
-    assert list(before) == ["curvlab", "cells_of_mine"]
+    before = fingerprints(["runs_of_mine:f", "curvlab.models:mlp", "torch:rand", "no_such:f"])
+    assert list(before) == ["curvlab", "runs_of_mine"]
     for name, text in files.items():
         (tmp_path / name).write_text(text + "# other\n")
-        changed = fingerprints(["cells_of_mine:f"])["cells_of_mine"] != before["cells_of_mine"]
+        changed = fingerprints(["runs_of_mine:f"])["runs_of_mine"] != before["runs_of_mine"]
         assert changed == (name != "package_of_mine/unused.py")
         (tmp_path / name).write_text(text)
 
 
 def test_a_server_of_other_code_is_not_used(monkeypatch, file):
-    """On a worker, one that is busy with the cells of an earlier sweep has imported what they needed."""
-    run(cells("plain", {"a": 1}), file)
+    """On a worker, one that is busy with the runs of an earlier sweep has imported their code."""
+    run(specs("plain", {"a": 1}), file)
     (before,) = processes._servers.values()
     taken = []
 
@@ -387,10 +387,10 @@ def test_a_server_of_other_code_is_not_used(monkeypatch, file):
             raise CurvlabError("another one")
 
     monkeypatch.setattr(processes, "Server", Server)
-    assert run(cells("plain", {"a": 2}), file)["done"] == 1
+    assert run(specs("plain", {"a": 2}), file)["done"] == 1
     monkeypatch.setattr("curvlab.grid.running.fingerprints", lambda functions: {"curvlab": "other"})
     with pytest.raises(CurvlabError, match="another one"):
-        run(cells("plain", {"a": 3}), file)
+        run(specs("plain", {"a": 3}), file)
     assert before in processes._servers.values()
 
 

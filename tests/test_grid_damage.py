@@ -1,4 +1,4 @@
-"""Stores that a disk, a copy or a stranger has changed: refused, or right; and nothing is left beside a refused one."""
+"""Stores that a disk, a copy or another program has changed: refused or right, and no files beside refused ones."""
 
 import os
 import random
@@ -9,37 +9,43 @@ from contextlib import closing
 import pytest
 
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell, Outcome, reading, writing
-from curvlab.grid.schema import APPLICATION, SCHEMA
+from curvlab.grid import Outcome, RunSpec, read_store, write_store
 
 SOFTWARE = {"versions": {"torch": "2"}, "git": None}
-CELLS = [Cell("m:f", {"lr": 0.1 / 3**number, "word": "x" * 9, "seed": number % 3}) for number in range(12)]
+SPECS = [RunSpec("m:f", {"lr": 0.1 / 3**number, "word": "x" * 9, "seed": number % 3}) for number in range(12)]
 
 
 def finish(store, number):
-    cell, seed = CELLS[number], CELLS[number].config["seed"]
+    spec, seed = SPECS[number], SPECS[number].config["seed"]
     records = [{"x": seed / 7, "n": number, "yes": True, "text": "½", "none": None, "row": row} for row in range(3)]
     if number % 4:
-        store.finish(Outcome(cell.key, records=records, seconds=1.5, peak_bytes=10**8, host="h", software=SOFTWARE))
+        store.finish(Outcome(spec.key, records=records, seconds=1.5, peak_bytes=10**8, host="h", software=SOFTWARE))
     else:
-        store.finish(Outcome(cell.key, "raised", "an error", "a traceback\n" * 9, host="h", software=SOFTWARE))
+        store.finish(Outcome(spec.key, "raised", "an error", "a traceback\n" * 9, host="h", software=SOFTWARE))
 
 
 def everything(file):
-    """Return all that can be read of a store."""
-    with reading(file) as store:
+    """Return everything that a store can return."""
+    with read_store(file) as store:
         return [
-            *(store.records(), store.failed(), store.tally(), store.axes(), store.kinds(), store.software()),
+            *(
+                store.records(),
+                store.failed_runs(),
+                store.tally(),
+                store.axes(),
+                store.count_failures(),
+                store.software(),
+            ),
             *(store.seconds(), store.table().to_csv(), store.summary(by=["row"]).to_csv()),
         ]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The bytes of a store, and what it holds."""
+    """The bytes of a store, and its contents."""
     file = tmp_path_factory.mktemp("whole") / "s.sqlite"
-    with writing(file) as store:
-        store.register(CELLS, {"digits": "fingerprint"})
+    with write_store(file) as store:
+        store.register(SPECS, {"digits": "fingerprint"})
         for number in range(10):
             finish(store, number)
     return file.read_bytes(), repr(everything(file))
@@ -55,21 +61,21 @@ def beside(file):
 
 
 def refused(file):
-    """Say whether a file is refused by readers and writers alike, which then leave all as it is."""
+    """Return whether readers and writers refuse a file; they must then change nothing."""
     before = file.read_bytes(), beside(file)
     try:
-        with reading(file):
+        with read_store(file):
             pass
     except CurvlabError:
         assert (file.read_bytes(), beside(file)) == before
-        with pytest.raises(CurvlabError), writing(file):
+        with pytest.raises(CurvlabError), write_store(file):
             pass
         assert (file.read_bytes(), beside(file)) == before
         return True
     return False
 
 
-def test_of_copies_with_flipped_bits_each_is_refused_or_right(whole, file):
+def test_copies_with_flipped_bits_are_refused_or_right(whole, file):
     content, right = whole
     rng, count = random.Random(0), 0
     for _ in range(150):
@@ -82,25 +88,25 @@ def test_of_copies_with_flipped_bits_each_is_refused_or_right(whole, file):
             count += 1
         else:
             assert repr(everything(file)) == right
-    assert 30 < count < 120  # the rest is in parts of the file that hold nothing
+    assert 30 < count < 120  # the others changed unused parts of the file
 
 
 CHANGES = {
     "value": "UPDATE entries SET value = value + 1 WHERE name = 'n' AND number = 1",
     "type": "UPDATE entries SET type = 'int' WHERE type = 'bool'",
     "integer for a number": "UPDATE entries SET value = 0 WHERE name = 'x' AND value = 0.0",
-    "status": "UPDATE cells SET status = 'done' WHERE status = 'failed'",
-    "position": "UPDATE cells SET position = 11 - position",
-    "seed": "UPDATE cells SET seed = 1 WHERE seed = 2",
+    "status": "UPDATE runs SET status = 'done' WHERE status = 'failed'",
+    "position": "UPDATE runs SET position = 11 - position",
+    "seed": "UPDATE runs SET seed = 1 WHERE seed = 2",
     "fingerprint": "UPDATE data SET fingerprint = 'other'",
     "versions": "UPDATE software SET described = '{}'",
     "fewer entries": "DELETE FROM entries WHERE number = 2",
-    "fewer cells": "DELETE FROM cells WHERE status = 'absent'",
-    "another entry": "INSERT INTO entries SELECT cell, row + 7, number, name, type, value, checksum FROM entries",
+    "fewer runs": "DELETE FROM runs WHERE status = 'absent'",
+    "another entry": "INSERT INTO entries SELECT run, row + 7, number, name, type, value, checksum FROM entries",
     "total": "UPDATE totals SET number = number + 1 WHERE name = 'data'",
-    "column": "ALTER TABLE cells ADD COLUMN other",
+    "column": "ALTER TABLE runs ADD COLUMN other",
     "trigger": "SELECT 1",
-    "index": "DROP INDEX cells_of_point",
+    "index": "DROP INDEX runs_by_point",
 }
 
 
@@ -114,7 +120,7 @@ def test_what_another_program_has_changed_is_refused(whole, file, change):
         connection.execute(change)
         for _, text in triggers[change == CHANGES["trigger"] :]:
             connection.execute(text)
-    with pytest.raises(CurvlabError, match=r"s.sqlite is damaged or no store \("), reading(file):
+    with pytest.raises(CurvlabError, match=r"s.sqlite is damaged or not a store \("), read_store(file):
         pass
     assert refused(file)
 
@@ -127,45 +133,19 @@ def test_a_view_and_an_index_of_the_users_do_no_harm(whole, file):
     assert repr(everything(file)) == whole[1]
 
 
-def test_a_store_without_checksums_is_read_and_given_them_by_the_next_run(whole, file):
-    with closing(sqlite3.connect(file)) as connection:
-        connection.executescript(SCHEMA)
-        connection.execute(f"PRAGMA application_id = {APPLICATION}")
-        connection.execute("PRAGMA user_version = 1")
-        new = file.with_name("new.sqlite")
-        new.write_bytes(whole[0])
-        connection.execute("ATTACH ? AS new", (str(new),))
-        for table in ("software", "cells", "data", "entries"):
-            columns = ", ".join(name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})"))
-            connection.execute(f"INSERT INTO main.{table} SELECT {columns} FROM new.{table}")
-        connection.commit()
-    old = file.read_bytes()
-    assert repr(everything(file)) == whole[1]
-    assert file.read_bytes() == old
-    with writing(file) as store:
-        finish(store, 10)
-    with closing(sqlite3.connect(file)) as connection, connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
-    with reading(file) as store:
-        assert store.tally() == {"done": 8, "failed": 3, "absent": 1, "earlier": 0}
-    with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("UPDATE entries SET value = 7 WHERE name = 'n'")
-    assert refused(file)
-
-
 def test_what_a_killed_run_has_left_is_right_an_earlier_state_or_refused(tmp_path):
-    """The newest part is in SQLite's log then, and what of it is damaged is as if it had not been written."""
+    """The newest part is then in SQLite's log, and damaged parts of the log are ignored."""
     file, states, rng = tmp_path / "run" / "s.sqlite", [], random.Random(1)
     copy = tmp_path / "copy" / "s.sqlite"
     copy.parent.mkdir()
     names = [file, file.with_name("s.sqlite-wal")]
-    with writing(file) as store:
-        store.register(CELLS)
+    with write_store(file) as store:
+        store.register(SPECS)
         for number in range(8):
             if number == 4:  # a part of the log is in the file
                 store._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
             finish(store, number)
-            states.append(repr([store.records(), store.failed(), store.tally()]))
+            states.append(repr([store.records(), store.failed_runs(), store.tally()]))
         contents = [bytearray(name.read_bytes()) for name in names]
     found = {"refused": 0, "latest": 0, "earlier": 0}
     for _ in range(60):
@@ -176,8 +156,8 @@ def test_what_a_killed_run_has_left_is_right_an_earlier_state_or_refused(tmp_pat
         for name, content in zip(names, changed, strict=True):
             (copy.parent / name.name).write_bytes(content)
         try:
-            with reading(copy) as store:
-                state = repr([store.records(), store.failed(), store.tally()])
+            with read_store(copy) as store:
+                state = repr([store.records(), store.failed_runs(), store.tally()])
             found["latest" if state == states[-1] else "earlier"] += 1
             assert state in states
         except CurvlabError:
@@ -189,23 +169,23 @@ def test_what_a_killed_run_has_left_is_right_an_earlier_state_or_refused(tmp_pat
     assert all(found.values())
 
 
-@pytest.mark.parametrize("what", ["a folder", "no regular file", "to itself|Symlink loop"])
-def test_what_is_no_file_is_refused_and_nothing_comes_beside_it(file, what):
+@pytest.mark.parametrize("what", ["a folder", "not a regular file", "to itself|Symlink loop"])
+def test_other_than_a_file_is_refused_and_nothing_is_written_beside_it(file, what):
     if what == "a folder":
         file.mkdir()
-    elif what == "no regular file":
+    elif what == "not a regular file":
         os.mkfifo(file)
     else:
         file.symlink_to(file)
-    for use in (reading, writing):
-        with pytest.raises(CurvlabError, match=what if use is writing or "loop" not in what else "."), use(file):
+    for use in (read_store, write_store):
+        with pytest.raises(CurvlabError, match=what if use is write_store or "loop" not in what else "."), use(file):
             pass
         assert beside(file) == [file.name]
 
 
-def test_names_that_no_file_can_have(tmp_path):
+def test_names_that_a_file_cannot_have(tmp_path):
     for name in ("x" * 5000, "\0"):
-        with pytest.raises(CurvlabError), reading(tmp_path / name):
+        with pytest.raises(CurvlabError), read_store(tmp_path / name):
             pass
     assert beside(tmp_path / "x") == []
 
@@ -214,6 +194,6 @@ def test_a_lock_that_was_there_stays(file):
     file.write_bytes(b"no store" * 100)
     lock = file.with_name("s.sqlite.lock")
     lock.write_text("")
-    with pytest.raises(CurvlabError, match="is damaged or no store"), writing(file):
+    with pytest.raises(CurvlabError, match="is damaged or not a store"), write_store(file):
         pass
     assert lock.exists()

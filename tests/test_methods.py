@@ -82,7 +82,7 @@ def keys(config, stream="permuted"):
         single_run(config, stream, method, candidates(config, method)[0], seeds=(0,), evaluation="test")
         for method in ALL
     ]
-    return dict(zip(ALL, [cell.key for cell in ANALYSIS.cells(parts)], strict=True))
+    return dict(zip(ALL, [spec.key for spec in ANALYSIS.run_specs(parts)], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_candidates_are_judged_on_held_out_samples_with_other_seeds():
     assert {trial.config.evaluation for trial in trials} == {"validation"}
     assert {trial.config.seeds for trial in trials} == {(7,), (8,)}
     assert SEARCH.trials(config.model_copy(update={"trials": 1})) == []
-    assert len({cell.key for cell in ANALYSIS.trial_cells(config)}) == len(trials)
+    assert len({spec.key for spec in ANALYSIS.trial_specs(config)}) == len(trials)
 
 
 def test_samples_are_in_another_order_always_the_same(tmp_path):
@@ -130,7 +130,7 @@ def test_samples_are_in_another_order_always_the_same(tmp_path):
 
 
 def measure(config, folder):
-    return ANALYSIS.run_cell(config.model_dump(mode="json"), Place(folder))
+    return ANALYSIS.execute(config.model_dump(mode="json"), Place(folder))
 
 
 def expected(config, method, seed, evaluation="test", **candidate):
@@ -234,14 +234,14 @@ def test_a_run_continues_after_the_last_finished_task(tmp_path, monkeypatch):
 
 def test_a_candidate_that_diverges_late_leaves_nothing(tmp_path):
     config = tiny(methods=("ewc",), ewc_lrs=(0.1,), ewc_strengths=(1e9, 1.0))
-    first, *_ = ANALYSIS.trial_cells(config)
-    (record,) = ANALYSIS.run_trial_cell(first.config, Place(tmp_path))
+    first, *_ = ANALYSIS.trial_specs(config)
+    (record,) = ANALYSIS.execute_trial(first.config, Place(tmp_path))
     assert record["validation_acc"] is None
     assert "of task 1" in record["note"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.usefixtures("cells_here", "no_figures")
+@pytest.mark.usefixtures("runs_here", "no_figures")
 def test_a_new_method_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "mine", Method("Mine", "", lambda *_: Naive(), options=("per_class",)))
     line = (

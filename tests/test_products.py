@@ -23,7 +23,7 @@ from curvlab.estimators.products import product
 from curvlab.matrices import CurvatureMatrix, Implicit
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import silent
+from curvlab.progress import no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 from curvlab.structures import DenseStructure
 
@@ -47,7 +47,7 @@ def vectors_of(problem: Problem, size: int, columns: int = 3) -> Tensor:
 def reference(problem: Problem, quantity: Quantity, params: list[str] | None = None) -> Tensor:
     """The dense matrix times vectors."""
     space = ParameterSpace.of(problem.model, params)
-    matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, silent).tensors["matrix"]
+    matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, no_progress).tensors["matrix"]
     return matrix @ vectors_of(problem, space.total)
 
 

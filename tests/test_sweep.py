@@ -1,4 +1,4 @@
-"""``python -m curvlab.sweep``: its files, commands and errors, and an analysis as cells."""
+"""``python -m curvlab.sweep``: its files, commands and errors, and an analysis as a sweep."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from cells_under_test import NAME as GRID
+from runs_under_test import NAME as GRID
 from test_grid import light_server
 
 from curvlab.analyze import ANALYSES, Entry
@@ -21,7 +21,7 @@ from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Table, Tool
 from curvlab.analyze.frame.command import execute
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.commandline.options import RunOptions
-from curvlab.grid import reading, report
+from curvlab.grid import read_store, report
 from curvlab.results import Column
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
@@ -120,50 +120,50 @@ def test_axes_of_a_function_in_order():
         seeds=[3, 4],
         version=2,
     )
-    cells = config.read(Path(name))
-    assert len(cells) == 16
-    assert cells[0].config == {"a": 0, "b": 5, "c": 1, "r": 7, "seed": 3}
-    assert [cell.config["seed"] for cell in cells[:4]] == [3, 4, 3, 4]
-    assert {cell.version for cell in cells} == {2}
-    assert len({cell.key for cell in cells}) == 8  # what is drawn twice is one cell
+    specs = config.read(Path(name))
+    assert len(specs) == 16
+    assert specs[0].config == {"a": 0, "b": 5, "c": 1, "r": 7, "seed": 3}
+    assert [spec.config["seed"] for spec in specs[:4]] == [3, 4, 3, 4]
+    assert {spec.version for spec in specs} == {2}
+    assert len({spec.key for spec in specs}) == 8  # equal draws are one run
 
 
-def test_an_analysis_has_its_whole_configuration_in_every_cell():
-    cells = config.read(Path(write(analysis="small", preset="other", grid={"hidden": [[1], [2, 3]]}, seeds=[4, 5])))
-    assert [(cell.config["hidden"], cell.config["seeds"]) for cell in cells] == [
+def test_every_run_of_an_analysis_has_the_whole_configuration():
+    specs = config.read(Path(write(analysis="small", preset="other", grid={"hidden": [[1], [2, 3]]}, seeds=[4, 5])))
+    assert [(spec.config["hidden"], spec.config["seeds"]) for spec in specs] == [
         ([1], [4]),
         ([1], [5]),
         ([2, 3], [4]),
         ([2, 3], [5]),
     ]
-    assert {cell.config["lr"] for cell in cells} == {0.5}
-    assert {(cell.name, cell.version, cell.seed) for cell in cells} == {("test_sweep", 1, "seeds")}
-    assert len({cell.point for cell in cells}) == 2
+    assert {spec.config["lr"] for spec in specs} == {0.5}
+    assert {(spec.name, spec.version, spec.seed_key) for spec in specs} == {("test_sweep", 1, "seeds")}
+    assert len({spec.point for spec in specs}) == 2
 
 
 def test_without_seeds_those_of_the_configuration():
-    assert [cell.config["seeds"] for cell in config.read(Path(write(analysis="small")))] == [[0], [1]]
+    assert [spec.config["seeds"] for spec in config.read(Path(write(analysis="small")))] == [[0], [1]]
 
 
 def test_numbers_with_an_exponent_are_numbers():
     Path("s.yaml").write_text("function: m:f\ngrid: {lr: [1e-3, 1.5E+2, 2e5, -1e-8]}\nbase: {text: e5}")
-    cells = config.read(Path("s.yaml"))
-    assert [cell.config["lr"] for cell in cells] == [0.001, 150.0, 200000.0, -1e-8]
-    assert cells[0].config["text"] == "e5"
+    specs = config.read(Path("s.yaml"))
+    assert [spec.config["lr"] for spec in specs] == [0.001, 150.0, 200000.0, -1e-8]
+    assert specs[0].config["text"] == "e5"
 
 
-def test_the_same_value_is_the_same_cell_however_it_is_written():
+def test_a_value_is_the_same_run_in_every_notation():
     keys = set()
     for value in ("0.1", "1e-1", "'0.1'", "+0.10"):
         Path("s.yaml").write_text(f"analysis: small\ngrid: {{lr: [{value}]}}\nseeds: [0]")
-        keys |= {cell.key for cell in config.read(Path("s.yaml"))}
+        keys |= {spec.key for spec in config.read(Path("s.yaml"))}
     assert len(keys) == 1
 
 
 def test_numbers_are_those_of_yaml_1_2():
     Path("s.yaml").write_text("function: m:f\ngrid: {a: [017, 1:30, no, 1_000, 0b1, 1e-3, 2020-01-01]}")
-    cells = config.read(Path("s.yaml"))
-    assert [cell.config["a"] for cell in cells] == [17, "1:30", "no", "1_000", "0b1", 0.001, "2020-01-01"]
+    specs = config.read(Path("s.yaml"))
+    assert [spec.config["a"] for spec in specs] == [17, "1:30", "no", "1_000", "0b1", 0.001, "2020-01-01"]
 
 
 CIRCLE = []
@@ -175,17 +175,17 @@ CIRCLE.append(CIRCLE)
     [
         ({}, "s.yaml needs either analysis or function"),
         ({"analysis": "small", "function": "m:f"}, "s.yaml needs either analysis or function"),
-        ({"analysis": "smal"}, "there is no analysis 'smal'; did you mean 'small'?"),
+        ({"analysis": "smal"}, "unknown analysis 'smal'; did you mean 'small'?"),
         ({"analysis": "doctor"}, "the analysis doctor has no runs to sweep"),
-        ({"analysis": "small", "preset": "othr"}, "there is no preset 'othr'; did you mean 'other'?"),
-        ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: there is no option 'lrr'; did you mean 'lr'?"),
+        ({"analysis": "small", "preset": "othr"}, "unknown preset 'othr'; did you mean 'other'?"),
+        ({"analysis": "small", "base": {"lrr": 1}}, "s.yaml: unknown option 'lrr'; did you mean 'lr'?"),
         ({"analysis": "small", "grid": {"lr": ["x"]}}, "s.yaml: lr should be a valid number"),
-        ({"function": "m:f", "gird": {}}, "s.yaml: there is no option 'gird'; did you mean 'grid'?"),
+        ({"function": "m:f", "gird": {}}, "s.yaml: unknown option 'gird'; did you mean 'grid'?"),
         ({"function": "m:f", "grid": {"a": 1}}, "s.yaml: grid.a should be a valid list"),
         ({"function": "m:f", "grid": {"a": []}}, "s.yaml: the grid needs a list of values for 'a'"),
         (
             {"function": "m:f", "grid": {"a": [1, 1]}},
-            "s.yaml: the grid's list for 'a' has 1 twice; a value is run",
+            "s.yaml: the grid's list for 'a' has 1 twice; equal values are",
         ),
         (
             {"function": "m:f", "grid": {"a": [1, True]}},
@@ -194,10 +194,13 @@ CIRCLE.append(CIRCLE)
         ({"function": "m:f", "points": [{"a": 1}, {"a": 1}]}, "s.yaml: the list of points has {'a': 1} twice"),
         (
             {"function": "m:f", "base": {"a": 1}, "points": [{}, {"a": 1}]},
-            "s.yaml: the combinations 1 and 2 are the same, {'a': 1}; leave one of them out",
+            "s.yaml: the combinations 1 and 2 are equal, {'a': 1}; remove one of them",
         ),
-        ({"analysis": "small", "grid": {"lr": [0.1, "0.1"]}, "seeds": [0]}, "the combinations 1 and 2 are the same"),
-        ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"uniform": [-1.7e308, 1.7e308]}}}}, "whose diff"),
+        ({"analysis": "small", "grid": {"lr": [0.1, "0.1"]}, "seeds": [0]}, "the combinations 1 and 2 are equal"),
+        (
+            {"function": "m:f", "random": {"count": 1, "ranges": {"a": {"uniform": [-1.7e308, 1.7e308]}}}},
+            "finite diff",
+        ),
         ({"function": "m:f", "base": {"a": 10**400}}, "s.yaml is not YAML: '1000"),
         ({"function": "m:f", "base": {"a": {1: 2}}}, "s.yaml is not YAML: the key 1 is not a string"),
         ({"function": "m:f", "random": {"count": 1, "ranges": {"a": {"normal": [0, 1]}}}}, "s.yaml: random: a needs"),
@@ -218,25 +221,28 @@ CIRCLE.append(CIRCLE)
             "s.yaml: 'seed' is set by seeds and by random",
         ),
         ({"analysis": "small", "seeds": [5], "base": {"seeds": [0]}}, "'seeds' is set by seeds and by base"),
-        ({"analysis": "small", "base": {"seeds": []}}, "s.yaml: there are no cells: seeds is empty"),
-        ({"analysis": "small", "version": 2}, "s.yaml: version is for function, and does nothing beside analysis"),
-        ({"function": "m:f", "preset": "cpu"}, "s.yaml: preset is for analysis, and does nothing beside function"),
-        ({"function": "m:f", "base": {"a": math.nan}}, "s.yaml: base: 'a': a configuration is made of JSON values"),
-        ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml is not YAML: the anchor 'id001' is within itself"),
+        ({"analysis": "small", "base": {"seeds": []}}, "s.yaml has no runs: seeds is empty"),
+        ({"analysis": "small", "version": 2}, "s.yaml: version applies to function and not to analysis"),
+        ({"function": "m:f", "preset": "cpu"}, "s.yaml: preset applies to analysis and not to function"),
+        (
+            {"function": "m:f", "base": {"a": math.nan}},
+            "s.yaml: base: 'a': a configuration must consist of JSON",
+        ),
+        ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml is not YAML: the anchor 'id001' contains itself"),
         ({"function": f"{GRID}:plane"}, f"function {GRID}:plane: AttributeError: "),
-        ({"function": "no_such:f"}, "function no_such:f: there is no module 'no_such'"),
+        ({"function": "no_such:f"}, "function no_such:f: cannot import 'no_such'"),
     ],
 )
-def test_a_sweep_that_is_not_right(refused, sweep, fragment):
+def test_an_invalid_sweep(refused, sweep, fragment):
     assert fragment in refused(f"run {write(**sweep)}")
     assert not Path("s.sqlite").exists()
 
 
-def test_a_key_that_is_there_twice(refused):
+def test_a_duplicate_key(refused):
     Path("s.yaml").write_text("function: m:f\ngrid:\n  lr: [1]\n  lr: [2]\n")
-    assert "s.yaml is not YAML: the key 'lr' is there twice, line 4" in refused("run s.yaml")
+    assert "s.yaml is not YAML: the key 'lr' occurs twice, line 4" in refused("run s.yaml")
     Path("s.yaml").write_text("function: m:f\nbase: &b {a: 1, b: 1}\npoints: [{<<: *b, a: 2}, {<<: *b, b: 3}]\n")
-    assert [cell.config for cell in config.read(Path("s.yaml"))] == [{"a": 2, "b": 1}, {"a": 1, "b": 3}]
+    assert [spec.config for spec in config.read(Path("s.yaml"))] == [{"a": 2, "b": 1}, {"a": 1, "b": 3}]
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -259,19 +265,19 @@ def test_lists_the_commands(call):
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("rn s.yaml", "there is no command 'rn'; did you mean 'run'?"),
+        ("rn s.yaml", "unknown command 'rn'; did you mean 'run'?"),
         ("run", "needs CONFIG.yaml"),
         ("run no.yaml", "cannot read no.yaml: No such file"),
         ("status no.sqlite", "there is no store no.sqlite"),
         ("status", "needs STORE"),
-        ("status a b", "'b' belongs to no option"),
-        ("run s.yaml --job 2", "there is no option --job; did you mean '--jobs'?"),
+        ("status a b", "unexpected argument 'b'"),
+        ("run s.yaml --job 2", "unknown option --job; did you mean '--jobs'?"),
         ("run s.yaml --jobs 0", "--jobs should be greater than or equal to 1"),
-        ("run s.yaml --cell-timeout 0", "--cell-timeout should be greater than 0"),
-        ("export x.sqlite --by step", "add --summary"),
+        ("run s.yaml --run-timeout 0", "--run-timeout should be greater than 0"),
+        ("export x.sqlite --by step", "--by and --values need --summary"),
     ],
 )
-def test_a_command_that_is_not_right(refused, line, fragment):
+def test_an_invalid_command(refused, line, fragment):
     plain()
     assert fragment in refused(line)
 
@@ -280,9 +286,9 @@ def test_run_status_failed_and_export(call):
     name = write(function=f"{GRID}:troubled", grid={"how": ["fine", "raises", "nan"]}, seeds=[0, 1])
     code, out, err = call(f"run {name}")
     assert (code, err) == (1, "")
-    assert "6 cells: 2 done, 4 failed (2 nan, 2 raised), 0 absent" in out
+    assert "6 runs: 2 done, 4 failed (2 nan, 2 raised), 0 absent" in out
     assert "how=raises seed=1: ValueError: one two" in out
-    assert call("status s.sqlite")[1].startswith("6 cells: 2 done, 4 failed (2 nan, 2 raised), 0 absent")
+    assert call("status s.sqlite")[1].startswith("6 runs: 2 done, 4 failed (2 nan, 2 raised), 0 absent")
     lines = call("failed s.sqlite")[1].splitlines()
     assert len(lines) == 4
     key = next(line for line in lines if "how=raises seed=1" in line).split()[0]
@@ -311,9 +317,9 @@ def test_output_that_cannot_be_written(call, monkeypatch, capsys):
         assert call(line)[::2] == (0, "")
 
 
-def test_a_key_that_fits_no_failed_cell(call, refused):
+def test_a_key_without_a_failed_run(call, refused):
     call(f"run {plain()}")
-    assert "no failed cells of s.sqlite have a key that begins with 'zz'" in refused("failed s.sqlite zz")
+    assert "no failed runs of s.sqlite have a key that begins with 'zz'" in refused("failed s.sqlite zz")
 
 
 def test_where_the_store_is(call):
@@ -330,10 +336,10 @@ def test_a_rerun_runs_nothing_and_says_the_same(call):
     first = call(f"run {name} --jobs 1")
     assert first[0] == 0
     with sqlite3.connect("s.sqlite") as connection:
-        before = connection.execute("SELECT * FROM cells").fetchall()
+        before = connection.execute("SELECT * FROM runs").fetchall()
     assert call(f"run {name} --jobs 2") == first
     with sqlite3.connect("s.sqlite") as connection:
-        assert connection.execute("SELECT * FROM cells").fetchall() == before
+        assert connection.execute("SELECT * FROM runs").fetchall() == before
 
 
 def test_export_keeps_every_digit_and_kind(call):
@@ -346,7 +352,7 @@ def test_export_keeps_every_digit_and_kind(call):
     pytest.importorskip("pyarrow")
     assert call("export s.sqlite --to t.parquet")[:2] == (0, "")
     table = pd.read_parquet("t.parquet")
-    with reading(Path("s.sqlite")) as store:
+    with read_store(Path("s.sqlite")) as store:
         first, _ = store.records()
     assert {name: table[name][0] for name in first if first[name] is not None} == {
         name: value for name, value in first.items() if value is not None
@@ -369,31 +375,31 @@ def test_parquet_tells_nan_from_nothing_and_takes_mixed_columns():
 
 def test_export_that_cannot_be(call, refused, monkeypatch):
     call(f"run {plain()}")
-    assert "ends in .csv or .parquet, not to t.txt" in refused("export s.sqlite --to t.txt")
+    assert "cannot export a table to t.txt: give a file that ends in" in refused("export s.sqlite --to t.txt")
     assert "cannot write no/t.csv" in refused("export s.sqlite --to no/t.csv")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "Parquet needs pyarrow: pip install 'curvlab[parquet]'" in refused("export s.sqlite --to t.parquet")
     assert "no record has 'stp'" in refused("export s.sqlite --summary --by stp")
 
 
-# An analysis as cells ------------------------------------------------------------------------------------------------
+# An analysis as a sweep ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def in_servers(monkeypatch, tmp_path):
-    """Make the analysis one that the processes of cells can import."""
-    monkeypatch.setattr(Analysis, "cells", _as_test_module(Analysis.cells))
+    """Let the processes of runs import the analysis."""
+    monkeypatch.setattr(Analysis, "run_specs", _as_test_module(Analysis.run_specs))
 
 
-def _as_test_module(cells):
+def _as_test_module(specs):
     def changed(self, *arguments):
-        found = cells(self, *arguments)
-        return [dataclasses.replace(cell, function=f"{__name__}:ANALYSIS.run_cell") for cell in found]
+        found = specs(self, *arguments)
+        return [dataclasses.replace(spec, function=f"{__name__}:ANALYSIS.execute") for spec in found]
 
     return changed
 
 
-def test_an_analysis_is_run_as_cells(call, in_servers):
+def test_an_analysis_is_run_as_a_sweep(call, in_servers):
     name = write(analysis="small", grid={"lr": [0.1, 0.2]}, seeds=[0, 2])
     assert call(f"run {name}")[0] == 0
     rows = list(csv.DictReader(io.StringIO(call("export s.sqlite --summary")[1])))
@@ -409,7 +415,7 @@ def test_an_analysis_is_run_as_cells(call, in_servers):
 def test_the_options_of_an_analysis(in_servers, capsys, tmp_path):
     assert execute(ANALYSIS, ["--out", "here", "--jobs", "2", "--seeds", "0", "1", "2"], "x") == 0
     assert capsys.readouterr().out.count("w1") == 3
-    with reading(Path("here/sweep.sqlite")) as store:
+    with read_store(Path("here/sweep.sqlite")) as store:
         assert [json.loads(json.dumps(record))["parameter"] for record in store.records()] == ["w0", "w1"] * 3
     assert execute(ANALYSIS, ["--help"], "x") == 0
     assert "--scheduler" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def tiny(**changes):
 
 
 def measure(config, folder):
-    return ANALYSIS.run_cell(config.model_dump(mode="json"), Place(folder))
+    return ANALYSIS.execute(config.model_dump(mode="json"), Place(folder))
 
 
 def test_a_regime_is_what_the_loop_is_given():

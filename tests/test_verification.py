@@ -22,7 +22,7 @@ from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_factors, verify_rules
 from curvlab.losses import Loss
 from curvlab.parameters import ParameterSpace
-from curvlab.progress import silent
+from curvlab.progress import no_progress
 from curvlab.quantities import EmpiricalFisher, Fisher, Quantity
 from curvlab.structures import DenseStructure, EKFACStructure
 
@@ -280,7 +280,7 @@ def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch
     def compute(
         problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, *_: object
     ) -> Computed:
-        tensors = dict(torch_func.compute(problem, quantity, structure, space, None, silent).tensors)
+        tensors = dict(torch_func.compute(problem, quantity, structure, space, None, no_progress).tensors)
         tensors["fc|U_S"] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
         return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
 
@@ -320,7 +320,7 @@ def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: in
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 10)).double()
     inputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
     problem = Problem(model, "cross_entropy", list(zip(inputs.split(split), targets.split(split), strict=True)))
-    whole = torch_func.compute(problem, Fisher(), DenseStructure(), problem.space, None, silent).tensors["matrix"]
+    whole = torch_func.compute(problem, Fisher(), DenseStructure(), problem.space, None, no_progress).tensors["matrix"]
     parts = [whole[part, part] for part in problem.space.slices.values()]
     expected = {"diag": whole.diagonal().diag(), "dense": whole, "block_diag": torch.block_diag(*parts)}[structure]
     assert close(estimate(problem, "fisher", structure).to_dense(), expected)

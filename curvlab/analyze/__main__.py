@@ -3,7 +3,7 @@
 import sys
 
 from curvlab.analyze import ANALYSES, load_analysis
-from curvlab.commandline.program import exit_code_of
+from curvlab.commandline.program import run_program
 
 PROGRAM = "python -m curvlab.analyze"
 
@@ -11,7 +11,7 @@ PROGRAM = "python -m curvlab.analyze"
 def main(arguments: list[str] | None = None) -> int:
     """Run an analysis by name and return the exit code: 0 done, 1 runs have failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    return exit_code_of(lambda: _main(given))
+    return run_program(lambda: _main(given))
 
 
 def _main(given: list[str]) -> int:

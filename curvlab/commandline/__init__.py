@@ -1,1 +1,1 @@
-"""What the commands share: options made of a config, errors in one sentence, exit codes, the console."""
+"""Shared parts of the commands: options from a config, errors in one sentence, exit codes, and the console."""

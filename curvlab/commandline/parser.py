@@ -1,4 +1,4 @@
-"""Options made of the fields of a config; what they are given, and what a YAML file holds, is checked alike."""
+"""Command-line options from the fields of a config; values from options and from YAML files are validated alike."""
 
 import argparse
 import re
@@ -18,24 +18,28 @@ _WORDS = {"integer": "N", "number": "X", "string": "TEXT", "null": NONE}
 
 
 class Parser(argparse.ArgumentParser):
-    """Makes options of the fields of configs; they keep the strings that they are given, and only those given."""
+    """Argument parser whose options are the fields of configs; it returns the strings of the given options only."""
 
     def __init__(self, program: str, description: str = "") -> None:
         super().__init__(
             prog=program,
             usage=f"{program} [OPTIONS]",
             description=description,
-            add_help=False,  # the help needs the other options
+            add_help=False,  # the help depends on other options
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
+        """Raise the error that argparse would print.
+
+        Raises:
+            CurvlabError: Always.
+        """
         raise CurvlabError(f"{message.removeprefix('argument ')} ({self.prog} --help shows the options)")
 
     def add(self, values: Config) -> None:
-        """Add an option for every field; the help shows the values as defaults."""
+        """Add an option for every field of a config; the help shows its values as defaults."""
         group: Any = self
         for name, schema in type(values).model_json_schema()["properties"].items():
             if name in values.titles:
@@ -51,12 +55,16 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(
                 *flags,
                 nargs="*" if any(form.get("type") == "array" for form in forms) else None,
-                metavar="|".join(_word(form) for form in forms),
+                metavar="|".join(_placeholder(form) for form in forms),
                 help=f"{text} (default: {NONE if value is None else shown})",
             )
 
-    def known(self, arguments: list[str], sections: Iterable[Config]) -> dict[str, Any]:
-        """Return what the options were given.
+    def parse_options(self, arguments: list[str], sections: Iterable[Config]) -> dict[str, Any]:
+        """Return the given options: name of the field -> string, list of strings, or True.
+
+        Args:
+            arguments: Arguments of the command line.
+            sections: Configs whose fields are suggested for an unknown option.
 
         Raises:
             CurvlabError: An option is unknown.
@@ -65,100 +73,100 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                raise CurvlabError(f"{name!r} belongs to no option ({self.prog} --help shows them all)")
+                raise CurvlabError(f"unexpected argument {name!r} ({self.prog} --help shows the options)")
             names = [option_name(field) for values in sections for field in type(values).model_fields]
             raise CurvlabError(
-                f"there is no option {name}{did_you_mean(name, names)} ({self.prog} --help shows them all)"
+                f"unknown option {name}{did_you_mean(name, names)} ({self.prog} --help shows all options)"
             )
         return vars(known)
 
 
-def _word(form: Mapping[str, Any]) -> str:
-    """Return what stands for a value in the help, from its JSON schema; for a list, what stands for an item."""
+def _placeholder(form: Mapping[str, Any]) -> str:
+    """Return the placeholder of a value in the help, from its JSON schema; for a list, that of an item."""
     if "items" in form:
-        return _word(form["items"])
+        return _placeholder(form["items"])
     if form.get("format") == "path":
         return "PATH"
     choices = form.get("enum") or [form.get("const")]
     return "|".join(choices) if choices != [None] else _WORDS[form["type"]]
 
 
-def part(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
-    """Return what was given for the fields of a config, as its validation takes it.
+def select_fields(given: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return the given options that are fields of a config, for ``validate``.
 
     Raises:
-        CurvlabError: An option was given an empty value, such as an unset variable of the shell.
+        CurvlabError: An option has an empty value, as from an unset variable of the shell.
     """
-    part: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, schema in kind.model_json_schema()["properties"].items():
         if name not in given:
             continue
         words: list[str] = given[name] if isinstance(given[name], list) else [given[name]]
         if "" in words:
-            raise CurvlabError(f"{option_name(name)} was given an empty value; leave it out, or write what it is to be")
+            raise CurvlabError(f"{option_name(name)} has an empty value; remove the option, or give a value")
         forms = schema.get("anyOf", ())
         special: dict[str, Any] = {form["const"]: form["const"] for form in forms if "const" in form}
         if {"type": "null"} in forms:
             special[NONE] = None
-        part[name] = special[words[0]] if len(words) == 1 and words[0] in special else given[name]
-    return part
+        fields[name] = special[words[0]] if len(words) == 1 and words[0] in special else given[name]
+    return fields
 
 
 def validate(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str]) -> C:
-    """Make a config.
+    """Return a validated config.
 
     Args:
-        kind: Of which class.
-        values: Its fields, also as strings.
-        call: What to call a field in an error.
+        kind: Class of the config.
+        values: Values of the fields; strings are converted.
+        call: Returns the name of a field for an error message.
 
     Raises:
-        CurvlabError: A value is not right; the message names the first such field.
+        CurvlabError: A value is invalid; the message names the first such field.
     """
     try:
         return kind(**values)
     except pydantic.ValidationError as error:
         faults = error.errors()
-        name = _where(faults[0]["loc"])
-        # One fault an alternative that the field has, or one an item of a list.
-        reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _where(fault["loc"]) == name)
+        name = _field_path(faults[0]["loc"])
+        # There is one fault per alternative type of the field, or per item of a list.
+        reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _field_path(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
         text = text.replace("should be a valid tuple", f"should be a list, such as [{faults[0]['input']}]")
         raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
 
 
-def _where(location: Iterable[int | str]) -> str:
-    """Return field.key.key, without what tells the alternatives of a field or the items of a list apart."""
+def _field_path(location: Iterable[int | str]) -> str:
+    """Return field.key.key, without the parts for alternative types and items of lists."""
     return ".".join(part for part in location if isinstance(part, str) and part.isidentifier())
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the options that a file holds.
+    """Return the options in a YAML file.
 
     Raises:
-        CurvlabError: It cannot be read, or holds anything else.
+        CurvlabError: The file cannot be read, or is not a mapping.
     """
     values = yaml_file.read(file)
     if not isinstance(values, dict):
-        raise CurvlabError(f"{file} does not hold options, each a line key: value")
+        raise CurvlabError(f"{file} is not a mapping of options; write one line key: value per option")
     return values
 
 
-def change(base: C, values: Mapping[str, Any], file: Path) -> C:
-    """Return a config with other values, which a file has.
+def replace_values(base: C, values: Mapping[str, Any], file: Path) -> C:
+    """Return a config with some values replaced by those of a file.
 
     Raises:
-        CurvlabError: It has no such field, or a value is not right.
+        CurvlabError: A key is not a field of the config, or a value is invalid.
     """
     known = type(base).model_fields
     for key in values:
         if key not in known:
-            raise CurvlabError(f"{file}: there is no option {key!r}{did_you_mean(str(key), known)}")
+            raise CurvlabError(f"{file}: unknown option {key!r}{did_you_mean(str(key), known)}")
     return validate(type(base), {**base.model_dump(), **values}, lambda name: f"{file}: {name}")
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
-    """Return the end of an error about an unknown name: the most similar known one, or nothing if none is similar.
+    """Return a suggestion for the end of an error message: the most similar name, or an empty string.
 
     Examples:
         >>> did_you_mean("digit", ["digits", "mnist"]), did_you_mean("x", ["digits", "mnist"])
@@ -169,5 +177,5 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
 
 
 def option_name(name: str) -> str:
-    """Return the option of a field."""
+    """Return the option for a field."""
     return f"--{name.replace('_', '-')}"

@@ -24,7 +24,7 @@ from curvlab.losses import Loss
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Kronecker, Structure
 
@@ -48,7 +48,11 @@ class _Passes:
     """The batches of a problem, gone through any number of times, with the same labels drawn each time."""
 
     def __init__(
-        self, problem: Problem, quantity: Quantity, batch_size: int | None, advance: Callable[[float], None] = silent
+        self,
+        problem: Problem,
+        quantity: Quantity,
+        batch_size: int | None,
+        advance: Callable[[float], None] = no_progress,
     ) -> None:
         self.problem, self.quantity, self.batch_size, self.advance = problem, quantity, batch_size, advance
 

@@ -24,7 +24,7 @@ from curvlab.estimators.verification import UnfaithfulError, Verified, verify_fa
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import Kronecker, Structure, TKFACStructure
 
@@ -114,7 +114,7 @@ def _diagonal(
     by_rule = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
     assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is filled once"
     if rest.names:
-        rows = _squared_rows(problem, quantity, rest, silent if by_rule else advance)
+        rows = _squared_rows(problem, quantity, rest, no_progress if by_rule else advance)
         for name, part in rest.slices.items():
             entries[space.slices[name]] = rows[part]
     return Computed({"entries": entries}, verified.reasons)

@@ -26,7 +26,7 @@ from curvlab.estimators.verification import unfaithful
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
 from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
@@ -151,7 +151,7 @@ def _kronecker(
 ) -> dict[str, Tensor]:
     columns = {name: _columns(layer) for name, layer in layers_of(model, space).items()}
     ekfac = structure.name == "ekfac"
-    factors = mean(silent if ekfac else advance, _factors)
+    factors = mean(no_progress if ekfac else advance, _factors)
     for layer, (kept, _) in columns.items():
         factors[f"{layer}|A"] = factors[f"{layer}|A"][kept, kept].clone()
     if not ekfac:

@@ -22,7 +22,7 @@ from curvlab.intake import is_finite
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance, progress, silent
+from curvlab.progress import Advance, no_progress, progress
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import attributes_restored, gradients_restored, parametrizations_computed
 from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
@@ -310,7 +310,7 @@ def _disagreement(
         if structure.name == "implicit":
             assert by.product is not None
             return by.product(sample, quantity, space, None)(vectors)
-        tensors = by.compute(sample, quantity, structure, space, None, silent).tensors
+        tensors = by.compute(sample, quantity, structure, space, None, no_progress).tensors
         return CurvatureMatrix.kinds[structure.name].from_tensors(tensors, space, info) @ vectors
 
     try:
@@ -338,7 +338,7 @@ def _eigen_tensors(
 
     A basis is right if it is orthonormal and K-FAC's factors are diagonal there; then the eigenvalues are unique.
     """
-    theirs = backend.compute(sample, quantity, structure, space, None, silent).tensors
+    theirs = backend.compute(sample, quantity, structure, space, None, no_progress).tensors
     turned, right = torch_func.in_basis(sample, quantity, structure, space, theirs)
     bases = [theirs[name.replace("|", "|U_")] for name in turned]
     pairs = [(u.mT @ u, torch.eye(len(u), dtype=u.dtype, device=u.device)) for u in bases]

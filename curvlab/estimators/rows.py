@@ -22,7 +22,7 @@ from curvlab.estimators.rules import agree, random_like
 from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import verify_factors
 from curvlab.problem import Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance, no_progress
 from curvlab.quantities import MaSQ, Quantity
 
 
@@ -91,7 +91,7 @@ def row_batches(
     quantity: Quantity,
     names: Sequence[str],
     max_bytes: float = 6.4e7,
-    advance: Advance = silent,
+    advance: Advance = no_progress,
 ) -> Iterator[Tensor]:
     """Yield the rows of the named parameters, concatenated and flattened, ``(rows, P)``, in the samples' order.
 

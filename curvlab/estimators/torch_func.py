@@ -39,7 +39,7 @@ from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.progress import Advance, silent
+from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure
 
@@ -82,7 +82,7 @@ def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[
 
 
 def per_sample_rows(
-    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = silent
+    problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = no_progress
 ) -> Iterator[Tensor]:
     """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time.
 
@@ -229,7 +229,7 @@ def _factors(
 def _eigenvalue_corrected(
     problem: Problem, quantity: Quantity, structure: EKFACStructure, layers: Mapping[str, Layer], advance: Advance
 ) -> dict[str, Tensor]:
-    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, silent)
+    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, no_progress)
     bases = {name.replace("|", "|U_"): symmetric_eigh(factor)[1] for name, factor in kfac.items()}
     return bases | _moments(problem, quantity, layers, bases, advance)
 
@@ -239,10 +239,10 @@ def in_basis(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return K-FAC's factors and EK-FAC's eigenvalues, ``LAYER|values``, in the bases ``LAYER|U_A``, ``LAYER|U_S``."""
     layers = kronecker_layers(problem, space)[0]
-    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, silent)
+    kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, no_progress)
     rotations = {name: bases[name.replace("|", "|U_")] for name in kfac}
     turned = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
-    return turned, _moments(problem, quantity, layers, bases, silent)
+    return turned, _moments(problem, quantity, layers, bases, no_progress)
 
 
 def _moments(

@@ -1,11 +1,11 @@
-"""Grids of runs: cells, the store that keeps them, and the engine that runs those that it does not have.
+"""Grids of runs: specifications of runs, the store of their results, and the engine that executes missing runs.
 
-Nothing here knows an analysis: a cell is a function, named ``module:name``, and its configuration.
+This package knows no analysis: a run is a function, named ``module:name``, and its configuration.
 """
 
 from curvlab.grid.axes import draw, expand
-from curvlab.grid.cell import Cell, Outcome, Place
-from curvlab.grid.running import folder_of, run
-from curvlab.grid.store import Store, reading, writing
+from curvlab.grid.run_spec import Outcome, Place, RunSpec
+from curvlab.grid.running import run, run_folder
+from curvlab.grid.store import Store, read_store, write_store
 
-__all__ = ["Cell", "Outcome", "Place", "Store", "draw", "expand", "folder_of", "reading", "run", "writing"]
+__all__ = ["Outcome", "Place", "RunSpec", "Store", "draw", "expand", "read_store", "run", "run_folder", "write_store"]

@@ -1,4 +1,4 @@
-"""From a base configuration and axes to configurations: a grid, a list, random samples."""
+"""Expand a base configuration and axes (a grid, a list of points, random samples) to configurations."""
 
 import math
 import reprlib
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from curvlab.errors import CurvlabError
-from curvlab.grid.cell import canonical
+from curvlab.grid.run_spec import canonical
 
 Config = dict[str, Any]
 
-_MOST = 1_000_000  # combinations: more are a slip, and would fill the memory before the first is run
+_MOST = 1_000_000  # combinations; more are most likely a mistake, and would fill the memory before the first run
 _RANGES = {
-    "uniform": "[low, high], finite numbers in this order, whose difference is finite",
-    "log_uniform": "[low, high], finite numbers above 0 in this order",
-    "integers": "[low, high], whole numbers in this order, at most 2^53 of them",
+    "uniform": "[low, high], finite numbers with low <= high and a finite difference",
+    "log_uniform": "[low, high], finite numbers with 0 < low <= high",
+    "integers": "[low, high], integers with low <= high, at most 2^53 of them",
     "choice": "a list of values",
 }
 
@@ -30,17 +30,17 @@ def expand(
     points: Sequence[Mapping[str, Any]] | None = None,
     samples: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Config]:
-    """Yield every combination of a point, a sample and an entry of the grid, over the base configuration.
+    """Yield the base configuration updated by every combination of a point, a sample and a grid entry.
 
     Args:
-        base: What all have in common.
+        base: Values that all configurations share.
         grid: Key -> its values; the last key varies fastest.
-        points: Configurations in part, such as two keys that only go together.
-        samples: The same, drawn by ``draw``.
+        points: Partial configurations, such as values of two keys that belong together.
+        samples: Partial configurations drawn by ``draw``.
 
     Raises:
-        CurvlabError: An axis is empty, has a value twice (1, 1.0 and True are the same) or one that is not of JSON; two
-            axes set the same key; or there are more than a million combinations.
+        CurvlabError: An axis is empty, has a value twice (1, 1.0 and True are equal) or one that is not a JSON value;
+            two axes set the same key; or there are more than a million combinations.
 
     Examples:
         >>> [(c["lr"], c["seed"]) for c in expand({"lr": 0.1}, grid={"lr": [0.1, 0.01], "seed": [0, 1]})]
@@ -59,47 +59,49 @@ def expand(
     for axis in axes:
         names = {name for point in axis for name in point}
         if names & taken:
-            raise CurvlabError(f"{min(names & taken)!r} is set by two axes; let one of them do it")
+            raise CurvlabError(f"{min(names & taken)!r} is set by two axes; remove it from one of them")
         taken |= names
     if (count := math.prod(map(len, (*axes, *grid.values())))) > _MOST:
         raise CurvlabError(
-            f"the axes have {count:,} combinations, and a sweep has at most {_MOST:,}; take fewer values"
+            f"the axes have {count:,} combinations, and a sweep has at most {_MOST:,}; give fewer values"
         )
     for point, sample, *values in product(*axes, *grid.values()):
         yield {**base, **point, **sample, **dict(zip(grid, values, strict=True))}
 
 
 def _require_distinct(what: str, values: Sequence[Any]) -> None:
-    """Refuse a value that is there twice, since it would silently be one run."""
+    """Refuse equal values, since they would silently be one run."""
     seen: dict[Any, Any] = {}
     for value in values:
-        canonical(value)  # or it is refused
+        canonical(value)  # refuses other than JSON values
         same = _hashable(value)
         if same in seen:
             first, again = reprlib.repr(seen[same]), reprlib.repr(value)
-            what_again = f"{again} twice" if first == again else f"{first} and {again}, which are the same"
-            raise CurvlabError(f"{what} has {what_again}; a value is run once, so leave one of them out")
+            what_again = f"{again} twice" if first == again else f"{first} and {again}, which are equal"
+            raise CurvlabError(f"{what} has {what_again}; equal values are one run, so remove one of them")
         seen[same] = value
 
 
 def _hashable(value: Any) -> Any:
-    """Return what is equal where the values are: 1, 1.0 and True too."""
+    """Return a hashable object that is equal for equal values: 1, 1.0 and True are equal."""
     if isinstance(value, Mapping):
         return frozenset((name, _hashable(item)) for name, item in value.items())
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: int = 0) -> list[Config]:
-    """Draw values for keys; a larger count begins with the same values, and a key has the same beside any others.
+    """Draw random values for keys.
+
+    A larger count begins with the same values. The values of a key do not depend on the other keys.
 
     Args:
-        count: How many.
+        count: Number of draws.
         ranges: Key -> one of ``{"uniform": [low, high]}``, ``{"log_uniform": [low, high]}``,
             ``{"integers": [low, high]}`` (both included) and ``{"choice": [value, ...]}``.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
-        CurvlabError: A range is none of these, or is wider than its numbers can tell apart.
+        CurvlabError: A range has another form, or is too wide for float64.
 
     Examples:
         >>> drawn = draw(3, {"lr": {"log_uniform": [1e-4, 1e-1]}, "width": {"choice": [10, 30]}})
@@ -114,12 +116,12 @@ def draw(count: int, ranges: Mapping[str, Mapping[str, Sequence[Any]]], seed: in
         if kind not in _RANGES:
             raise CurvlabError(f"random: {name} needs one of {', '.join(_RANGES)}, not {kind!r}")
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        columns[name] = [_one(name, kind, bounds, float(u)) for u in generator.random(count)]
+        columns[name] = [_scale(name, kind, bounds, float(u)) for u in generator.random(count)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
-    """Return the value at ``u`` of ``[0, 1)``."""
+def _scale(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
+    """Map ``u`` in ``[0, 1)`` to a value of the range."""
     if kind == "choice" and isinstance(bounds, Sequence) and not isinstance(bounds, str) and bounds:
         return bounds[int(u * len(bounds))]
     if isinstance(bounds, Sequence) and len(bounds) == 2 and all(map(_is_finite, bounds)) and bounds[0] <= bounds[1]:
@@ -128,14 +130,14 @@ def _one(name: str, kind: str, bounds: Sequence[Any], u: float) -> Any:
             return low + u * (high - low)
         if kind == "log_uniform" and low > 0:
             return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
-        # u has 53 bits: of more integers it would leave some out.
+        # u has 53 bits and could not reach all of more integers.
         if kind == "integers" and isinstance(low, int) and isinstance(high, int) and high - low < 2**53:
             return low + int(u * (high - low + 1))
     raise CurvlabError(f"random: {name} needs {kind}: {_RANGES[kind]}, not {reprlib.repr(bounds)}")
 
 
 def _is_finite(number: Any) -> bool:
-    """Say whether it is a number, and one that a float can be."""
+    """Return whether a value is a number that a finite float can represent."""
     if isinstance(number, bool) or not isinstance(number, int | float):
         return False
     try:

@@ -1,7 +1,7 @@
-"""Checksums of a store: one a row, and of every table the number of its rows and the sum of their checksums.
+"""Checksums of a store: one per row, and for every table the number of rows and the sum of their checksums.
 
-SQLite finds what is wrong with the structure of a file, but not a value that a disk or a copy has changed. The sums
-find rows that are missing, or of another time than the rest.
+SQLite detects damage to the structure of a file, but not a value that a disk or a copy has changed. The sums detect
+rows that are missing or older than the rest.
 """
 
 import sqlite3
@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-TABLES = ("cells", "software", "data", "entries")
+TABLES = ("runs", "software", "data", "entries")
 
-#: What is added to the tables of a store that has none.
+#: Added to the tables of ``curvlab.grid.schema``.
 SCHEMA = "CREATE TABLE totals (name TEXT PRIMARY KEY, number INTEGER, checksums INTEGER) WITHOUT ROWID;" + "".join(
     f"""
 ALTER TABLE {table} ADD COLUMN checksum INTEGER;
@@ -29,22 +29,22 @@ END;"""
 )
 
 
-def able_to_sign(connection: sqlite3.Connection) -> None:
-    """Give a connection the function that ``sign`` uses."""
+def add_digest(connection: sqlite3.Connection) -> None:
+    """Add the SQL function that ``sign`` uses to a connection."""
     connection.create_function("digest", -1, lambda *row: _digest(row), deterministic=True)
 
 
 def sign(connection: sqlite3.Connection, table: str, where: str = "TRUE", values: Sequence[Any] = ()) -> None:
-    """Set the checksums of those rows of a table that were written."""
+    """Set the checksums of the rows of a table that match a condition."""
     columns = ", ".join(_columns(connection, table))
     connection.execute(f"UPDATE {table} SET checksum = digest({columns}) WHERE {where}", values)
 
 
-def wrong(connection: sqlite3.Connection) -> str | None:
-    """Say what is not as it was written; None if all is.
+def find_damage(connection: sqlite3.Connection) -> str | None:
+    """Describe the first difference from what was written; None without any.
 
     Args:
-        connection: In a transaction; it gives bytes that are no text as some text or other.
+        connection: A connection in a transaction, which decodes invalid text without an error.
     """
     totals = {name: rest for name, *rest in connection.execute("SELECT name, number, checksums FROM totals")}
     for table in TABLES:
@@ -53,15 +53,15 @@ def wrong(connection: sqlite3.Connection) -> str | None:
             f"SELECT checksum, {', '.join(_columns(connection, table))} FROM {table}"
         ):
             if checksum != _digest(tuple(row)):
-                return f"a row of the table {table} is not as it was written"
+                return f"a row of the table {table} has changed"
             number, checksums = number + 1, checksums + checksum
         if totals.get(table) != [number, checksums]:
-            return f"the table {table} has not the rows that were written"
+            return f"rows of the table {table} are missing, added or outdated"
     return None
 
 
 def _digest(row: tuple[Any, ...]) -> int:
-    # The text of all the digits and types. 32 bits: a sum of them stays within the 64 bits of SQLite's integers.
+    # The text shows every digit and type. The sum of 32-bit checksums fits into SQLite's 64-bit integers.
     return zlib.crc32(ascii(row).encode())
 
 

@@ -1,4 +1,4 @@
-"""Cells on the workers of a Dask cluster."""
+"""Runs on the workers of a Dask cluster."""
 
 import asyncio
 import json
@@ -15,90 +15,93 @@ from distributed import Client, KilledWorker, Security, Worker, WorkerPlugin, as
 from curvlab import data as data_sets
 from curvlab.errors import CurvlabError, first_line
 from curvlab.grid import processes
-from curvlab.grid.cell import Outcome, find
 from curvlab.grid.code import fingerprints
+from curvlab.grid.run_spec import Outcome, find_function
 from curvlab.grid.supervision import Task, forget_software, supervise
 from curvlab.software import describe_software
 
-_BATCH = 1000  # tasks that are sent at once
-_CONNECT = 10  # seconds until a scheduler or worker that does not answer is not there
+_BATCH = 1000  # tasks sent at once
+_CONNECT = 10  # seconds to wait for a scheduler or a worker
 
 
-def distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
-    """Run tasks on a cluster and yield their outcomes as they come.
+def run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+    """Execute tasks on a cluster and yield their outcomes in the order in which they end.
 
     Args:
-        tasks: As ``supervise`` takes them.
-        address: Of the scheduler.
-        data: Names of data sets and files, and their fingerprints here.
+        tasks: Tasks for ``supervise``.
+        address: Address of the scheduler.
+        data: Names of data sets and files -> their fingerprints on this machine.
 
     Raises:
-        CurvlabError: The scheduler is not there or goes away, or a worker is not fit for the tasks.
+        CurvlabError: The scheduler cannot be reached or goes away, or a worker does not meet the requirements.
     """
-    log = logging.getLogger("distributed.client")  # what it says is said below, in a sentence
+    log = logging.getLogger("distributed.client")  # the errors below report the same in one sentence
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:
-        yield from _distributed(tasks, address, data)
+        yield from _run_tasks(tasks, address, data)
     finally:
         log.setLevel(level)
 
 
-def _distributed(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+def _run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
     _require_scheduler(address)
     try:
         client: Client = _Client(address)
-    except Exception as error:  # of whatever kind: anything may answer there
-        raise _no_scheduler(address, error) from error
-    sweep = f"curvlab-sweep-{secrets.token_hex(4)}"  # this one: there may be another one on the cluster
+    except Exception as error:  # of any type, since any service may answer
+        raise _make_scheduler_error(address, error) from error
+    sweep = f"curvlab-sweep-{secrets.token_hex(4)}"  # a name of its own, since the cluster may run other sweeps
     try:
-        _prepared(client, address, sweep, tasks, data)
-        for future, result, task in _results(client, sweep, tasks):
+        _prepare_workers(client, address, sweep, tasks, data)
+        for future, result, task in _collect_results(client, sweep, tasks):
             if future.status == "finished":
                 yield result
             elif future.status == "error":
-                yield _given_up(task, result[1])
+                yield _make_lost_outcome(task, result[1])
             else:
                 raise CurvlabError(
-                    f"the scheduler {address} has gone; what is finished is in the store: "
-                    "repeat the command when there is a scheduler again"
+                    f"the connection to the scheduler {address} was lost; finished runs are in the store: "
+                    "start the scheduler again and repeat the command"
                 )
     finally:
-        if client.status == "running":  # one that has gone would be waited for
-            with suppress(Exception):  # it may go now
+        if client.status == "running":  # a lost scheduler would be waited for
+            with suppress(Exception):  # the connection may be lost now
                 client.unregister_worker_plugin(sweep)
         client.close(timeout=_CONNECT)
 
 
-def _results(client: Client, sweep: str, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any, Task]]:
-    """Yield the future, the result and the task of each as they come; one that an unfit worker had, from a fit one."""
-    run = _gate(sweep)
+def _collect_results(client: Client, sweep: str, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any, Task]]:
+    """Yield the future, the result and the task of each, in the order in which they end.
+
+    A task that a worker has rejected, because it does not meet the requirements, is sent to another worker.
+    """
+    run = _make_remote_function(sweep)
     given: dict[tuple[str, ...], Task] = {(sweep, task["key"]): task for task in tasks}
-    # All at once: workers may join later. As text: Dask looks into other arguments for results of its own.
+    # All at once, since workers may join later. As text, since Dask searches other arguments for its own futures.
     futures = client.map(run, [json.dumps(task) for task in tasks], key=list(given), pure=False, batch_size=_BATCH)
     done = as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
-    del futures  # what is stored is kept by no worker
-    told = set()
+    del futures  # so that no worker keeps results that are stored
+    reported = set()
     for future, result in done:
         task = given.pop(future.key)
         if future.status != "finished" or not isinstance(result, str):
             yield future, result, task
             continue
-        if result not in told:
-            logging.getLogger(__name__).warning("%s; no cell runs there", result)
-            told.add(result)
+        if result not in reported:
+            logging.getLogger(__name__).warning("%s; it gets no runs", result)
+            reported.add(result)
         key = (sweep, task["key"], secrets.token_hex(4))
         given[key] = task
         fit = []
-        with suppress(OSError):  # the scheduler has just gone, which the future below then tells
-            fit = [worker for worker, fit in _fit(client, sweep).items() if fit]
-        # On another one if these are gone: it may be fit.
+        with suppress(OSError):  # the connection is lost, which the next future reports
+            fit = [worker for worker, is_fit in _ask_fitness(client, sweep).items() if is_fit]
+        # On another worker if all of these are gone: it may be fit.
         where = {"workers": fit, "allow_other_workers": True} if fit else {}
         done.add(client.submit(run, json.dumps(task), key=key, pure=False, **where))
 
 
-def _fit(client: Client, sweep: str) -> dict[str, bool]:
-    """Say of each worker whether it is fit for a sweep."""
+def _ask_fitness(client: Client, sweep: str) -> dict[str, bool]:
+    """Return for each worker whether it meets the requirements of a sweep."""
 
     def is_fit(dask_worker: Any) -> bool:
         return getattr(dask_worker.plugins.get(sweep), "fit", False)
@@ -108,10 +111,10 @@ def _fit(client: Client, sweep: str) -> dict[str, bool]:
 
 
 def _require_scheduler(address: str) -> None:
-    """Refuse an address where no scheduler answers in time: Dask's client waits longer, and takes any answer for one.
+    """Refuse an address where no scheduler answers in time; Dask's client waits longer and accepts other services.
 
     Raises:
-        CurvlabError: There is none.
+        CurvlabError: No scheduler answers.
     """
 
     async def ask() -> Any:
@@ -121,32 +124,32 @@ def _require_scheduler(address: str) -> None:
     async def in_time() -> Any:
         return await asyncio.wait_for(ask(), _CONNECT)
 
-    with ThreadPoolExecutor(1) as thread:  # this one may have an event loop, as in a notebook
+    with ThreadPoolExecutor(1) as thread:  # this thread may have an event loop, as in a notebook
         try:
             kind = thread.submit(lambda: asyncio.run(in_time())).result()["type"]
-        except Exception as error:  # of whatever kind: another service's answer is read as anything
-            raise _no_scheduler(address, error) from error
+        except Exception as error:  # of any type: the answer of another service cannot be decoded
+            raise _make_scheduler_error(address, error) from error
     if kind != "Scheduler":
-        raise CurvlabError(f"at {address} is a {kind} of Dask, not a scheduler; give the address of the scheduler")
+        raise CurvlabError(f"{address} is the address of a {kind} of Dask; give the address of the scheduler")
 
 
-def _no_scheduler(address: str, error: Exception) -> CurvlabError:
+def _make_scheduler_error(address: str, error: Exception) -> CurvlabError:
     if isinstance(error, TimeoutError):
         reason = f"no answer in {_CONNECT} seconds"
     elif isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError):
         reason = first_line(error)
     else:
-        reason = "the answer is that of another service"
+        reason = "another service answers"
     return CurvlabError(
-        f"there is no Dask scheduler at {address} ({reason}); start one (dask scheduler), or run without --scheduler"
+        f"cannot reach a Dask scheduler at {address} ({reason}); start one (dask scheduler), or run without --scheduler"
     )
 
 
 class _Client(Client):
-    """A client that is closed at once if it could not connect, and never by the garbage collector.
+    """A client that is closed at once if it cannot connect, and never by the garbage collector.
 
-    The collector runs in any thread. In the thread in which the loop of another client is starting, the closing that
-    Dask does there would wait for a lock that is held until that loop has started.
+    The garbage collector runs in any thread. If it closed a client in a thread that is starting the event loop of
+    another client, it would wait for a lock that is released only after the start: a deadlock.
     """
 
     def __init__(self, address: str) -> None:
@@ -161,8 +164,12 @@ class _Client(Client):
         pass
 
 
-def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
-    """Have each worker checked, those that join later too, by a plugin of that name."""
+def _prepare_workers(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
+    """Register a plugin that checks every worker, including workers that join later.
+
+    Raises:
+        CurvlabError: There is no worker, or one does not meet the requirements.
+    """
     first = tasks[0]
     functions = sorted({task["function"] for task in tasks})
     requirements = Requirements(
@@ -171,34 +178,33 @@ def _prepared(client: Client, address: str, name: str, tasks: Sequence[Task], da
     try:
         client.wait_for_workers(1, timeout=_CONNECT)
     except TimeoutError as error:
-        raise CurvlabError(f"the scheduler {address} has no worker: start some (dask worker {address})") from error
+        raise CurvlabError(f"the scheduler {address} has no workers: start some (dask worker {address})") from error
     try:
         client.register_plugin(requirements, name=name)
-    except Exception as error:  # of whatever kind: the worker may not even have the plugin's module
-        raise CurvlabError(f"a worker of {address} cannot do it: {first_line(error, 1000)}") from error
+    except Exception as error:  # of any type: the worker may not even have the module of the plugin
+        raise CurvlabError(f"a worker of {address} cannot execute the runs: {first_line(error, 1000)}") from error
 
-    for worker, fit in _fit(client, name).items():
-        if not fit:  # its plugin is not the one below
+    for worker, fit in _ask_fitness(client, name).items():
+        if not fit:  # its version of the plugin differs from the one below
             raise CurvlabError(
-                f"worker {worker} has another curvlab: start the workers from the environment that the sweep is "
-                "started from"
+                f"worker {worker} has another version of curvlab: start the workers in the environment of the sweep"
             )
 
 
 class Requirements(WorkerPlugin):
-    """What a worker has to have: the same versions and code, the functions, the data.
+    """Requirements on a worker: the same versions and code, the functions, and the same data.
 
     Args:
-        software: As ``curvlab.software.describe_software`` tells it here.
-        code: Fingerprints of the source files here.
-        functions: ``module:name`` of the cells.
-        data: Names of data sets and files, and their fingerprints.
-        data_root: Where they are kept; None for the default place.
-        offline: Whether they must be there already.
+        software: Software of this machine, as returned by ``curvlab.software.describe_software``.
+        code: Fingerprints of the source files on this machine.
+        functions: Functions of the runs, as ``module:name``.
+        data: Names of data sets and files -> their fingerprints.
+        data_root: Folder of the data sets; None for the default one.
+        offline: Whether the data must not be downloaded.
 
     Attributes:
-        fit: Whether the worker has been found to have it all.
-        fault: What it lacks.
+        fit: Whether the worker meets the requirements.
+        fault: The requirement that it does not meet.
     """
 
     def __init__(
@@ -215,20 +221,20 @@ class Requirements(WorkerPlugin):
         self.fit, self.fault = False, ""
 
     def setup(self, worker: Worker) -> None:
-        """Find out whether a worker has it; one that has not gets no cell.
+        """Check a worker; one that does not meet the requirements gets no runs.
 
         Raises:
-            CurvlabError: It lacks something.
+            CurvlabError: The worker does not meet a requirement.
         """
         try:
             self._require(worker)
-        except CurvlabError as error:  # Dask only logs it there, of one that joins when the sweep has begun
+        except CurvlabError as error:  # Dask only logs it if the worker joins after the start
             self.fault = str(error)
             raise
         self.fit = True
 
     def _require(self, worker: Worker) -> None:
-        # Another sweep has begun: its code may be newer than what the processes of an earlier one have imported.
+        # The code may be newer than what the servers of an earlier sweep have imported.
         processes.close_idle()
         forget_software()
         where = f"worker {worker.address} on {worker.name}" if worker.name != worker.address else worker.address
@@ -237,16 +243,16 @@ class Requirements(WorkerPlugin):
             if theirs["versions"].get(package) != ours:
                 raise CurvlabError(
                     f"{where} has {package} {theirs['versions'].get(package)}, and {ours} is needed: "
-                    "start the workers from the environment that the sweep is started from"
+                    "start the workers in the environment of the sweep"
                 )
         for name, here in fingerprints(self.functions).items():
             if self.code.get(name) != here:
                 raise CurvlabError(
-                    f"{where} has other source files of {name} than the process that runs the sweep: give both the same"
+                    f"{where} has other source files of {name} than the process of the sweep: copy them to the worker"
                 )
         for function in self.functions:
             try:
-                find(function)
+                find_function(function)
             except CurvlabError as error:
                 raise CurvlabError(f"{where}: {error}") from error
         for name, fingerprint in self.data.items():
@@ -256,17 +262,17 @@ class Requirements(WorkerPlugin):
             except CurvlabError as error:
                 raise CurvlabError(f"{where}: {error}") from error
             if found != fingerprint:
-                raise CurvlabError(f"{where} has other data under {name!r}: give all the same --data-root")
+                raise CurvlabError(f"{where} has other data for {name!r}: give all workers the same --data-root")
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
-        """End the processes that start cells."""
+        """End the servers that start runs."""
         processes.close_idle()
 
 
-def _gate(sweep: str) -> Callable[[str], Any]:
-    """Return what runs a task on a worker that is fit for a sweep, and on another one says why it does not.
+def _make_remote_function(sweep: str) -> Callable[[str], Any]:
+    """Return a function that executes a task on a fit worker, and returns the fault of any other worker.
 
-    A local function, which goes to the worker whole: an unfit one may have another curvlab, or none.
+    It is a local function, so that Dask sends its code to the worker, which may have another curvlab or none.
     """
 
     def run(task: str) -> Any:
@@ -278,31 +284,31 @@ def _gate(sweep: str) -> Callable[[str], Any]:
         worker = get_worker()
         plugin = worker.plugins.get(sweep)
         if not getattr(plugin, "fit", False):
-            time.sleep(1)  # there may be no other one at the moment
-            return getattr(plugin, "fault", "") or f"worker {worker.address} has another curvlab, or none"
-        from curvlab.grid.cluster import on_fit_worker
+            time.sleep(1)  # there may be no other worker at the moment
+            return getattr(plugin, "fault", "") or f"worker {worker.address} has another version of curvlab, or none"
+        from curvlab.grid.cluster import supervise_on_worker
 
-        return on_fit_worker(json.loads(task))
+        return supervise_on_worker(json.loads(task))
 
     return run
 
 
-def on_fit_worker(task: Task) -> Outcome:
-    """Run a cell on the worker that has this task, as long as the sweep waits for it."""
+def supervise_on_worker(task: Task) -> Outcome:
+    """Execute a run on the worker of the current Dask task, as long as the sweep waits for it."""
     worker = get_worker()
     key = worker.get_current_task()
 
     def wanted() -> bool:
-        """Say whether the sweep still waits for it; the scheduler cancels the tasks of one that was killed."""
+        """Return whether the sweep still waits; the scheduler cancels the tasks of a killed sweep."""
         state = worker.state.tasks.get(key)
         return state is not None and state.state != "cancelled"
 
     return supervise(task, wanted)
 
 
-def _given_up(task: Task, error: BaseException) -> Outcome:
-    """Return what is to be stored of a task that has no result, or raise what stops the sweep."""
+def _make_lost_outcome(task: Task, error: BaseException) -> Outcome:
+    """Return the outcome of a task whose workers have died; raise any other error, which stops the sweep."""
     if not isinstance(error, KilledWorker):
         raise error
-    why = "every worker that ran it has died with it, most likely because memory ran out"
+    why = "every worker that executed it has died, most likely because memory ran out"
     return Outcome(task["key"], "killed", why, str(error))

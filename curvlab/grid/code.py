@@ -1,4 +1,4 @@
-"""Which code cells run: fingerprints of source files, which tell whether two machines have the same."""
+"""Fingerprints of the source files that runs use, to compare the code of two machines."""
 
 import ast
 import hashlib
@@ -12,15 +12,15 @@ import curvlab
 
 
 def fingerprints(functions: Iterable[str]) -> dict[str, str]:
-    """Return a fingerprint of curvlab's source files, and of each module of the functions with all that it imports.
+    """Return a fingerprint of curvlab's source files, and one for each module of the functions with its imports.
 
-    What is installed or of Python itself is left out: it has a version. So is a module that there is not.
+    Installed packages and the standard library are left out, since they have versions; so are missing modules.
 
     Args:
-        functions: Named ``module:name``.
+        functions: Names of the form ``module:name``.
 
     Examples:
-        >>> list(fingerprints(["platform:node", "curvlab.analyze.masq:ANALYSIS.run_cell"]))
+        >>> list(fingerprints(["platform:node", "curvlab.analyze.masq:ANALYSIS.execute"]))
         ['curvlab']
     """
     root = Path(curvlab.__file__).parent
@@ -39,12 +39,12 @@ def _hash(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def _sources(module: str) -> dict[str, Path]:
-    """Return the names and files of a module and of those that it imports, directly or not."""
+    """Return the names and files of a module and of the modules that it imports, directly or indirectly."""
     found: dict[str, Path] = {}
     todo = [module]
     while todo:
         name = todo.pop()
-        if name in found or not _own(name.partition(".")[0]):
+        if name in found or not _is_own(name.partition(".")[0]):
             continue
         try:
             spec = find_spec(name)
@@ -52,14 +52,14 @@ def _sources(module: str) -> dict[str, Path]:
                 continue
             file = Path(spec.origin)
             todo += _imports(ast.parse(file.read_bytes()), spec.parent or "")
-        except Exception:  # of whatever kind: a package runs when it is looked into; a cell will tell it better
+        except Exception:  # looking up a submodule runs its package; the run itself reports the error better
             continue
         found[name] = file
     return found
 
 
-def _own(package: str) -> bool:
-    """Say whether a package is the user's: neither curvlab, nor installed, nor of Python itself."""
+def _is_own(package: str) -> bool:
+    """Return whether a package is the user's own: not curvlab, not installed, and not of the standard library."""
     if package == "curvlab" or package in sys.stdlib_module_names:
         return False
     try:
@@ -78,4 +78,4 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
             yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)  # it may be a module
+            yield from (f"{base}.{alias.name}" for alias in node.names)  # a name may be a module

@@ -1,24 +1,24 @@
-"""What a cell writes to its console, kept within bounds while it is written: the beginning and the end."""
+"""Console output of a run, of which the beginning and the end are kept."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-_BEGINNING = 1 << 20  # bytes: they are in the file at once
-_END = 1 << 20  # bytes: they are in the file when the cell has ended
+_BEGINNING = 1 << 20  # bytes, written to the file at once
+_END = 1 << 20  # bytes, written to the file when the run has ended
 _PIECE = 1 << 16
 
 
 class Output:
-    """The end of a pipe that a cell writes to, and the file that its beginning and its end are kept in.
+    """The reading end of a pipe that a run writes to, and the file that keeps the beginning and the end.
 
-    The file comes with the first byte. What cannot be written to it, as on a full disk, is lost: no cell fails because
-    of what it prints.
+    The file is created with the first byte. Output that cannot be written, as on a full disk, is dropped: a run does
+    not fail because of its output.
 
     Args:
-        descriptor: Of the pipe, which is read without waiting.
-        file: Where to; overwritten.
+        descriptor: Reading end of the pipe; it is set to non-blocking.
+        file: File for the output; overwritten.
     """
 
     def __init__(self, descriptor: int, file: Path) -> None:
@@ -30,7 +30,7 @@ class Output:
         self._end = bytearray()
 
     def read(self) -> bool:
-        """Take some of what is in the pipe; say whether more may follow."""
+        """Read a piece from the pipe, and return whether more may follow."""
         try:
             piece = os.read(self.descriptor, _PIECE)
         except BlockingIOError:
@@ -45,8 +45,8 @@ class Output:
         return bool(piece)
 
     def close(self) -> None:
-        """Take what is left in the pipe, and write the end."""
-        for _ in range(_END // _PIECE):  # no more than a pipe holds: what has outlived the cell may write for ever
+        """Read the rest of the pipe, and write the end to the file."""
+        for _ in range(_END // _PIECE):  # at most what a pipe holds: a process that outlives the run may write forever
             if not self.read():
                 break
         if self._left_out:

@@ -1,11 +1,11 @@
-"""Processes for cells: forked, within milliseconds, from one that has torch behind it, and watched to their end.
+"""Processes of runs: forked in milliseconds from a server that has imported torch, and watched until they end.
 
-The standard library's fork server would do, but for three things: it starts no children in Dask's workers, which are
-daemonic; every child runs the program's main module again; and it does not tell how much memory a child has taken,
-which of one that was killed is what matters. The server is this module run as a program, with one socket to it. For
-each cell it is sent three descriptors: a socket, on which the child receives the request and answers; a pipe, to
-which the server writes the child's process id and, when it has ended, how, and its peak of memory; and a pipe for what
-the child writes to its console.
+The fork server of the standard library has three drawbacks: it starts no children in the workers of Dask, which are
+daemonic; every child executes the main module of the program again; and it does not report the peak memory of a
+child, which matters most for a killed one. The server here is this module executed as a program, with one socket to
+it. For each run it receives three descriptors: a socket, on which the child receives the request and sends its
+answer; a pipe, to which the server writes the process id of the child and later its wait status and peak memory; and
+a pipe for the console output of the child.
 """
 
 import faulthandler
@@ -32,23 +32,23 @@ from curvlab.grid.output import Output
 
 _PID = struct.Struct("q")
 _END = struct.Struct("qq")  # wait status, peak memory in bytes
-_LOOK = 0.5  # seconds between two looks at whether a cell is still wanted
-_PATIENCE = 2.0  # seconds for the end of a server, which may be importing something
-# What torch's optimizers import at their first step, for more than a second, and what digits are read with.
-_PRELOADED = ("curvlab.grid.cell", "torch._dynamo", "sklearn.datasets")
+_LOOK = 0.5  # seconds between two checks whether a run is still wanted
+_PATIENCE = 2.0  # seconds that a server has to end; it may be importing a module
+# The first step of torch's optimizers imports torch._dynamo, which takes more than a second; the digits need sklearn.
+_PRELOADED = ("curvlab.grid.run_process", "torch._dynamo", "sklearn.datasets")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a process ended.
+class ProcessEnd:
+    """End of a process.
 
     Attributes:
-        answer: What it sent; None if it sent nothing.
-        code: Its exit code, or minus the number of the signal that ended it.
-        peak_bytes: The peak of its memory.
-        seconds: Its wall time.
-        stopped: Why it was killed here: ``timeout``, ``unwanted`` or ``orphaned`` (what starts the processes has
-            ended, which is then not known of this one).
+        answer: Answer of the process; None if it sent nothing.
+        code: Exit code, or minus the number of the signal that ended the process.
+        peak_bytes: Peak memory.
+        seconds: Wall time.
+        stopped: Reason for which the process was killed here: ``timeout``, ``unwanted`` or ``orphaned`` (the server
+            has ended, so that the exit code is unknown); None if it was not.
     """
 
     answer: bytes | None
@@ -59,14 +59,14 @@ class Ended:
 
 
 class Server:
-    """A process that has imported what cells need and forks one for each of them.
+    """A process that has imported what runs need, and forks one process per run.
 
     Args:
-        threads: Of the libraries that count them when they are loaded.
-        modules: What is imported beforehand.
+        threads: Number of threads of the libraries that read it from the environment when they are loaded.
+        modules: Modules to import beforehand.
 
     Attributes:
-        running: How many cells it has, counted by those who give them to it.
+        running: Number of runs in progress, counted by the callers.
     """
 
     def __init__(self, threads: int, modules: Sequence[str]) -> None:
@@ -78,22 +78,22 @@ class Server:
         self._socket, self._lock = ours, threading.Lock()
         self.running = 0
         self._process = subprocess.Popen(
-            # -P: what is in the current folder has no precedence. Not -m, which would load this module twice.
+            # -P: modules in the current folder have no precedence. Not -m, which would load this module twice.
             [sys.executable, "-P", "-c", f"import {__name__} as p; p.main()", str(theirs.fileno()), *modules],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # ours is for tables, not for what a module prints when it is imported
+            stdout=subprocess.DEVNULL,  # standard output is for tables, not for messages of imported modules
             env={**os.environ, **count, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-            start_new_session=True,  # Ctrl-C is for the one that runs the sweep
+            start_new_session=True,  # Ctrl-C is for the process that runs the sweep
         )
         theirs.close()
 
-    def alive(self) -> bool:
-        """Say whether it can start processes."""
+    def is_alive(self) -> bool:
+        """Return whether the server can start processes."""
         return self._process.poll() is None and self._socket.fileno() >= 0
 
     def close(self) -> None:
-        """End it, and all that it has started."""
+        """End the server and all processes that it has started."""
         with self._lock:
             self._socket.close()
         try:
@@ -102,18 +102,18 @@ class Server:
             self._process.kill()
             self._process.wait()
 
-    def run(self, request: bytes, file: Path, timeout: float | None, wanted: Callable[[], bool]) -> Ended:
-        """Do a request in a process of its own.
+    def run(self, request: bytes, file: Path, timeout: float | None, wanted: Callable[[], bool]) -> ProcessEnd:
+        """Execute a request in a new process.
 
         Args:
-            request: What the process is sent.
-            file: Where the beginning and the end of what it writes to its console are kept; none if it writes nothing.
-            timeout: Seconds from its start after which it is killed.
-            wanted: Asked twice a second; it is killed when it is not.
+            request: Request that is sent to the process.
+            file: File for the beginning and the end of its console output; not created without output.
+            timeout: Seconds after its start at which the process is killed; None for no limit.
+            wanted: Called twice a second; the process is killed if it returns False.
 
         Raises:
-            ConnectionError: The server has ended before it could start one.
-            OSError: It could not start one.
+            ConnectionError: The server ended before it could start the process.
+            OSError: The server could not start the process.
         """
         ours, theirs = socket.socketpair()
         ending, ended = os.pipe()
@@ -133,14 +133,14 @@ class Server:
                 os.close(writing)
             pid = _read(end.fileno(), _PID)
             if pid is None:
-                raise ConnectionError("the process that starts the cells has ended")
+                raise ConnectionError("the process that starts the runs has ended")
             if pid[0] < 0:
                 raise OSError(-pid[0], os.strerror(-pid[0]))
             started = time.perf_counter()
             try:
-                with suppress(OSError):  # it has ended already, which is then what there is to say
+                with suppress(OSError):  # it has ended already; its exit code tells the rest
                     connection.send_bytes(request)
-                answer, stopped = _watched(connection, end.fileno(), output, timeout, wanted)
+                answer, stopped = _watch(connection, end.fileno(), output, timeout, wanted)
                 if stopped:
                     _kill(pid[0])
                 seconds = time.perf_counter() - started
@@ -148,23 +148,23 @@ class Server:
             except BaseException:
                 _kill(pid[0])
                 raise
-        if status is None:  # the server was killed, which leaves the process behind
+        if status is None:  # the server was killed, and the process may still run
             _kill(pid[0])
-            return Ended(answer, -signal.SIGKILL, None, seconds, stopped or (None if answer else "orphaned"))
-        return Ended(answer, os.waitstatus_to_exitcode(status[0]), status[1], seconds, stopped)
+            return ProcessEnd(answer, -signal.SIGKILL, None, seconds, stopped or (None if answer else "orphaned"))
+        return ProcessEnd(answer, os.waitstatus_to_exitcode(status[0]), status[1], seconds, stopped)
 
 
-def _watched(
+def _watch(
     connection: Connection, end: int, output: Output, timeout: float | None, wanted: Callable[[], bool]
 ) -> tuple[bytes | None, str | None]:
-    """Wait for the answer of a process, its end, its time, or until it is not wanted; say which of the last two."""
+    """Wait for an answer, the end, the timeout, or ``wanted`` to be False; return the answer and why to kill it."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     look = time.monotonic() + _LOOK
     watched: list[Connection | int] = [connection, end, output.descriptor]
     while True:
         ready: Sequence[object] = wait(watched, max(min(look, deadline) - time.monotonic(), 0.0))
         if output.descriptor in ready and not output.read():
-            watched.remove(output.descriptor)  # nothing can write there any more
+            watched.remove(output.descriptor)  # all writers have closed the pipe
         if connection in ready:
             try:
                 return connection.recv_bytes(), None
@@ -191,7 +191,7 @@ def _read(descriptor: int, form: struct.Struct) -> tuple[int, ...] | None:
 
 
 def _kill(pid: int) -> None:
-    """Kill a process and those that it has started."""
+    """Kill a process and the processes that it has started."""
     with suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -200,16 +200,16 @@ def _kill(pid: int) -> None:
 
 
 def serve(control: socket.socket) -> None:
-    """Fork a process for each message until the other end is closed; then kill those that still run."""
-    from curvlab.grid.cell import work
+    """Fork a process for each message until the other end is closed; then kill the remaining processes."""
+    from curvlab.grid.run_process import execute_request
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # only a handler makes it wake up
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler the signal would not wake the loop
     woken, wake = os.pipe()
     os.set_blocking(woken, False)
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
-    running: dict[int, int] = {}  # process id -> where to say how it ended
+    running: dict[int, int] = {}  # process id -> pipe for its wait status
     gc.collect()
     gc.freeze()
     while True:
@@ -239,15 +239,15 @@ def serve(control: socket.socket) -> None:
             control.close()
             for descriptor in (woken, wake, end, *running.values()):
                 os.close(descriptor)
-            faulthandler.enable()  # a crash is then told in what the cell has written
+            faulthandler.enable()  # a crash writes its traceback to the output of the run
             code = 1
             try:
-                work(Connection(theirs), output)
+                execute_request(Connection(theirs), output)
                 code = 0
             finally:
-                os._exit(code)  # none of what the server has to do at its end
+                os._exit(code)  # skip the exit handlers of the server
         with suppress(OSError):
-            os.setpgid(pid, pid)  # here too: whoever is first
+            os.setpgid(pid, pid)  # in the parent too, since either may be first
         os.close(theirs)
         os.close(output)
         running[pid] = end
@@ -265,25 +265,25 @@ def _reap(running: dict[int, int]) -> None:
         end = running.pop(pid, None)
         if end is None:
             continue
-        _kill(pid)  # what it has started and left behind
+        _kill(pid)  # processes that it has started and left behind
         peak = usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        with suppress(OSError):  # whoever wanted to know has ended
+        with suppress(OSError):  # the caller has ended
             os.write(end, _END.pack(status, peak))
         os.close(end)
 
 
 def main() -> None:
-    """Import what cells need, and serve."""
+    """Import the modules that runs need, and serve."""
     for module in sys.argv[2:]:
-        with suppress(Exception):  # a cell will tell it better
+        with suppress(Exception):  # the run reports the error better
             import_module(module)
     serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # at Python's own end some libraries print what they have not tidied up
+    os._exit(0)  # some libraries print messages in their exit handlers
 
 
 # The servers of this process -----------------------------------------------------------------------------------------
 
-_servers: dict[tuple[int, str, str], Server] = {}  # by number of threads, module and code
+_servers: dict[tuple[int, str, str], Server] = {}  # by number of threads, module and fingerprints of the code
 _lock = threading.Lock()
 
 
@@ -295,17 +295,17 @@ def run(
     file: Path,
     timeout: float | None,
     wanted: Callable[[], bool],
-) -> Ended:
-    """Do a request for a function in a process of its own; the first one starts the server.
+) -> ProcessEnd:
+    """Execute a request for a function in a new process; the first request starts a server.
 
     Args:
-        function: ``module:name``; its module is imported beforehand.
-        threads: Of the process.
-        code: What is known of the code: a server that has imported another one is not used.
-        request: As ``Server.run`` takes it, and all that follows.
-        file: Likewise.
-        timeout: Likewise.
-        wanted: Likewise.
+        function: ``module:name``; the server imports the module beforehand.
+        threads: Number of threads of the process.
+        code: Fingerprints of the code; a server that has imported other code is not used.
+        request: As for ``Server.run``.
+        file: As for ``Server.run``.
+        timeout: As for ``Server.run``.
+        wanted: As for ``Server.run``.
 
     Raises:
         CurvlabError: No process can be started.
@@ -313,12 +313,12 @@ def run(
     module = function.partition(":")[0]
     name = threads, module, code
     ended = None
-    for _ in range(2):  # a server may have been killed: memory is short where cells are
+    for _ in range(2):  # the server may have been killed for want of memory
         if not wanted():
-            return Ended(None, 0, None, 0.0, "unwanted")
+            return ProcessEnd(None, 0, None, 0.0, "unwanted")
         with _lock:
             server = _servers.get(name)
-            if server is None or not server.alive():
+            if server is None or not server.is_alive():
                 server = _servers[name] = Server(threads, [*_PRELOADED, module])
             server.running += 1
         try:
@@ -331,26 +331,26 @@ def run(
             if not wanted():
                 break
             raise CurvlabError(
-                f"no process can be started for a cell: {error.strerror}; are too many at work?"
+                f"cannot start a process for a run: {error.strerror}; end other processes, or use fewer --jobs"
             ) from error
         finally:
             with _lock:
                 server.running -= 1
-        with _lock:  # it has ended, even if that is not yet to be seen of the process
+        with _lock:  # it has ended, even if poll does not show it yet
             if _servers.get(name) is server:
                 del _servers[name]
     if ended is not None:
         return ended
     if not wanted():
-        return Ended(None, 0, None, 0.0, "unwanted")
+        return ProcessEnd(None, 0, None, 0.0, "unwanted")
     raise CurvlabError(
-        "the process that starts the cells has ended twice without starting one; "
-        f"is there memory left, and can {module} be imported?"
+        "the process that starts the runs has ended twice without starting one; "
+        f"check that there is memory left and that {module} can be imported"
     )
 
 
 def close_idle() -> None:
-    """End the servers of this process that have no cell running."""
+    """End the servers of this process that have no run in progress."""
     with _lock:
         for key in [key for key, server in _servers.items() if not server.running]:
             _servers.pop(key).close()

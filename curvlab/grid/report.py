@@ -1,4 +1,4 @@
-"""What a store is told as: lines for the console, files for other programs."""
+"""Reports on a store: lines for the console, and files for other programs."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from curvlab.errors import CurvlabError
 from curvlab.files import write_whole
-from curvlab.grid.running import folder_of
+from curvlab.grid.running import run_folder
 from curvlab.grid.store import Store
 from curvlab.text import quote_formula, significant
 
@@ -20,56 +20,59 @@ _HOUR = 3600
 
 
 def print_status(console: Console, store: Store) -> None:
-    """Print how many cells are done, failed and absent, and what is to be known of them."""
+    """Print the numbers of runs that are done, failed and absent, the total time, and notes on them."""
     tally = store.tally()
     total = tally["done"] + tally["failed"] + tally["absent"]
-    failed = ", ".join(f"{count} {kind}" for kind, count in store.kinds().items())
+    failed = ", ".join(f"{count} {kind}" for kind, count in store.count_failures().items())
     seconds = store.seconds()
     time = f"{seconds / _HOUR:.1f} hours" if seconds > _HOUR else f"{seconds:.1f} seconds"
     lines = [
-        f"{total:,} cells: {tally['done']:,} done, {tally['failed']:,} failed{f' ({failed})' if failed else ''}, "
+        f"{total:,} runs: {tally['done']:,} done, {tally['failed']:,} failed{f' ({failed})' if failed else ''}, "
         f"{tally['absent']:,} absent; {time} of work."
     ]
     if tally["earlier"]:
-        lines.append(f"{tally['earlier']:,} more, of other configurations or versions, are kept.")
+        lines.append(f"{tally['earlier']:,} more runs, of other configurations or versions, are kept.")
     if (states := len(store.software())) > 1:
-        lines.append(f"{states} different versions or states of the code were used: cell.software in the export.")
+        lines.append(f"The runs used {states} versions or states of the code: see run.software in the export.")
     _print(console, *lines)
 
 
 def print_failures(console: Console, store: Store) -> None:
-    """Print the failed cells, a line each: the cell, how it failed, its axes and the error."""
-    for cell in store.failed():
-        axes = {name: value for name, value in cell["axes"].items() if value is not None}
-        if cell["seed"] is not None:
-            axes["seed"] = cell["seed"]
+    """Print one line per failed run: its key, the kind of failure, its axes and the error."""
+    for run in store.failed_runs():
+        axes = {name: value for name, value in run["axes"].items() if value is not None}
+        if run["seed"] is not None:
+            axes["seed"] = run["seed"]
         named = " ".join(f"{name}={value}" for name, value in axes.items())
-        _print(console, f"{cell['key'][:8]}  {cell['kind']:7}  {named}: {cell['error']}")
+        _print(console, f"{run['key'][:8]}  {run['kind']:7}  {named}: {run['error']}")
 
 
 def print_failure(console: Console, store: Store, key: str) -> None:
-    """Print all that is known of a failed cell, the traceback too.
+    """Print everything that is known of a failed run, with its traceback.
 
     Args:
-        console: Where to.
-        store: Which has it.
-        key: Of the cell, or how it begins.
+        console: Console to print to.
+        store: Store that contains the run.
+        key: Key of the run, or its beginning.
 
     Raises:
-        CurvlabError: No failed cell, or more than one, has a key that begins so.
+        CurvlabError: No failed run, or more than one, has a key with this beginning.
     """
-    found = [cell for cell in store.failed() if cell["key"].startswith(key)]
+    found = [run for run in store.failed_runs() if run["key"].startswith(key)]
     if len(found) != 1:
-        raise CurvlabError(f"{len(found) or 'no'} failed cells of {store.path} have a key that begins with {key!r}")
-    (cell,) = found
-    folder = folder_of(store.path, cell["key"])
+        raise CurvlabError(
+            f"{len(found) or 'no'} failed runs of {store.path} have a key that begins with {key!r}; give the key of "
+            "one, as the command failed lists them"
+        )
+    (run,) = found
+    folder = run_folder(store.path, run["key"])
     _print(
         console,
-        f"{cell['key']}  {cell['kind']}: {cell['error']}",
-        f"on {cell['host']}, after {significant(cell['seconds'])} seconds, at the attempt number {cell['attempts']}",
-        json.dumps(cell["config"], ensure_ascii=False),
-        *([f"What it has left is in {folder}."] if folder.is_dir() else []),
-        cell["traceback"] or "There is no traceback.",
+        f"{run['key']}  {run['kind']}: {run['error']}",
+        f"on {run['host']}, after {significant(run['seconds'])} seconds, in attempt {run['attempts']}",
+        json.dumps(run["config"], ensure_ascii=False),
+        *([f"Its files are in {folder}."] if folder.is_dir() else []),
+        run["traceback"] or "There is no traceback.",
     )
 
 
@@ -79,11 +82,11 @@ def _print(console: Console, *lines: str) -> None:
 
 
 def write_csv(frame: pd.DataFrame) -> str:
-    """Return a table as CSV: every digit, nothing for None, ``nan``, ``inf`` and ``-inf`` as Python writes them.
+    """Return a table as CSV: all digits, an empty field for None, and ``nan``, ``inf`` and ``-inf`` as in Python.
 
-    A text is one line, and behind an apostrophe where a spreadsheet would compute it.
+    Line breaks in a text are escaped, and a text that a spreadsheet would evaluate gets an apostrophe before it.
     """
-    # Not by pandas, which would make numbers with an exponent of integers beside a gap.
+    # Not with pandas, which writes integers with an exponent in a column with a gap.
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(map(quote_formula, frame.columns))
@@ -92,10 +95,10 @@ def write_csv(frame: pd.DataFrame) -> str:
 
 
 def write_parquet(frame: pd.DataFrame) -> bytes:
-    """Return a table as Parquet, None as null; a column of several types becomes one of strings.
+    """Return a table as Parquet, with None as null; a column of several types is written as strings.
 
     Raises:
-        CurvlabError: There is no pyarrow.
+        CurvlabError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -115,16 +118,15 @@ def write_parquet(frame: pd.DataFrame) -> bytes:
 
 
 def save(frame: pd.DataFrame, file: Path) -> None:
-    """Write a table to a file, as its name ends: ``.csv`` or ``.parquet``.
+    """Write a table to a file in the format of its suffix, ``.csv`` or ``.parquet``.
 
     Raises:
-        CurvlabError: It ends otherwise, or cannot be written.
+        CurvlabError: The file has another suffix, or cannot be written.
     """
     if file.suffix == ".csv":
-        write_whole(
-            file, write_csv(frame).encode(errors="backslashreplace")
-        )  # a file of a configuration may be so named
+        # A configuration may contain a file name that UTF-8 cannot encode.
+        write_whole(file, write_csv(frame).encode(errors="backslashreplace"))
     elif file.suffix == ".parquet":
         write_whole(file, write_parquet(frame))
     else:
-        raise CurvlabError(f"a table is exported to a file that ends in .csv or .parquet, not to {file}")
+        raise CurvlabError(f"cannot export a table to {file}: give a file that ends in .csv or .parquet")

@@ -1,9 +1,9 @@
-"""The engine: cells that are not done yet are run, each in a process of its own, and what becomes of them is stored.
+"""The engine of sweeps: execute the missing runs, each in its own process, and store their outcomes.
 
-They are distributed over threads of this process by joblib, or over the workers of a cluster by Dask. Either runs
-``supervise`` of ``curvlab.grid.supervision``, which starts the process of a cell and waits for its end, whatever that
-is. Only the process that called ``run`` writes the store. All cells have the same number of threads, however many run
-at once, so that their numbers do not depend on it.
+joblib distributes the runs over threads of this process, or Dask distributes them over the workers of a cluster. Both
+call ``supervise`` of ``curvlab.grid.supervision``, which starts the process of a run and waits until it ends. Only the
+process that called ``run`` writes the store. The process of a run has the same number of threads however many runs
+are executed at once, so that no number depends on it.
 """
 
 import threading
@@ -17,77 +17,77 @@ import joblib
 
 from curvlab.errors import CurvlabError
 from curvlab.grid import processes
-from curvlab.grid.cell import Cell, Outcome, canonical
 from curvlab.grid.code import fingerprints
-from curvlab.grid.store import Store, writing
+from curvlab.grid.run_spec import Outcome, RunSpec, canonical
+from curvlab.grid.store import Store, write_store
 from curvlab.grid.supervision import Task, forget_software, supervise
 from curvlab.progress import progress
 
 
 def run(
-    cells: Sequence[Cell],
+    specs: Sequence[RunSpec],
     store: Path,
     *,
     jobs: int | None = None,
     threads: int = 1,
     scheduler: str | None = None,
-    cell_timeout: float | None = None,
+    run_timeout: float | None = None,
     retry_failed: bool = False,
     data_root: Path | None = None,
     offline: bool = False,
     data: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """Run the cells that the store does not have yet.
+    """Execute the runs of a sweep that the store does not have yet.
 
     Args:
-        cells: The sweep; a cell that comes twice is one.
-        store: The file; made where there is none. Beside it comes a folder for the cells' own folders.
-        jobs: How many cells run at once; None for as many as the cores bear.
-        threads: Of the process of a cell.
-        scheduler: Address of a Dask scheduler, whose workers then run the cells, a thread of theirs one cell.
-        cell_timeout: Seconds after which a cell is killed; None for no limit.
-        retry_failed: Run the failed cells again.
-        data_root: Where data sets are kept.
-        offline: Never touch the network.
-        data: Names of data sets and files that the cells read, and their fingerprints: the store is not continued
-            with others, and the workers of a cluster must have the same.
+        specs: Runs of the sweep; equal ones are one run.
+        store: File of the store; created if it does not exist. The folders of the runs are in ``STORE.runs`` beside it.
+        jobs: Number of runs at once; None for the number of cores divided by ``threads``.
+        threads: Number of threads of the process of a run.
+        scheduler: Address of a Dask scheduler whose workers execute the runs, one run per thread of a worker.
+        run_timeout: Seconds after which a run is killed; None for no limit.
+        retry_failed: Execute the failed runs again.
+        data_root: Folder of the data sets; None for the default one.
+        offline: Do not use the network.
+        data: Names of the data sets and files that the runs read -> their fingerprints. A store is not continued with
+            other data, and the workers of a cluster must have the same.
 
     Returns:
-        How many cells are ``done``, ``failed`` and ``absent``, and how many the store has of earlier sweeps.
+        The numbers of runs that are ``done``, ``failed`` and ``absent``, and of those of ``earlier`` sweeps.
 
     Raises:
-        CurvlabError: The store or the cluster cannot be used, now or any more; what is finished is in the store.
+        CurvlabError: The store or the cluster cannot be used, or no longer; finished runs are in the store.
     """
     if jobs is None:
         jobs = max(1, joblib.cpu_count() // threads)
     forget_software()
-    unique = {cell.key: cell for cell in cells}
-    with writing(store) as opened:
+    unique = {spec.key: spec for spec in specs}
+    with write_store(store) as opened:
         opened.register(list(unique.values()), data or {})
-        todo = opened.open_cells(retry_failed)
-        open_cells = [cell for cell in unique.values() if cell.key in todo]
-        code = canonical(fingerprints({cell.function for cell in open_cells}))
-        tasks = [_task(cell, store, threads, cell_timeout, data_root, offline, code) for cell in open_cells]
+        keys = opened.pending_runs(retry_failed)
+        pending = [spec for spec in unique.values() if spec.key in keys]
+        code = canonical(fingerprints({spec.function for spec in pending}))
+        tasks = [_make_task(spec, store, threads, run_timeout, data_root, offline, code) for spec in pending]
         if tasks:
-            outcomes = _local(tasks, jobs) if scheduler is None else _cluster(tasks, scheduler, data or {})
+            outcomes = _run_here(tasks, jobs) if scheduler is None else _run_on_cluster(tasks, scheduler, data or {})
             _store_outcomes(opened, outcomes, len(tasks), jobs if scheduler is None else None)
         return opened.tally()
 
 
-def folder_of(store: Path, key: str) -> Path:
-    """Return the folder that a cell is given, which is there if the cell has left something in it."""
-    store = store.resolve()  # not by another name: a cell must find its checkpoint
-    return store.with_name(f"{store.name}.cells") / key
+def run_folder(store: Path, key: str) -> Path:
+    """Return the folder of a run, which exists if the run has left files in it."""
+    store = store.resolve()  # under any name of the store a run must find its checkpoint
+    return store.with_name(f"{store.name}.runs") / key
 
 
-def _task(
-    cell: Cell, store: Path, threads: int, timeout: float | None, data_root: Path | None, offline: bool, code: str
+def _make_task(
+    spec: RunSpec, store: Path, threads: int, timeout: float | None, data_root: Path | None, offline: bool, code: str
 ) -> dict[str, Any]:
     return {
-        "key": cell.key,
-        "function": cell.function,
-        "config": dict(cell.config),
-        "folder": str(folder_of(store, cell.key)),
+        "key": spec.key,
+        "function": spec.function,
+        "config": dict(spec.config),
+        "folder": str(run_folder(store, spec.key)),
         "cwd": str(Path.cwd()),
         "data_root": None if data_root is None else str(Path(data_root).absolute()),
         "offline": offline,
@@ -104,7 +104,7 @@ def _store_outcomes(store: Store, outcomes: Iterator[Outcome], total: int, jobs:
         running = "" if jobs is None else f"{min(jobs, left)} running, "
         return f"{running}{failed} failed"
 
-    # Closed at the end, whatever that is: an iterator that is not finished has processes under it.
+    # Always closed: an unfinished iterator still has processes running.
     with progress("sweep", total) as advance, closing(outcomes):  # type: ignore[type-var]
         advance(0, note=note())
         for outcome in outcomes:
@@ -114,27 +114,27 @@ def _store_outcomes(store: Store, outcomes: Iterator[Outcome], total: int, jobs:
             advance(note=note())
 
 
-def _local(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+def _run_here(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     stopping = threading.Event()
     call = joblib.delayed(supervise)
     parallel = joblib.Parallel(jobs, backend="threading", return_as="generator_unordered", batch_size=1)
     outcomes = parallel(call(task, lambda: not stopping.is_set()) for task in tasks)
     try:
         for outcome in outcomes:  # noqa: UP028
-            # Not yield from: what runs is to be ended before joblib waits for it.
+            # Not yield from: the processes must be killed before joblib waits for their threads.
             yield outcome
     finally:
         stopping.set()
         processes.close()
-        with warnings.catch_warnings(action="ignore"):  # that tasks are not finished: it is why we are here
+        with warnings.catch_warnings(action="ignore"):  # joblib warns of unfinished tasks
             outcomes.close()
 
 
-def _cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+def _run_on_cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
     try:
-        from curvlab.grid.cluster import distributed
+        from curvlab.grid.cluster import run_tasks
     except ImportError as error:
         raise CurvlabError(
-            f"--scheduler needs Dask, and there is no {error.name}: pip install 'curvlab[cluster]'"
+            f"--scheduler needs Dask, and {error.name} is not installed: pip install 'curvlab[cluster]'"
         ) from error
-    yield from distributed(tasks, address, data)
+    yield from run_tasks(tasks, address, data)

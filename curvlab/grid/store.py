@@ -1,4 +1,4 @@
-"""The store of a sweep: one SQLite file that one process writes and any may read."""
+"""Store of a sweep: one SQLite file with a single writer and any number of readers."""
 
 import json
 import sqlite3
@@ -15,7 +15,7 @@ from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
 from curvlab.grid import checksums
 from curvlab.grid.aggregates import add_aggregates
-from curvlab.grid.cell import Cell, Outcome, canonical
+from curvlab.grid.run_spec import Outcome, RunSpec, canonical
 from curvlab.grid.schema import make_tables
 from curvlab.grid.sqlite_errors import report_errors
 from curvlab.grid.store_file import check, connect_reader, exists, lock, resolve
@@ -23,13 +23,13 @@ from curvlab.grid.tables import read_records, record_table, summary_table, varie
 
 
 class Store:
-    """The cells of a sweep and what became of them.
+    """The runs of a sweep and their outcomes.
 
-    Made by ``reading`` and ``writing``. All tables are of the sweep as it was last run: cells that are no more of it,
-    by their configuration or version, are kept and counted, and come back with the sweep that has them.
+    Opened by ``read_store`` and ``write_store``. All tables cover the most recent sweep. Runs of earlier sweeps with
+    other configurations or versions are kept and counted, and are used again by a sweep that contains them.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -39,67 +39,67 @@ class Store:
 
     # Writing
 
-    def register(self, cells: Sequence[Cell], data: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Enter the cells of the sweep, in its order; what is known of those that were there stays.
+    def register(self, specs: Sequence[RunSpec], data: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Set the runs of the sweep, in its order; outcomes of runs that the store has already are kept.
 
         Args:
-            cells: The sweep.
-            data: Names of data sets and files that the cells read, and their fingerprints.
+            specs: Runs of the sweep.
+            data: Names of the data sets and files that the runs read -> their fingerprints.
 
         Raises:
-            CurvlabError: The store was begun with other data.
+            CurvlabError: Runs in the store have read other data.
         """
         rows = [
             (
-                cell.key,
-                cell.point,
+                spec.key,
+                spec.point,
                 position,
-                cell.name or cell.function,
-                cell.version,
-                canonical(cell.config),
-                _seed(cell),
-                cell.seed,
+                spec.name or spec.function,
+                spec.version,
+                canonical(spec.config),
+                _find_seed(spec),
+                spec.seed_key,
             )
-            for position, cell in enumerate(cells)
+            for position, spec in enumerate(specs)
         ]
-        with self._writes() as connection:
+        with self._transaction() as connection:
             known = dict(connection.execute("SELECT name, fingerprint FROM data"))
             if other := [name for name, fingerprint in data.items() if known.get(name, fingerprint) != fingerprint]:
                 raise CurvlabError(
-                    f"{other[0]} is not what it was for the cells that {self.path} has, and one table would mix them; "
-                    "put back what it was, or choose another store (--out)"
+                    f"the runs in {self.path} have read other data of {other[0]}, and one table must not mix them; "
+                    "restore the former data, or choose another store (--out)"
                 )
             connection.executemany("INSERT OR IGNORE INTO data (name, fingerprint) VALUES (?, ?)", data.items())
             checksums.sign(connection, "data", "checksum IS NULL")
             before = connection.execute(
-                "SELECT key, point FROM cells WHERE position IS NOT NULL ORDER BY position"
+                "SELECT key, point FROM runs WHERE position IS NOT NULL ORDER BY position"
             ).fetchall()
             if [row[:2] for row in rows] == before:
                 return
-            connection.execute("UPDATE cells SET position = NULL")
+            connection.execute("UPDATE runs SET position = NULL")
             connection.executemany(
-                "INSERT INTO cells (key, point, position, name, version, config, seed, seed_name) "
+                "INSERT INTO runs (key, point, position, name, version, config, seed, seed_key) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET position = excluded.position, "
-                "point = excluded.point, seed = excluded.seed, seed_name = excluded.seed_name",
+                "point = excluded.point, seed = excluded.seed, seed_key = excluded.seed_key",
                 rows,
             )
-            checksums.sign(connection, "cells")
+            checksums.sign(connection, "runs")
 
-    def open_cells(self, retry_failed: bool = False) -> set[str]:
-        """Return the keys of the cells that are to be run: the absent ones, and with ``retry_failed`` the failed."""
+    def pending_runs(self, retry_failed: bool = False) -> set[str]:
+        """Return the keys of the runs to execute: the absent ones, and with ``retry_failed`` also the failed ones."""
         statuses = ("absent", "failed") if retry_failed else ("absent", "absent")
-        rows = self._rows("SELECT key FROM cells WHERE position IS NOT NULL AND status IN (?, ?)", statuses)
+        rows = self._rows("SELECT key FROM runs WHERE position IS NOT NULL AND status IN (?, ?)", statuses)
         return {key for (key,) in rows}
 
     def finish(self, outcome: Outcome) -> None:
-        """Record what became of a cell, in one transaction; of a cell that is done nothing is changed."""
+        """Store the outcome of a run in one transaction; a run that is done already does not change."""
         software = canonical(outcome.software) if outcome.software else None
-        with self._writes() as connection:
+        with self._transaction() as connection:
             if software is not None:
                 connection.execute("INSERT OR IGNORE INTO software (described) VALUES (?)", (software,))
                 checksums.sign(connection, "software", "checksum IS NULL")
             changed = connection.execute(
-                "UPDATE cells SET status = ?, kind = ?, error = ?, traceback = ?, attempts = attempts + 1, "
+                "UPDATE runs SET status = ?, kind = ?, error = ?, traceback = ?, attempts = attempts + 1, "
                 "seconds = ?, peak_bytes = ?, host = ?, threads = ?, ended = ?, "
                 "software = (SELECT id FROM software WHERE described = ?) WHERE key = ? AND status <> 'done'",
                 (
@@ -118,97 +118,98 @@ class Store:
             ).rowcount
             if not changed:
                 return
-            checksums.sign(connection, "cells", "key = ?", (outcome.key,))
-            connection.execute("DELETE FROM entries WHERE cell = ?", (outcome.key,))
+            checksums.sign(connection, "runs", "key = ?", (outcome.key,))
+            connection.execute("DELETE FROM entries WHERE run = ?", (outcome.key,))
             connection.executemany(
-                "INSERT INTO entries (cell, row, number, name, type, value) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO entries (run, row, number, name, type, value) VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (outcome.key, row, number, name, type(value).__name__, value)
                     for row, record in enumerate(outcome.records)
                     for number, (name, value) in enumerate(record.items())
                 ],
             )
-            checksums.sign(connection, "entries", "cell = ?", (outcome.key,))
+            checksums.sign(connection, "entries", "run = ?", (outcome.key,))
 
     # Reading
 
     def tally(self) -> dict[str, int]:
-        """Return how many cells are ``done``, ``failed`` and ``absent``, and how many are kept of earlier sweeps."""
+        """Return the numbers of runs: ``done``, ``failed``, ``absent``, and those of ``earlier`` sweeps."""
         counts = dict.fromkeys(("done", "failed", "absent", "earlier"), 0)
         return counts | dict(
             self._rows(
                 "SELECT CASE WHEN position IS NULL THEN 'earlier' ELSE status END AS what, count(*) "
-                "FROM cells GROUP BY what"
+                "FROM runs GROUP BY what"
             )
         )
 
-    def failed(self) -> list[dict[str, Any]]:
-        """Return the failed cells in the order of the sweep: their columns, and what sets them apart as ``axes``."""
+    def failed_runs(self) -> list[dict[str, Any]]:
+        """Return the failed runs in the order of the sweep: their columns, and ``axes`` with the values of the axes."""
         columns = ("key", "kind", "error", "traceback", "seed", "seconds", "peak_bytes", "host", "attempts", "config")
         rows = self._rows(
-            f"SELECT {', '.join(columns)} FROM cells WHERE position IS NOT NULL AND status = 'failed' ORDER BY position"
+            f"SELECT {', '.join(columns)} FROM runs WHERE position IS NOT NULL AND status = 'failed' ORDER BY position"
         )
         varied = self.axes()
         found = []
         for row in rows:
-            cell = dict(zip(columns, row, strict=True))
-            config = json.loads(cell["config"])
-            found.append(cell | {"config": config, "axes": {name: config.get(name) for name in varied}})
+            run = dict(zip(columns, row, strict=True))
+            config = json.loads(run["config"])
+            found.append(run | {"config": config, "axes": {name: config.get(name) for name in varied}})
         return found
 
     def axes(self) -> list[str]:
-        """Return the keys whose values differ between the configurations of the sweep, the seed left out."""
+        """Return the keys whose values differ between the configurations of the sweep, except the key of the seed."""
         return varied_keys(self._rows)
 
-    def kinds(self) -> dict[str, int]:
-        """Return how many cells have failed in which way."""
+    def count_failures(self) -> dict[str, int]:
+        """Return the number of failed runs by kind of failure."""
         return dict(
             self._rows(
-                "SELECT kind, count(*) FROM cells WHERE position IS NOT NULL AND status = 'failed' "
+                "SELECT kind, count(*) FROM runs WHERE position IS NOT NULL AND status = 'failed' "
                 "GROUP BY kind ORDER BY kind"
             )
         )
 
     def software(self) -> dict[int, dict[str, Any]]:
-        """Return the versions and states of the code that the cells of the sweep were computed with, by their number.
+        """Return the software that the runs of the sweep have used: id -> versions and git state.
 
-        It is one, unless the sweep was continued with others.
+        There is more than one if the sweep was continued with other software.
         """
-        query = "SELECT id, described FROM software WHERE id IN (SELECT software FROM cells WHERE position IS NOT NULL)"
+        query = "SELECT id, described FROM software WHERE id IN (SELECT software FROM runs WHERE position IS NOT NULL)"
         return {number: json.loads(text) for number, text in self._rows(query)}
 
     def seconds(self) -> float:
-        """Return the seconds that the cells of the sweep have taken, added up."""
-        ((seconds,),) = self._rows("SELECT total(seconds) FROM cells WHERE position IS NOT NULL")
+        """Return the total wall time of the runs of the sweep, in seconds."""
+        ((seconds,),) = self._rows("SELECT total(seconds) FROM runs WHERE position IS NOT NULL")
         return float(seconds)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of the cells that are done, as the cells returned them, in the order of the sweep."""
+        """Return the records of the runs that are done, as they were returned, in the order of the sweep."""
         return [record for key, record in read_records(self._rows) if key[1] == "done"]
 
     def table(self) -> pd.DataFrame:
-        """Return a row a record: the cell, its axes (``config.NAME``), the record, what it took, and how it failed.
+        """Return a table with one row per record.
 
-        A cell without records, failed or absent, has a row too.
+        Its columns are the run, its axes (``config.NAME``), the record, and the cost and the error of the run. A run
+        without records, failed or absent, has one row.
         """
         return record_table(self._rows)
 
     def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return means and standard deviations over the seeds, a row a configuration and group of records.
+        """Return means and standard deviations over the seeds, one row per configuration and group of records.
 
         Args:
-            by: The keys of the records that make a group; strings always do.
-            values: The keys of the numbers to average; None for all but ``seed``.
+            by: Record keys that define the groups, in addition to every key with string values.
+            values: Record keys of the numbers to average; None for all except ``seed``.
 
         Returns:
-            The axes, the keys ``by``, ``seeds`` (done), ``failed`` and ``absent`` (how many more there should be) and
-            for each value its mean and ``<value>_std`` (n - 1; missing for one seed). Where a record of the group has
-            None or an infinite number, the mean is missing too. Booleans have none. Bit for bit the same in whatever
-            order the cells ended.
+            A table with the axes, the keys of the groups, the numbers of runs that are done (``seeds``), ``failed``
+            and ``absent``, and for each value its mean and ``<value>_std`` (n - 1; missing for one seed). Both are
+            missing if a record of the group has None or an infinite number. Booleans are not averaged. The result
+            does not depend on the order in which the runs ended, to the bit.
 
         Raises:
-            CurvlabError: No record has such a key, a seed has several records in a group, or one of the values is
-                called as another one's standard deviation.
+            CurvlabError: No record has a given key, a run has several records in a group, or a value has the name of
+                the standard deviation of another value.
         """
         return summary_table(self._rows, by, values)
 
@@ -217,29 +218,30 @@ class Store:
             return self._connection.execute(query, values).fetchall()
 
     @contextmanager
-    def _writes(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         with report_errors(self.path), self._connection:  # commits, or rolls back
             self._connection.execute("BEGIN IMMEDIATE")
             yield self._connection
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Store]:
-    """Open a store as its one writer; make it where there is none. One without checksums is given them.
+def write_store(path: Path) -> Iterator[Store]:
+    """Open a store as its only writer; create it if it does not exist.
 
     Raises:
-        CurvlabError: Another process writes it, it cannot be written, it is damaged, of a newer version or no store.
+        CurvlabError: Another process writes the store, or the file is not writable, damaged, not a store, or a store
+            of another format.
     """
-    path = resolve(path)  # under any name it has one lock
+    path = resolve(path)  # one lock for all names of the file
     make_writable_folder(path.parent)
     with lock(path), report_errors(path):
         connection = sqlite3.connect(path, isolation_level=None, timeout=30)
         try:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                raise CurvlabError(f"{path} lies on a file system without shared memory; choose a local folder")
-            connection.execute("PRAGMA synchronous = FULL")  # also what the machine's power takes is whole or absent
+                raise CurvlabError(f"{path} is on a file system without shared memory; choose a local folder")
+            connection.execute("PRAGMA synchronous = FULL")  # transactions stay atomic also after a power failure
             connection.execute("PRAGMA foreign_keys = ON")
-            checksums.able_to_sign(connection)
+            checksums.add_digest(connection)
             make_tables(connection)
             yield Store(path, connection)
         finally:
@@ -247,14 +249,14 @@ def writing(path: Path) -> Iterator[Store]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Store]:
-    """Open a store to read it, also while another process writes it.
+def read_store(path: Path) -> Iterator[Store]:
+    """Open a store for reading, also while another process writes to it.
 
     Raises:
-        CurvlabError: There is none, or it is damaged, of a newer version or no store.
+        CurvlabError: The file does not exist, is damaged, not a store, or a store of another format.
     """
     if not exists(path):
-        raise CurvlabError(f"there is no store {path}; name the file that a run has made, which ends in .sqlite")
+        raise CurvlabError(f"there is no store {path}; give the file that a sweep has written, which ends in .sqlite")
     with report_errors(path):
         check(path, begun=True)
         connection = connect_reader(resolve(path))
@@ -264,8 +266,8 @@ def reading(path: Path) -> Iterator[Store]:
             connection.close()
 
 
-def _seed(cell: Cell) -> int | None:
-    value = cell.config.get(cell.seed)
+def _find_seed(spec: RunSpec) -> int | None:
+    value = spec.config.get(spec.seed_key)
     if isinstance(value, Collection) and not isinstance(value, str) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, int) else None

@@ -1,4 +1,4 @@
-"""One cell in a process of its own, on this machine or on a worker of a cluster, and what became of it."""
+"""Execution of one run in its own process, on this machine or on a worker of a cluster, up to its outcome."""
 
 import json
 import os
@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from curvlab.grid import processes
-from curvlab.grid.cell import OUTPUT, Outcome, plain
+from curvlab.grid.run_process import OUTPUT, escape_controls
+from curvlab.grid.run_spec import Outcome
 from curvlab.software import describe_software
 
-_END_OF_OUTPUT = 4000  # characters of what a cell wrote that are stored if it leaves nothing else
+_END_OF_OUTPUT = 4000  # characters of console output that are stored in place of a traceback
 
 Task = Mapping[str, Any]
 
 
 def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
-    """Run a cell in a process of its own and say what became of it; it is killed when it is not wanted any more.
+    """Execute a run in its own process and return its outcome; the process is killed once it is no longer wanted.
+
+    Args:
+        task: The run, with its folder, threads and time limit, as ``curvlab.grid.run`` makes it.
+        wanted: Returns whether the outcome is still wanted; called twice a second.
 
     Raises:
         CurvlabError: No process can be started.
@@ -31,7 +36,7 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
         task["function"], task["threads"], task["code"], request, folder / OUTPUT, task["timeout"], wanted
     )
     with suppress(OSError):
-        folder.rmdir()  # one that holds something stays
+        folder.rmdir()  # a folder with files stays
     here = {
         "key": task["key"],
         "peak_bytes": ended.peak_bytes,
@@ -41,7 +46,9 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
     }
     if ended.answer is None or ended.stopped:
         kind = "timeout" if ended.stopped == "timeout" else "killed"
-        return Outcome(kind=kind, error=_why(task, ended), traceback=_output(task), seconds=ended.seconds, **here)
+        return Outcome(
+            kind=kind, error=_explain(task, ended), traceback=_read_output(task), seconds=ended.seconds, **here
+        )
     answer = json.loads(ended.answer)
     if "error" in answer:
         return Outcome(
@@ -58,12 +65,12 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
     )
 
 
-def _why(task: Task, ended: processes.Ended) -> str:
+def _explain(task: Task, ended: processes.ProcessEnd) -> str:
     memory = "" if ended.peak_bytes is None else f", with {ended.peak_bytes / 1e9:.2f} GB of memory at its peak"
     if ended.stopped == "timeout":
         return f"not done after {task['timeout']:g} seconds{memory}"
     if ended.stopped == "orphaned":
-        return f"the process that starts the cells was killed, and when this one was begun again, once more{memory}"
+        return f"the process that starts the runs was killed twice, also after this run was started again{memory}"
     if ended.code == -signal.SIGKILL:
         return f"killed (SIGKILL), most likely because memory ran out{memory}"
     if ended.code < 0:
@@ -71,19 +78,19 @@ def _why(task: Task, ended: processes.Ended) -> str:
     return f"ended with exit code {ended.code} and no records{memory}"
 
 
-def _output(task: Task) -> str | None:
+def _read_output(task: Task) -> str | None:
     try:
         with (Path(task["folder"]) / OUTPUT).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16 * _END_OF_OUTPUT))
             text = file.read().decode(errors="replace")
     except OSError:
         return None
-    # After a crash Python lists every extension module that there is.
-    return plain(text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:]) or None
+    # After a crash Python lists every extension module.
+    return escape_controls(text.partition("\nExtension modules:")[0].strip()[-_END_OF_OUTPUT:]) or None
 
 
 def forget_software() -> None:
-    """Look at the code again, which may have changed since the last sweep, before the next cell."""
+    """Examine the code again before the next run, since it may have changed since the last sweep."""
     _software.cache_clear()
 
 

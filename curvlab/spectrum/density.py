@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.progress import Advance, progress, silent
+from curvlab.progress import Advance, no_progress, progress
 from curvlab.spectrum.arguments import generator_of, real, real_tensor, whole
 from curvlab.spectrum.estimate import mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
@@ -219,7 +219,7 @@ def columns(products: Products) -> Iterator[Tensor]:
 
 
 def quadratures(
-    products: Products, probes: int, steps: int, generator: np.random.Generator, advance: Advance = silent
+    products: Products, probes: int, steps: int, generator: np.random.Generator, advance: Advance = no_progress
 ) -> Iterator[Lanczos]:
     """Yield a Lanczos basis for each probe, of that many steps or until its Krylov space is exhausted."""
     for _ in range(probes):

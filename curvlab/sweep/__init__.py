@@ -1,1 +1,1 @@
-"""Sweeps from the command line: a YAML file of a base configuration and axes, run into a store."""
+"""Sweeps from the command line: a YAML file with a base configuration and axes, and a store of the results."""

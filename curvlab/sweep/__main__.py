@@ -1,8 +1,8 @@
-"""``python -m curvlab.sweep``: run a sweep, and look at what it has in its store."""
+"""``python -m curvlab.sweep``: run a sweep, and show or export the contents of its store."""
 
 import sys
 
-from curvlab.commandline.program import exit_code_of
+from curvlab.commandline.program import run_program
 
 PROGRAM = "python -m curvlab.sweep"
 
@@ -10,25 +10,25 @@ _USAGE = f"""\
 usage: {PROGRAM} run CONFIG.yaml [OPTIONS]
 
 commands:
-  run CONFIG.yaml      run the cells of the sweep that its store does not have; the store is CONFIG.sqlite
-  status STORE         how many cells are done, failed and absent
-  failed STORE [CELL]  the failed cells and why; of one of them, the traceback
-  export STORE         every record as CSV; --summary: means and standard deviations over the seeds
+  run CONFIG.yaml      execute the runs of the sweep that its store, CONFIG.sqlite, does not have
+  status STORE         show how many runs are done, failed and absent
+  failed STORE [KEY]   list the failed runs with their errors; with a KEY, show one with its traceback
+  export STORE         print all records as CSV; --summary: means and standard deviations over the seeds
 
 {PROGRAM} COMMAND --help shows the options of a command."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit code: 0 done, 1 cells have failed, 2 bad input, 130 interrupted."""
+    """Run a command and return the exit code: 0 done, 1 runs have failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
-    return exit_code_of(lambda: _main(given), "interrupted; the same command continues")
+    return run_program(lambda: _run_command(given), "interrupted; the same command continues")
 
 
-def _main(given: list[str]) -> int:
+def _run_command(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
-    # Imported here: the help above needs neither.
+    # Imported here, since the help above does not need them.
     from curvlab.commandline.parser import did_you_mean
     from curvlab.commandline.program import report_errors
     from curvlab.sweep.commands import COMMANDS
@@ -36,7 +36,7 @@ def _main(given: list[str]) -> int:
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
         print(
-            f"error: there is no command {name!r}{did_you_mean(name, COMMANDS)} ({PROGRAM} lists them all)",
+            f"error: unknown command {name!r}{did_you_mean(name, COMMANDS)} ({PROGRAM} lists all commands)",
             file=sys.stderr,
         )
         return 2

@@ -13,7 +13,7 @@ from curvlab.commandline.config import C
 from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
 from curvlab.files import write_whole
-from curvlab.grid import Cell, Place
+from curvlab.grid import Place, RunSpec
 from curvlab.results import Claim, Column, Identity
 from curvlab.results.run_directory import to_json
 
@@ -214,19 +214,20 @@ class Analysis(Generic[C]):
         """The field of the seeds."""
         return "seeds"
 
-    def cells(self, configs: Iterable[C], seeds: Iterable[int] | None = None) -> list[Cell]:
-        """Return the runs of configurations and seeds; without seeds, those of each configuration itself."""
-        cells = []
+    def run_specs(self, configs: Iterable[C], seeds: Iterable[int] | None = None) -> list[RunSpec]:
+        """Return one run for every configuration and seed; without ``seeds``, for the seeds of each configuration."""
+        function = f"{self.module}:ANALYSIS.execute"
+        specs = []
         for config in configs:
             values = config.model_dump(mode="json")
-            cells += [
-                Cell(f"{self.module}:ANALYSIS.run_cell", {**values, "seeds": [seed]}, self.name, self.version, "seeds")
+            specs += [
+                RunSpec(function, {**values, "seeds": [seed]}, self.name, self.version, "seeds")
                 for seed in (values["seeds"] if seeds is None else seeds)
             ]
-        return cells
+        return specs
 
-    def run_cell(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Do a run as ``curvlab.grid`` calls it; several parts or hyper-parameters one after another."""
+    def execute(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
+        """Execute a run of ``run_specs``; ``curvlab.grid`` calls this. Several parts follow one another."""
         config, dataset = self._prepare(values, place)
         here = Workspace(place)
         configs: Sequence[C] = [config] if self.parts is None else self.parts(config)
@@ -244,13 +245,13 @@ class Analysis(Generic[C]):
             for record in self.measure(part, dataset, here.within(f"run-{number}"))
         ]
 
-    def trial_cells(self, config: C) -> list[Cell]:
-        """Return the runs that hyper-parameters are chosen by."""
+    def trial_specs(self, config: C) -> list[RunSpec]:
+        """Return the runs that try the candidates of the hyper-parameters."""
         if self.search is None:
             return []
         return [
-            Cell(
-                f"{self.module}:ANALYSIS.run_trial_cell",
+            RunSpec(
+                f"{self.module}:ANALYSIS.execute_trial",
                 {**trial.config.model_dump(mode="json"), "group": trial.group, "candidate": trial.candidate},
                 f"{self.name}-trial",
                 self.version,
@@ -259,8 +260,8 @@ class Analysis(Generic[C]):
             for trial in self.search.trials(config)
         ]
 
-    def run_trial_cell(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Do a run of ``trial_cells`` as ``curvlab.grid`` calls it."""
+    def execute_trial(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
+        """Execute a run of ``trial_specs``; ``curvlab.grid`` calls this."""
         assert self.search is not None
         values = dict(values)
         group, candidate = values.pop("group"), values.pop("candidate")

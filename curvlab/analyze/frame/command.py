@@ -9,7 +9,15 @@ from curvlab.analyze.frame.driver import run
 from curvlab.commandline.config import C, Config
 from curvlab.commandline.console import make_console
 from curvlab.commandline.options import EXIT_CODES, GridOptions, RunOptions
-from curvlab.commandline.parser import Parser, change, did_you_mean, option_name, part, read_yaml, validate
+from curvlab.commandline.parser import (
+    Parser,
+    did_you_mean,
+    option_name,
+    read_yaml,
+    replace_values,
+    select_fields,
+    validate,
+)
 from curvlab.commandline.program import report_errors
 from curvlab.errors import CurvlabError
 
@@ -46,7 +54,7 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
     first = Parser(program)
     first.add(_Command())
     chosen, _ = first.parse_known_args(arguments)
-    command = validate(_Command, part(vars(chosen), _Command), option_name)
+    command = validate(_Command, select_fields(vars(chosen), _Command), option_name)
     if command.preset not in analysis.presets:
         raise CurvlabError(
             f"there is no preset {command.preset!r}{did_you_mean(command.preset, analysis.presets)} "
@@ -55,7 +63,7 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
     preset = analysis.presets[command.preset]
     base = preset.config
     if command.config is not None:
-        base = change(base, read_yaml(command.config), command.config)
+        base = replace_values(base, read_yaml(command.config), command.config)
 
     parser = Parser(program, f"{analysis.question} Presets: {describe_presets(analysis.presets)}.")
     kind: type[RunOptions] = RunOptions
@@ -67,9 +75,9 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
     if command.help:
         print(parser.format_help(), end="")
         return
-    given = parser.known(arguments, sections)
-    config = validate(type(base), {**base.model_dump(), **part(given, type(base))}, option_name)
-    options: Any = validate(kind, part(given, kind), option_name)
+    given = parser.parse_options(arguments, sections)
+    config = validate(type(base), {**base.model_dump(), **select_fields(given, type(base))}, option_name)
+    options: Any = validate(kind, select_fields(given, kind), option_name)
     if command.print_config:
         print(config.to_yaml(), end="")
         return

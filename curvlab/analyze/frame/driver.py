@@ -17,7 +17,7 @@ from curvlab.commandline.config import C
 from curvlab.commandline.options import GridOptions
 from curvlab.commandline.program import RunsFailed
 from curvlab.errors import CurvlabError
-from curvlab.grid import Cell
+from curvlab.grid import RunSpec
 from curvlab.grid.report import print_failures
 from curvlab.results import (
     Column,
@@ -109,9 +109,9 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
     except (CurvlabError, KeyboardInterrupt) as stop:
         store = directory.path / STORE
         tally = dict.fromkeys(("done", "failed", "absent"), 0)
-        with suppress(CurvlabError), grid.reading(store) as stored:
+        with suppress(CurvlabError), grid.read_store(store) as stored:
             tally = stored.tally()
-        checkpoints = any(path.is_file() for path in grid.folder_of(store, "").rglob("*"))
+        checkpoints = any(path.is_file() for path in grid.run_folder(store, "").rglob("*"))
         if tally["done"] or tally["failed"] or checkpoints:
             again = " --retry-failed" if tally["failed"] else ""
             # Not of how many: more may follow from what these give.
@@ -128,14 +128,14 @@ def _do_runs(
     analysis: Analysis[C], config: C, options: GridOptions, directory: RunDirectory, clock: Stopwatch
 ) -> Results[C]:
     """Return the run but for its subject."""
-    trial_cells = analysis.trial_cells(config)
+    trial_specs = analysis.trial_specs(config)
     selection: list[Record] = []
     trials: list[Record] = []
     configs: Sequence[C] = [config]
     if analysis.search is not None:
         with clock(SELECTION):
-            if trial_cells:
-                trials, failed = _do(trial_cells, options, directory)
+            if trial_specs:
+                trials, failed = _do(trial_specs, options, directory)
                 if failed:
                     raise RunsFailed(f"the best hyper-parameters are not known: a run failed: {failed[0]['error']}")
             chosen = choose(analysis.search, config, trials)
@@ -143,9 +143,9 @@ def _do_runs(
             configs = analysis.search.runs(config, chosen)
     elif analysis.parts is not None:
         configs = analysis.parts(config)
-    cells = analysis.cells(configs)
+    specs = analysis.run_specs(configs)
     with clock("runs"):
-        found, failed = _do([*trial_cells, *cells], options, directory)
+        found, failed = _do([*trial_specs, *specs], options, directory)
     found = found[len(trials) :]
     records = {name: [record for record in found if key in record] for name, key in analysis.kinds.items()}
     if not records["table"]:
@@ -153,26 +153,26 @@ def _do_runs(
     artifacts = {
         name: [
             json.loads(file.read_text())
-            for cell in cells
+            for spec in specs
             # None of a run that has failed, or was done on a machine of a cluster that does not share the folder.
-            if (file := grid.folder_of(directory.path / STORE, cell.key) / f"{name}.json").exists()
+            if (file := grid.run_folder(directory.path / STORE, spec.key) / f"{name}.json").exists()
         ]
         for name in analysis.artifacts
     }
-    with grid.reading(directory.path / STORE) as store:
+    with grid.read_store(directory.path / STORE) as store:
         total = sum(store.tally().values())
     seen = [{"seed": one["seed"], "error": one["error"]} for one in failed]
     return Results(config, Subject("", (), 0, 0, 0), records, selection, artifacts, seen, total)
 
 
 def _do(
-    cells: Sequence[Cell], options: GridOptions, directory: RunDirectory
+    specs: Sequence[RunSpec], options: GridOptions, directory: RunDirectory
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Do the runs that the store does not have; return the records of those done, in order, and the failed ones."""
     store = directory.path / STORE
-    options.run(cells, store)
-    with grid.reading(store) as stored:
-        found, failed, done = stored.records(), stored.failed(), stored.tally()["done"]
+    options.run(specs, store)
+    with grid.read_store(store) as stored:
+        found, failed, done = stored.records(), stored.failed_runs(), stored.tally()["done"]
     if failed and not done:
         raise _failure(failed, len(failed))
     return found, failed
@@ -231,9 +231,9 @@ def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
 def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash: str, clock: Stopwatch) -> None:
     """Write where the results come from: last, and not again where no run has changed since."""
     file = directory.path / PROVENANCE
-    with grid.reading(directory.path / STORE) as store:
+    with grid.read_store(directory.path / STORE) as store:
         tally = store.tally()
-    if file.exists() and json.loads(file.read_text()).get("cells") == tally:
+    if file.exists() and json.loads(file.read_text()).get("runs_by_status") == tally:
         return
     device = getattr(finished.config, "device", "cpu")
     origin = collect(
@@ -241,7 +241,7 @@ def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash
     )
     more = {
         "continued": directory.resumed,
-        "cells": tally,
+        "runs_by_status": tally,
         "subject": asdict(finished.subject),
         "failed": finished.failed,
         "runs": finished.total,
@@ -293,8 +293,8 @@ def _report_failures(directory: RunDirectory, console: Console) -> None:
     Raises:
         RunsFailed: There are such runs.
     """
-    with grid.reading(directory.path / STORE) as store:
-        failed, tally = store.failed(), store.tally()
+    with grid.read_store(directory.path / STORE) as store:
+        failed, tally = store.failed_runs(), store.tally()
         if not failed:
             return
         _say(console, "Failed, and in no number above:")

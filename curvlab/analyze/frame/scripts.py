@@ -7,7 +7,7 @@ from pathlib import Path
 from curvlab.analyze import load_analysis
 from curvlab.analyze.frame.command import execute
 from curvlab.analyze.frame.driver import PROVENANCE, draw, read_run
-from curvlab.commandline.program import exit_code_of, report_errors
+from curvlab.commandline.program import report_errors, run_program
 from curvlab.results import RunDirectory
 
 
@@ -42,7 +42,7 @@ def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -
 
 
 def _run(name: str, *arguments: str) -> int:
-    return exit_code_of(lambda: execute(load_analysis(name), list(arguments), f"python -m curvlab.analyze {name}"))
+    return run_program(lambda: execute(load_analysis(name), list(arguments), f"python -m curvlab.analyze {name}"))
 
 
 def _draw(name: str, folder: Path, figures: Sequence[str]) -> None:

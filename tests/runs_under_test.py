@@ -1,4 +1,4 @@
-"""Cells that tests run: in a module of their own, so that a process for them imports nothing else."""
+"""Functions that tests execute as runs, in a module of their own so that their processes import nothing else."""
 
 import math
 import os
@@ -104,7 +104,7 @@ def timed(config, place):
 
 
 def gated(config, place):
-    """Wait until the number in a file beside the sweep is above that of the cell."""
+    """Wait until the number in a file beside the sweep exceeds the seed of the run."""
     (place.folder / "begun").write_text("")
     while int(Path("go").read_text()) <= config["seed"]:
         time.sleep(0.01)
