@@ -464,7 +464,9 @@ def test_summary_does_not_mix_a_record_with_a_deviation(file):
     with write_store(file) as store:
         store.register(work)
         store.finish(outcome(spec, {"loss": 1.0, "loss_std": 2.0}))
-        with pytest.raises(CurvlabError, match=r"the records have loss_std, which is what .* of loss is called"):
+        with pytest.raises(
+            CurvlabError, match=r"the records have loss_std, which is also the name of the standard deviation of loss"
+        ):
             store.summary()
         assert store.summary(values=["loss"])["loss"].tolist() == [1.0]
         assert store.summary(values=["loss_std"])["loss_std"].tolist() == [2.0]
