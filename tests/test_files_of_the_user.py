@@ -117,8 +117,8 @@ def test_places_that_are_no_folder(tmp_path):
     for path, reason in {
         "/dev/null": "/dev/null is a file, not a folder",
         "/dev/null/run": "cannot write /dev/null/run: Not a directory",
-        tmp_path / "link": f"{tmp_path}/link is a link to nothing, not a folder",
-        tmp_path / "link/run": f"{tmp_path}/link is a link to nothing, not a folder",
+        tmp_path / "link": f"{tmp_path}/link is a broken link, not a folder",
+        tmp_path / "link/run": f"{tmp_path}/link is a broken link, not a folder",
         tmp_path / "loop": "loop cannot be read",
         tmp_path / "pipe": "config.yaml is not a file",
         tmp_path / ("x" * 300): "File name too long",
@@ -281,7 +281,7 @@ def test_every_name_is_in_every_file(tmp_path):
     write_tables(open_run(tmp_path, "x", {"data": whole}), RECORDS, COLUMNS)
     assert json.loads((tmp_path / "table.json").read_text()) == RECORDS
     assert open_run(tmp_path, "x", {"data": whole}).resumed
-    with pytest.raises(CurvlabError, match=r"cannot be written as config\.yaml: .* has half of a character"):
+    with pytest.raises(CurvlabError, match=r"cannot be written as config\.yaml: .* has a lone surrogate"):
         open_run(tmp_path, "x", {"data": NAMES})
     for kind in ("md", "tex", "csv"):
         text = (tmp_path / f"table.{kind}").read_text()
