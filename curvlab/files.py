@@ -10,7 +10,7 @@ from curvlab.errors import CurvlabError
 
 _STREAMS = (Path("/proc"), Path("/dev/fd"))  # their entries are streams of a process
 _TEMPORARY = f".*.{'[0-9a-f]' * 8}.tmp"  # pattern for the names of temporary files
-_MOST_LINKS = 40  # symbolic links in a chain, as on Linux
+_MAX_LINKS = 40  # symbolic links in a chain, as on Linux
 
 
 def to_path(path: object) -> Path:
@@ -60,7 +60,7 @@ def _find_target(path: Path) -> tuple[Path, int | None]:
     """Return the file that a path leads to, and its permissions, or None if it does not exist."""
     target = to_path(path)
     try:
-        for _ in range(_MOST_LINKS):
+        for _ in range(_MAX_LINKS):
             target = target.parent.resolve() / target.name
             if any(streams in target.parents for streams in _STREAMS):
                 raise CurvlabError(f"cannot write {path}: it is a stream of a process; choose a file")

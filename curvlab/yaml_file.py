@@ -15,9 +15,9 @@ import yaml
 
 from curvlab.errors import CurvlabError
 
-_MOST_BYTES = 4 << 20
-_MOST_VALUES = 1_000_000  # aliases count as often as they repeat a value
-_DEEPEST = 100
+_MAX_BYTES = 4 << 20
+_MAX_VALUES = 1_000_000  # aliases count as often as they repeat a value
+_MAX_LEVELS = 100
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -51,11 +51,11 @@ def read(file: Path) -> Any:
     """
     try:
         with file.open("rb") as opened:
-            content = opened.read(_MOST_BYTES + 1)
+            content = opened.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise CurvlabError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > _MOST_BYTES:
-        raise CurvlabError(f"{file} is larger than {_MOST_BYTES >> 20} MB, the limit for a configuration; shorten it")
+    if len(content) > _MAX_BYTES:
+        raise CurvlabError(f"{file} is larger than {_MAX_BYTES >> 20} MB, the limit for a configuration; shorten it")
     try:
         return loads(content.decode("utf-8"))
     except (CurvlabError, UnicodeDecodeError) as error:
@@ -129,8 +129,8 @@ def _read_value(
         if found is None:
             _refuse(event, f"the anchor {event.anchor!r} contains itself")
         return found
-    if depth > _DEEPEST:
-        _refuse(event, f"it has more than {_DEEPEST} levels")
+    if depth > _MAX_LEVELS:
+        _refuse(event, f"it has more than {_MAX_LEVELS} levels")
     if event.anchor is not None:
         anchors[event.anchor] = None  # until the value is complete
     value: Any
@@ -212,8 +212,8 @@ def _require_tag(event: Any, name: str) -> None:
 
 
 def _check_size(event: Any, size: int) -> int:
-    if size > _MOST_VALUES:
-        _refuse(event, f"it has more than {_MOST_VALUES:,} values, repetitions by aliases included")
+    if size > _MAX_VALUES:
+        _refuse(event, f"it has more than {_MAX_VALUES:,} values, repetitions by aliases included")
     return size
 
 

@@ -187,7 +187,7 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--data mnist --offline", "mnist is not whole on disk"),
         ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight has 6,400 parameters"),
         (f"--hidden {10**30}", "--hidden should be less than 2**63, not ['1000"),
-        ("--hidden 9000000000000000", "not enough memory for an array of 2304000000000000000 bytes; take a"),
+        ("--hidden 9000000000000000", "not enough memory for an array of 2304000000000000000 bytes; use a"),
         ("--jobs 0", "--jobs should be greater than or equal to 1, not '0'"),
         ("--scheduler tcp://127.0.0.1:x", "cannot reach a Dask scheduler at tcp://127.0.0.1:x"),
     ],

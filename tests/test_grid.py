@@ -134,7 +134,7 @@ def test_draw_has_the_right_distribution():
     assert {str(c["c"]) for c in found} == {"x", "[1, 2]"}
 
 
-def test_draw_goes_on_where_it_was():
+def test_a_larger_draw_begins_with_the_same_values():
     assert draw(10, RANGES)[:4] == draw(4, RANGES)
     assert [c["u"] for c in draw(4, RANGES)] == [c["u"] for c in draw(4, {"u": RANGES["u"]})]
     assert draw(4, RANGES, seed=1) != draw(4, RANGES, seed=2)
@@ -163,7 +163,7 @@ def test_draw_refuses(given):
         draw(2, {"a": given})
 
 
-def test_the_key_is_of_name_version_and_the_whole_configuration():
+def test_the_key_depends_on_name_version_and_the_whole_configuration():
     spec = RunSpec("m:f", {"a": 1, "seed": 0})
     assert spec.key == RunSpec("m:f", {"seed": 0, "a": 1}).key
     others = [
@@ -218,7 +218,7 @@ def test_the_number_of_jobs_changes_no_bit(tmp_path):
     assert len({record["torch"] for record in records}) == 12  # every run draws its own numbers
 
 
-def test_threads_are_those_asked_for_and_what_training_imports_is_there(file, monkeypatch, light_server):
+def test_number_of_threads_and_preloaded_modules(file, monkeypatch, light_server):
     monkeypatch.setattr(processes, "_PRELOADED", light_server)
     run(grid_of("drawn", seed=[0]) + specs("imported", {}), file, threads=2)
     with read_store(file) as store:
@@ -282,7 +282,7 @@ TROUBLES = {
 def test_every_kind_of_failure_is_recorded_and_the_rest_continues(file):
     work = grid_of("troubled", how=[*TROUBLES, "fine"])
     sleeps = work[list(TROUBLES).index("sleeps")]
-    # The others take the time that they need.
+    # Without a time limit for the others.
     assert run([spec for spec in work if spec != sleeps], file, jobs=3)["failed"] == len(TROUBLES) - 1
     assert run(work, file, run_timeout=1) == {"done": 1, "failed": len(TROUBLES), "absent": 0, "earlier": 0}
     with read_store(file) as store:
@@ -347,7 +347,7 @@ def test_the_output_of_a_run_is_kept_within_bounds(file, how):
         assert failed[0]["kind"] == "timeout"
 
 
-def test_a_disk_that_takes_no_output_fails_no_run(tmp_path):
+def test_a_full_disk_for_output_fails_no_run(tmp_path):
     reading_end, writing_end = os.pipe()
     os.write(writing_end, b"text")
     os.close(writing_end)
@@ -363,7 +363,7 @@ def test_failed_runs_are_retried_on_request_and_find_their_checkpoint(file):
     assert run(work, file)["failed"] == 1
     assert run(work, file)["failed"] == 1
     assert (run_folder(file, work[0].key) / "count").read_text() == "1"
-    left = run_folder(file, work[0].key) / ".count.0123abcd.tmp"  # as writing leaves it when it is killed
+    left = run_folder(file, work[0].key) / ".count.0123abcd.tmp"  # like an interrupted write
     left.write_text("")
     assert run(work, file, retry_failed=True)["failed"] == 1
     assert not left.exists()
@@ -397,7 +397,7 @@ def test_a_missing_function(file):
         find_function("no_such_module:f")
 
 
-def test_two_processes_of_one_run_are_one_after_the_other(file):
+def test_two_processes_of_one_run_wait_for_each_other(file):
     """A process of a sweep that was killed on a cluster may still work when the next sweep starts the run again."""
     request = {"key": "0" * 32, "function": f"{NAME}:timed", "config": {}, "offline": False}
     request |= {"folder": str(file.parent / "f"), "cwd": str(file.parent), "data_root": None, "threads": 1}
@@ -440,11 +440,11 @@ def test_summary_has_mean_spread_and_seeds(file):
     assert summary.columns.tolist()[:8] == ["config.lr", "seeds", "failed", "absent", "x", "x_std", "y", "y_std"]
     assert summary.iloc[0, :6].tolist() == [0.1, 3, 0, 0, math.fsum(x) / 3, np.std(x, ddof=1)]
     assert summary.iloc[1, :5].tolist() == [0.2, 2, 0, 1, 1 / 14]
-    assert summary["y"].tolist() == [None, None]  # one of the records has no number
-    assert summary["z"].tolist() == [None, None]  # or does not have it at all
+    assert summary["y"].tolist() == [None, None]  # a record has no number
+    assert summary["z"].tolist() == [None, None]  # a record does not have the key
 
 
-def test_summary_wants_to_know_what_tells_records_apart(file):
+def test_summary_asks_for_keys_that_distinguish_records(file):
     work = grid_of("steps", seed=[0, 2])
     run(work, file)
     with read_store(file) as store:
@@ -473,7 +473,7 @@ def test_summary_does_not_mix_a_record_with_a_deviation(file):
         assert store.table()["loss_std"].tolist() == [2.0]
 
 
-def test_axes_are_of_different_values(file):
+def test_axes_have_different_values(file):
     """Values are compared by all digits, and equal values in another form are not an axis."""
     near = 0.30000000000000004
     points = [{"a": 0.3, "b": 1, "c": None, "d": [near]}, {"a": near, "b": 1.0, "c": "", "d": [near]}]
@@ -483,7 +483,7 @@ def test_axes_are_of_different_values(file):
         assert store.table()["config.a"].tolist() == [0.3, near]
 
 
-def test_another_key_of_the_seed_makes_other_points(file):
+def test_another_seed_key_makes_other_points(file):
     configs = [{"seed": 0, "draw": draw} for draw in range(3)]
     with write_store(file) as store:
         for seed, rows in (("seed", 3), ("draw", 1)):
@@ -631,14 +631,14 @@ def test_a_store_with_something_missing(file, change):
 
 
 @pytest.mark.parametrize("how", ["empty", "without tables"])
-def test_a_run_killed_before_its_tables_were_made(file, how):
+def test_a_sweep_killed_before_its_tables_were_created(file, how):
     with sqlite3.connect(file) as connection:
         if how == "without tables":
             connection.execute("PRAGMA journal_mode = WAL")
     assert run(specs("plain", {"a": 1}), file)["done"] == 1
 
 
-def test_a_full_disk_is_told_and_what_is_finished_stays(file, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_runs_are_kept(file, monkeypatch):
     work = specs("plain", *({"a": a} for a in range(30)))
     register = store_module.Store.register
 
@@ -684,13 +684,13 @@ def test_a_read_only_folder(file):
         file.parent.chmod(0o700)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CurvlabError, match=r"not a folder|cannot write"):
         run(specs("plain", {"a": 1}), tmp_path / "file" / "s.sqlite")
 
 
-def test_a_store_is_read_where_nothing_can_be_written(file, monkeypatch):
+def test_a_store_in_a_read_only_folder_is_read(file, monkeypatch):
     run(specs("plain", {"a": 1}), file)
     connect = sqlite3.connect
 
@@ -713,7 +713,7 @@ def test_a_store_is_read_where_nothing_can_be_written(file, monkeypatch):
         pass
 
 
-def test_software_is_kept_once_a_state(file):
+def test_equal_software_is_stored_once(file):
     work = specs("plain", {"a": 1}, {"a": 2}, {"a": 3})
     with write_store(file) as store:
         store.register(work)
@@ -731,7 +731,7 @@ def test_software_is_kept_once_a_state(file):
 
 RUN = f"""
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background processes
 sys.path[:0] = {sys.path!r}
 from curvlab.grid import processes
 processes._PRELOADED = ("curvlab.grid.run_process",)
@@ -740,7 +740,7 @@ sys.exit(main(["run", "killed.yaml", "--jobs", "2"]))
 """
 
 
-def killed_at_random(tmp_path, number, signs):
+def kill_at_random(tmp_path, number, signs):
     """Kill a sweep at random moments, and require the result of an undisturbed sweep and no further output."""
     sweep = {"function": f"{NAME}:gated", "seeds": list(range(number))}
     (tmp_path / "killed.yaml").write_text(json.dumps(sweep))
@@ -784,7 +784,7 @@ def finished(file):
         return 0
 
 
-def ends_as_undisturbed(tmp_path, number, capfd):
+def require_undisturbed_result(tmp_path, number, capfd):
     assert main(["run", "killed.yaml", "--jobs", "2"]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines()[0].startswith(f"{number} runs: {number} done, 0 failed, 0 absent; ")
@@ -796,17 +796,17 @@ def ends_as_undisturbed(tmp_path, number, capfd):
     assert store_is_whole(tmp_path / "killed.sqlite")
 
 
-def test_a_sweep_that_is_killed_leaves_nothing_and_ends_as_one_that_is_not(tmp_path, monkeypatch, capfd):
+def test_a_killed_sweep_leaves_nothing_and_ends_like_an_undisturbed_one(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    killed_at_random(tmp_path, 12, [signal.SIGKILL, signal.SIGINT])
-    ends_as_undisturbed(tmp_path, 12, capfd)
+    kill_at_random(tmp_path, 12, [signal.SIGKILL, signal.SIGINT])
+    require_undisturbed_result(tmp_path, 12, capfd)
 
 
 @pytest.mark.slow
 def test_a_large_sweep_that_is_killed_ten_times(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    killed_at_random(tmp_path, 200, [signal.SIGKILL] * 10)
-    ends_as_undisturbed(tmp_path, 200, capfd)
+    kill_at_random(tmp_path, 200, [signal.SIGKILL] * 10)
+    require_undisturbed_result(tmp_path, 200, capfd)
 
 
 def descendants(pid):
@@ -836,8 +836,8 @@ def test_a_killed_server_is_started_again_and_its_run_once(file):
     assert failed["error"].startswith("the process that starts the runs was killed twice")
 
 
-def test_a_server_that_is_importing(tmp_path, monkeypatch, capfd):
-    """It is ended too, and messages of an imported module are not in our output."""
+def test_a_server_that_is_importing_is_ended(tmp_path, monkeypatch, capfd):
+    """Messages of the imported module are not in the output of the sweep."""
     (tmp_path / "sluggish.py").write_text(
         "import time, pathlib; print('here', flush=True); pathlib.Path(__file__).with_suffix('.begun').touch(); "
         "time.sleep(1000)"

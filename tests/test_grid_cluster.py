@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_server", "light_server")
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Three workers in processes of their own; one that is killed does not come back."""
+    """Three workers in their own processes; a killed worker is not restarted."""
     with (
         LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
         Client(cluster, set_as_default=False) as client,
@@ -72,17 +72,17 @@ def file(tmp_path):
 # Workers that die ----------------------------------------------------------------------------------------------------
 
 
-def test_the_cluster_gives_the_same_bits_and_a_worker_that_is_killed_costs_no_run(cluster, tmp_path, monkeypatch):
-    one_killed(cluster, tmp_path, monkeypatch, 9)
+def test_a_cluster_gives_the_same_bits_also_if_a_worker_is_killed(cluster, tmp_path, monkeypatch):
+    kill_one_worker(cluster, tmp_path, monkeypatch, 9)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_costs_no_run_of_200(cluster, tmp_path, monkeypatch):
-    one_killed(cluster, tmp_path, monkeypatch, 200)
+def test_a_killed_worker_costs_none_of_200_runs(cluster, tmp_path, monkeypatch):
+    kill_one_worker(cluster, tmp_path, monkeypatch, 200)
 
 
-def one_killed(cluster, tmp_path, monkeypatch, number):
-    """Kill a worker in the middle of a sweep, and require what a sweep on this machine gives."""
+def kill_one_worker(cluster, tmp_path, monkeypatch, number):
+    """Kill a worker during a sweep, and require the results of a sweep on this machine."""
     monkeypatch.chdir(tmp_path)
     allow(tmp_path, number // 3)
     work = grid_of("gated", seed=list(range(number)))
@@ -122,7 +122,7 @@ def test_a_run_that_kills_every_worker_has_failed_and_the_rest_continues(cluster
 
 @pytest.fixture
 def service():
-    """Return a function that gives the address of a service, which accepts, says something and keeps the line."""
+    """Return a function that starts a service, which sends a message and stays connected, and returns its address."""
     opened = []
 
     def service(says):
@@ -147,27 +147,30 @@ def service():
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
-        (b"", "no answer in 0.5 seconds"),  # as a web server, which waits for the question
-        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "another service"),  # read as 2.8 EiB to come
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, "another service"),
-        (b"\x01" + b"\0" * 7 + b"\x10" + b"\0" * 7 + b"\xc1" * 16, "another service"),  # one message, which is none
+        (b"", "no answer in 0.5 seconds"),  # like a web server, which waits for a request
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "another service answers"),  # read as the length of a message of 2.8 EiB
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9, "another service answers"),
+        (
+            b"\x01" + b"\0" * 7 + b"\x10" + b"\0" * 7 + b"\xc1" * 16,
+            "another service answers",
+        ),  # a message that cannot be decoded
     ],
 )
-def test_what_answers_and_is_no_scheduler(file, monkeypatch, service, says, reason):
+def test_another_service_is_not_a_scheduler(file, monkeypatch, service, says, reason):
     monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
     address = service(says)
     with pytest.raises(CurvlabError, match=rf"cannot reach a Dask scheduler at {address} \(.*{reason}\); start one"):
         run(grid_of("plain", a=[1]), file, scheduler=address)
 
 
-def test_a_scheduler_that_is_not_there(file, monkeypatch):
+def test_an_unreachable_scheduler(file, monkeypatch):
     monkeypatch.setattr(cluster_module, "_CONNECT", 0.5)
     for address in ("tcp://127.0.0.1:9", "nonsense://x", "tcp://127.0.0.1", "tcp://127.0.0.1:abc", "tls://127.0.0.1:9"):
         with pytest.raises(CurvlabError, match=rf"cannot reach a Dask scheduler at {address} \("):
             run(grid_of("plain", a=[1]), file, scheduler=address)
 
 
-def test_a_worker_is_no_scheduler(file, here):
+def test_a_worker_is_not_a_scheduler(file, here):
     (worker,) = here.workers.values()
     with pytest.raises(CurvlabError, match="is the address of a Worker of Dask; give the address"):
         run(grid_of("plain", a=[1]), file, scheduler=worker.address)
@@ -182,7 +185,7 @@ def test_a_client_that_could_not_connect_is_collected_while_another_starts(file,
             with pytest.raises(CurvlabError, match="cannot reach a Dask scheduler"):
                 run(grid_of("plain", a=[1]), file, scheduler=address)
         collector = threading.Thread(target=gc.collect, daemon=True)
-        with LoopRunner._lock:  # as the client that starts holds it, waiting for a thread that may collect garbage
+        with LoopRunner._lock:  # held by a client that starts, while it waits for a thread that may collect garbage
             collector.start()
             collector.join(60)
             assert not collector.is_alive()
@@ -190,7 +193,7 @@ def test_a_client_that_could_not_connect_is_collected_while_another_starts(file,
         gc.enable()
 
 
-def test_a_client_that_is_not_connected_goes_without_a_word():
+def test_a_client_without_connection_is_deleted_without_an_error():
     cluster_module._Client.__new__(cluster_module._Client).__del__()
 
 
@@ -227,7 +230,7 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
         with pytest.raises(CurvlabError, match="was lost; finished runs are in the store"):
             run(work, file, scheduler=tcp)
         killer.join()
-        until(lambda: worker.status in (Status.closed, Status.failed))  # it has no scheduler any more
+        until(lambda: worker.status in (Status.closed, Status.failed))  # it has lost its scheduler
     finally:
         scheduler.kill()
         scheduler.wait()
@@ -241,11 +244,11 @@ async def _worker(address):
     return await Worker(address, nthreads=1, dashboard=False, silence_logs=60)
 
 
-# What a worker must have ---------------------------------------------------------------------------------------------
+# Requirements on workers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["version", "package", "module"])
-def test_a_worker_that_is_not_fit_and_joins_late_gets_no_run(here, file, tmp_path, monkeypatch, caplog, what):
+def test_an_unfit_worker_that_joins_late_gets_no_run(here, file, tmp_path, monkeypatch, caplog, what):
     monkeypatch.chdir(tmp_path)
     allow(tmp_path, 0)
     ran = []
@@ -271,7 +274,7 @@ def test_a_worker_that_is_not_fit_and_joins_late_gets_no_run(here, file, tmp_pat
                     cluster_module, "fingerprints", lambda given: {**fingerprints(given), name: "other"}
                 )
             here.scale(2)
-            until(lambda: "it gets no runs" in caplog.text)  # it was given one
+            until(lambda: "it gets no runs" in caplog.text)  # a run was sent to it
         finally:
             allow(tmp_path, 5)
         assert sweep.result()["done"] == 5
@@ -290,7 +293,7 @@ def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
         patch.setattr(cluster_module.Requirements, "_require", _require_torch(cluster_module.Requirements._require))
         with pytest.raises(CurvlabError, match=r"worker .* has torch .*, and 1.0 is needed: start the workers in"):
             run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
-    with monkeypatch.context() as patch:  # one that has no such check
+    with monkeypatch.context() as patch:  # a worker without this check
         patch.setattr(cluster_module.Requirements, "setup", lambda self, worker: None)
         with pytest.raises(CurvlabError, match=r"worker .* has another version of curvlab: start the workers in"):
             run(grid_of("plain", a=[1]), file, scheduler=here.scheduler_address)
@@ -298,7 +301,7 @@ def test_a_worker_of_another_version_is_refused(here, file, monkeypatch):
 
 
 def _require_torch(require):
-    """Check as a worker does, which has its own versions."""
+    """Check like a worker, which has its own versions."""
 
     def check(requirements, worker):
         with pytest.MonkeyPatch.context() as patch:
@@ -308,7 +311,7 @@ def _require_torch(require):
     return check
 
 
-def test_two_sweeps_have_each_its_own_plugin(here, tmp_path, monkeypatch):
+def test_every_sweep_has_its_own_plugin(here, tmp_path, monkeypatch):
     names, register = [], cluster_module.Client.register_plugin
 
     def noted(self, plugin, name=None, **others):
@@ -331,7 +334,7 @@ def required(**others):
     return {"software": describe_software(), "code": fingerprints(given["functions"])} | given
 
 
-def test_what_a_worker_must_have():
+def test_requirements_on_a_worker():
     digits = data.load("digits").fingerprint()
     fit = cluster_module.Requirements(**required(data={"digits": digits}))
     assert not fit.fit
@@ -353,7 +356,7 @@ def test_what_a_worker_must_have():
         assert not unfit.fit
 
 
-def test_fingerprints_are_of_all_that_a_module_imports(tmp_path, monkeypatch):
+def test_fingerprints_include_all_imports_of_a_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     files = {
         "runs_of_mine.py": "import json, torch\nimport helpers_of_mine\nfrom package_of_mine import sub\n",
@@ -376,7 +379,7 @@ def test_fingerprints_are_of_all_that_a_module_imports(tmp_path, monkeypatch):
 
 
 def test_a_server_of_other_code_is_not_used(monkeypatch, file):
-    """On a worker, one that is busy with the runs of an earlier sweep has imported their code."""
+    """A server on a worker that still executes runs of an earlier sweep has imported their code."""
     run(specs("plain", {"a": 1}), file)
     (before,) = processes._servers.values()
     taken = []

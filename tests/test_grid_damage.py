@@ -111,7 +111,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_another_program_has_changed_is_refused(whole, file, change):
+def test_changes_by_another_program_are_refused(whole, file, change):
     file.write_bytes(whole[0])
     with closing(sqlite3.connect(file)) as connection, connection:
         triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
@@ -125,7 +125,7 @@ def test_what_another_program_has_changed_is_refused(whole, file, change):
     assert refused(file)
 
 
-def test_a_view_and_an_index_of_the_users_do_no_harm(whole, file):
+def test_views_and_indexes_of_the_user_are_accepted(whole, file):
     file.write_bytes(whole[0])
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("CREATE VIEW mine AS SELECT name, avg(value) FROM entries GROUP BY name")
@@ -133,7 +133,7 @@ def test_a_view_and_an_index_of_the_users_do_no_harm(whole, file):
     assert repr(everything(file)) == whole[1]
 
 
-def test_what_a_killed_run_has_left_is_right_an_earlier_state_or_refused(tmp_path):
+def test_the_store_of_a_killed_sweep_is_right_an_earlier_state_or_refused(tmp_path):
     """The newest part is then in SQLite's log, and damaged parts of the log are ignored."""
     file, states, rng = tmp_path / "run" / "s.sqlite", [], random.Random(1)
     copy = tmp_path / "copy" / "s.sqlite"
@@ -142,7 +142,7 @@ def test_what_a_killed_run_has_left_is_right_an_earlier_state_or_refused(tmp_pat
     with write_store(file) as store:
         store.register(SPECS)
         for number in range(8):
-            if number == 4:  # a part of the log is in the file
+            if number == 4:  # moves a part of the log to the file
                 store._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
             finish(store, number)
             states.append(repr([store.records(), store.failed_runs(), store.tally()]))
@@ -190,7 +190,7 @@ def test_names_that_a_file_cannot_have(tmp_path):
     assert beside(tmp_path / "x") == []
 
 
-def test_a_lock_that_was_there_stays(file):
+def test_an_existing_lock_file_is_kept(file):
     file.write_bytes(b"no store" * 100)
     lock = file.with_name("s.sqlite.lock")
     lock.write_text("")

@@ -86,7 +86,7 @@ def call(capsys):
 
 @pytest.fixture
 def refused(call):
-    """Return a function that requires one sentence and exit code 2, and gives the sentence."""
+    """Return a function that requires an error of one sentence and exit code 2, and returns the sentence."""
 
     def refused(line):
         code, out, err = call(line)
@@ -141,7 +141,7 @@ def test_every_run_of_an_analysis_has_the_whole_configuration():
     assert len({spec.point for spec in specs}) == 2
 
 
-def test_without_seeds_those_of_the_configuration():
+def test_without_seeds_the_configuration_has_them():
     assert [spec.config["seeds"] for spec in config.read(Path(write(analysis="small")))] == [[0], [1]]
 
 
@@ -322,7 +322,7 @@ def test_a_key_without_a_failed_run(call, refused):
     assert "no failed runs of s.sqlite have a key that begins with 'zz'" in refused("failed s.sqlite zz")
 
 
-def test_where_the_store_is(call):
+def test_path_of_the_store(call):
     Path("in").mkdir()
     plain(name="in/a.yaml")
     assert call("run in/a.yaml")[0] == 0
@@ -331,7 +331,7 @@ def test_where_the_store_is(call):
     assert Path("there/deep/a.sqlite").exists()
 
 
-def test_a_rerun_runs_nothing_and_says_the_same(call):
+def test_a_repetition_executes_nothing_and_prints_the_same(call):
     name = plain()
     first = call(f"run {name} --jobs 1")
     assert first[0] == 0
@@ -342,7 +342,7 @@ def test_a_rerun_runs_nothing_and_says_the_same(call):
         assert connection.execute("SELECT * FROM runs").fetchall() == before
 
 
-def test_export_keeps_every_digit_and_kind(call):
+def test_export_keeps_every_digit_and_type(call):
     call(f"run {write(function=f'{GRID}:everything')}")
     (row, _) = csv.DictReader(io.StringIO(call("export s.sqlite")[1]))
     assert float(row["third"]) == 1 / 3
@@ -362,7 +362,7 @@ def test_export_keeps_every_digit_and_kind(call):
     assert Path("t.csv").read_text() == call("export s.sqlite")[1]
 
 
-def test_parquet_tells_nan_from_nothing_and_takes_mixed_columns():
+def test_parquet_distinguishes_nan_from_none_and_accepts_mixed_columns():
     parquet = pytest.importorskip("pyarrow.parquet")
     frame = pd.DataFrame({"x": [1.0, math.nan, None], "m": [1, "a", None], "i": [1, None, 3]}, dtype=object)
     table = parquet.read_table(io.BytesIO(report.write_parquet(frame))).to_pydict()
@@ -373,7 +373,7 @@ def test_parquet_tells_nan_from_nothing_and_takes_mixed_columns():
     assert table["i"] == [1, None, 3]
 
 
-def test_export_that_cannot_be(call, refused, monkeypatch):
+def test_invalid_exports(call, refused, monkeypatch):
     call(f"run {plain()}")
     assert "cannot export a table to t.txt: give a file that ends in" in refused("export s.sqlite --to t.txt")
     assert "cannot write no/t.csv" in refused("export s.sqlite --to no/t.csv")
@@ -421,7 +421,7 @@ def test_the_options_of_an_analysis(in_servers, capsys, tmp_path):
     assert "--scheduler" in capsys.readouterr().out
 
 
-def test_a_tool_has_no_such_options(capsys, refused):
+def test_a_tool_has_none_of_these_options(capsys, refused):
     tool = Tool(SmallConfig, "None.", {"default": Preset(SmallConfig())}, lambda *given: print(type(given[1]).__name__))
     assert execute(tool, ["--jobs", "2"], "x") == 2
     assert execute(tool, [], "x") == 0

@@ -45,14 +45,14 @@ from curvlab.errors import CurvlabError
         ("!!int '5'", 5),
         ("!!float 1", 1.0),
         ("!!map {}", {}),
-        ('"\\ud83d\\ude00"', "😀"),  # as JSON has it
+        ('"\\ud83d\\ude00"', "😀"),  # as in JSON
         ("\ufeff1", 1),
         ("%YAML 1.2\n--- no", "no"),
         ("[" * 99 + "]" * 99, None),
         ("[&a {x: 1}, *a, {<<: *a, y: 2}, {y: 1, <<: [*a, {x: 3, z: 4}]}, {x: 5, <<: *a}]", None),
     ],
 )
-def test_what_is_read(text, value):
+def test_supported_yaml(text, value):
     if text.startswith("[&a"):
         value = [{"x": 1}, {"x": 1}, {"x": 1, "y": 2}, {"x": 1, "z": 4, "y": 1}, {"x": 5}]
     elif text.startswith("[["):
@@ -111,7 +111,7 @@ MERGING_BOMB = BOMB.replace("[1, 1]", "{x: 1}").replace("[", "{<<: [").replace("
         ("{a: b", "expected ',' or '}'"),
     ],
 )
-def test_what_is_refused(text, fragment):
+def test_refused_yaml(text, fragment):
     with pytest.raises(CurvlabError) as refusal:
         yaml_file.loads(text)
     assert fragment in str(refusal.value)
@@ -131,7 +131,7 @@ def test_files(tmp_path):
             yaml_file.read(tmp_path / name)
 
 
-def test_what_is_written_is_read_the_same_by_either_version():
+def test_written_yaml_is_the_same_value_in_both_versions():
     words = [
         "no",
         "1e3",
@@ -158,7 +158,7 @@ def test_what_is_written_is_read_the_same_by_either_version():
     assert yaml.safe_load(text) == value
 
 
-def test_changes_at_random_are_read_or_refused():
+def test_random_changes_are_read_or_refused():
     texts = (
         'f: m:f\nb: &b {a: 1, b: "x\\u00e9"}\np: [{<<: *b, a: 2}, {<<: *b}]\n',
         'g:\n  a: [1e-3, ~]\n  "b": |\n    t\n  ? k\n  : >-\n    folded\n',
@@ -174,7 +174,7 @@ def test_changes_at_random_are_read_or_refused():
             text[place : place + rng.randint(0, 2)] = rng.choice(letters)
         try:
             yaml_file.loads("".join(text))
-            read += 1  # what else it raises fails
+            read += 1  # any other error fails the test
         except CurvlabError:
             continue
     assert 20 < read < 580

@@ -14,7 +14,7 @@ from curvlab.grid.run_spec import canonical
 
 Config = dict[str, Any]
 
-_MOST = 1_000_000  # combinations; more are most likely a mistake, and would fill the memory before the first run
+_MAX_COMBINATIONS = 1_000_000  # more are most likely a mistake, and would fill the memory before the first run
 _RANGES = {
     "uniform": "[low, high], finite numbers with low <= high and a finite difference",
     "log_uniform": "[low, high], finite numbers with 0 < low <= high",
@@ -61,9 +61,9 @@ def expand(
         if names & taken:
             raise CurvlabError(f"{min(names & taken)!r} is set by two axes; remove it from one of them")
         taken |= names
-    if (count := math.prod(map(len, (*axes, *grid.values())))) > _MOST:
+    if (count := math.prod(map(len, (*axes, *grid.values())))) > _MAX_COMBINATIONS:
         raise CurvlabError(
-            f"the axes have {count:,} combinations, and a sweep has at most {_MOST:,}; give fewer values"
+            f"the axes have {count:,} combinations, and a sweep has at most {_MAX_COMBINATIONS:,}; give fewer values"
         )
     for point, sample, *values in product(*axes, *grid.values()):
         yield {**base, **point, **sample, **dict(zip(grid, values, strict=True))}

@@ -32,8 +32,8 @@ from curvlab.grid.output import Output
 
 _PID = struct.Struct("q")
 _END = struct.Struct("qq")  # wait status, peak memory in bytes
-_LOOK = 0.5  # seconds between two checks whether a run is still wanted
-_PATIENCE = 2.0  # seconds that a server has to end; it may be importing a module
+_CHECK_INTERVAL = 0.5  # seconds between two checks whether a run is still wanted
+_CLOSE_TIMEOUT = 2.0  # seconds that a server has to end; it may be importing a module
 # The first step of torch's optimizers imports torch._dynamo, which takes more than a second; the digits need sklearn.
 _PRELOADED = ("curvlab.grid.run_process", "torch._dynamo", "sklearn.datasets")
 
@@ -97,7 +97,7 @@ class Server:
         with self._lock:
             self._socket.close()
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -159,10 +159,10 @@ def _watch(
 ) -> tuple[bytes | None, str | None]:
     """Wait for an answer, the end, the timeout, or ``wanted`` to be False; return the answer and why to kill it."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    look = time.monotonic() + _LOOK
+    next_check = time.monotonic() + _CHECK_INTERVAL
     watched: list[Connection | int] = [connection, end, output.descriptor]
     while True:
-        ready: Sequence[object] = wait(watched, max(min(look, deadline) - time.monotonic(), 0.0))
+        ready: Sequence[object] = wait(watched, max(min(next_check, deadline) - time.monotonic(), 0.0))
         if output.descriptor in ready and not output.read():
             watched.remove(output.descriptor)  # all writers have closed the pipe
         if connection in ready:
@@ -174,8 +174,8 @@ def _watch(
             return None, None
         if time.monotonic() >= deadline:
             return None, "timeout"
-        if time.monotonic() >= look:
-            look = time.monotonic() + _LOOK
+        if time.monotonic() >= next_check:
+            next_check = time.monotonic() + _CHECK_INTERVAL
             if not wanted():
                 return None, "unwanted"
 

@@ -25,7 +25,7 @@ OUTPUT = "output.txt"
 # Columns that the tables of a store have beside the keys of the records.
 _RESERVED = {"run", "status", "kind", "seeds", "failed", "absent"}
 _RESERVED_PREFIXES = ("run.", "config.")
-_LONGEST_ERROR, _LONGEST_TRACEBACK, _LONGEST_TEXT = 4_000, 40_000, 1_000_000  # characters
+_MAX_ERROR, _MAX_TRACEBACK, _MAX_TEXT = 4_000, 40_000, 1_000_000  # characters
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tab and newline
 
 
@@ -60,8 +60,8 @@ def execute_request(connection: Connection, output: int) -> None:
         answer = {"records": _check_records(find_function(request["function"])(request["config"], place))}
     except BaseException as error:  # SystemExit too: the run has not returned its records
         answer = {
-            "error": _shorten(escape_controls(to_sentence(error)), _LONGEST_ERROR),
-            "traceback": _shorten(escape_controls(traceback.format_exc()), _LONGEST_TRACEBACK),
+            "error": _shorten(escape_controls(to_sentence(error)), _MAX_ERROR),
+            "traceback": _shorten(escape_controls(traceback.format_exc()), _MAX_TRACEBACK),
         }
     answer["seconds"] = time.perf_counter() - started
     with suppress(OSError, ValueError, AttributeError):
@@ -136,9 +136,9 @@ def _check_record(record: Any, number: int) -> Record:
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise CurvlabError(f"record {number}: {name!r} is an integer of more than 64 bits; store a float or a str")
-        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
             raise CurvlabError(
-                f"record {number}: {name!r} is a text of {len(value):,} characters, and at most {_LONGEST_TEXT:,} are "
+                f"record {number}: {name!r} is a text of {len(value):,} characters, and at most {_MAX_TEXT:,} are "
                 "stored; write it to a file in place.folder"
             )
         if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):

@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 
 Record = dict[str, Any]
 
-_DEEPEST = 100  # levels of lists and dictionaries in a configuration
+_MAX_LEVELS = 100  # levels of lists and dictionaries in a configuration
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def _require_json(value: Any, depth: int) -> None:
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("an integer has more than 64 bits")
     elif isinstance(value, Mapping | list | tuple):
-        if depth > _DEEPEST:
-            raise ValueError(f"it contains itself, or has more than {_DEEPEST} levels")
+        if depth > _MAX_LEVELS:
+            raise ValueError(f"it contains itself, or has more than {_MAX_LEVELS} levels")
         for name in value if isinstance(value, Mapping) else ():
             if not isinstance(name, str):
                 raise ValueError(f"the key {name!r} is not a string")

@@ -258,7 +258,7 @@ def read_store(path: Path) -> Iterator[Store]:
     if not exists(path):
         raise CurvlabError(f"there is no store {path}; give the file that a sweep has written, which ends in .sqlite")
     with report_errors(path):
-        check(path, begun=True)
+        check(path, need_tables=True)
         connection = connect_reader(resolve(path))
         try:
             yield Store(path, connection)

@@ -72,7 +72,7 @@ def lock(path: Path) -> Iterator[None]:
         try:
             with report_errors(path):
                 if exists(path):
-                    check(path, begun=False)
+                    check(path, need_tables=False)
         except BaseException:
             if not existed:
                 file.unlink(missing_ok=True)
@@ -106,8 +106,8 @@ def _connect(path: Path, how: str) -> sqlite3.Connection:
     return connection
 
 
-def check(path: Path, begun: bool) -> None:
-    """Refuse a file that is damaged, not a store or, if ``begun``, empty; leave no file beside it.
+def check(path: Path, need_tables: bool) -> None:
+    """Refuse a file that is damaged, not a store or, if ``need_tables``, empty; leave no file beside it.
 
     Raises:
         CurvlabError: The file is refused.
@@ -137,7 +137,7 @@ def check(path: Path, begun: bool) -> None:
                     "copy both files to a writable folder"
                 ) from error
             try:
-                _examine(path, connection, begun)
+                _examine(path, connection, need_tables)
             finally:
                 connection.close()
         except (CurvlabError, sqlite3.Error, UnicodeDecodeError):
@@ -150,13 +150,13 @@ def check(path: Path, begun: bool) -> None:
         return
 
 
-def _examine(path: Path, connection: sqlite3.Connection, begun: bool) -> None:
+def _examine(path: Path, connection: sqlite3.Connection, need_tables: bool) -> None:
     connection.text_factory = lambda text: text.decode(errors="surrogateescape")  # it fails its checksum
     connection.execute("BEGIN")  # one state, while another process may be writing
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     found = {(kind, name): text for kind, name, text in connection.execute("SELECT type, name, sql FROM sqlite_master")}
-    if not (application or version or found or begun):
+    if not (application or version or found or need_tables):
         return  # the sweep was killed before it created the tables
     if application != APPLICATION:
         raise CurvlabError(f"{path} is a database, but not the store of a sweep; choose another file")

@@ -37,7 +37,7 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
     )
     with suppress(OSError):
         folder.rmdir()  # a folder with files stays
-    here = {
+    common = {
         "key": task["key"],
         "peak_bytes": ended.peak_bytes,
         "host": platform.node(),
@@ -47,12 +47,12 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
     if ended.answer is None or ended.stopped:
         kind = "timeout" if ended.stopped == "timeout" else "killed"
         return Outcome(
-            kind=kind, error=_explain(task, ended), traceback=_read_output(task), seconds=ended.seconds, **here
+            kind=kind, error=_explain(task, ended), traceback=_read_output(task), seconds=ended.seconds, **common
         )
     answer = json.loads(ended.answer)
     if "error" in answer:
         return Outcome(
-            kind="raised", error=answer["error"], traceback=answer["traceback"], seconds=answer["seconds"], **here
+            kind="raised", error=answer["error"], traceback=answer["traceback"], seconds=answer["seconds"], **common
         )
     records = answer["records"]
     nan = next((name for record in records for name, value in record.items() if value != value), None)
@@ -61,7 +61,7 @@ def supervise(task: Task, wanted: Callable[[], bool]) -> Outcome:
         error=None if nan is None else f"{nan} is NaN",
         records=records,
         seconds=answer["seconds"],
-        **here,
+        **common,
     )
 
 
