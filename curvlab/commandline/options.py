@@ -19,7 +19,7 @@ EXIT_CODES = (
 class RunOptions(Config):
     """Folders of results and data."""
 
-    titles: ClassVar[Mapping[str, str]] = {"out": "places"}
+    titles: ClassVar[Mapping[str, str]] = {"out": "folders"}
 
     out: Path | None = None
     """Folder for the results; the same command with the same folder continues there. Without it, runs/ANALYSIS-TIME,
@@ -33,7 +33,7 @@ class RunOptions(Config):
 class GridOptions(RunOptions):
     """Options for the execution of many runs."""
 
-    titles: ClassVar[Mapping[str, str]] = {**RunOptions.titles, "jobs": "running"}
+    titles: ClassVar[Mapping[str, str]] = {**RunOptions.titles, "jobs": "execution"}
 
     jobs: int | None = pydantic.Field(default=None, ge=1)
     """Number of runs at once, each in its own process; it changes no bit of the results. Without it, the number of

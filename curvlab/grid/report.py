@@ -61,8 +61,8 @@ def print_failure(console: Console, store: Store, key: str) -> None:
     found = [run for run in store.failed_runs() if run["key"].startswith(key)]
     if len(found) != 1:
         raise CurvlabError(
-            f"{len(found) or 'no'} failed runs of {store.path} have a key that begins with {key!r}; give the key of "
-            "one, as the command failed lists them"
+            f"{len(found) or 'no'} failed runs of {store.path} have a key that begins with {key!r}; the "
+            "command failed lists the keys"
         )
     (run,) = found
     folder = run_folder(store.path, run["key"])
