@@ -649,7 +649,7 @@ def test_a_full_disk_is_reported_and_finished_runs_are_kept(file, monkeypatch):
 
     monkeypatch.setattr(store_module.Store, "register", little)
     monkeypatch.setattr(store_module.Store, "finish", _long(store_module.Store.finish))
-    with pytest.raises(CurvlabError, match=r"cannot write .*s.sqlite: the disk is full"):
+    with pytest.raises(CurvlabError, match=r"cannot write .*s.sqlite: no space left"):
         run(work, file, jobs=2)
     monkeypatch.undo()
     with read_store(file) as store:

@@ -20,7 +20,7 @@ def report_errors(path: Path) -> Iterator[None]:
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise damage_error(path, str(error)) from error
         if code == sqlite3.SQLITE_FULL:
-            reason = "the disk is full; free some space and repeat the command: finished runs are in the store"
+            reason = "no space left on the disk; free some and repeat the command: finished runs are in the store"
         elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
             reason = f"{error}; choose a folder that is writable"
         elif code == sqlite3.SQLITE_BUSY:
