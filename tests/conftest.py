@@ -1,6 +1,6 @@
-"""What tests share.
+"""Shared fixtures.
 
-Torch and what needs it are imported where they are used: the process that only hands tests to others reads this too.
+Torch is imported in the fixtures only, since the process that distributes the tests imports this file too.
 """
 
 import signal
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from programs import Starter
 
-# Shells ignore Ctrl-C for what they start in the background, and tests send it.
+# Shells ignore Ctrl-C for background processes, and some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Give a test the same random numbers whatever ran before it."""
+    """Give a test the same random numbers independent of the tests before it."""
     import torch
 
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def one_server():
 
 @pytest.fixture(scope="session")
 def starter() -> Iterator[Starter]:
-    """What starts programs that tests stop, in less than the seconds that a new one takes to import torch."""
+    """A starter of programs that tests stop, without the seconds that the import of torch takes."""
     starter = Starter()
     yield starter
     starter.close()
@@ -59,9 +59,9 @@ class _Exchange:
 
 @pytest.fixture
 def with_figures(monkeypatch) -> None:
-    """Name this fixture in a test of a module with ``no_figures`` that looks at the figures of a run.
+    """Use this fixture in a test of a module with ``no_figures`` that examines the figures of a run.
 
-    They are drawn as ever, and written with fewer dots, which are most of the work.
+    They are drawn as usual, and written with a lower resolution, which saves most of the time.
     """
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def with_figures(monkeypatch) -> None:
 
 @pytest.fixture
 def no_figures(request, monkeypatch) -> None:
-    """Let a run write empty files for its figures, which take longer than all the rest of a small one."""
+    """Let a run write empty files for its figures, which take most of the time of a small run."""
     from matplotlib.figure import Figure
 
     if "with_figures" not in request.fixturenames:

@@ -151,7 +151,7 @@ def check(path: Path, need_tables: bool) -> None:
 
 
 def _examine(path: Path, connection: sqlite3.Connection, need_tables: bool) -> None:
-    connection.text_factory = lambda text: text.decode(errors="surrogateescape")  # it fails its checksum
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")  # invalid text then fails the checksum
     connection.execute("BEGIN")  # one state, while another process may be writing
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()

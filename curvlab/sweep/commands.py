@@ -80,9 +80,9 @@ def status(arguments: list[str], program: str) -> int:
     return 0
 
 
-def failed(arguments: list[str], program: str) -> int:
+def list_failed(arguments: list[str], program: str) -> int:
     """List the failed runs with their errors; with a KEY, show one with its traceback."""
-    given = _parse(StoreOptions(), failed, arguments, program, ["STORE", "[KEY]"])
+    given = _parse(StoreOptions(), list_failed, arguments, program, ["STORE", "[KEY]"])
     if given is not None:
         with grid.read_store(Path(given[1][0])) as store:
             if given[1][1:]:
@@ -115,7 +115,7 @@ def export(arguments: list[str], program: str) -> int:
 COMMANDS: dict[str, Callable[[list[str], str], int]] = {
     "run": run,
     "status": status,
-    "failed": failed,
+    "failed": list_failed,
     "export": export,
 }
 
