@@ -2,7 +2,7 @@
 
 from curvlab.startup import handle_interrupt
 
-handle_interrupt()  # before the slow imports
+handle_interrupt()  # before the slow imports below
 
 # isort: split
 

@@ -1,4 +1,4 @@
-"""Numbers that a user gives: what is not such a number is refused in one sentence."""
+"""Checks of numbers given by the user, with error messages of one sentence."""
 
 import math
 from numbers import Integral, Real
@@ -11,10 +11,14 @@ from curvlab.errors import CurvlabError
 
 
 def real_number(value: object, what: str) -> float:
-    """Return a finite real number: a Python or NumPy number or a tensor without dimensions, never a bool.
+    """Return a finite real number as a float.
+
+    Args:
+        value: A Python or NumPy number or a tensor without dimensions; a bool is not a number here.
+        what: The name of the value, with which the error message begins.
 
     Raises:
-        CurvlabError: It is not one; the message begins with ``what``.
+        CurvlabError: The value is not a finite real number.
     """
     plain = _plain(value)
     try:
@@ -27,10 +31,15 @@ def real_number(value: object, what: str) -> float:
 
 
 def whole_number(value: object, what: str, least: int = 0) -> int:
-    """Return a whole number from ``least``: a Python or NumPy number or a tensor without dimensions, never a bool.
+    """Return a whole number of at least ``least`` as an int.
+
+    Args:
+        value: A Python or NumPy number or a tensor without dimensions; a bool is not a number here.
+        what: The name of the value, with which the error message begins.
+        least: The smallest allowed value.
 
     Raises:
-        CurvlabError: It is not one; the message begins with ``what``.
+        CurvlabError: The value is not a whole number, or is too small.
     """
     plain = _plain(value)
     if not isinstance(plain, Integral) or isinstance(plain, bool) or plain < least:
@@ -39,7 +48,7 @@ def whole_number(value: object, what: str, least: int = 0) -> int:
 
 
 def _plain(value: object) -> object:
-    """Return the Python number of a NumPy number, array or tensor without dimensions; else the value itself."""
+    """Convert a NumPy number, array or tensor without dimensions to a Python number; return other values unchanged."""
     if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta:
         return value.item()
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
@@ -48,7 +57,7 @@ def _plain(value: object) -> object:
 
 
 def shown(value: object) -> str:
-    """Return what a value is, for a message: its short form, or what kind of tensor or array."""
+    """Describe a value in an error message: its short ``repr``, or the dtype and shape of a tensor or array."""
     if isinstance(value, Tensor):
         return f"a {value.layout} tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):

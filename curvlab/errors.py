@@ -1,18 +1,20 @@
-"""Errors that a user can mend: each says in one sentence what is wrong and what would work."""
+"""Errors that a user can fix. Each message says in one sentence what is wrong and what would work."""
 
 
 class CurvlabError(Exception):
-    """Something in the request, the data or the environment is not right; the message says what and the way out."""
+    """The request, the data or the environment is not valid; the message says what is wrong and what to do."""
 
 
 class UnsupportedError(CurvlabError):
-    """A backend cannot compute this right for this model; the message names the module, the backend and what would."""
+    """A correct result is not possible for this model; the message names the module, the backend and an alternative."""
 
 
 def first_line(error: BaseException | str, length: int = 160) -> str:
-    r"""Return the first line of what an error of other code says, for a clause of a message; cut where it is long.
+    r"""Return the first line of an error message, for use inside another message.
 
-    The type of an error that says nothing stands for it.
+    Args:
+        error: An error of another library, or its text. If the text is empty, the name of the error's type is used.
+        length: Longer lines are cut to this many characters.
 
     Examples:
         >>> first_line(RuntimeError("it does not fit\nHere is how to report it ..."))
@@ -25,7 +27,7 @@ def first_line(error: BaseException | str, length: int = 160) -> str:
 
 
 def type_and_line(error: BaseException, length: int = 160) -> str:
-    """Return the type of an error of other code and the first line of what it says, or the type alone.
+    """Return the type of an error and the first line of its message, or only the type if the message is empty.
 
     Examples:
         >>> type_and_line(ValueError("too many")), type_and_line(StopIteration())

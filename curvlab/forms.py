@@ -1,4 +1,4 @@
-"""The string forms of small frozen dataclasses: ``name`` or ``name:key=value,key=value``."""
+"""String forms of small frozen dataclasses: ``name`` or ``name:key=value,key=value``."""
 
 from collections.abc import Mapping
 from dataclasses import Field, fields
@@ -16,31 +16,31 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What stands before the colon."""
+        """The text before the colon."""
 
 
 T = TypeVar("T")
 
 
 def form(value: Named) -> str:
-    """Return the string form of a value, without the options left at their defaults."""
+    """Return the string form of a value; options with their default values are left out."""
     options = [f"{f.name}={getattr(value, f.name)}" for f in _options(value) if getattr(value, f.name) != f.default]
     return f"{value.name}:{','.join(options)}" if options else value.name
 
 
 def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
-    """Return the value of a string form; options are whole numbers where their field is one, else text.
+    """Parse a string form. The value of an option is an int if its field has an int type, else text.
 
     Args:
         text: The string form.
-        what: What to call such a value in an error, such as ``quantity``.
-        kinds: Name -> frozen dataclass, which checks what it is given.
+        what: The noun for error messages, such as ``quantity``.
+        kinds: Name -> frozen dataclass, which checks its arguments.
 
     Raises:
-        CurvlabError: The name or an option is unknown or given twice, or a value does not fit.
+        CurvlabError: The name or an option is unknown, an option is given twice, or a value is not valid.
     """
     if not isinstance(text, str):
-        raise CurvlabError(f"a {what} is given by name, such as {next(iter(kinds))!r}, not as {shown(text)}")
+        raise CurvlabError(f"a {what} is a name, such as {next(iter(kinds))!r}, not {shown(text)}")
     name, _, rest = text.partition(":")
     if name not in kinds:
         raise CurvlabError(unknown(what, name, kinds))
@@ -50,24 +50,24 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             allowed = ", ".join(sorted(known)) or "none"
-            raise CurvlabError(f"{name} does not take {part!r}; its options are: {allowed}, as key=value")
+            raise CurvlabError(f"{name} has no option {part!r}; its options are: {allowed}, written as key=value")
         if key in options:
-            raise CurvlabError(f"{name} is given {key} twice")
+            raise CurvlabError(f"{name} has the option {key} twice; give it once")
         if "int" in str(known[key].type):
             try:
                 options[key] = int(value)
             except ValueError:
-                raise CurvlabError(f"{name}:{key} takes a whole number, not {value!r}") from None
+                raise CurvlabError(f"option {key} of {name} must be a whole number, not {value!r}") from None
         else:
             options[key] = value
     return kinds[name](**options)
 
 
 def unknown(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
-    """Return the sentence about a name that there is not, with the nearest that there is."""
+    """Return the error message for an unknown name, with the most similar known name and the list of all names."""
     near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"there is no {what} {name!r}; {hint}There are {', '.join(names)}"
+    hint = f"did you mean {near[0]!r}? Available" if near else "available"
+    return f"there is no {what} {name!r}; {hint}: {', '.join(names)}"
 
 
 def _options(value: Any) -> list[Field[Any]]:

@@ -1,4 +1,4 @@
-"""The graph that torch keeps of a computation, node by node."""
+"""The nodes of torch's autograd graph."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def walk(outputs: Iterable[Tensor]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield every node of the graph behind some tensors once, with the nodes of its inputs.
+    """Yield every node of the autograd graph of some tensors once, with the nodes of its inputs.
 
-    The node of an input is None where that has no gradient.
+    The node of an input without gradient is None.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The data of a problem: what has their form, passes over them, and a few samples from several places."""
+"""The data of a problem: checks of their form, repeated passes, and a few samples for verification."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeGuard, cast
@@ -14,26 +14,26 @@ from curvlab.randomness import holders_of, random_state, with_own_randomness
 Pair = tuple[Tensor, Tensor]
 
 _BATCH_SIZE = 500
-_ANEW = "a curvature takes several passes, which must give the same samples in the same order"
+_ANEW = "several passes are needed, and all must give the same samples in the same order"
 
 _AS_TENSORS = "; give [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]"
 
 
 class BatchSource(Protocol):
-    """Data that can be gone through more than once: a DataLoader or a list of batches."""
+    """Data that can be iterated more than once: a DataLoader or a list of batches."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Start from the first batch."""
+        """Iterate from the first batch."""
 
 
 class Intake:
-    """Data that are gone through any number of times, and are the same each time.
+    """Data that can be iterated any number of times and are checked to be the same every time.
 
     Args:
         data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors.
 
     Raises:
-        CurvlabError: The data have another form, or can be read only once.
+        CurvlabError: The data have another form, or can be iterated only once.
     """
 
     def __init__(self, data: BatchSource | Pair) -> None:
@@ -45,29 +45,29 @@ class Intake:
             )
         elif not isinstance(data, Iterable):
             raise CurvlabError(
-                f"data is a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
+                f"data must be a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
             )
         elif isinstance(data, Iterator):
-            raise CurvlabError("the data can be gone through only once: give a DataLoader or a list of batches")
+            raise CurvlabError("the data can be iterated only once: give a DataLoader or a list of batches")
         self._data = data
-        self._start = random_state(holders_of(data))  # that every pass starts from
+        self._start = random_state(holders_of(data))  # the state from which every pass starts
         self._first: _Record | None = None
 
     def batches(self, size: int | None = None) -> Iterator[Pair]:
-        """Go through the data once, in batches of a size or, without one, in their own.
+        """Iterate the data once, in batches of the given size, or in their own batches.
 
         Raises:
             CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, the
-                data fail, or they are not what they were in the first pass.
+                data raise an error, or they differ from the first pass.
         """
         return _regroup(self._pass(size or _BATCH_SIZE), size)
 
     def count(self) -> int:
-        """Return the number of samples, by a pass over the data if need be."""
+        """Return the number of samples; this may take a pass over the data."""
         return len(self._data[0]) if _is_pair(self._data) else self.first().count
 
     def first(self) -> "_Record":
-        """Return what the first whole pass has shown; without one so far, go through the data."""
+        """Return the record of the first complete pass; if there was none yet, iterate the data."""
         if self._first is None:
             for _ in self._pass(_BATCH_SIZE):
                 pass
@@ -76,7 +76,7 @@ class Intake:
 
     def _pass(self, pair_batch_size: int) -> Iterator[Pair]:
         record = _Record()
-        # Of a pair, batches may be larger or smaller than before, and the same tensors are the same data.
+        # A pair of tensors is always the same data, although its batch size may change between passes.
         first = None if _is_pair(self._data) else self._first
         for index, (inputs, targets) in enumerate(self._own_batches(pair_batch_size)):
             record.add(inputs, targets)
@@ -88,7 +88,7 @@ class Intake:
         elif not record.count:
             used_up = isinstance(getattr(self._data, "dataset", None), IterableDataset)
             raise CurvlabError(
-                "the data have no samples" + (": an IterableDataset must start anew at every pass" if used_up else "")
+                "the data have no samples" + (": an IterableDataset must restart at every pass" if used_up else "")
             )
         else:
             self._first = record
@@ -114,11 +114,11 @@ class Intake:
         if expected not in (None, index + 1):
             raise CurvlabError(
                 f"the DataLoader ended after {index + 1} of {expected} batches: a StopIteration that its data set "
-                "raises ends it without a word"
+                "raises ends it silently"
             )
 
     def _drawn(self) -> Iterator[Any]:
-        # A list holds its batches; anything else may draw them.
+        # A list holds its batches; other data may draw random numbers.
         held = isinstance(self._data, (list, tuple))
         batches = iter(self._data if held else with_own_randomness(self._data, self._start))
         index = 0
@@ -130,20 +130,21 @@ class Intake:
             except CurvlabError:
                 raise
             except Exception as error:
-                raise CurvlabError(f"the data fail at batch {index}: {type_and_line(error)}") from error
+                raise CurvlabError(f"the data raise an error at batch {index}: {type_and_line(error)}") from error
             yield batch
             index += 1
 
     def _unbatched(self) -> str:
         if isinstance(self._data, DataLoader) and self._data.batch_size is None and self._data.batch_sampler is None:
-            return "; a DataLoader with batch_size=None gives single samples: set batch_size"
+            return "; a DataLoader with batch_size=None gives single samples: set its batch_size"
         return ""
 
 
 class _Record:
-    """What a pass shows: how many samples there are, and a few of them.
+    """The record of a pass: the number of samples, checksums of the batches, and a few samples.
 
-    The length is known only at the end. So the samples at every power of two are kept, of which one is near the middle.
+    The number of samples is known only at the end, so the samples at all powers of two are kept; one is near the
+    middle.
     """
 
     def __init__(self) -> None:
@@ -154,17 +155,17 @@ class _Record:
         self._last: dict[int, Pair] = {}
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Note a batch.
+        """Add a batch.
 
         Raises:
-            CurvlabError: It holds NaN or infinite values.
+            CurvlabError: The batch holds NaN or infinite values.
         """
         self._seen.append((len(inputs), *map(_finite_sum, (inputs, targets))))
         end = self.count + len(inputs)
         powers = [1 << k for k in range(end.bit_length())]
 
         def take(indices: Iterable[int]) -> dict[int, Pair]:
-            # Copies, which do not keep the whole batch.
+            # Copies, because a view would keep the whole batch in memory.
             rows = {i: slice(i - self.count, i - self.count + 1) for i in indices if self.count <= i < end}
             return {i: (inputs[row].clone(), targets[row].clone()) for i, row in rows.items()}
 
@@ -173,7 +174,7 @@ class _Record:
         self.count = end
 
     def check_batch(self, index: int, later: "_Record") -> None:
-        """Refuse, at a batch of a later pass, what this pass did not give."""
+        """Raise an error if a batch of a later pass differs from this pass."""
         if index >= len(self._seen):
             raise CurvlabError(
                 f"the data gave {self.count} samples in the first pass and {later.count} or more in this one: {_ANEW}"
@@ -183,12 +184,12 @@ class _Record:
             raise CurvlabError(
                 f"batch {index} of the data had {size} samples in the first pass and {size_now} in this one: {_ANEW}"
             )
-        # How a sum is rounded depends on the number of threads.
+        # The rounding of a sum depends on the number of threads.
         if sums != sums_now and self._threads == later._threads:
-            raise CurvlabError(f"batch {index} of the data does not hold the samples of the first pass: {_ANEW}")
+            raise CurvlabError(f"batch {index} of the data differs from the same batch of the first pass: {_ANEW}")
 
     def check_end(self, later: "_Record") -> None:
-        """Refuse a later pass that ends before this one did."""
+        """Raise an error if a later pass ended with a different number of samples."""
         if later.count != self.count:
             raise CurvlabError(
                 f"the data gave {self.count} samples in the first pass and {later.count or 'none'} in this one: {_ANEW}"
@@ -207,7 +208,7 @@ class _Record:
 
 
 def numbers(tensor: Tensor) -> Tensor:
-    """Return the entries of a sparse, quantized or 8-bit floating tensor as an ordinary one, another as it is."""
+    """Return the entries of a sparse, quantized or 8-bit float tensor as an ordinary tensor; else the tensor."""
     if tensor.layout != torch.strided:
         tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
     if tensor.is_quantized:
@@ -218,14 +219,14 @@ def numbers(tensor: Tensor) -> Tensor:
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every entry is finite."""
     tensor = numbers(tensor)
-    # A sum is quicker than a mask, and is not finite where an entry is not; it may overflow where all are.
+    # A sum is faster than a mask. It is not finite if an entry is not finite, but it may also overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one shape and dtype, of finite entries, are equal."""
+    """Return whether two tensors with finite entries and the same shape and dtype are equal."""
     one, other = numbers(one.detach()), numbers(other.detach())
-    # NumPy compares words five times as quickly as torch does entries; a zero may still have two signs.
+    # NumPy compares words five times as fast as torch compares entries. Words differ for 0.0 and -0.0, hence the rest.
     if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
         words, others = (tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other))
         if np.array_equal(words, others):
@@ -243,7 +244,7 @@ def _finite_sum(tensor: Tensor) -> complex:
     if not bool(total.isfinite()):
         if not bool(tensor.isfinite().all()):
             raise CurvlabError("the data hold NaN or infinite values")
-        return 0.0  # it overflows
+        return 0.0  # the sum overflows
     return complex(total)
 
 
@@ -252,7 +253,7 @@ def _is_pair(data: object) -> TypeGuard[Pair]:
 
 
 def _could_be_pair(batch: object) -> bool:
-    """Return whether a batch is a pair of what tensors can be made of."""
+    """Return whether a batch is a pair of objects that can be converted to tensors."""
     return (
         isinstance(batch, (tuple, list))
         and len(batch) == 2
@@ -261,36 +262,36 @@ def _could_be_pair(batch: object) -> bool:
 
 
 def _is_pair_of_arrays(data: object) -> bool:
-    """Return whether data are a pair of arrays, or of one and a tensor, which no two batches are."""
+    """Return whether the data are a pair of arrays, or of an array and a tensor: two batches would be sequences."""
     return _could_be_pair(data) and any(isinstance(part, (Tensor, np.ndarray)) for part in cast("Sequence[Any]", data))
 
 
 def _check_pair(batch: Pair, what: str, has: str, unbatched: str = "") -> None:
-    """Refuse tensors of which a row is not a sample."""
+    """Raise an error for tensors whose rows are not samples."""
     for role, tensor in zip(("inputs", "targets"), batch, strict=True):
         if tensor.is_nested:
             raise CurvlabError(f"the {role} of {what} are nested (ragged) tensors: pad them to one shape")
         if tensor.layout != torch.strided:
             raise CurvlabError(
-                f"the {role} of {what} are {str(tensor.layout).removeprefix('torch.')} tensors: give to_dense() of them"
+                f"the {role} of {what} are {str(tensor.layout).removeprefix('torch.')} tensors: convert with to_dense()"
             )
         if tensor.is_quantized:
-            raise CurvlabError(f"the {role} of {what} are quantized: give dequantize() of them")
+            raise CurvlabError(f"the {role} of {what} are quantized: convert with dequantize()")
         if tensor.is_meta:
             raise CurvlabError(f"the {role} of {what} are on the meta device, where tensors have no values")
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise CurvlabError(f"the {role} of {what} are of the class {type(tensor).__name__}: give plain tensors")
+            raise CurvlabError(f"the {role} of {what} have the class {type(tensor).__name__}: give plain tensors")
         if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-            raise CurvlabError(f"the {role} of {what} are {tensor.dtype}: give float() of them")
+            raise CurvlabError(f"the {role} of {what} are {tensor.dtype}: convert with float()")
         if tensor.ndim == 0:
-            raise CurvlabError(f"the {role} of {what} are one number, not a row a sample{unbatched}")
+            raise CurvlabError(f"the {role} of {what} are one number, not one row per sample{unbatched}")
     if len(batch[0]) != len(batch[1]):
         raise CurvlabError(f"{has} {len(batch[0])} inputs but {len(batch[1])} targets{unbatched}")
 
 
 def _expected_batches(data: object) -> int | None:
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
-        return None  # of an IterableDataset the length is at best a guess
+        return None  # the length of an IterableDataset is at best a guess
     try:
         return len(data)
     except (TypeError, NotImplementedError):  # a sampler of unknown length
@@ -305,7 +306,7 @@ def _describe(batch: object) -> str:
 
 
 def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:
-    """Yield the same samples in the same order in batches of exactly ``size``, but for the last."""
+    """Yield the same samples in the same order in batches of ``size``; the last batch may be smaller."""
     if size is None:
         yield from batches
         return
@@ -320,7 +321,7 @@ def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:
             if count == size:
                 yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
                 held, count = [], 0
-        # A loader may fill the same tensors again.
+        # A loader may reuse its tensors for the next batch, so copy.
         held = [(torch.cat([x for x, _ in held]), torch.cat([y for _, y in held]))] if held else []
     if held:
         yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

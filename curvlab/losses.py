@@ -1,10 +1,10 @@
-"""The three losses, each a negative log-likelihood, with what the curvature of its outputs needs.
+"""The three losses, each a negative log-likelihood, with the output-space quantities that curvature needs.
 
-The loss of a sample is ``l_n = -log p(y_n | f_n)``, with no reduction over samples (the scale of every matrix
-is set once, by the mean over samples). Each loss gives its per-sample value and output gradient, targets drawn from
-the model, and the *output factors*: vectors ``s_r`` in output space with ``sum_r s_r s_r' = E_y[grad_f l grad_f l']``,
-the exact Fisher information of the outputs. Pulled back through the network (``J' s_r``) they give the exact
-Fisher of the parameters. Outputs of half precision are taken to float32 before anything is computed from them.
+The loss of a sample is ``l_n = -log p(y_n | f_n)``, without a reduction over samples (every matrix is a mean over
+samples). Each loss computes its per-sample values and output gradients, draws targets from the model, and computes
+*output factors*: vectors ``s_r`` in output space with ``sum_r s_r s_r' = E_y[grad_f l grad_f l']``, the exact Fisher
+information of the outputs. Multiplied with the Jacobian of the network (``J' s_r``) they give the exact Fisher of the
+parameters. Outputs in half precision are converted to float32 first.
 References: Martens, "New insights and perspectives on the natural gradient method",
 JMLR 2020, section 9; Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019.
 """
@@ -33,7 +33,7 @@ class Loss(ABC):
 
     @abstractmethod
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise a ``CurvlabError`` where the targets do not belong to this loss and these outputs."""
+        """Raise a ``CurvlabError`` if the targets do not match this loss and these outputs."""
 
     @abstractmethod
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -41,46 +41,46 @@ class Loss(ABC):
 
     @abstractmethod
     def num_factors(self, num_outputs: int) -> int:
-        """Return ``R``, how many output factors a sample has."""
+        """Return ``R``, the number of output factors per sample."""
 
     def output_factors(self, outputs: Tensor) -> Tensor:
-        """Return ``s`` of shape ``(N, R, C)`` whose ``sum_r s_r s_r'`` is the exact output Fisher of each sample."""
+        """Return the output factors ``s``, ``(N, R, C)``; ``sum_r s_r s_r'`` is a sample's exact output Fisher."""
         return self.some_factors(self.factor_scales(outputs), range(self.num_factors(outputs.shape[1])))
 
     @abstractmethod
     def factor_scales(self, outputs: Tensor) -> Tensor:
-        """Return what ``some_factors`` makes factors of, ``(N, C)``."""
+        """Return the scales from which ``some_factors`` computes factors, ``(N, C)``."""
 
     @abstractmethod
     def some_factors(self, scales: Tensor, part: range) -> Tensor:
-        """Return consecutive ones of the output factors, ``(N, rows, C)``, which are all that is formed.
+        """Return a consecutive part of the output factors, ``(N, len(part), C)``; the others are not formed.
 
         Args:
-            scales: Of ``factor_scales``.
-            part: Which, of ``0 .. R-1``.
+            scales: The result of ``factor_scales``.
+            part: The indices of the factors, from ``0 .. R-1``.
         """
 
     @abstractmethod
     def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
-        """Return each sample's exact output Fisher times its vector, both ``(N, C)``, without forming the matrix."""
+        """Return the product of each sample's exact output Fisher with its vector ``(N, C)``; no matrix is formed."""
 
     @abstractmethod
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Draw ``count`` targets a sample from the model's own predictive distribution.
+        """Draw ``count`` targets per sample from the model's own predictive distribution.
 
-        The stream of ``rng`` is used in the order of the samples, on the CPU: the same draws for every split
-        of the data into batches and on every device.
+        Random numbers are drawn from ``rng`` in the order of the samples, on the CPU, so that the targets do not depend
+        on the batch size or the device.
 
         Returns:
             Shape ``(N, count)`` of class indices, or ``(N, count, C)``.
         """
 
     def draw(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Return what ``drawn_gradients`` makes gradients of: the targets of ``sample`` unless a loss keeps less."""
+        """Return the draws from which ``drawn_gradients`` computes gradients: by default the targets of ``sample``."""
         return self.sample(outputs, count, rng)
 
     def drawn_gradients(self, outputs: Tensor, drawn: Tensor) -> Tensor:
-        """Return the gradients at targets that ``draw`` gave, ``(N, k, C)`` for any ``k`` columns of them."""
+        """Return the output gradients for ``k`` columns of the result of ``draw``, ``(N, k, C)``."""
         return torch.stack([self.gradients(outputs, targets) for targets in drawn.unbind(dim=1)], dim=1)
 
 
@@ -97,7 +97,7 @@ class CrossEntropy(Loss):
         """Require integer labels in ``0 .. C-1``."""
         if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or targets.ndim != 1:
             raise CurvlabError(
-                "cross_entropy takes targets of class indices, int64 of shape (N,); "
+                "cross_entropy needs class indices as targets, int64 of shape (N,); "
                 f"these are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
             )
         low, high = int(targets.min()), int(targets.max())
@@ -108,25 +108,25 @@ class CrossEntropy(Loss):
             )
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return ``p - e_y``, to full relative precision also where ``p_y`` rounds to one."""
+        """Return ``p - e_y``, with full relative precision even if ``p_y`` rounds to one."""
         p = _precise(outputs).softmax(dim=1)
         labels = targets.long().unsqueeze(1)
         return p.scatter(1, labels, -_complement(p).gather(1, labels))
 
     def num_factors(self, num_outputs: int) -> int:
-        """Return ``C - 1``, or one, of zeros, where there is one class."""
+        """Return ``C - 1``; for one class return 1, a factor of zeros."""
         return max(num_outputs - 1, 1)
 
     def factor_scales(self, outputs: Tensor) -> Tensor:
-        """Return ``sqrt(p)``, through the logarithm: representable also where a probability underflows itself."""
+        """Return ``sqrt(p)``, computed from the logarithm so that it does not underflow where ``p`` does."""
         return _precise(outputs).log_softmax(dim=1).mul(0.5).exp()
 
     def some_factors(self, scales: Tensor, part: range) -> Tensor:
-        """Return some of ``C - 1`` factors: the matrix ``diag(p) - p p'`` has no more rank.
+        """Return some of the ``C - 1`` factors; ``C - 1`` is the rank of the matrix ``diag(p) - p p'``.
 
-        With ``u = sqrt(p)`` it is ``D (I - u u') D``, ``D = diag(u)``, and the columns but one of a Householder
-        reflection are a root of ``I - u u'``. Reflected onto the most probable class, no difference cancels, also where
-        its probability rounds to one.
+        With ``u = sqrt(p)`` and ``D = diag(u)`` the matrix is ``D (I - u u') D``, and all columns but one of a
+        Householder reflection are a root of ``I - u u'``. The reflection is onto the most probable class, which avoids
+        cancellation if its probability rounds to one.
         """
         u = scales
         n, c = u.shape
@@ -143,8 +143,8 @@ class CrossEntropy(Loss):
     def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:
         """Return ``p (u - p . u)``.
 
-        It is the same for ``u`` less a constant: less the entry of the most probable class, no difference cancels where
-        the probability of that class rounds to one.
+        The product does not change if a constant is subtracted from ``u``. Subtracting the entry of the most probable
+        class avoids cancellation if the probability of that class rounds to one.
         """
         p = _precise(outputs).softmax(dim=1)
         u = _precise(vectors)
@@ -152,7 +152,7 @@ class CrossEntropy(Loss):
         return p * (u - (p * u).sum(dim=1, keepdim=True))
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Draw class indices from ``softmax(f)`` by inversion of its distribution function."""
+        """Draw class indices from ``softmax(f)`` by inverting the cumulative distribution."""
         uniform = torch.from_numpy(rng.random((len(outputs), count))).to(outputs.device)
         cumulative = outputs.detach().double().softmax(dim=1).cumsum(dim=1)
         return torch.searchsorted(cumulative, uniform, right=True).clamp_(max=outputs.shape[1] - 1)
@@ -161,7 +161,7 @@ class CrossEntropy(Loss):
 class SquaredError(Loss):
     """Gaussian likelihood of unit variance: ``1/2 ||f - y||^2`` summed over outputs, targets ``(N, C)``.
 
-    The constant of the Gaussian's normaliser is left out of the value.
+    The normalising constant of the Gaussian is left out.
     """
 
     name: LossName = "squared_error"
@@ -171,7 +171,7 @@ class SquaredError(Loss):
         return 0.5 * self.gradients(outputs, targets).square().sum(dim=1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Require floating-point targets of the outputs' shape."""
+        """Require floating-point targets with the shape of the outputs."""
         _check_like_outputs(self.name, outputs, targets)
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -187,11 +187,11 @@ class SquaredError(Loss):
         return torch.ones_like(_precise(outputs[:1])).expand(outputs.shape)
 
     def some_factors(self, scales: Tensor, part: range) -> Tensor:
-        """Return unit vectors."""
+        """Return unit vectors, one per output."""
         return _diagonal_factors(scales[:1], part).expand(len(scales), -1, -1)
 
     def fisher_product(self, outputs: Tensor, vectors: Tensor) -> Tensor:  # noqa: ARG002
-        """Return the vectors."""
+        """Return the vectors unchanged."""
         return vectors
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
@@ -199,7 +199,7 @@ class SquaredError(Loss):
         return outputs.detach().unsqueeze(1) + self.draw(outputs, count, rng)
 
     def draw(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Draw ``e`` alone, of which large outputs take no digit."""
+        """Draw ``e`` alone, because adding it to large outputs would lose digits."""
         return torch.from_numpy(rng.standard_normal((len(outputs), count, outputs.shape[1]))).to(_precise(outputs))
 
     def drawn_gradients(self, outputs: Tensor, drawn: Tensor) -> Tensor:  # noqa: ARG002
@@ -218,13 +218,13 @@ class BinaryCrossEntropy(Loss):
         return F.binary_cross_entropy_with_logits(outputs, _precise(targets), reduction="none").sum(dim=1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Require floating-point targets of the outputs' shape with entries in [0, 1]."""
+        """Require floating-point targets in [0, 1] with the shape of the outputs."""
         _check_like_outputs(self.name, outputs, targets)
         if bool(((targets < 0) | (targets > 1)).any()):
-            raise CurvlabError("binary_cross_entropy takes targets between 0 and 1; some lie outside")
+            raise CurvlabError("binary_cross_entropy needs targets between 0 and 1; some targets are outside")
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return ``sigmoid(f) - y``, to full relative precision also where the sigmoid rounds to one."""
+        """Return ``sigmoid(f) - y``, with full relative precision even if the sigmoid rounds to one."""
         outputs, targets = _precise(outputs), _precise(targets)
         return (1 - targets) * torch.sigmoid(outputs) - targets * torch.sigmoid(-outputs)
 
@@ -255,12 +255,12 @@ class BinaryCrossEntropy(Loss):
 
 
 def _precise(outputs: Tensor) -> Tensor:
-    """Return outputs in float32 where they have fewer digits."""
+    """Return outputs in float32 at least."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def _diagonal_factors(scales: Tensor, part: range) -> Tensor:
-    """Return some of the unit vectors times scales ``(N, C)``, ``(N, rows, C)``."""
+    """Return unit vectors multiplied with the scales ``(N, C)``, for the indices in ``part``: ``(N, len(part), C)``."""
     n, c = scales.shape
     factors = scales.new_zeros(n, len(part), c)
     factors.diagonal(offset=part.start, dim1=1, dim2=2).copy_(scales[:, part.start : part.stop])
@@ -268,7 +268,7 @@ def _diagonal_factors(scales: Tensor, part: range) -> Tensor:
 
 
 def _complement(p: Tensor) -> Tensor:
-    """Return ``1 - p`` of probabilities ``(N, C)`` without cancellation where one of them rounds to one."""
+    """Return ``1 - p`` of probabilities ``(N, C)`` without cancellation, even if one of them rounds to one."""
     top = p.argmax(dim=1, keepdim=True)
     rest = p.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
     return (1 - p).scatter(1, top, rest)
@@ -277,7 +277,7 @@ def _complement(p: Tensor) -> Tensor:
 def _check_like_outputs(name: str, outputs: Tensor, targets: Tensor) -> None:
     if not targets.is_floating_point() or targets.shape != outputs.shape:
         raise CurvlabError(
-            f"{name} takes floating-point targets of the outputs' shape {tuple(outputs.shape)}; "
+            f"{name} needs floating-point targets with the shape of the outputs {tuple(outputs.shape)}; "
             f"these are {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
         )
 
@@ -286,17 +286,17 @@ LOSSES: dict[str, Loss] = {loss.name: loss for loss in (CrossEntropy(), SquaredE
 
 
 def get_loss(name: str) -> Loss:
-    """Return the loss of that name.
+    """Return the loss with this name.
 
     Raises:
-        CurvlabError: The name is none of ``cross_entropy``, ``squared_error``, ``binary_cross_entropy``.
+        CurvlabError: The name is not ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy``.
 
     Examples:
         >>> get_loss("cross_entropy").values(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
     if not isinstance(name, str):
-        raise CurvlabError(f"a loss goes by its name, one of {', '.join(LOSSES)}; this is a {type(name).__name__}")
+        raise CurvlabError(f"loss must be one of the names {', '.join(LOSSES)}, not a {type(name).__name__}")
     if name not in LOSSES:
-        raise CurvlabError(f"there is no loss {name!r}; the losses are {', '.join(LOSSES)}")
+        raise CurvlabError(f"there is no loss {name!r}; available: {', '.join(LOSSES)}")
     return LOSSES[name]

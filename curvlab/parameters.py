@@ -1,4 +1,4 @@
-"""The space that every curvature matrix lives in: a model's trainable parameters, named and flattened."""
+"""Parameter spaces: the names and shapes of the trainable parameters of a model, and their flat vectors."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,36 +34,36 @@ class ParameterSpace:
 
     @classmethod
     def of(cls, model: nn.Module, select: Sequence[str] | str | None = None) -> "ParameterSpace":
-        """Return the space of a model's trainable parameters.
+        """Return the space of the trainable parameters of a model.
 
         Args:
             model: Any module.
             select: Glob patterns of parameter names (``"fc*.weight"``); None for all.
 
         Raises:
-            CurvlabError: Nothing is trainable, there is no pattern, or one matches nothing.
+            CurvlabError: No parameter is trainable, the list of patterns is empty, or a pattern matches nothing.
         """
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise CurvlabError(f"{type(model).__name__} has no trainable parameter (requires_grad is False throughout)")
+            raise CurvlabError(f"{type(model).__name__} has no trainable parameter: set requires_grad on at least one")
         if select is not None:
             patterns = (
                 [select] if isinstance(select, str) else list(select) if isinstance(select, Iterable) else [select]
             )
             if not all(isinstance(pattern, str) for pattern in patterns):
-                raise CurvlabError(f"params are patterns of parameter names, such as 'fc*.weight', not {shown(select)}")
+                raise CurvlabError(f"params must be patterns of names, such as 'fc*.weight', not {shown(select)}")
             if not patterns:
-                raise CurvlabError("no parameters are selected: give one pattern of names or more")
+                raise CurvlabError("params is empty: give at least one pattern of parameter names")
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in trainable):
                     near = get_close_matches(pattern, trainable, n=1, cutoff=0.0)
-                    raise CurvlabError(f"no trainable parameter matches {pattern!r}; the nearest name is {near[0]!r}")
+                    raise CurvlabError(f"no trainable parameter matches {pattern!r}; did you mean {near[0]!r}?")
             trainable = {n: p for n, p in trainable.items() if any(fnmatchcase(n, pat) for pat in patterns)}
         return cls(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Number of entries of every tensor."""
+        """Number of entries of each tensor."""
         return tuple(prod(shape) for shape in self.shapes)
 
     @property
@@ -73,20 +73,20 @@ class ParameterSpace:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each tensor lies in the flat vector."""
+        """The slice of each tensor in the flat vector."""
         ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
         return {name: slice(a, b) for name, a, b in zip(self.names, ends[:-1], ends[1:], strict=True)}
 
     def restrict(self, names: Container[str]) -> "ParameterSpace":
-        """Return the space of the parameters among these names, in this space's order."""
+        """Return the space of the parameters with the given names, in the order of this space."""
         kept = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in names]
         return ParameterSpace(tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
     def flatten(self, vectors: Vectors) -> Tensor:
-        """Return ``(P,)`` of a dict of parameter-shaped tensors, or a flat ``(P,)`` or ``(P, K)`` as it is.
+        """Flatten a dict of parameter-shaped tensors to ``(P,)``; return a flat ``(P,)`` or ``(P, K)`` unchanged.
 
         Raises:
-            CurvlabError: A name is missing or unknown, or a shape is not the parameter's.
+            CurvlabError: A name is missing or unknown, or a shape is wrong.
         """
         if isinstance(vectors, Tensor):
             if vectors.ndim not in (1, 2) or vectors.shape[0] != self.total:
@@ -97,14 +97,16 @@ class ParameterSpace:
             return vectors
         if set(vectors) != set(self.names):
             missing, unknown = sorted(set(self.names) - set(vectors)), sorted(set(vectors) - set(self.names))
-            raise CurvlabError(f"the vector's names are not the parameters': missing {missing}, unknown {unknown}")
+            raise CurvlabError(
+                f"the names of the vector must be those of the parameters: missing {missing}, unknown {unknown}"
+            )
         for name, shape in zip(self.names, self.shapes, strict=True):
             if tuple(vectors[name].shape) != shape:
-                raise CurvlabError(f"{name} has shape {shape}; the vector's has {tuple(vectors[name].shape)}")
+                raise CurvlabError(f"{name} must have shape {shape} in the vector, not {tuple(vectors[name].shape)}")
         return torch.cat([vectors[name].reshape(-1) for name in self.names])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the named, parameter-shaped views of a flat ``(P,)``."""
+        """Return the parts of a flat ``(P,)`` by parameter name, as views with the shapes of the parameters."""
         return {
             name: vector[part].view(shape) for (name, part), shape in zip(self.slices.items(), self.shapes, strict=True)
         }

@@ -1,4 +1,4 @@
-"""A problem: a model, a loss and data. What every estimator is given, and what it may rely on."""
+"""A problem: a model, a loss and data, with the checks on which every estimator relies."""
 
 import sys
 import warnings
@@ -21,20 +21,20 @@ __all__ = ["BatchSource", "Pair", "Problem", "is_stochastic"]
 
 
 class Problem:
-    """A model, a loss and the data on which its curvature is asked for.
+    """A model, a loss and the data on which the curvature is computed.
 
-    Nothing of the model is changed by what is computed from a problem: not gradients, modes, buffers, hooks, attributes
-    or ``requires_grad``; nor is the global random state.
+    Computations on a problem do not change the model (gradients, modes, buffers, hooks, attributes, ``requires_grad``)
+    or the global random state.
 
     Args:
-        model: Any module with one output tensor ``(N, C)``, on any device; its trainable parameters have one
-            floating dtype. Floating inputs and targets are moved to that dtype and device.
+        model: Any module with one output tensor ``(N, C)``, on any device. Its trainable parameters must have the same
+            floating dtype. Floating-point inputs and targets are converted to that dtype and device.
         loss: ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy`` (see ``curvlab.losses``).
         data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors ``(X, y)``.
 
     Raises:
-        CurvlabError: The loss is unknown, the data can be read only once, nothing is trainable, or the model is none
-            that can be called at other parameters (scripted, parallel, lazy, without values).
+        CurvlabError: The loss is unknown, the data can be iterated only once, no parameter is trainable, or the model
+            cannot be called with other parameters (scripted, parallel, lazy, on the meta device).
 
     Examples:
         >>> problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
@@ -53,15 +53,15 @@ class Problem:
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
             raise CurvlabError(
-                f"the trainable parameters have more than one dtype or device: {sorted(map(str, kinds))}"
+                f"the trainable parameters must have one dtype and device, not {sorted(map(str, kinds))}"
             )
         self.dtype, self.device = kinds.pop()
         check_dtype(self.dtype)
 
     def with_model(self, model: nn.Module) -> "Problem":
-        """Return the problem of another model on the same data, with what is known of them.
+        """Return a problem with another model and the same data.
 
-        Passes over the data count as passes of this problem: their first is that of both.
+        Both problems share the record of the first pass over the data.
         """
         other = copy(self)
         other.model, other.space = model, ParameterSpace.of(model)
@@ -69,18 +69,18 @@ class Problem:
 
     @cached_property
     def num_samples(self) -> int:
-        """Number of samples that one pass over the data sees (with ``drop_last``, fewer than the data set has).
+        """Number of samples in one pass over the data (with ``drop_last``, fewer than in the data set).
 
-        Counted by a pass over the data, once.
+        The first access may take a pass over the data.
         """
         return self._intake.count()
 
     def probe(self) -> list[Pair]:
-        """Return a few samples on which a computation can be verified, on the model's device and in its dtype.
+        """Return a few samples for the verification of a computation, on the model's device and in its dtype.
 
-        Two are from the beginning of the data, two from about the middle and two from the end; fewer if there are
-        fewer. Those of equal shape and dtype are one batch, so that there is one batch of six as a rule. They are
-        kept from the first pass over the data that was a whole one.
+        Two samples are from the beginning of the data, two from near the middle and two from the end; small data give
+        fewer. Samples of equal shape and dtype form one batch, so that there is usually one batch of six. The samples
+        are kept from the first complete pass over the data.
 
         Examples:
             >>> x, y = torch.arange(20.0)[:, None], torch.zeros(20).long()
@@ -91,27 +91,27 @@ class Problem:
         return [(self._place(inputs), self._place(targets)) for inputs, targets in self._intake.first().probe()]
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name, detached: nothing done with them reaches the model's."""
+        """Return the trainable parameters by name, detached from the model's graph."""
         named = dict(self.model.named_parameters())
         return {name: named[name].detach() for name in self.space.names}
 
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the outputs ``(N, C)`` at the given parameters; those not given are the model's own.
+        """Return the outputs ``(N, C)`` for the given parameters; other parameters have the model's own values.
 
-        Buffers may be given, too. Those that the model writes are written on copies, and so are inputs that it changes
-        in place; what it sets on its modules is afterwards what it was. The outputs have the dtype of the parameters.
+        The dict may also contain buffers. The model writes into copies of its buffers and inputs, and attributes that
+        it sets on its modules are restored. The outputs have the dtype of the parameters.
 
         Raises:
-            UnsupportedError: They are not one real floating tensor ``(N, C)``, the model writes into a parameter, or
-                ``torch.autocast`` is on around the call.
+            UnsupportedError: The outputs are not one real floating tensor ``(N, C)``, the model writes into a
+                parameter, or ``torch.autocast`` is on around the call.
         """
         if torch.is_autocast_enabled(self.device.type):
             raise UnsupportedError(
-                "torch.autocast is on around this call, and would round what the curvature is computed from: leave it "
-                "outside (the model's own forward pass may use it)"
+                "torch.autocast is on around this call and would round intermediate results: call curvlab outside of "
+                "it (the model's own forward pass may use autocast)"
             )
         if missing := [name for name in self.space.names if name not in parameters]:
-            # Asking for gradients, as those of the model do: a forward may look at that and take another way.
+            # With requires_grad, as in the model: a forward pass may branch on it.
             own = self.parameters()
             parameters = parameters | {name: own[name].requires_grad_() for name in missing}
         outputs = call(self.model, parameters, inputs)
@@ -119,27 +119,27 @@ class Problem:
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             of = "one sample" if len(inputs) == 1 else f"{len(inputs)} samples"
             raise UnsupportedError(
-                f"{type(self.model).__name__} must return one tensor (N, C); for {of} it gave "
-                f"{shape}: wrap it in a module that returns such a tensor"
+                f"{type(self.model).__name__} must return one tensor (N, C); for {of} it returned "
+                f"{shape}: wrap the model in a module that returns such a tensor"
             )
         if not outputs.is_floating_point():
             raise UnsupportedError(
-                f"{type(self.model).__name__} returns {outputs.dtype}; the losses are defined on real floating outputs"
+                f"{type(self.model).__name__} returns {outputs.dtype}; the losses need real floating-point outputs"
             )
-        # A model with autocast inside returns other ones.
+        # A model with autocast inside returns another dtype.
         given = (parameters[name].dtype for name in self.space.names if name in parameters)
         return outputs.to(next(given, self.dtype))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Pair]:
-        """Go through the data once, in the same order at every call, on the model's device.
+        """Iterate the data once on the model's device, in the same order at every call.
 
         Args:
             batch_size: Regroup the samples into batches of this size (the last may be smaller); None for the
-                data's own batches (``500`` samples for a pair of tensors).
+                batches of the data (500 samples for a pair of tensors).
 
         Raises:
             CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, or
-                the data fail or are not those of the first pass.
+                the data raise an error or differ from the first pass.
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
@@ -147,58 +147,60 @@ class Problem:
             yield self._place(inputs), self._place(targets)
 
     def _place(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the model's device, without a graph, and in its precision unless it holds integers."""
+        """Return a tensor on the model's device without a graph; floating-point tensors get the model's dtype."""
         tensor = tensor.detach()
         if tensor.is_inference():
             with torch.inference_mode(False):
-                tensor = tensor.clone()  # one that has gradients
+                tensor = tensor.clone()  # a normal tensor, which can have gradients
         dtype = tensor.dtype
         if tensor.is_floating_point():
             dtype = self.dtype
-        elif tensor.is_complex() and self.dtype != torch.bfloat16:  # which has no complex numbers
+        elif tensor.is_complex() and self.dtype != torch.bfloat16:  # bfloat16 has no complex dtype
             dtype = self.dtype.to_complex()
         placed = tensor.to(self.device, dtype)
         if dtype.itemsize < tensor.dtype.itemsize and not is_finite(placed):
-            raise CurvlabError(f"the data hold values beyond the range of the model's {self.dtype}: scale them")
+            raise CurvlabError(
+                f"the data hold values outside the range of {self.dtype}, the dtype of the model: rescale them"
+            )
         return placed
 
     def check(self) -> None:
-        """Refuse what would make a per-sample quantity wrong, before any is computed.
+        """Check, before a computation, that the per-sample curvature of the model on the data is defined.
 
         Raises:
-            CurvlabError: A weight is not finite, or targets of any batch do not belong to the loss.
-            UnsupportedError: A module is in train mode whose output there is random or mixes samples; or the model, on
-                a few samples, fails, draws random numbers, gives outputs that depend on the rest of the batch or not on
-                the parameters, or writes into its parameters or attributes.
+            CurvlabError: A weight is not finite, or the targets of a batch do not match the loss.
+            UnsupportedError: A module is in train mode and its output there is random or depends on other samples; or
+                the model, on a few samples, raises an error, draws random numbers, returns outputs that depend on the
+                rest of the batch or do not depend on the parameters, or writes into its parameters or attributes.
         """
         _import_what_warns()
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
                 bad = int((~numbers(parameter).isfinite()).sum())
-                raise CurvlabError(f"the model's {name} holds {bad} NaN or infinite values")
+                raise CurvlabError(f"the parameter {name} of the model holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
-            # An attention mask is minus infinity by design.
+            # Infinite values are allowed: attention masks hold minus infinity.
             if bad := int(numbers(buffer).isnan().sum()):
-                raise CurvlabError(f"the model's {name} holds {bad} NaN values")
+                raise CurvlabError(f"the buffer {name} of the model holds {bad} NaN values")
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise UnsupportedError(
-                    f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics, so that a sample's "
-                    "output always depends on its batch: make it with track_running_stats=True"
+                    f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics, so that the "
+                    "output of a sample always depends on its batch: create it with track_running_stats=True"
                 )
             if getattr(module, "scale_grad_by_freq", False):
                 raise UnsupportedError(
-                    f"{name or 'the model'} ({type(module).__name__}) divides its gradients by how often an entry is "
-                    "in the batch, so that they are no derivatives: make it with scale_grad_by_freq=False"
+                    f"{name or 'the model'} ({type(module).__name__}) divides its gradients by the frequency of an "
+                    "index in the batch, so that they are not derivatives: create it with scale_grad_by_freq=False"
                 )
             if module.training and is_stochastic(module):
                 raise UnsupportedError(
-                    f"{name or 'the model'} ({type(module).__name__}) is in train mode, where a sample's output is "
-                    "random or depends on its batch: call model.eval() first"
+                    f"{name or 'the model'} ({type(module).__name__}) is in train mode, where the output of a sample "
+                    "is random or depends on its batch: call model.eval() first"
                 )
         with torch.inference_mode(False), torch.enable_grad():
             own = {name: (p.detach(), p.requires_grad) for name, p in self.model.named_parameters()}
-            # A model that writes into its parameters writes into these.
+            # If the model writes into its parameters, it writes into these copies.
             copies, others = (
                 {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()} for _ in range(2)
             )
@@ -209,14 +211,15 @@ class Problem:
                         with preserved_random_state(self.model.modules()):
                             outputs = self._tried(copies, inputs[:1])
                     self.loss.check(outputs.expand(len(targets), -1), targets)
-                self.check_samples(others, outputs)  # of others, a tensor that the first pass has kept is seen
+                # With other tensors, so that a tensor cached by the first pass is noticed.
+                self.check_samples(others, outputs)
                 unchanged()
             for name, (p, _) in own.items():
                 if not (are_equal(copies[name], p) and are_equal(others[name], p)):
                     raise UnsupportedError(writes(self.model, name))
 
     def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the outputs for a few inputs, of a model that is deterministic and depends on its parameters."""
+        """Return the outputs for a few inputs; check that they depend on the given parameters and no others."""
         name = type(self.model).__name__
         try:
             outputs = self.forward(parameters, inputs)
@@ -225,14 +228,14 @@ class Problem:
         except Exception as error:
             reason = type_and_line(error)
             if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
-                reason = f"they are {inputs.dtype}, not floating: give x.float(), or x.float() / 255 of images"
-            raise UnsupportedError(f"{name} fails on the first samples of the data: {reason}") from error
+                reason = f"the inputs are {inputs.dtype}, not floating: use x.float(), or x.float() / 255 for images"
+            raise UnsupportedError(f"{name} raises an error on the first samples of the data: {reason}") from error
         reached = leaves(outputs)
         for parameter, own in self.model.named_parameters():
             if id(own) in reached:
                 raise UnsupportedError(
-                    f"{name} uses its parameter {parameter} by a tensor or a function that was made before the forward "
-                    "pass, so that it cannot be moved: take it from the module at every call"
+                    f"{name} uses its parameter {parameter} through a tensor or a function made before the forward "
+                    "pass, so that it cannot be replaced: read the parameter from its module at every call"
                 )
         given = {id(tensor) for tensor in parameters.values()}
         for key, end in reached.items():
@@ -240,7 +243,7 @@ class Problem:
                 refuse_memory(end, {one: parameters[one] for one in self.space.names})
         if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
             raise UnsupportedError(
-                f"the outputs of {name} do not depend on its trainable parameters, as far as torch's derivatives show: "
+                f"the outputs of {name} do not depend on its trainable parameters according to torch's autograd graph: "
                 "its forward pass must not use torch.no_grad, detach or .data"
             )
         return outputs.detach()
@@ -253,17 +256,17 @@ class Problem:
         return True
 
     def check_samples(self, parameters: dict[str, Tensor], first: Tensor | None = None) -> None:
-        """Refuse outputs that are random or depend on the rest of the batch, on the few samples of ``probe``.
+        """Check on the samples of ``probe`` that outputs are not random and do not depend on the rest of the batch.
 
-        The first sample is tried alone, and every other one: what reaches a sample from those before it does not show
-        in the first.
+        Each batch is compared with its first sample alone and with a batch of every second sample: an influence of
+        earlier samples on later ones does not change the first output.
 
         Args:
-            parameters: To use.
-            first: The output of the first sample alone, where that is known.
+            parameters: The parameters at which the model is called, by name.
+            first: The output of the first sample alone, if it is known.
 
         Raises:
-            UnsupportedError: There are such outputs.
+            UnsupportedError: An output is random or depends on the rest of the batch.
         """
         for index, (inputs, _) in enumerate(self.probe()):
             self._check_batch(parameters, inputs, first if index == 0 else None)
@@ -277,29 +280,29 @@ class Problem:
                 parts.append((slice(1, None, 2), self._tried(parameters, inputs[1::2])))
         if watch.drawing:
             raise UnsupportedError(
-                f"{watch.drawing}, so that a sample's output is random: call model.eval() first, or draw nothing in "
-                "the forward pass"
+                f"{watch.drawing}, so that the output of a sample is random: call model.eval() first, or draw no "
+                "random numbers in the forward pass"
             )
         scale = outputs.abs().max() + torch.finfo(outputs.dtype).tiny
-        # What rounding may do: in half precision, which a model may also use within, its few digits allow less slack.
+        # The bound on rounding errors; in half precision, which a model may use inside, there is less slack.
         bound = 10 * watch.eps**0.5 if watch.eps < 1e-6 else 16 * watch.eps
         for part, alone in parts:
             if bool((alone - outputs[part]).abs().max() / scale > bound):
                 raise UnsupportedError(
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
-                    "batch; per-sample curvature is not defined for it"
+                    "batch, so that per-sample curvature is not defined: make the outputs deterministic and per-sample"
                 )
 
 
 def _import_what_warns() -> None:
-    """Import what torch imports at its first gradient, without the filter of warnings that this adds for good."""
+    """Import the module that torch imports at its first gradient, without keeping the warning filter that it adds."""
     if (name := "torch.fx.experimental.symbolic_shapes") not in sys.modules:
         with warnings.catch_warnings():
             import_module(name)
 
 
 def is_stochastic(module: nn.Module) -> bool:
-    """Return whether a module's output, in train mode, is random or depends on the other samples of its batch."""
+    """Return whether the output of a module in train mode is random or depends on the other samples of the batch."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return True
     if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -1,6 +1,6 @@
-"""The curvature quantities, as small frozen values: what is computed, never how.
+"""The curvature quantities as frozen dataclasses: what to compute, not how.
 
-Each has a string form, the one that the command line takes: ``fisher``, ``fisher:samples=4,seed=0``,
+Each has a string form, which the command line also accepts: ``fisher``, ``fisher:samples=4,seed=0``,
 ``empirical_fisher``, ``masq:batch_size=1000,norm=mean``, ``ggn``, ``hessian``.
 """
 
@@ -14,12 +14,12 @@ from curvlab.forms import form, parse_form
 
 @dataclass(frozen=True)
 class Quantity:
-    """Base of the quantities; ``str()`` of one is its string form."""
+    """Base class of the quantities; ``str(quantity)`` is its string form."""
 
     name: ClassVar[str]
 
     def __str__(self) -> str:
-        """Return the string form, without the options left at their defaults."""
+        """Return the string form; options with their default values are left out."""
         return form(self)
 
 
@@ -28,9 +28,12 @@ class Fisher(Quantity):
     """The Fisher information: labels from the model's own predictions (Amari 1998).
 
     Args:
-        samples: None for the exact expectation over all classes or output directions; k for k labels drawn
-            a data point.
-        seed: Of the draws.
+        samples: None for the exact expectation over all classes or output directions; an int for the number of labels
+            drawn per data point (Monte Carlo).
+        seed: Random seed of the drawn labels, from 0.
+
+    Raises:
+        CurvlabError: ``samples`` is not a whole number from 1, or ``seed`` not one from 0.
     """
 
     samples: int | None = None
@@ -38,7 +41,7 @@ class Fisher(Quantity):
     name: ClassVar[str] = "fisher"
 
     def __post_init__(self) -> None:
-        """Refuse draws and seeds that are no such whole numbers."""
+        """Check that ``samples`` and ``seed`` are whole numbers in range."""
         if self.samples is not None:
             object.__setattr__(self, "samples", whole_number(self.samples, "samples of fisher", 1))
         object.__setattr__(self, "seed", whole_number(self.seed, "seed of fisher"))
@@ -55,12 +58,16 @@ class EmpiricalFisher(Quantity):
 class MaSQ(Quantity):
     """The Matrix of Squares: squared gradients of mini-batches (Gepperth and Wiech, 2019, section 2.5).
 
-    The data are taken in their order, in ``M`` batches of ``batch_size`` (the last may be smaller).
+    The data are split in their order into ``M`` batches of ``batch_size`` samples (the last may be smaller).
 
     Args:
-        batch_size: B = 1 is the empirical Fisher; B = N the squared full gradient.
+        batch_size: Number of samples ``B`` per batch. ``B = 1`` gives the empirical Fisher, ``B = N`` the squared full
+            gradient.
         norm: ``sumsq``: ``1/N sum_m (sum_n g_n)^2``, the reading that fits the paper's figures;
             ``mean``: ``1/M sum_m (mean_n g_n)^2``; ``scaled``: ``1/N sum_m (mean_n g_n)^2``.
+
+    Raises:
+        CurvlabError: ``batch_size`` is not a whole number from 1, or ``norm`` is unknown.
     """
 
     batch_size: int = 1000
@@ -68,10 +75,10 @@ class MaSQ(Quantity):
     name: ClassVar[str] = "masq"
 
     def __post_init__(self) -> None:
-        """Refuse an empty batch and an unknown norm."""
+        """Check ``batch_size`` and ``norm``."""
         object.__setattr__(self, "batch_size", whole_number(self.batch_size, "batch_size of masq", 1))
         if self.norm not in ("sumsq", "mean", "scaled"):
-            raise CurvlabError(f"masq takes norm sumsq, mean or scaled, not {self.norm!r}")
+            raise CurvlabError(f"norm of masq must be sumsq, mean or scaled, not {self.norm!r}")
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,10 @@ QUANTITIES: dict[str, type[Quantity]] = {q.name: q for q in (Fisher, EmpiricalFi
 
 
 def parse_quantity(text: str | Quantity) -> Quantity:
-    """Return the quantity of a string form; a quantity is returned as it is.
+    """Parse the string form of a quantity; return a quantity unchanged.
 
     Raises:
-        CurvlabError: The name or an option is unknown, or a value does not fit.
+        CurvlabError: The name or an option is unknown, or a value is not valid.
 
     Examples:
         >>> parse_quantity("masq:batch_size=100,norm=mean")

@@ -1,4 +1,4 @@
-"""Random numbers: their states given back as they were, kept from what data draw; seeds; and draws of a model seen."""
+"""Random numbers: save and restore random states, derive seeds, and detect random draws of a model."""
 
 import random
 import sys
@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 _numpy_state = partial(np.random.get_state, legacy=False)
 
-#: What a source of random numbers is called, and what reads and sets its state.
+#: A source of random numbers: its name in messages, a function that reads its state, and one that sets it.
 _Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
 @contextmanager
 def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
-    """Give back Python's, NumPy's and torch's global random states, and those of generators that objects hold."""
+    """Restore the global random states of Python, NumPy and torch, and of generators held by objects, on exit."""
     restore = random_state(holders)
     try:
         yield
@@ -31,7 +31,7 @@ def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
 
 
 def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
-    """Return what sets the global random states, and those of generators that objects hold, to what they are now."""
+    """Return a function that restores the present global random states and those of generators held by objects."""
     states = [(put, get()) for _, get, put in _sources(holders)]
 
     def restore() -> None:
@@ -43,10 +43,10 @@ def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
 
 @contextmanager
 def random_state_restored(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Give the global random state of the CPU and of ``device`` back; in between, start from ``seed``."""
+    """Restore torch's global random state of the CPU and of ``device`` on exit; inside, start from ``seed``."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if seed is not None:
-            # torch.manual_seed would seed every other GPU too.
+            # torch.manual_seed would also seed all other GPUs.
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
                 with torch.cuda.device(device):
@@ -60,19 +60,23 @@ def derived_seed(seed: int, *stream: int) -> int:
 
 
 def holders_of(data: object) -> list[object]:
-    """Return what may hold a generator that data draw from: a DataLoader, its samplers and its data set."""
+    """Return the objects that may hold a generator of the data: a DataLoader, its samplers and its data set."""
     sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
     return [data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
 
 
 def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
-    """Go through data whose draws, from a start, continue from batch to batch but are not seen outside.
+    """Iterate data with a random state of their own, so that their draws do not change the global random state.
 
-    The states are given back whenever a batch is out, not at the end: a generator that is abandoned half-way, and kept
-    alive by a traceback, would give back old ones at any later time.
+    The outer state is restored after every batch, not at the end: an unfinished generator that a traceback keeps alive
+    would otherwise restore an old state at an unknown later time.
+
+    Args:
+        data: A DataLoader or another iterable.
+        start: A function that sets the random state from which the data start.
     """
     holders = holders_of(data)
-    # Persistent workers have one iterator, which who else is in the middle of it would lose.
+    # Persistent workers have one shared iterator; ``iter`` would reset it for another loop that is using it.
     iterator: Iterator[Any] | None = None
     within = start
     while True:
@@ -93,10 +97,10 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator["Watch"]:
-    """Watch what runs within for draws of random numbers, and give back the states of those that have drawn.
+    """Detect draws of random numbers inside the block, and restore the states that they changed.
 
-    An operation of torch that draws is seen as such, by its tag; what draws elsewhere, by a state that has moved:
-    Python's, NumPy's and torch's own, and those of generators that the modules hold.
+    Random operations of torch are detected by their tag. Other draws are detected by a changed state: of Python's,
+    NumPy's and torch's global generators, and of generators held by the modules.
     """
     watch = Watch(model)
     sources = _sources(model.modules())
@@ -114,18 +118,18 @@ def watched(model: nn.Module) -> Iterator["Watch"]:
 
 
 class Watch(TorchDispatchMode):
-    """What the operations of torch show that run under this mode.
+    """A dispatch mode that records random draws and precision of torch operations.
 
     Attributes:
-        drawing: What draws random numbers, the first that does: the beginning of a sentence. None if nothing does.
-        eps: The coarsest precision of a floating result, as ``torch.finfo(dtype).eps``.
+        drawing: The first source of random numbers, as the beginning of a sentence; None without random draws.
+        eps: The lowest precision of a floating-point result, as ``torch.finfo(dtype).eps``.
     """
 
     supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it, torch would import all of its compiler
+        return False  # otherwise torch imports its whole compiler
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,13 +138,13 @@ class Watch(TorchDispatchMode):
         self._model = model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note an operation, and run it."""
+        """Record an operation and run it."""
         kwargs = kwargs or {}
         if self.drawing is None and torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             arguments = func._schema.arguments
             given = {a.name: a.default_value for a in arguments if a.has_default_value()}
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
-            # Dropout that is off, also that of fused attention and recurrent kernels, draws nothing.
+            # Dropout with probability 0 does not draw, nor in fused attention and recurrent kernels.
             chances = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
             off = any(given.get(name) is False for name in ("train", "training"))
             if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
@@ -152,7 +156,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def _calling(self) -> str:
-        """Name the innermost module whose code is running."""
+        """Return the name of the innermost module whose code is running."""
         names = {id(module): name for name, module in self._model.named_modules()}
         frame = sys._getframe()
         while (above := frame.f_back) is not None:
@@ -164,7 +168,7 @@ class Watch(TorchDispatchMode):
 
 
 def _sources(holders: Iterable[object]) -> list[_Source]:
-    """Return the global sources of random numbers, and the generators among the attributes of some objects."""
+    """Return the global sources of random numbers, and the generators held as attributes of the objects."""
     sources: list[_Source] = [
         ("Python's random", random.getstate, random.setstate),
         ("NumPy's global generator", _numpy_state, np.random.set_state),
@@ -174,7 +178,7 @@ def _sources(holders: Iterable[object]) -> list[_Source]:
         sources.append(("torch's CUDA generators", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     for holder in holders:
         for name, held in getattr(holder, "__dict__", {}).items():
-            # Not ``isinstance`` of torch's, which is slow.
+            # ``isinstance(held, torch.Generator)`` is slow.
             if type(held) is not torch.Generator and not isinstance(held, _GENERATORS):
                 continue
             called = f"{type(holder).__name__}.{name}"
@@ -191,7 +195,7 @@ def _sources(holders: Iterable[object]) -> list[_Source]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Return whether two states, of tensors, arrays and numbers, are equal."""
+    """Return whether two random states (tensors, arrays, numbers or containers of these) are equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, np.ndarray):

@@ -1,4 +1,4 @@
-"""Models called at other parameters, with nothing of the call left on them."""
+"""Call models with other parameters, and restore everything that the call changes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,14 +19,14 @@ from curvlab.graph import walk
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-_TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes of every module
 
 
 def check_module(model: object) -> None:
-    """Refuse what cannot be called at other parameters, or has none.
+    """Check that a model can be called with other parameters.
 
     Raises:
-        CurvlabError: It is no module, or a scripted, parallel or lazy one, or one without values.
+        CurvlabError: It is not a module, or it is scripted, parallel, lazy, or on the meta device.
     """
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -35,33 +35,33 @@ def check_module(model: object) -> None:
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError(
-                f"{what} is a scripted or traced module, which takes no other parameters: give the module that it was "
-                "made from"
+                f"{what} is a scripted or traced module, which cannot be called with other parameters: give the module "
+                "from which it was made"
             )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedError(
-                f"{what} splits a batch over devices or processes: give the module inside it, its .module"
+                f"{what} splits a batch over devices or processes: give the module inside it, .module"
             )
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if is_lazy(tensor):
-                raise CurvlabError(f"{kind} {name} of a lazy module has no shape yet: call the model once on a batch")
+                raise CurvlabError(f"{kind} {name} of a lazy module has no shape yet: call the model on a batch first")
             if tensor.is_meta:
                 raise CurvlabError(
-                    f"{kind} {name} is on the meta device, where tensors have no values: model.to_empty(device=...) "
-                    "and a state dict give it some"
+                    f"{kind} {name} is on the meta device, where tensors have no values: use "
+                    "model.to_empty(device=...) and load a state dict"
                 )
             if tensor.is_inference():
                 raise CurvlabError(
-                    f"{kind} {name} was made under torch.inference_mode, which has no gradients: make the model outside"
+                    f"{kind} {name} was made under torch.inference_mode, without gradients: create the model outside"
                 )
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse parameters of a dtype that has no curvature.
+    """Check the dtype of trainable parameters.
 
     Raises:
-        CurvlabError: It is not one of float64, float32, bfloat16 and float16.
+        CurvlabError: The dtype is not float64, float32, bfloat16 or float16.
     """
     if dtype not in _DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
@@ -69,11 +69,10 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
-    """Return what the model returns at the given parameters; those not given are its own, as constants.
+    """Return the model's output at the given parameters; parameters that are not given are constants.
 
-    Buffers may be given, too. Those of its own that it writes are written on copies, and so are inputs that it changes
-    in place. What it sets on its modules, such as a weight that a hook computes of others, is afterwards what it was.
-    Of what is compiled, the original is run.
+    The dict may also contain buffers. The model writes into copies of its other buffers and of its inputs. Attributes
+    that it sets on its modules, such as a weight computed by a hook, are restored. A compiled model runs uncompiled.
 
     Raises:
         UnsupportedError: The model writes into a parameter.
@@ -87,7 +86,7 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
             if tensor is not None:
                 slot = f"{prefix}.{key}" if prefix else key
                 if id(tensor) not in used:
-                    given = parameters.get(slot)  # its first name is the one that it goes by
+                    given = parameters.get(slot)  # a tied parameter is given under its first name
                     used[id(tensor)] = own = tensor.detach() if given is None else given
                     versions[slot] = own._version
                 slots[slot] = used[id(tensor)]
@@ -105,7 +104,7 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
                 vars(module)["forward"] = module._modules["_orig_mod"]
             elif module._compiled_call_impl is not None:
                 module._compiled_call_impl = None
-        # Ties are resolved above: torch would replace a module's parameters for good where it has two names.
+        # Ties are resolved above; tie_weights would permanently replace the parameters of a module with two names.
         outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
     for slot, version in versions.items():
         if slots[slot]._version != version:
@@ -114,64 +113,66 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
 
 
 def writes(model: nn.Module, name: str) -> str:
-    """Return a sentence about a model that writes into a parameter."""
+    """Return the error message for a model that writes into a parameter."""
     module = model.get_submodule(name.rpartition(".")[0])
     way_out = "write it once, before the curvature is computed, and not in the forward pass"
     if getattr(module, "max_norm", None) is not None:
         way_out = "renormalise the weight once and set max_norm to None"
     return (
         f"the forward pass of {type(model).__name__} writes into its parameter {name} ({type(module).__name__}), "
-        f"so that there is no one point at which to differentiate: {way_out}"
+        f"so that the point of differentiation changes: {way_out}"
     )
 
 
 def leaves(outputs: Tensor) -> dict[int, Tensor]:
-    """Return the tensors on which outputs depend by their graph, those that have gradients, by their ``id``."""
+    """Return the leaf tensors with gradients in the graph of the outputs, by their ``id``."""
     variables = (getattr(node, "variable", None) for node, _ in walk([outputs]))
     return {id(variable): variable for variable in variables if variable is not None}
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a model whose modules hold tensors that they have computed.
+    """Return a deep copy of a model, including tensors that its modules have computed.
 
-    Torch copies leaves only, and no sparse rows. Pruning and the older ``weight_norm`` leave a weight that is no leaf.
+    ``deepcopy`` fails for sparse rows and for tensors that are not leaves, which pruning and the older ``weight_norm``
+    leave on modules; these are copied here.
 
     Raises:
-        UnsupportedError: A module holds something else that cannot be copied.
+        UnsupportedError: A module holds another object that cannot be copied.
     """
     held = (tensor for module in model.modules() for tensor in vars(module).values())
     apart = [tensor for tensor in held if isinstance(tensor, Tensor) and not tensor.is_leaf]
     apart += [buffer for buffer in model.buffers() if buffer.layout != torch.strided]
     try:
         return deepcopy(model, {id(t): t.detach().clone() for t in apart})
-    except Exception as error:  # a module may hold anything
+    except Exception as error:  # a module may hold any object
         reason = first_line(error)
         raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
 
 
 def refuse_memory(end: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a leaf that ends a graph and has the values of a parameter, but is not the one that was given.
+    """Check that a leaf of the graph is not a parameter of an earlier forward pass.
 
-    It is that of an earlier forward pass: the model keeps what it has computed of it, in a cache.
+    A leaf that equals a given parameter but is another tensor comes from an earlier pass: the model caches a result.
 
     Args:
         end: The leaf.
-        parameters: Those that were given, by name.
+        parameters: The given parameters by name.
 
     Raises:
-        UnsupportedError: It is one of an earlier pass.
+        UnsupportedError: The leaf is a parameter of an earlier pass.
     """
     for name, given in parameters.items():
         alike = end is not given and end.shape == given.shape and end.dtype == given.dtype
         if alike and end.device == given.device and torch.equal(end.detach(), given.detach()):
             raise UnsupportedError(
-                f"the model keeps a tensor that an earlier forward pass has computed from its parameter {name}, as by "
-                "lru_cache or in a global dictionary, so that the parameter cannot be moved: compute it at every call"
+                f"the model caches a tensor that an earlier forward pass computed from its parameter {name}, such "
+                "as with lru_cache or in a global dictionary, so that the parameter cannot be replaced: compute the "
+                "tensor at every call"
             )
 
 
 def _containers(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the containers that modules hold as attributes of their own, those within others too, each once."""
+    """Return the containers that modules hold as attributes, including nested ones, each once."""
     waiting: list[Any] = [value for m in modules for key, value in vars(m).items() if key not in _TORCHS_OWN]
     found: dict[int, Any] = {}
     while waiting:
@@ -197,7 +198,7 @@ def _restore(container: Any, before: Any) -> None:
 
 @contextmanager
 def gradients_restored(model: nn.Module) -> Iterator[None]:
-    """Set the gradients aside, and put the same tensors back, whatever a backward pass within has added."""
+    """Remove the gradients of a model inside the block, and restore the same tensors on exit."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -210,10 +211,10 @@ def gradients_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Give modules copies of the tensors that they hold as plain attributes, and yield what refuses writing into these.
+    """Replace tensors that modules hold as plain attributes by copies; yield a function that checks these copies.
 
     Raises:
-        UnsupportedError: By what is yielded: one has been written.
+        UnsupportedError: Raised by the yielded function if the model has written into a copy.
     """
     copies: list[tuple[str, Tensor, int]] = []
     with attributes_restored(list(model.modules())):
@@ -227,8 +228,8 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
             for name, tensor, version in copies:
                 if tensor._version != version:
                     raise UnsupportedError(
-                        f"the forward pass of {type(model).__name__} writes into its attribute {name}, which is no "
-                        "buffer: make it one with register_buffer, of which a copy is written"
+                        f"the forward pass of {type(model).__name__} writes into its attribute {name}, which is not "
+                        "a buffer: make it a buffer with register_buffer"
                     )
 
         yield check
@@ -236,9 +237,9 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo, at the end of the block, what was set on modules: attributes, parameters, buffers and submodules.
+    """Restore the attributes, parameters, buffers and submodules of modules on exit.
 
-    Also what was put into dictionaries, lists and the like that are attributes.
+    This includes the contents of dicts, lists and similar containers that are attributes.
     """
     modules = list(modules)
     held: list[Any] = [one for m in modules for one in (m.__dict__, m._parameters, m._buffers, m._modules)]
@@ -253,7 +254,7 @@ def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def parametrizations_computed() -> Iterator[None]:
-    """Have weights of ``parametrize`` computed, also where the caller caches those of other parameters."""
+    """Turn off the cache of ``torch.nn.utils.parametrize``, which may hold weights of other parameters."""
     enabled, cache = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:

@@ -1,7 +1,8 @@
-"""The structures that a curvature matrix is held in, as small frozen values with a string form.
+"""The structures in which a curvature matrix is stored, as frozen dataclasses with a string form.
 
-``dense``, ``block_diag`` (a block a parameter tensor), ``diag``, ``implicit`` (products only), and the Kronecker
-factored ``kfac``, ``ekfac`` and ``tkfac``, a pair of factors a layer: ``kfac:sharing=reduce``, ``kfac:rest=diag``.
+They are ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``implicit`` (matrix-vector products
+only) and the Kronecker-factored ``kfac``, ``ekfac`` and ``tkfac`` (one pair of factors per layer). The string form can
+contain options: ``kfac:sharing=reduce``, ``kfac:rest=diag``.
 """
 
 from collections.abc import Sequence
@@ -14,41 +15,41 @@ from curvlab.forms import form, parse_form
 
 @dataclass(frozen=True)
 class Structure:
-    """Base of the structures; ``str()`` of one is its string form."""
+    """Base class of the structures; ``str(structure)`` is its string form."""
 
     name: ClassVar[str]
 
     def __str__(self) -> str:
-        """Return the string form, without the options left at their defaults."""
+        """Return the string form; options with their default values are left out."""
         return form(self)
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return how many numbers a matrix of parameter tensors of these sizes is stored in.
+        """Return the number of stored entries for parameter tensors of the given sizes.
 
-        Of a Kronecker structure: of the parameters that no layer with factors has.
+        For a Kronecker structure, this counts only the parameters outside the layers with factors.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class DenseStructure(Structure):
-    """The whole matrix."""
+    """The full matrix."""
 
     name: ClassVar[str] = "dense"
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return the square of all."""
+        """Return the square of the total size."""
         return sum(sizes) ** 2
 
 
 @dataclass(frozen=True)
 class BlockDiagStructure(Structure):
-    """A dense block a parameter tensor."""
+    """One dense block per parameter tensor."""
 
     name: ClassVar[str] = "block_diag"
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return the squares of the sizes."""
+        """Return the sum of the squared sizes."""
         return sum(size**2 for size in sizes)
 
 
@@ -59,53 +60,57 @@ class DiagStructure(Structure):
     name: ClassVar[str] = "diag"
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return one a parameter."""
+        """Return the total size."""
         return sum(sizes)
 
 
 @dataclass(frozen=True)
 class ImplicitStructure(Structure):
-    """Products alone: nothing is stored, every product goes through the data."""
+    """Matrix-vector products only: nothing is stored, and every product is a pass over the data."""
 
     name: ClassVar[str] = "implicit"
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return none."""
+        """Return 0."""
         return 0 * len(sizes)
 
 
 @dataclass(frozen=True)
 class Kronecker(Structure):
-    """Base of the structures with Kronecker factors ``S (x) A`` a layer.
+    """Base class of the structures with Kronecker factors ``S (x) A`` per layer.
 
     Args:
-        sharing: A weight that is applied at ``T`` positions of a sample (a convolution, a Linear layer on tokens) has
-            ``expand``: ``A`` from the inputs at every position, ``S`` from the output gradients at every position;
+        sharing: Treatment of a weight that is applied at ``T`` positions of a sample (a convolution, a Linear layer on
+            tokens). ``expand``: ``A`` from the inputs and ``S`` from the output gradients at every position.
             ``reduce``: from the mean of the inputs and the sum of the gradients over positions (Eschenhagen et al.,
             "Kronecker-factored approximate curvature for modern neural network architectures", 2023).
-        rest: What the parameters outside such layers get, ``diag`` or ``block_diag``; None refuses to leave any out.
+        rest: Structure of the parameters outside such layers, ``diag`` or ``block_diag``; None raises an error if there
+            are such parameters.
+
+    Raises:
+        CurvlabError: An option has an unknown value.
     """
 
     sharing: Literal["expand", "reduce"] = "expand"
     rest: Literal["diag", "block_diag"] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown option."""
+        """Check the options."""
         if self.sharing not in ("expand", "reduce"):
-            raise CurvlabError(f"{self.name} takes sharing expand or reduce, not {self.sharing!r}")
+            raise CurvlabError(f"sharing of {self.name} must be expand or reduce, not {self.sharing!r}")
         if self.rest not in ("diag", "block_diag", None):
-            raise CurvlabError(f"{self.name} takes rest diag or block_diag, not {self.rest!r}")
+            raise CurvlabError(f"rest of {self.name} must be diag or block_diag, not {self.rest!r}")
 
     def entries(self, sizes: Sequence[int]) -> int:
-        """Return those of the rest."""
+        """Return the number of stored entries of the parameters outside the layers."""
         return sum(size**2 for size in sizes) if self.rest == "block_diag" else sum(sizes)
 
     def factor_entries(self, outputs: int, columns: int) -> int:
-        """Return how many numbers the factors of a layer are stored in.
+        """Return the number of stored entries for one layer.
 
         Args:
-            outputs: Rows of the weight.
-            columns: Columns of the weight, the bias among them.
+            outputs: Number of rows of the weight.
+            columns: Number of columns of the weight, including the bias.
         """
         return outputs**2 + columns**2
 
@@ -124,7 +129,7 @@ class EKFACStructure(Kronecker):
     name: ClassVar[str] = "ekfac"
 
     def factor_entries(self, outputs: int, columns: int) -> int:
-        """Return those of the eigenvectors and of an eigenvalue a parameter."""
+        """Return the number of entries of the eigenvectors, plus one eigenvalue per parameter."""
         return super().factor_entries(outputs, columns) + outputs * columns
 
 
@@ -135,18 +140,18 @@ class TKFACStructure(Kronecker):
     Args:
         sharing: See ``Kronecker``.
         rest: See ``Kronecker``.
-        variant: ``gao``: factors weighted by the trace of the other, as in the paper; ``rescaled``: K-FAC's own
-            factors, scaled to the exact trace.
+        variant: ``gao``: each factor is weighted by the trace of the other, as in the paper; ``rescaled``: the factors
+            of K-FAC, scaled to the exact trace.
     """
 
     variant: Literal["gao", "rescaled"] = "gao"
     name: ClassVar[str] = "tkfac"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown option."""
+        """Check the options."""
         super().__post_init__()
         if self.variant not in ("gao", "rescaled"):
-            raise CurvlabError(f"tkfac takes variant gao or rescaled, not {self.variant!r}")
+            raise CurvlabError(f"variant of tkfac must be gao or rescaled, not {self.variant!r}")
 
 
 STRUCTURES: dict[str, type[Structure]] = {
@@ -164,10 +169,10 @@ STRUCTURES: dict[str, type[Structure]] = {
 
 
 def parse_structure(text: str | Structure) -> Structure:
-    """Return the structure of a string form; a structure is returned as it is.
+    """Parse the string form of a structure; return a structure unchanged.
 
     Raises:
-        CurvlabError: The name or an option is unknown, or a value does not fit.
+        CurvlabError: The name or an option is unknown, or a value is not valid.
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")

@@ -1,4 +1,4 @@
-"""Text for the eyes: numbers with the digits that count; and whatever names hold, it does no more than stand there."""
+"""Text for readers: formatted numbers, and names made safe for terminals and spreadsheets."""
 
 import math
 from numbers import Integral, Real
@@ -6,13 +6,13 @@ from typing import Any
 
 MISSING = "–"
 
-_FORMULA = tuple("=+-@＝＋－＠")  # how a text begins that some spreadsheet computes
+_FORMULA = tuple("=+-@＝＋－＠")  # first characters of a text that spreadsheets evaluate as a formula
 
 
 def readable(text: str) -> str:
-    r"""Return a text of one line without control characters, which could move a cursor or colour a terminal.
+    r"""Return a text as one line without control characters, which could move the cursor or colour the terminal.
 
-    Line ends, tabs and other white space become spaces; what else cannot be printed becomes its escape.
+    Line ends, tabs and other white space become spaces; other characters that cannot be printed are escaped.
 
     Examples:
         >>> readable("fc\t1.\x1b[31mweight\n")
@@ -24,7 +24,7 @@ def readable(text: str) -> str:
 
 
 def quote_formula(value: Any) -> Any:
-    """Return a text as one that no spreadsheet computes; numbers, also negative ones, are left as they are."""
+    """Return a text that spreadsheets do not evaluate as a formula; other values are returned unchanged."""
     if not isinstance(value, str):
         return value
     text = readable(value)
@@ -32,10 +32,9 @@ def quote_formula(value: Any) -> Any:
 
 
 def significant(value: Any, digits: int = 4) -> str:
-    """Format a value to be read: a number with its significant digits, nothing (None, NaN) as a dash.
+    """Format a number with significant digits; a missing value (None, NaN) is a dash.
 
-    Integers are exact, with separators of thousands; numbers from 0.0001 to below a million are written out, others
-    with an exponent.
+    Integers are exact, with thousands separators. Numbers from 0.0001 to below a million have no exponent, others do.
 
     Examples:
         >>> [significant(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
@@ -60,7 +59,7 @@ def significant(value: Any, digits: int = 4) -> str:
 
 
 def plus_minus(mean: float | None, deviation: float | None) -> str:
-    """Format a mean and its standard deviation to the same decimal, two digits of the deviation.
+    """Format a mean and its standard deviation to the same decimal; the deviation has two significant digits.
 
     Examples:
         >>> plus_minus(0.123456, 0.0042), plus_minus(3.14159e-9, 2e-11), plus_minus(-1e-9, 0.1), plus_minus(0.5, None)

@@ -175,7 +175,7 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--time-budget nan", "--time-budget should be a finite number"),
         ("--quantity fihser", "'fihser'; did you mean 'fisher'?"),
         ("--quantity fisher:samples=0", "samples of fisher must be a whole number from 1, not 0"),
-        ("--quantity masq:norm=x", "masq takes norm"),
+        ("--quantity masq:norm=x", "norm of masq must be"),
         ("--device banana", "device is cpu, cuda or cuda:N, not 'banana'"),
         ("--device cuda:99", "there is no GPU 'cuda:99' here"),
         ("--out ''", "--out has an empty value"),

@@ -81,9 +81,9 @@ def test_a_weight_that_is_computed_once_and_kept_in_an_attribute(kind: str) -> N
 def test_a_weight_that_is_computed_once_and_kept_elsewhere_is_refused() -> None:
     for backend in ("auto", "torch"):
         for structure in ("diag", "dense", "implicit"):
-            with pytest.raises(UnsupportedError, match=r"keeps a tensor that an earlier forward pass .* a.weight"):
+            with pytest.raises(UnsupportedError, match=r"caches a tensor that an earlier forward pass .* a.weight"):
                 estimate(problem("lru_cache"), "empirical_fisher", structure, backend=backend)
-    with pytest.raises(UnsupportedError, match="keeps a tensor"):
+    with pytest.raises(UnsupportedError, match="caches a tensor"):
         diagonality(problem("lru_cache"))
 
 
@@ -101,7 +101,7 @@ class Memo(Keeping):
 def test_outputs_that_are_kept_by_their_inputs_are_refused() -> None:
     torch.manual_seed(0)
     data = torch.randn(11, 4).double(), torch.arange(11) % 3
-    with pytest.raises(UnsupportedError, match="keeps a tensor"):
+    with pytest.raises(UnsupportedError, match="caches a tensor"):
         estimate(Problem(Memo("none").double(), "cross_entropy", data), "empirical_fisher", "diag")
 
 

@@ -466,7 +466,7 @@ class TestRefusals:
             ({"quantity": "fischer"}, "did you mean 'fisher'"),
             ({"structure": "diagonal"}, "no structure 'diagonal'; did you mean 'diag'"),
             ({"backend": "torhc"}, "no backend 'torhc'; did you mean 'torch'"),
-            ({"params": "2.weigth"}, "nearest name is '2.weight'"),
+            ({"params": "2.weigth"}, "did you mean '2.weight'"),
             ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ],
     )

@@ -97,13 +97,13 @@ class TestPasses:
     @pytest.mark.parametrize(
         ("data", "told"),
         [
-            (Source([4, 4, 4], [4, 4]), "the data gave 12 samples in the first pass and 8 in this one: a curvature"),
+            (Source([4, 4, 4], [4, 4]), "the data gave 12 samples in the first pass and 8 in this one: several passes"),
             (Source([4, 4], [4, 4, 4]), "the data gave 8 samples in the first pass and 12 or more in this one"),
             (Source([4, 4, 4], [4, 3, 4]), "batch 1 of the data had 4 samples in the first pass and 3 in this one"),
             (Source([4, 4, 4], []), "12 samples in the first pass and none in this one"),
             (DataLoader(Once(), batch_size=4), "12 samples in the first pass and none in this one"),
-            (DataLoader(Noisy(), batch_size=4), "batch 0 of the data does not hold the samples of the first pass"),
-            (used_up(), "no samples: an IterableDataset must start anew"),
+            (DataLoader(Noisy(), batch_size=4), "batch 0 of the data differs from the same batch of the first pass"),
+            (used_up(), "no samples: an IterableDataset must restart"),
         ],
     )
     def test_that_differ(self, data: Any, told: str) -> None:
@@ -121,7 +121,7 @@ class TestPasses:
     def test_a_part_of_a_pass_is_compared(self) -> None:
         problem = Problem(model(), "cross_entropy", DataLoader(Noisy(), batch_size=4))
         problem.check()
-        with pytest.raises(CurvlabError, match="batch 0 of the data does not hold"):
+        with pytest.raises(CurvlabError, match="batch 0 of the data differs from"):
             next(problem.batches())
 
     def test_a_generator_of_the_data_set_starts_each_pass_alike(self) -> None:
@@ -186,7 +186,9 @@ class TestPasses:
 
     def test_an_error_of_the_data(self) -> None:
         data = DataLoader(Samples(ValueError("image 7 is broken\nat length")), batch_size=4)
-        with pytest.raises(CurvlabError, match=r"the data fail at batch 1: ValueError: image 7 is broken$") as caught:
+        with pytest.raises(
+            CurvlabError, match=r"the data raise an error at batch 1: ValueError: image 7 is broken$"
+        ) as caught:
             Problem(model(), "cross_entropy", data).check()
         assert isinstance(caught.value.__cause__, ValueError)
 
@@ -198,32 +200,35 @@ class TestRefused:
             (DataLoader(TensorDataset(X, Y), batch_size=None), "targets of batch 0 are one number.*batch_size=None"),
             (
                 DataLoader(list(zip(X, range(N), strict=True)), batch_size=None),
-                "a list of 2 .Tensor, int.*set batch_size",
+                "a list of 2 .Tensor, int.*set its batch_size",
             ),
             (
                 DataLoader(TensorDataset(X, X[:, :3]), batch_size=None),
                 "4 inputs but 3 targets; a DataLoader with batch_size",
             ),
-            (list(zip(X, Y, strict=True)), "targets of batch 0 are one number, not a row a sample"),
+            (list(zip(X, Y, strict=True)), "targets of batch 0 are one number, not one row per sample"),
             ((torch.tensor(1.0), torch.tensor(1)), "inputs of the data are one number"),
             ((X.numpy(), Y.numpy()), r"the data are a tuple of 2 \(ndarray, ndarray\): give tensors"),
             ([{"x": X, "y": Y}], "not a pair of tensors.*but a dict"),
             ("mnist", "not a pair of tensors.*but a str"),
             (None, "DataLoader, a list of batches or a pair of tensors, not NoneType"),
-            ((X.to_sparse(), Y), r"inputs of the data are sparse_coo tensors: give to_dense\(\)"),
-            ((X.to_sparse_csr(), Y), r"inputs of the data are sparse_csr tensors: give to_dense\(\)"),
+            ((X.to_sparse(), Y), r"inputs of the data are sparse_coo tensors: convert with to_dense\(\)"),
+            ((X.to_sparse_csr(), Y), r"inputs of the data are sparse_csr tensors: convert with to_dense\(\)"),
             ([(X, Y), (X, Y.to_sparse())], "targets of batch 1 are sparse_coo"),
             ((torch.nested.nested_tensor([X[:3], X[3:5]]), Y[:2]), r"nested \(ragged\) tensors: pad them"),
             ((torch.nested.nested_tensor([X[:3], X[3:5]], layout=torch.jagged), Y[:2]), "nested .ragged. tensors"),
-            ((torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), Y), r"quantized: give dequantize\(\)"),
-            ((X.to(torch.float8_e4m3fn), Y), r"float8_e4m3fn: give float\(\)"),
+            ((torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), Y), r"quantized: convert with dequantize\(\)"),
+            ((X.to(torch.float8_e4m3fn), Y), r"float8_e4m3fn: convert with float\(\)"),
             ((X.to("meta"), Y), "meta device"),
-            ((masked_tensor(X, X > 0), Y), "of the class MaskedTensor: give plain tensors"),
-            ((X.double() * 1e300, Y), r"beyond the range of the model's torch\.float32: scale them"),
+            ((masked_tensor(X, X > 0), Y), "have the class MaskedTensor: give plain tensors"),
+            ((X.double() * 1e300, Y), r"outside the range of torch\.float32, .*: rescale them"),
             ((torch.complex(X, X / 0), Y), "data hold NaN or infinite"),
-            (((X * 9).to(torch.uint8), Y), r"they are torch\.uint8, not floating: give .*x\.float\(\) / 255"),
-            ((X > 0, Y), r"they are torch\.bool, not floating: give x\.float\(\)"),
-            ((X[:, :3], Y), r"Sequential fails on the first samples of the data: RuntimeError: mat1 and mat2 shapes"),
+            (((X * 9).to(torch.uint8), Y), r"inputs are torch\.uint8, not floating: use .*x\.float\(\) / 255"),
+            ((X > 0, Y), r"inputs are torch\.bool, not floating: use x\.float\(\)"),
+            (
+                (X[:, :3], Y),
+                r"Sequential raises an error on the first samples of the data: RuntimeError: mat1 and mat2 shapes",
+            ),
         ],
     )
     @pytest.mark.filterwarnings("ignore")
@@ -234,7 +239,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), [], {}, None, 3])
     def test_losses_go_by_name(self, loss: Any) -> None:
-        with pytest.raises(CurvlabError, match=f"a loss goes by its name, one of cross_entropy.*{type(loss).__name__}"):
+        with pytest.raises(CurvlabError, match=f"loss must be one of the names cross_entropy.*{type(loss).__name__}"):
             Problem(model(), loss, (X, Y))
 
 

@@ -139,7 +139,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
         ("cross_entropy", torch.full((N,), 4), r"label is 4.*4 outputs \(labels 0 to 3\)"),
         ("cross_entropy", torch.full((N,), -100), "label is -100"),
         ("squared_error", torch.zeros(N, dtype=torch.int64), "floating-point targets.*int64"),
-        ("squared_error", torch.zeros(N, 1), r"shape \(6, 4\).*\(6, 1\)"),
+        ("squared_error", torch.zeros(N, 1), r"outputs \(6, 4\).*\(6, 1\)"),
         ("binary_cross_entropy", torch.full((N, C), 1.5), "between 0 and 1"),
         ("binary_cross_entropy", torch.full((N, C), -0.5), "between 0 and 1"),
     ],

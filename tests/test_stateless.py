@@ -70,9 +70,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("make", "told"),
         [
-            (lambda: nn.DataParallel(mlp()), r"the model \(DataParallel\) splits a batch.*its \.module"),
+            (lambda: nn.DataParallel(mlp()), r"the model \(DataParallel\) splits a batch.*inside it, \.module"),
             (lambda: nn.Sequential(nn.DataParallel(mlp())), r"0 \(DataParallel\) splits a batch"),
-            (lambda: torch.jit.script(mlp()), "scripted or traced module.*give the module that it was made from"),
+            (lambda: torch.jit.script(mlp()), "scripted or traced module.*give the module from which it was made"),
             (lambda: torch.jit.trace(mlp(), X), "scripted or traced module"),
             (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 5)), nn.Linear(5, 3)), r"0 \(Recursive.* scripted"),
             (
@@ -100,8 +100,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("forward", "told"),
         [
-            (lambda m, x: m.plain(x)[:, 0], r"for one sample it gave \(1,\): wrap it in a module"),
-            (lambda m, x: (m.plain(x),), "gave tuple: wrap"),
+            (lambda m, x: m.plain(x)[:, 0], r"for one sample it returned \(1,\): wrap the model in a module"),
+            (lambda m, x: (m.plain(x),), "returned tuple: wrap"),
             (lambda m, x: m.plain(x).long(), "returns torch.int64; the losses"),
             (lambda m, x: m.plain(x) + 0j, "returns torch.complex64; the losses"),
             (lambda m, x: m.plain(x).detach(), "do not depend on its trainable parameters"),
@@ -109,7 +109,10 @@ class TestRefused:
             (torch.inference_mode()(lambda m, x: m.plain(x)), "do not depend on its trainable parameters"),
             (lambda m, x: torch.zeros(len(x), 3, requires_grad=True) * 1, "do not depend on its trainable parameters"),
             (lambda m, x: m.buffer.expand(len(x), 3), "do not depend on its trainable parameters"),
-            (lambda m, x: m.missing(x), "Model fails on the first samples of the data: AttributeError: .*missing"),
+            (
+                lambda m, x: m.missing(x),
+                "Model raises an error on the first samples of the data: AttributeError: .*missing",
+            ),
         ],
     )
     def test_forward_passes(self, forward: Callable[[Model, Tensor], Any], told: str) -> None:
@@ -123,7 +126,9 @@ class TestRefused:
         second = Model(lambda m, x: m.b(m.attribute(x)))
         second.attribute = functools.partial(F.linear, weight=second.a.weight)
         for model in (first, second):
-            with pytest.raises(UnsupportedError, match=r"Model uses its parameter a\.weight by a tensor or a function"):
+            with pytest.raises(
+                UnsupportedError, match=r"Model uses its parameter a\.weight through a tensor or a function"
+            ):
                 problem(model).check()
 
 
@@ -171,7 +176,9 @@ class TestWritten:
         model = Model(writing)
         model.inner = nn.Identity()
         model.inner.attribute = torch.zeros(N, 3)
-        with pytest.raises(UnsupportedError, match=r"writes into its attribute inner\.attribute, which is no buffer"):
+        with pytest.raises(
+            UnsupportedError, match=r"writes into its attribute inner\.attribute, which is not a buffer"
+        ):
             problem(model).check()
         assert not bool(model.inner.attribute.any())
 
@@ -321,7 +328,7 @@ class TestRight:
             with pytest.raises(UnsupportedError, match=r"torch\.autocast is on around this call"):
                 estimate(problem(mlp()), "fisher", "diag")
             at = problem(mlp())
-            with pytest.raises(UnsupportedError, match="leave it outside"):
+            with pytest.raises(UnsupportedError, match="call curvlab outside of it"):
                 at.forward(at.parameters(), X)
 
         def inside(model: Model, x: Tensor) -> Tensor:

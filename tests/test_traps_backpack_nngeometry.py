@@ -173,7 +173,7 @@ class TestModulesOfNNGeometry:
         with pytest.raises(RuntimeError):
             FIM(copy, loader(problem), PMatDiag)
         assert copy[0]._forward_hooks
-        with pytest.raises(UnsupportedError, match="Sequential fails on the first samples of the data"):
+        with pytest.raises(UnsupportedError, match="Sequential raises an error on the first samples of the data"):
             estimate(problem, "fisher", "diag", backend="nngeometry")
         assert not any(m._forward_hooks for m in model.modules())
 
