@@ -114,7 +114,7 @@ def test_kronecker_factors_refuse_more_than_a_number_a_layer(name: str) -> None:
             lambda damping=damping: matrix.logdet(damping),
             lambda damping=damping: matrix.sample(1, damping),
         ):
-            with pytest.raises(CurvlabError, match=r"one damping a layer.*that of fc is not.*dense.*to_dense"):
+            with pytest.raises(CurvlabError, match=r"one damping per layer.*that of fc is not.*dense.*to_dense"):
                 attempt()
     Dense(matrix.to_dense(), LAYERS, INFO).solve(vector(), apart)  # the way out
 
@@ -148,10 +148,10 @@ def test_a_composite_gives_each_part_what_it_takes() -> None:
         (1j, "finite real number, not 1j"),
         ("0.1", "finite real number, not '0.1'"),
         (None, "finite real number, not None"),
-        ([0.1] * P, "unless it is a tensor or a dictionary"),
-        (torch.tensor(True), "real numbers, not .* torch.bool"),
-        (torch.tensor(1j), "real numbers, not .* torch.complex"),
-        (torch.ones(P).to_sparse(), "real numbers, not a torch.sparse_coo"),
+        ([0.1] * P, "unless it is a tensor or a dict"),
+        (torch.tensor(True), "dense and real, not .* torch.bool"),
+        (torch.tensor(1j), "dense and real, not .* torch.complex"),
+        (torch.ones(P).to_sparse(), "dense and real, not a torch.sparse_coo"),
         (np.array(["a"] * P), "finite real number, not a NumPy array"),
         (torch.tensor(float("nan")), "finite in torch.float64"),
         (torch.full((P,), float("inf")), "finite in torch.float64"),
@@ -187,7 +187,7 @@ def test_a_tensor_of_another_shape_than_its_parameter() -> None:
     matrix, _ = MAKERS["Diagonal"]()
     named = matrix.space.unflatten(positive_entries(matrix.space))
     for wrong in (named["w"].mT, named["w"].reshape(-1), named["w"][:, :1], named["w"].repeat(1, 2), torch.ones(1)):
-        with pytest.raises(CurvlabError, match=r"damping of w is a number or a tensor of its shape \(3, 2\)"):
+        with pytest.raises(CurvlabError, match=r"damping of w must be a number or a tensor of shape \(3, 2\)"):
             matrix.logdet(named | {"w": wrong})
 
 

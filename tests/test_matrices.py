@@ -108,7 +108,7 @@ class StructureTests(ABC):
     def test_singular(self) -> None:
         matrix, dense = self.make(singular=True)
         for attempt in (lambda: matrix.solve(vector()), matrix.logdet, lambda: matrix.sample(2)):
-            with pytest.raises(CurvlabError, match="raise the damping"):
+            with pytest.raises(CurvlabError, match="increase the damping"):
                 attempt()
         damped = dense + 0.1 * torch.eye(P, dtype=dense.dtype)
         assert close(matrix.solve(vector(), damping=0.1), torch.linalg.solve(damped, vector()))
@@ -145,9 +145,9 @@ class StructureTests(ABC):
         assert close(self.space.flatten(outputs), start - dense @ v / 2)
         first = self.space.names[0]
         for wrong, message in (
-            ({n: t for n, t in vectors.items() if n != first}, f"not among those given: {first}"),
-            (vectors | {first: torch.ones(7, dtype=torch.float64)}, f"{first} is a .* of shape .7,."),
-            (vectors | {first: vectors[first].float()}, f"{first} is a torch.float32"),
+            ({n: t for n, t in vectors.items() if n != first}, f"missing for parameters of the matrix: {first}"),
+            (vectors | {first: torch.ones(7, dtype=torch.float64)}, f"{first} is .* of shape .7,."),
+            (vectors | {first: vectors[first].float()}, f"{first} is torch.float32"),
         ):
             for arguments in ((outputs, wrong), (wrong, outputs)):
                 with pytest.raises(CurvlabError, match=message):
@@ -220,14 +220,14 @@ class StructureTests(ABC):
 
     def test_sums_across_spaces_and_structures_are_refused(self) -> None:
         matrix, _ = self.make()
-        with pytest.raises(CurvlabError, match="different parameters"):
+        with pytest.raises(CurvlabError, match="different parameter spaces"):
             matrix + self.elsewhere(matrix)
         other = Diagonal(torch.ones(P, dtype=torch.float64), self.space, INFO)
         if isinstance(matrix, Diagonal):
             other = Dense(torch.eye(P, dtype=torch.float64), self.space, INFO)
         with pytest.raises(CurvlabError, match=f"{matrix.kind} and a {other.kind}"):
             matrix + other
-        with pytest.raises(CurvlabError, match=r"added to a matrix, not to 1\.0"):
+        with pytest.raises(CurvlabError, match=r"added to a matrix only, not to 1\.0"):
             matrix + 1.0
 
     def test_vectors_of_another_space_are_refused(self) -> None:
@@ -266,7 +266,7 @@ class StructureTests(ABC):
                 {n: t for n, t in whole.items() if n != name},
             ):
                 save_file({"other": torch.ones(1)} | broken, file, metadata=header)
-                with pytest.raises(CurvlabError, match=r"header and the tensors of .*matrix.safetensors do not make"):
+                with pytest.raises(CurvlabError, match=r"content of .*matrix.safetensors is not a valid"):
                     load(file)
 
     def test_truncated_file(self, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ class StructureTests(ABC):
         for length in (0, 20, file.stat().st_size - 8):
             cut = tmp_path / f"{length}.safetensors"
             cut.write_bytes(file.read_bytes()[:length])
-            with pytest.raises(CurvlabError, match=f"{length}.safetensors is not a whole"):
+            with pytest.raises(CurvlabError, match=f"{length}.safetensors is not a complete"):
                 load(cut)
 
 
@@ -406,7 +406,7 @@ class TestEKFAC(StructureTests):
         matrix, _ = self.make()
         for basis in ("fc|U_A", "fc|U_S"):
             turned = {n: t.flip(1) if n == basis else t for n, t in matrix.tensors().items()}
-            with pytest.raises(CurvlabError, match=r"different eigenbases of fc.*kfac.*to_dense"):
+            with pytest.raises(CurvlabError, match=r"different eigenbases for fc.*kfac.*to_dense"):
                 matrix + EKFAC.from_tensors(turned, LAYERS, INFO)
 
 
@@ -454,12 +454,12 @@ class TestComposite(StructureTests):
         for parts in ((first, second), (first, second, third, third), ()):
             with pytest.raises(CurvlabError, match="exactly one part"):
                 Composite(parts, LAYERS, INFO)
-        with pytest.raises(CurvlabError, match="dtype or device"):
+        with pytest.raises(CurvlabError, match="dtypes or devices"):
             Composite((first, second, third.to(dtype=torch.float32)), LAYERS, INFO)
 
     def test_parts_over_different_parameters_have_no_sum(self) -> None:
         matrix, dense = self.make()
-        with pytest.raises(CurvlabError, match="parts over different parameters"):
+        with pytest.raises(CurvlabError, match="split into different parts"):
             matrix + Composite([Dense(dense, LAYERS, INFO)], LAYERS, INFO)
         assert close((matrix + Composite(matrix.parts[::-1], LAYERS, INFO)).to_dense(), 2 * dense)
 
@@ -474,7 +474,7 @@ class TestComposite(StructureTests):
         assert close(gradient, 2 * dense @ delta.detach())
         assert len(calls) == 1
         assert torch.allclose(mixed.solve(vector(), 0.1), matrix.solve(vector(), 0.1), rtol=1e-10)
-        with pytest.raises(CurvlabError, match="holds no tensors"):
+        with pytest.raises(CurvlabError, match="has no tensors"):
             mixed.save(tmp_path / "mixed.safetensors")
 
 
@@ -490,18 +490,18 @@ class TestImplicit(StructureTests):
         return Implicit(lambda v: v, replace(SPACE, names=("w", "b", "u")), INFO, dtype=torch.float64)
 
     def test_to(self) -> None:
-        with pytest.raises(CurvlabError, match="holds no tensors"):
+        with pytest.raises(CurvlabError, match="has no tensors"):
             self.make()[0].to(dtype=torch.float32)
 
     def test_file_round_trip(self, tmp_path: Path) -> None:
-        with pytest.raises(CurvlabError, match="holds no tensors"):
+        with pytest.raises(CurvlabError, match="has no tensors"):
             self.make()[0].save(tmp_path / "matrix.safetensors")
         assert not list(tmp_path.iterdir())
 
     test_truncated_file = test_a_file_without_a_tensor_or_with_a_wrong_one = None
 
     def test_wrong_tensors_are_refused(self) -> None:
-        with pytest.raises(CurvlabError, match="made of its product"):
+        with pytest.raises(CurvlabError, match="cannot be created from tensors"):
             Implicit.from_tensors({}, SPACE, INFO)
 
     def test_a_quadratic_form_takes_one_product_and_has_every_derivative(self) -> None:
@@ -544,7 +544,7 @@ class TestImplicit(StructureTests):
         values = torch.logspace(-8, 0, 300, dtype=torch.float64)
         matrix = Implicit(lambda v: values[:, None] * v, space, INFO, dtype=torch.float64)
         b = torch.ones(300, dtype=torch.float64)
-        with pytest.raises(CurvlabError, match=r"after 50 products .* raise the damping, or tol or max_products"):
+        with pytest.raises(CurvlabError, match=r"after 50 products .* increase the damping, or tol or max_products"):
             matrix.solve(b, max_products=49)
         assert torch.allclose(matrix.solve(b, 0.01), b / (values + 0.01), rtol=1e-8)
         with pytest.raises(CurvlabError, match="right-hand side of solve holds NaN"):
@@ -588,12 +588,12 @@ class TestImplicit(StructureTests):
 
     def test_a_product_that_is_none_is_refused(self) -> None:
         rotation = torch.eye(P, dtype=torch.float64).roll(1, 0)
-        with pytest.raises(CurvlabError, match="not those of a symmetric matrix"):
+        with pytest.raises(CurvlabError, match="the matrix is not symmetric"):
             self.of(rotation).trace()
         with pytest.raises(CurvlabError, match="not finite"):
             self.of(rotation * float("nan")).trace()
         short = Implicit(lambda v: v[:-1], SPACE, INFO, dtype=torch.float64)
-        with pytest.raises(CurvlabError, match=r"of shape .11, 1. .* gives .* .10, 1."):
+        with pytest.raises(CurvlabError, match=r"of shape .11, 1. .* not .* .10, 1."):
             short @ vector()
 
 
@@ -689,7 +689,7 @@ class TestPairs:
 
     def test_kfac_and_tkfac_have_no_sum(self) -> None:
         for a, b in ((KFAC, TKFAC), (TKFAC, KFAC)):
-            with pytest.raises(CurvlabError, match="no sum of either structure"):
+            with pytest.raises(CurvlabError, match="has neither structure"):
                 self.sum_of(a) + self.sum_of(b)
 
     def test_eigenvectors_of_many_pairs_have_a_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +707,7 @@ class TestPairs:
         for name, shape in (("norm.weight", (4,)), ("scale", (1, 1)), ("fc.bias", (2, 2))):
             with pytest.raises(CurvlabError, match=f"{name} of shape .*Composite"):
                 KFAC.from_tensors({"a|A": one, "a|S": one}, ParameterSpace((name,), (shape,)), INFO)
-        with pytest.raises(CurvlabError, match=r"fc have .* outputs"):
+        with pytest.raises(CurvlabError, match=r"fc must have the same number of outputs"):
             KFAC.from_tensors({}, ParameterSpace(("fc.weight", "fc.bias"), ((2, 3), (4,))), INFO)
 
     def test_the_model_itself_is_a_layer(self) -> None:
@@ -743,7 +743,7 @@ def test_a_blocks_rounding_does_not_reach_another() -> None:
     entries = torch.logspace(-30, 30, P, dtype=torch.float64)
     assert close(Diagonal(entries, SPACE, INFO).solve(vector()), vector() / entries)
     entries[0] = 1e-310  # its inverse is infinite
-    with pytest.raises(CurvlabError, match="raise the damping"):
+    with pytest.raises(CurvlabError, match="increase the damping"):
         Diagonal(entries, SPACE, INFO).solve(vector())
 
 
@@ -785,15 +785,15 @@ class TestFiles:
     )
     def test_a_header_that_does_not_fit(self, tmp_path: Path, changes: dict[str, object]) -> None:
         self.write(tmp_path / "odd.safetensors", **changes)
-        with pytest.raises(CurvlabError, match=r"header and the tensors of .*odd.safetensors do not make a matrix"):
+        with pytest.raises(CurvlabError, match=r"content of .*odd.safetensors is not a valid matrix"):
             load(tmp_path / "odd.safetensors")
 
     def test_foreign_file(self, tmp_path: Path) -> None:
         save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
-        with pytest.raises(CurvlabError, match=r"weights.safetensors.*not a matrix that curvlab saved"):
+        with pytest.raises(CurvlabError, match=r"weights.safetensors.*not a matrix saved by curvlab"):
             load(tmp_path / "weights.safetensors")
         (tmp_path / "notes.txt").write_text("nothing of the kind, but longer than a header" * 10)
-        with pytest.raises(CurvlabError, match=r"notes.txt is not a whole safetensors file"):
+        with pytest.raises(CurvlabError, match=r"notes.txt is not a complete safetensors file"):
             load(tmp_path / "notes.txt")
 
     def test_a_file_is_replaced_never_written_into(self, tmp_path: Path) -> None:

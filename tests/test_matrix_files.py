@@ -177,7 +177,7 @@ def test_files_of_format_1_are_read(tmp_path: Path) -> None:
 )
 def test_a_header_of_other_types(changed: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "odd", json.dumps(description(**changed)))
-    with pytest.raises(CurvlabError, match=r"header and the tensors of .*odd do not make a matrix \("):
+    with pytest.raises(CurvlabError, match=r"content of .*odd is not a valid matrix \("):
         load(tmp_path / "odd")
 
 
@@ -205,12 +205,12 @@ def test_a_header_that_is_no_description(text: str, tmp_path: Path) -> None:
 
 def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
     write(tmp_path / "deep", json.dumps(nested(200)))
-    with pytest.raises(CurvlabError, match="do not make a matrix"):
+    with pytest.raises(CurvlabError, match="is not a valid matrix"):
         load(tmp_path / "deep")
     text = json.dumps(description(kind="composite", parts=["X"]))
     begin, end = text.split('"X"')
     write(tmp_path / "deep", begin * 50_000 + end * 50_000)
-    with pytest.raises(CurvlabError, match="do not make a matrix"):
+    with pytest.raises(CurvlabError, match="is not a valid matrix"):
         load(tmp_path / "deep")
     space = ParameterSpace(("w",), ((2,),))
     twice = Composite([Composite([SMALL], space, INFO)], space, INFO)
@@ -227,15 +227,15 @@ def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
         ({"entries": torch.ones(2).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
         ({"entries": torch.tensor([1.0, float("nan")])}, "NaN or infinite"),
         ({"entries": torch.tensor([1.0, float("inf")])}, "NaN or infinite"),
-        ({"entries": torch.ones(1, 2)}, "cannot have shape"),
-        ({"entries": torch.ones(2), "more": torch.ones(2)}, "belong to no matrix"),
+        ({"entries": torch.ones(1, 2)}, "must have shape"),
+        ({"entries": torch.ones(2), "more": torch.ones(2)}, "does not belong to the matrix"),
         ({"other": torch.ones(2)}, "entries"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_tensors_that_make_no_matrix(tensors: dict[str, torch.Tensor], told: str, tmp_path: Path) -> None:
     write(tmp_path / "odd", json.dumps(description()), **tensors)
-    with pytest.raises(CurvlabError, match=f"do not make a matrix .*{told}"):
+    with pytest.raises(CurvlabError, match=f"is not a valid matrix .*{told}"):
         load(tmp_path / "odd")
 
 
@@ -253,10 +253,12 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CurvlabError, match=f"{name} is (not a whole safetensors file|a safetensors file, but not)"):
+        with pytest.raises(
+            CurvlabError, match=f"{name} is (not a complete safetensors file|a safetensors file, but not)"
+        ):
             load(tmp_path / name)
     torch.save({"entries": torch.ones(2)}, tmp_path / "torch.pt")
-    with pytest.raises(CurvlabError, match=r"torch\.pt is not a whole"):
+    with pytest.raises(CurvlabError, match=r"torch\.pt is not a complete"):
         load(tmp_path / "torch.pt")
 
 
@@ -267,7 +269,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
         ("absent/m.safetensors", "there is no file"),
         (".", "is a folder, a device or a pipe"),
         ("pipe", "is a folder, a device or a pipe"),
-        ("x" * 300, "is not a whole safetensors file|there is no file"),
+        ("x" * 300, "is not a complete safetensors file|there is no file"),
     ],
 )
 def test_paths_without_a_file_to_read(path: str, told: str, tmp_path: Path) -> None:

@@ -210,11 +210,11 @@ def test_other_names_are_ignored_and_missing_ones_refused() -> None:
     assert penalty.value(more) == 0
     less = {name: p for name, p in parameters.items() if name != "2.bias"}
     for attempt in (penalty.value, penalty.add_gradient_, lambda p: penalty.add(diagonal(space, 0), p)):
-        with pytest.raises(CurvlabError, match=r"not among those given: 2\.bias"):
+        with pytest.raises(CurvlabError, match=r"missing for parameters of the matrix: 2\.bias"):
             attempt(less)
     single = {name: p.float() for name, p in parameters.items()}
     for attempt in (penalty.value, penalty.add_gradient_, lambda p: penalty.add(diagonal(space, 0), p)):
-        with pytest.raises(CurvlabError, match=r"0\.weight is a torch\.float32"):
+        with pytest.raises(CurvlabError, match=r"0\.weight is torch\.float32"):
             attempt(single)
     for wrong in (torch.ones(3), torch.ones(space.total, 2, dtype=torch.float64)):
         with pytest.raises(CurvlabError, match="vector"):

@@ -1,4 +1,4 @@
-"""Curvature matrices: algebra only. A matrix knows its parameter space and where it came from, never a model."""
+"""Curvature matrices: algebra only. A matrix has a parameter space and provenance, but no model."""
 
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.block_diagonal import BlockDiagonal

@@ -1,4 +1,4 @@
-"""What every curvature matrix can do, derived from a handful of methods that each structure writes."""
+"""The base class of all curvature matrices: their common methods, derived from a few methods of each structure."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -28,54 +28,55 @@ V = TypeVar("V", bound=Vectors)
 class CurvatureMatrix(ABC):
     """A symmetric matrix over a parameter space.
 
-    Vectors are flat ``(P,)``, several as ``(P, K)``, or dicts of parameter-shaped tensors; an answer has its
-    vector's form, and is not finite where the vector is not.
+    A vector is a flat tensor ``(P,)`` or a dict of parameter-shaped tensors; several vectors are ``(P, K)``. The result
+    has the form of the vector, and is not finite if the vector is not finite.
 
-    ``solve``, ``logdet`` and ``sample`` add ``D``, a diagonal, to the matrix: their ``damping`` is a number, a flat
-    ``(P,)``, or a dictionary of numbers and tensors of the parameters' shapes. Kronecker factors take one number a
-    layer, such as the prior precision of each; an implicit matrix takes any. They and ``eigenvalues`` are in float32
-    at least: a matrix in half precision is refused.
+    ``solve``, ``logdet`` and ``sample`` add a diagonal matrix ``D`` to the matrix. Their ``damping`` is a number, a
+    flat ``(P,)``, or a dict of numbers and tensors with the shapes of the parameters. Kronecker structures accept one
+    number per layer, such as a prior precision; an implicit matrix accepts any damping. These methods and
+    ``eigenvalues`` need float32 or float64; in half precision they raise an error.
 
-    A subclass writes ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectra``, ``diagonal``, ``_times``
-    and ``frobenius_norm``; everything else follows from them, and may be written again where there is a faster way.
+    A subclass implements ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectra``, ``diagonal`` and
+    ``frobenius_norm``; and ``_times`` and ``_plus`` unless its tensors can be scaled and added entry by entry. The
+    other methods are derived from these; a subclass may override them with a faster version.
     """
 
-    __array_ufunc__ = None  # ``array @ matrix`` and ``array * matrix`` are ours to answer, not NumPy's
+    __array_ufunc__ = None  # NumPy must leave ``array @ matrix`` and ``array * matrix`` to this class
 
     kind: ClassVar[str]
     kinds: ClassVar[dict[str, type["CurvatureMatrix"]]] = {}
 
     def __init_subclass__(cls) -> None:
-        """Register the structure under its ``kind``, by which a file names it."""
-        if "kind" in vars(cls):  # a base that several structures share has none
+        """Register the structure under its ``kind``, which files contain."""
+        if "kind" in vars(cls):  # a base class of several structures has no kind
             CurvatureMatrix.kinds[cls.kind] = cls
 
     def __init__(self, space: ParameterSpace, info: Info) -> None:
         self.space = space
         self.info = info
 
-    # What a structure writes -------------------------------------------------------------------------------------
+    # Methods that a structure implements -------------------------------------------------------------------------
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that hold the matrix, by name: what ``save`` writes and ``to`` moves."""
+        """Return the tensors of the matrix by name; ``save`` writes and ``to`` moves these."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix that these tensors, named as ``tensors()`` names them, hold."""
+        """Create a matrix from tensors with the names of ``tensors()``."""
 
     @abstractmethod
     def _matmul(self, vectors: Tensor) -> Tensor:
-        """Return the product with ``(P, K)``."""
+        """Return the product with vectors ``(P, K)``."""
 
     @abstractmethod
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
-        """Return ``f(F + D) vectors`` for ``(P, K)``: the function acts on each of ``_spectra`` and keeps its shape."""
+        """Return ``f(F + D) vectors`` for ``(P, K)``; the function keeps the shape of each tensor of ``_spectra``."""
 
     @abstractmethod
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
-        """Return the eigenvalues of ``F + D``, ``(..., n)``: a row is one block's, free of other blocks' rounding."""
+        """Return the eigenvalues of ``F + D``, ``(..., n)``: one row per block, with the rounding of that block."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -85,7 +86,7 @@ class CurvatureMatrix(ABC):
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, a scalar tensor."""
 
-    # What follows ------------------------------------------------------------------------------------------------
+    # Derived methods ---------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,12 +95,12 @@ class CurvatureMatrix(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the entries."""
+        """The floating-point dtype of the entries."""
         return next(iter(self.tensors().values())).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the entries are."""
+        """The device of the entries."""
         return next(iter(self.tensors().values())).device
 
     def _apply(self, function: Callable[[Tensor], Tensor], vectors: V) -> V:
@@ -109,17 +110,17 @@ class CurvatureMatrix(ABC):
         return answer if isinstance(vectors, Tensor) else self.space.unflatten(answer)  # type: ignore[return-value]
 
     def _flat(self, vectors: Vectors) -> Tensor:
-        of = vectors.values() if isinstance(vectors, Mapping) else [vectors]
-        if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in of):
+        tensors = vectors.values() if isinstance(vectors, Mapping) else [vectors]
+        if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             raise CurvlabError(
-                f"a vector is a dense tensor or a dictionary of such by parameter name, not {shown(vectors)}"
+                f"a vector must be a dense tensor or a dict of dense tensors by parameter name, not {shown(vectors)}"
             )
-        if len({(tensor.dtype, tensor.device) for tensor in of}) > 1:
-            raise CurvlabError("the tensors of the vector differ in dtype or device: move them with to()")
+        if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+            raise CurvlabError("the tensors of the vector have different dtypes or devices: move them with to()")
         flat = self.space.flatten(vectors)
         if (flat.dtype, flat.device) != (self.dtype, self.device):
             raise CurvlabError(
-                f"the vector is {flat.dtype} on {flat.device}, the matrix {self.dtype} on {self.device}: "
+                f"the vector is {flat.dtype} on {flat.device}, but the matrix is {self.dtype} on {self.device}: "
                 "move one of them with to()"
             )
         return flat
@@ -128,33 +129,35 @@ class CurvatureMatrix(ABC):
         """Return ``F v``.
 
         Raises:
-            CurvlabError: The vector is not of this space, dtype and device.
+            CurvlabError: The vector has another parameter space, dtype or device.
         """
         return self._apply(self._matmul, vectors)
 
     def __rmatmul__(self, vectors: object) -> Self:
-        """Refuse ``v @ F``, which is ``F @ v``."""
-        raise CurvlabError("the matrix is symmetric and stands on the left: write matrix @ vector, with a tensor")
+        """Raise an error for ``v @ F``, which must be written ``F @ v``."""
+        raise CurvlabError(
+            "vector @ matrix is not supported: the matrix is symmetric, so write matrix @ vector, with a tensor"
+        )
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return ``F v`` of a flat ``(P,)``: the one method that eigenvalue solvers need."""
+        """Return ``F v`` for a flat ``(P,)``; this is the method that eigenvalue solvers use."""
         return self @ vector
 
     def quadratic_form(self, delta: Vectors) -> Tensor:
-        """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the penalty of EWC is half of it).
+        """Return ``delta' F delta``, a scalar, differentiable in ``delta`` (the EWC penalty is half of it).
 
         Raises:
-            CurvlabError: ``delta`` is no vector of this space, or is finite where the number is not.
+            CurvlabError: ``delta`` is not a vector of this space, or the result is not finite for a finite ``delta``.
         """
         flat = self._flat(delta)
         if flat.ndim != 1:
             raise CurvlabError(f"quadratic_form takes one vector, not a tensor of shape {tuple(flat.shape)}")
         value = self._quadratic_form(flat)
-        with suppress(RuntimeError):  # under torch.func.vmap values are not known
+        with suppress(RuntimeError):  # under torch.func.vmap the values are unknown
             if not bool(value.isfinite()) and bool(flat.isfinite().all()):
-                wider = "" if self.dtype == torch.float64 else ", or take matrix and vector to torch.float64"
+                wider = "" if self.dtype == torch.float64 else ", or move matrix and vector to torch.float64"
                 raise CurvlabError(
-                    f"delta' F delta is beyond {self.dtype}, or the matrix is not finite: make delta smaller{wider}"
+                    f"delta' F delta overflows {self.dtype}, or the matrix is not finite: make delta smaller{wider}"
                 )
         return value
 
@@ -162,16 +165,16 @@ class CurvatureMatrix(ABC):
         return delta @ self._matmul(delta.unsqueeze(1)).squeeze(1)
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Add ``scale * F v`` to named tensors in place, without a graph: the gradient of a quadratic penalty.
+        """Add ``scale * F v`` to named tensors in place and without a graph: the gradient of a quadratic penalty.
 
         Args:
-            outputs: By parameter name, such as gradients; other names are left alone.
-            vectors: ``v``, by parameter name; other names are ignored.
-            scale: A factor.
+            outputs: Tensors by parameter name, such as gradients; tensors with other names are not changed.
+            vectors: ``v`` by parameter name; other names are ignored.
+            scale: A finite factor.
 
         Raises:
-            CurvlabError: A parameter is missing, a tensor's shape, dtype or device is not the matrix's, or the scale
-                is no finite number.
+            CurvlabError: A parameter is missing, a tensor has a wrong shape, dtype or device, or the scale is not a
+                finite number.
         """
         outputs, vectors, scale = self._named(outputs), self._named(vectors), real_number(scale, "scale")
         with torch.no_grad():
@@ -179,19 +182,19 @@ class CurvatureMatrix(ABC):
                 outputs[name].add_(product, alpha=scale)
 
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of this space's parameters among these, checked."""
+        """Return the tensors of the parameters of this space, checked."""
         if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise CurvlabError(f"tensors by parameter name are needed, not {shown(tensors)}")
+            raise CurvlabError(f"expected a dict of tensors by parameter name, not {shown(tensors)}")
         missing = [name for name in self.space.names if name not in tensors]
         if missing:
-            raise CurvlabError(f"the matrix is over parameters that are not among those given: {', '.join(missing)}")
+            raise CurvlabError(f"tensors are missing for parameters of the matrix: {', '.join(missing)}")
         named = {name: tensors[name] for name in self.space.names}
         dtype, device = self.dtype, self.device
         for (name, tensor), shape in zip(named.items(), self.space.shapes, strict=True):
             if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
                 raise CurvlabError(
-                    f"{name} is a {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; in the matrix it "
-                    f"is a {dtype} of shape {shape} on {device}"
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, but in the matrix it "
+                    f"is {dtype} of shape {shape} on {device}"
                 )
         return named
 
@@ -203,22 +206,22 @@ class CurvatureMatrix(ABC):
         """
         values = torch.cat([values.flatten() for values in self._spectra(self._damping(0.0))]).sort().values
         if not bool(values.isfinite().all()):
-            raise CurvlabError("the matrix holds NaN or infinity and has no eigenvalues")
+            raise CurvlabError("the matrix holds NaN or infinity, so that it has no eigenvalues")
         return values
 
     def to_dense(self) -> Tensor:
-        """Return the matrix itself, ``(P, P)``."""
+        """Return the dense matrix, ``(P, P)``."""
         return self._matmul(torch.eye(self.space.total, dtype=self.dtype, device=self.device))
 
     def trace(self) -> Tensor:
-        """Return the trace, a scalar tensor, in float32 at least."""
+        """Return the trace, a scalar tensor in float32 or float64."""
         return self.diagonal().sum(dtype=at_least_float32(self.dtype))
 
     def _damping(self, damping: DampingLike) -> Damping:
-        """Return a user's damping, checked, for a matrix that can be inverted in its dtype."""
+        """Check and convert the ``damping`` of a user; raise an error for a matrix in half precision."""
         if self.dtype not in PRECISE:
             raise CurvlabError(
-                f"eigenvalues, solve, logdet and sample have too few digits in {self.dtype}: take them of "
+                f"eigenvalues, solve, logdet and sample are not accurate in {self.dtype}: call them on "
                 "matrix.to(dtype=torch.float32)"
             )
         return Damping.of(damping, self.space, self.dtype, self.device)
@@ -228,14 +231,14 @@ class CurvatureMatrix(ABC):
 
         Args:
             b: One vector or several.
-            damping: ``D``, the damping: a number, ``(P,)``, or a dictionary by parameter name.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
 
         Raises:
-            CurvlabError: The damped matrix is singular to working precision, ``b`` is not finite, or the damping is
-                not what this structure can add.
+            CurvlabError: The damped matrix is singular to working precision, ``b`` is not finite, or this structure
+                does not support the damping.
         """
-        of = self._damping(damping)
-        return self._apply(lambda v: self._solve(require_finite(v), of), b)
+        checked = self._damping(damping)
+        return self._apply(lambda v: self._solve(require_finite(v), checked), b)
 
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         return self._spectral(lambda values: invert(values, damping), vectors, damping)
@@ -247,54 +250,56 @@ class CurvatureMatrix(ABC):
             damping: ``D``; see ``solve``.
 
         Raises:
-            CurvlabError: The damped matrix is not positive definite, or the damping is not what this structure can add.
+            CurvlabError: The damped matrix is not positive definite, or this structure does not support the damping.
         """
-        of = self._damping(damping)
-        return torch.stack([require_positive(values, of).log().sum() for values in self._spectra(of)]).sum()
+        checked = self._damping(damping)
+        return torch.stack([require_positive(values, checked).log().sum() for values in self._spectra(checked)]).sum()
 
     def sample(self, n: int, damping: DampingLike = 0.0, seed: int = 0) -> Tensor:
-        """Draw ``n`` vectors from ``N(0, (F + D)^-1)``, the Laplace posterior's deviations; ``(P, n)``.
+        """Draw ``n`` vectors from ``N(0, (F + D)^-1)``, ``(P, n)``: deviations of a Laplace posterior from its mean.
 
         Args:
-            n: How many, from 1.
-            damping: ``D``, the prior's precision; see ``solve``.
-            seed: A whole number from 0: of one seed the draws are the same.
+            n: The number of vectors, from 1.
+            damping: ``D``, the precision of the prior; see ``solve``.
+            seed: Random seed, a whole number from 0.
 
         Raises:
-            CurvlabError: The damped matrix is not positive definite, or an argument is not as said.
+            CurvlabError: The damped matrix is not positive definite, or an argument is not valid.
         """
-        n, seed, of = whole_number(n, "n", 1), whole_number(seed, "seed"), self._damping(damping)
+        n, seed, checked = whole_number(n, "n", 1), whole_number(seed, "seed"), self._damping(damping)
         try:
             noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((self.space.total, n)))
         except (MemoryError, ValueError) as error:
-            raise CurvlabError(f"{n:,} vectors of {self.space.total:,} numbers do not fit into memory") from error
+            raise CurvlabError(
+                f"{n:,} vectors of {self.space.total:,} numbers do not fit into memory: draw fewer at a time"
+            ) from error
         return self._spectral(
-            lambda e: require_positive(e, of).rsqrt(), noise.to(dtype=self.dtype, device=self.device), of
+            lambda e: require_positive(e, checked).rsqrt(), noise.to(dtype=self.dtype, device=self.device), checked
         )
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Return the matrix on another device or in another floating dtype.
+        """Return the matrix on another device or in another floating-point dtype.
 
         Raises:
-            CurvlabError: There is no such device or floating dtype, or the entries are too large or small for it.
+            CurvlabError: The device or dtype is not available, or the entries are too large or too small for the dtype.
         """
         if dtype not in (None, *DTYPES):
-            raise CurvlabError(f"a matrix is in {', '.join(map(str, DTYPES))}, not {dtype!r}")
+            raise CurvlabError(f"the dtype of a matrix must be one of {', '.join(map(str, DTYPES))}, not {dtype!r}")
         return self._map(lambda t: move(t, device, dtype))
 
     def to_scipy(self) -> LinearOperator:
         """Return a ``scipy.sparse.linalg.LinearOperator`` with the same products, in this matrix's dtype.
 
         Raises:
-            CurvlabError: The matrix is in half precision, which SciPy does not compute in.
+            CurvlabError: The matrix is in half precision, which SciPy does not support.
         """
         if self.dtype not in PRECISE:
-            raise CurvlabError(f"SciPy does not compute in {self.dtype}: take matrix.to(dtype=torch.float32)")
+            raise CurvlabError(f"SciPy does not support {self.dtype}: use matrix.to(dtype=torch.float32)")
 
         def product(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             if np.iscomplexobj(vectors):
                 return product(vectors.real) + 1j * product(vectors.imag)
-            # A contiguous copy: torch takes no negative strides.
+            # A contiguous copy, because torch does not support negative strides.
             return (self @ torch.tensor(vectors.copy(), dtype=self.dtype, device=self.device)).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -306,11 +311,13 @@ class CurvatureMatrix(ABC):
         """Return the matrix times a number.
 
         Raises:
-            CurvlabError: It is no finite real number, or beyond this dtype.
+            CurvlabError: The factor is not a finite real number, or is outside the range of this dtype.
         """
         number, limits = real_number(factor, "the factor of a matrix"), torch.finfo(self.dtype)
         if number and self.dtype != torch.float64 and not limits.tiny <= abs(number) <= limits.max:
-            raise CurvlabError(f"the factor {number:g} is beyond {self.dtype}: take matrix.to(dtype=torch.float64)")
+            raise CurvlabError(
+                f"the factor {number:g} is outside the range of {self.dtype}: use matrix.to(dtype=torch.float64)"
+            )
         return self._times(factor if isinstance(factor, Tensor) else number)
 
     __rmul__ = __mul__
@@ -319,18 +326,19 @@ class CurvatureMatrix(ABC):
         """Return the matrix divided by a number.
 
         Raises:
-            CurvlabError: It is no finite real number, or zero, or its reciprocal is beyond this dtype.
+            CurvlabError: The divisor is zero or not a finite real number, or its reciprocal is outside the range of
+                this dtype.
         """
-        if not real_number(divisor, "what a matrix is divided by"):
+        if not real_number(divisor, "the divisor of a matrix"):
             raise CurvlabError("a matrix cannot be divided by zero")
         return self * (1 / divisor)
 
     def __rtruediv__(self, dividend: object) -> Self:
-        """Refuse ``b / F``."""
-        raise CurvlabError("nothing is divided by a matrix: solve(b, damping) gives its inverse times b")
+        """Raise an error for ``b / F``."""
+        raise CurvlabError("division by a matrix is not supported: use matrix.solve(b, damping)")
 
     def __neg__(self) -> Self:
-        """Return minus the matrix."""
+        """Return the negative matrix."""
         return self * -1.0
 
     def __sub__(self, other: "CurvatureMatrix") -> Self:
@@ -341,10 +349,10 @@ class CurvatureMatrix(ABC):
         """
         return self._sum(other, "-")
 
-    __rsub__ = __sub__  # only of what is no matrix
+    __rsub__ = __sub__  # called only if the other operand is not a matrix
 
     def _times(self, factor: float | Tensor) -> Self:
-        """Return the matrix times a number, which is checked."""
+        """Return the matrix times a number that has been checked."""
         return self._map(lambda t: factor * t)
 
     def __add__(self, other: "CurvatureMatrix") -> Self:
@@ -355,19 +363,19 @@ class CurvatureMatrix(ABC):
         """
         return self._sum(other, "+")
 
-    __radd__ = __add__  # only of what is no matrix
+    __radd__ = __add__  # called only if the other operand is not a matrix
 
     def _sum(self, other: "CurvatureMatrix", sign: str) -> Self:
         if not isinstance(other, CurvatureMatrix):
             raise CurvlabError(
-                f"a matrix is added to a matrix, not to {shown(other)}: the damping of solve adds to the diagonal, "
-                "and sum() of matrices begins with one of them, sum(matrices[1:], matrices[0])"
+                f"a matrix can be added to a matrix only, not to {shown(other)}: use the damping of solve for the "
+                "diagonal, and sum(matrices[1:], matrices[0]) for a sum of matrices"
             )
         if self.space != other.space:
-            raise CurvlabError("the two matrices are over different parameters and cannot be added")
+            raise CurvlabError("the two matrices have different parameter spaces and cannot be added")
         if type(other) is not type(self):
             raise CurvlabError(
-                f"a {self.kind} and a {other.kind} matrix have no sum of either structure; add their to_dense()"
+                f"the sum of a {self.kind} and a {other.kind} matrix has neither structure; add their to_dense()"
             )
         quantities = dict.fromkeys([self.info.quantity, other.info.quantity])
         info = replace(self.info, quantity=f" {sign} ".join(quantities))
@@ -378,14 +386,14 @@ class CurvatureMatrix(ABC):
         return self.from_tensors({n: t + theirs[n].to(t) for n, t in self.tensors().items()}, self.space, info)
 
     def save(self, path: str | Path) -> None:
-        """Write the matrix and its ``info`` to a safetensors file, whole or not at all.
+        """Write the matrix and its ``info`` to a safetensors file; the file is complete or not written at all.
 
         Args:
-            path: A file of another content is replaced; of a symbolic link, the file that it leads to.
+            path: An existing file is replaced; for a symbolic link, the target of the link is replaced.
 
         Raises:
-            CurvlabError: The entries are not finite, or the file cannot be written: its folder is missing or full, or
-                the path is a folder, a device or a pipe.
+            CurvlabError: The entries are not finite, or the file cannot be written: its folder is missing, the disk is
+                full, or the path is a folder, a device or a pipe.
         """
         write_file(to_path(path), self._description(), self.tensors())
 
@@ -397,5 +405,5 @@ class CurvatureMatrix(ABC):
         return self.from_tensors({name: function(t) for name, t in self.tensors().items()}, self.space, self.info)
 
     def __repr__(self) -> str:
-        """Name the structure, the quantity and the size."""
+        """Return the structure, the quantity, the size, the dtype and the device."""
         return f"{type(self).__name__}({self.info.quantity}, P={self.space.total:,}, {self.dtype}, {self.device})"

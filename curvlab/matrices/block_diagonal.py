@@ -1,4 +1,4 @@
-"""One dense block a parameter tensor, zero between tensors."""
+"""One dense block per parameter tensor, zero between tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
@@ -17,12 +17,12 @@ from curvlab.parameters import ParameterSpace
 
 
 class BlockDiagonal(CurvatureMatrix):
-    """A block-diagonal matrix, a block a parameter tensor.
+    """A block-diagonal matrix with one block per parameter tensor.
 
     Args:
-        blocks: ``(p, p)`` by parameter name.
-        space: The parameters of its rows and columns.
-        info: Where it came from.
+        blocks: Symmetric blocks ``(p, p)`` by parameter name.
+        space: Parameters of the rows and columns.
+        info: Provenance of the matrix.
     """
 
     kind: ClassVar[str] = "block_diag"
@@ -32,7 +32,7 @@ class BlockDiagonal(CurvatureMatrix):
         check_tensors(blocks.values())
         expected = {name: (size, size) for name, size in zip(space.names, space.sizes, strict=True)}
         if {name: tuple(block.shape) for name, block in blocks.items()} != expected:
-            raise CurvlabError("the blocks' names and shapes are not those of the parameters")
+            raise CurvlabError("the names and shapes of the blocks do not match the parameters")
         self.blocks = {name: blocks[name] for name in space.names}
 
     @cached_property
@@ -45,7 +45,7 @@ class BlockDiagonal(CurvatureMatrix):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix held by what ``tensors()`` gives."""
+        """Create a matrix from the result of ``tensors()``."""
         return cls(tensors, space, info)
 
     def _by_block(self, vectors: Tensor, products: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
@@ -77,6 +77,6 @@ class BlockDiagonal(CurvatureMatrix):
         return frobenius(self.blocks.values()).to(at_least_float32(self.dtype))
 
     def to_dense(self) -> Tensor:
-        """Return the matrix, ``(P, P)``, zero between tensors."""
+        """Return the dense matrix, ``(P, P)``, zero between tensors."""
         dense: Tensor = torch.block_diag(*self.blocks.values())
         return dense

@@ -1,4 +1,4 @@
-"""A matrix made of others: each over parameters of its own, zero between them."""
+"""A block-diagonal matrix whose blocks are other matrices over disjoint sets of parameters."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -20,9 +20,9 @@ class Composite(CurvatureMatrix):
     """A block-diagonal matrix whose blocks are matrices of any structure, such as K-FAC and a diagonal for the rest.
 
     Args:
-        parts: Matrices of one dtype and device; every parameter of the space is in exactly one of them.
-        space: The parameters, in an order of their own.
-        info: Where it came from.
+        parts: Matrices with the same dtype and device; every parameter of the space is in exactly one of them.
+        space: All parameters, in any order.
+        info: Provenance of the matrix.
     """
 
     kind: ClassVar[str] = "composite"
@@ -31,42 +31,42 @@ class Composite(CurvatureMatrix):
         super().__init__(space, info)
         shapes = [item for part in parts for item in zip(part.space.names, part.space.shapes, strict=True)]
         if sorted(shapes) != sorted(zip(space.names, space.shapes, strict=True)):
-            raise CurvlabError("every parameter has to be in exactly one part of a composite matrix, in its shape")
+            raise CurvlabError("every parameter must be in exactly one part of a composite matrix, with its shape")
         if len({(part.dtype, part.device) for part in parts}) != 1:
-            raise CurvlabError("the parts of a composite matrix differ in dtype or device: move them with to()")
+            raise CurvlabError("the parts of a composite matrix have different dtypes or devices: move them with to()")
         self.parts = tuple(parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parts' tensors, each name after its part's index: ``0/fc|A``."""
+        """Return the tensors of the parts; the index of the part is a prefix of the name: ``0/fc|A``."""
         return {f"{i}/{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:  # noqa: ARG003
-        """Refuse: tensors do not tell the structures of the parts."""
-        raise CurvlabError("a composite matrix is made of its parts, not of tensors: use Composite(parts, space, info)")
+        """Raise an error: the structures of the parts do not follow from tensors."""
+        raise CurvlabError("a composite matrix cannot be created from tensors: use Composite(parts, space, info)")
 
     def _description(self) -> dict[str, Any]:
         return super()._description() | {"parts": [part._description() for part in self.parts]}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the entries."""
+        """The floating-point dtype of the entries."""
         return self.parts[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the entries are."""
+        """The device of the entries."""
         return self.parts[0].device
 
     def _split(self, vectors: Tensor) -> Iterator[tuple[CurvatureMatrix, Tensor]]:
-        of = dict(zip(self.space.names, vectors.split(list(self.space.sizes)), strict=True))
-        return ((part, torch.cat([of[name] for name in part.space.names])) for part in self.parts)
+        by_name = dict(zip(self.space.names, vectors.split(list(self.space.sizes)), strict=True))
+        return ((part, torch.cat([by_name[name] for name in part.space.names])) for part in self.parts)
 
     def _join(self, answers: Iterable[Tensor]) -> Tensor:
-        of: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for part, answer in zip(self.parts, answers, strict=True):
-            of |= zip(part.space.names, answer.split(list(part.space.sizes)), strict=True)
-        return torch.cat([of[name] for name in self.space.names])
+            by_name |= zip(part.space.names, answer.split(list(part.space.sizes)), strict=True)
+        return torch.cat([by_name[name] for name in self.space.names])
 
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self._join(part._matmul(v) for part, v in self._split(vectors))
@@ -102,25 +102,27 @@ class Composite(CurvatureMatrix):
         return frobenius(part.frobenius_norm() for part in self.parts).to(at_least_float32(self.dtype))
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Return the matrix on another device or in another floating dtype."""
-        return self._of([part.to(device=device, dtype=dtype) for part in self.parts])
+        """Return the matrix on another device or in another floating-point dtype."""
+        return self._with_parts([part.to(device=device, dtype=dtype) for part in self.parts])
 
     def _times(self, factor: float | Tensor) -> Self:
-        return self._of([part._times(factor) for part in self.parts])
+        return self._with_parts([part._times(factor) for part in self.parts])
 
     def average_factors(self, weights: Sequence[float] | None = None) -> Self:
-        """Return the matrix with the Kronecker parts merged; see ``KFAC.average_factors``."""
-        return self._of([part.average_factors(weights) if isinstance(part, KFAC) else part for part in self.parts])
+        """Merge the pairs of the Kronecker parts; see ``KFAC.average_factors``."""
+        return self._with_parts(
+            [part.average_factors(weights) if isinstance(part, KFAC) else part for part in self.parts]
+        )
 
     def nearest(self) -> Self:
-        """Return the matrix with the Kronecker parts merged; see ``KFAC.nearest``."""
-        return self._of([part.nearest() if isinstance(part, KFAC) else part for part in self.parts])
+        """Merge the pairs of the Kronecker parts; see ``KFAC.nearest``."""
+        return self._with_parts([part.nearest() if isinstance(part, KFAC) else part for part in self.parts])
 
-    def _of(self, parts: Sequence[CurvatureMatrix]) -> Self:
+    def _with_parts(self, parts: Sequence[CurvatureMatrix]) -> Self:
         return type(self)(parts, self.space, self.info)
 
     def _plus(self, other: Self, info: Info) -> Self:
         if {part.space for part in self.parts} != {part.space for part in other.parts}:
-            raise CurvlabError("the two composite matrices have parts over different parameters: add their to_dense()")
+            raise CurvlabError("the two composite matrices are split into different parts: add their to_dense()")
         theirs = {part.space: part for part in other.parts}
         return type(self)([part + theirs[part.space] for part in self.parts], self.space, info)

@@ -1,4 +1,4 @@
-"""What is added to the diagonal of a matrix before it is inverted: one number, or one for every parameter."""
+"""Damping: a number, or one number per parameter, that is added to the diagonal before a matrix is inverted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from curvlab.checks import real_number
 from curvlab.errors import CurvlabError
 from curvlab.parameters import ParameterSpace
 
-#: What ``solve``, ``logdet`` and ``sample`` take: a number; a flat ``(P,)``; or, by parameter name, numbers and tensors
-#: of the parameter's shape.
+#: The ``damping`` of ``solve``, ``logdet`` and ``sample``: a number; a flat ``(P,)``; or a dict of numbers and tensors
+#: with the shape of the parameter, by parameter name.
 DampingLike = float | Tensor | Mapping[str, float | Tensor]
 
 
 @dataclass(frozen=True)
 class Damping:
-    """A diagonal matrix ``D``, checked and in the dtype and on the device of the matrix that it is added to.
+    """A diagonal matrix ``D``, checked, with the dtype and device of the matrix to which it is added.
 
     Attributes:
         space: The parameters.
-        parts: By parameter name, a number ``()`` or flat ``(p,)``.
-        text: How messages call it.
+        parts: A number ``()`` or a flat ``(p,)`` by parameter name.
+        text: The damping in error messages.
     """
 
     space: ParameterSpace
@@ -33,27 +33,27 @@ class Damping:
 
     @classmethod
     def of(cls, damping: DampingLike, space: ParameterSpace, dtype: torch.dtype, device: torch.device) -> "Damping":
-        """Return what a user's ``damping`` means over a space.
+        """Check and convert the ``damping`` of a user.
 
         Raises:
-            CurvlabError: It is no finite real number, vector of this space or mapping of its names to such.
+            CurvlabError: It is not a finite real number, a vector of this space, or a dict of these by parameter name.
         """
         if isinstance(damping, Mapping):
             return cls(space, _by_name(damping, space, dtype, device), "diag(damping)")
-        tensor = _tensor(damping, "damping, unless it is a tensor or a dictionary,", dtype, device)
+        tensor = _tensor(damping, "damping, unless it is a tensor or a dict,", dtype, device)
         if tensor.ndim == 0:
             return cls(space, dict.fromkeys(space.names, tensor), f"{tensor.item():g} I")
         if tensor.shape != (space.total,):
             raise CurvlabError(
-                f"damping is a number, a vector of shape ({space.total},) or a dictionary by parameter name, not a "
+                f"damping must be a number, a vector of shape ({space.total},) or a dict by parameter name, not a "
                 f"tensor of shape {tuple(tensor.shape)}"
             )
         return cls(space, dict(zip(space.names, tensor.split(list(space.sizes)), strict=True)), "diag(damping)")
 
     def over(self, names: Sequence[str]) -> Tensor:
-        """Return it for some parameters: ``()`` where they all have one number, else flat, in the order of the names.
+        """Return the damping of some parameters: ``()`` if all have the same number, else flat, in the order of names.
 
-        A vector that requires a gradient is never taken for one number: the gradient is with respect to each entry.
+        A vector that requires a gradient stays a vector, because the gradient is with respect to each entry.
         """
         parts = [self.parts[name] for name in names]
         if parts[0].ndim == 0 and all(part is parts[0] for part in parts):
@@ -64,7 +64,7 @@ class Damping:
         return flat[0] if one else flat
 
     def __str__(self) -> str:
-        """Return how messages call it: ``0.1 I`` or ``diag(damping)``."""
+        """Return the text for error messages: ``0.1 I`` or ``diag(damping)``."""
         return self.text
 
 
@@ -74,33 +74,33 @@ def _by_name(
     missing = [name for name in space.names if name not in damping]
     unknown = [name for name in damping if name not in space.slices]
     if missing or unknown:
-        raise CurvlabError(
-            f"damping by name has an entry for every parameter and no other: missing {missing}, unknown {unknown}"
-        )
-    # A tensor that stands for several parameters stays one object.
+        raise CurvlabError(f"damping by name needs one entry per parameter: missing {missing}, unknown {unknown}")
+    # A tensor that is given for several parameters stays one object.
     tensors = {id(value): _tensor(value, f"damping of {name}", dtype, device) for name, value in damping.items()}
     parts = {}
     for name, shape in zip(space.names, space.shapes, strict=True):
         tensor = tensors[id(damping[name])]
         if tensor.ndim and tuple(tensor.shape) != shape:
             raise CurvlabError(
-                f"damping of {name} is a number or a tensor of its shape {shape}, not of {tuple(tensor.shape)}"
+                f"damping of {name} must be a number or a tensor of shape {shape}, not {tuple(tensor.shape)}"
             )
         parts[name] = tensor.reshape(-1) if tensor.ndim else tensor
     return parts
 
 
 def _tensor(value: object, what: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return finite real numbers in the matrix's dtype and on its device."""
+    """Return finite real numbers in the dtype and on the device of the matrix."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
         value = torch.from_numpy(value.astype(np.float64))
     if not isinstance(value, Tensor):
         value = torch.tensor(real_number(value, what), dtype=torch.float64)
     if value.dtype == torch.bool or value.is_complex() or value.is_quantized or value.layout != torch.strided:
-        raise CurvlabError(f"{what} must be of real numbers, not a {value.layout} tensor of {value.dtype}")
+        raise CurvlabError(f"{what} must be dense and real, not a {value.layout} tensor of {value.dtype}")
     if value.is_meta or (value.ndim and value.device not in (device, torch.device("cpu"))):
-        raise CurvlabError(f"{what} is on {value.device}, the matrix on {device}: move one of them with to()")
+        raise CurvlabError(f"{what} is on {value.device}, but the matrix is on {device}: move one of them with to()")
     value = value.to(device=device, dtype=dtype)
     if not bool(value.isfinite().all()):
-        raise CurvlabError(f"{what} must be finite in {dtype}: it holds NaN, infinity or numbers beyond that dtype")
+        raise CurvlabError(
+            f"{what} must be finite in {dtype}: it holds NaN, infinity or numbers outside the range of that dtype"
+        )
     return value

@@ -1,4 +1,4 @@
-"""The whole matrix."""
+"""The full matrix."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -16,12 +16,12 @@ from curvlab.parameters import ParameterSpace
 
 
 class Dense(CurvatureMatrix):
-    """A matrix held entry by entry.
+    """A matrix that stores every entry.
 
     Args:
         matrix: ``(P, P)``, symmetric.
-        space: The parameters of its rows and columns.
-        info: Where it came from.
+        space: Parameters of the rows and columns.
+        info: Provenance of the matrix.
     """
 
     kind: ClassVar[str] = "dense"
@@ -30,7 +30,9 @@ class Dense(CurvatureMatrix):
         super().__init__(space, info)
         check_tensors([matrix])
         if matrix.shape != self.shape:
-            raise CurvlabError(f"a dense matrix over {space.total} parameters cannot have shape {tuple(matrix.shape)}")
+            raise CurvlabError(
+                f"a dense matrix over {space.total} parameters must have shape {self.shape}, not {tuple(matrix.shape)}"
+            )
         self.matrix = matrix
 
     @cached_property
@@ -43,7 +45,7 @@ class Dense(CurvatureMatrix):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix held by what ``tensors()`` gives."""
+        """Create a matrix from the result of ``tensors()``."""
         return cls(tensors["matrix"], space, info)
 
     def _matmul(self, vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The diagonal alone."""
+"""The diagonal only."""
 
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
@@ -20,8 +20,8 @@ class Diagonal(CurvatureMatrix):
 
     Args:
         entries: ``(P,)``.
-        space: The parameters of its entries.
-        info: Where it came from.
+        space: Parameters of the entries.
+        info: Provenance of the matrix.
     """
 
     kind: ClassVar[str] = "diag"
@@ -30,7 +30,9 @@ class Diagonal(CurvatureMatrix):
         super().__init__(space, info)
         check_tensors([entries])
         if entries.shape != (space.total,):
-            raise CurvlabError(f"a diagonal over {space.total} parameters cannot have shape {tuple(entries.shape)}")
+            raise CurvlabError(
+                f"a diagonal over {space.total} parameters must have shape {(space.total,)}, not {tuple(entries.shape)}"
+            )
         self.entries = entries
 
     def tensors(self) -> dict[str, Tensor]:
@@ -39,7 +41,7 @@ class Diagonal(CurvatureMatrix):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix held by what ``tensors()`` gives."""
+        """Create a matrix from the result of ``tensors()``."""
         return cls(tensors["entries"], space, info)
 
     def _matmul(self, vectors: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Diagonal(CurvatureMatrix):
         return function(*self._spectra(damping)) * vectors
 
     def _spectra(self, damping: Damping) -> list[Tensor]:
-        return [(self.entries + damping.over(self.space.names)).unsqueeze(1)]  # every entry a block of its own
+        return [(self.entries + damping.over(self.space.names)).unsqueeze(1)]  # every entry is a block
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""

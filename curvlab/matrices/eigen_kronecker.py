@@ -1,4 +1,4 @@
-"""EK-FAC: a Kronecker-factored eigenbasis with eigenvalues of its own."""
+"""EK-FAC: a Kronecker-factored eigenbasis with corrected eigenvalues."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -16,12 +16,12 @@ from curvlab.parameters import ParameterSpace
 
 
 class EKFAC(Layered):
-    """Eigenvalue-corrected K-FAC: ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'`` a layer (George et al., 2018).
+    """Eigenvalue-corrected K-FAC: ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'`` per layer (George et al., 2018).
 
     Args:
-        bases: By layer, ``U_A`` ``(d, d)`` and ``U_S`` ``(o, o)`` with eigenvectors in columns, ``values`` ``(o, d)``.
-        space: The parameters: weights and biases of the layers.
-        info: Where it came from.
+        bases: By layer name, ``U_A`` ``(d, d)`` and ``U_S`` ``(o, o)`` of column eigenvectors, ``values`` ``(o, d)``.
+        space: Parameters: weights and biases of the layers.
+        info: Provenance of the matrix.
     """
 
     kind: ClassVar[str] = "ekfac"
@@ -31,7 +31,7 @@ class EKFAC(Layered):
         check_tensors(tensor for basis in bases.values() for tensor in basis)
         shapes = {name: ((d, d), (o, o), (o, d)) for name, (o, d) in ((n, la.shape) for n, la in self.layers.items())}
         if {name: tuple(tuple(t.shape) for t in basis) for name, basis in bases.items()} != shapes:
-            raise CurvlabError("the layers and the shapes of the bases and values are not those of the parameters")
+            raise CurvlabError("the layers and the shapes of the bases and values do not match the parameters")
         self.bases = {name: bases[name] for name in self.layers}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ class EKFAC(Layered):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix held by what ``tensors()`` gives."""
+        """Create a matrix from the result of ``tensors()``."""
         layers = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
         return cls(
             {n: Eigenbasis(tensors[f"{n}|U_A"], tensors[f"{n}|U_S"], tensors[f"{n}|values"]) for n in layers},
@@ -53,14 +53,14 @@ class EKFAC(Layered):
 
     @cached_property
     def _orthonormal(self) -> Mapping[str, Eigenbasis]:
-        """The bases, of which only the orthonormal ones give inverses."""
+        """The bases, after checking that they are orthonormal, which inverses and eigenvalues need."""
         for name, basis in self.bases.items():
             for u in (basis.U_A, basis.U_S):
                 off = torch.linalg.matrix_norm(u.mT @ u - torch.eye(len(u), dtype=u.dtype, device=u.device))
                 if not bool(off <= 1e-4 * len(u) ** 0.5):
                     raise CurvlabError(
-                        f"the eigenbasis of {name or 'the model'} is not orthonormal, as after half precision, so "
-                        "that its values are not the eigenvalues: estimate it in float32"
+                        f"the eigenbasis of {name or 'the model'} is not orthonormal, for example after half "
+                        "precision, so that its values are not the eigenvalues: estimate it in float32"
                     )
         return self.bases
 
@@ -100,8 +100,8 @@ class EKFAC(Layered):
         for name, (mine, theirs) in pairs.items():
             if not (torch.equal(mine.U_A, theirs.U_A) and torch.equal(mine.U_S, theirs.U_S)):
                 raise CurvlabError(
-                    f"the two ekfac matrices have different eigenbases of {name or 'the model'}, so that their sum is "
-                    "none: estimate kfac, whose sums are exact, or add their to_dense()"
+                    f"the two ekfac matrices have different eigenbases for {name or 'the model'}, so that their sum "
+                    "is not an ekfac matrix: estimate kfac, whose sums are exact, or add their to_dense()"
                 )
         bases = {name: mine._replace(values=mine.values + theirs.values) for name, (mine, theirs) in pairs.items()}
         return type(self)(bases, self.space, info)

@@ -1,4 +1,4 @@
-"""The entries of matrices: their dtypes and devices, their norm, and whether they are finite."""
+"""Checks of the entries of matrices: dtypes, devices, finite values; and their norm."""
 
 import math
 from collections.abc import Iterable
@@ -10,37 +10,36 @@ from torch import Tensor
 from curvlab.checks import shown
 from curvlab.errors import CurvlabError, first_line
 
-#: The dtypes in which a matrix is inverted, and all those of its entries: half precision is for products and files.
+#: PRECISE: the dtypes that support eigenvalues and inverses. DTYPES: all dtypes of entries; half precision supports
+#: products and files only.
 PRECISE = (torch.float32, torch.float64)
 DTYPES = (torch.float16, torch.bfloat16, *PRECISE)
 
 
 def check_tensors(tensors: Iterable[object]) -> None:
-    """Require that the tensors of a matrix are dense, of one floating dtype and on one device.
+    """Check that the tensors of a matrix are dense and have one floating-point dtype and one device.
 
     Raises:
-        CurvlabError: One is not; the message says what it is.
+        CurvlabError: A tensor is not.
     """
     kinds = set()
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-            raise CurvlabError(
-                f"a matrix is made of dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}"
-            )
+            raise CurvlabError(f"a matrix needs dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}")
         kinds.add((tensor.dtype, tensor.device))
     if len(kinds) > 1:
-        raise CurvlabError("the tensors of a matrix differ in dtype or device: move them with to()")
+        raise CurvlabError("the tensors of a matrix have different dtypes or devices: move them with to()")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which numbers of this one are added up."""
+    """Return the dtype for sums of numbers of this dtype: float32 or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def frobenius(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all the entries together, a scalar tensor in float32 at least.
+    """Return the Frobenius norm of all entries together, a scalar tensor in float64.
 
-    In float64 and scaled: squares of small entries vanish, and those of large ones overflow.
+    Entries are scaled, because squares of small entries underflow and squares of large entries overflow.
     """
     tensors = [tensor.double() for tensor in tensors]
     largest = torch.stack([t.detach().abs().amax() if t.numel() else t.new_zeros(()) for t in tensors]).amax()
@@ -51,10 +50,10 @@ def frobenius(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def move(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor elsewhere, in which its largest entry keeps its digits.
+    """Move a tensor to another device or dtype.
 
     Raises:
-        CurvlabError: There is no such device, or the largest entry is too large or small for the dtype.
+        CurvlabError: The device is not available, or the largest entry is too large or too small for the dtype.
     """
     try:
         moved = tensor.to(device=device, dtype=dtype)
@@ -68,18 +67,18 @@ def move(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype |
         largest = float(tensor.detach().abs().amax()) if tensor.numel() else 0.0
         if math.isfinite(largest) and largest and not limits.smallest_normal <= largest <= limits.max:
             raise CurvlabError(
-                f"entries of the matrix reach {largest:.2g}, which is beyond {moved.dtype}: scale it first"
+                f"the largest entry, {largest:.2g}, is outside the range of {moved.dtype}: rescale the matrix first"
             )
     return moved
 
 
 def require_finite(vectors: Tensor) -> Tensor:
-    """Return right-hand sides, of which a system has no solution that is right unless they are finite.
+    """Return the right-hand sides of a linear system after checking that they are finite.
 
     Raises:
-        CurvlabError: One is not.
+        CurvlabError: A right-hand side is not finite.
     """
-    with suppress(RuntimeError):  # under torch.func.vmap values are not known
+    with suppress(RuntimeError):  # under torch.func.vmap the values are unknown
         if not bool(vectors.isfinite().all()):
             raise CurvlabError("the right-hand side of solve holds NaN or infinity")
     return vectors

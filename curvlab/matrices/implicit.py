@@ -1,4 +1,4 @@
-"""A matrix known by its products alone."""
+"""A matrix that is defined by its products with vectors."""
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping
@@ -21,22 +21,22 @@ from curvlab.parameters import ParameterSpace
 Product = Callable[[Tensor], Tensor]
 
 _LARGEST_FORMED = 5_000  # parameters; in float64 the matrix then takes 200 MB
-_COLUMNS = 64  # of the identity that go through the product at once
+_COLUMNS = 64  # columns of the identity per product
 
 
 class Implicit(CurvatureMatrix):
-    """A matrix known by its products, such as Hessian-vector products: nothing is stored.
+    """A matrix defined by its products, such as Hessian-vector products; no entries are stored.
 
-    ``solve`` is iterative. What needs the entries (``diagonal``, ``trace``, ``frobenius_norm``, ``eigenvalues``,
-    ``logdet``, ``sample``, ``to_dense``) forms the matrix, up to 5,000 parameters. It has no file and stays where its
-    model is.
+    ``solve`` is iterative. The methods that need the entries (``diagonal``, ``trace``, ``frobenius_norm``,
+    ``eigenvalues``, ``logdet``, ``sample``, ``to_dense``) form the matrix, up to 5,000 parameters. An implicit matrix
+    cannot be saved or moved to another device.
 
     Args:
-        product: ``F V`` of ``(P, K)``, symmetric.
-        space: The parameters of its rows and columns.
-        info: Where it came from.
-        dtype: Of the vectors.
-        device: Of the vectors.
+        product: A function that returns ``F V`` for ``(P, K)``, with ``F`` symmetric.
+        space: Parameters of the rows and columns.
+        info: Provenance of the matrix.
+        dtype: Floating-point dtype of the vectors.
+        device: Device of the vectors.
     """
 
     kind: ClassVar[str] = "implicit"
@@ -56,12 +56,12 @@ class Implicit(CurvatureMatrix):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the vectors."""
+        """The floating-point dtype of the vectors."""
         return self._dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """The device of the vectors."""
         return self._device
 
     # Products ----------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Implicit(CurvatureMatrix):
         answer: Tensor = _Multiply.apply(vectors, self._product)
         if (answer.shape, answer.dtype, answer.device) != (vectors.shape, vectors.dtype, vectors.device):
             raise CurvlabError(
-                f"the product takes {vectors.dtype} of shape {tuple(vectors.shape)} on {vectors.device} and gives "
+                f"the product must return {vectors.dtype} of shape {tuple(vectors.shape)} on {vectors.device}, not "
                 f"{answer.dtype} of shape {tuple(answer.shape)} on {answer.device}"
             )
         return answer
@@ -91,41 +91,41 @@ class Implicit(CurvatureMatrix):
     # Copies ------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, _: object) -> Self:
-        """Return a matrix of the same product, which nothing changes."""
+        """Return a matrix with the same product function, which is not copied."""
         return self._with(self._product, self.info)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        """Pickle it, if the product can be."""
+        """Pickle the matrix if its product function can be pickled."""
         try:
             pickle.dumps(self._product)
-        except Exception as error:  # a product may be anything
+        except Exception as error:  # the product is an arbitrary function
             raise CurvlabError(
-                "an implicit matrix is products through a model, which cannot be pickled: pickle the model and "
-                "estimate the matrix again, or take Dense(matrix.to_dense(), matrix.space, matrix.info)"
+                "an implicit matrix multiplies through a model and cannot be pickled: pickle the model and estimate "
+                "the matrix again, or use Dense(matrix.to_dense(), matrix.space, matrix.info)"
             ) from error
         return super().__reduce_ex__(protocol)
 
     def __copy__(self) -> Self:
-        """Return a matrix of the same product."""
+        """Return a matrix with the same product function."""
         return self._with(self._product, self.info)
 
-    # Systems and what follows from the entries -------------------------------------------------------------------
+    # Linear systems, and methods that need the entries -----------------------------------------------------------
 
     def solve(self, b: V, damping: DampingLike = 0.0, *, tol: float | None = None, max_products: int = 1_000) -> V:
-        """Return ``(F + D)^-1 b`` by conjugate gradients, or MINRES where that is indefinite.
+        """Return ``(F + D)^-1 b`` by conjugate gradients, or by MINRES if the damped matrix is indefinite.
 
         Args:
             b: One vector or several.
-            damping: ``D``, the damping: a number, ``(P,)``, or a dictionary by parameter name.
-            tol: Norm of ``b - (F + D) x`` over that of ``b``, which is reached; None for 3/4 of the dtype's
-                digits.
-            max_products: How often the matrix may be multiplied.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
+            tol: Relative residual, the norm of ``b - (F + D) x`` over the norm of ``b``; None for 3/4 of the digits of
+                the dtype.
+            max_products: The largest number of products.
 
         Raises:
-            CurvlabError: The tolerance is not reached, or an argument is not as said.
+            CurvlabError: The tolerance is not reached, or an argument is not valid.
         """
-        of, products = self._damping(damping), whole_number(max_products, "max_products", 1)
-        return self._apply(lambda v: self._solve(require_finite(v), of, tol, products), b)
+        checked, products = self._damping(damping), whole_number(max_products, "max_products", 1)
+        return self._apply(lambda v: self._solve(require_finite(v), checked, tol, products), b)
 
     def _solve(self, vectors: Tensor, damping: Damping, tol: float | None = None, max_products: int = 1_000) -> Tensor:
         tol = torch.finfo(self.dtype).eps ** 0.75 if tol is None else real_number(tol, "tol")
@@ -138,15 +138,15 @@ class Implicit(CurvatureMatrix):
         total = self.space.total
         if total > _LARGEST_FORMED:
             raise CurvlabError(
-                f"this needs the entries of an implicit matrix, which are formed up to {_LARGEST_FORMED:,} parameters, "
-                f"not {total:,}: estimate another structure (diag, kfac), or use @, solve and to_scipy, which take "
-                "products alone"
+                f"this method needs the entries of an implicit matrix, which can be formed up to {_LARGEST_FORMED:,} "
+                f"parameters, not {total:,}: estimate another structure (diag, kfac), or use @, solve and to_scipy, "
+                "which need only products"
             )
         with torch.no_grad():
             columns = torch.eye(total, dtype=self.dtype, device=self.device).split(_COLUMNS, dim=1)
             matrix = torch.cat([self._matmul(some) for some in columns], dim=1)
         if not bool((matrix - matrix.mT).abs().max() <= matrix.abs().max() * torch.finfo(self.dtype).eps ** 0.5):
-            raise CurvlabError("the products of this implicit matrix are not finite or not those of a symmetric matrix")
+            raise CurvlabError("the products of this implicit matrix are not finite, or the matrix is not symmetric")
         return Dense((matrix + matrix.mT) / 2, self.space, self.info)
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
@@ -167,28 +167,28 @@ class Implicit(CurvatureMatrix):
         """Return the formed matrix, ``(P, P)``."""
         return self._formed.matrix
 
-    # What needs something stored ---------------------------------------------------------------------------------
+    # Methods that need stored tensors ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Refuse: there are none."""
+        """Raise an error: an implicit matrix has no tensors."""
         raise CurvlabError(
-            "an implicit matrix is products through a model and holds no tensors that could be saved or moved: take "
+            "an implicit matrix multiplies through a model and has no tensors to save or move: use "
             "Dense(matrix.to_dense(), matrix.space, matrix.info), or estimate another structure"
         )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:  # noqa: ARG003
-        """Refuse: there are none."""
-        raise CurvlabError("an implicit matrix is made of its product, not of tensors: use Implicit(product, ...)")
+        """Raise an error: an implicit matrix has no tensors."""
+        raise CurvlabError("an implicit matrix cannot be created from tensors: use Implicit(product, ...)")
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, differentiable to any order: its derivative is itself."""
+    """The product, differentiable to any order: its derivative is the product again."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, product: Product) -> Tensor:
         ctx.product = product
-        with torch.enable_grad():  # which products by automatic differentiation need
+        with torch.enable_grad():  # needed by products that use automatic differentiation
             return product(vectors.detach()).detach()
 
     @staticmethod
@@ -197,7 +197,7 @@ class _Multiply(torch.autograd.Function):
 
 
 class _QuadraticForm(torch.autograd.Function):
-    """``d' F d``, whose first derivative ``2 F d`` takes no further product."""
+    """``d' F d``, whose first derivative ``2 F d`` needs no further product."""
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, multiply: Product) -> Tensor:
@@ -209,6 +209,6 @@ class _QuadraticForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         delta, product = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the derivative is asked for
+        if torch.is_grad_enabled():  # a graph of the derivative is requested
             product = ctx.multiply(delta.unsqueeze(1)).squeeze(1)
         return 2 * gradient * product, None

@@ -1,4 +1,4 @@
-"""Where a matrix came from."""
+"""The provenance of a matrix."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,10 +9,19 @@ from curvlab.errors import CurvlabError
 
 @dataclass(frozen=True)
 class Info:
-    """Where a matrix came from.
+    """The provenance of a matrix.
 
-    ``seconds`` is wall time; ``samples`` and ``seed`` are those of Monte Carlo labels; ``rejected`` says what was not
-    taken, a backend or the rule for a parameter, and why.
+    Attributes:
+        quantity: String form of the quantity.
+        structure: String form of the structure.
+        loss: Name of the loss.
+        backend: Name of the backend.
+        num_samples: Number ``N`` of samples in the data.
+        samples: Number of Monte Carlo labels per sample; None for an exact expectation.
+        seed: Random seed of the Monte Carlo labels.
+        batch_size: Batch size of the computation; None for the batches of the data.
+        seconds: Wall time.
+        rejected: Backends, and rules for parameters, that were not used, with the reason.
     """
 
     quantity: str
@@ -27,14 +36,14 @@ class Info:
     rejected: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what a file could not give back.
+        """Check the fields, so that a file can store and restore them.
 
         Raises:
-            CurvlabError: A field is of another type, or negative, or not finite.
+            CurvlabError: A field has a wrong type, is negative or is not finite.
         """
-        if not isinstance(self.rejected, (tuple, list)) or not all(isinstance(told, str) for told in self.rejected):
+        if not isinstance(self.rejected, (tuple, list)) or not all(isinstance(reason, str) for reason in self.rejected):
             raise CurvlabError(f"rejected of a matrix's info cannot be {shown(self.rejected)}")
-        object.__setattr__(self, "rejected", tuple(self.rejected))  # a file gives a list
+        object.__setattr__(self, "rejected", tuple(self.rejected))  # JSON has lists only
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
             kind = (int, float) if field.type is float else field.type

@@ -1,4 +1,4 @@
-"""Linear systems by products alone, with a certificate."""
+"""Iterative solution of linear systems that uses only products, with a checked residual."""
 
 from collections.abc import Callable
 
@@ -14,22 +14,22 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 def solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tensor:
-    """Return ``x`` with ``||b - M x|| <= tol ||b||`` in every column, for a symmetric ``M``.
+    """Return ``x`` with ``||b - M x|| <= tol ||b||`` in every column for a symmetric ``M``.
 
-    Conjugate gradients; MINRES once a direction shows that ``M`` is not positive definite. The residual that is
-    compared with the tolerance is computed from ``x``, not updated along with it.
+    The method is conjugate gradients, or MINRES if a direction shows that ``M`` is not positive definite. The residual
+    that is compared with the tolerance is computed from ``x``, not by the recurrence.
 
     Args:
-        multiply: ``M V`` of ``(P, K)``.
+        multiply: A function that returns ``M V`` for ``(P, K)``.
         b: ``(P, K)``.
-        tol: To be reached.
-        max_products: How often ``M`` may be multiplied, with all columns at once or with one.
+        tol: The relative residual to reach.
+        max_products: The largest number of products, with all columns at once or with one column.
 
     Raises:
         CurvlabError: The tolerance is not reached.
     """
     largest = b.abs().amax(dim=0)
-    unit = torch.where(largest > 0, largest, 1)  # squares of very small or large numbers are zero or infinite
+    unit = torch.where(largest > 0, largest, 1)  # squares of very small or large numbers underflow or overflow
     return _solve(multiply, b / unit, tol, max_products) * unit
 
 
@@ -51,17 +51,17 @@ def _solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tens
         x = x + correction
         residual, previous = b - counted(x), error
         error = float((_dots(residual, residual).sqrt() / size)[size != 0].max())
-        # Another round solves for what this one left, as long as that pays.
+        # Solve again for the residual, as long as it decreases by half.
         if not error <= tol and not error < previous / 2:
             raise CurvlabError(
-                f"the solution is not reached: after {products} products its relative residual is {error:.2g}, and "
-                f"{tol:.2g} is asked; raise the damping, or tol or max_products of solve"
+                f"solve did not converge: after {products} products the relative residual is {error:.2g}, above the "
+                f"tolerance {tol:.2g}; increase the damping, or tol or max_products of solve"
             )
     return x
 
 
 def _conjugate_gradients(multiply: Multiply, b: Tensor, limit: Tensor, max_products: int) -> Tensor | None:
-    """Return an approximate solution of all columns at once, or None if the matrix is not positive definite."""
+    """Return an approximate solution for all columns at once, or None if the matrix is not positive definite."""
     x, residual, direction, energy = torch.zeros_like(b), b, b, _dots(b, b)
     for _ in range(max_products):
         unsolved = energy.sqrt() > limit
@@ -80,7 +80,7 @@ def _conjugate_gradients(multiply: Multiply, b: Tensor, limit: Tensor, max_produ
 
 
 def _minres(multiply: Multiply, b: Tensor, limit: Tensor, max_products: int) -> Tensor:
-    """Return an approximate solution, a column at a time."""
+    """Return an approximate solution, computed column by column."""
 
     def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         return multiply(torch.tensor(vector).to(b).reshape(-1, 1)).reshape(-1).double().cpu().numpy()

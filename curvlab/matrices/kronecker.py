@@ -1,4 +1,4 @@
-"""Kronecker factors: a block ``S (x) A`` a layer, and sums of them."""
+"""Kronecker factors: a block ``S (x) A`` per layer, and sums of such blocks."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -22,9 +22,9 @@ _LARGEST_DENSE_BLOCK = 5_000  # rows; its eigenvectors in float64 take 200 MB an
 
 
 class Layered(CurvatureMatrix):
-    """Base of the structures with a block a layer, over the layer's homogeneous weight ``(o, d)``.
+    """Base class of the structures with one block per layer, over the homogeneous weight ``(o, d)`` of the layer.
 
-    Which parameters a layer has follows from their names; the bias is the last column (``curvlab.matrices.layers``).
+    The names of the parameters determine the layers; the bias is the last column (``curvlab.matrices.layers``).
     """
 
     def __init__(self, space: ParameterSpace, info: Info) -> None:
@@ -33,14 +33,14 @@ class Layered(CurvatureMatrix):
 
     @abstractmethod
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
-        """Return a layer's product with ``(K, o, d)``."""
+        """Return the product of a layer's block with ``(K, o, d)``."""
 
     @abstractmethod
     def _layer_diagonal(self, name: str) -> Tensor:
         """Return the diagonal of a layer's block, ``(o, d)``."""
 
     def _number(self, name: str, damping: Damping) -> Tensor:
-        """Return a layer's damping, ``()``: its eigenvectors are those of the damped block for no other.
+        """Return the damping of a layer, ``()``; only a single number leaves the eigenvectors unchanged.
 
         Raises:
             CurvlabError: The damping differs within the layer.
@@ -49,8 +49,8 @@ class Layered(CurvatureMatrix):
         number = damping.over([n for n in (layer.weight, layer.bias) if n is not None])
         if number.ndim:
             raise CurvlabError(
-                f"{self.kind} takes one damping a layer, the same for its weight and bias, and that of "
-                f"{name or 'the model'} is not one number (one tensor, if it requires a gradient): give one, or take "
+                f"{self.kind} needs one damping per layer, the same for its weight and bias, but that of "
+                f"{name or 'the model'} is not one number (one tensor, if it requires a gradient): give one, or use "
                 "another structure (dense, block_diag, diag), or Dense(F.to_dense(), F.space, F.info)"
             )
         return number
@@ -81,7 +81,7 @@ class Eigenbasis(NamedTuple):
     values: Tensor
 
     def spectral(self, function: Callable[[Tensor], Tensor], homogeneous: Tensor) -> Tensor:
-        """Return ``f(F) V`` for ``(K, o, d)``; all the eigenvalues are one block."""
+        """Return ``f(F) V`` for ``(K, o, d)``; the eigenvalues of the layer are one block."""
         values = function(self.values.flatten()).view_as(self.values)
         return self.U_S @ (values * (self.U_S.mT @ homogeneous @ self.U_A)) @ self.U_A.mT
 
@@ -98,18 +98,18 @@ class Factors(NamedTuple):
 
 
 class KFAC(Layered):
-    """Kronecker-factored curvature: a block ``sum_k S_k (x) A_k`` a layer (Martens and Grosse, 2015).
+    """Kronecker-factored curvature: a block ``sum_k S_k (x) A_k`` per layer (Martens and Grosse, 2015).
 
-    One estimate has one pair of factors. The sum of two matrices keeps both pairs, since it is no Kronecker product
-    itself: with ``+`` online Laplace is exact, at a cost that grows with the number of pairs. ``average_factors`` and
-    ``nearest`` merge the pairs into one. With several pairs, ``solve``, ``sample``, ``logdet`` and ``eigenvalues``
-    form each layer's block, up to 5,000 rows: two pairs are diagonalised together by a congruence, which a damping
-    does not go through, and which singular factors do not have.
+    An estimate has one pair of factors. A sum of two matrices keeps both pairs, because a sum of Kronecker products is
+    not a Kronecker product. So online Laplace with ``+`` is exact, at a cost that grows with the number of pairs.
+    ``average_factors`` and ``nearest`` merge the pairs into one. With several pairs, ``solve``, ``sample``, ``logdet``
+    and ``eigenvalues`` form the block of each layer, up to 5,000 rows. (A congruence could diagonalise two pairs at
+    once, but not with damping or with singular factors.)
 
     Args:
-        factors: By layer, ``A`` of the layer's inputs and ``S`` of its output gradients.
-        space: The parameters: weights and biases of the layers.
-        info: Where it came from.
+        factors: By layer name: ``A`` from the inputs of the layer and ``S`` from its output gradients.
+        space: Parameters: weights and biases of the layers.
+        info: Provenance of the matrix.
 
     Examples:
         >>> space = ParameterSpace(("fc.weight",), ((2, 3),))
@@ -124,24 +124,24 @@ class KFAC(Layered):
     def __init__(self, factors: Mapping[str, Factors], space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
         if set(factors) != set(self.layers):
-            raise CurvlabError(f"there are factors of {sorted(factors)}, but the layers are {sorted(self.layers)}")
+            raise CurvlabError(f"the factors must belong to the layers {sorted(self.layers)}, not to {sorted(factors)}")
         check_tensors(tensor for of_layer in factors.values() for tensor in of_layer)
         for name, (a, s) in factors.items():
             o, d = self.layers[name].shape
             if tuple(a.shape) != (len(s), d, d) or tuple(s.shape) != (len(a), o, o) or not len(a):
                 raise CurvlabError(
-                    f"the factors of {name or 'the model'} have shapes (K, {d}, {d}) and (K, {o}, {o}), not "
+                    f"the factors of {name or 'the model'} must have shapes (K, {d}, {d}) and (K, {o}, {o}), not "
                     f"{tuple(a.shape)} and {tuple(s.shape)}"
                 )
         self.factors = {name: factors[name] for name in self.layers}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return ``LAYER|A``, ``(K, d, d)``, and ``LAYER|S``, ``(K, o, o)``, of every layer."""
+        """Return ``LAYER|A``, ``(K, d, d)``, and ``LAYER|S``, ``(K, o, o)``, for every layer."""
         return {f"{name}|{key}": t for name, f in self.factors.items() for key, t in f._asdict().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
-        """Return the matrix held by what ``tensors()`` gives; ``(d, d)`` and ``(o, o)`` are one pair."""
+        """Create a matrix from the result of ``tensors()``; ``(d, d)`` and ``(o, o)`` are one pair."""
         stacked = {name: t.unsqueeze(0) if t.ndim == 2 else t for name, t in tensors.items()}
         layers = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
         return cls({name: Factors(stacked[f"{name}|A"], stacked[f"{name}|S"]) for name in layers}, space, info)
@@ -171,9 +171,9 @@ class KFAC(Layered):
         o, d = self.layers[name].shape
         if o * d > _LARGEST_DENSE_BLOCK:
             raise CurvlabError(
-                f"{name or 'the model'} has {len(a)} pairs of Kronecker factors over {o * d:,} parameters, whose "
-                f"eigenvectors cannot be had above {_LARGEST_DENSE_BLOCK:,}; merge the pairs with average_factors() or "
-                "nearest()"
+                f"{name or 'the model'} has {len(a)} pairs of Kronecker factors over {o * d:,} parameters, but "
+                f"their eigenvectors can be computed only up to {_LARGEST_DENSE_BLOCK:,}; merge the pairs with "
+                "average_factors() or nearest()"
             )
         return symmetric_eigh(reduce(torch.add, (torch.kron(s, a) for a, s in self.factors[name].pairs())))
 
@@ -205,7 +205,7 @@ class KFAC(Layered):
         return frobenius(map(_norm, self.factors.values())).to(at_least_float32(self.dtype))
 
     def _times(self, factor: float | Tensor) -> Self:
-        # The number goes into S.
+        # Scale S only.
         return self._with({name: Factors(a, factor * s) for name, (a, s) in self.factors.items()})
 
     def _plus(self, other: Self, info: Info) -> Self:
@@ -224,31 +224,32 @@ class KFAC(Layered):
     # Merges ------------------------------------------------------------------------------------------------------
 
     def average_factors(self, weights: Sequence[float] | None = None) -> Self:
-        """Return the one pair ``(sum S) (x) (mean A)`` a layer.
+        """Merge the pairs of each layer into the one pair ``(sum S) (x) (mean A)``.
 
-        Exact where all ``A`` or all ``S`` are equal. K times the average of the factors is what continual learners
-        accumulate who keep running means of both (DLCFT, Shon et al., 2022); it depends on how the size of a product
-        is shared between its factors. The product of the sums (Ritter et al., 2018) is K times this.
+        This is exact if all ``A`` or all ``S`` are equal. The result is K times the product of the mean factors, which
+        continual-learning methods with running means of both factors accumulate (DLCFT, Shon et al., 2022). It depends
+        on how the scale of a product is split between its factors. The product of the sums (Ritter et al., 2018) is K
+        times as large.
 
         Args:
-            weights: Of each pair in the mean: with ``(K, 1)`` a matrix that stands for K pairs takes in one more, to
-                the average of them all. None for equal ones.
+            weights: Weight of each pair in the mean; None for equal weights. With ``(K, 1)``, one more pair is added to
+                a matrix that already is the merge of K pairs, which gives the average of all.
 
         Raises:
-            CurvlabError: There are not as many weights as pairs, or they are not numbers that give a mean.
+            CurvlabError: The number of weights is not the number of pairs, or the weights do not define a mean.
         """
 
         def merge(factors: Factors) -> Factors:
             a, s = factors
             if weights is not None and not isinstance(weights, Sized):
-                raise CurvlabError(f"the weights of pairs are a sequence of numbers, not {shown(weights)}")
+                raise CurvlabError(f"weights must be a sequence of numbers, not {shown(weights)}")
             if weights is not None and len(weights) != len(a):
-                raise CurvlabError(f"there are {len(a)} pairs of factors, and {len(weights)} weights")
+                raise CurvlabError(
+                    f"weights must have one number for each of the {len(a)} pairs of factors, not {len(weights)}"
+                )
             of_pairs = [1.0] * len(a) if weights is None else [real_number(w, "a weight of a pair") for w in weights]
             if min(of_pairs) < 0 or not sum(of_pairs):
-                raise CurvlabError(
-                    f"the weights of pairs are not negative, and not all zero; these are {shown(weights)}"
-                )
+                raise CurvlabError(f"weights must not be negative, and not all zero; these are {shown(weights)}")
             shares = a.new_tensor(of_pairs)
             mean = torch.tensordot(shares / shares.sum(), a, dims=1)
             return Factors(mean.unsqueeze(0), s.sum(dim=0, keepdim=True))
@@ -256,12 +257,12 @@ class KFAC(Layered):
         return self._merged(merge)
 
     def nearest(self) -> Self:
-        """Return the one pair a layer that is nearest to the sum in Frobenius norm.
+        """Merge the pairs of each layer into the one pair that is nearest to their sum in Frobenius norm.
 
-        Van Loan and Pitsianis (1993): the leading singular pair of the rearranged sum ``sum_k vec(S_k) vec(A_k)'``,
-        whose ``K x K`` core the Gram matrices of the factors give. Positive semi-definite if all factors are. Not the
-        rule that some continual learners call by this name, which adds the factors of two products, balanced by their
-        traces.
+        This is the leading singular pair of the rearranged sum ``sum_k vec(S_k) vec(A_k)'`` (Van Loan and Pitsianis,
+        1993), computed from the ``K x K`` Gram matrices of the factors. The pair is positive semi-definite if all
+        factors are. Some continual-learning papers use the same name for another rule, which adds the factors of two
+        products, balanced by their traces.
         """
         return self._merged(_nearest)
 
@@ -270,9 +271,9 @@ class KFAC(Layered):
 
 
 class TKFAC(KFAC):
-    """Trace-restricted K-FAC: one pair a layer whose trace is that of the exact block (Gao et al., 2021).
+    """Trace-restricted K-FAC: one pair per layer with the trace of the exact block (Gao et al., 2021).
 
-    The restriction is the estimator's; here it means that a merge of pairs keeps every layer's trace.
+    The estimator computes the restricted factors; here, a merge of pairs keeps the trace of every layer.
     """
 
     kind: ClassVar[str] = "tkfac"
@@ -295,9 +296,10 @@ def _add_pair_(
     vectors: Mapping[str, Tensor],
     scale: float,
 ) -> None:
-    """Add ``scale * S V A`` to a layer's weight and bias.
+    """Add ``scale * S V A`` to the weight and bias of a layer.
 
-    Block by block of ``A``: no copy joins them, and products of the weight's even width are faster than of one more.
+    Weight and bias are multiplied separately with the blocks of ``A``: this avoids a copy that joins them, and products
+    with the width of the weight are faster than products with one more column.
     """
     outs, i = layer.shape[0], layer.inputs
     blocks = {layer.weight: slice(0, i), layer.bias: slice(i, None)}
@@ -318,14 +320,14 @@ def _traces(factors: Tensor) -> Tensor:
 
 
 def _norm(factors: Factors) -> Tensor:
-    """Return the Frobenius norm of a layer's block, in float64; the scales keep its fourth powers from vanishing."""
+    """Return the Frobenius norm of a layer's block in float64; scaling avoids underflow of fourth powers."""
     scales = [torch.where((largest := t.detach().double().abs().amax()) > 0, largest, 1) for t in factors]
     grams = [_gram(t.double() / scale) for t, scale in zip(factors, scales, strict=True)]
     return (grams[0] * grams[1]).sum().clamp(min=0).sqrt() * scales[0] * scales[1]
 
 
 def _gram(factors: Tensor) -> Tensor:
-    """Return ``tr(F_k F_l)``, ``(K, K)``, in float64: squares of small float32 factors vanish."""
+    """Return ``tr(F_k F_l)``, ``(K, K)``, in float64, because squares of small float32 factors underflow."""
     flat = factors.flatten(1).double()
     return flat @ flat.mT
 
@@ -334,16 +336,16 @@ def _nearest(factors: Factors) -> Factors:
     gram_a, gram_s = map(_gram, factors)
     values, basis = torch.linalg.eigh(gram_s)
     root = basis * values.clamp(min=0).sqrt() @ basis.mT
-    # The rearranged sum is Q root A for some orthonormal Q, so that its left singular vectors are Q times these.
+    # The rearranged sum is Q root A with an orthonormal Q, so its left singular vectors are Q times these.
     values, basis = torch.linalg.eigh(root @ gram_a @ root)
     leading = basis[:, values >= values[-1] * (1 - 1e-9)]
-    # Among equally near products take the one that the sum of the S points to: it is positive semi-definite with them.
+    # Among equally near products, take the projection of the sum of the S, which is positive semi-definite if they are.
     weights = root @ (leading @ (leading.mT @ root.sum(dim=1)))
     if not bool(weights.any()):
         weights = root @ leading[:, -1]
     weights = weights / weights.abs().max().clamp(min=torch.finfo(weights.dtype).tiny)
     a = torch.tensordot(weights.to(factors.A), factors.A, dims=1)
-    # Given A, the best S is by least squares.
+    # Given A, least squares gives the best S.
     size = weights @ gram_a @ weights
     best = gram_a @ weights / size if bool(size) else torch.zeros_like(weights)
     return Factors(a.unsqueeze(0), torch.tensordot(best.to(factors.S), factors.S, dims=1).unsqueeze(0))

@@ -1,4 +1,4 @@
-"""Quadratic penalties: what a training loop keeps of past tasks."""
+"""Quadratic penalties for past tasks."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,22 +16,22 @@ from curvlab.parameters import Vectors
 
 @dataclass(frozen=True)
 class _Term:
-    """``1/2 d' F d - pull' d + constant``, where ``d`` is the way from the anchor."""
+    """``1/2 d' F d - pull' d + constant``, where ``d`` is the displacement from the anchor."""
 
     matrix: CurvatureMatrix
     anchor: Tensor
-    pull: Tensor | None = None  # which is zero
+    pull: Tensor | None = None  # None stands for zero
     constant: Tensor | float = 0.0
 
     def plus(self, matrix: CurvatureMatrix, anchor: Tensor) -> "_Term":
-        """Return the sum with another task's penalty, written around that task's anchor.
+        """Return the sum with the penalty of another task, expanded around the anchor of that task.
 
-        Training goes on from there, so that differences are small and few digits cancel.
+        Training continues from the newer anchor, so that displacements are small and little precision is lost.
 
         Raises:
-            CurvlabError: The matrices have no sum.
+            CurvlabError: The matrices cannot be added.
         """
-        together = self.matrix + matrix  # first of all: whether there is one
+        together = self.matrix + matrix  # first, because this may raise an error
         anchor = anchor.to(self.anchor)
         way = anchor - self.anchor
         product = self.matrix @ way
@@ -41,13 +41,14 @@ class _Term:
 
 
 class Penalty:
-    """``1/2 sum_t (theta - mu_t)' F_t (theta - mu_t)``: what elastic weight consolidation and its kin add to the loss.
+    """The penalty ``1/2 sum_t (theta - mu_t)' F_t (theta - mu_t)`` of EWC and related methods.
 
-    Tasks whose matrices can be added become one, with a linear term: any number of diagonals costs what one does. So
-    do all structures but K-FAC, whose sum is exact and keeps a pair of factors a task (merge them before, with
-    ``average_factors`` or ``nearest``), and matrices that have no sum (EK-FAC), which are kept apart.
+    Tasks whose matrices can be added are merged into one quadratic with a linear term, so that any number of tasks
+    costs as much as one. There are two exceptions: a sum of K-FAC matrices keeps one pair of factors per task (merge
+    the pairs first with ``average_factors`` or ``nearest``), and matrices that cannot be added (EK-FAC) are kept
+    separately.
 
-    Of a network in half precision curvature is in float32, and so is the penalty; its gradient is then rounded.
+    For a network in half precision, the curvature and the penalty are in float32, and the gradient is rounded.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -73,21 +74,21 @@ class Penalty:
 
         Args:
             matrix: ``F_t``.
-            anchor: ``mu_t``, which is copied: flat, or by parameter name, where other names are ignored.
+            anchor: ``mu_t``, flat or by parameter name (other names are ignored). It is copied.
 
         Raises:
-            CurvlabError: The anchor is not of the matrix's space, dtype and device, or not finite.
+            CurvlabError: The anchor does not have the space, dtype and device of the matrix, or is not finite.
         """
         if not isinstance(matrix, CurvatureMatrix):
-            raise CurvlabError(f"a penalty is of a curvature matrix, not of {shown(matrix)}")
+            raise CurvlabError(f"a penalty needs a curvature matrix, not {shown(matrix)}")
         vector = matrix._flat(_widened(matrix, anchor) if isinstance(anchor, Tensor) else _named(matrix, anchor))
         vector = vector.detach().clone()
         if vector.ndim != 1:
-            raise CurvlabError(f"an anchor is one vector, not a tensor of shape {tuple(vector.shape)}")
+            raise CurvlabError(f"an anchor must be one vector, not a tensor of shape {tuple(vector.shape)}")
         if not bool(vector.isfinite().all()):
-            raise CurvlabError("the anchor holds NaN or infinity")
+            raise CurvlabError("the anchor holds NaN or infinity: check the parameters after training")
         for i, term in enumerate(self._terms):
-            with suppress(CurvlabError):  # they have no sum
+            with suppress(CurvlabError):  # they cannot be added
                 self._terms[i] = term.plus(matrix, vector)
                 return
         self._terms.append(_Term(matrix, vector))
@@ -96,10 +97,10 @@ class Penalty:
         """Return the penalty, a scalar, differentiable in the parameters.
 
         Args:
-            parameters: By name, such as ``dict(model.named_parameters())``; other names are ignored.
+            parameters: Parameters by name, such as ``dict(model.named_parameters())``; other names are ignored.
 
         Raises:
-            CurvlabError: A parameter is missing, or its shape, dtype or device is not the matrix's.
+            CurvlabError: A parameter is missing, or has another shape, dtype or device than in the matrix.
         """
         value = torch.zeros(())
         for term in self._terms:
@@ -109,33 +110,33 @@ class Penalty:
         return value
 
     def add_gradient_(self, parameters: Mapping[str, Tensor], strength: float = 1.0) -> None:
-        """Add ``strength`` times the gradient to the parameters' ``grad``, in place and without a graph.
+        """Add ``strength`` times the gradient to ``grad`` of the parameters, in place and without a graph.
 
-        It is what ``backward`` of ``strength * value(parameters)`` does, at a fraction of the time.
+        The result is that of ``(strength * value(parameters)).backward()``, but computed much faster.
 
         Args:
-            parameters: By name, such as ``dict(model.named_parameters())``; other names are ignored.
-            strength: A factor.
+            parameters: Parameters by name, such as ``dict(model.named_parameters())``; other names are ignored.
+            strength: A finite factor.
 
         Raises:
-            CurvlabError: A parameter is missing or asks for no gradient, its shape, dtype or device is not the
-                matrix's, or the strength is no finite number.
+            CurvlabError: A parameter is missing, does not require a gradient, or has another shape, dtype or device
+                than in the matrix; or the strength is not a finite number.
         """
         strength = real_number(strength, "strength")
         with torch.no_grad():
             for term in self._terms:
-                of_term = _named(term.matrix, parameters)
-                for name in of_term:
+                term_parameters = _named(term.matrix, parameters)
+                for name in term_parameters:
                     if not parameters[name].requires_grad:
                         raise CurvlabError(
-                            f"{name} asks for no gradient (requires_grad is False), so that none can be added: give "
-                            "dict(model.named_parameters()), and a penalty of what is trained"
+                            f"{name} does not require a gradient (requires_grad is False): give "
+                            "dict(model.named_parameters()), and a penalty on trainable parameters only"
                         )
                 gradients = {
-                    name: _gradient(parameters[name]).to(parameter.dtype) for name, parameter in of_term.items()
+                    name: _gradient(parameters[name]).to(parameter.dtype) for name, parameter in term_parameters.items()
                 }
                 anchors = term.matrix.space.unflatten(term.anchor)
-                way = {name: parameter - anchors[name] for name, parameter in of_term.items()}
+                way = {name: parameter - anchors[name] for name, parameter in term_parameters.items()}
                 term.matrix.add_product_(gradients, way, strength)
                 if term.pull is not None:
                     for name, pull in term.matrix.space.unflatten(term.pull).items():
@@ -145,15 +146,15 @@ class Penalty:
                         _gradient(parameters[name]).copy_(gradient)
 
 
-#: The types of which a penalty consists, besides tensors and matrices: what a file that holds one may be read with.
+#: The types of a penalty besides tensors and matrices, which must be allowed when a file with a penalty is read.
 STORED = (Penalty, _Term)
 
 
 def _named(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a matrix's parameters among these, checked; those in half precision in its dtype, as curvature is.
+    """Return the parameters of a matrix, checked; parameters in half precision are converted to its dtype.
 
     Raises:
-        CurvlabError: They are no tensors by name, or one is missing or of another shape, dtype or device.
+        CurvlabError: It is not a dict of tensors, or a parameter is missing or has another shape, dtype or device.
     """
     if isinstance(parameters, Mapping):
         names = set(matrix.space.names)
