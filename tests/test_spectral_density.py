@@ -265,7 +265,7 @@ def test_seeds() -> None:
 def test_refusals() -> None:
     matrix = symmetric([1.0, 2.0])
     for arguments, message in (
-        ({"probes": 1}, "probes must be at least 2, not 1: one tells nothing of its error"),
+        ({"probes": 1}, "probes must be at least 2, not 1: one probe gives no standard error"),
         ({"steps": 0}, "steps must be at least 1"),
     ):
         with pytest.raises(CurvlabError, match=message):
@@ -312,7 +312,7 @@ def test_large_and_infinite_condition_numbers(dtype: torch.dtype, largest: float
 
 def test_refused_condition_numbers() -> None:
     for values in ([-1.0, 2.0, 5.0], np.concatenate([[-1.0], np.linspace(2, 5, 200)])):
-        with pytest.raises(CurvlabError, match=r"indefinite: its eigenvalues reach from -1 to 5.*damping above 1 "):
+        with pytest.raises(CurvlabError, match=r"indefinite: its eigenvalues are from -1 to 5.*damping above 1 "):
             condition_number(symmetric(values))
     assert condition_number(symmetric([-1.0, 2.0, 5.0]), 1.5) == pytest.approx(13, rel=2e-3)
     with pytest.raises(CurvlabError, match=r"an end of the spectrum is not reached: after 3 products.*max_matvecs"):
@@ -400,5 +400,5 @@ def test_a_damping_within_rounding_errors_is_refused(size: int) -> None:
             return basis @ (basis.mT @ vector)
 
     assert float(effective_dimension(LowRank(), 1e-3, probes=10, steps=30).value) == pytest.approx(10, rel=0.5)
-    with pytest.raises(CurvlabError, match="within the rounding errors"):
+    with pytest.raises(CurvlabError, match="below the rounding errors"):
         effective_dimension(LowRank(), 1e-8, probes=10, steps=30)

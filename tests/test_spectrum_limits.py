@@ -82,7 +82,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 
 _DIAGONAL = torch.linspace(1, 2, P).double()
 _NO_OPERATORS: dict[str, tuple[object, str]] = {
-    "a matrix": (torch.eye(P), "a Tensor is not an operator, as it has no matvec"),
+    "a matrix": (torch.eye(P), "a Tensor is not an operator, because it has no matvec"),
     "an array": (np.eye(P), "a ndarray is not an operator, as it has no"),
     "nothing": (None, "a NoneType is not an operator, as it has no shape"),
     "whole numbers": (By(lambda v: 500 * v, dtype=torch.int64), "dtype is int64, where vectors are of real floating"),
@@ -127,7 +127,7 @@ def test_devices() -> None:
     operator.device = "cpu"  # type: ignore[assignment]
     assert float(top_eigenvalues(operator).values) == pytest.approx(2, rel=1e-3)
     operator.device = "nowhere"  # type: ignore[assignment]
-    with pytest.raises(CurvlabError, match="device is 'nowhere', which torch does not know"):
+    with pytest.raises(CurvlabError, match="device 'nowhere' is unknown to torch"):
         top_eigenvalues(operator)
 
 
@@ -276,7 +276,7 @@ def test_ordinary_magnitudes_take_no_product_more_and_no_other_vector() -> None:
 def test_what_no_dtype_has_room_for() -> None:
     large = By(lambda v: v.double().mul(1e39), 2000, torch.float32)
     for function in ("top_eigenvalues", "eigsh", "deflated_power_iteration"):
-        with pytest.raises(CurvlabError, match="too large for float32: take float64"):
+        with pytest.raises(CurvlabError, match="too large for float32: use float64"):
             FUNCTIONS[function](large)
     for function, operator in (
         (trace, by_diagonal(torch.full((2000,), 1e306, dtype=torch.float64))),
@@ -474,12 +474,12 @@ def test_condition_numbers_that_are_not_infinite(largest: float) -> None:
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 _STARTS = [
-    (torch.ones(P).numpy(), "start is a tensor, not a NumPy array: torch.from_numpy"),
+    (torch.ones(P).numpy(), "start must be a tensor, not a NumPy array: use torch.from_numpy"),
     ([1.0] * P, "start is a tensor, not a list"),
     (torch.zeros(P), "start has a vector that is zero"),
     (torch.full((P,), nan), "not finite"),
     (torch.full((P,), inf), "not finite"),
-    (torch.ones(P) * 1j, "start is complex"),
+    (torch.ones(P) * 1j, "start must be real, not complex"),
     (torch.ones(P).to_sparse(), "start is sparse"),
     (torch.ones(P, device="meta"), "start is on the meta device"),
     (torch.ones(P + 1), "start is"),

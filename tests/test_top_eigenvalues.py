@@ -303,7 +303,7 @@ class TestArpack:
 
     def test_what_it_cannot_do(self) -> None:
         operator = Matrix(with_spectrum(np.arange(5)))
-        with pytest.raises(CurvlabError, match="less than all eigenvalues"):
+        with pytest.raises(CurvlabError, match="eigsh cannot compute all eigenvalues"):
             top_eigenvalues(operator, 5, method="eigsh")
         with pytest.raises(CurvlabError, match="eigsh fails"):
             top_eigenvalues(Matrix(torch.zeros(50, 50)), method="eigsh")
@@ -350,7 +350,7 @@ class TestPowerIteration:
     def test_hard_matrices(self) -> None:
         assert not deflated_power_iteration(Matrix(torch.zeros(4, 4))).values.any()
         assert float(deflated_power_iteration(Matrix(torch.tensor([[-2.0]])), k=1).values) == -2
-        with pytest.raises(CurvlabError, match="k is from 1 to the dimension 4, not 5"):
+        with pytest.raises(CurvlabError, match="k must be from 1 to the dimension 4, not 5"):
             deflated_power_iteration(Matrix(torch.eye(4)), k=5)
         with pytest.raises(CurvlabError, match="steps must be at least 1"):
             deflated_power_iteration(Matrix(torch.eye(4)), steps=0)
@@ -401,13 +401,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"k": 0}, "k is from 1 to the dimension 6, not 0"),
-            ({"k": 7}, "k is from 1 to the dimension 6, not 7"),
-            ({"k": 3, "max_matvecs": 2}, "3 eigenvalues take 3 products at least"),
+            ({"k": 0}, "k must be from 1 to the dimension 6, not 0"),
+            ({"k": 7}, "k must be from 1 to the dimension 6, not 7"),
+            ({"k": 3, "max_matvecs": 2}, "3 eigenvalues need at least 3 products"),
             ({"max_matvecs": 0}, "max_matvecs must be at least 1, not 0"),
             ({"tol": 0.0}, "tol must be above 0"),
             ({"seed": -1}, "seed must be at least 0"),
-            ({"start": torch.ones(6) * 1j}, "start is complex"),
+            ({"start": torch.ones(6) * 1j}, "start must be real, not complex"),
             ({"tol": float("nan")}, "tol must be above 0"),
             ({"which": "LR"}, "which"),
             ({"stop": "never"}, "stop"),
@@ -435,7 +435,7 @@ class TestRefusals:
             def matvec(self, vector: Tensor) -> Tensor:
                 return super().matvec(vector) + 0.1 * torch.randn_like(vector)
 
-        with pytest.raises(CurvlabError, match="not the same at every product"):
+        with pytest.raises(CurvlabError, match="changes between products"):
             top_eigenvalues(Noisy(with_spectrum(SPECTRA["gaussian"])))
 
     @pytest.mark.parametrize("shape", [(3, 4), (0, 0), (5,)])
@@ -448,7 +448,7 @@ class TestRefusals:
             def matvec(self, vector: Tensor) -> Tensor:
                 return torch.cat([vector, vector])
 
-        with pytest.raises(CurvlabError, match=r"shape \(8,\) for \(4,\)"):
+        with pytest.raises(CurvlabError, match=r"shape \(4,\), not \(8,\)"):
             top_eigenvalues(Longer(torch.eye(4)))
 
 

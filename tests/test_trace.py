@@ -455,7 +455,7 @@ def test_refusals() -> None:
         skew = torch.eye(P).double()
         skew[0, 1:] = 1.0
         lopsided = Implicit(lambda v: skew @ v, matrix.space, INFO, dtype=torch.float64)  # noqa: B023
-        with pytest.raises(CurvlabError, match="not symmetric, or not the same at every product"):
+        with pytest.raises(CurvlabError, match="not symmetric, or changes between products"):
             function(lopsided, max_matvecs=20)
         broken = Implicit(lambda v: v / 0, matrix.space, INFO, dtype=torch.float64)
         with pytest.raises(CurvlabError, match="not finite"):

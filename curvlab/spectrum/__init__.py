@@ -1,4 +1,4 @@
-"""Spectra of matrices that are known by their products: eigenvalues, density, trace."""
+"""Spectra of matrices from matrix-vector products: eigenvalues, spectral density, trace, diagonal."""
 
 from curvlab.spectrum.density import SpectralDensity, spectral_density
 from curvlab.spectrum.eigenvalues import EigenResult, top_eigenvalues

@@ -1,4 +1,4 @@
-"""What the functions of this package take: each kind of argument is checked here, in one sentence."""
+"""Checks of the arguments of this package, with error messages of one sentence."""
 
 from math import isfinite
 from numbers import Real
@@ -13,14 +13,14 @@ from curvlab.forms import unknown
 
 
 def whole(name: str, value: object, least: int) -> int:
-    """Return a whole number, NumPy's among them.
+    """Return a whole number (Python or NumPy) of at least ``least`` as an int.
 
     Raises:
-        CurvlabError: It is none, or below the least.
+        CurvlabError: The value is not a whole number, or is too small.
     """
-    # In Python True is 1 and has an index, and so has a tensor of one whole number.
+    # ``bool`` and integer tensors with one entry also have ``__index__``.
     if isinstance(value, (bool, np.bool_, Tensor)) or not hasattr(value, "__index__"):
-        raise CurvlabError(f"{name} is a whole number, not {_shown(value)}")
+        raise CurvlabError(f"{name} must be a whole number, not {_shown(value)}")
     number = index(value)
     if number < least:
         raise CurvlabError(f"{name} must be at least {least}, not {number}")
@@ -28,13 +28,13 @@ def whole(name: str, value: object, least: int) -> int:
 
 
 def real(name: str, value: object, above: float | None = None) -> float:
-    """Return a finite number.
+    """Return a finite real number, above the bound if one is given, as a float.
 
     Raises:
-        CurvlabError: It is none, or not above the bound.
+        CurvlabError: The value is not a finite number, or not above the bound.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise CurvlabError(f"{name} is a number, not {_shown(value)}")
+        raise CurvlabError(f"{name} must be a number, not {_shown(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -47,40 +47,44 @@ def real(name: str, value: object, above: float | None = None) -> float:
 
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise unless a value is one of the known names.
+    """Check that a value is one of the known names.
 
     Raises:
-        CurvlabError: It is none of them.
+        CurvlabError: The value is not one of them.
     """
     if not isinstance(value, str):
-        raise CurvlabError(f"{name} is one of {', '.join(known)}, not {_shown(value)}")
+        raise CurvlabError(f"{name} must be one of {', '.join(known)}, not {_shown(value)}")
     if value not in known:
         raise CurvlabError(unknown(name, value, known))
 
 
 def generator_of(seed: object) -> np.random.Generator:
-    """Return the random numbers of a seed.
+    """Return a random generator with the given seed.
 
     Raises:
-        CurvlabError: It is not a whole number of at least 0.
+        CurvlabError: The seed is not a whole number of at least 0.
     """
     return np.random.default_rng(whole("seed", seed, 0))
 
 
 def real_tensor(name: str, value: object) -> Tensor:
-    """Return a tensor of real numbers, without its graph.
+    """Return a dense real tensor, detached from its graph.
 
     Raises:
-        CurvlabError: It is not a tensor, not dense, or complex.
+        CurvlabError: The value is not a dense real tensor.
     """
     if isinstance(value, np.ndarray):
-        raise CurvlabError(f"{name} is a tensor, not a NumPy array: torch.from_numpy({name}) makes one of it")
+        raise CurvlabError(f"{name} must be a tensor, not a NumPy array: use torch.from_numpy({name})")
     if not isinstance(value, Tensor):
-        raise CurvlabError(f"{name} is a tensor, not {_shown(value)}")
+        raise CurvlabError(f"{name} must be a tensor, not {_shown(value)}")
     if value.is_complex():
-        raise CurvlabError(f"{name} is complex; the vectors and eigenvalues of a real symmetric matrix are real")
+        raise CurvlabError(
+            f"{name} must be real, not complex: a real symmetric matrix has real eigenvalues and vectors"
+        )
     if value.layout != torch.strided or value.is_meta:
-        raise CurvlabError(f"{name} is {'on the meta device' if value.is_meta else 'sparse'}; take a dense tensor")
+        raise CurvlabError(
+            f"{name} is {'on the meta device' if value.is_meta else 'sparse'}; give a dense tensor with values"
+        )
     return value.detach()
 
 

@@ -1,4 +1,4 @@
-"""ARPACK, through SciPy: the well-tried way to the same eigenvalues."""
+"""Extreme eigenvalues by ARPACK, through SciPy's ``eigsh``."""
 
 import numpy as np
 import torch
@@ -11,19 +11,19 @@ from curvlab.spectrum.operator import Products
 def by_arpack(
     products: Products, k: int, which: str, tol: float, start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return values ``(k,)``, vectors ``(P, k)`` and residuals ``(k,)``, which take ``k`` more products.
+    """Return values ``(k,)``, vectors ``(P, k)`` and residuals ``(k,)``; the residuals take ``k`` further products.
 
     Raises:
-        CurvlabError: ARPACK needs more products than there are, or all eigenvalues are asked for.
+        CurvlabError: ARPACK needs more products than allowed, does not converge, or ``k`` is the dimension.
     """
     if k >= products.size:
-        raise CurvlabError(f"eigsh gives less than all eigenvalues, not {k} of {products.size}: take method='lanczos'")
+        raise CurvlabError(f"eigsh cannot compute all eigenvalues ({k} of {products.size}): use method='lanczos'")
 
     def multiply(vector: np.ndarray) -> np.ndarray:
         if products.exhausted:
             raise CurvlabError(
-                f"eigsh needs more than {products.count} products: raise max_matvecs or tol, or take method='lanczos', "
-                "which returns what it has"
+                f"eigsh needs more than {products.count} products: increase max_matvecs or tol, or use "
+                "method='lanczos', which returns its unconverged result"
             )
         product: np.ndarray = products(products.tensor(vector.reshape(-1))).cpu().numpy()
         return product
@@ -35,7 +35,7 @@ def by_arpack(
     except ArpackError as error:
         reason = first_line(error).removeprefix("ARPACK error ")
         raise CurvlabError(
-            f"eigsh fails after {products.count} products ({reason}): raise tol, or take method='lanczos'"
+            f"eigsh fails after {products.count} products ({reason}): increase tol, or use method='lanczos'"
         ) from error
     images = np.stack([multiply(vector) for vector in vectors.T], axis=1).astype(np.float64)
     return values, vectors, np.linalg.norm(images - vectors * values, axis=0)

@@ -1,4 +1,4 @@
-"""The density of eigenvalues by stochastic Lanczos quadrature.
+"""The spectral density by stochastic Lanczos quadrature.
 
 References:
     Golub and Meurant (2010), Matrices, Moments and Quadrature; Ubaru, Chen and Saad (2017), SIAM Journal on Matrix
@@ -25,21 +25,22 @@ _LARGEST_FORMED = 5_000  # parameters; in float64 the matrix then takes 200 MB
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """The eigenvalues of a matrix as a distribution, each with weight ``1/P``, seen by random probes.
+    """The distribution of the eigenvalues of a matrix, each with weight ``1/P``, estimated with random probes.
 
-    A probe ``z`` sees eigenvalue ``i`` with the weight ``(u_i' z)^2 / |z|^2``, and Lanczos' method gives the Gauss
-    quadrature of what it sees: a polynomial of degree up to ``2 steps - 1`` is averaged exactly. The mean over probes
-    is unbiased, and their spread is the error that is stated everywhere; it does not know of the finite number of
-    steps, of which ``resolution`` does.
+    A probe ``z`` has the weight ``(u_i' z)^2 / |z|^2`` on eigenvalue ``i``. Lanczos' method gives the Gauss quadrature
+    of this weighted distribution, which is exact for polynomials of degree up to ``2 steps - 1``. The mean over probes
+    is unbiased, and their spread gives the standard errors. The standard errors do not include the error of the finite
+    number of steps, which ``resolution`` bounds.
 
     Attributes:
-        nodes: ``(probes, steps)``, float64, ascending in each row; an exact density has one row, all eigenvalues.
-        weights: Likewise; each row sums to 1. Where a probe has fewer nodes, the last is repeated with weight zero.
+        nodes: ``(probes, steps)``, float64, ascending in each row. An exact density has one row with all eigenvalues.
+        weights: ``(probes, steps)``; each row sums to 1. If a probe has fewer nodes, the last node is repeated with
+            weight zero.
         size: ``P``, the number of eigenvalues.
-        exact: Whether these are all eigenvalues, not estimates; all errors are zero then.
-        matvecs: Products taken.
-        resolution: The Wasserstein distance that the finite number of steps can make, at most (Jackson's theorem):
-            ``pi (b - a) / (4 steps)`` with the outermost nodes ``a``, ``b``. Often far less.
+        exact: Whether the nodes are all eigenvalues and not estimates; all errors are then zero.
+        matvecs: Number of matrix-vector products.
+        resolution: Upper bound on the Wasserstein distance caused by the finite number of steps (Jackson's theorem):
+            ``pi (b - a) / (4 steps)`` with the outermost nodes ``a``, ``b``. The true distance is often far smaller.
     """
 
     nodes: Tensor
@@ -52,10 +53,10 @@ class SpectralDensity:
     def expectation(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mean of a function over the eigenvalues, and its standard error.
 
-        ``P`` times that is the trace of the function of the matrix.
+        ``P`` times this mean is the trace of the function of the matrix.
 
         Args:
-            function: Of a tensor of eigenvalues, entry by entry; its values are ``(..., probes, steps)``.
+            function: Maps a tensor of eigenvalues ``(probes, steps)`` entry by entry to ``(..., probes, steps)``.
 
         Examples:
             >>> density = SpectralDensity(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]), 2, True, 2, 0.0)
@@ -69,19 +70,19 @@ class SpectralDensity:
         return mean_and_error(means)
 
     def pdf(self, points: Tensor, width: float, *, log: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the density at points, every eigenvalue drawn as a Gaussian, and its standard error.
+        """Return the density at points, with a Gaussian for each eigenvalue, and its standard error.
 
         Args:
             points: ``(G,)``.
-            width: Standard deviation of the Gaussians: in the eigenvalues, or in decades if ``log``.
-            log: The density of ``log10 |lambda|`` instead, over eigenvalues with the sign of the point.
+            width: Standard deviation of the Gaussians, in units of the eigenvalues, or in decades if ``log``.
+            log: Return the density of ``log10 |lambda|`` instead, over the eigenvalues with the sign of the point.
 
         Raises:
-            CurvlabError: The width is not positive, points are no tensor, or one is zero on the logarithmic scale.
+            CurvlabError: The width is not positive, ``points`` is not a tensor, or a point is zero with ``log``.
         """
         points, width = real_tensor("points", points).to(self.nodes), real("width", width, above=0)
         if log and not bool(points.all()):
-            raise CurvlabError("a logarithmic scale has no zero: leave it out of the points")
+            raise CurvlabError("points must not contain zero on a logarithmic scale")
 
         def gaussians(nodes: Tensor) -> Tensor:
             at = points.view(-1, 1, 1)
@@ -92,25 +93,26 @@ class SpectralDensity:
         return self.expectation(gaussians)
 
     def cdf(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of eigenvalues that are at most each of the points ``(G,)``, and its standard error.
+        """Return the share of eigenvalues less than or equal to each of the points ``(G,)``, and its standard error.
 
         Raises:
-            CurvlabError: Points are no tensor of real numbers.
+            CurvlabError: ``points`` is not a real tensor.
         """
         at = real_tensor("points", points).to(self.nodes).view(-1, 1, 1)
         return self.expectation(lambda nodes: (nodes <= at).to(nodes))
 
     def wasserstein(self, eigenvalues: Tensor) -> tuple[float, float]:
-        """Return the Wasserstein-1 distance to eigenvalues ``(n,)``, and what of it the probes' spread explains.
+        """Return the Wasserstein-1 distance to eigenvalues ``(n,)``, and the part that the probes explain.
 
-        The distance is the area between the two distribution functions. The second number is the area under the
-        standard error of ours: the root mean square of the distance of an estimate to its expectation is at most that.
+        The distance is the area between the two cumulative distribution functions. The second number is the area under
+        the standard error of the estimated function. It bounds the root mean square of the distance of an estimate to
+        its expectation.
 
         Raises:
-            CurvlabError: The eigenvalues are no tensor of real numbers.
+            CurvlabError: ``eigenvalues`` is not a real tensor.
         """
         eigenvalues = real_tensor("eigenvalues", eigenvalues)
-        from scipy.stats import wasserstein_distance  # half a second, which every command would take longer to start
+        from scipy.stats import wasserstein_distance  # half a second, too slow for the start of every command
 
         nodes, weights = self.nodes.flatten().numpy(), self.weights.flatten().numpy()
         seen = weights > 0
@@ -118,7 +120,7 @@ class SpectralDensity:
             nodes[seen], eigenvalues.double().cpu().numpy(), weights[seen] / len(self.nodes)
         )
         steps = self.nodes.flatten().sort().values
-        # In slices: a comparison has a bit for each node of each probe at each point.
+        # In slices, because a comparison needs a bit for each node of each probe at each point.
         errors = torch.cat([self.cdf(some)[1] for some in steps[:-1].split(256)]) if len(steps) > 1 else steps[:0]
         return float(distance), float(errors @ steps.diff())
 
@@ -126,20 +128,21 @@ class SpectralDensity:
 def spectral_density(
     operator: Operator, *, probes: int = 10, steps: int = 100, seed: int = 0, progress: bool = False
 ) -> SpectralDensity:
-    """Return the density of the eigenvalues by stochastic Lanczos quadrature, with its error.
+    """Return the spectral density by stochastic Lanczos quadrature, with its error.
 
-    A matrix of at most ``probes * steps`` and at most 5,000 parameters is formed from as many products as it has
-    parameters, which are no more: its density is exact.
+    A matrix with at most ``probes * steps`` and at most 5,000 parameters is formed, because this takes no more
+    products; its density is then exact.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        probes: Random vectors of signs; the error goes with the inverse root of ``probes * P``.
-        steps: Products a probe, at most; as many vectors are held. Fewer are taken where a probe has seen all it can.
-        seed: Of the probes.
+        probes: Number of random sign vectors; the standard error scales as ``1 / sqrt(probes * P)``.
+        steps: Largest number of products per probe, and number of vectors in memory. A probe takes fewer steps if its
+            Krylov space is exhausted.
+        seed: Random seed of the probes.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+        CurvlabError: An argument is not valid, a product is not finite, or the operator is not symmetric.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -164,7 +167,7 @@ def spectral_density(
     longest = max(len(nodes) for nodes, _, _ in rules)
     padded_nodes = [np.pad(nodes, (0, longest - len(nodes)), mode="edge") for nodes, _, _ in rules]
     padded_weights = [np.pad(weights, (0, longest - len(weights))) for _, weights, _ in rules]
-    # A probe whose Krylov space is exhausted has no error of quadrature.
+    # A probe whose Krylov space is exhausted has no quadrature error.
     bounds = [0.0 if whole else pi * (nodes[-1] - nodes[0]) / (4 * len(nodes)) for nodes, _, whole in rules]
     return SpectralDensity(
         torch.from_numpy(np.stack(padded_nodes)),
@@ -176,28 +179,28 @@ def spectral_density(
     )
 
 
-_bar = progress  # the argument of ``spectral_density`` hides the function's name there
+_bar = progress  # ``spectral_density`` has an argument with the name of this function
 
 
 def check_probes(probes: int, steps: int) -> tuple[int, int]:
-    """Return numbers of probes and steps that a density, and its error, can be had from.
+    """Check the numbers of probes and steps.
 
     Raises:
-        CurvlabError: They are not whole, or there are fewer than two probes, or no steps.
+        CurvlabError: They are not whole numbers, or there are fewer than two probes or no steps.
     """
     probes = whole("probes", probes, 0)
     if probes < 2:
-        raise CurvlabError(f"probes must be at least 2, not {probes}: one tells nothing of its error")
+        raise CurvlabError(f"probes must be at least 2, not {probes}: one probe gives no standard error")
     return probes, whole("steps", steps, 1)
 
 
 def small(products: Products, probes: int, steps: int) -> bool:
-    """Return whether forming the matrix takes no more products than the probes, and little room."""
+    """Return whether forming the matrix takes no more products than the probes, and little memory."""
     return products.size <= min(probes * steps, _LARGEST_FORMED)
 
 
 def eigenvalues_of_formed(products: Products) -> tuple[Tensor, float]:
-    """Return all eigenvalues ``(P,)`` in float64, and the deviation from symmetry that the products have.
+    """Return all eigenvalues ``(P,)`` in float64, and the largest asymmetry of the products.
 
     Raises:
         CurvlabError: The matrix is not symmetric.
@@ -206,14 +209,14 @@ def eigenvalues_of_formed(products: Products) -> tuple[Tensor, float]:
     noise, largest = float((matrix - matrix.mT).abs().max()), float(matrix.abs().max())
     if noise > 10 * sqrt(products.eps) * largest:
         raise CurvlabError(
-            f"the operator is not symmetric, or not the same at every product: two entries that should agree differ "
-            f"by {noise:.2g}, where the largest is {largest:.2g}"
+            f"the operator is not symmetric, or changes between products: two entries that should be equal differ "
+            f"by {noise:.2g}, and the largest entry is {largest:.2g}; make it symmetric and deterministic"
         )
     return torch.linalg.eigvalsh(matrix / 2 + matrix.mT / 2), noise
 
 
 def columns(products: Products) -> Iterator[Tensor]:
-    """Yield the columns of the matrix, ``(P,)`` each: the products with the unit vectors."""
+    """Yield the columns of the matrix, ``(P,)`` each, as products with unit vectors."""
     for i in range(products.size):
         yield products.column(i)
 
@@ -221,13 +224,13 @@ def columns(products: Products) -> Iterator[Tensor]:
 def quadratures(
     products: Products, probes: int, steps: int, generator: np.random.Generator, advance: Advance = no_progress
 ) -> Iterator[Lanczos]:
-    """Yield a Lanczos basis for each probe, of that many steps or until its Krylov space is exhausted."""
+    """Yield a Lanczos basis for each probe, with ``steps`` steps or until its Krylov space is exhausted."""
     for _ in range(probes):
         lanczos = Lanczos(products, steps, products.signs(generator), generator)
         while True:
             lanczos.step()
             advance()
-            # Where nothing of the probe is left, the basis would go on with a direction that the probe has not.
+            # After the Krylov space is exhausted, the basis would continue with directions outside of it.
             if lanczos.full or exhausted(lanczos, products):
                 break
         advance(steps - lanczos.size)
@@ -235,12 +238,12 @@ def quadratures(
 
 
 def exhausted(lanczos: Lanczos, products: Products) -> bool:
-    """Return whether what the last product has outside the basis is nothing but rounding errors."""
+    """Return whether the last product has only rounding errors outside the basis."""
     rounding = 50 * torch.finfo(products.dtype).eps * float(np.abs(lanczos.matrix).max())
     return lanczos.beta <= rounding
 
 
 def gauss(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights of the quadrature that a Lanczos matrix stands for (Golub and Welsch, 1969)."""
+    """Return the nodes and weights of the Gauss quadrature of a Lanczos matrix (Golub and Welsch, 1969)."""
     nodes, vectors = np.linalg.eigh(matrix)
     return nodes, vectors[0] ** 2

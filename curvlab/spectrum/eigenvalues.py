@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of a matrix that is known by its products, with errors that are known too.
+"""Extreme eigenvalues of a matrix from matrix-vector products, with error estimates.
 
 References:
     Kuczynski and Wozniakowski (1992), SIAM Journal on Matrix Analysis 13; Parlett (1998), The Symmetric Eigenvalue
@@ -23,27 +23,29 @@ Which = Literal["LA", "LM", "SA"]
 Stop = Literal["gap", "residual"]
 Method = Literal["lanczos", "eigsh"]
 
-_CAPACITY = 32  # directions a basis has room for at least
-_ROOM = 8_000_000  # numbers that it may take where it is larger
-_SETTLED = 0.2  # relative change of a gap from one product to the next
-_GAP_RESIDUAL = 4  # times the tolerance: the residual that stop="gap" may leave
-_RANDOM_PART = 0.3  # of a start that is given, beside its own length of 1
-_OVERLAP = 4.0  # over sqrt(P): more than a random vector has of an eigenvector (in one of 15,000 cases)
-_UNLIKELY = 1e-2  # that a second search ends before it has met an eigenvalue that there is
+_CAPACITY = 32  # smallest capacity of a basis, in vectors
+_ROOM = 8_000_000  # largest number of entries of a basis with a larger capacity
+_SETTLED = 0.2  # relative change of a gap between products below which it is settled
+_GAP_RESIDUAL = 4  # largest residual with stop="gap", in units of the tolerance
+_RANDOM_PART = 0.3  # length of the random vector that is added to a given start of length 1
+_OVERLAP = 4.0  # divided by sqrt(P): a random vector exceeds this overlap with an eigenvector once in 15,000 cases
+_UNLIKELY = 1e-2  # probability that a second search ends before it finds an existing eigenvalue
 _TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
 class EigenResult:
-    """Eigenvalues, the most extreme first.
+    """Eigenvalues and eigenvectors, the most extreme first.
 
     Attributes:
-        values: ``(k,)``.
-        vectors: ``(P, k)``, of length 1.
-        residuals: ``(k,)``, norms of ``A v - theta v``: some eigenvalue is that near to ``theta``.
-        matvecs: Products taken.
-        converged: Whether all errors came below the tolerance.
-        stop: The estimate of the error that was compared with it: ``residual``, or ``gap`` for ``residual^2 / gap``.
+        values: Eigenvalues, ``(k,)``.
+        vectors: Eigenvectors of length 1, ``(P, k)``.
+        residuals: Norms of ``A v - theta v``, ``(k,)``. The distance from ``theta`` to the nearest eigenvalue is at
+            most the residual.
+        matvecs: Number of matrix-vector products.
+        converged: Whether all error estimates are below the tolerance.
+        stop: The error estimate that was compared with the tolerance: ``residual``, or ``gap`` for
+            ``residual^2 / gap``.
     """
 
     values: Tensor
@@ -66,33 +68,34 @@ def top_eigenvalues(
     stop: Stop = "residual",
     method: Method = "lanczos",
 ) -> EigenResult:
-    """Return the ``k`` most extreme eigenvalues by Lanczos' method, fully orthogonalised, restarted when long.
+    """Return the ``k`` most extreme eigenvalues by Lanczos' method with full orthogonalisation and restarts.
 
-    For several eigenvalues a second search, among the vectors orthogonal to those found, makes sure that an eigenvalue
-    of higher multiplicity comes as often as it should. Up to dimension 32 all eigenvalues are computed.
+    For ``k > 1``, a second search among the vectors orthogonal to those found makes sure that a multiple eigenvalue is
+    returned with its multiplicity. Up to dimension 32 all eigenvalues are computed.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        k: How many.
-        which: The largest (``LA``), the smallest (``SA``), or the largest in magnitude (``LM``).
-        tol: Error of an eigenvalue, relative to its magnitude. An eigenvalue near zero is found to ``tol`` times
-            ``sqrt(eps)`` of the largest magnitude.
-        max_matvecs: Products that may be taken, at most; None for 1,000, or ``20 k`` if that is more.
-        start: ``(P,)`` or ``(P, j)``: vectors to start from, such as those of a matrix nearby, beside a random part of
-            0.3 of their length; None for a random one alone. The nearer they are, the better another eigenvalue hides
-            that has overtaken theirs. ``stop="residual"`` goes on until it would have shown itself, which takes about
-            as many products as a random start; ``stop="gap"`` does not, and saves about half of them.
-        seed: Of the random vectors.
-        stop: When to stop. ``residual``: the residual is at most ``tol |theta|``, which is a certificate that an
-            eigenvalue is that near; its error is of the order of the residual's square. ``gap``: ``residual^2 / gap``
-            is (Parlett 1998, theorem 11.7.1), with the gap to the nearest other Ritz value, once that has settled, and
-            the residual is at most ``4 tol |theta|``. That takes a tenth to a fifth fewer products and is no
-            certificate: where the two largest eigenvalues are within a few per cent it sometimes took a mixture of
-            them for the first (in 1 of 144 searches, 0.6 % off; in none with ``residual``).
-        method: ``lanczos`` (ours), or ``eigsh``: ARPACK, as SciPy has it, which stops by residuals.
+        k: Number of eigenvalues.
+        which: The largest (``LA``), the smallest (``SA``), or the largest in magnitude (``LM``) eigenvalues.
+        tol: Relative error of an eigenvalue. An eigenvalue near zero is found up to an error of ``tol * sqrt(eps)``
+            times the largest magnitude.
+        max_matvecs: Largest number of products; None for 1,000, or ``20 k`` if that is more.
+        start: Start vectors, ``(P,)`` or ``(P, j)``, such as the eigenvectors of a similar matrix. A random vector of
+            0.3 of their length is added. None for a random start. If the start is very close to an eigenvector, a
+            larger eigenvalue can stay hidden. ``stop="residual"`` continues until it would have appeared, which takes
+            about as many products as a random start; ``stop="gap"`` does not, and takes about half as many.
+        seed: Random seed of the random vectors.
+        stop: Stopping rule. ``residual``: the residual is at most ``tol |theta|``. This is a certificate that an
+            eigenvalue is within this distance; its actual error is of the order of the squared residual. ``gap``:
+            ``residual^2 / gap`` is at most ``tol |theta|`` (Parlett 1998, theorem 11.7.1), where the gap is the
+            distance to the nearest other Ritz value and has settled, and the residual is at most ``4 tol |theta|``.
+            This takes 10 to 20 % fewer products, but is not a certificate: if the two largest eigenvalues differ by a
+            few per cent, it sometimes returns a mixture of both (0.6 % error in 1 of 144 searches; never with
+            ``residual``).
+        method: ``lanczos`` (our implementation) or ``eigsh`` (ARPACK through SciPy, which stops by residuals).
 
     Raises:
-        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+        CurvlabError: An argument is not valid, a product is not finite, or the operator is not symmetric.
 
     Examples:
         >>> from curvlab import Problem, estimate
@@ -107,7 +110,7 @@ def top_eigenvalues(
     products = Products(operator, max(1_000, 20 * k) if max_matvecs is None else max_matvecs)
     k = number_of(k, products.size)
     if max_matvecs is not None and max_matvecs < k:
-        raise CurvlabError(f"{k} eigenvalues take {k} products at least: max_matvecs must not be {max_matvecs}")
+        raise CurvlabError(f"{k} eigenvalues need at least {k} products: increase max_matvecs, which is {max_matvecs}")
     first, part = products.gaussian(generator), 1.0
     if start is not None:
         part = _RANDOM_PART / hypot(1.0, _RANDOM_PART)
@@ -121,7 +124,7 @@ def top_eigenvalues(
         found = _Found(values[order], products.tensor(vectors.T[order]), residuals[order], converged, False)
     else:
         found = search.run(k, first, part)
-    # A Krylov space has one vector of a multiple eigenvalue, and ARPACK as many as rounding errors give.
+    # A Krylov space contains one vector of a multiple eigenvalue; ARPACK finds others only through rounding errors.
     if k > 1 and not found.whole:
         found = search.complete(found)
     return EigenResult(
@@ -140,7 +143,7 @@ class _Found:
     rows: Tensor  # (k, P)
     residuals: np.ndarray  # (k,)
     converged: bool
-    whole: bool  # whether it grew to the whole space, where all is known
+    whole: bool  # whether the basis is the whole space, so that all eigenvalues are known
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,14 @@ class _Search:
     def run(
         self, k: int, start: Tensor, part: float = 1.0, against: Tensor | None = None, above: float = np.inf
     ) -> _Found:
-        """Search until ``k`` Ritz pairs have converged, or there is surely nothing as extreme as ``above``.
+        """Search until ``k`` Ritz pairs converge, or until an eigenvalue as extreme as ``above`` is excluded.
 
         Args:
-            k: How many.
-            start: ``(P,)``.
-            part: The share of it, by length, that is random.
-            against: ``(j, P)``, orthonormal rows that are left out.
-            above: An extremity.
+            k: Number of eigenvalues.
+            start: Start vector, ``(P,)``.
+            part: Length of the random part of the start vector, relative to its total length.
+            against: Orthonormal rows ``(j, P)``; the search is restricted to their orthogonal complement.
+            above: The extremity that ends the search if no eigenvalue can reach it.
         """
         products = self.products
         basis = Lanczos(products, _capacity(products, k), start, self.generator, against)
@@ -171,11 +174,11 @@ class _Search:
             values, vectors = np.linalg.eigh(basis.matrix)
             order = np.argsort(-self.extremity(values), kind="stable")
             values, vectors = values[order], vectors[:, order]
-            # What rounding leaves in a product bounds what its residual can show.
+            # Rounding errors of a product are a lower bound for a residual.
             outside = basis.beta * np.abs(vectors[-1, :k])
             residuals = np.hypot(outside, basis.noise)
-            trusted = self.stop == "gap" and part < 1  # a start that is given
-            # After so many products, none of them a restart's yet, another eigenvalue has come into sight.
+            trusted = self.stop == "gap" and part < 1  # a given start
+            # After this many products, another eigenvalue has become visible.
             early = products.count - taken < _CAPACITY
             times = self.hidden(vectors[0, :k], part) if early and not trusted else 1.0
             shown = np.hypot(outside * times, basis.noise)
@@ -193,7 +196,7 @@ class _Search:
                 basis.restart(vectors[:, :keep], values[:keep])
 
     def complete(self, found: _Found) -> _Found:
-        """Look among the vectors orthogonal to those found for eigenvalues that are more extreme than the last."""
+        """Search the orthogonal complement of the found vectors for eigenvalues more extreme than the last one."""
         k = len(found.values)
         while k < self.products.size:
             if self.products.exhausted:
@@ -212,21 +215,26 @@ class _Search:
         return found
 
     def hidden(self, overlaps: np.ndarray, part: float) -> np.ndarray:
-        """Return how many times what a residual shows an eigenvalue may be beyond, given the start's overlaps ``(k,)``.
+        """Return the factor by which a hidden eigenvalue can be farther away than the residual, ``(k,)``.
 
-        An eigenvector that has been missed is about ``part / sqrt(P)`` of the start, and the residual of a Ritz vector
-        has that share of its eigenvalue's distance, over the start's overlap with the Ritz vector. Where the overlap is
-        that of a random vector with one eigenvector, the distance is no more than the residual. With a start that is
-        given, or a multiple eigenvalue, such as damping makes, the overlap is large, and the distance may be, too.
+        A missed eigenvector has a component of about ``part / sqrt(P)`` in the start. It adds that share of the
+        distance of its eigenvalue to the residual of a Ritz vector, divided by the overlap of the start with the Ritz
+        vector. If the overlap is that of a random vector with one eigenvector, the distance is at most the residual.
+        With a given start, or with a multiple eigenvalue (as in damped matrices), the overlap is large, and so can be
+        the distance.
+
+        Args:
+            overlaps: Components of the start along the Ritz vectors, ``(k,)``.
+            part: Relative length of the random part of the start.
         """
         known = np.abs(overlaps) * self.products.size**0.5
         return np.where(known > _OVERLAP, np.maximum(known / part, 1.0), 1.0)
 
     def beaten(self, basis: Lanczos, values: np.ndarray, above: float) -> bool:
-        """Return whether after that many products from a random start nothing can be as extreme as ``above``.
+        """Return whether, after the products taken from a random start, no eigenvalue can be as extreme as ``above``.
 
-        The probability that the largest Ritz value of ``m`` products is below the largest eigenvalue by more than a
-        share of the spectrum's length is at most ``1.648 sqrt(P) exp(-sqrt(share) (2 m - 1))`` (Kuczynski and
+        After ``m`` products, the probability that the largest Ritz value is below the largest eigenvalue by more than a
+        given share of the spectrum's width is at most ``1.648 sqrt(P) exp(-sqrt(share) (2 m - 1))`` (Kuczynski and
         Wozniakowski 1992).
         """
         lowest, highest = values.min(), values.max()
@@ -239,14 +247,14 @@ class _Search:
     def errors(self, residuals: np.ndarray, gaps: np.ndarray, before: np.ndarray) -> np.ndarray:
         if self.stop == "residual":
             return residuals
-        # Without another Ritz value there is no gap yet.
+        # Without another Ritz value, the gap is not defined yet.
         settled = np.isfinite(gaps) & (np.abs(gaps - before) <= _SETTLED * gaps)
-        # An eigenvalue hidden between two Ritz values shows in the residual alone, so that must be small, too.
+        # An eigenvalue hidden between two Ritz values shows only in the residual, which therefore must be small, too.
         quadratic = np.maximum(residuals**2 / np.maximum(gaps, _TINY), residuals / _GAP_RESIDUAL)
         return np.where(settled, np.minimum(residuals, quadratic), residuals)
 
     def allowed(self, values: np.ndarray) -> np.ndarray:
-        # Below some share of the largest, an eigenvalue counts as zero.
+        # Below this share of the largest magnitude, an eigenvalue counts as zero.
         resolution = self.products.eps**0.5
         zero = max(resolution * self.products.largest, _TINY)
         error: np.ndarray = self.tol * np.maximum(np.abs(values), zero)
@@ -262,7 +270,7 @@ def _capacity(products: Products, k: int) -> int:
 
 
 def _gaps(values: np.ndarray, k: int) -> np.ndarray:
-    """Return the distances of the first ``k`` from the nearest other; infinite if there is none."""
+    """Return the distances of the first ``k`` values to the nearest other value; infinite if there is none."""
     distances = np.abs(values[:k, None] - values[None, :])
     distances[np.arange(k), np.arange(k)] = np.inf
     nearest: np.ndarray = distances.min(axis=1)
@@ -270,25 +278,27 @@ def _gaps(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def _combined(start: Tensor, products: Products) -> Tensor:
-    """Return one vector, of length 1, whose Krylov space soon has all the given ones."""
+    """Return the normalised sum of the given vectors, whose Krylov space soon contains all of them."""
     start = real_tensor("start", start)
     if start.ndim not in (1, 2) or len(start) != products.size:
-        raise CurvlabError(f"start is ({products.size},) or ({products.size}, j), not {tuple(start.shape)}")
+        raise CurvlabError(
+            f"start must have shape ({products.size},) or ({products.size}, j), not {tuple(start.shape)}"
+        )
     columns = start.reshape(products.size, -1).to(products.device, torch.float64)
-    columns = columns / columns.abs().amax(dim=0)  # squares of what is tiny are zero
+    columns = columns / columns.abs().amax(dim=0)  # squares of tiny numbers underflow
     combined: Tensor = (columns / columns.norm(dim=0)).sum(dim=1).to(products.dtype)
     if not bool(combined.isfinite().all()) or not bool(combined.any()):
-        raise CurvlabError("start has a vector that is zero or not finite, or its vectors cancel")
+        raise CurvlabError("start must not contain vectors that are zero or not finite, or that cancel each other")
     return combined / norm(combined)
 
 
 def number_of(k: int, size: int) -> int:
-    """Return a number of eigenvalues that a matrix of that size has.
+    """Check the number of eigenvalues ``k`` for a matrix of dimension ``size``.
 
     Raises:
-        CurvlabError: It is not whole, below 1 or above the size.
+        CurvlabError: ``k`` is not a whole number from 1 to ``size``.
     """
     k = whole("k", k, 0)
     if not 1 <= k <= size:
-        raise CurvlabError(f"k is from 1 to the dimension {size}, not {k}")
+        raise CurvlabError(f"k must be from 1 to the dimension {size}, not {k}")
     return k

@@ -1,4 +1,4 @@
-"""Numbers that are made of a whole spectrum: the condition number and the effective dimension."""
+"""Functions of the whole spectrum: condition number and effective dimension."""
 
 from dataclasses import dataclass
 
@@ -14,30 +14,30 @@ from curvlab.spectrum.estimate import Estimate, mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Operator, Products, product_of
 
-_FORMED = 100  # parameters up to which the whole matrix costs no more products than its ends
+_FORMED = 100  # up to this dimension, forming the matrix takes no more products than its extreme eigenvalues
 _ENDS: tuple[Which, Which] = ("SA", "LA")
 
 
 def condition_number(
     operator: Operator, damping: float = 0.0, tol: float = 1e-3, max_matvecs: int | None = None, seed: int = 0
 ) -> float:
-    """Return the condition number of ``A + damping I``, by the eigenvalues at both ends.
+    """Return the condition number of ``A + damping I`` from its extreme eigenvalues.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        damping: Added to the diagonal.
+        damping: A number that is added to the diagonal.
         tol: Relative error of the eigenvalues of the damped matrix.
-        max_matvecs: Products that may be taken for an end, at most; None for 1,000.
-        seed: Of the random vectors.
+        max_matvecs: Largest number of products for each end of the spectrum; None for 1,000.
+        seed: Random seed of the random vectors.
 
     Returns:
-        The magnitude of the largest eigenvalue over that of the smallest, with the relative error ``tol``; more where
-        that is below the rounding errors of products, up to 0.1. Beyond, from about 1e13 on in float64 and 1e5 in
-        float32, the smallest eigenvalue cannot be told from zero and the value is infinity.
+        The largest magnitude of an eigenvalue divided by the smallest, with the relative error ``tol``. The error is
+        larger, up to 0.1, if ``tol`` is below the rounding errors of products. From about 1e13 in float64 and 1e5 in
+        float32, the smallest eigenvalue cannot be distinguished from zero, and the value is infinity.
 
     Raises:
-        CurvlabError: The matrix is indefinite, so that its eigenvalue nearest to zero is at no end; or an end is not
-            reached.
+        CurvlabError: The matrix is indefinite, so that its eigenvalue nearest to zero is not an extreme one; or the
+            search for an extreme eigenvalue does not converge.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -49,45 +49,45 @@ def condition_number(
     """
     damping, tol = real("damping", damping), real("tol", tol, above=0)
     generator_of(seed)
-    Products(operator, max_matvecs)  # which checks both
+    Products(operator, max_matvecs)  # checks both arguments
     low, high, rounding = _ends(_Shifted(operator, damping), tol, max_matvecs, seed)
     near, far = sorted((abs(low), abs(high)))
     if near <= 10 * rounding:
         return float("inf")
     if low < 0 < high:
         raise CurvlabError(
-            f"A + {damping:g} I is indefinite: its eigenvalues reach from {low:.3g} to {high:.3g}, and the one nearest "
-            f"to zero is at neither end; a damping above {damping - low:.3g} makes it positive definite"
+            f"A + {damping:g} I is indefinite: its eigenvalues are from {low:.3g} to {high:.3g}, and the one nearest "
+            f"to zero is unknown; use a damping above {damping - low:.3g}, which makes the matrix positive definite"
         )
     return far / near
 
 
 def _ends(operator: Operator, tol: float, max_matvecs: int | None, seed: int) -> tuple[float, float, float]:
-    """Return the smallest and the largest eigenvalue, and the error that rounding has left in the one nearer to zero.
+    """Return the smallest and the largest eigenvalue, and the rounding error of the one nearer to zero.
 
     Raises:
-        CurvlabError: One is not reached.
+        CurvlabError: One of the searches does not converge.
     """
     products = Products(operator)
     if products.size <= (_FORMED if max_matvecs is None else min(_FORMED, max_matvecs)):
         values, noise = eigenvalues_of_formed(products)
         return float(values[0]), float(values[-1]), noise + products.eps * float(values.abs().max())
-    # By residuals: a gap has not settled while the search has yet to meet the last eigenvalue.
+    # Stop by residuals, because gaps are unreliable before the search has found the outermost eigenvalue.
     results = [top_eigenvalues(operator, 1, which, tol, max_matvecs, seed=seed, stop="residual") for which in _ENDS]
     eps, largest = products.eps, max(abs(float(result.values[0])) for result in results)
     nearer = min((0, 1), key=lambda end: abs(float(results[end].values[0])))
     value, residual = (abs(float(of[0])) for of in (results[nearer].values, results[nearer].residuals))
-    # What is near zero is found to ``tol sqrt(eps)`` of the largest alone; whether it is zero shows in rounding errors.
+    # An eigenvalue near zero is found only up to ``tol sqrt(eps)`` of the largest; search again with a finer tolerance.
     finest = 100 * eps**0.5
     if value <= 10 * residual and residual > 100 * eps * largest and finest < tol:
         results[nearer] = top_eigenvalues(operator, 1, _ENDS[nearer], finest, max_matvecs, seed=seed)
-    # A residual so small is all rounding errors.
+    # A residual below this limit is only rounding errors.
     limit = max(tol * eps**0.5, 100 * eps) * largest
     for result in results:
         if not (result.converged or float(result.residuals[0]) <= limit):
             raise CurvlabError(
-                f"an end of the spectrum is not reached: after {result.matvecs} products it is "
-                f"{float(result.values[0]):.3g}, with a residual of {float(result.residuals[0]):.2g}; raise "
+                f"an extreme eigenvalue did not converge: after {result.matvecs} products it is "
+                f"{float(result.values[0]):.3g}, with a residual of {float(result.residuals[0]):.2g}; increase "
                 "max_matvecs, tol or the damping"
             )
     low, high = (float(result.values[0]) for result in results)
@@ -97,25 +97,26 @@ def _ends(operator: Operator, tol: float, max_matvecs: int | None, seed: int) ->
 def effective_dimension(
     operator: Operator, damping: float, *, probes: int = 10, steps: int = 100, seed: int = 0
 ) -> Estimate:
-    """Estimate the effective dimension ``tr A (A + damping I)^-1``: how many eigenvalues count beside the damping.
+    """Estimate the effective dimension ``tr A (A + damping I)^-1``: the number of eigenvalues above the damping.
 
-    By stochastic Lanczos quadrature. The Gauss rule of a probe is above what it sees and the Gauss-Radau rule with a
-    node at zero below (Golub and Meurant, 2010, chapter 6): the value is halfway between, and the standard error
-    includes half of their distance beside the spread over probes. A small matrix is formed, as by ``spectral_density``.
+    The method is stochastic Lanczos quadrature. For each probe, the Gauss rule is an upper bound, and the Gauss-Radau
+    rule with a node at zero is a lower bound (Golub and Meurant, 2010, chapter 6). The value is halfway between. The
+    standard error includes half of their distance and the spread over probes. A small matrix is formed, as in
+    ``spectral_density``.
 
     Args:
         operator: Any positive semi-definite matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        damping: Above 0.
-        probes: Random vectors of signs.
-        steps: Products a probe, at most.
-        seed: Of the probes.
+        damping: A number above 0.
+        probes: Number of random sign vectors.
+        steps: Largest number of products per probe.
+        seed: Random seed of the probes.
 
     Returns:
-        The estimate; ``converged`` says whether the error is that of the probes, and more steps would not lessen it.
+        The estimate. It is ``converged`` if the probes dominate the error, so that more steps would not reduce it.
 
     Raises:
-        CurvlabError: The matrix has a negative eigenvalue, the damping is within rounding errors, or an argument is not
-            right.
+        CurvlabError: The matrix has a negative eigenvalue, the damping is below the rounding errors, or an argument is
+            not valid.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -128,7 +129,9 @@ def effective_dimension(
     probes, steps = check_probes(probes, steps)
     damping = real("damping", damping)
     if damping <= 0:
-        raise CurvlabError(f"damping must be above 0, not {damping}: without it the effective dimension is the rank")
+        raise CurvlabError(
+            f"damping must be above 0, not {damping}: without damping the effective dimension is the rank"
+        )
     if small(products, probes, steps):
         values, noise = eigenvalues_of_formed(products)
         clamped = _clamp(values.numpy(), noise, products, damping)
@@ -161,32 +164,32 @@ class _Shifted:
         return self.operator.device
 
     def matvec(self, vector: Tensor) -> Tensor:
-        added = self.shift * vector  # first, as the operator may write into the vector
+        added = self.shift * vector  # first, because the operator may write into the vector
         return product_of(self.operator, vector) + added
 
 
 def _clamp(values: np.ndarray, noise: float, products: Products, damping: float) -> np.ndarray:
-    """Return eigenvalues with those that are zero but for rounding errors at zero.
+    """Return the eigenvalues, with negative rounding errors set to zero.
 
     Raises:
-        CurvlabError: One is negative beyond that, or the damping is within it.
+        CurvlabError: An eigenvalue is negative beyond rounding errors, or the damping is below them.
     """
     rounding = 10 * (noise + products.eps * np.abs(values).max())
     if values.min() < -rounding:
         raise CurvlabError(
-            f"the matrix is not positive semi-definite: an eigenvalue is {values.min():.3g} or less, where rounding "
-            f"errors are at most {rounding:.2g}; take the effective dimension of a Fisher or a GGN"
+            f"the matrix is not positive semi-definite: an eigenvalue is {values.min():.3g} or less, and rounding "
+            f"errors are at most {rounding:.2g}; use the effective dimension of a Fisher or a GGN"
         )
     if damping < rounding:
         raise CurvlabError(
-            f"a damping of {damping:.2g} is within the rounding errors of the eigenvalues, {rounding:.2g}, which would "
-            "count as eigenvalues beside it: take float64 or a larger damping"
+            f"a damping of {damping:.2g} is below the rounding errors of the eigenvalues, {rounding:.2g}, which would "
+            "be counted as eigenvalues: use float64 or a larger damping"
         )
     return values.clip(min=0.0)
 
 
 def _bounds(lanczos: Lanczos, products: Products, damping: float) -> tuple[float, float]:
-    """Return what the Gauss-Radau and the Gauss rule give for ``x / (x + damping)``: from below and from above."""
+    """Return the Gauss-Radau rule (lower bound) and the Gauss rule (upper bound) of ``x / (x + damping)``."""
 
     def average(matrix: np.ndarray) -> float:
         nodes, weights = gauss(matrix)
@@ -198,7 +201,7 @@ def _bounds(lanczos: Lanczos, products: Products, damping: float) -> tuple[float
     above = average(matrix)
     if exhausted(lanczos, products):
         return above, above
-    # A further row, whose diagonal entry makes an eigenvalue at zero, or just below where rounding has put one there.
+    # Add a row whose diagonal entry gives an eigenvalue at zero, or just below a node that rounding made negative.
     nodes, vectors = np.linalg.eigh(matrix)
     at = min(0.0, nodes[0]) - torch.finfo(products.dtype).eps * np.abs(nodes).max()
     extended = np.pad(matrix, (0, 1))

@@ -1,4 +1,4 @@
-"""The basis that Lanczos' method builds, orthogonal to working precision, and the small matrix of the large one.
+"""The Lanczos basis with full orthogonalisation, and the projected matrix.
 
 References:
     Lanczos (1950), Journal of Research of the National Bureau of Standards 45; Parlett (1998), The Symmetric
@@ -18,23 +18,23 @@ _TINY = 1e-300
 
 
 class Lanczos:
-    """An orthonormal basis ``Q`` of a Krylov space, grown by a product at a time, with ``T = Q' A Q``.
+    """An orthonormal basis ``Q`` of a Krylov space, extended by one product at a time, with ``T = Q' A Q``.
 
-    Every new direction is orthogonalised against all of the basis. Where the space is exhausted, a random direction
-    goes on. ``A Q - Q T`` is then ``beta q e'``: zero but in the last column.
+    Every new direction is orthogonalised against the whole basis. If the Krylov space is exhausted, the basis continues
+    with a random direction. ``A Q - Q T = beta q e'`` is zero except in the last column.
 
     Args:
-        products: Of the matrix ``A``.
-        capacity: Directions that the basis has room for.
-        start: ``(P,)``, of any length.
-        generator: Of random directions.
-        against: ``(j, P)``, orthonormal rows that the basis is kept orthogonal to; ``A`` is then its restriction to
-            their complement.
+        products: Products with the matrix ``A``.
+        capacity: Largest number of directions in the basis.
+        start: Start vector ``(P,)`` of any length.
+        generator: Generator for random directions.
+        against: Orthonormal rows ``(j, P)`` to which the basis stays orthogonal; ``A`` is then restricted to their
+            orthogonal complement.
 
     Attributes:
-        size: Directions whose product has been taken.
-        beta: The length of what the last product has outside the basis; 0 if the basis is the whole space.
-        noise: What products are accurate to: the largest deviation from symmetry of their coefficients, or rounding.
+        size: Number of directions whose product has been computed.
+        beta: Length of the part of the last product outside the basis; 0 if the basis is the whole space.
+        noise: Accuracy of products: the largest asymmetry of their coefficients, or the rounding error.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Lanczos:
         dimension = products.size - (0 if against is None else len(against))
         self.capacity = min(capacity, dimension)
         self._whole = dimension
-        # A row more than the capacity: the direction that comes next.
+        # One row more than the capacity, for the next direction.
         self._basis = torch.empty(self.capacity + 1, products.size, dtype=products.dtype, device=products.device)
         self._matrix = np.zeros((self.capacity, self.capacity))
-        self._coupling = np.zeros(0)  # of the next direction with the basis, known before its product
+        self._coupling = np.zeros(0)  # coefficients of the next product that are known in advance
         self.size, self.beta, self.noise = 0, 0.0, 0.0
         self._append(start.clone(), norm(start), 0.0)
 
@@ -63,24 +63,24 @@ class Lanczos:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for a further direction."""
+        """Whether the basis has reached its capacity."""
         return self.size == self.capacity
 
     @property
     def complete(self) -> bool:
-        """Whether the basis is the whole space, so that ``T`` has all eigenvalues."""
+        """Whether the basis spans the whole space, so that ``T`` has all eigenvalues."""
         return self.size == self._whole
 
     def step(self) -> None:
-        """Take a product and let the basis grow.
+        """Compute a product and extend the basis.
 
         Raises:
-            CurvlabError: The operator is not symmetric, or not the same at every product.
+            CurvlabError: The operator is not symmetric, or changes between products.
         """
         m = self.size
         direction, basis = self._basis[m], self._basis[: m + 1]
         product = self._products(direction)
-        # What is known beforehand and the diagonal first: then one pass over the basis mends what rounding leaves.
+        # Subtract the known coefficients and the diagonal first; then one pass over the basis removes rounding errors.
         along = float(direction @ product)
         coupled = np.flatnonzero(self._coupling)
         if len(coupled):
@@ -101,11 +101,11 @@ class Lanczos:
         self._append(product, left, length, accurate)
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
-        """Return ``Q S`` as rows ``(j, P)`` for ``(size, j)``."""
+        """Return ``Q S`` as rows ``(j, P)`` for coefficients ``S`` ``(size, j)``."""
         return self._products.tensor(coefficients).mT @ self._basis[: self.size]
 
     def restart(self, coefficients: np.ndarray, values: np.ndarray) -> None:
-        """Keep only the directions ``Q S`` of Ritz vectors ``S`` ``(size, j)`` with these values: a thick restart."""
+        """Restart with the Ritz vectors ``Q S``, ``S`` ``(size, j)``, and their Ritz values: a thick restart."""
         j = len(values)
         following = self._basis[self.size].clone()
         self._basis[:j] = self.combine(coefficients)
@@ -116,7 +116,7 @@ class Lanczos:
         self.size = j
 
     def _append(self, vector: Tensor, rest: float, length: float, accurate: bool = False) -> None:
-        """Make the next direction of what a product of some length left outside the basis, which has norm ``rest``."""
+        """Normalise ``vector``, the part of a product outside the basis with norm ``rest``, as the next direction."""
         m = self.size
         while not accurate:
             before = rest
@@ -126,7 +126,7 @@ class Lanczos:
         if self.complete:
             self.beta = 0.0
             return
-        # What is left after rounding errors only is no direction.
+        # A vector of rounding errors is not a direction.
         scale = max(length, self._products.largest) if m else length
         self.beta = rest if rest > 10 * torch.finfo(vector.dtype).eps * scale else 0.0
         self._coupling = np.zeros(m)
@@ -147,10 +147,11 @@ class Lanczos:
     def _check(self, column: np.ndarray, length: float) -> None:
         off = float(np.linalg.norm(column[:-1] - self._coupling))
         eps = self._products.eps
-        self._products.largest = max(self._products.largest, length)  # rounding errors are relative to that
+        self._products.largest = max(self._products.largest, length)  # rounding errors are relative to this
         self.noise = max(self.noise, off, eps * self._products.largest)
         if off > 10 * sqrt(eps) * self._products.largest:
             raise CurvlabError(
-                f"the operator is not symmetric, or not the same at every product: two coefficients that should agree "
-                f"differ by {off:.2g}, where products have lengths up to {self._products.largest:.2g}"
+                f"the operator is not symmetric, or changes between products: two coefficients that should be equal "
+                f"differ by {off:.2g}, and the lengths of products are up to {self._products.largest:.2g}; make it "
+                "symmetric and deterministic"
             )

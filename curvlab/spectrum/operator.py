@@ -1,9 +1,9 @@
-"""What this package knows of a matrix: its products with vectors, counted, checked and of a length that can be squared.
+"""Matrix-vector products of an operator: counted, checked and scaled.
 
-A spectrum may be anywhere from 1e-300 to 1e300, and what is made of it holds squares. ``Products`` are therefore those
-of ``2^-exponent A``: the exponent is zero unless the first product shows that lengths are beyond a quarter of the
-dtype's exponents. As powers of two are exact, half of them goes into the vector and half into the product, so that
-neither under- nor overflows. What is found is put back into the matrix's own unit by ``Products.restored``.
+Eigenvalues may be from 1e-300 to 1e300, but the computations need squares. ``Products`` therefore multiplies with
+``2^-exponent A``. The exponent is zero unless the first product shows that lengths exceed a quarter of the exponent
+range of the dtype. Powers of two are exact; half of them scales the vector and half the product, so that neither
+underflows or overflows. ``Products.restored`` converts results back to the unit of the matrix.
 """
 
 from math import frexp
@@ -20,7 +20,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operator(Protocol):
-    """A symmetric matrix by its products; every matrix of ``curvlab.estimate`` is one."""
+    """A symmetric matrix that multiplies vectors; every matrix from ``curvlab.estimate`` is an operator."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -28,39 +28,39 @@ class Operator(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors that it takes and gives: a floating one."""
+        """Floating-point dtype of the input and output vectors."""
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors that it takes and gives."""
+        """Device of the input and output vectors."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return the product with ``(P,)``; it may write into the vector, and return a buffer that it uses again."""
+        """Return the product with ``(P,)``; the method may overwrite the vector and may reuse its output buffer."""
 
 
 class Products:
-    """The products of an operator, counted, and finite or an error.
+    """Products of an operator with vectors, counted and checked.
 
     Args:
-        operator: What is multiplied with.
-        limit: How many products may be taken; None for no limit.
+        operator: The operator.
+        limit: Largest number of products; None for no limit.
 
     Attributes:
-        size: ``P``.
-        dtype: Of the vectors here: float32 at least.
-        device: Of the vectors.
-        eps: Relative accuracy of the numbers that the operator takes and gives.
-        exponent: Products are those of the matrix over two to this power, which is even.
-        count: Products taken.
-        largest: The longest product of a vector of length 1, set by those who take such: the scale of rounding errors.
+        size: Dimension ``P``.
+        dtype: Dtype of the vectors in this package: float32 or float64.
+        device: Device of the vectors.
+        eps: Machine precision of the vectors of the operator.
+        exponent: Products are divided by two to this power, which is even.
+        count: Number of products.
+        largest: Length of the longest product of a unit vector, set by callers: the scale of rounding errors.
 
     Raises:
-        CurvlabError: It is no operator, is not square or empty, or is not of floating-point numbers; later: a product
-            is not a tensor of such, has another shape or device, or is not finite.
+        CurvlabError: The operator lacks an attribute, is not square, is empty, or is not floating-point; later: a
+            product is not a floating-point tensor, has a wrong shape or device, or is not finite.
     """
 
     def __init__(self, operator: Operator, limit: int | None = None) -> None:
-        self.size, self._given, self.device = _described(operator)
+        self.size, self._given, self.device = _describe(operator)
         self._operator = operator
         self._limit = None if limit is None else whole("max_matvecs", limit, 1)
         self.dtype = torch.promote_types(self._given, torch.float32)
@@ -71,39 +71,39 @@ class Products:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no product is left."""
+        """Whether the limit of products is reached."""
         return self._limit is not None and self.count >= self._limit
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Return the product of ``2^-exponent A`` with ``(P,)``; the first, of a random vector, sets the exponent."""
+        """Return the product of ``2^-exponent A`` with ``(P,)``; the first product sets the exponent."""
         if self.count:
             return self._finite(self._multiply(vector), self.count)
         product = self._multiply(vector)
-        for _ in range(2):  # an overflow shows only that the exponent must be larger, not by how much
+        for _ in range(2):  # after an overflow, the size of the needed exponent is known only from a second product
             shift = self._misfit(vector, product)
             if not shift:
                 break
             if self.exhausted:
                 self._finite(product, 1)
                 raise CurvlabError(
-                    "the operator's products are too large or too small to compute with as they are, and the scale "
-                    "takes a further product: raise max_matvecs, or multiply the operator by a number"
+                    "the operator's products are too large or too small and must be rescaled, which takes one more "
+                    "product: increase max_matvecs, or multiply the operator by a number"
                 )
             self.exponent += shift
             product = self._multiply(vector)
         return self._finite(product, 1)
 
     def column(self, i: int) -> Tensor:
-        """Return a column of the matrix ``A`` itself, ``(P,)``."""
+        """Return a column of the unscaled matrix ``A``, ``(P,)``."""
         unit = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         unit[i] = 1
         return self._finite(self._multiply(unit, exponent=0), self.count)
 
     def restored(self, values: np.ndarray) -> np.ndarray:
-        """Return numbers that are proportional to ``2^-exponent A`` in the unit of ``A``, in float64.
+        """Convert numbers from the unit of ``2^-exponent A`` to the unit of ``A``, in float64.
 
         Raises:
-            CurvlabError: They are too large for the dtype of the vectors.
+            CurvlabError: The numbers overflow.
         """
         with np.errstate(over="ignore", under="ignore"):
             restored: np.ndarray = np.ldexp(np.asarray(values, dtype=np.float64), self.exponent)
@@ -112,10 +112,10 @@ class Products:
         return restored
 
     def restored_tensor(self, values: np.ndarray) -> Tensor:
-        """Return ``restored`` in the dtype and on the device of the vectors.
+        """Return ``restored`` as a tensor with the dtype and device of the vectors.
 
         Raises:
-            CurvlabError: They are too large for it.
+            CurvlabError: The numbers overflow.
         """
         restored = self.tensor(self.restored(values))
         if not bool(restored.isfinite().all()):
@@ -123,8 +123,8 @@ class Products:
         return restored
 
     def too_large(self) -> CurvlabError:
-        """Return the error of numbers that the dtype has no room for."""
-        wider = "multiply the operator by a small number" if self.dtype == torch.float64 else "take float64"
+        """Return the error for numbers that overflow the dtype."""
+        wider = "multiply the operator by a small number" if self.dtype == torch.float64 else "use float64"
         return CurvlabError(f"the operator's products or eigenvalues are too large for {_name(self.dtype)}: {wider}")
 
     def gaussian(self, generator: np.random.Generator) -> Tensor:
@@ -136,14 +136,14 @@ class Products:
         return self.tensor(generator.integers(0, 2, self.size) * 2.0 - 1)
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        """Return numbers in the dtype and on the device of the vectors."""
+        """Return an array as a tensor with the dtype and device of the vectors."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
 
     def _multiply(self, vector: Tensor, exponent: int | None = None) -> Tensor:
         self.count += 1
         exponent = self.exponent if exponent is None else exponent
         half = 2.0 ** (-exponent // 2)
-        # Copies, so that an operator may write into what it is given and use what it returns again.
+        # Copies, because an operator may overwrite its input and reuse its output buffer.
         sent = (vector * half if exponent else vector).to(self._given, copy=True)
         product = product_of(self._operator, sent)
         self.eps = max(self.eps, torch.finfo(product.dtype).eps)
@@ -151,10 +151,10 @@ class Products:
         return product.mul_(half) if exponent else product
 
     def _misfit(self, vector: Tensor, product: Tensor) -> int:
-        """Return what has to be added to the exponent; 0 where lengths are well within the dtype, or a product zero."""
+        """Return the change of the exponent; 0 if lengths are well within the dtype or the product is zero."""
         room = frexp(torch.finfo(self._given).max)[1]
         longest = float(product.abs().max())
-        if not longest < float("inf"):  # NaN, too, can come of an overflow
+        if not longest < float("inf"):  # an overflow can also give NaN
             return 0 if self.exponent else room
         if not longest:
             return 0
@@ -162,53 +162,55 @@ class Products:
         return 0 if abs(shift) <= room // 4 else 2 * (shift // 2)
 
     def _finite(self, product: Tensor, number: int) -> Tensor:
-        # A sum is quicker than a mask, and is not finite where an entry is not.
+        # A sum is faster than a mask, and is not finite if an entry is not finite.
         if not bool(product.sum().isfinite()) and not bool(product.isfinite().all()):
-            wider = "" if self.dtype == torch.float64 else "take float64, or "
+            wider = "" if self.dtype == torch.float64 else "use float64, or "
             raise CurvlabError(
                 f"product {number} of the operator is not finite: the model's outputs or derivatives overflow "
-                f"or hold NaN; {wider}look at the weights and inputs"
+                f"or hold NaN; {wider}check the weights and inputs"
             )
         return product
 
 
 def product_of(operator: Operator, vector: Tensor) -> Tensor:
-    """Return what an operator gives for a vector, checked: it may be a view of the vector or of the operator's own.
+    """Return the product of an operator with a vector, checked but not copied.
 
     Raises:
-        CurvlabError: It is not a dense tensor of floating-point numbers, or has another shape or device.
+        CurvlabError: The product is not a dense floating-point tensor, or has a wrong shape or device.
     """
     product = operator.matvec(vector)
     if not isinstance(product, Tensor):
-        raise CurvlabError(f"the operator's matvec gives a {type(product).__name__}, where a tensor is needed")
+        raise CurvlabError(f"the operator's matvec must return a tensor, not a {type(product).__name__}")
     if not product.is_floating_point() or product.layout != torch.strided:
         raise CurvlabError(
-            f"the operator's matvec gives {_name(product.dtype)} of layout {_name(product.layout)}, where a dense "
-            "tensor of real floating-point numbers is needed: convert it there, such as by product.double()"
+            f"the operator's matvec must return a dense tensor of real floating-point numbers, not "
+            f"{_name(product.dtype)} of layout {_name(product.layout)}: convert it, for example with product.double()"
         )
     if product.shape != vector.shape:
-        raise CurvlabError(f"the operator gives shape {tuple(product.shape)} for {tuple(vector.shape)}")
+        raise CurvlabError(f"the operator must return shape {tuple(vector.shape)}, not {tuple(product.shape)}")
     if product.device != vector.device:
-        raise CurvlabError(f"the operator says that it is on {vector.device} and gives a product on {product.device}")
+        raise CurvlabError(
+            f"the operator's device is {vector.device}, but its product is on {product.device}: use one device"
+        )
     return product.detach()
 
 
 def norm(vector: Tensor) -> float:
-    """Return the Euclidean norm, summed in float64: torch's own, in float32, is off by 4e-5 for a million entries."""
+    """Return the Euclidean norm, summed in float64; a float32 sum has an error of 4e-5 for a million entries."""
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
-def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
-    """Return size, dtype and device.
+def _describe(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
+    """Return the size, dtype and device of an operator.
 
     Raises:
-        CurvlabError: It is no operator of this package.
+        CurvlabError: The object is not a valid operator.
     """
     missing = [name for name in ("shape", "dtype", "device", "matvec") if not hasattr(operator, name)]
     if missing:
         raise CurvlabError(
-            f"a {type(operator).__name__} is not an operator, as it has no {missing[0]}: an operator has shape, "
-            "dtype, device and matvec, as every matrix of curvlab.estimate has"
+            f"a {type(operator).__name__} is not an operator, because it has no {missing[0]}: an operator needs shape, "
+            "dtype, device and matvec, as every matrix from curvlab.estimate"
         )
     shape, dtype = operator.shape, operator.dtype
     square = isinstance(shape, (tuple, list)) and len(shape) == 2 and shape[0] == shape[1]
@@ -217,15 +219,17 @@ def _described(operator: Operator) -> tuple[int, torch.dtype, torch.device]:
         raise CurvlabError(f"an operator of shape {shown} has no eigenvalues: a square matrix is needed")
     if dtype not in _DTYPES:
         raise CurvlabError(
-            f"the operator's dtype is {_name(dtype)}, where vectors are of real floating-point numbers: give it a "
-            "dtype such as torch.float64, and convert in its matvec"
+            f"the operator's dtype must be a real floating-point dtype, not {_name(dtype)}: use a dtype such as "
+            "torch.float64, and convert in matvec"
         )
     try:
         device = torch.device(operator.device)
     except (RuntimeError, TypeError):
-        raise CurvlabError(f"the operator's device is {operator.device!r}, which torch does not know") from None
+        raise CurvlabError(
+            f"the operator's device {operator.device!r} is unknown to torch: give a torch.device"
+        ) from None
     return int(shape[0]), dtype, device
 
 
-def _name(of: object) -> str:
-    return str(of).removeprefix("torch.")
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Deflated power iteration: for comparison with published curves that were made with it."""
+"""Deflated power iteration, for comparison with published curves that were computed with it."""
 
 from math import isfinite
 
@@ -12,24 +12,25 @@ from curvlab.spectrum.operator import Operator, Products, norm
 
 
 def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, seed: int = 0) -> EigenResult:
-    """Return the ``k`` eigenvalues of largest magnitude as power iteration sees them after so many products each.
+    """Estimate the ``k`` eigenvalues of largest magnitude by power iteration with a fixed number of products each.
 
-    Eigenvalues are found one after another, each vector kept orthogonal to those before it. An iteration ends early
-    when the estimate changes by less than 1e-5 of itself. This is how Mirzadeh et al. (2020) computed the spectra of
-    their figures, with the defaults here; ``top_eigenvalues`` needs fewer products and says how accurate it is.
+    The eigenvalues are computed one after another, and each vector is kept orthogonal to the previous ones. An
+    iteration ends early if the relative change of the estimate is below 1e-5. Mirzadeh et al. (2020) computed the
+    spectra in their figures with this method and these defaults. ``top_eigenvalues`` needs fewer products and estimates
+    its error.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        k: How many.
-        steps: Products an eigenvalue.
-        seed: Of the vectors from which it starts.
+        k: Number of eigenvalues.
+        steps: Largest number of products per eigenvalue.
+        seed: Random seed of the start vectors.
 
     Returns:
-        The eigenvalues in the order in which they were found. ``converged`` is what this method takes for it: that
-        every iteration ended early. The residuals tell how far off the values may be.
+        The eigenvalues in the order of their computation. ``converged`` is True if every iteration ended early, which
+        does not imply a small error; the residuals bound the distance to the nearest eigenvalue.
 
     Raises:
-        CurvlabError: An argument is not right; a product is not finite.
+        CurvlabError: An argument is not valid, or a product is not finite.
     """
     products, generator = Products(operator), generator_of(seed)
     k, steps = number_of(k, products.size), whole("steps", steps, 1)
@@ -42,7 +43,7 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
         for step in range(steps):
             left = _without(following, found)
             length = norm(left)
-            # What rounding leaves of those found before is no direction: on all that is left the matrix is zero.
+            # If only rounding errors remain, the matrix is zero on the complement of the vectors found so far.
             if step and length <= 10 * torch.finfo(products.dtype).eps * largest:
                 values[i], residuals[i] = 0.0, length
                 ended += 1
@@ -63,6 +64,6 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
 
 
 def _without(vector: Tensor, found: Tensor) -> Tensor:
-    for _ in range(2):  # once leaves rounding errors that are large beside a small rest
+    for _ in range(2):  # twice, because rounding errors of the first pass are large compared with a small remainder
         vector = vector - found.mT @ (found @ vector)
     return vector

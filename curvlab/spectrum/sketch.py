@@ -1,7 +1,7 @@
-"""What a symmetric matrix does to random vectors, so arranged that any one or two of the vectors can be left out.
+"""Sketch of a symmetric matrix with random vectors, from which any one or two vectors can be left out.
 
 References:
-    Epperly, Tropp and Webber (2024), SIAM Journal on Matrix Analysis 45 (XTrace): leaving one out.
+    Epperly, Tropp and Webber (2024), SIAM Journal on Matrix Analysis 45 (XTrace): leaving out one vector.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ Draw = Callable[[np.random.Generator], Tensor]
 
 
 class Sketch:
-    """Random vectors ``omega``, an orthonormal basis ``Q`` of ``A omega``, and ``A Q``: two products a vector.
+    """Random vectors ``omega``, an orthonormal basis ``Q`` of ``A omega``, and ``A Q``: two products per vector.
 
     Args:
-        products: Of the matrix ``A``.
-        draw: Gives a vector.
-        generator: Of random numbers.
+        products: Products with the matrix ``A``.
+        draw: A function that draws a random vector.
+        generator: Random generator.
 
     Attributes:
-        tests: ``(m, P)``, the vectors ``omega``.
-        basis: ``(m, P)``, orthonormal rows: the first ``j`` are a basis of the first ``j`` products.
-        images: ``(m, P)``, the products of those rows.
+        tests: The random vectors ``omega``, ``(m, P)``.
+        basis: Orthonormal rows ``(m, P)``; the first ``j`` rows are a basis of the first ``j`` products.
+        images: The products of the basis, ``(m, P)``.
         triangle: ``R``, ``(m, m)`` in float64: ``A omega_j = sum_i R_ij q_i``.
     """
 
@@ -45,7 +45,7 @@ class Sketch:
         return len(self.tests)
 
     def extend(self, count: int) -> None:
-        """Take that many more vectors."""
+        """Add ``count`` random vectors."""
         old, new = len(self), len(self) + count
         room = torch.empty(count, self._products.size, dtype=self.tests.dtype, device=self.tests.device)
         self.tests, self.basis, self.images = (
@@ -59,7 +59,7 @@ class Sketch:
             self.images[j] = self._products(self.basis[j])
 
     def _next_direction(self, product: Tensor, j: int) -> Tensor:
-        """Orthogonalise a product against the basis and return its direction; fill in its column of the triangle."""
+        """Orthogonalise a product against the basis, store its coefficients, and return the direction."""
         basis, length = self.basis[:j], norm(product)
         for _ in range(2):
             coefficients = basis @ product
@@ -68,7 +68,7 @@ class Sketch:
         rest = norm(product)
         if rest > 10 * torch.finfo(product.dtype).eps * length:
             self.triangle[j, j] = rest
-        else:  # what is left after rounding errors only is no direction: any other will do
+        else:  # only rounding errors remain: use a random direction
             product = self._products.gaussian(self._generator)
             for _ in range(3):
                 product /= norm(product)
@@ -76,34 +76,34 @@ class Sketch:
         return product / norm(product)
 
     def noise(self) -> float:
-        """Return what a product with a unit vector is accurate to, by how symmetric the matrix comes out.
+        """Return the accuracy of a product with a unit vector, estimated from the asymmetry of the matrix.
 
         Raises:
-            CurvlabError: It is not symmetric, or not the same at every product.
+            CurvlabError: The operator is not symmetric, or changes between products.
         """
         off = float(np.linalg.norm(as_array(self.images @ self.tests.mT) - self.triangle))
         size = float(np.linalg.norm(self.triangle))
         if off > 10 * sqrt(self._products.eps) * size:
             raise CurvlabError(
-                f"the operator is not symmetric, or not the same at every product: q' A v and v' A q differ by "
-                f"{off:.2g} over all random vectors, where they are {size:.2g}"
+                f"the operator is not symmetric, or changes between products: q' A v and v' A q differ by {off:.2g} "
+                f"over all random vectors, and their size is {size:.2g}; make it symmetric and deterministic"
             )
         return off / (len(self) * sqrt(self._products.size))
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The directions of a sketch's basis that are lost where some of its vectors are left out.
+    """The directions of a sketch's basis that are lost if one or two of its vectors are left out.
 
-    Without vector ``i`` the basis spans what is orthogonal to ``s_i`` alone, without ``i`` and ``j`` what is orthogonal
-    to both; the projection onto ``s_i`` and ``s_j`` is ``diag (s_i s_i' + s_j s_j') + off (s_i s_j' + s_j s_i')``.
+    Without vector ``i``, the basis spans the complement of ``s_i``; without ``i`` and ``j``, the complement of both.
+    The projection onto ``s_i`` and ``s_j`` is ``diag (s_i s_i' + s_j s_j') + off (s_i s_j' + s_j s_i')``.
 
     Attributes:
-        directions: ``S``, ``(m, m)``, of coefficients in the basis; column ``i`` is ``s_i``, of length 1.
-        own: ``(m,)``, ``s_i' r_i``; all other ``s_i' r_j`` are zero.
-        diag: ``(m, m)``, for each pair.
-        off: ``(m, m)``, likewise.
-        lost: ``(m, m)``, the dimension of a pair's span, 1 or 2.
+        directions: ``S``, ``(m, m)``, coefficients in the basis; column ``i`` is ``s_i``, of length 1.
+        own: ``s_i' r_i``, ``(m,)``; all other ``s_i' r_j`` are zero.
+        diag: The coefficient ``diag`` of each pair, ``(m, m)``.
+        off: The coefficient ``off`` of each pair, ``(m, m)``.
+        lost: The dimension of the span of each pair, 1 or 2, ``(m, m)``.
     """
 
     directions: np.ndarray
@@ -114,9 +114,9 @@ class LeftOut:
 
     @classmethod
     def of(cls, triangle: np.ndarray) -> "LeftOut":
-        """Return those of a sketch with this triangle."""
+        """Compute the directions for a sketch with this triangle."""
         u, singular, v = np.linalg.svd(triangle)
-        # Of a matrix without full rank any direction outside its range will do, which is what a small number gives.
+        # Without full rank, any direction outside the range is correct; the floor selects one.
         floor = np.finfo(float).eps * (singular[0] or 1.0)
         directions = (u / np.maximum(singular, floor)) @ v
         directions /= np.linalg.norm(directions, axis=0)

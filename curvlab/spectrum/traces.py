@@ -1,4 +1,4 @@
-"""The trace and the diagonal of a matrix that is known by its products.
+"""The trace and the diagonal of a matrix from matrix-vector products.
 
 References:
     Hutchinson (1990), Communications in Statistics 19; Bekas, Kokiopoulou and Saad (2007), Applied Numerical
@@ -23,8 +23,8 @@ from curvlab.spectrum.sketch import LeftOut, Sketch, as_array
 TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
 DiagonalMethod = Literal["xdiag", "hutchinson"]
 
-_FEWEST = 6  # products: a variance from less means nothing
-_FIRST = 20  # products before a precision is looked at
+_FEWEST = 6  # smallest number of products; fewer give no useful variance
+_FIRST = 20  # number of products before the first check of the precision
 
 
 def trace(
@@ -37,25 +37,26 @@ def trace(
 ) -> Estimate:
     """Estimate the trace.
 
-    With a precision, products are doubled in number until half of the 95 % interval is at most that fraction of the
-    value. Where the products may be as many as there are parameters, the trace is computed exactly before they run out.
+    With ``precision``, the number of products is doubled until half of the 95 % interval is at most this fraction of
+    the value. If ``max_matvecs`` allows as many products as there are parameters, the trace is computed exactly before
+    the limit is reached.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        method: ``xtrace`` sees the largest eigenvalues exactly and samples the others, with every vector in both roles;
-            three vectors are held for every two products. ``hutch++`` does so with separate vectors, and holds four for
-            every three. ``hutchinson``, the mean of ``z' A z`` over random signs, holds none and sees all at random.
-        precision: Such as 0.05, for plus or minus 5 %; None for exactly ``max_matvecs`` products.
-        max_matvecs: Products, or at most that many with a precision.
-        seed: Of the random vectors.
+        method: ``xtrace`` treats the largest eigenvalues exactly and samples the rest, and uses every vector for both;
+            it keeps three vectors in memory for every two products. ``hutch++`` uses separate vectors, and keeps four
+            for every three products. ``hutchinson`` is the mean of ``z' A z`` over random signs, and keeps no vectors.
+        precision: Relative precision, such as 0.05 for plus or minus 5 %; None for exactly ``max_matvecs`` products.
+        max_matvecs: Number of products; with ``precision``, the largest number of products.
+        seed: Random seed of the random vectors.
 
     Returns:
-        The trace with its standard error. That of XTrace is the jackknife's, of all vectors left out in turn, which is
-        too large rather than too small (Efron and Stein, 1981); the spread of XTrace's terms, which its authors
-        propose, is too small, since they share their vectors.
+        The trace with its standard error. For XTrace this is the jackknife error over its vectors, which is rather too
+        large than too small (Efron and Stein, 1981). The authors of XTrace propose the spread of its terms, which is
+        too small because the terms share their vectors.
 
     Raises:
-        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+        CurvlabError: An argument is not valid, a product is not finite, or the operator is not symmetric.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -90,19 +91,19 @@ def diagonal(
 ) -> Estimate:
     """Estimate the diagonal.
 
-    As ``trace``, with one number and one standard error an entry, and the precision that of all entries together: the
-    norm of the half-widths over the norm of the diagonal.
+    Like ``trace``, with one number and one standard error per entry. The precision is that of all entries together: the
+    norm of the half-widths divided by the norm of the diagonal.
 
     Args:
         operator: Any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``matvec``.
-        method: ``xdiag`` sees the largest eigenvalues exactly and samples the others, and holds three vectors for every
-            two products; ``hutchinson`` is the mean of ``z * A z`` over random signs (Bekas et al., 2007).
-        precision: Such as 0.05, for plus or minus 5 %; None for exactly ``max_matvecs`` products.
-        max_matvecs: Products, or at most that many with a precision.
-        seed: Of the random vectors.
+        method: ``xdiag`` treats the largest eigenvalues exactly and samples the rest, and keeps three vectors in memory
+            for every two products; ``hutchinson`` is the mean of ``z * A z`` over random signs (Bekas et al., 2007).
+        precision: Relative precision, such as 0.05 for plus or minus 5 %; None for exactly ``max_matvecs`` products.
+        max_matvecs: Number of products; with ``precision``, the largest number of products.
+        seed: Random seed of the random vectors.
 
     Raises:
-        CurvlabError: An argument is not right; a product is not finite; the operator is not symmetric.
+        CurvlabError: An argument is not valid, a product is not finite, or the operator is not symmetric.
 
     Examples:
         >>> from curvlab.matrices import Diagonal, Info
@@ -117,29 +118,29 @@ def diagonal(
 
 
 class _Method(Protocol):
-    """An estimator that can go on where it stopped."""
+    """An estimator that can be extended by further products."""
 
     products: Products
 
     def __init__(self, products: Products, generator: np.random.Generator) -> None:
-        """Start without any product."""
+        """Initialise without a product."""
 
     def extend(self, matvecs: int) -> None:
-        """Take that many products more, or one fewer."""
+        """Compute ``matvecs`` further products, or one fewer."""
 
     def estimate(self) -> Estimate:
-        """Return what they show."""
+        """Return the estimate from all products so far."""
 
 
 def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Estimate:
-    """Run a method until it is precise enough or its products are spent; the exact answer is the diagonal."""
+    """Run a method until the precision or the limit of products is reached; an exact result is the diagonal."""
     products, size = method.products, method.products.size
     precision = None if precision is None else real("precision", precision, above=0)
     max_matvecs = whole("max_matvecs", max_matvecs, min(_FEWEST, size))
     batch = max_matvecs if precision is None else min(_FIRST, max_matvecs)
     while True:
         left = max_matvecs - products.count
-        # The exact value, while the budget still has room for it.
+        # Compute the exact value while the limit still allows it.
         if size <= left and (size <= batch or left - batch < size):
             entries = torch.stack([column[i].double() for i, column in enumerate(columns(products))])
             return Estimate(entries, torch.zeros_like(entries), products.count, True, size)
@@ -147,14 +148,14 @@ def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Est
         estimate = method.estimate()
         if precision is None or estimate.precision <= precision:
             return _restored(estimate, products)
-        # Doubled, not looked at after each product: with every look the spread may be small by chance.
+        # Doubled: if the precision were checked after each product, it would often be reached by chance.
         batch = min(products.count, max_matvecs - products.count)
         if batch < _FEWEST:
             return _restored(replace(estimate, converged=False), products)
 
 
 def _restored(estimate: Estimate, products: Products) -> Estimate:
-    """Return the estimate in the unit of the matrix."""
+    """Convert an estimate to the unit of the matrix."""
     value, error = (
         torch.as_tensor(products.restored(of.cpu().numpy()), device=of.device)
         for of in (estimate.value, estimate.standard_error)
@@ -180,9 +181,9 @@ class _Hutchinson:
 
 
 class _HutchPlusPlus:
-    """The trace on the range of a sketch, and Hutchinson's on its complement with vectors of their own.
+    """The exact trace on the range of a sketch, plus Hutchinson's estimate on its complement with separate vectors.
 
-    What is left of such a vector in the complement is scaled to the length it should have.
+    The projection of such a vector onto the complement is scaled to its expected length.
     """
 
     def __init__(self, products: Products, generator: np.random.Generator) -> None:
@@ -210,7 +211,7 @@ class _HutchPlusPlus:
 
 
 class _XTrace:
-    """Hutch++ with every vector left out of the sketch in turn, so that it can be the sample on the complement."""
+    """Hutch++ in which every vector in turn is left out of the sketch and used as the sample on the complement."""
 
     def __init__(self, products: Products, generator: np.random.Generator) -> None:
         self.products = products
@@ -237,7 +238,7 @@ class _XTrace:
         lengths = squares - whole + own_w**2
         value = (np.trace(core) - own_s + (size - m + 1) * forms / lengths).mean()
 
-        # The same with two left out: ``i`` for good, ``j`` as the sample.
+        # The same with two vectors left out: ``i`` by the jackknife, ``j`` as the sample.
         first, second = left.diag * s_w + left.off * own_w, left.off * s_w + left.diag * own_w
         forms = start + 2 * second * own - 2 * (first * s_aw + second * own_aw)
         forms += first**2 * own_s[:, None] + 2 * first * second * s_s + second**2 * own_s
@@ -256,7 +257,7 @@ class _HutchinsonDiagonal:
         self.products, self._generator = products, generator
         self._n = 0
         self._mean = torch.zeros(products.size, dtype=torch.float64, device=products.device)
-        self._deviations = torch.zeros_like(self._mean)  # the root of their squares' sum
+        self._deviations = torch.zeros_like(self._mean)  # root of the sum of squared deviations
 
     def extend(self, matvecs: int) -> None:
         for _ in range(matvecs):
@@ -265,7 +266,7 @@ class _HutchinsonDiagonal:
             self._n += 1
             before = term - self._mean
             self._mean += before / self._n
-            # Of roots, as entries may be so small beside the others that their squares are zero.
+            # Roots, because the squares of small entries may underflow.
             self._deviations = self._deviations.hypot(before.abs().sqrt() * (term - self._mean).abs().sqrt())
 
     def estimate(self) -> Estimate:
@@ -275,7 +276,7 @@ class _HutchinsonDiagonal:
 
 
 class _XDiag:
-    """The diagonal on the range of a sketch, and Hutchinson's of what is left, with every vector left out in turn."""
+    """The exact diagonal on the range of a sketch, plus Hutchinson's estimate with every vector left out in turn."""
 
     def __init__(self, products: Products, generator: np.random.Generator) -> None:
         self.products = products
@@ -298,7 +299,7 @@ class _XDiag:
             s, a_s = directions.mT @ q, directions.mT @ aq
             inside = (q * aq).sum(dim=0)
             value = inside + (own[:, None] * z * s - s * a_s).mean(dim=0)
-            # The same with two left out: a row for each vector that is left out for good, a mean over all others.
+            # The same with two vectors left out: one row per vector left out by the jackknife, a mean over all others.
             lost = diag.sum(dim=1)[:, None] * s * a_s + diag @ (s * a_s) + s * (off @ a_s) + a_s * (off @ s)
             sampled = s * ((off * own) @ z) + (diag * own) @ (z * s)
             without = inside + (sampled - lost) / (m - 1)
@@ -309,19 +310,19 @@ class _XDiag:
 
 
 def _scalar(products: Products, value: float, error: float, rounding: float, samples: int) -> Estimate:
-    """Return an estimate with the error of sampling and that of rounding."""
+    """Return an estimate whose error combines sampling and rounding."""
     rounding += 2 * products.eps * abs(value)
     total = torch.tensor(hypot(error, rounding), dtype=torch.float64)
     return Estimate(torch.tensor(float(value), dtype=torch.float64), total, products.count, True, samples)
 
 
 def _slices(rows: Tensor) -> list[slice]:
-    """Return the columns of ``(m, P)`` in parts, so that a part in float64 is small."""
+    """Return slices of the columns of ``(m, P)``, so that each part is small in float64."""
     return [slice(i, i + 2**16) for i in range(0, rows.shape[1], 2**16)]
 
 
 def _gram(a: Tensor, b: Tensor) -> np.ndarray:
-    """Return ``a b'`` of rows, summed in float64."""
+    """Return ``a b'`` for rows, summed in float64."""
     return as_array(torch.stack([a[:, part].double() @ b[:, part].double().mT for part in _slices(a)]).sum(dim=0))
 
 
