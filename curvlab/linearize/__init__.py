@@ -1,4 +1,4 @@
-"""The linearized model: first-order in its parameters, as an ``nn.Module`` like any other."""
+"""Linearized models: the first-order expansion of a model in its parameters, as an ``nn.Module``."""
 
 from curvlab.linearize.module import Linearized, first_order, linearize, outputs_at_point
 

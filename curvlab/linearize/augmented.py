@@ -1,13 +1,13 @@
-"""The augmented forward pass: a hidden state and its tangent, layer by layer, for modules that have a rule.
+"""The augmented forward pass: hidden states and their tangents, layer by layer, for modules with a rule.
 
-A linearized model takes the hidden states at the point of linearization, which do not depend on the parameters, and
-propagates beside them the directional derivative along the displacement of the parameters. So only the tangents have
-a graph, and a backward pass through them is as cheap as a plain one. The rules are those of Table 4 of the supplement
-of Shon et al., "DLCFT: Deep linear continual fine-tuning for general incremental learning" (2022), after Mu, Liang and
-Li, "Gradients as features for deep representation learning" (ICLR 2020), with eval-mode batch normalisation, dropout
-and residual blocks beside them.
+The pass computes the hidden states at the point of linearization, which do not depend on the parameters, together with
+their directional derivatives along the displacement of the parameters. Only the tangents have a graph, so that a
+backward pass costs as much as that of the plain model. The rules are those of Table 4 in the supplement of Shon et al.,
+"DLCFT: Deep linear continual fine-tuning for general incremental learning" (2022), after Mu, Liang and Li, "Gradients
+as features for deep representation learning" (ICLR 2020), and further rules for eval-mode batch normalisation, dropout
+and residual blocks.
 
-A tangent is None where it is zero for any displacement: that of the inputs, and behind frozen layers.
+A tangent is None if it is zero for every displacement: for the inputs, and after frozen layers.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tangent]
 
 
 def has_rule(model: nn.Module) -> bool:
-    """Return whether all modules of a model have a rule, and nothing was hooked onto them that a rule would pass by."""
+    """Return whether all modules of a model have a rule and no hooks, which a rule would ignore."""
     return all(
         type(module) in _RULES
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -36,7 +36,7 @@ def has_rule(model: nn.Module) -> bool:
 
 
 def push(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs at the point of linearization and their change along the displacement of the parameters."""
+    """Return the outputs at the point of linearization, and their change along the parameter displacement."""
     outputs, tangent = _push(model, inputs, None)
     return outputs, torch.zeros_like(outputs) if tangent is None else tangent
 
@@ -61,7 +61,7 @@ def _linear(module: nn.Linear, x: Tensor, t: Tangent) -> Pair:
         return out, change
     if rounds(x):
         return out, _add(change, F.linear(x, module.weight - weight, _moved_bias(module, bias)))
-    # The difference of two products, not the product with a difference: that costs a pass over the weights.
+    # The difference of two products is cheaper than the product with a difference, which needs a pass over the weights.
     return out, _add(change, F.linear(x, module.weight, module.bias) - out)
 
 
@@ -90,7 +90,7 @@ def _batch_norm(module: nn.BatchNorm2d, x: Tensor, t: Tangent) -> Pair:
 
 
 def _relu(_: nn.ReLU, x: Tensor, t: Tangent) -> Pair:
-    # The kernel of the backward pass, which masks by the sign of another tensor: also one pass here.
+    # The backward kernel masks a tensor by the sign of another one in a single pass.
     return x.relu(), None if t is None else torch.ops.aten.threshold_backward(t, x, 0.0)
 
 
@@ -111,7 +111,7 @@ def _max_pool(module: nn.MaxPool2d, x: Tensor, t: Tangent) -> Pair:
 def _dropout(module: nn.Dropout, x: Tensor, t: Tangent) -> Pair:
     if not module.training or not module.p:
         return x, t
-    mask = F.dropout(torch.ones_like(x), module.p)  # one for both: given the mask, dropout is linear
+    mask = F.dropout(torch.ones_like(x), module.p)  # one mask for both: given the mask, dropout is linear
     return x * mask, None if t is None else t * mask
 
 
@@ -137,7 +137,7 @@ def _resnet20(model: ResNet20, x: Tensor, t: Tangent) -> Pair:
 
 
 def _values(module: Any) -> tuple[Any, Any]:
-    """Return weight and bias at the point of linearization; a constant is what it is."""
+    """Return the weight and bias at the point of linearization; constants keep their value."""
     return tuple(
         value if (at := value_at(module, key)) is None else at
         for key, value in (("weight", module.weight), ("bias", module.bias))
@@ -149,7 +149,7 @@ def _moved_bias(module: Any, bias: Tangent) -> Tangent:
 
 
 def _displaced(module: nn.Module) -> bool:
-    """Return whether a parameter of the module can be elsewhere than at the point of linearization."""
+    """Return whether a parameter of the module can differ from its value at the point of linearization."""
     return any(value_at(module, key) is not None for key in ("weight", "bias"))
 
 

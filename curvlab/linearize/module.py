@@ -1,4 +1,4 @@
-"""A model to first order in its parameters, as a module."""
+"""The first-order expansion of a model in its parameters, as a module."""
 
 import warnings
 from collections.abc import Mapping
@@ -23,36 +23,36 @@ from curvlab.stateless import check_module, copied
 def linearize(
     model: nn.Module, at: Tensor | Mapping[str, Tensor] | None = None, *, head: str | None = None
 ) -> "Linearized":
-    """Return ``f(x; theta0) + J(x; theta0) (theta - theta0)``, as a module with the model's own parameter names.
+    """Return ``f(x; theta0) + J(x; theta0) (theta - theta0)`` as a module with the parameter names of the model.
 
-    It trains, is saved and is measured like any module: its parameters ``theta`` start at ``theta0``, which it keeps in
-    a buffer beside each (``fc1.weight_at``), so that a state dict holds the whole function. With the squared error its
-    loss is exactly quadratic, and so is a quadratic penalty on a past task (Shon et al., "DLCFT: Deep linear
-    continual fine-tuning for general incremental learning", ECCV 2022; Mu, Liang and Li, "Gradients as features for
-    deep representation learning", ICLR 2020).
+    The module can be trained and saved like any other. Its parameters ``theta`` start at ``theta0``. Each value of
+    ``theta0`` is a buffer next to its parameter (``fc1.weight_at``), so that a state dict contains the whole function.
+    With the squared error, the loss is exactly quadratic in the parameters (Shon et al., "DLCFT: Deep linear continual
+    fine-tuning for general incremental learning", ECCV 2022; Mu, Liang and Li, "Gradients as features for deep
+    representation learning", ICLR 2020).
 
-    Where every module of the model has a rule (Linear, Conv2d, ReLU, LeakyReLU, MaxPool2d, AvgPool2d,
-    AdaptiveAvgPool2d, Flatten, Identity, Dropout, BatchNorm2d in eval mode, Sequential, and the blocks of ``ResNet20``)
-    outputs and their change are computed layer by layer; any other model is differentiated in forward mode
-    (``torch.func.jvp``). In train mode dropout draws one mask for both: the linearization of the thinned network.
+    If every module of the model has a rule (Linear, Conv2d, ReLU, LeakyReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d,
+    Flatten, Identity, Dropout, BatchNorm2d in eval mode, Sequential, and the blocks of ``ResNet20``), outputs and their
+    change are computed layer by layer. Other models are differentiated in forward mode (``torch.func.jvp``). In train
+    mode, dropout uses one mask for both: the result is the linearization of the thinned network.
 
     Args:
-        model: Any module with one output tensor. It is copied and stays as it is. What is frozen in it
-            (``requires_grad`` is False) stays frozen: a constant of the function, as are buffers.
-        at: ``theta0``, which the parameters start at: a dict with all trainable parameters, such as a state dict, or
-            a flat vector ``(P,)`` of them; None for the model's own values.
-        head: Name of the last module, such as ``"fc"``, to leave outside: the outputs are then ``head(g(x))`` with the
-            linearized features ``g``, DLCFT's form. They are linear in the features' parameters and in the head's, but
-            not in both together. The head may be exchanged for another.
+        model: Any module with one output tensor. It is copied and not changed. Frozen parameters (``requires_grad`` is
+            False) and buffers are constants of the function.
+        at: ``theta0``: a dict with all trainable parameters, such as a state dict, or a flat vector ``(P,)``; None for
+            the present values of the model.
+        head: Name of the last module, such as ``"fc"``, which is not linearized. The outputs are then ``head(g(x))``
+            with linearized features ``g``, as in DLCFT. They are linear in the parameters of the features and linear in
+            those of the head, but not in both together. The head can be replaced later.
 
     Returns:
-        A module on the model's device, in its dtype and mode.
+        A module with the device, dtype and mode of the model.
 
     Raises:
-        CurvlabError: Nothing is trainable, ``at`` does not fit the model, or there is no such head.
-        UnsupportedError: The model cannot be copied; when it is called: batch normalisation is in train mode, torch
-            lacks a forward derivative or it is not that of the model's backward passes, a closure uses parameters past
-            their modules, or the head is not what the model ends with. The message names the module.
+        CurvlabError: No parameter is trainable, ``at`` does not fit the model, or the head does not exist.
+        UnsupportedError: The model cannot be copied. At a call: batch normalisation is in train mode, torch has no
+            forward derivative or it differs from the backward passes of the model, a closure uses parameters of the
+            original model, or the head is not the last module. The message names the module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -68,45 +68,44 @@ def linearize(
     if at is not None:
         _set(model, at)
     outside = set() if head is None else _parameters_of_head(model, head)
-    points: dict[int, Tensor] = {}  # of shared parameters one
+    points: dict[int, Tensor] = {}  # one per parameter, also if it is shared
     for name, module, key, parameter in list(parameters_of(model)):
         if not parameter.requires_grad or id(parameter) in outside:
             continue
         if value_at(module, key) is not None:
-            raise CurvlabError(f"{name} is of a model that is linearized already: linearize that model itself")
+            raise CurvlabError(f"{name} belongs to a model that is already linearized: linearize the original model")
         place(module, key, points.setdefault(id(parameter), parameter.detach().clone()))
     if not points:
-        but = f" but those of {head}" if head else ""
-        raise CurvlabError(f"{type(model).__name__} has no trainable parameter{but} to linearize in")
+        but = f" outside of {head}" if head else ""
+        raise CurvlabError(f"{type(model).__name__} has no trainable parameter{but}: set requires_grad on one")
     return Linearized(model, head, origin)
 
 
 class Linearized(nn.Module):
-    """What ``linearize`` returns."""
+    """A linearized model; create it with ``linearize``."""
 
     def __init__(self, model: nn.Module, head: str | None, origin: Origin) -> None:
         super().__init__()
-        self._head = head  # not ``head``, which is what many models call a module
-        # The very dictionaries of the model: what it has under a name this module has under that name, also what is
-        # put there later.
+        self._head = head  # not ``head``, which is a common name of a submodule
+        # The dictionaries of the model itself, so that this module has the same names, including later additions.
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
-        self._model = (model,)  # in a tuple, so that it is no submodule
-        # By rules or not, and with how many hooks; a list, which a call that restores attributes leaves as it is.
+        self._model = (model,)  # in a tuple, so that it is not a submodule
+        # Whether rules are used, and the number of hooks, at the last check. A list, because attributes are restored.
         self._tried: list[tuple[bool, int]] = []
         self._origin = origin
-        self._original: tuple[Linearized, ...] = ()  # of what ``first_order`` returns
+        self._original: tuple[Linearized, ...] = ()  # set by ``first_order``
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """Return the outputs of the linearized model.
 
         Raises:
-            CurvlabError: A parameter is trainable that was not when the model was linearized.
+            CurvlabError: A parameter is trainable that was frozen when the model was linearized.
             UnsupportedError: See ``linearize``.
         """
         if self._original:
-            # With its graph: the inputs may depend on parameters of other modules.
+            # With a graph, because the inputs may depend on parameters of other modules.
             change = self._original[0].push(inputs, keywords)[1]
             outputs = self._features()(*inputs, **keywords) + change
         else:
@@ -118,7 +117,7 @@ class Linearized(nn.Module):
         return result
 
     def push(self, inputs: Arguments, keywords: Keywords) -> tuple[Tensor, Tensor]:
-        """Return the outputs, or features, at ``theta0`` and their change from there to ``theta``."""
+        """Return the outputs (with a head, the features) at ``theta0``, and their change up to ``theta``."""
         model = self._features()
         _check(model)
         ruled = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not keywords and augmented.has_rule(model)
@@ -134,12 +133,12 @@ class Linearized(nn.Module):
         return model if self._head is None else _without(model, self._head)
 
     def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> bool:
-        """Check, at the first call of either way, what only inputs can show; return whether these can."""
-        # Nothing can be read off numbers that torch.func has wrapped; the next call may be outside of that.
+        """Run the checks that need inputs, at the first call of each method; return whether they could run."""
+        # The values of tensors wrapped by torch.func cannot be read; a later call may be outside of torch.func.
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs if isinstance(x, Tensor)):
             return False
         with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
-            # It is torch's own, the first time that numbers with a dual part are used.
+            # Torch itself raises this warning when dual numbers are first used.
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
             if self._head is not None:
                 _check_head(self._model[0], self._head, inputs, keywords)
@@ -153,15 +152,15 @@ def _ruled(model: nn.Module, inputs: Arguments, _: Keywords) -> tuple[Tensor, Te
 
 
 def first_order(model: nn.Module) -> nn.Module:
-    """Return a model with the same outputs and the same Jacobian, whose layers are called as those of any model.
+    """Return a model with the same outputs and the same Jacobian that calls its layers as usual.
 
-    A linearized model does not call its layers with its parameters, so that what looks at the inputs of layers and at
-    the gradients of their outputs sees nothing or the wrong thing. But its Jacobian is that of the model at ``theta0``,
-    and so it is, to first order in the parameters, that model with ``f_lin(x) - f(x; theta0)`` added to its
-    outputs, a constant in the parameters. Second derivatives are others: they are zero in the one and not in the other.
+    A linearized model does not call its layers with its parameters, so that methods which use the inputs and output
+    gradients of layers would be wrong. Its Jacobian is that of the model at ``theta0``. To first order in the
+    parameters, it is therefore the model at ``theta0`` with the constant ``f_lin(x) - f(x; theta0)`` added to the
+    outputs. Second derivatives differ: those of the linearized model are zero.
 
     Args:
-        model: Any module; a copy is returned if a module of it is linearized, else the model itself.
+        model: Any module. If one of its modules is linearized, a copy is returned, else the model itself.
     """
     if not any(map(_to_replace, model.modules())):
         return model
@@ -173,7 +172,7 @@ def first_order(model: nn.Module) -> nn.Module:
 
 
 def outputs_at_point(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the outputs of a model by its own layers, which are called: those of a linearized one at ``theta0``.
+    """Return the outputs of a model by calling its layers; for a linearized model, at ``theta0``.
 
     Args:
         model: Any module with one output tensor.
@@ -194,7 +193,7 @@ def _set(model: nn.Module, at: Tensor | Mapping[str, Tensor]) -> None:
     if isinstance(at, Tensor):
         if at.shape != (space.total,):
             raise CurvlabError(
-                f"at is a flat vector of shape ({space.total},) or a dict by parameter name, not {tuple(at.shape)}"
+                f"at must be a flat vector of shape ({space.total},) or a dict by parameter name, not {tuple(at.shape)}"
             )
         at = space.unflatten(at)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -217,17 +216,17 @@ def _parameters_of_head(model: nn.Module, head: str) -> set[int]:
     modules = {name: module for name, module in model.named_modules() if name}
     if head not in modules:
         near = get_close_matches(head, modules, n=1, cutoff=0.0)
-        hint = f"; the nearest name is {near[0]!r}" if near else ""
-        raise CurvlabError(f"{type(model).__name__} has no module {head!r} to be its head{hint}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise CurvlabError(f"{type(model).__name__} has no module {head!r} for the head{hint}")
     inside = {id(parameter) for parameter in modules[head].parameters()}
     for name, _, _, parameter in parameters_of(_without(model, head)):
         if id(parameter) in inside:
-            raise CurvlabError(f"{name} is shared with the head {head}, so it cannot be linear and outside; untie them")
+            raise CurvlabError(f"{name} is shared with the head {head}, which is not linearized: untie them")
     return inside
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:
-    """Return a view of a model without one of its modules; the model stays as it is."""
+    """Return a view of a model without one of its modules; the model does not change."""
     first, _, rest = name.partition(".")
     view = copy(model)
     view._modules = dict(model._modules)
@@ -236,7 +235,7 @@ def _without(model: nn.Module, name: str) -> nn.Module:
 
 
 def _hooks(model: nn.Module) -> int:
-    """Return how many hooks and replaced forwards a model has."""
+    """Return the number of hooks and replaced ``forward`` methods of a model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(sum(len(vars(m)[kind]) for kind in kinds) + ("forward" in vars(m)) for m in model.modules())
 
@@ -244,15 +243,15 @@ def _hooks(model: nn.Module) -> int:
 def _check(model: nn.Module) -> None:
     if torch.nn.modules.module._has_any_global_hook():
         raise UnsupportedError(
-            "a global hook of torch (register_module_forward_hook and its kin) acts on a linearized model and again on "
-            "the model within it: remove it, or register hooks on the modules"
+            "a global hook of torch (such as register_module_forward_hook) acts on a linearized model and also on the "
+            "model inside it: remove it, or register hooks on the modules"
         )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise UnsupportedError(
-                f"{name or 'the model'} ({type(module).__name__}) normalises by its batch in train mode, which is no "
-                "function of a sample to linearize: freeze it first, by curvlab.models.freeze_batch_norm, or merge it "
-                "into its convolution, by merge_batch_norm"
+                f"{name or 'the model'} ({type(module).__name__}) normalises by its batch in train mode, which is not "
+                "a function of one sample: freeze it first with curvlab.models.freeze_batch_norm, or merge it into its "
+                "convolution with merge_batch_norm"
             )
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and value_at(module, key) is None:
@@ -272,6 +271,6 @@ def _check_head(model: nn.Module, head: str, inputs: Arguments, keywords: Keywor
         handle.remove()
     if len(given) != 1 or outputs is not given[0]:
         raise UnsupportedError(
-            f"{head} cannot be left outside as the head: the outputs of {type(model).__name__} are not what it returns"
+            f"{head} cannot be the head: the outputs of {type(model).__name__} are not the outputs of {head}"
             + ("" if len(given) == 1 else f" (it is called {len(given)} times)")
         )

@@ -1,4 +1,4 @@
-"""Where a model is linearized: a buffer beside every parameter, with its value there."""
+"""The point of linearization: a buffer next to every parameter, with its value at that point."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,21 @@ _SUFFIX = "_at"
 
 
 def place(module: nn.Module, key: str, value: Tensor) -> None:
-    """Give a parameter of a module its value at the point of linearization.
+    """Store the value of a parameter at the point of linearization.
 
     Raises:
-        KeyError: The module has something else of that name.
+        KeyError: The module already has another attribute with the name of the buffer.
     """
     module.register_buffer(key + _SUFFIX, value)
 
 
 def value_at(module: nn.Module, key: str) -> Tensor | None:
-    """Return the value of a parameter at the point of linearization; None for one that is a constant."""
+    """Return the value of a parameter at the point of linearization, or None if the parameter is a constant."""
     return module._buffers.get(key + _SUFFIX)
 
 
 def move_to(model: nn.Module) -> None:
-    """Set every parameter to its value at the point of linearization, and forget that point."""
+    """Set every parameter to its value at the point of linearization, and remove the stored point."""
     for _, module, key, parameter in parameters_of(model):
         at = module._buffers.pop(key + _SUFFIX, None)
         if at is not None:
@@ -30,7 +30,7 @@ def move_to(model: nn.Module) -> None:
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield the full name, the module, the name there and the tensor of every parameter, a shared one as often."""
+    """Yield full name, module, name in the module and tensor of every parameter; shared ones are repeated."""
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -38,7 +38,7 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
 
 
 def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the full name and the tensor of every buffer of the model itself."""
+    """Yield the full name and the tensor of every buffer that does not store the point of linearization."""
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and key.removesuffix(_SUFFIX) not in module._parameters:

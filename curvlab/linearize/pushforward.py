@@ -1,4 +1,4 @@
-"""The Jacobian of any model times the displacement of its parameters, by torch's forward-mode differentiation."""
+"""The product of the Jacobian with the displacement of the parameters, by forward-mode differentiation."""
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,25 +19,25 @@ Keywords = Mapping[str, Any]
 
 
 def push(model: nn.Module, inputs: Arguments, keywords: Keywords) -> tuple[Tensor, Tensor]:
-    """Return the outputs at the point of linearization and their change along the displacement of the parameters.
+    """Return the outputs at the point of linearization, and their change along the parameter displacement.
 
     Raises:
         UnsupportedError: Torch has no forward derivative of an operation of the model.
     """
-    of, at, displacement = function(model, inputs, keywords)
-    return _jvp(model, of, at, displacement)
+    call, at, displacement = function(model, inputs, keywords)
+    return _jvp(model, call, at, displacement)
 
 
 def outputs(model: nn.Module, inputs: Arguments, keywords: Keywords) -> Tensor:
     """Return the outputs at the point of linearization."""
-    of, at, _ = function(model, inputs, keywords)
-    return of(at)
+    call, at, _ = function(model, inputs, keywords)
+    return call(at)
 
 
 def function(
     model: nn.Module, inputs: Arguments, keywords: Keywords
 ) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return the outputs as a function of the parameters, the point of linearization, and the way from there."""
+    """Return the outputs as a function of the parameters, the point of linearization, and the displacement."""
     constants: dict[str, Tensor] = {}
     at: dict[str, Tensor] = {}
     displacement: dict[str, Tensor] = {}
@@ -48,36 +48,36 @@ def function(
         else:
             at[name], displacement[name] = value, parameter - value
 
-    def of(parameters: dict[str, Tensor]) -> Tensor:
-        # Torch lets a model change in place only what comes from within, so these are copies; nor is the caller's
-        # changed so.
+    def call(parameters: dict[str, Tensor]) -> Tensor:
+        # Copies, because under torch.func a model must not change outer tensors in place; this also protects the
+        # caller's tensors.
         buffers = {name: buffer.clone() for name, buffer in buffers_of(model)}
         given = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
-        # Ties are resolved: torch would replace a module's parameters for good where it has two names.
+        # Ties are resolved; tie_weights would permanently replace the parameters of a module with two names.
         slots = {**parameters, **constants, **buffers}
         with attributes_restored(list(model.modules())), parametrizations_computed():
             outputs: Tensor = functional_call(model, slots, given, dict(keywords), tie_weights=False)
         return outputs
 
-    return of, at, displacement
+    return call, at, displacement
 
 
 def _jvp(
     model: nn.Module,
-    of: Callable[[dict[str, Tensor]], Tensor],
+    call: Callable[[dict[str, Tensor]], Tensor],
     at: dict[str, Tensor],
     along: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     try:
         with _differentiable_kernels(model):
-            outputs, change = jvp(of, (at,), (along,))[:2]
+            outputs, change = jvp(call, (at,), (along,))[:2]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of torch's, or of the model's on what it has never seen
-        if "Nested forward mode" in str(error):  # is what the caller does, with dual numbers
+    except Exception as error:  # from torch, or from a model that does not support dual numbers
+        if "Nested forward mode" in str(error):  # the caller uses dual numbers
             raise
         with torch.no_grad():
-            of(at)  # what fails without derivatives, too, is not theirs
+            call(at)  # an error without derivatives has another cause
         raise UnsupportedError(
             f"{_culprit(error, model)} cannot be linearized: torch has no forward derivative of it "
             f"({first_line(error)}); replace that module or operation"
@@ -87,10 +87,10 @@ def _jvp(
 
 
 def require_tensor(model: nn.Module, outputs: object) -> None:
-    """Refuse outputs that are not one tensor.
+    """Check that the output of a model is one tensor.
 
     Raises:
-        UnsupportedError: They are not.
+        UnsupportedError: It is not.
     """
     if not isinstance(outputs, Tensor):
         raise UnsupportedError(
@@ -99,7 +99,7 @@ def require_tensor(model: nn.Module, outputs: object) -> None:
 
 
 def _culprit(error: BaseException, model: nn.Module) -> str:
-    """Return the innermost module of a model in which an error was raised."""
+    """Return the name of the innermost module in which an error was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     inner = [model, *(module for module in modules if id(module) in names)][-1]
@@ -108,7 +108,7 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 
 @contextmanager
 def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
-    """Have torch take kernels that have a forward derivative."""
+    """Make torch use kernels that have a forward derivative."""
     with random_as_in_forward_mode(model), ExitStack() as settings:
         attention = torch.backends.mha
         settings.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
@@ -118,7 +118,7 @@ def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_as_in_forward_mode(model: nn.Module) -> Iterator[None]:
-    """Have torch take kernels that draw what those with a forward derivative draw, and round as they do."""
+    """Make torch use kernels with the same random draws and rounding as those with a forward derivative."""
     with ExitStack() as settings:
         settings.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -129,17 +129,17 @@ def random_as_in_forward_mode(model: nn.Module) -> Iterator[None]:
 
 
 def rounds(x: Tensor) -> bool:
-    """Return whether products of ``x`` with weights may be rounded so that a small change is lost in their difference.
+    """Return whether products of ``x`` with weights are rounded so coarsely that a difference loses a small change.
 
-    That is in half precision, under autocast, and where float32 is multiplied as TF32 or bfloat16.
+    This is the case in half precision, under autocast, and if float32 is multiplied as TF32 or bfloat16.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return True
-    if x.dtype != torch.float32:  # neither autocast nor TF32 is of float64
+    if x.dtype != torch.float32:  # autocast and TF32 do not apply to float64
         return False
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return True
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch does not tell where its newer switches were used, too
+    except RuntimeError:  # torch raises an error if its newer settings were used, too
         return True

@@ -1,8 +1,8 @@
-"""A linearized model against its own plain forward and backward pass, at its first call.
+"""Verification of a linearized model against its plain forward and backward pass, at its first call.
 
-Forward derivatives pass by much that a model can have: what a hook does to gradients, a part without gradients, a fast
-path that is taken where nothing is trained. A copy can use the weights of the model that it was made from, which a
-closure keeps. None of that is looked up: outputs and gradients are compared, and the tensors that are used are watched.
+Forward derivatives can differ from backward passes: hooks may change gradients, a part may run without gradients, or a
+fast path may be used if nothing is trained. A copy can still use the weights of the original model through a closure.
+These cases are not searched for individually: outputs and gradients are compared, and the used tensors are recorded.
 """
 
 import warnings
@@ -29,18 +29,18 @@ Push = Callable[[nn.Module, Arguments, Keywords], tuple[Tensor, Tensor]]
 
 
 class Origin:
-    """The model that another was copied from, without keeping it: no tensor of it may be used by the copy.
+    """Weak references to the original of a copied model, whose tensors the copy must not use.
 
-    A copy of this is itself, and a file holds nothing of it.
+    ``deepcopy`` returns the same object; pickling stores nothing.
 
     Args:
-        model: The original; None for one that is not known.
+        model: The original model; None if it is unknown.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         modules = [] if model is None else list(model.named_modules())
         self._modules = [(name, ref(module)) for name, module in modules]
-        # A closure may keep a tensor alone.
+        # A closure may keep only a tensor.
         self._tensors = [(name, ref(tensor)) for name, tensor in _tensors(modules)]
 
     def __deepcopy__(self, _: object) -> "Origin":
@@ -50,30 +50,30 @@ class Origin:
         return Origin, ()
 
     def storages(self) -> dict[int, str]:
-        """Return where the tensors of the original that are still there have their entries, and their names."""
+        """Return the names of the remaining tensors of the original, by the address of their entries."""
         modules = [(name, module) for name, reference in self._modules if (module := reference()) is not None]
         tensors = [(name, tensor) for name, reference in self._tensors if (tensor := reference()) is not None]
         return {_address(tensor): name for name, tensor in [*tensors, *_tensors(modules)]}
 
 
 def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, origin: Origin) -> None:
-    """Make sure that outputs and gradients of a linearized model are those of the model at the point of linearization.
+    """Check the outputs and gradients of a linearized model against the model at the point of linearization.
 
     Args:
-        model: The copy, with its point of linearization.
-        inputs: Of a call.
-        keywords: Of that call.
-        push: What gives the outputs at the point and their change.
-        origin: What the copy was made from.
+        model: The copied model, with its point of linearization.
+        inputs: Positional arguments of a call.
+        keywords: Keyword arguments of the call.
+        push: The function that returns the outputs at the point and their change.
+        origin: The original of the copy.
 
     Raises:
-        UnsupportedError: They are others, or torch cannot differentiate the model.
+        UnsupportedError: Outputs or gradients differ, or torch cannot differentiate the model.
     """
     name = type(model).__name__
-    # A caller's may be of inference mode, which no backward pass takes.
+    # Copies, because the caller's tensors may be from inference mode, which does not support backward passes.
     inputs, keywords = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (inputs, dict(keywords)))
     function, at, _ = pushforward.function(model, inputs, keywords)
-    # NumPy's: a draw of torch's in a forward pass is taken for one of the model.
+    # NumPy's generator, because a random draw of torch would count as one of the model.
     generator = np.random.default_rng(0)
 
     def random(like: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
         outputs = function(leaves)
     if foreign:
         raise UnsupportedError(
-            f"{name} cannot be linearized: it uses {foreign[0]} past its module, as a hook or a forward that is a "
-            "closure over a model does; write it with the module that it is given, or as a method of a class"
+            f"{name} cannot be linearized: it uses {foreign[0]} of another model, such as in a hook or forward that is "
+            "a closure over a model; use the module that the hook receives, or write a method of a class"
         )
     pushforward.require_tensor(model, outputs)
     along = random(outputs)
@@ -101,7 +101,7 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
     eps = _precision(outputs)
     largest = max([float(gradient.norm()) for gradient in plain.values()], default=0.0)
     displacement = {key: value.detach() - at[key] for key, value in moved.items()}
-    # The part of a gradient that is rounding is as large as that of the others.
+    # Rounding errors of a gradient can be as large as those of the largest gradient.
     wrong = [
         key
         for key in plain
@@ -112,21 +112,21 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
     size = sum(float(a.double().norm() * b.double().norm()) for a, b in pairs)
     if not _close(point, outputs, 10 * eps**0.5 * float(outputs.norm())):
         raise UnsupportedError(
-            f"{name} cannot be linearized: where it is differentiated it gives other outputs than where it is called, "
-            "as a frozen TransformerEncoder does for masked places; call its encoder with enable_nested_tensor=False "
+            f"{name} cannot be linearized: its outputs differ between a differentiated call and a plain call, as those "
+            "of a frozen TransformerEncoder do at masked positions; call its encoder with enable_nested_tensor=False "
             "or without the mask"
         )
     if wrong or not abs(sum(pulled) - pushed) <= 10 * eps**0.5 * size:
         raise UnsupportedError(
-            f"{name} cannot be linearized: its forward derivative is not that of its backward passes"
+            f"{name} cannot be linearized: its forward derivative differs from its backward passes"
             + (f", in {wrong[0]}" if wrong else "")
-            + ", as where a part of it runs under torch.no_grad() or a hook changes gradients; use detach() there, or "
-            "remove the hook"
+            + ", for example because a part runs under torch.no_grad() or a hook changes gradients; use detach() "
+            "there, or remove the hook"
         )
 
 
 class _Pushed(nn.Module):
-    """What gives the outputs at the point and their change, as a module."""
+    """The function for the outputs at the point and their change, as a module."""
 
     def __init__(self, model: nn.Module, push: Push) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class _Pushed(nn.Module):
 
 
 class _Watch(TorchDispatchMode):
-    """Notes which tensors of some storages are used."""
+    """A dispatch mode that records which tensors with given addresses are used."""
 
     def __init__(self, storages: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,9 +154,10 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def _used(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
-    """Yield the names of the parameters that are used within, of the original or of the model itself.
+    """Yield a list of parameter names of the original or the model that are used inside the block.
 
-    In the place of the model's stand leaves; what it uses besides has no derivative here.
+    The block calls the model with other leaves in place of its parameters; a use of the parameters themselves would
+    have no derivative.
     """
     own = {
         _address(parameter): name
@@ -169,7 +170,7 @@ def _used(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
 
 @contextmanager
 def _differentiated(name: str) -> Iterator[None]:
-    """Turn what torch raises in a backward pass into one sentence."""
+    """Convert an error of torch in a backward pass to an error message of one sentence."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")
@@ -178,8 +179,8 @@ def _differentiated(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{name} cannot be linearized: torch cannot differentiate it ({first_line(error)}); take "
-            "the checkpoint or the operation that is named out of it"
+            f"{name} cannot be linearized: torch cannot differentiate it ({first_line(error)}); remove "
+            "the named operation or checkpoint from it"
         ) from error
 
 
@@ -192,12 +193,12 @@ def _gradients(outputs: Tensor, leaves: Mapping[str, Tensor], along: Tensor) -> 
 
 
 def _part(value: Tensor) -> float:
-    """Return how far to move a parameter: about as much as it is large, so that no digits are lost."""
+    """Return the displacement of a parameter: about its own magnitude, so that no digits are lost."""
     return max(float(value.norm()) / sqrt(max(value.numel(), 1)), 0.01)
 
 
 def _precision(outputs: Tensor) -> float:
-    """Return the rounding that is to be expected of outputs."""
+    """Return the expected relative rounding error of outputs."""
     eps: float = torch.finfo(torch.bfloat16 if pushforward.rounds(outputs) else outputs.dtype).eps
     return eps
 
@@ -217,7 +218,7 @@ def _tensors(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where the entries of a tensor are; 0 where it has none, or none that can be told."""
+    """Return the address of the entries of a tensor, or 0 if it is not known."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, or wrapped by torch.func
