@@ -566,16 +566,16 @@ def test_head_deep_inside_and_a_new_one() -> None:
 
 def test_what_is_no_head() -> None:
     model = mlp(4, (5,), 3)
-    with pytest.raises(CurvlabError, match="no module 'fc' to be its head; the nearest name is 'fc"):
+    with pytest.raises(CurvlabError, match="no module 'fc' for the head; did you mean 'fc"):
         linearize(model, head="fc")
-    with pytest.raises(UnsupportedError, match=r"fc1 cannot be left outside as the head: the outputs of Sequential"):
+    with pytest.raises(UnsupportedError, match=r"fc1 cannot be the head: the outputs of Sequential"):
         linearize(model, head="fc1")(torch.randn(2, 4))
     for name in ("tied", "module used twice"):
         whole = case(name)
         head = "second" if name == "tied" else "shared"
         with pytest.raises(CurvlabError, match=rf"{head}.*head|head {head}"):
             linearize(whole.model, head=head)(whole.inputs)
-    with pytest.raises(CurvlabError, match="no trainable parameter but those of fc1"):
+    with pytest.raises(CurvlabError, match="no trainable parameter outside of fc1"):
         linearize(mlp(4, (), 3), head="fc1")
 
 

@@ -273,7 +273,7 @@ def test_refusals() -> None:
     density = spectral_density(matrix)
     with pytest.raises(CurvlabError, match="width must be above 0"):
         density.pdf(torch.ones(1), 0.0)
-    with pytest.raises(CurvlabError, match="has no zero"):
+    with pytest.raises(CurvlabError, match="must not contain zero"):
         density.pdf(torch.zeros(1), 0.1, log=True)
     skew = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double()
     space = ParameterSpace(("w",), ((2,),))
@@ -315,7 +315,7 @@ def test_refused_condition_numbers() -> None:
         with pytest.raises(CurvlabError, match=r"indefinite: its eigenvalues are from -1 to 5.*damping above 1 "):
             condition_number(symmetric(values))
     assert condition_number(symmetric([-1.0, 2.0, 5.0]), 1.5) == pytest.approx(13, rel=2e-3)
-    with pytest.raises(CurvlabError, match=r"an end of the spectrum is not reached: after 3 products.*max_matvecs"):
+    with pytest.raises(CurvlabError, match=r"an extreme eigenvalue did not converge: after 3 products.*max_matvecs"):
         condition_number(symmetric(np.linspace(1, 2, 200)), max_matvecs=3)
 
 

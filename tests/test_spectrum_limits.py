@@ -83,23 +83,23 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 _DIAGONAL = torch.linspace(1, 2, P).double()
 _NO_OPERATORS: dict[str, tuple[object, str]] = {
     "a matrix": (torch.eye(P), "a Tensor is not an operator, because it has no matvec"),
-    "an array": (np.eye(P), "a ndarray is not an operator, as it has no"),
-    "nothing": (None, "a NoneType is not an operator, as it has no shape"),
-    "whole numbers": (By(lambda v: 500 * v, dtype=torch.int64), "dtype is int64, where vectors are of real floating"),
-    "booleans": (By(lambda v: v, dtype=torch.bool), "dtype is bool"),
-    "complex": (By(lambda v: v, dtype=torch.complex128), "dtype is complex128"),
-    "NumPy's dtype": (By(lambda v: v, dtype=np.float64), "dtype is <class 'numpy.float64'>"),
-    "gives whole numbers": (By(lambda v: (500 * v).long()), "matvec gives int64"),
-    "gives booleans": (By(lambda v: v > 0), "matvec gives bool"),
-    "gives complex": (By(lambda v: v * 1j), "matvec gives complex128"),
-    "gives an array": (By(lambda v: v.numpy()), "matvec gives a ndarray, where a tensor is needed"),
-    "gives nothing": (By(lambda v: None), "matvec gives a NoneType"),
-    "gives a number": (By(lambda v: 1.0), "matvec gives a float"),
+    "an array": (np.eye(P), "a ndarray is not an operator, because it has no"),
+    "nothing": (None, "a NoneType is not an operator, because it has no shape"),
+    "whole numbers": (By(lambda v: 500 * v, dtype=torch.int64), "real floating-point dtype, not int64"),
+    "booleans": (By(lambda v: v, dtype=torch.bool), "real floating-point dtype, not bool"),
+    "complex": (By(lambda v: v, dtype=torch.complex128), "real floating-point dtype, not complex128"),
+    "NumPy's dtype": (By(lambda v: v, dtype=np.float64), "real floating-point dtype, not <class 'numpy.float64'>"),
+    "gives whole numbers": (By(lambda v: (500 * v).long()), "numbers, not int64"),
+    "gives booleans": (By(lambda v: v > 0), "numbers, not bool"),
+    "gives complex": (By(lambda v: v * 1j), "numbers, not complex128"),
+    "gives an array": (By(lambda v: v.numpy()), "matvec must return a tensor, not a ndarray"),
+    "gives nothing": (By(lambda v: None), "must return a tensor, not a NoneType"),
+    "gives a number": (By(lambda v: 1.0), "must return a tensor, not a float"),
     "gives sparse": (By(lambda v: v.to_sparse()), "layout sparse_coo"),
-    "gives columns": (By(lambda v: v.unsqueeze(1)), r"gives shape \(60, 1\) for \(60,\)"),
-    "gives a scalar": (By(lambda v: v.sum()), r"gives shape \(\) for \(60,\)"),
-    "gives fewer": (By(lambda v: v[1:]), r"gives shape \(59,\) for \(60,\)"),
-    "elsewhere": (By(lambda v: v.to("meta")), "is on cpu and gives a product on meta"),
+    "gives columns": (By(lambda v: v.unsqueeze(1)), r"must return shape \(60,\), not \(60, 1\)"),
+    "gives a scalar": (By(lambda v: v.sum()), r"must return shape \(60,\), not \(\)"),
+    "gives fewer": (By(lambda v: v[1:]), r"must return shape \(60,\), not \(59,\)"),
+    "elsewhere": (By(lambda v: v.to("meta")), "device is cpu, but its product is on meta"),
     "NaN": (By(lambda v: v * nan), "product 1 of the operator is not finite"),
     "infinite": (By(lambda v: v * inf), "product 1 of the operator is not finite"),
 }
@@ -283,9 +283,9 @@ def test_what_no_dtype_has_room_for() -> None:
         (trace, by_diagonal(torch.full((40,), 1e307, dtype=torch.float64))),
         (lambda of: spectral_density(of, probes=2, steps=3), By(lambda v: v.mul(1e300).mul(1e300), 2000)),
     ):
-        with pytest.raises(CurvlabError, match=r"too large for float64: multiply|not finite: the model.*NaN; look at"):
+        with pytest.raises(CurvlabError, match=r"too large for float64: multiply|not finite: the model.*NaN; check"):
             function(operator)  # type: ignore[operator]
-    with pytest.raises(CurvlabError, match="scale takes a further product: raise max_matvecs"):
+    with pytest.raises(CurvlabError, match="rescaled, which takes one more product: increase max_matvecs"):
         top_eigenvalues(by_diagonal(1e-300 * torch.ones(50).double()), max_matvecs=1)
 
 
@@ -475,17 +475,17 @@ def test_condition_numbers_that_are_not_infinite(largest: float) -> None:
 
 _STARTS = [
     (torch.ones(P).numpy(), "start must be a tensor, not a NumPy array: use torch.from_numpy"),
-    ([1.0] * P, "start is a tensor, not a list"),
-    (torch.zeros(P), "start has a vector that is zero"),
+    ([1.0] * P, "start must be a tensor, not a list"),
+    (torch.zeros(P), "start must not contain vectors that are zero"),
     (torch.full((P,), nan), "not finite"),
     (torch.full((P,), inf), "not finite"),
     (torch.ones(P) * 1j, "start must be real, not complex"),
     (torch.ones(P).to_sparse(), "start is sparse"),
     (torch.ones(P, device="meta"), "start is on the meta device"),
-    (torch.ones(P + 1), "start is"),
-    (torch.ones(P, 0), "start has a vector that is zero"),
-    (torch.ones(P, 1, 1), "start is"),
-    (torch.tensor(1.0), "start is"),
+    (torch.ones(P + 1), "start must have shape"),
+    (torch.ones(P, 0), "start must not contain vectors that are zero"),
+    (torch.ones(P, 1, 1), "start must have shape"),
+    (torch.tensor(1.0), "start must have shape"),
 ]
 
 
