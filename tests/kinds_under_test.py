@@ -270,10 +270,10 @@ class Reversible(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a parameter in a closure": (
         parameter_in_a_closure,
-        r"Sequential uses its parameter 0\.extra by a tensor or a function",
+        r"Sequential uses its parameter 0\.extra through a tensor or a function",
     ),
-    "parameters in a list": (InAList, "InAList uses its parameter w0 by a tensor"),
-    "a weight computed once": (Remembers, r"Remembers uses its parameter net\.0\.weight by a tensor"),
+    "parameters in a list": (InAList, "InAList uses its parameter w0 through a tensor"),
+    "a weight computed once": (Remembers, r"Remembers uses its parameter net\.0\.weight through a tensor"),
     "its own backward passes": (Reversible, "backward pass of Reversible adds to its parameters' grad by itself"),
     "re-entrant checkpoint": (
         lambda: Checkpointed(reentrant=True),

@@ -83,7 +83,7 @@ class TestFindings:
             (
                 [nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)],
                 "0 (BatchNorm1d) is without running statistics, so that a sample's output always depends on its batch: "
-                "create it with track_running_stats=True",
+                "make it with track_running_stats=True",
             ),
         ],
     )
@@ -100,8 +100,8 @@ class TestFindings:
             subject.model[0].weight[0, 1:3] = torch.nan
             subject.model[2].bias[0] = torch.inf
         assert doctor(subject).findings == (
-            "the parameter 0.weight of the model holds 2 NaN or infinite values",
-            "the parameter 2.bias of the model holds 1 NaN or infinite values",
+            "the model's 0.weight holds 2 NaN or infinite values",
+            "the model's 2.bias holds 1 NaN or infinite values",
         )
 
     def test_a_mask_of_minus_infinity_is_no_fault(self):

@@ -237,8 +237,8 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "a backward hook that looks on": lambda: backward_hooked(None, nn.ReLU),
 }
 
-PAST = "past its module"
-BACKWARD = "not that of its backward passes"
+PAST = "not through its module"
+BACKWARD = "differs from its backward passes"
 MISSING = "no forward derivative"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a patched forward": (lambda: patched(""), PAST),
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hook that is a closure, of a model that is gone": (orphan, PAST),
     "a closure over the linearized model": (lambda: hooked_itself(False), PAST),
     "a closure over the linearized model, later": (lambda: hooked_itself(True), PAST),
-    "a frozen encoder with masked places": (lambda: Encoder(True), "gives other outputs"),
+    "a frozen encoder with masked places": (lambda: Encoder(True), "outputs differ"),
     "a checkpoint": (lambda: With(lambda m, x: checkpoint(m, x, use_reentrant=False)), "checkpoint"),
     "a re-entrant checkpoint": (lambda: With(lambda m, x: checkpoint(m[1:], m[0](x), use_reentrant=True)), ""),
     "a fixed point": (Equilibrium, BACKWARD),

@@ -384,7 +384,9 @@ class TestOSLA:
     def test_weights_are_one_a_pair(self) -> None:
         _, (a, b, _), _ = self.learnt("exact")
         torch.testing.assert_close((a + b).average_factors((2, 2)).to_dense(), (a + b).average_factors().to_dense())
-        with pytest.raises(CurvlabError, match="there are 2 pairs of factors, and 3 weights"):
+        with pytest.raises(
+            CurvlabError, match="weights must have one number for each of the 2 pairs of factors, not 3"
+        ):
             (a + b).average_factors((1, 1, 1))
 
 

@@ -23,7 +23,7 @@ def find_faults(model: nn.Module) -> Iterator[str]:
     if unsettled:
         yield (
             f"{_enumerate(unsettled)} {_be(unsettled)} without running statistics, so that a sample's output always "
-            "depends on its batch: create it with track_running_stats=True"
+            "depends on its batch: make it with track_running_stats=True"
         )
     if training:
         yield (

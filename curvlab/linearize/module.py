@@ -51,8 +51,8 @@ def linearize(
     Raises:
         CurvlabError: No parameter is trainable, ``at`` does not fit the model, or the head does not exist.
         UnsupportedError: The model cannot be copied. At a call: batch normalisation is in train mode, torch has no
-            forward derivative or it differs from the backward passes of the model, a closure uses parameters of the
-            original model, or the head is not the last module. The message names the module.
+            forward derivative or it differs from the backward passes of the model, a closure uses parameters
+            directly and not through their modules, or the head is not the last module. The message names the module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

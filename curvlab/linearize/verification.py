@@ -84,8 +84,9 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
         outputs = function(leaves)
     if foreign:
         raise UnsupportedError(
-            f"{name} cannot be linearized: it uses {foreign[0]} of another model, such as in a hook or forward that is "
-            "a closure over a model; use the module that the hook receives, or write a method of a class"
+            f"{name} cannot be linearized: it uses {foreign[0]} directly and not through its module, as in a hook or "
+            "forward that is a closure over a model; use the module that the hook receives, or write a method of a "
+            "class"
         )
     pushforward.require_tensor(model, outputs)
     along = random(outputs)
