@@ -113,7 +113,8 @@ class CurvatureMatrix(ABC):
         tensors = vectors.values() if isinstance(vectors, Mapping) else [vectors]
         if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             raise CurvlabError(
-                f"a vector must be a dense tensor or a dict of dense tensors by parameter name, not {shown(vectors)}"
+                "a vector must be a dense tensor or a dict of dense tensors by parameter name, not "
+                f"{shown(vectors)}"
             )
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             raise CurvlabError("the tensors of the vector have different dtypes or devices: move them with to()")
@@ -368,8 +369,8 @@ class CurvatureMatrix(ABC):
     def _sum(self, other: "CurvatureMatrix", sign: str) -> Self:
         if not isinstance(other, CurvatureMatrix):
             raise CurvlabError(
-                f"a matrix can be added to a matrix only, not to {shown(other)}: use the damping of solve for the "
-                "diagonal, and sum(matrices[1:], matrices[0]) for a sum of matrices"
+                f"a matrix can be added to a matrix only, not to {shown(other)}: use the damping of solve for "
+                "the diagonal, and sum(matrices[1:], matrices[0]) for a sum of matrices"
             )
         if self.space != other.space:
             raise CurvlabError("the two matrices have different parameter spaces and cannot be added")
