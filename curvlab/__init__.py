@@ -1,4 +1,4 @@
-"""curvlab: the curvature of a network on its data, on one scale, checked."""
+"""curvlab: curvature of neural networks on data, on one scale, tested against one reference."""
 
 from curvlab.startup import handle_interrupt
 
