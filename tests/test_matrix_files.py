@@ -282,7 +282,7 @@ def test_paths_without_a_file_to_read(path: str, told: str, tmp_path: Path) -> N
 def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for attempt in (lambda: SMALL.save(path), lambda: load(path), lambda: make_writable_folder(path)):
-        with pytest.raises(CurvlabError, match="is not the path of a file"):
+        with pytest.raises(CurvlabError, match="is not a path of a file"):
             attempt()
     assert not list(tmp_path.iterdir())
 
@@ -295,11 +295,11 @@ def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("link to pipe", "device, pipe or other special file"),
         ("folder", "it is a folder"),
         ("link to folder", "it is a folder"),
-        ("stream", "stream of a process|there is no folder"),
-        ("/dev/../dev/fd/STREAM", "stream of a process|there is no folder"),
-        ("absent/m", "there is no folder .*absent; create it first"),
-        ("file/m", "there is no folder .*file"),
-        ("loop", "lead nowhere"),
+        ("stream", "stream of a process|does not exist"),
+        ("/dev/../dev/fd/STREAM", "stream of a process|does not exist"),
+        ("absent/m", "the folder .*absent does not exist; create it first"),
+        ("file/m", "the folder .*file does not exist"),
+        ("loop", "form a loop"),
         ("x" * 300, "cannot write"),
     ],
 )
