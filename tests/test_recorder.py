@@ -6,7 +6,9 @@ import signal
 import weakref
 from pathlib import Path
 from statistics import median
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from programs import Starter
@@ -16,7 +18,7 @@ from curvlab import CurvlabError, Problem, UnsupportedError, estimate
 from curvlab import recorder as module
 from curvlab.data import load
 from curvlab.models import mlp
-from curvlab.recorder import EigenvalueRecorder
+from curvlab.recorder import EigenvalueChanges, EigenvalueOptions, EigenvalueRecorder
 from curvlab.spectrum import top_eigenvalues
 from curvlab.spectrum.density import spectral_density
 from curvlab.training import fit
@@ -152,7 +154,7 @@ def test_a_new_top_eigenvector_is_seen() -> None:
 
 def test_what_hides_from_warm_starts_is_found_by_the_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curvlab.spectrum.eigenvalues._RANDOM_PART", 1e-4)
-    monkeypatch.setattr(module, "_FRESH_EVERY", 6)
+    monkeypatch.setattr(module, "_RANDOM_START_EVERY", 6)
     cold, warm = crossing(False, quantities=["fisher"]), crossing(True, quantities=["fisher"])
     off = [w["value"] != pytest.approx(c["value"], rel=2e-3) for w, c in zip(warm, cold, strict=True)]
     assert any(off[:6])  # which shows that the random part is needed, and that this test can fail
@@ -342,7 +344,7 @@ def test_checkpoint_of_another_recorder_is_refused(tmp_path: Path) -> None:
 def test_a_recorder_belongs_to_one_run() -> None:
     recorder = EigenvalueRecorder(blobs(), every=5)
     fit(network(), blobs(), steps=5, observers=[recorder])
-    with pytest.raises(CurvlabError, match="has a point at step 5 and is called at step 0: take a new recorder"):
+    with pytest.raises(CurvlabError, match="has a point at step 5 and is called at step 0: create a new recorder"):
         fit(network(), blobs(), steps=5, observers=[recorder])
 
 
@@ -386,8 +388,8 @@ def test_too_few_products_are_told() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantities": []}, "quantities is a list of one or more"),
-        ({"quantities": "fisher"}, "quantities is a list of one or more"),
+        ({"quantities": []}, "quantities must be a list of at least one"),
+        ({"quantities": "fisher"}, "quantities must be a list of at least one"),
         ({"quantities": ["fischer"]}, "fischer"),
         ({"every": 0}, "every must be at least 1, not 0"),
         ({"which": "LR"}, "LR"),
@@ -395,11 +397,29 @@ def test_too_few_products_are_told() -> None:
         ({"density_probes": 1}, "probes must be at least 2"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
+        ({"tolerance": 1e-3}, "no option of the recorder 'tolerance'"),
+        ({"options": {"k": 2}}, "options must be a curvlab.recorder.EigenvalueOptions, not {'k': 2}"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(CurvlabError, match=message):
         EigenvalueRecorder(blobs(), **options)
+
+
+def test_keywords_change_the_options() -> None:
+    assert get_type_hints(EigenvalueChanges) == get_type_hints(EigenvalueOptions)
+    options = EigenvalueOptions(k=2, which="SA", params=["4.*"], seed=3)
+    recorders = [
+        EigenvalueRecorder(blobs(), options=options),
+        EigenvalueRecorder(blobs(), k=2, which="SA", params=["4.*"], seed=3),
+        EigenvalueRecorder(blobs(), options=EigenvalueOptions(k=2, params="*", which="SA"), params=["4.*"], seed=3),
+    ]
+    for recorder in recorders:
+        recorder(0, network())
+    assert len(recorders[0].records) == 4
+    assert without_seconds(recorders[0].records) == without_seconds(recorders[1].records)
+    assert without_seconds(recorders[0].records) == without_seconds(recorders[2].records)
+    assert {options: 1}[EigenvalueOptions(k=np.int64(2), which="SA", params=("4.*",), seed=3)] == 1
 
 
 def test_an_error_says_where_it_came_from() -> None:
