@@ -291,7 +291,7 @@ def test_a_last_batch_of_one_under_batch_normalisation() -> None:
     """In training: one sentence with the way out."""
     inputs, targets = torch.randn(9, 1, 2, 2), torch.arange(9) % 2
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-    told = "a batch has one sample, of which batch normalisation has no variance: choose another batch_size"
+    told = "batch normalisation needs more than one sample per batch; choose another batch_size"
     with pytest.raises(CurvlabError, match=told):
         fit(net, (inputs, targets), batch_size=8, epochs=1, progress=False)
     dataset = DataSet("nine", inputs, targets, inputs, targets, ("a", "b"))

@@ -166,7 +166,7 @@ def test_a_training_holds_plain_values_and_can_be_a_key() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"optimizer": "lion"}, "no optimizer 'lion'; the optimizers are adam, adamw, sgd"),
+        ({"optimizer": "lion"}, "no optimizer 'lion'; available: adam, adamw, sgd"),
         ({"schedule": "square"}, "no schedule 'square'; .* constant, linear, cosine, step, exponential"),
         ({"lr": "0.1"}, "lr must be a positive number, not '0.1'"),
         ({"lr": float("inf")}, "lr must be a positive number, not inf"),
@@ -360,7 +360,7 @@ def test_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CurvlabError, match=rf"{file} cannot be read"):
         fit(network(), blobs(), **options(file))
     torch.save(network().state_dict(), file)
-    with pytest.raises(CurvlabError, match=rf"{file} is not a training checkpoint"):
+    with pytest.raises(CurvlabError, match=rf"{file} is not a curvlab training checkpoint"):
         fit(network(), blobs(), **options(file))
 
 
@@ -398,14 +398,14 @@ def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
         ({"epochs": 1}, "either epochs or steps, not both"),
         ({"steps": None}, "either epochs or steps"),
         ({"seed": -1}, "seed must be a whole number from 0, not -1"),
-        ({"target": 0.9}, "target .* needs evaluation data"),
+        ({"target": 0.9}, "target must be an accuracy .* with evaluation data"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1, not 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be a whole number from 1, not 0"),
-        ({"batch_size": [8]}, "batch_size must be one number here; a list, .* is for continual.run"),
+        ({"batch_size": [8]}, "batch_size must be one number here; a list .* is for continual.run"),
         ({"steps": [8]}, "steps must be one number here"),
-        ({"lr_decay": 0.5}, "lr_decay acts from one task to the next, in continual.run; leave it at 1.0"),
-        ({"min_lr": 0.5}, "min_lr acts from one task to the next"),
+        ({"lr_decay": 0.5}, "lr_decay is for the tasks of continual.run; leave it at 1.0"),
+        ({"min_lr": 0.5}, "min_lr is for the tasks of continual.run"),
         ({"training": 0.1}, r"training must be a curvlab\.training\.Training, not 0.1"),
         ({"momentun": 0.9}, "no training option 'momentun'; did you mean 'momentum'"),
     ],
@@ -422,7 +422,7 @@ def test_wrong_data_and_weights_are_refused() -> None:
     for data, message in (
         ((x[:0], y[:0]), "no samples"),
         ((x, y[:-1]), "90 inputs but 89 targets"),
-        ((broken, y), "training inputs hold NaN or infinite values, the first in sample 4"),
+        ((broken, y), "training inputs hold NaN or infinite values, first in sample 4"),
         ((x[:, :5], y), "the model cannot take the training inputs: .*shapes"),
         ((x, y + 1), "a label is 3"),
         ((x, y.float()), "class indices"),
@@ -439,7 +439,7 @@ def test_wrong_data_and_weights_are_refused() -> None:
     with pytest.raises(CurvlabError, match="no trainable parameters"):
         fit(network().requires_grad_(False), (x, y), steps=1)
     # Batch normalisation cannot train on the one sample that is left over.
-    with pytest.raises(CurvlabError, match="fails in step 2: a batch has one sample"):
+    with pytest.raises(CurvlabError, match="fails in step 2: batch normalisation needs more than one"):
         fit(network(), (x[:21], y[:21]), epochs=1, batch_size=20)
 
 
@@ -602,7 +602,7 @@ def test_an_observer_that_changes_the_model_is_told(change: str) -> None:
                 model.train()(blobs()[0])
 
     name = {"buffer": "1.num_batches_tracked"}.get(change, "0.weight")
-    with pytest.raises(CurvlabError, match=rf"an observer changed the model's {name}; it may only look") as caught:
+    with pytest.raises(CurvlabError, match=rf"an observer changed {name} of the model; let it work on a copy") as caught:
         fit(network(), blobs(), steps=3, observers=[Meddles()])
     assert caught.value.__notes__ == ["in Meddles, called after step 0 of the training"]
 

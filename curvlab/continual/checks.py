@@ -12,8 +12,8 @@ from curvlab.continual.outputs import Outputs, TaskLoss
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.task import Part, Task
 from curvlab.errors import CurvlabError
-from curvlab.training.samples import check_weights, model_errors, reference, require_module, take
-from curvlab.training.state import modes_restored, random_state_restored
+from curvlab.training.samples import check_weights, reference, require_module, take, translate_model_errors
+from curvlab.training.state import preserve_modes, random_state_restored
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -110,10 +110,10 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")
     check_weights(model, "at the start of the run")
     with (
-        modes_restored(model),
+        preserve_modes(model),
         random_state_restored(reference(model).device),
         torch.no_grad(),
-        model_errors("cannot take the samples"),
+        translate_model_errors("cannot take the samples"),
     ):
         model.eval()
         outputs = model(take(stream[0].take(torch.arange(1)), slice(None), reference(model))[0])

@@ -29,10 +29,10 @@ from curvlab.progress import progress as progress_bar
 from curvlab.randomness import preserved_random_state
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
 from curvlab.training.lengths import count_steps, get_batch_size, split_by_task
-from curvlab.training.observers import unchanged
+from curvlab.training.observers import require_unchanged
 from curvlab.training.options import Training, TrainingChanges, combine
 from curvlab.training.samples import check_weights, reference
-from curvlab.training.state import derived_seed, gradients_restored, modes_restored, random_state_restored
+from curvlab.training.state import derived_seed, gradients_restored, preserve_modes, random_state_restored
 
 Record = dict[str, Any]
 Observe = Callable[[Learner], Mapping[str, Any]]
@@ -175,7 +175,7 @@ class _Run:
         model, tasks = learner.model, len(learner.stream)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         with (
-            modes_restored(model),
+            preserve_modes(model),
             gradients_restored(model),
             random_state_restored(learner.device),
             torch.enable_grad(),
@@ -227,7 +227,7 @@ class _Run:
             record["evaluation_seconds"] += time.perf_counter() - started
         record["bytes"] = checkpoints.bytes_held(self.strategy.state())
         if self.observe is not None:
-            with unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
+            with require_unchanged(model), preserved_random_state(), gradients_restored(model), preserve_modes(model):
                 model.eval()
                 seen = self.observe(learner)
             if not isinstance(seen, Mapping):

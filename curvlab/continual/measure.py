@@ -7,8 +7,8 @@ from torch import Tensor
 
 from curvlab.continual.learner import Learner
 from curvlab.continual.task import Part
-from curvlab.training.samples import model_errors, reference, take
-from curvlab.training.state import modes_restored, random_state_restored
+from curvlab.training.samples import reference, take, translate_model_errors
+from curvlab.training.state import preserve_modes, random_state_restored
 
 _BATCH = 1000
 
@@ -27,10 +27,10 @@ def accuracies(learner: Learner, tasks: Iterable[int], part: Part) -> Tensor:
     model = learner.model
     known: dict[int, float] = {}
     with (
-        modes_restored(model),
+        preserve_modes(model),
         random_state_restored(learner.device),
         torch.no_grad(),
-        model_errors("fails in evaluation"),
+        translate_model_errors("fails in evaluation"),
     ):
         model.eval()
         for task in tasks:

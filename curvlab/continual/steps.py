@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 from curvlab.progress import Advance
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.options import Training
-from curvlab.training.samples import MODEL_ERRORS, model_error
+from curvlab.training.samples import MODEL_ERRORS, make_model_error
 from curvlab.training.state import derived_seed
 
 _SHOW_EVERY = 0.1  # seconds
@@ -66,7 +66,7 @@ def do_steps(
             loss = strategy.loss(learner, batch)
             loss.backward()
         except MODEL_ERRORS as error:
-            raise model_error(error, fails, of=blamed) from error
+            raise make_model_error(error, fails, subject=blamed) from error
         if after_backward is not None:
             after_backward(learner)
         if clip is not None:

@@ -1,4 +1,4 @@
-"""Training: one fit loop, repeatable to the bit on the CPU, that can be stopped and continued."""
+"""Fit loop with bitwise reproducible results on the CPU and resumable checkpoints."""
 
 from curvlab.training.evaluation import Evaluation, evaluate
 from curvlab.training.loop import FitResult, fit

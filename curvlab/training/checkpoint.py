@@ -1,4 +1,4 @@
-"""Checkpoints: a training run in one file, which knows which run it belongs to."""
+"""Checkpoint files of training runs; each file stores which run it belongs to."""
 
 import hashlib
 import io
@@ -17,14 +17,14 @@ FORMAT = "curvlab training checkpoint 1"
 
 
 def fingerprint(options: dict[str, Any], model: nn.Module, **data: Samples | None) -> dict[str, Any]:
-    """Describe a run so that two of them are the same run if and only if their descriptions are equal.
+    """Return a description of a run; two runs are the same if and only if their descriptions are equal.
 
-    The values of the weights do not belong to it: a continued run takes them from the checkpoint.
+    The values of the weights are not part of it: a continued run takes them from the checkpoint.
 
     Args:
         options: Hyper-parameters by name.
-        model: Its parameters and buffers enter by name, shape, dtype, device type and whether they are trained.
-        data: The samples by what they are for; they enter by a hash of all their bytes.
+        model: Its parameters and buffers are described by name, shape, dtype, device type and whether they are trained.
+        data: Samples by their role (``training``, ``evaluation``), described by a hash of all their bytes.
     """
     description = dict(options)
     for name, parameter in model.named_parameters():
@@ -40,18 +40,18 @@ def fingerprint(options: dict[str, Any], model: nn.Module, **data: Samples | Non
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """Where the states of one run are kept.
+    """File with the state of one run.
 
     Args:
-        path: The file.
-        fingerprint: What ``fingerprint`` returned for this run.
+        path: Path of the file.
+        fingerprint: Result of ``fingerprint`` for this run.
     """
 
     path: Path
     fingerprint: dict[str, Any]
 
     def write(self, states: dict[str, Any]) -> None:
-        """Write tensors, numbers, strings and lists or dictionaries of them, whole or not at all.
+        """Write tensors, numbers, strings and lists or dictionaries of them; the file is complete or not written.
 
         Raises:
             CurvlabError: The file cannot be written.
@@ -61,13 +61,13 @@ class CheckpointFile:
         write_whole(self.path, buffer.getvalue())
 
     def read(self, map_location: str | None = "cpu") -> dict[str, Any] | None:
-        """Return what was last written; None if there is no file.
+        """Return the last state that was written; None if there is no file.
 
         Args:
-            map_location: Where tensors go; None for where they were.
+            map_location: Device of the tensors; None for the devices they were saved from.
 
         Raises:
-            CurvlabError: The file cannot be read, or belongs to another run; the message says what differs.
+            CurvlabError: The file cannot be read, or belongs to another run; the message names the differences.
         """
         if not self.path.exists():
             return None
@@ -79,7 +79,7 @@ class CheckpointFile:
                 "delete it or choose another file"
             ) from error
         if not isinstance(states, dict) or states.get("format") != FORMAT:
-            raise CurvlabError(f"{self.path} is not a training checkpoint of curvlab; choose another file")
+            raise CurvlabError(f"{self.path} is not a curvlab training checkpoint; choose another file")
         theirs = states["fingerprint"]
         differences = [
             f"{key} is {theirs.get(key, 'absent')} there and {self.fingerprint.get(key, 'absent')} here"
@@ -96,7 +96,7 @@ class CheckpointFile:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer by name, those too that a state dict leaves out; not copies."""
+    """Return all parameters and buffers by name, without copying; includes non-persistent buffers."""
     parameters = {f"parameter {name}": parameter.detach() for name, parameter in model.named_parameters()}
     return parameters | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
 

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on samples."""
+"""Loss and accuracy of a model."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss, get_loss
-from curvlab.training.samples import Samples, check_samples, model_errors, reference, require_module, take
-from curvlab.training.state import modes_restored, random_state_restored
+from curvlab.training.samples import Samples, check_samples, reference, require_module, take, translate_model_errors
+from curvlab.training.state import preserve_modes, random_state_restored
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss a sample (nats for likelihoods), and the fraction classified right (None without classes)."""
+    """Result of an evaluation.
+
+    Attributes:
+        loss: Mean loss per sample, in nats for likelihoods.
+        accuracy: Fraction of samples classified correctly, 0 to 1; None for losses without classes.
+    """
 
     loss: float
     accuracy: float | None
@@ -26,14 +31,14 @@ class Evaluation:
 def evaluate(
     model: nn.Module, x: Tensor, y: Tensor, *, loss: str = "cross_entropy", batch_size: int = 1000
 ) -> Evaluation:
-    """Measure a model in eval mode; its modes and the random state are afterwards what they were.
+    """Evaluate a model in eval mode; its modes and the random state are restored afterwards.
 
     Args:
         model: Any module with one output tensor ``(N, C)``.
-        x: Inputs ``(N, ...)``, on any device: moved batch by batch.
-        y: Targets that belong to the loss: class indices ``(N,)`` or values ``(N, C)``.
-        loss: A name that ``curvlab.losses.get_loss`` knows.
-        batch_size: Samples a forward pass.
+        x: Inputs ``(N, ...)`` on any device; they are moved to the model batch by batch.
+        y: Targets for the loss: class indices ``(N,)`` or values ``(N, C)``.
+        loss: Name of a loss in ``curvlab.losses``.
+        batch_size: Samples per forward pass.
 
     Raises:
         CurvlabError: The samples do not fit the model or the loss, or the loss is not finite.
@@ -47,29 +52,29 @@ def evaluate(
         raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
     criterion = get_loss(loss)
     require_module(model)
-    with modes_restored(model):
+    with preserve_modes(model):
         model.eval()
         check_samples(model, (x, y), criterion, "evaluation")
         return measure(model, (x, y), criterion, batch_size)
 
 
 def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000) -> Evaluation:
-    """Do what ``evaluate`` does, for samples that have been checked.
+    """Evaluate a model as ``evaluate`` does, on samples that have already been checked.
 
     Raises:
         CurvlabError: The loss is not finite, or the model fails on a batch.
     """
     classes = loss.name == "cross_entropy"
     like = reference(model)
-    # Sums stay on the device: one synchronisation for all batches.
+    # The sums stay on the device, so that there is one synchronisation for all batches.
     total = torch.zeros((), dtype=torch.float64, device=like.device)
-    right = torch.zeros((), dtype=torch.int64, device=like.device)
+    correct = torch.zeros((), dtype=torch.int64, device=like.device)
     size = len(data[0])
     with (
-        modes_restored(model),
+        preserve_modes(model),
         random_state_restored(like.device),
         torch.no_grad(),
-        model_errors("fails in evaluation"),
+        translate_model_errors("fails in evaluation"),
     ):
         model.eval()
         for start in range(0, size, batch_size):
@@ -77,8 +82,11 @@ def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000)
             outputs = model(inputs)
             total += loss.values(outputs, targets).sum(dtype=torch.float64)
             if classes:
-                right += (outputs.argmax(dim=1) == targets).sum()
+                correct += (outputs.argmax(dim=1) == targets).sum()
     mean = float(total) / size
     if not math.isfinite(mean):
-        raise CurvlabError(f"the loss of the evaluation data is {mean}; the model's outputs overflow or hold NaN")
-    return Evaluation(mean, int(right) / size if classes else None)
+        raise CurvlabError(
+            f"the loss on the evaluation data is {mean}: the outputs of the model overflow or contain NaN; "
+            "check the weights and the scale of the inputs"
+        )
+    return Evaluation(mean, int(correct) / size if classes else None)

@@ -1,4 +1,4 @@
-"""Batch sizes and lengths of a training: one number, or one for each task of a stream."""
+"""Batch sizes and lengths of training: one number, or one for each task of a stream."""
 
 from dataclasses import replace
 
@@ -7,30 +7,32 @@ from curvlab.training.options import DEFAULTS, Training, TrainingChanges
 
 
 def check_one_task(training: Training) -> None:
-    """Require the options of a training without a stream of tasks.
+    """Check that the options are for one task.
 
     Raises:
-        CurvlabError: They have no length, or are for several tasks.
+        CurvlabError: Neither ``epochs`` nor ``steps`` is given, or an option is for several tasks.
     """
     if training.epochs is None and training.steps is None:
         raise CurvlabError("give either epochs or steps")
     for name in ("batch_size", "epochs", "steps"):
         if isinstance(getattr(training, name), tuple):
-            raise CurvlabError(f"{name} must be one number here; a list, one number a task, is for continual.run")
+            raise CurvlabError(f"{name} must be one number here; a list with one number per task is for continual.run")
     for name in ("lr_decay", "min_lr"):
         if getattr(training, name) != (default := DEFAULTS[name]):
-            raise CurvlabError(f"{name} acts from one task to the next, in continual.run; leave it at {default}")
+            raise CurvlabError(
+                f"{name} is for the tasks of continual.run; leave it at {default} here"
+            )
 
 
 def split_by_task(training: Training, tasks: int) -> tuple[Training, ...]:
-    """Return the options of each task, in which every option is one number.
+    """Return the options of each task; in them, every option is one number.
 
     Args:
-        training: Of all tasks; without ``epochs`` and ``steps``, a task has one epoch.
-        tasks: How many there are.
+        training: Options of all tasks; without ``epochs`` and ``steps``, each task has one epoch.
+        tasks: Number of tasks.
 
     Raises:
-        CurvlabError: A list does not have one number a task.
+        CurvlabError: A list does not have one number per task.
 
     Examples:
         >>> [task.batch_size for task in split_by_task(Training(batch_size=[16, 32], steps=5), 2)]
@@ -43,24 +45,24 @@ def split_by_task(training: Training, tasks: int) -> tuple[Training, ...]:
         values = getattr(training, name)
         if isinstance(values, tuple):
             if len(values) != tasks:
-                raise CurvlabError(f"{name} has {len(values)} values, and there are {tasks} tasks")
+                raise CurvlabError(f"{name} has {len(values)} values for {tasks} tasks; give one value per task")
             for changes, value in zip(each, values, strict=True):
                 changes[name] = value
     return tuple(replace(training, **changes) for changes in each)
 
 
 def get_batch_size(training: Training) -> int:
-    """Return the samples a step of a training of one task."""
+    """Return the batch size of a training on one task."""
     assert isinstance(training.batch_size, int)
     return training.batch_size
 
 
 def count_steps(training: Training, batches: int) -> int:
-    """Return the steps of a training of one task.
+    """Return the number of steps of a training on one task.
 
     Args:
-        training: Its options.
-        batches: Steps of an epoch.
+        training: Options of the training.
+        batches: Number of steps per epoch.
     """
     if training.steps is not None:
         assert isinstance(training.steps, int)

@@ -19,10 +19,10 @@ from curvlab.training.plan import Plan
 from curvlab.training.run import Record, Run
 from curvlab.training.samples import Samples
 from curvlab.training.state import (
+    defer_interrupts,
     derived_seed,
     gradients_restored,
-    interrupts_between_steps,
-    modes_restored,
+    preserve_modes,
     random_state_restored,
 )
 
@@ -31,17 +31,17 @@ _DEFAULT = Training()
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training run came to.
+    """Result of a training run.
 
     Attributes:
-        steps: Steps done in all, those before a resumption included.
+        steps: Total number of steps, including those before the run was resumed.
         history: One flat record every ``evaluate_every`` steps and one at the end: ``step``, ``train_loss``
-            (mean over the steps since the record before), ``eval_loss``, ``eval_accuracy``, ``lr`` (of that step).
+            (mean over the steps since the previous record), ``eval_loss``, ``eval_accuracy``, ``lr`` (of that step).
         evaluation: The last evaluation; None if no evaluation data were given.
         reached_target: Whether the evaluation accuracy reached ``target``.
-        resumed_at: The step at which a checkpoint was taken up; 0 for a run from the start.
+        resumed_at: The step at which the run was resumed from a checkpoint; 0 for a new run.
         seconds: Wall time of this call.
-        observer_seconds: How much of it was spent in the observers.
+        observer_seconds: Part of the wall time that was spent in the observers.
     """
 
     steps: int
@@ -68,26 +68,27 @@ def fit(
     progress: bool = True,
     **changes: Unpack[TrainingChanges],
 ) -> FitResult:
-    """Train the model in place, on the device where it is.
+    """Train a model in place, on its device.
 
-    The same seed gives the same weights, on the CPU to the bit; so does a run that was stopped and continued
-    from its checkpoint. The model is trained in train mode and evaluated in eval mode. Modes, gradients and
-    the global random state are afterwards what they were before.
+    The same seed gives the same weights (bitwise on the CPU), also when a run is stopped and continued from its
+    checkpoint. The model is trained in train mode and evaluated in eval mode. Modes, gradients and the global random
+    state are restored afterwards.
 
     Args:
         model: Any module with one output tensor ``(N, C)`` and trainable parameters.
-        data: Inputs ``(N, ...)`` and targets; on any device, moved batch by batch. Floating tensors are cast
-            to the model's dtype. Each epoch goes through all samples in a new order; its last batch may be smaller.
-        loss: ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy``; minimised is its mean over a batch.
-        training: How it is trained; it needs ``epochs`` or ``steps``.
+        data: Inputs ``(N, ...)`` and targets on any device; they are moved to the model batch by batch. Floating-point
+            tensors are cast to the model's dtype. Each epoch uses all samples in a new order; its last batch may be
+            smaller.
+        loss: ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy``; its mean over a batch is minimised.
+        training: Options of the training; ``epochs`` or ``steps`` is required.
         evaluation: Samples to evaluate on.
-        evaluate_every: Steps between two records; None for an epoch.
+        evaluate_every: Number of steps between two records; None for one epoch.
         target: Stop at the first evaluation whose accuracy (0 to 1) reaches this.
-        checkpoint: A file for the state of the run; if it exists, the run goes on from there.
-        checkpoint_every: Steps between two writes; written at the end and on Ctrl-C too.
-        observers: What looks at the model between steps, such as a ``curvlab.EigenvalueRecorder``; the weights are
-            the same bits with and without. What they have seen is in the checkpoint.
-        progress: Whether a terminal shows a progress bar.
+        checkpoint: File for the state of the run; if it exists, the run continues from it.
+        checkpoint_every: Number of steps between two writes; the file is also written at the end and on Ctrl-C.
+        observers: Objects that are called with the model between steps, such as a ``curvlab.EigenvalueRecorder``. The
+            weights are bitwise the same with and without observers. The checkpoint contains the observers' states.
+        progress: Whether to show a progress bar in a terminal.
         **changes: Fields of ``training`` to change: ``fit(model, data, lr=0.1, steps=200)`` is short for
             ``fit(model, data, training=Training(lr=0.1, steps=200))``.
 
@@ -95,7 +96,7 @@ def fit(
         The records and the last evaluation.
 
     Raises:
-        CurvlabError: An option, the data or the weights are not right; the loss or a weight ceases to be finite;
+        CurvlabError: An option, the data or the weights are invalid; the loss or a weight becomes NaN or infinite;
             the checkpoint belongs to another run or cannot be read or written; an observer changes the model.
 
     Examples:
@@ -109,18 +110,18 @@ def fit(
     training = combine(training, changes)
     plan = Plan(training, get_loss(loss), data, evaluation, evaluate_every, target, checkpoint_every)
     plan.check(model)
-    watching = Observers(observers)
+    observer_list = Observers(observers)
     file = None
     if checkpoint is not None:
-        options = plan.describe() | ({"observers": watching.names} if observers else {})
+        options = plan.describe() | ({"observers": observer_list.names} if observers else {})
         file = CheckpointFile(Path(checkpoint), fingerprint(options, model, training=data, evaluation=evaluation))
-    run = Run(plan, model, watching, file)
+    run = Run(plan, model, observer_list, file)
     with (
-        modes_restored(model),
+        preserve_modes(model),
         gradients_restored(model),
         random_state_restored(run.device, derived_seed(training.seed, 0)),
         torch.enable_grad(),
-        interrupts_between_steps() as guard,
+        defer_interrupts() as guard,
         progress_bar("training", plan.steps, enabled=progress) as advance,
     ):
         run.begin()
@@ -137,5 +138,5 @@ def fit(
         reached_target=run.reached_target,
         resumed_at=run.resumed_at,
         seconds=time.perf_counter() - started,
-        observer_seconds=watching.seconds,
+        observer_seconds=observer_list.seconds,
     )

@@ -1,4 +1,4 @@
-"""Observers: what looks at a model while it trains, and leaves no trace in it."""
+"""Observers: objects that measure a model during training without changing it."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,59 +9,59 @@ from torch import nn
 
 from curvlab.errors import CurvlabError
 from curvlab.randomness import preserved_random_state
-from curvlab.training.state import StepGuard, gradients_restored, modes_restored
+from curvlab.training.state import StepGuard, gradients_restored, preserve_modes
 
 
 class Observer(Protocol):
-    """What ``fit`` calls between steps: at step 0, at every step that is due, and at the end.
+    """Object that ``fit`` calls between steps: at step 0, at every step for which ``due`` is true, and at the end.
 
-    ``curvlab.EigenvalueRecorder`` is one.
+    ``curvlab.EigenvalueRecorder`` is an observer.
     """
 
     def due(self, step: int) -> bool:
-        """Say whether to be called after this many steps (before the first and after the last one: always)."""
+        """Return whether to call the observer after this many steps (step 0 and the last step are always due)."""
 
     def __call__(self, step: int, model: nn.Module) -> None:
-        """Look at the model after this many steps.
+        """Measure the model after this many steps.
 
-        It is in eval mode, its weights are finite, and it must not be changed. Modes, gradients and the global random
-        states are put back afterwards.
+        The model is in eval mode, its weights are finite, and it must not be changed. Modes, gradients and the global
+        random states are restored afterwards.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: numbers, strings, tensors, and lists and dictionaries of them.
+        """Return the state for a checkpoint: numbers, strings, tensors, and lists and dictionaries of them.
 
-        A later call must not change what was returned.
+        A later call of the observer must not change the returned objects.
         """
 
     def load_state_dict(self, states: Mapping[str, Any], /) -> None:
-        """Take up what ``state_dict`` returned in a run that was stopped.
+        """Restore the state that ``state_dict`` returned in a stopped run.
 
         Raises:
-            CurvlabError: It was returned by an observer with other options.
+            CurvlabError: The state belongs to an observer with other options.
         """
 
 
 class Observers:
-    """The observers of one run: each is called once at a step, also in a run that was stopped there.
+    """Observers of one run; each is called once at a step, also if the run was stopped and continued at that step.
 
     Attributes:
-        seconds: Spent in them.
+        seconds: Wall time spent in the observers.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
-        #: Of each the step of its last whole call, and its state then: one that was stopped half-way has no other.
+        #: For each observer: the step of its last complete call, and its state after that call.
         self._last: list[tuple[int, dict[str, Any] | None]] = [(-1, None)] * len(self._observers)
         self.seconds = 0.0
 
     @property
     def names(self) -> str:
-        """Their types."""
+        """Names of the observers' types."""
         return ", ".join(type(observer).__name__ for observer in self._observers)
 
     def due(self, step: int, finished: bool) -> list[int]:
-        """Return the indices of those that are to be called now."""
+        """Return the indices of the observers that must be called now."""
         return [
             index
             for index, (observer, (called, _)) in enumerate(zip(self._observers, self._last, strict=True))
@@ -69,16 +69,21 @@ class Observers:
         ]
 
     def call(self, indices: Sequence[int], step: int, model: nn.Module, guard: StepGuard) -> None:
-        """Call some of them.
+        """Call the observers with these indices.
 
         Raises:
-            CurvlabError: One changes the model.
+            CurvlabError: An observer changes the model.
         """
         for index in indices:
             observer = self._observers[index]
             started = time.perf_counter()
             try:
-                with unchanged(model), preserved_random_state(), gradients_restored(model), modes_restored(model):
+                with (
+                    require_unchanged(model),
+                    preserved_random_state(),
+                    gradients_restored(model),
+                    preserve_modes(model),
+                ):
                     model.eval()
                     observer(step, model)
             except BaseException as error:
@@ -90,14 +95,14 @@ class Observers:
                 self._last[index] = step, observer.state_dict()
 
     def states(self) -> list[dict[str, Any]]:
-        """Return what a checkpoint keeps of them."""
+        """Return the states of the observers for a checkpoint."""
         return [{"step": step, "state": state} for step, state in self._last]
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what ``states`` returned.
+        """Restore what ``states`` returned.
 
         Raises:
-            CurvlabError: An observer does not take its own.
+            CurvlabError: An observer does not accept its state.
         """
         self._last = [(saved["step"], saved["state"]) for saved in states]
         for observer, (_, state) in zip(self._observers, self._last, strict=True):
@@ -106,21 +111,21 @@ class Observers:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Require that parameters and buffers are afterwards the same tensors with the same values.
+def require_unchanged(model: nn.Module) -> Iterator[None]:
+    """Context in which parameters and buffers must stay the same tensors with the same values.
 
     Raises:
-        CurvlabError: One is not; the message names it.
+        CurvlabError: A tensor was changed; the message names it.
     """
     before = _versions(model)
     yield
     after = _versions(model)
     for name in before | after:
         if before.get(name) != after.get(name):
-            raise CurvlabError(f"an observer changed the model's {name}; it may only look: let it work on a copy")
+            raise CurvlabError(f"an observer changed {name} of the model; let it work on a copy of the model")
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, bool, int]]:
-    """Return what differs after a tensor was replaced, frozen or written in place (not through ``.data``)."""
+    """Return values that change when a tensor is replaced, frozen or written in place (except through ``.data``)."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: (id(t), t.requires_grad, 0 if t.is_inference() else t._version) for name, t in named.items()}

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule that the options of a training name."""
+"""Optimizers and learning-rate schedules by name."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,8 +11,8 @@ from curvlab.training.options import OptimizerName, ScheduleName, Training
 
 __all__ = ["OptimizerName", "ScheduleName", "make_optimizer", "make_schedule"]
 
-# The factor on the learning rate at a fraction of the training, from 0 at the first step to 1 after the last;
-# none for a constant one, which then costs nothing.
+# Factor on the learning rate at a fraction of the training, from 0 at the first step to 1 after the last.
+# None for a constant rate, which then needs no scheduler.
 _FACTORS: dict[ScheduleName, Callable[[Training, float], float] | None] = {
     "constant": None,
     "linear": lambda _, fraction: 1.0 - fraction,
@@ -27,10 +27,11 @@ _FACTORS: dict[ScheduleName, Callable[[Training, float], float] | None] = {
 def make_optimizer(
     name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> Optimizer:
-    """Return the optimizer of that name over these parameters.
+    """Return an optimizer for these parameters.
 
     Raises:
-        CurvlabError: The name is unknown, a value is out of its range, or momentum is given to one without.
+        CurvlabError: The name is unknown, a value is out of its range, or ``momentum`` is set for an optimizer other
+            than ``sgd``.
     """
     training = Training(optimizer=name, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "sgd":
@@ -39,6 +40,6 @@ def make_optimizer(
 
 
 def make_schedule(training: Training, optimizer: Optimizer, steps: int) -> LambdaLR | None:
-    """Return the schedule of a training over ``steps`` steps; None for a constant learning rate."""
+    """Return the learning-rate schedule for ``steps`` steps; None for a constant learning rate."""
     factor = _FACTORS[training.schedule]
     return None if factor is None else LambdaLR(optimizer, lambda step: factor(training, step / steps))

@@ -1,4 +1,4 @@
-"""The options of a training, in one value: how a network is trained, on one task or on each of several."""
+"""Options of training, for one task or for each task of a stream."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ ScheduleName = Literal["constant", "linear", "cosine", "step", "exponential"]
 
 
 class TrainingChanges(TypedDict, total=False):
-    """The fields of ``Training`` as keywords: what type checkers and editors know of ``**changes``."""
+    """Fields of ``Training`` as keywords, for type checkers and editors."""
 
     optimizer: OptimizerName
     lr: float
@@ -33,30 +33,31 @@ class TrainingChanges(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a network is trained.
+    """Options of training.
 
-    Numbers of NumPy become Python's, and sequences tuples.
+    NumPy numbers are converted to Python numbers, and sequences to tuples.
 
     Attributes:
-        optimizer: ``adam``, ``adamw`` or ``sgd``; ``continual.run`` makes a new one for every task.
-        lr: Learning rate at the first step, of the first task.
-        lr_decay: Factor on it from one task to the next (Mirzadeh et al. 2020); for ``continual.run``.
-        min_lr: Lower bound of that decay; for ``continual.run``.
-        momentum: For ``sgd``.
-        weight_decay: As the optimizer of ``torch.optim`` understands it.
-        schedule: The learning rate within a training (of one task, in ``continual.run``), at the fraction f of its
-            steps: ``constant``; ``linear`` or ``cosine``, which end at 0; ``step``, which multiplies it by
-            ``schedule_factor`` at each of ``schedule_drops``; ``exponential``, ``lr * schedule_factor ** f``.
-        schedule_factor: For ``step`` and ``exponential``; above 0 and at most 1.
-        schedule_drops: For ``step``: increasing fractions of the steps, above 0 and below 1.
-        clip_norm: Upper bound of the norm of the gradient, with what a continual method adds to it; None for no bound.
-        batch_size: Samples a step; for ``continual.run`` also a list, one number a task.
-        epochs: Length of the training, or of a task; for ``continual.run`` also a list, one number a task.
-        steps: The length in batches instead.
-        seed: Decides the order of the samples and what dropout draws; not the initial weights.
+        optimizer: ``adam``, ``adamw`` or ``sgd``; ``continual.run`` creates a new optimizer for every task.
+        lr: Learning rate at the first step (of the first task).
+        lr_decay: Factor on the learning rate from one task to the next (Mirzadeh et al. 2020); for ``continual.run``.
+        min_lr: Lower bound of the learning rate under ``lr_decay``; for ``continual.run``.
+        momentum: Momentum of ``sgd``.
+        weight_decay: Weight decay as defined by the optimizer in ``torch.optim``.
+        schedule: Learning rate at the fraction f of the steps (of one task, in ``continual.run``): ``constant``;
+            ``linear`` or ``cosine``, which end at 0; ``step``, which multiplies the rate by ``schedule_factor`` at each
+            of ``schedule_drops``; ``exponential``, ``lr * schedule_factor ** f``.
+        schedule_factor: Factor for ``step`` and ``exponential``; above 0 and at most 1.
+        schedule_drops: Increasing fractions of the steps for ``step``, above 0 and below 1.
+        clip_norm: Upper bound of the gradient norm, including what a continual learning method adds to the gradient;
+            None for no bound.
+        batch_size: Samples per step; for ``continual.run`` also a list with one number per task.
+        epochs: Length in epochs; for ``continual.run`` also a list with one number per task.
+        steps: Length in steps, in place of ``epochs``.
+        seed: Seed of the sample order and of dropout; it does not determine the initial weights.
 
     Raises:
-        CurvlabError: A value is out of its range, or two do not go together.
+        CurvlabError: A value is out of its range, or two options exclude each other.
 
     Examples:
         >>> from dataclasses import replace
@@ -65,7 +66,7 @@ class Training:
         (0.5, 0.75)
         >>> replace(training, optimizer="adam")
         Traceback (most recent call last):
-        curvlab.errors.CurvlabError: momentum belongs to sgd; adam has its own, so leave momentum at 0
+        curvlab.errors.CurvlabError: momentum belongs to sgd, not to adam; leave momentum at 0
     """
 
     optimizer: OptimizerName = "adam"
@@ -86,7 +87,7 @@ class Training:
     def __post_init__(self) -> None:
         for name, names in (("optimizer", get_args(OptimizerName)), ("schedule", get_args(ScheduleName))):
             if (value := getattr(self, name)) not in names:
-                raise CurvlabError(f"there is no {name} {value!r}; the {name}s are {', '.join(names)}")
+                raise CurvlabError(f"there is no {name} {value!r}; available: {', '.join(names)}")
         for name, (text, test) in _RANGES.items():
             if name != "clip_norm" or self.clip_norm is not None:
                 self._set(name, _number(name, getattr(self, name), text, test))
@@ -99,24 +100,24 @@ class Training:
         if self.epochs is not None and self.steps is not None:
             raise CurvlabError("give either epochs or steps, not both")
         if self.momentum and self.optimizer != "sgd":
-            raise CurvlabError(f"momentum belongs to sgd; {self.optimizer} has its own, so leave momentum at 0")
+            raise CurvlabError(f"momentum belongs to sgd, not to {self.optimizer}; leave momentum at 0")
         for name, schedules in _SCHEDULES_WITH.items():
             if self.schedule not in schedules and getattr(self, name) != (default := DEFAULTS[name]):
                 raise CurvlabError(f"{name} belongs to schedule {' and '.join(schedules)}; leave it at {default}")
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # as the class is frozen
+        object.__setattr__(self, name, value)  # the class is frozen
 
     def describe(self) -> dict[str, Any]:
-        """Return the options by name, without those that belong to another schedule."""
+        """Return the options by name, without those of other schedules."""
         names = (field.name for field in fields(self))
         return {n: getattr(self, n) for n in names if self.schedule in _SCHEDULES_WITH.get(n, (self.schedule,))}
 
 
-#: Of every option.
+#: Default of every option.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Training)}
 
-#: The options that only some schedules have.
+#: Options that only some schedules have.
 _SCHEDULES_WITH = {"schedule_factor": ("step", "exponential"), "schedule_drops": ("step",)}
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -131,12 +132,12 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def combine(training: Training, changes: TrainingChanges) -> Training:
-    """Return the options with some of them changed: ``fit(..., lr=0.1)`` is short for a ``Training``.
+    """Return the options with some of them changed.
 
     ``steps`` replaces ``epochs``, and ``epochs`` replaces ``steps``.
 
     Raises:
-        CurvlabError: There is no such option, a value is out of its range, or ``training`` is something else.
+        CurvlabError: An option is unknown or out of its range, or ``training`` is not a ``Training``.
     """
     if not isinstance(training, Training):
         raise CurvlabError(f"training must be a curvlab.training.Training, not {shown(training)}")
@@ -171,7 +172,7 @@ def _fractions(values: object) -> tuple[float, ...]:
 
 
 def _whole(name: str, value: object) -> int | tuple[int, ...]:
-    """Return a whole number from 1, or a tuple of them."""
+    """Return a whole number from 1, or a tuple of such numbers."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(whole_number(one, name, 1) for one in value)
     return whole_number(value, name, 1)

@@ -1,4 +1,4 @@
-"""A run of the fit loop: where it stands, and what it does from one step to the next."""
+"""State and steps of one run of the fit loop."""
 
 import math
 import time
@@ -16,27 +16,27 @@ from curvlab.training.lengths import get_batch_size
 from curvlab.training.observers import Observers
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.plan import Plan
-from curvlab.training.samples import Samples, check_weights, model_errors, reference, take
+from curvlab.training.samples import Samples, check_weights, reference, take, translate_model_errors
 from curvlab.training.state import StepGuard, derived_seed
 
 Record = dict[str, float | int | None]
 
-_COLLECT_EVERY = 100  # steps: a loss that is not finite is noticed at most this late
+_COLLECT_EVERY = 100  # steps: the maximum delay until a NaN or infinite loss is detected
 _SHOW_EVERY = 0.1  # seconds
 
 
 class Run:
-    """Where a run stands: weights, optimizer, steps done, records, losses since the last record, observers.
+    """State of a run: weights, optimizer, number of steps done, records, losses since the last record, observers.
 
     Args:
-        plan: What it is to do.
-        model: What it trains.
-        observers: Called between steps.
-        file: Where it is kept; None for nowhere.
+        plan: Options and samples of the run.
+        model: The model to train.
+        observers: Observers to call between steps.
+        file: Checkpoint file; None for no checkpoint.
 
     Attributes:
-        step: Steps done.
-        resumed_at: Those that were done in the checkpoint.
+        step: Number of steps done.
+        resumed_at: Number of steps that were done in the checkpoint.
         history: The records.
     """
 
@@ -55,15 +55,15 @@ class Run:
         self.step = self.resumed_at = 0
         self.history: list[Record] = []
         self.losses: list[float] = []
-        self.recent: list[Tensor] = []  # still on the device: bringing each one would stall it at every step
+        self.recent: list[Tensor] = []  # kept on the device: copying each one would synchronise at every step
         self._order: Tensor | None = None
         self._note = ""
 
     def begin(self) -> None:
-        """Take up the checkpoint if there is one.
+        """Restore the state from the checkpoint file, if it exists.
 
         Raises:
-            CurvlabError: It belongs to another run or cannot be read, or its folder cannot be written to.
+            CurvlabError: The file belongs to another run or cannot be read, or its folder is not writable.
         """
         if self.file is None:
             return
@@ -75,33 +75,33 @@ class Run:
         self.resumed_at = self.step
 
     def do_steps(self, guard: StepGuard, advance: Advance) -> None:
-        """Do the steps that are left, and what is due between them.
+        """Do the remaining steps, with records, observer calls and checkpoints between them.
 
         Args:
-            guard: Around what must not be done by halves.
-            advance: Of a progress bar of steps.
+            guard: Context for work that must not be interrupted half-way.
+            advance: Function that advances a progress bar of steps.
 
         Raises:
-            CurvlabError: A loss or a weight is not finite, the model fails, an observer changes it, or the checkpoint
-                cannot be written.
+            CurvlabError: A loss or a weight is NaN or infinite, the model fails, an observer changes the model, or the
+                checkpoint cannot be written.
         """
         shown, shown_at = 0, -math.inf
         self.model.train()
         while True:
-            finished = self._look(guard)
+            finished = self._do_due_work(guard)
             if finished or time.monotonic() > shown_at + _SHOW_EVERY:
                 advance(self.step - shown, note=self._note)
                 shown, shown_at = self.step, time.monotonic()
             if finished:
                 return
-            with guard, model_errors(f"fails in step {self.step + 1}"):
+            with guard, translate_model_errors(f"fails in step {self.step + 1}"):
                 self.train_step(*self._batch())
             if len(self.recent) == _COLLECT_EVERY:
                 with guard:
                     self.collect_losses()
 
     def stop(self, interrupt: KeyboardInterrupt, guard: StepGuard) -> None:
-        """Save the run that Ctrl-C stopped, if that was between two steps, and add a note that says so."""
+        """Save the run after Ctrl-C if it stopped between two steps, and add a note to the exception."""
         if self.file is None or guard.broken:
             return
         stopped = f"training stopped after step {self.step} of {self.total}"
@@ -112,8 +112,8 @@ class Run:
         except CurvlabError as error:
             interrupt.add_note(f"{stopped}, not saved: {error}")
 
-    def _look(self, guard: StepGuard) -> bool:
-        """Make the record, call the observers and write the checkpoint that are due; return whether this is the end."""
+    def _do_due_work(self, guard: StepGuard) -> bool:
+        """Do the record, the observer calls and the checkpoint that are due; return whether the run is done."""
         plan = self.plan
         last = self.step == self.total
         if self.step and (last or self.step % self.record_every == 0) and not self.recorded:
@@ -126,7 +126,7 @@ class Run:
         finished = last or self.reached_target
         if due := self.observers.due(self.step, finished):
             with guard:
-                self.check()  # a training that diverged is said to have, not that there are no eigenvalues
+                self.check()  # report divergence here, before an observer fails because of it
             self.observers.call(due, self.step, self.model, guard)
         kept = finished or self.step % plan.checkpoint_every == 0
         if self.file is not None and self.step > self.resumed_at and kept:
@@ -147,12 +147,12 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step."""
+        """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Do one step."""
-        # Before the step rather than after it: the rate in force stays that of the last step.
+        # The scheduler steps before the optimizer, so that ``lr`` stays the rate of the last step.
         if self.scheduler is not None and self.step:
             self.scheduler.step()
         self.optimizer.zero_grad()
@@ -165,7 +165,7 @@ class Run:
         self.recent.append(mean.detach())
 
     def collect_losses(self) -> None:
-        """Bring the losses from the device, and make sure that they are finite."""
+        """Copy the losses from the device, and check that they are finite."""
         if not self.recent:
             return
         values = torch.stack(self.recent).tolist()
@@ -174,20 +174,20 @@ class Run:
             if not math.isfinite(value):
                 raise CurvlabError(
                     f"the training loss is {value} at step {step}: "
-                    f"lower lr (here {self.lr:g}) or look at the scale of the inputs"
+                    f"lower lr (here {self.lr:g}) or check the scale of the inputs"
                 )
         self.losses += values
 
     def check(self) -> None:
-        """Require finite losses and weights."""
+        """Check that losses and weights are finite."""
         self.collect_losses()
         check_weights(self.model, f"after step {self.step}: lower lr (here {self.lr:g})")
 
     def record(self, evaluation: Evaluation | None) -> None:
-        """Append a record of this step."""
+        """Append the record of this step."""
         record: Record = {
             "step": self.step,
-            # Exact summation: the same bits however the losses were brought together.
+            # Exact summation: the result does not depend on how the losses were grouped.
             "train_loss": math.fsum(self.losses) / len(self.losses),
             "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_accuracy": None if evaluation is None else evaluation.accuracy,
@@ -198,7 +198,7 @@ class Run:
 
     @property
     def recorded(self) -> bool:
-        """Whether there is a record of this step."""
+        """Whether this step has a record."""
         return bool(self.history) and self.history[-1]["step"] == self.step
 
     @property
@@ -208,7 +208,7 @@ class Run:
         return self.plan.target is not None and accuracy is not None and accuracy >= self.plan.target
 
     def states(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         cuda = self.device.type == "cuda"
         return {
             "step": self.step,
@@ -223,7 +223,7 @@ class Run:
         }
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Take up what ``states`` returned."""
+        """Restore what ``states`` returned."""
         self.step, self.history, self.losses = states["step"], states["history"], states["losses"]
         for name, tensor in model_tensors(self.model).items():
             tensor.copy_(states["model"][name])
@@ -233,9 +233,9 @@ class Run:
         torch.set_rng_state(states["random_state"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states["device_random_state"], self.device)
-        self.observers.restore(states.get("observers", []))  # files of version 0.1 have none
+        self.observers.restore(states.get("observers", []))  # absent in files of version 0.1
 
 
 def _order(size: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the samples in an epoch; it depends on nothing else, so a run can go on anywhere."""
+    """Return the order of the samples in an epoch; it depends on the arguments only, so any epoch can be resumed."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(seed, 1, epoch)))

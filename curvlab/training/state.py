@@ -1,4 +1,4 @@
-"""What training borrows from its surroundings and gives back: modes, gradients, random state, Ctrl-C."""
+"""Contexts that restore modes, gradients, random state and the handling of Ctrl-C after training."""
 
 import signal
 import threading
@@ -13,17 +13,17 @@ from curvlab.stateless import gradients_restored
 
 __all__ = [
     "StepGuard",
+    "defer_interrupts",
     "derived_seed",
     "gradients_restored",
-    "interrupts_between_steps",
-    "modes_restored",
+    "preserve_modes",
     "random_state_restored",
 ]
 
 
 @contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Give every submodule back the train or eval mode that it had."""
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Context that restores the train or eval mode of every submodule on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -33,10 +33,10 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 class StepGuard:
-    """A context for what must not be done by halves: Ctrl-C waits until it is done (a second one does not).
+    """Context for work that must not be interrupted half-way: Ctrl-C is delayed until it ends (a second one is not).
 
-    ``broken`` is true while it is under way, and stays true after it failed: parameters, optimizer, losses and
-    random state may then be those of different steps.
+    ``broken`` is true inside the context, and stays true if the work fails: parameters, optimizer, losses and random
+    state may then belong to different steps.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,11 @@ class StepGuard:
 
 
 @contextmanager
-def interrupts_between_steps() -> Iterator[StepGuard]:
-    """Yield the guard for every step and its bookkeeping; between them Ctrl-C does what it did before."""
+def defer_interrupts() -> Iterator[StepGuard]:
+    """Context that yields the guard for the steps; outside the guard, Ctrl-C has its previous effect."""
     guard = StepGuard()
     previous = signal.getsignal(signal.SIGINT)
-    # Python delivers signals to its main thread only; whoever has ignored Ctrl-C is left in peace.
+    # Python delivers signals to the main thread only; if the caller ignores Ctrl-C, it stays ignored.
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield guard
         return
