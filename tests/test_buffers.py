@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from curvlab.continual.buffers import Reservoir, Ring
-from curvlab.continual.checkpoint import bytes_held
+from curvlab.continual.checkpoint import count_bytes
 from curvlab.errors import CurvlabError
 
 
@@ -131,7 +131,7 @@ def test_memory_grows_with_what_is_held(memory: Reservoir | Ring) -> None:
         whole = (memory.capacity if isinstance(memory, Reservoir) else memory.per_class) == 10**5
         filled = len(memory)
         assert filled == (first + 10 if whole else min(first + 10, most))
-        assert 48 * filled <= bytes_held(vars(memory)) <= 48 * (2 * filled if whole else min(2 * filled, most))
+        assert 48 * filled <= count_bytes(vars(memory)) <= 48 * (2 * filled if whole else min(2 * filled, most))
 
 
 def test_draws_do_not_depend_on_how_memory_grows() -> None:

@@ -242,7 +242,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(tmp_path: Path) -> None:
     ("options", "loss", "message"),
     [
         ({"structure": "kfac"}, "cross_entropy", "squared_error"),
-        ({"structure": "diag", "merge": "exact"}, "squared_error", "diag has none"),
+        ({"structure": "diag", "merge": "exact"}, "squared_error", "diag does not have"),
         ({"structure": "kfac", "params": "0.*"}, "squared_error", "not among the protected"),
     ],
 )
@@ -288,5 +288,5 @@ def test_bad_options_are_refused() -> None:
         DLCFT(buffer_size=0)
     model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 4, 4), nn.Flatten()).double()
     for ending in (model, nn.Sequential(network(4), nn.Sigmoid())):
-        with pytest.raises(CurvlabError, match=r"DLCFT .* outputs must be what an nn\.Linear returns"):
+        with pytest.raises(CurvlabError, match=r"DLCFT .* must be the outputs of an nn\.Linear"):
             learn(by_classes(2), ending, DLCFT(structure="kfac"), head="growing", **SQUARED)

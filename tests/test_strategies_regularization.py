@@ -636,7 +636,7 @@ class TestIMM:
         assert not torch.equal(mine[0].weight, theirs[0].weight)
 
     def test_negative_weights_are_refused(self) -> None:
-        with pytest.raises(CurvlabError, match=r"the diagonal of hessian has negative entries.*take fisher"):
+        with pytest.raises(CurvlabError, match=r"the diagonal of hessian has negative entries.*use fisher"):
             full_batch(tasks(1), mlp(), IMM("mode", quantity="hessian"), steps=1)
 
 
@@ -835,28 +835,28 @@ class TestRefusals:
             (lambda: EWC(-1.0), "strength must be a number of at least 0, not -1.0"),
             (lambda: EWC(float("nan")), "strength must be a number of at least 0, not nan"),
             (lambda: EWC(float("inf")), "strength must be a number of at least 0, not inf"),
-            (lambda: EWC(1.0, mode="both"), "mode is separate or online, not 'both'"),
+            (lambda: EWC(1.0, mode="both"), "mode must be separate or online, not 'both'"),
             (lambda: EWC(1.0, gamma=0.5), "gamma belongs to mode='online'"),
             (lambda: EWC(1.0, mode="online", gamma=1.5), "gamma must be a number of at least 0 and at most 1, not 1.5"),
             (lambda: EWC("1"), "strength must be a number of at least 0, not '1'"),  # type: ignore[arg-type]
             (lambda: EWC(None), "strength must be a number of at least 0, not None"),  # type: ignore[arg-type]
             (lambda: EWC(1.0, samples=0), "samples must be a whole number from 1, not 0"),
             (lambda: EWC(1.0, samples=1.5), r"samples must be a whole number from 1, not 1\.5"),
-            (lambda: EWC(1.0, structure="implicit"), "an implicit matrix .* take a structure that is stored"),
-            (lambda: EWC(1.0, structure="ekfac", mode="online"), "no sum of ekfac's structure: take kfac"),
+            (lambda: EWC(1.0, structure="implicit"), "an implicit matrix .* use a structure that is stored"),
+            (lambda: EWC(1.0, structure="ekfac", mode="online"), "is not an ekfac matrix: use kfac"),
             (lambda: EWC(1.0, structure="full"), "full"),
             (lambda: EWC(1.0, quantity="fischer"), "fischer"),
             (lambda: EWC(1.0, quantity="masq", structure="kfac"), "no backend computes masq as kfac"),
             (lambda: EWC(1.0, backend="numpy"), "numpy"),
             (lambda: OSLA(-0.1), "strength must be a number of at least 0"),
-            (lambda: OSLA(1.0, merge="sum"), "merge is exact, average or nearest, not 'sum'"),
-            (lambda: OSLA(1.0, structure="ekfac"), "no sum of ekfac's structure"),
-            (lambda: OSLA(1.0, structure="diag", merge="average"), "diag has none: its sums are exact"),
+            (lambda: OSLA(1.0, merge="sum"), "merge must be exact, average or nearest, not 'sum'"),
+            (lambda: OSLA(1.0, structure="ekfac"), "is not an ekfac matrix"),
+            (lambda: OSLA(1.0, structure="diag", merge="average"), "diag does not have: its sums are exact"),
             (lambda: SI(-1.0), "strength must be a number of at least 0"),
             (lambda: SI(1.0, xi=0.0), "xi must be a positive number, not 0.0"),
             (lambda: MAS(-1.0), "strength must be a number of at least 0"),
             (lambda: MAS(1.0, samples=-3), "samples must be a whole number from 1"),
-            (lambda: IMM("median"), "mode is mean or mode, not 'median'"),
+            (lambda: IMM("median"), "mode must be mean or mode, not 'median'"),
             (lambda: IMM(l2=-1.0), "l2 must be a number of at least 0"),
         ],
     )

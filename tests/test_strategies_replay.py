@@ -117,7 +117,7 @@ def test_linear_probing_needs_a_last_linear_layer() -> None:
     stream = permuted(blobs(), tasks=2)
     convolution = nn.Sequential(nn.Linear(8, 7), nn.Unflatten(1, (7, 1)), nn.Conv1d(7, 6, 1), nn.Flatten())
     for model in (convolution, nn.Sequential(network(), nn.Sigmoid()), Twice()):
-        with pytest.raises(CurvlabError, match=r"outputs must be what an nn\.Linear returns, and those of (Seq|Twice)"):
+        with pytest.raises(CurvlabError, match=r"must be the outputs of an nn\.Linear, but those of (Seq|Twice)"):
             learn(stream, model, LinearProbe())
     frozen = network()
     frozen[-1].requires_grad_(False)
@@ -207,8 +207,8 @@ def test_er_is_the_mean_loss_of_both_batches(buffer: Any, head: Any) -> None:
         losses = []
         for x, y, tasks in parts:
             for i in range(len(y)):
-                counting = learner.outputs.counting(int(tasks[i]), learner.task)
-                columns = torch.arange(6) if counting is None else counting.nonzero()[:, 0]
+                active = learner.outputs.active_mask(int(tasks[i]), learner.task)
+                columns = torch.arange(6) if active is None else active.nonzero()[:, 0]
                 label = (columns == y[i]).nonzero()[:, 0]
                 losses.append(F.cross_entropy(model(x[i : i + 1])[:, columns], label))
         before = learner.generator.get_state()
@@ -258,8 +258,8 @@ def test_der_is_its_definition(alpha: float, beta: float, head: Any) -> None:
     checked = 0
 
     def columns_of(learner: Learner, task: int, now: int) -> Tensor:
-        counting = learner.outputs.counting(task, now)
-        return torch.arange(6) if counting is None else counting.nonzero()[:, 0]
+        active = learner.outputs.active_mask(task, now)
+        return torch.arange(6) if active is None else active.nonzero()[:, 0]
 
     def note(self: Any, learner: Learner, batch: Batch) -> None:
         nonlocal checked
@@ -409,7 +409,7 @@ def naive_on_digits() -> float:
         (lambda: ER(True), "buffer_size must be a whole number from 1, not True"),
         (lambda: ER(None), "buffer_size must be a whole number from 1, not None"),  # type: ignore[arg-type]
         (lambda: ER(5, batch_size=0), "batch_size must be a whole number from 1, not 0"),
-        (lambda: ER(5, buffer="heap"), "buffer is reservoir or ring, not 'heap'"),  # type: ignore[arg-type]
+        (lambda: ER(5, buffer="heap"), "buffer must be reservoir or ring, not 'heap'"),  # type: ignore[arg-type]
         (lambda: DER(0, alpha=0.1), "buffer_size must be a whole number from 1"),
         (lambda: DER(5, alpha=-0.1), "alpha must be a number of at least 0"),
         (lambda: DER(5, alpha=0.1, beta=float("nan")), "beta must be a number of at least 0"),

@@ -1,4 +1,4 @@
-"""Continual learning: streams of tasks, the loop in which a network learns them one after another, and metrics.
+"""Continual learning: streams of tasks, the training loop over a stream, and metrics.
 
 The methods are in ``curvlab.continual.strategies``.
 """

@@ -1,4 +1,4 @@
-"""Memories of past samples: a reservoir over the whole stream, and a ring for every class of every task.
+"""Buffers of past samples: a reservoir over the whole stream, and a ring buffer for every class of every task.
 
 References:
     Vitter (1985), Random sampling with a reservoir, algorithm R; Chaudhry et al. (2019), On tiny episodic memories in
@@ -16,15 +16,19 @@ Rows = Mapping[str, Tensor]
 
 
 class Reservoir:
-    """A uniform sample of all rows that it has been given.
+    """Uniform random sample of all rows that were added.
 
-    Memory grows with the rows that are held: there are at most twice as many places as rows.
+    The allocated memory grows with the stored rows, to at most twice their size.
 
     Args:
-        capacity: Rows that it holds.
+        capacity: Maximum number of stored rows.
+
+    Attributes:
+        seen: Number of rows that were added.
+        rows: Allocated tensors ``(M, ...)`` by name, of which the first ``len(self)`` rows are in use.
 
     Raises:
-        CurvlabError: The capacity is no whole number from 1.
+        CurvlabError: The capacity is not a whole number from 1.
 
     Examples:
         >>> memory = Reservoir(2)
@@ -43,42 +47,42 @@ class Reservoir:
         return min(self.seen, self.capacity)
 
     def add(self, rows: Rows, generator: torch.Generator) -> None:
-        """Let rows take the places that chance gives them: the n-th has one with probability ``capacity / n``.
+        """Add rows; the n-th row of all is stored with probability ``capacity / n``, at a random place.
 
         Args:
-            rows: Tensors ``(N, ...)`` by name, always the same names; copied.
-            generator: On the CPU.
+            rows: Tensors ``(N, ...)`` by name, with the same names in every call; they are copied.
+            generator: Random generator on the CPU.
         """
         count = len(next(iter(rows.values())))
-        # Row n = 1, 2, ... of all draws one of n places, and stays if that is one of those here.
+        # Row n = 1, 2, ... of all draws one of n places, and is stored if the place is below the capacity.
         order = torch.arange(self.seen, self.seen + count)
         drawn = (torch.rand(count, generator=generator, dtype=torch.float64) * (order + 1)).long()
         places = torch.where(order < self.capacity, order, drawn).tolist()
         self.seen += count
-        self.rows = _grown(self.rows, rows, len(self), self.capacity)
-        # Of rows with one place the last stays, as if they had come one by one.
-        _put(rows, {place: row for row, place in enumerate(places) if place < self.capacity}, self.rows)
+        self.rows = _grow(self.rows, rows, len(self), self.capacity)
+        # If several rows have the same place, the last one stays, as if they were added one by one.
+        _copy_rows(rows, {place: row for row, place in enumerate(places) if place < self.capacity}, self.rows)
 
     def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return at most ``count`` rows, drawn without replacement; no names if there are no rows.
+        """Return at most ``count`` rows, drawn without replacement; an empty dictionary if the buffer is empty.
 
         Args:
-            count: How many.
-            generator: On the CPU.
+            count: Maximum number of rows.
+            generator: Random generator on the CPU.
         """
-        return _rows_at(torch.randperm(len(self), generator=generator)[:count], self.rows)
+        return _select_rows(torch.randperm(len(self), generator=generator)[:count], self.rows)
 
 
 class Ring:
-    """The last rows of each class of each task.
+    """The most recent rows of each class of each task.
 
-    Memory grows with the rows that are held: there are at most twice as many places as rows.
+    The allocated memory grows with the stored rows, to at most twice their size.
 
     Args:
-        per_class: Rows that it holds of a class of a task.
+        per_class: Maximum number of stored rows per class of a task.
 
     Raises:
-        CurvlabError: It is no whole number from 1.
+        CurvlabError: ``per_class`` is not a whole number from 1.
 
     Examples:
         >>> memory = Ring(2)
@@ -90,11 +94,11 @@ class Ring:
     def __init__(self, per_class: int) -> None:
         check_whole("per_class", per_class)
         self.per_class = per_class
-        #: By task and class: the places of its ring.
+        #: For each task and class: the places of its ring.
         self.rings: dict[tuple[int, int], list[int]] = {}
-        #: By task and class: how many rows have come.
+        #: For each task and class: the number of rows that were added.
         self.seen: dict[tuple[int, int], int] = {}
-        #: By task: the places that hold a row.
+        #: For each task: the places in use.
         self.filled: dict[int, list[int]] = {}
         self.rows: dict[str, Tensor] = {}
 
@@ -102,11 +106,12 @@ class Ring:
         return sum(map(len, self.filled.values()))
 
     def add(self, rows: Rows, generator: torch.Generator | None = None) -> None:
-        """Let rows push out the oldest ones of their class and task.
+        """Add rows; they replace the oldest rows of their class and task.
 
         Args:
-            rows: Tensors ``(N, ...)`` by name, always the same names; copied. Classes are ``y``, tasks are ``task``.
-            generator: Nothing is drawn.
+            rows: Tensors ``(N, ...)`` by name, with the same names in every call; they are copied. ``y`` is the class
+                and ``task`` the task of each row.
+            generator: Not used; accepted so that both buffers have the same interface.
         """
         del generator
         placed, held = {}, len(self)
@@ -118,26 +123,26 @@ class Ring:
                 held += 1
             placed[ring[seen % self.per_class]] = row
             self.seen[key] = seen + 1
-        self.rows = _grown(self.rows, rows, held, len(self.rings) * self.per_class)
-        _put(rows, placed, self.rows)
+        self.rows = _grow(self.rows, rows, held, len(self.rings) * self.per_class)
+        _copy_rows(rows, placed, self.rows)
 
     def draw(self, count: int, generator: torch.Generator, before: int | None = None) -> dict[str, Tensor]:
-        """Return at most ``count`` rows, drawn without replacement; no names if there are no rows.
+        """Return at most ``count`` rows, drawn without replacement; an empty dictionary if there are none.
 
         Args:
-            count: How many.
-            generator: On the CPU.
-            before: Only rows of tasks before this one; None for all.
+            count: Maximum number of rows.
+            generator: Random generator on the CPU.
+            before: Draw only from tasks before this one; None for all tasks.
         """
         places = [place for task, filled in self.filled.items() if before is None or task < before for place in filled]
         if not places:
             return {}
         chosen = torch.randperm(len(places), generator=generator)[:count].tolist()
-        return _rows_at(torch.tensor([places[i] for i in chosen]), self.rows)
+        return _select_rows(torch.tensor([places[i] for i in chosen]), self.rows)
 
 
-def _grown(places: dict[str, Tensor], rows: Rows, needed: int, most: int) -> dict[str, Tensor]:
-    """Return places for ``needed`` rows, those that are there if they are enough; doubled, so that few are copied."""
+def _grow(places: dict[str, Tensor], rows: Rows, needed: int, most: int) -> dict[str, Tensor]:
+    """Return tensors with room for ``needed`` rows; the size is doubled, so that rows are rarely copied."""
     have = len(next(iter(places.values()))) if places else 0
     if needed <= have:
         return places
@@ -146,8 +151,8 @@ def _grown(places: dict[str, Tensor], rows: Rows, needed: int, most: int) -> dic
     return {name: torch.cat([places[name], part]) for name, part in more.items()} if places else more
 
 
-def _put(rows: Rows, placed: Mapping[int, int], into: Rows) -> None:
-    """Copy rows; ``placed`` gives for a place which row comes there."""
+def _copy_rows(rows: Rows, placed: Mapping[int, int], into: Rows) -> None:
+    """Copy rows in place; ``placed`` maps a place to the index of its row."""
     if placed:
         device = next(iter(rows.values())).device
         places, taken = torch.tensor([list(placed), list(placed.values())], device=device)
@@ -155,5 +160,5 @@ def _put(rows: Rows, placed: Mapping[int, int], into: Rows) -> None:
             into[name].index_copy_(0, places, part.detach().index_select(0, taken))
 
 
-def _rows_at(places: Tensor, rows: Rows) -> dict[str, Tensor]:
+def _select_rows(places: Tensor, rows: Rows) -> dict[str, Tensor]:
     return {name: part.index_select(0, places.to(part.device)) for name, part in rows.items()}

@@ -1,4 +1,4 @@
-"""The state of a run after each of its tasks, in one file, and how much memory a method holds."""
+"""Checkpoint of a run after each task, and the memory that a method uses."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,34 +19,35 @@ from curvlab.parameters import ParameterSpace
 from curvlab.training.checkpoint import CheckpointFile, model_tensors
 from curvlab.training.options import Training
 
-# What a method may hold besides tensors and plain values: a checkpoint is read without running anything else.
-_HELD = (*CurvatureMatrix.kinds.values(), Info, HomogeneousWeight, Eigenbasis, Factors, ParameterSpace, slice, *STORED)
+# Types that a method may store besides tensors and plain values: loading a checkpoint runs no other code.
+_LIBRARY = (Info, HomogeneousWeight, Eigenbasis, Factors, ParameterSpace, slice)
+_STORABLE = (*CurvatureMatrix.kinds.values(), *_LIBRARY, *STORED)
 _BUFFERS = (Reservoir, Ring)
 _PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def read(file: CheckpointFile, began: str) -> dict[str, Any] | None:
-    """Return what was last written, each tensor on the kind of device that it was on; None if there is no file.
+    """Return the last state that was written, each tensor on its former type of device; None if there is no file.
 
     Args:
-        file: Of the run.
-        began: What ``weights`` returned of the model before the first task.
+        file: Checkpoint file of the run.
+        began: Result of ``hash_weights`` for the model before the first task.
 
     Raises:
-        CurvlabError: The file cannot be read, or belongs to another run; the message says what differs.
+        CurvlabError: The file cannot be read, or belongs to another run; the message names the differences.
     """
-    with safe_globals([*_HELD, *_BUFFERS]):
+    with safe_globals([*_STORABLE, *_BUFFERS]):
         states = file.read(map_location=None)
     if states is not None and states["began"] != began:
         raise CurvlabError(
-            f"the run in checkpoint {file.path} began from other weights: build the model as it was then (one that was "
-            "trained already is another), delete the checkpoint or choose another file"
+            f"the run in checkpoint {file.path} started from other weights: pass the model with its initial weights "
+            "(not the trained model), delete the checkpoint or choose another file"
         )
     return states
 
 
-def weights(model: nn.Module) -> str:
-    """Return a SHA-256 (hex) of all parameters and buffers of a model, those of a point of linearization included."""
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) of all parameters and buffers of a model, including the point of linearization."""
     digest = hashlib.sha256()
     for name, tensor in model_tensors(model).items():
         digest.update(name.encode())
@@ -55,10 +56,10 @@ def weights(model: nn.Module) -> str:
 
 
 def describe_training(trainings: Sequence[Training]) -> dict[str, Any]:
-    """Return the options of the training by name, with the length of each task, and its batch size where they differ.
+    """Return the training options by name, with the length of each task, and the batch sizes if they differ.
 
     Args:
-        trainings: The options of each task.
+        trainings: Options of each task.
     """
     options = trainings[0].describe()
     del options["epochs"], options["steps"]
@@ -69,42 +70,42 @@ def describe_training(trainings: Sequence[Training]) -> dict[str, Any]:
 
 
 def describe(strategy: Strategy) -> str:
-    """Describe a method by its options, the same in every process; what is no plain value is named by its type."""
+    """Return a description of a method by its options, equal in every process; other than plain values, only types."""
     options = ", ".join(
-        f"{name}={value!r}" if _foreign(value, _PLAIN) is None else f"{name}: {type(value).__name__}"
+        f"{name}={value!r}" if _find_foreign_type(value, _PLAIN) is None else f"{name}: {type(value).__name__}"
         for name, value in vars(strategy).items()
     )
     return f"{type(strategy).__name__}({options})"
 
 
-def check_held(strategy: Strategy, record: Mapping[str, Any]) -> None:
-    """Require that a checkpoint can be read again with what the method holds and the record of a task.
+def check_storable(strategy: Strategy, record: Mapping[str, Any]) -> None:
+    """Check that the state of the method and the record of a task can be restored from a checkpoint.
 
     Raises:
-        CurvlabError: There is something else in them; the message names it.
+        CurvlabError: One contains an object of another type; the message names it.
     """
-    for owner, held in ((type(strategy).__name__, strategy.state()), ("the record of a task", record)):
-        for name, value in held.items():
-            foreign = _foreign(value, (*_PLAIN, Tensor, nn.Parameter, *_HELD, *_BUFFERS))
+    for owner, values in ((type(strategy).__name__, strategy.state()), ("the record of a task", record)):
+        for name, value in values.items():
+            foreign = _find_foreign_type(value, (*_PLAIN, Tensor, nn.Parameter, *_STORABLE, *_BUFFERS))
             if foreign is not None:
-                way_out = "" if held is record else ", or override state and restore"
+                way_out = "" if values is record else ", or override state and restore"
                 raise CurvlabError(
-                    f"{name} of {owner} holds a {foreign.__name__}, which a checkpoint does not keep: make it tensors "
-                    f"or plain values{way_out}"
+                    f"{name} of {owner} holds a value of type {foreign.__name__}, which a checkpoint cannot store: use "
+                    f"tensors or plain values{way_out}"
                 )
 
 
-def bytes_held(state: Any) -> int:
-    """Return the bytes of all tensors in a state, memory that they share counted once."""
+def count_bytes(state: Any) -> int:
+    """Return the total bytes of all tensors in a state; shared memory is counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}
     return sum(storages.values())
 
 
-def _foreign(value: object, known: tuple[type, ...]) -> type | None:
-    """Return a type in lists, tuples and dictionaries that is not a known one."""
+def _find_foreign_type(value: object, known: tuple[type, ...]) -> type | None:
+    """Return the first type in nested lists, tuples and dictionaries that is not known; None if all are known."""
     if type(value) in (list, tuple, dict):
         parts = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
-        return next((found for part in parts if (found := _foreign(part, known)) is not None), None)
+        return next((found for part in parts if (found := _find_foreign_type(part, known)) is not None), None)
     return None if type(value) in known else type(value)
 
 

@@ -1,4 +1,4 @@
-"""What a run refuses: streams, models and options that do not go together."""
+"""Checks of the stream, the model, the method and the options of a run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -17,15 +17,15 @@ from curvlab.training.state import preserve_modes, random_state_restored
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Require that each option of ``run`` itself is in its range.
+    """Check the options that belong to ``run`` itself.
 
     Raises:
-        CurvlabError: One is not.
+        CurvlabError: An option is out of its range.
     """
     if options["loss"] not in get_args(TaskLoss):
-        raise CurvlabError(f"loss is cross_entropy or squared_error, not {options['loss']!r}")
+        raise CurvlabError(f"loss must be cross_entropy or squared_error, not {options['loss']!r}")
     if options["evaluation"] not in ("test", "validation"):
-        raise CurvlabError(f"evaluation is on test or validation, not on {options['evaluation']!r}")
+        raise CurvlabError(f"evaluation must be test or validation, not {options['evaluation']!r}")
     if options["evaluate_every"] is not None:
         check_whole("evaluate_every", options["evaluate_every"])
     check_positive("target_scale", options["target_scale"])
@@ -34,80 +34,81 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_stream(stream: object, evaluation: Part) -> tuple[Task, ...]:
-    """Require tasks with samples of one shape, to learn from and to be evaluated on, and return them.
+    """Return the tasks as a tuple, after a check that all have samples of the same shape.
 
     Raises:
-        CurvlabError: There is no task, one is something else, or has other samples or none.
+        CurvlabError: There is no task, an element is not a ``Task``, the sample shapes differ, or a task has no
+            samples to evaluate on.
     """
     if not isinstance(stream, Iterable):
         raise CurvlabError(
-            f"a stream is a sequence of tasks, such as permuted(dataset, tasks=5), not {type(stream).__name__}"
+            f"a stream must be a sequence of tasks, such as permuted(dataset, tasks=5), not {type(stream).__name__}"
         )
     stream = tuple(stream)
     if not stream:
-        raise CurvlabError("the stream has no tasks")
+        raise CurvlabError("the stream has no tasks; give at least one")
     for i, task in enumerate(stream):
         if not isinstance(task, Task):
-            raise CurvlabError(f"a stream is a sequence of tasks, and number {i} is {type(task).__name__}")
+            raise CurvlabError(f"a stream must be a sequence of tasks, but element {i} is {type(task).__name__}")
         if task.dataset.sample_shape != stream[0].dataset.sample_shape:
             raise CurvlabError(
-                f"the samples of a stream have one shape, and those of task {i} ({task.name}) have "
+                f"all samples of a stream must have the same shape, but those of task {i} ({task.name}) have "
                 f"{task.dataset.sample_shape}, not {stream[0].dataset.sample_shape}"
             )
         if not task.sizes[evaluation]:
-            raise CurvlabError(f"task {i} ({task.name}) has no {evaluation} samples: make the stream with validation=N")
+            raise CurvlabError(f"task {i} ({task.name}) has no {evaluation} samples: use validation=N for the stream")
     return stream
 
 
 def check_loss(stream: Sequence[Task], outputs: Outputs, loss: TaskLoss) -> None:
-    """Require that the loss depends on the network in every task.
+    """Check that the loss depends on the network in every task.
 
     Raises:
-        CurvlabError: It is the cross-entropy of a single output.
+        CurvlabError: A task has the cross-entropy of a single output.
     """
     if loss != "cross_entropy":
         return
     for i, task in enumerate(stream):
-        counting = outputs.counting(i, now=i)
-        if (outputs.count if counting is None else int(counting.sum())) == 1:
+        active = outputs.active_mask(i, now=i)
+        if (outputs.count if active is None else int(active.sum())) == 1:
             ways_out = {
-                "growing": "begin with a task of several classes, take head='single', or ",
-                "single": "give the model an output more, or take ",
+                "growing": "start with a task of several classes, use head='single', or use ",
+                "single": "give the model at least two outputs, or use ",
             }
             raise CurvlabError(
-                f"task {i} ({task.name}) has a single output to choose from with head {outputs.head!r}, so that its "
-                "cross-entropy is zero and nothing is learnt: "
-                + ways_out.get(outputs.head, "take head='single' or head='growing', or ")
+                f"task {i} ({task.name}) has a single active output with head {outputs.head!r}, so its "
+                "cross-entropy is always zero and nothing is learnt: "
+                + ways_out.get(outputs.head, "use head='single' or head='growing', or use ")
                 + "loss='squared_error'"
             )
 
 
 def check_strategy(strategy: object) -> None:
-    """Require a strategy.
+    """Check that the strategy is a ``Strategy``.
 
     Raises:
-        CurvlabError: It is something else.
+        CurvlabError: It is another object, or a class.
     """
     if not isinstance(strategy, Strategy):
         name = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
-        raise CurvlabError(f"strategy is an object such as curvlab.continual.strategies.Naive(), not {name}")
+        raise CurvlabError(f"strategy must be an instance such as curvlab.continual.strategies.Naive(), not {name}")
 
 
 def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
-    """Require a model that can be trained on the samples, and return how many outputs it has.
+    """Return the number of outputs of a model, after a check that it can be trained on the samples.
 
     Raises:
-        CurvlabError: It does not take the samples, does not give one vector of outputs for each, has no trainable
-            parameters, or holds values that are not finite or not there; or gradients cannot be had here.
+        CurvlabError: The model does not accept the samples, does not return one output vector per sample, has no
+            trainable parameters, or contains NaN, infinite or uninitialised values; or inference mode is active.
     """
     require_module(model)
     if torch.is_inference_mode_enabled():
-        raise CurvlabError("a run has to take gradients: call it outside of torch.inference_mode")
+        raise CurvlabError("a run needs gradients: call it outside of torch.inference_mode")
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
-            _check_made(f"{kind} {name}", tensor)
+            _check_initialised(f"{kind} {name}", tensor)
     if all(not p.requires_grad for p in model.parameters()):
-        raise CurvlabError("the model has no trainable parameters (requires_grad is False for all)")
+        raise CurvlabError("the model has no trainable parameters; set requires_grad=True for at least one")
     check_weights(model, "at the start of the run")
     with (
         preserve_modes(model),
@@ -119,17 +120,17 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         outputs = model(take(stream[0].take(torch.arange(1)), slice(None), reference(model))[0])
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise CurvlabError(f"the model must return one tensor (N, C); for one sample it returned {shape}")
+        raise CurvlabError(f"the model must return one tensor of shape (N, C); for one sample it returned {shape}")
     return outputs.shape[1]
 
 
-def _check_made(name: str, tensor: Tensor) -> None:
+def _check_initialised(name: str, tensor: Tensor) -> None:
     fault = None
     if is_lazy(tensor):
-        fault = "has no shape yet: call the lazy model once, on a sample"
+        fault = "has no shape yet: call the lazy model once on a sample"
     elif tensor.is_meta:
         fault = "has no values: it is on the meta device"
     elif tensor.is_inference():
-        fault = "cannot be trained, as it was made in torch.inference_mode: build or copy the model outside of it"
+        fault = "cannot be trained, as it was created in torch.inference_mode: build or copy the model outside of it"
     if fault:
         raise CurvlabError(f"the {name} of the model {fault}")

@@ -1,4 +1,4 @@
-"""What a strategy is given: the network in training, and what it may know of the tasks."""
+"""State of a run as passed to a strategy: the network in training and the tasks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from curvlab.training.state import preserve_modes
 
 
 class Batch(NamedTuple):
-    """Samples of one task or of several.
+    """Samples of one task or of several tasks.
 
     Attributes:
         x: Inputs ``(N, ...)`` on the model's device, in its dtype.
-        y: Which output stands for the label, ``(N,)``.
-        task: The task that all are of, or that of each, ``(N,)``.
+        y: Index of the output for the label of each sample, ``(N,)``.
+        task: Index of the task of all samples, or of each sample, ``(N,)``.
     """
 
     x: Tensor
@@ -29,26 +29,26 @@ class Batch(NamedTuple):
 
     @property
     def tasks(self) -> Tensor:
-        """The task of each sample, ``(N,)``."""
+        """Task of each sample, ``(N,)``."""
         return torch.full_like(self.y, self.task) if isinstance(self.task, int) else self.task
 
 
 class Learner:
-    """The state of a run as a strategy sees it.
+    """State of a run, as passed to the hooks of a strategy.
 
     Attributes:
         model: The network.
-        stream: The tasks. By the rules of continual learning a method looks at the samples of the present one only.
-        task: Which one is being learnt, from 0.
-        outputs: Which outputs of the network count for a task.
+        stream: The tasks. By the rules of continual learning, a method uses only the samples of the current task.
+        task: Index of the current task, from 0.
+        outputs: The active outputs of the network for each task.
         loss_name: ``cross_entropy`` or ``squared_error``.
-        target_scale: Of the one-hot targets of squared error.
-        lr: Learning rate at the start of the present task.
-        batch_size: Samples a step of the present task.
-        steps: How many steps the present task has.
-        step: How many of them are done.
-        epoch_steps: How many steps it takes to see each sample once.
-        generator: For what a strategy draws; on the CPU, and seeded anew at every task.
+        target_scale: Value of the one-hot targets of squared error.
+        lr: Learning rate at the start of the current task.
+        batch_size: Samples per step of the current task.
+        steps: Number of steps of the current task.
+        step: Number of steps done in the current task.
+        epoch_steps: Number of steps per epoch of the current task.
+        generator: Random generator for the strategy; on the CPU, and seeded again at every task.
     """
 
     def __init__(
@@ -75,46 +75,46 @@ class Learner:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
+        """Trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return reference(self.model).device
 
     @property
     def epoch(self) -> int:
-        """How many times each sample has been seen, so that 0 means that those of this step are new."""
+        """Index of the current epoch of the task, from 0; in epoch 0 the samples of a step are new."""
         return self.step // self.epoch_steps
 
     def loss(self, outputs: Tensor, y: Tensor, task: int | Tensor) -> Tensor:
-        """Return the mean loss of outputs ``(N, C)`` of the network, a scalar.
+        """Return the mean loss, a scalar.
 
         Args:
-            outputs: Of the network, all of them.
-            y: Which output stands for the label, ``(N,)``.
-            task: Of all samples, or of each, ``(N,)``; outputs that do not count for a task have no part in its loss.
+            outputs: All outputs of the network, ``(N, C)``.
+            y: Index of the output for the label of each sample, ``(N,)``.
+            task: Task of all samples, or of each sample, ``(N,)``; the loss uses only the active outputs of the task.
         """
-        return mean_loss(self.loss_name, outputs, y, self.outputs.counting(task, self.task), self.target_scale)
+        return mean_loss(self.loss_name, outputs, y, self.outputs.active_mask(task, self.task), self.target_scale)
 
     def batch(self, x: Tensor, y: Tensor, task: int) -> Batch:
-        """Return samples of a task, in the model's dtype and on its device.
+        """Return samples of a task as a batch, in the model's dtype and on its device.
 
         Args:
             x: Inputs ``(N, ...)``.
             y: Labels ``(N,)``.
-            task: The task that all are of.
+            task: Task of all samples.
         """
-        x, y = take((x, self.outputs.of_labels(y, task)), slice(None), reference(self.model))
+        x, y = take((x, self.outputs.map_labels(y, task)), slice(None), reference(self.model))
         return Batch(x, y, task)
 
     def samples(self, task: int | None = None, limit: int | None = None) -> Batch:
         """Return training samples of a task, in the model's dtype and on its device.
 
         Args:
-            task: None for the present one.
-            limit: At most so many, drawn with ``generator``; None for all.
+            task: Index of the task; None for the current task.
+            limit: Maximum number of samples, drawn with ``generator``; None for all.
         """
         task = self.task if task is None else task
         chosen = self.stream[task]
@@ -125,25 +125,25 @@ class Learner:
 
     @contextmanager
     def problem(self, samples: Batch | None = None) -> Iterator[Problem]:
-        """Give the present task as a ``Problem``, whose outputs are those that count for it.
+        """Context that yields a ``Problem`` of the current task, with the active outputs of the task.
 
-        In between the network is in eval mode, and gives these outputs alone.
+        Inside the context, the network is in eval mode and returns only these outputs.
 
         Args:
-            samples: Of one task; None for all training samples of the present one.
+            samples: Samples of one task; None for all training samples of the current task.
 
         Raises:
-            CurvlabError: As ``Problem`` raises it.
+            CurvlabError: ``Problem`` does not accept the model or the samples.
         """
         samples = self.samples() if samples is None else samples
         assert isinstance(samples.task, int)
-        counting = self.outputs.counting(samples.task, self.task)
+        active = self.outputs.active_mask(samples.task, self.task)
         y: Any = samples.y
         handle = None
         columns = torch.arange(self.outputs.count, device=y.device)
-        if counting is not None:
-            columns = counting.nonzero()[:, 0]
-            y = (counting.cumsum(0) - 1)[y]
+        if active is not None:
+            columns = active.nonzero()[:, 0]
+            y = (active.cumsum(0) - 1)[y]
             handle = self.model.register_forward_hook(lambda _module, _inputs, output: output[:, columns])
         if self.loss_name == "squared_error":
             y = one_hot(y, reference(self.model).new_empty(len(y), len(columns)), self.target_scale)

@@ -1,4 +1,4 @@
-"""The loop in which every method learns a stream of tasks under the same conditions."""
+"""Training loop over a stream of tasks, the same for every method."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvlab.continual import checkpoint as checkpoints
 from curvlab.continual.checks import check_loss, check_model, check_options, check_strategy, check_stream
 from curvlab.continual.learner import Learner
-from curvlab.continual.measure import accuracies
+from curvlab.continual.measure import measure_accuracies
 from curvlab.continual.outputs import Head, Outputs, TaskLoss
 from curvlab.continual.source import Source
 from curvlab.continual.steps import DROPOUT, STRATEGY, do_steps
@@ -42,18 +42,19 @@ _DEFAULT = Training(optimizer="sgd", lr=0.1, batch_size=64)
 
 @dataclass
 class Result:
-    """What a run has measured, T tasks.
+    """Measurements of a run with T tasks.
 
     Attributes:
         accuracy: ``(T, T)``, float64: ``[t, i]`` is the accuracy (0 to 1) on task i after task t; NaN where it was not
-            measured. Measured are the tasks so far, and, unless the head grows, the next one.
-        initial: ``(T,)``: the accuracy before the first task; NaN with a growing head.
-        curves: With ``evaluate_every``, records of ``task``, ``step`` (since the task began), ``on`` and ``accuracy``.
-        tasks: A record a task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over its last 100 steps; of
-            ``DLCFT`` it is divided by the number of tasks so far), ``seconds`` of training, ``strategy_seconds`` of
-            what the method does between tasks, ``evaluation_seconds``, ``bytes`` that the method holds after it, and
-            what ``observe`` has returned.
-        resumed_at: Tasks that were taken from the checkpoint.
+            measured. The tasks so far are measured and, except with a growing head, the next task.
+        initial: ``(T,)``: accuracy on each task before the first one is learnt; NaN with a growing head.
+        curves: With ``evaluate_every``, records of ``task``, ``step`` (within the task), ``on`` (index of the evaluated
+            task) and ``accuracy``.
+        tasks: One record for each task: ``task``, ``name``, ``steps``, ``lr``, ``loss`` (mean over the last 100 steps;
+            for ``DLCFT`` divided by the number of tasks so far), ``seconds`` (training), ``strategy_seconds`` (work of
+            the method between tasks), ``evaluation_seconds``, ``bytes`` (memory of the method after the task), and the
+            values that ``observe`` returned.
+        resumed_at: Number of tasks that were restored from the checkpoint.
     """
 
     accuracy: Tensor
@@ -79,39 +80,39 @@ def run(
     progress: bool = True,
     **changes: Unpack[TrainingChanges],
 ) -> Result:
-    """Learn the tasks of a stream one after another, and measure what is left of the earlier ones.
+    """Train a model on the tasks of a stream one after another, and measure the accuracy on each task.
 
-    The model is trained in place, in train mode, on the device where it is. The same seed gives the same numbers, on
-    the CPU to the bit; so does a run that was killed and continues from its checkpoint. Modes, gradients and the global
-    random state are afterwards what they were before.
+    The model is trained in place, in train mode, on its device. The same seed gives the same numbers (bitwise on the
+    CPU), also when a run is killed and continued from its checkpoint. Modes, gradients and the global random state are
+    restored afterwards.
 
     Args:
-        stream: The tasks, whose samples have one shape.
+        stream: The tasks; their samples have the same shape.
         model: Any module with one output tensor ``(N, C)``.
-        strategy: The method, such as ``curvlab.continual.strategies.EWC(strength=100.0)``; the run works on a copy.
-        head: Which outputs count for a task, and which stand for its classes: ``single`` (all, output k for class k),
-            ``masked`` (those of the task's classes), ``multi`` (each task has its own, one after another), ``growing``
-            (those of the classes that have come so far). All rows of the last layer are there from the start;
-            ``weight_decay`` acts on the ones too that do not count. With ``cross_entropy``, no task may have a single
-            output that counts.
-        loss: ``cross_entropy``, or ``squared_error`` on one-hot targets, half the squared distance; minimised is the
-            mean over a batch.
-        target_scale: What a one-hot target has in place of 1 (15 in the code of Shon et al. 2022).
-        training: How each task is trained. The default is SGD with a rate of 0.1 and batches of 64 samples; a
-            ``Training`` that is given replaces it whole. Without ``epochs`` and ``steps``, a task has one epoch.
-        evaluation: What accuracies are measured on; hyper-parameters are chosen on ``validation``.
-        evaluate_every: Steps between two points of the curves of the tasks so far; None for no curves.
-        observe: Called after every task, with the model as it is evaluated; what it returns (a dictionary of plain
-            values) joins the record of the task. It must not change the model; that is checked, but for what is written
-            through ``.data``.
-        checkpoint: A file for the state after every task; if it exists, the run goes on from there. The model has to be
-            as it was before the first task, not the one that a run that stopped has left.
-        progress: Whether a terminal shows a progress bar.
+        strategy: The method, such as ``curvlab.continual.strategies.EWC(strength=100.0)``; the run uses a copy.
+        head: Active outputs of a task, and the output of each class: ``single`` (all outputs, output k for class k),
+            ``masked`` (the outputs of the task's classes), ``multi`` (each task has its own outputs, one task after
+            another), ``growing`` (the outputs of all classes so far). All rows of the last layer exist from the start;
+            ``weight_decay`` also acts on rows of inactive outputs. With ``cross_entropy``, each task needs at least two
+            active outputs.
+        loss: ``cross_entropy``, or ``squared_error`` (half the squared distance to one-hot targets); the mean over a
+            batch is minimised.
+        target_scale: Value of a one-hot target in place of 1 (15 in the code of Shon et al. 2022).
+        training: Options of the training of each task. The default is SGD with lr 0.1 and batch size 64; a given
+            ``Training`` replaces all defaults. Without ``epochs`` and ``steps``, each task has one epoch.
+        evaluation: Samples for the accuracies: ``test``, or ``validation`` to choose hyper-parameters.
+        evaluate_every: Number of steps between two points of the accuracy curves; None for no curves.
+        observe: Function of the learner that is called after every task, with the model in eval mode. It returns a
+            dictionary of plain values, which are added to the record of the task. It must not change the model; a
+            change is an error, unless it is made through ``.data``.
+        checkpoint: File for the state after every task; if it exists, the run continues from it. The model must have
+            its weights from before the first task, not those of the stopped run.
+        progress: Whether to show a progress bar in a terminal.
         **changes: Fields of ``training`` to change, such as ``lr=0.05, batch_size=[16, 32], epochs=3``.
 
     Raises:
-        CurvlabError: An option, the stream, the model or its head do not go together; the loss or a weight ceases to
-            be finite; the checkpoint belongs to another run, or cannot be read or written.
+        CurvlabError: An option, the stream or the model is invalid, or they do not fit together; the loss or a weight
+            becomes NaN or infinite; the checkpoint belongs to another run, or cannot be read or written.
 
     Examples:
         >>> from curvlab.continual import permuted
@@ -134,7 +135,7 @@ def run(
         "evaluation": evaluation,
         "evaluate_every": evaluate_every,
     }
-    # A checkpoint keeps plain values.
+    # A checkpoint stores plain values only.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     check_options(options)
     trainings = split_by_task(combine(training, changes), len(stream))
@@ -146,11 +147,11 @@ def run(
         described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
         file = CheckpointFile(Path(checkpoint), fingerprint(described, model))
     learner = Learner(model, stream, outputs, loss, options["target_scale"], get_batch_size(trainings[0]))
-    return _Run(learner, copy.deepcopy(strategy), options, trainings, observe, file).all_tasks(progress)
+    return _Run(learner, copy.deepcopy(strategy), options, trainings, observe, file).learn_all(progress)
 
 
 class _Run:
-    """Where a run stands."""
+    """State of a run."""
 
     def __init__(
         self,
@@ -166,11 +167,11 @@ class _Run:
         tasks = len(learner.stream)
         self.result = Result(torch.full((tasks, tasks), torch.nan).double(), torch.full((tasks,), torch.nan).double())
         self.saved = 0
-        self.began = "" if file is None else checkpoints.weights(learner.model)
+        self.began = "" if file is None else checkpoints.hash_weights(learner.model)
 
-    # The stream -------------------------------------------------------------------------------------------------------
+    # Stream -----------------------------------------------------------------------------------------------------------
 
-    def all_tasks(self, progress: bool) -> Result:
+    def learn_all(self, progress: bool) -> Result:
         learner, result = self.learner, self.result
         model, tasks = learner.model, len(learner.stream)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -185,15 +186,15 @@ class _Run:
                 self._begin()
                 advance(result.resumed_at)
                 for learner.task in range(result.resumed_at, tasks):
-                    record = self._task(advance)
+                    record = self._learn_task(advance)
                     self._measure(record)
                     result.tasks.append(record)
                     if self.file is not None:
-                        checkpoints.check_held(self.strategy, record)
+                        checkpoints.check_storable(self.strategy, record)
                         self.file.write(self._states())
                         self.saved = len(result.tasks)
             except KeyboardInterrupt as interrupt:
-                interrupt.add_note(self._how_to_continue())
+                interrupt.add_note(self._describe_interruption())
                 raise
             finally:
                 for name, p in model.named_parameters():
@@ -213,43 +214,43 @@ class _Run:
         if states is not None:
             self._restore(states)
         elif self.options["head"] != "growing":
-            self.result.initial = accuracies(learner, range(tasks), self.options["evaluation"])
+            self.result.initial = measure_accuracies(learner, range(tasks), self.options["evaluation"])
 
     def _measure(self, record: Record) -> None:
-        """Evaluate the tasks so far and, unless the head grows, the next one, and let ``observe`` look."""
+        """Evaluate the tasks so far and, except with a growing head, the next task; then call ``observe``."""
         learner, options, model = self.learner, self.options, self.learner.model
         if record["steps"]:
             started = time.perf_counter()
             ahead = 1 if options["head"] == "growing" else 2
             measured = range(min(learner.task + ahead, len(learner.stream)))
-            found = accuracies(learner, measured, options["evaluation"])
+            found = measure_accuracies(learner, measured, options["evaluation"])
             self.result.accuracy[learner.task, : len(found)] = found
             record["evaluation_seconds"] += time.perf_counter() - started
-        record["bytes"] = checkpoints.bytes_held(self.strategy.state())
+        record["bytes"] = checkpoints.count_bytes(self.strategy.state())
         if self.observe is not None:
             with require_unchanged(model), preserved_random_state(), gradients_restored(model), preserve_modes(model):
                 model.eval()
                 seen = self.observe(learner)
             if not isinstance(seen, Mapping):
                 raise CurvlabError(
-                    f"observe must return a dictionary of plain values, which may be empty, not {type(seen).__name__}"
+                    f"observe must return a dictionary of plain values (it may be empty), not {type(seen).__name__}"
                 )
             if taken := sorted(record.keys() & seen.keys()):
-                raise CurvlabError(f"the record of a task has {taken[0]!r} already: let observe call its own otherwise")
+                raise CurvlabError(f"observe must not return {taken[0]!r}, a key of every record: choose another key")
             record |= seen
 
-    # One task ---------------------------------------------------------------------------------------------------------
+    # Task -------------------------------------------------------------------------------------------------------------
 
-    def _task(self, advance: Advance) -> Record:
+    def _learn_task(self, advance: Advance) -> Record:
         learner, strategy, options, task = self.learner, self.strategy, self.options, self.learner.task
         training = self.trainings[task]
-        # Counted is what was trained on: joint training is at its first rate when the stream is at its last task.
+        # Only tasks with training steps count: joint training starts with the initial rate at the last task.
         decay = training.lr_decay ** sum(record["steps"] > 0 for record in self.result.tasks)
         learner.lr, learner.batch_size = max(training.lr * decay, training.min_lr), get_batch_size(training)
         learner.generator.manual_seed(derived_seed(training.seed, task, STRATEGY))
         learner.step, learner.steps, learner.epoch_steps = 0, 0, 1
         with random_state_restored(learner.device, derived_seed(training.seed, task, DROPOUT)):
-            # As in a run that continues here.
+            # A run that continues here from a checkpoint starts in the same state.
             learner.model.train()
             learner.model.zero_grad()
             times = [time.perf_counter()]
@@ -266,7 +267,7 @@ class _Run:
                 advance()
             else:
                 every = options["evaluate_every"]
-                loss, evaluating = do_steps(learner, strategy, training, source, every, self._point, advance)
+                loss, evaluating = do_steps(learner, strategy, training, source, every, self._record_curves, advance)
             times.append(time.perf_counter())
             way_out = f"lower lr (here {learner.lr:g}) or the method's strength"
             check_weights(learner.model, f"after the last step of task {task}: {way_out}")
@@ -285,16 +286,16 @@ class _Run:
             "evaluation_seconds": evaluating,
         }
 
-    def _point(self) -> str:
-        """Evaluate the tasks so far for the curves, and return what to show of it."""
+    def _record_curves(self) -> str:
+        """Evaluate the tasks so far for the curves, and return a text for the progress bar."""
         learner = self.learner
-        found = accuracies(learner, range(learner.task + 1), self.options["evaluation"]).tolist()
+        found = measure_accuracies(learner, range(learner.task + 1), self.options["evaluation"]).tolist()
         self.result.curves += [
             {"task": learner.task, "step": learner.step, "on": on, "accuracy": value} for on, value in enumerate(found)
         ]
         return f"accuracy {sum(found) / len(found):.1%}"
 
-    # A run that is continued ------------------------------------------------------------------------------------------
+    # Checkpoint ---------------------------------------------------------------------------------------------------
 
     def _states(self) -> dict[str, Any]:
         model, result = self.learner.model, self.result
@@ -321,13 +322,13 @@ class _Run:
         result.curves, result.tasks = states["curves"], states["tasks"]
         self.saved = result.resumed_at = len(result.tasks)
 
-    def _how_to_continue(self) -> str:
-        stopped = f"the run stopped in task {self.learner.task} of {len(self.learner.stream)}, counted from 0"
+    def _describe_interruption(self) -> str:
+        stopped = f"the run stopped in task {self.learner.task} of {len(self.learner.stream)} (counted from 0)"
         if self.file is None:
-            return f"{stopped}, and nothing is saved: with checkpoint=PATH it could be continued"
+            return f"{stopped} and nothing is saved; with checkpoint=PATH it could be continued"
         if not self.saved:
-            return f"{stopped}, before anything was saved in {self.file.path}"
+            return f"{stopped}, before the first save in {self.file.path}"
         return (
-            f"{stopped}; the same call, with the model as it was at first, goes on after task {self.saved - 1}, which "
-            f"is saved in {self.file.path}"
+            f"{stopped}; to continue after task {self.saved - 1}, saved in {self.file.path}, repeat the call with the "
+            "model in its initial state"
         )

@@ -1,8 +1,8 @@
-"""How well a stream of tasks was learnt, and how much of it was forgotten, from accuracies alone.
+"""Metrics of continual learning, computed from a matrix of accuracies.
 
-``accuracy`` is a matrix ``(T, T)``: ``accuracy[t, i]`` was measured on task i after task t was learnt, and is NaN where
-it was not measured. A metric that needs a missing accuracy is NaN, never the mean of those that are there. Of training
-on all tasks together, for example, only the last row is known, and so nothing but ``acc``.
+``accuracy`` is a matrix ``(T, T)``: ``accuracy[t, i]`` is the accuracy on task i after task t was learnt, and NaN if it
+was not measured. A metric that needs a missing accuracy is NaN, never the mean of the others. For training on all tasks
+together, for example, only the last row is known, so that all metrics but ``acc`` are NaN.
 
 References:
     Lopez-Paz and Ranzato (2017), Gradient episodic memory for continual learning (backward and forward transfer);
@@ -19,16 +19,16 @@ from curvlab.errors import CurvlabError
 
 
 def average_accuracy(accuracy: Tensor) -> Tensor:
-    """Return ``A_t``, the mean accuracy after task t on the tasks so far, for every t: shape ``(T,)``, float64.
+    """Return the mean accuracy ``A_t`` on the tasks so far, after every task t: shape ``(T,)``, float64.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix.
+        CurvlabError: ``accuracy`` is not such a matrix.
 
     Examples:
         >>> average_accuracy(torch.tensor([[0.9, torch.nan], [0.5, 0.7]]))
         tensor([0.9000, 0.6000], dtype=torch.float64)
     """
-    a = _checked(accuracy)
+    a = _check_matrix(accuracy)
     return torch.stack([a[t, : t + 1].mean() for t in range(len(a))])
 
 
@@ -36,65 +36,63 @@ def acc(accuracy: Tensor) -> float:
     """Return ``A_T``, the mean accuracy on all tasks after the last one.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix.
+        CurvlabError: ``accuracy`` is not such a matrix.
     """
-    return float(_checked(accuracy)[-1].mean())
+    return float(_check_matrix(accuracy)[-1].mean())
 
 
 def bwt(accuracy: Tensor) -> float:
-    """Return backward transfer: how much better tasks are done at the end than when they were learnt.
+    """Return the backward transfer: the change of the accuracies since the tasks were learnt.
 
-    It is the mean of ``a[T, i] - a[i, i]`` over all tasks i but the last, negative where tasks are forgotten; NaN for
-    one task.
+    It is the mean of ``a[T, i] - a[i, i]`` over all tasks i except the last. It is negative if tasks are forgotten, and
+    NaN for one task.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix.
+        CurvlabError: ``accuracy`` is not such a matrix.
     """
-    a = _checked(accuracy)
+    a = _check_matrix(accuracy)
     return float((a[-1] - a.diagonal())[:-1].mean())
 
 
 def fwt(accuracy: Tensor, initial: Tensor) -> float:
-    """Return forward transfer: how much better tasks are done just before they are learnt than before the first one.
+    """Return the forward transfer: the gain in accuracy on tasks before they are learnt.
 
-    It is the mean of ``a[i - 1, i] - initial[i]`` over all tasks i but the first; NaN for one task.
+    It is the mean of ``a[i - 1, i] - initial[i]`` over all tasks i except the first; NaN for one task.
 
     Args:
         accuracy: ``(T, T)``.
-        initial: Accuracy on every task of the network before it has learnt anything, ``(T,)``.
+        initial: Accuracy of the untrained network on every task, ``(T,)``.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix, or the initial ones do not fit it.
+        CurvlabError: ``accuracy`` is not such a matrix, or ``initial`` does not have its length.
     """
-    a = _checked(accuracy)
+    a = _check_matrix(accuracy)
     if initial.shape != a.shape[:1]:
-        raise CurvlabError(
-            f"initial has an accuracy for each of the {len(a)} tasks, shape ({len(a)},), not {tuple(initial.shape)}"
-        )
+        raise CurvlabError(f"initial must have one accuracy per task, shape ({len(a)},), not {tuple(initial.shape)}")
     return float((a.diagonal(1) - initial.to(a)[1:]).mean())
 
 
 def forgetting(accuracy: Tensor, *, include_last: bool = False) -> float:
-    """Return how much worse tasks are done at the end than at their best since they were learnt.
+    """Return the forgetting: the loss of accuracy since the best accuracy after a task was learnt.
 
-    It is the mean of ``max_t a[t, i] - a[T, i]``, ``i <= t < T``, over all tasks i but the last, negative where tasks
-    are done better at the end than ever before; NaN for one task. Accuracies before a task was learnt do not enter, so
-    that it does not matter whether they were measured.
+    It is the mean of ``max_t a[t, i] - a[T, i]``, ``i <= t < T``, over all tasks i except the last. It is negative if
+    the accuracy at the end is higher than ever before, and NaN for one task. Accuracies from before a task was learnt
+    are not used, and may be missing.
 
     Args:
         accuracy: ``(T, T)``.
-        include_last: Take ``t = T`` into the maximum, as the code of Mirzadeh et al. (2020) does: then no task counts
-            less than 0.
+        include_last: Include ``t = T`` in the maximum, as the code of Mirzadeh et al. (2020) does; then each task
+            contributes at least 0.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix.
+        CurvlabError: ``accuracy`` is not such a matrix.
 
     Examples:
         >>> a = torch.tensor([[0.9, 0.1, 0.1], [0.8, 0.9, 0.1], [0.5, 0.95, 0.9]]).double()
         >>> round(forgetting(a), 4), round(forgetting(a, include_last=True), 4)
         (0.175, 0.2)
     """
-    a = _checked(accuracy)
+    a = _check_matrix(accuracy)
     last = len(a) - 1
     stop = last + 1 if include_last else last
     best = [a[i:stop, i].max() for i in range(last)]  # NaN if one of them is
@@ -102,26 +100,26 @@ def forgetting(accuracy: Tensor, *, include_last: bool = False) -> float:
 
 
 def learning_accuracy(accuracy: Tensor) -> float:
-    """Return the mean accuracy on every task just after it was learnt, ``a[i, i]``.
+    """Return the learning accuracy: the mean over tasks of ``a[i, i]``, measured just after the task was learnt.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix.
+        CurvlabError: ``accuracy`` is not such a matrix.
     """
-    return float(_checked(accuracy).diagonal().mean())
+    return float(_check_matrix(accuracy).diagonal().mean())
 
 
 def summary(accuracy: Tensor, initial: Tensor | None = None) -> dict[str, float]:
-    """Return the numbers of a run by name: ``acc``, ``bwt``, ``fwt``, ``forgetting`` and ``learning_accuracy``.
+    """Return all metrics by name: ``acc``, ``bwt``, ``fwt``, ``forgetting`` and ``learning_accuracy``.
 
     Args:
         accuracy: ``(T, T)``.
-        initial: As ``fwt`` takes it; None if it was not measured.
+        initial: Accuracy of the untrained network on every task, ``(T,)``; None if it was not measured.
 
     Returns:
-        NaN for what is not defined, with one task, or not measured.
+        The metrics; NaN for a metric that is not defined or needs a missing accuracy.
 
     Raises:
-        CurvlabError: The accuracies are not such a matrix, or the initial ones do not fit it.
+        CurvlabError: ``accuracy`` is not such a matrix, or ``initial`` does not have its length.
 
     Examples:
         >>> summary(torch.tensor([[torch.nan, torch.nan], [0.75, 0.25]]))
@@ -136,13 +134,13 @@ def summary(accuracy: Tensor, initial: Tensor | None = None) -> dict[str, float]
     }
 
 
-def _checked(accuracy: Tensor) -> Tensor:
-    """Return the accuracies in float64, once they are a matrix of numbers and NaN."""
+def _check_matrix(accuracy: Tensor) -> Tensor:
+    """Return the accuracies in float64, after a check of their shape and values."""
     if accuracy.ndim != 2 or accuracy.shape[0] != accuracy.shape[1] or not len(accuracy):
         raise CurvlabError(
-            f"accuracies are a matrix (T, T), a row for each task that was learnt and a column for each that was "
-            f"measured, not of shape {tuple(accuracy.shape)}"
+            "accuracy must be a matrix (T, T), a row for each learnt task and a column for each evaluated task, not "
+            f"of shape {tuple(accuracy.shape)}"
         )
     if accuracy.isinf().any():
-        raise CurvlabError("an accuracy is infinite; give NaN where none was measured")
+        raise CurvlabError("an accuracy is infinite; use NaN for accuracies that were not measured")
     return accuracy.detach().double()

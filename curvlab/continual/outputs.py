@@ -1,8 +1,8 @@
-"""Which outputs of a network belong to a task: one head, masked, growing or several heads, all in one place.
+"""Active outputs of a network for each task: single, masked, multiple or growing heads.
 
-A network has one last layer with all outputs that it will ever need. What is called several heads are parts of it: a
-head is a set of rows of that layer, and outputs that do not count have no part in the loss, so that their rows have no
-gradient. A growing head is the same with the outputs of the classes that have come so far.
+A network has one last layer with all outputs that any task needs. A head is a set of rows of that layer. The loss uses
+only the active outputs, so that the rows of inactive outputs have no gradient. With a growing head, the outputs of all
+classes so far are active.
 """
 
 from collections.abc import Sequence
@@ -20,44 +20,44 @@ TaskLoss = Literal["cross_entropy", "squared_error"]
 
 
 class Outputs:
-    """Which outputs count, and which one stands for a label.
+    """Active outputs of each task, and the output of each label.
 
     Args:
         stream: The tasks.
-        head: ``single``: all outputs count in every task, and output k stands for class k. ``growing`` (class-IL): as
-            far as the classes of the tasks until now go. ``masked`` (task-IL): those of the task's classes. ``multi``
-            (task-IL): each task has outputs of its own, those of task 0 first.
-        count: How many outputs the network has.
-        device: Of the network.
+        head: ``single``: all outputs are active in every task, and output k is for class k. ``growing`` (class-IL): the
+            outputs of the classes of all tasks so far. ``masked`` (task-IL): the outputs of the task's classes.
+            ``multi`` (task-IL): each task has its own outputs, those of task 0 first.
+        count: Number of outputs of the network.
+        device: Device of the network.
 
     Attributes:
-        classes: How many the tasks have, one that is in two tasks counted twice.
+        classes: Total number of classes of the tasks; a class of two tasks is counted twice.
 
     Raises:
-        CurvlabError: There is no such head, or the network has not as many outputs as it needs.
+        CurvlabError: The head is unknown, or the network has too few outputs (with ``multi``, another number).
 
     Examples:
         >>> from curvlab.continual import split_classes
         >>> from curvlab.data import load
         >>> stream = split_classes(load("digits"), tasks=5)
         >>> outputs = Outputs(stream, "growing", 10, torch.device("cpu"))
-        >>> outputs.counting(0, now=1).nonzero()[:, 0]
+        >>> outputs.active_mask(0, now=1).nonzero()[:, 0]
         tensor([0, 1, 2, 3])
     """
 
     def __init__(self, stream: Sequence[Task], head: Head, count: int, device: torch.device) -> None:
         if head not in get_args(Head):
-            raise CurvlabError(f"head is one of {', '.join(get_args(Head))}, not {head!r}")
+            raise CurvlabError(f"head must be one of {', '.join(get_args(Head))}, not {head!r}")
         classes = [_classes(task) for task in stream]
         needed = sum(map(len, classes)) if head == "multi" else 1 + max(map(max, classes))
         if count < needed or (head == "multi" and count != needed):
             raise CurvlabError(
-                f"head {head!r} needs {needed} outputs for these {len(stream)} tasks, and the model has {count}: "
+                f"head {head!r} needs {needed} outputs for these {len(stream)} tasks, but the model has {count}: "
                 f"build it with {needed}"
             )
         self.head, self.count = head, count
         self.classes = sum(map(len, classes))
-        #: Row t: the outputs that stand for the classes of task t.
+        #: Row t: the outputs of the classes of task t.
         self._own = torch.zeros(len(stream), count, dtype=torch.bool)
         self._output_of: list[Tensor | None] = []
         first = 0
@@ -71,73 +71,73 @@ class Outputs:
             else:
                 own[list(present)] = True
                 self._output_of.append(None)
-        #: Row t: those that count for task t, with a growing head while t is the last one that has come.
-        self._counts = self._own
+        #: Row t: the active outputs of task t; with a growing head, while t is the current task.
+        self._active = self._own
         if head == "single":
-            self._counts = torch.ones_like(self._own)
+            self._active = torch.ones_like(self._own)
         elif head == "growing":
-            self._counts = self._own.cumsum(0) > 0
-        self._whole = self._counts.all(1).tolist()  # looked up at every step, without waiting for the device
-        self._own, self._counts = self._own.to(device), self._counts.to(device)
+            self._active = self._own.cumsum(0) > 0
+        self._all_active = self._active.all(1).tolist()  # read at every step, without synchronising with the device
+        self._own, self._active = self._own.to(device), self._active.to(device)
 
-    def of_labels(self, y: Tensor, task: int) -> Tensor:
-        """Return the outputs ``(N,)``, on the device of ``y``, that stand for the labels ``(N,)`` of a task."""
+    def map_labels(self, y: Tensor, task: int) -> Tensor:
+        """Return the indices of the outputs for labels ``(N,)`` of a task: ``(N,)``, on the device of ``y``."""
         output_of = self._output_of[task]
         return y.long() if output_of is None else output_of.to(y.device)[y.long()]
 
-    def counting(self, task: int | Tensor, now: int | None) -> Tensor | None:
-        """Return which outputs count, booleans ``(C,)``, or ``(N, C)`` for the tasks ``(N,)`` of samples.
+    def active_mask(self, task: int | Tensor, now: int | None) -> Tensor | None:
+        """Return the mask of active outputs, booleans ``(C,)``, or ``(N, C)`` for one task per sample.
 
         Args:
-            task: The task of a batch, or of each of its samples.
-            now: The last task that has come; with a growing head, what counts for all. None for those that counted
-                when each task was learnt.
+            task: Task of all samples, or of each sample, ``(N,)``.
+            now: Index of the current task, which with a growing head decides for all samples; None for the outputs that
+                were active when each task was learnt.
 
         Returns:
-            None if all of them do.
+            The mask; None if all outputs are active.
         """
         if self.head == "growing" and now is not None:
             task = now
         if isinstance(task, int):
-            return None if self._whole[task] else self._counts[task]
-        return None if all(self._whole) else self._counts[task]
+            return None if self._all_active[task] else self._active[task]
+        return None if all(self._all_active) else self._active[task]
 
-    def learnt(self, before: int) -> Tensor:
-        """Return which outputs the tasks before one have taught, as booleans ``(G, C)``, a row for each softmax.
+    def past_masks(self, before: int) -> Tensor:
+        """Return the outputs trained by the tasks before ``before``, as booleans ``(G, C)``, one row per softmax.
 
-        That is a row for each task where each task has outputs that count for it alone (``masked``, ``multi``; tasks
-        with the same outputs have one together), and otherwise one row, of all classes so far.
+        With ``masked`` and ``multi`` there is one row for each task (tasks with the same outputs share a row).
+        Otherwise there is one row, with the classes of all these tasks.
         """
         own = self._own[:before]
         if before == 0:
             return own
-        learnt: Tensor = own.unique(dim=0) if self.head in ("masked", "multi") else own.any(0, keepdim=True)
-        return learnt
+        masks: Tensor = own.unique(dim=0) if self.head in ("masked", "multi") else own.any(0, keepdim=True)
+        return masks
 
 
-def mean_loss(loss: TaskLoss, outputs: Tensor, y: Tensor, counting: Tensor | None, scale: float = 1.0) -> Tensor:
-    """Return the mean loss of a batch, a scalar; outputs that do not count have no part in it.
+def mean_loss(loss: TaskLoss, outputs: Tensor, y: Tensor, active: Tensor | None, scale: float = 1.0) -> Tensor:
+    """Return the mean loss of a batch over the active outputs, a scalar.
 
     Args:
-        loss: ``cross_entropy``, or ``squared_error``: half the squared distance to ``scale`` at the output that stands
-            for the label and 0 at the others.
+        loss: ``cross_entropy``, or ``squared_error``: half the squared distance to the target, which is ``scale`` at
+            the output of the label and 0 elsewhere.
         outputs: ``(N, C)``.
-        y: The outputs that stand for the labels, ``(N,)``.
-        counting: As ``Outputs.counting`` returns it.
-        scale: Of the one-hot targets.
+        y: Indices of the outputs for the labels, ``(N,)``.
+        active: Result of ``Outputs.active_mask``.
+        scale: Value of the one-hot targets.
     """
     if loss == "cross_entropy":
-        if counting is not None:
-            outputs = outputs.where(counting, -torch.inf)
+        if active is not None:
+            outputs = outputs.where(active, -torch.inf)
         return F.cross_entropy(outputs, y)
     difference = outputs - one_hot(y, outputs, scale)
-    if counting is not None:
-        difference = difference.where(counting, 0.0)
+    if active is not None:
+        difference = difference.where(active, 0.0)
     return difference.square().sum() / (2 * len(outputs))
 
 
 def one_hot(y: Tensor, like: Tensor, scale: float) -> Tensor:
-    """Return targets in the shape, dtype and device of ``like``: ``scale`` at the outputs ``y``, else 0."""
+    """Return targets with the shape, dtype and device of ``like``: ``scale`` at the outputs ``y``, 0 elsewhere."""
     return torch.zeros_like(like).scatter_(1, y[:, None], scale)
 
 

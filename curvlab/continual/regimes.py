@@ -1,4 +1,4 @@
-"""How a network is trained on a stream of tasks: what tells a stable training from a plastic one.
+"""Training regimes for a stream of tasks: stable and plastic.
 
 References:
     Mirzadeh et al. (2020), Understanding the role of training regimes in continual learning.
@@ -14,16 +14,16 @@ _LOWEST_RATE = 5e-5
 
 @dataclass(frozen=True)
 class Regime:
-    """How a network is trained on each task (Mirzadeh et al. 2020).
+    """Training regime (Mirzadeh et al. 2020).
 
-    Their Stable SGD is naive fine-tuning under such a regime: a high rate that falls from task to task, dropout, and
-    small batches.
+    Their Stable SGD is naive fine-tuning with the stable regime: a high learning rate that decays from task to task,
+    dropout, and small batches.
 
     Attributes:
         lr: Learning rate before the decay.
-        decay: Its factor from a task to the next one.
-        batch_size: Samples a step.
-        dropout: Share of the hidden units left out.
+        decay: Factor on the learning rate from one task to the next.
+        batch_size: Samples per step.
+        dropout: Dropout probability of the hidden units.
 
     Examples:
         >>> stable = Regime(lr=0.1, decay=0.5, batch_size=16, dropout=0.25)
@@ -40,19 +40,19 @@ class Regime:
 
     @classmethod
     def of(cls, config: Any, name: str) -> "Regime":
-        """Return the regime of that name: ``stable``, ``stable-dropout`` (dropout as in plastic) and so on.
+        """Return a regime by name; ``stable-dropout``, for example, is stable with the dropout of plastic.
 
         Args:
-            config: What has the numbers of both as ``stable_lr``, ``plastic_lr`` and so on.
-            name: ``stable``, ``plastic``, ``stable-X`` or ``plastic+X``, with X of the attributes.
+            config: Object with the values of both regimes as attributes ``stable_lr``, ``plastic_lr`` and so on.
+            name: ``stable``, ``plastic``, ``stable-X`` or ``plastic+X``, where X is an attribute of ``Regime``.
 
         Raises:
-            CurvlabError: There is no such regime.
+            CurvlabError: The name is unknown.
         """
         keys = [field.name for field in fields(cls)]
         if name not in ("stable", "plastic", *(f"stable-{key}" for key in keys), *(f"plastic+{key}" for key in keys)):
             raise CurvlabError(
-                f"a regime is stable, plastic, stable-X or plastic+X, with X of {', '.join(keys)}, not {name!r}"
+                f"a regime is stable, plastic, stable-X or plastic+X, with X one of {', '.join(keys)}, not {name!r}"
             )
         stable, plastic = (cls(*(getattr(config, f"{kind}_{key}") for key in keys)) for kind in ("stable", "plastic"))
         own, other = (stable, plastic) if name.startswith("stable") else (plastic, stable)
@@ -60,11 +60,11 @@ class Regime:
         return replace(own, **{changed: getattr(other, changed)}) if changed else own
 
     def rate(self, task: int) -> float:
-        """Return the learning rate of task 1, 2, ...; the first is decayed already, as in the authors' code."""
+        """Return the learning rate of task 1, 2, ...; it is already decayed for task 1, as in the authors' code."""
         return max(self.lr * self.decay**task, _LOWEST_RATE)
 
     def options(self) -> dict[str, Any]:
-        """Return what ``curvlab.continual.run`` takes of it; dropout is the network's."""
+        """Return the options for ``curvlab.continual.run``; dropout is an option of the network."""
         return {
             "lr": self.lr * self.decay,
             "lr_decay": self.decay,
@@ -74,7 +74,7 @@ class Regime:
 
 
 def describe_regime(name: str) -> str:
-    """Return in words what a regime is.
+    """Return a description of a regime.
 
     Examples:
         >>> describe_regime("stable-batch_size"), describe_regime("plastic+lr"), describe_regime("stable")

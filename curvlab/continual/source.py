@@ -1,4 +1,4 @@
-"""The training samples of a task, or of several that are mixed, batch by batch."""
+"""Batches of training samples of one task, or of several tasks mixed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,15 +7,18 @@ from torch import Tensor
 
 from curvlab.continual.learner import Batch, Learner
 
-_MADE_AT_ONCE = 2**24  # values: those of several tasks are made for many batches in one go, as far as this allows
+_TRANSFORM_AT_ONCE = 2**24  # values: samples of several tasks are transformed for many batches at once, up to this
 
 
 class Source:
-    """What is learnt from now: one task, whose samples are held as it sees them, or several, made when they are due.
+    """Training samples of the current step of the stream.
+
+    The transformed samples of a single task are kept in memory; samples of several tasks are transformed when they are
+    needed.
 
     Args:
-        learner: The state of the run.
-        tasks: Which tasks; their samples are numbered through.
+        learner: State of the run.
+        tasks: Indices of the tasks; their samples are numbered consecutively.
     """
 
     def __init__(self, learner: Learner, tasks: Sequence[int]) -> None:
@@ -27,19 +30,19 @@ class Source:
         return int(self.starts[-1])
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Batch]:
-        """Yield the samples of these numbers, in their order; the last batch may be smaller."""
+        """Yield the samples with the numbers in ``order``; the last batch may be smaller."""
         if self.held is not None:
             x, y, task = self.held
             for index in order.to(y.device).split(batch_size):
                 yield Batch(x.index_select(0, index), y.index_select(0, index), task)
             return
         values = self.learner.stream[self.tasks[0]].dataset.x_train[0].numel()
-        at_once = max(_MADE_AT_ONCE // (values * batch_size), 1) * batch_size
+        at_once = max(_TRANSFORM_AT_ONCE // (values * batch_size), 1) * batch_size
         for several in order.split(at_once):
-            made = self._mixed(several)
+            made = self._select(several)
             yield from map(Batch, *(part.split(batch_size) for part in made))
 
-    def _mixed(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         which = torch.bucketize(numbers, self.starts[1:-1], right=True)
         parts, places = [], []
         for i in which.unique().tolist():

@@ -1,4 +1,4 @@
-"""The steps of one task, and the losses of them."""
+"""Training steps of one task."""
 
 import math
 import time
@@ -18,10 +18,10 @@ from curvlab.training.samples import MODEL_ERRORS, make_model_error
 from curvlab.training.state import derived_seed
 
 _SHOW_EVERY = 0.1  # seconds
-_CHECK_EVERY = 500  # steps between two looks at the losses, each of which waits for the device
-_LOSSES = 100  # how many of the last ones the loss of a task is the mean of
+_CHECK_EVERY = 500  # steps between two checks of the losses; each check synchronises with the device
+_LOSSES = 100  # the loss of a task is the mean over this many last steps
 
-ORDER, DROPOUT, STRATEGY = range(3)  # the independent random streams of a run
+ORDER, DROPOUT, STRATEGY = range(3)  # independent random streams of a run
 
 
 def do_steps(
@@ -33,36 +33,36 @@ def do_steps(
     evaluate: Callable[[], str],
     advance: Advance,
 ) -> tuple[float, float]:
-    """Do all steps of a task; return the loss, and the seconds of the evaluations between them.
+    """Do all steps of a task; return the loss, and the seconds spent in evaluations.
 
     Args:
-        learner: The state of the run.
+        learner: State of the run.
         strategy: The method.
-        training: The options of this task; the learning rate is the learner's.
-        source: Of the samples.
-        evaluate_every: Steps between two evaluations; None for none.
-        evaluate: Evaluates, and returns what to show of it.
-        advance: Of a progress bar of tasks.
+        training: Options of this task, except for the learning rate, which is ``learner.lr``.
+        source: Training samples.
+        evaluate_every: Number of steps between two evaluations; None for no evaluation.
+        evaluate: Function that evaluates the model and returns a text for the progress bar.
+        advance: Function that advances a progress bar of tasks.
 
     Raises:
-        CurvlabError: There is nothing to train, the model or the loss fails, or a loss is not finite.
+        CurvlabError: No parameter is trainable, the model or the loss fails, or a loss is NaN or infinite.
     """
     parameters = list(learner.parameters.values())
     if not parameters:
-        raise CurvlabError(f"{type(strategy).__name__} leaves no parameter to train")
+        raise CurvlabError(f"{type(strategy).__name__} freezes all parameters; at least one must be trainable")
     optimizer = make_optimizer(training.optimizer, parameters, learner.lr, training.momentum, training.weight_decay)
     scheduler = make_schedule(training, optimizer, learner.steps)
     clip = training.clip_norm
-    # What naive fine-tuning does not do costs nothing.
-    after_backward, after_step = _own(strategy, "after_backward"), _own(strategy, "after_step")
+    # Hooks that the method does not override are not called.
+    after_backward, after_step = _get_own_hook(strategy, "after_backward"), _get_own_hook(strategy, "after_step")
     evaluating, shown, shown_at, note = 0.0, 0, -math.inf, ""
     losses = _Losses(learner)
-    # A loss of its own is the method's, and what fails in it may be, too.
-    own = "" if type(strategy).loss is Strategy.loss else f", or the loss of {type(strategy).__name__},"
-    blamed, fails = f"the model{own}", f"fails in task {learner.task}"
+    # If the method overrides the loss, an exception may come from that.
+    own_loss = "" if type(strategy).loss is Strategy.loss else f", or the loss of {type(strategy).__name__},"
+    blamed, fails = f"the model{own_loss}", f"fails in task {learner.task}"
     for step, batch in enumerate(_batches(learner, source, training.seed), start=1):
         optimizer.zero_grad()
-        try:  # a context manager, entered at every step, would take a percent of a small one
+        try:  # a context manager would cost about 1 % of a small step
             loss = strategy.loss(learner, batch)
             loss.backward()
         except MODEL_ERRORS as error:
@@ -102,7 +102,7 @@ def _batches(learner: Learner, source: Source, seed: int) -> Iterator[Batch]:
 
 
 class _Losses:
-    """Those of one task; new ones are still on the device, as bringing each one would stall it at every step."""
+    """Losses of one task; new losses stay on the device, because copying each one would synchronise at every step."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
@@ -114,19 +114,19 @@ class _Losses:
         return math.fsum(self.last) / len(self.last)
 
     def check(self) -> None:
-        """Bring the new ones, and make sure that they are finite."""
+        """Copy the new losses from the device, and check that they are finite."""
         values = torch.stack(self.new).tolist()
         self.new.clear()
         for step, value in enumerate(values, start=self.learner.step - len(values) + 1):
             if not math.isfinite(value):
                 raise CurvlabError(
                     f"the training loss is {value} at step {step} of task {self.learner.task}: lower lr (here "
-                    f"{self.learner.lr:g}) or the method's strength, or look at the scale of the inputs"
+                    f"{self.learner.lr:g}) or the method's strength, or check the scale of the inputs"
                 )
         self.last = (self.last + values)[-_LOSSES:]
 
 
-def _own(strategy: Strategy, hook: str) -> Callable[[Learner], None] | None:
-    """Return a hook that is not the one of the base, which does nothing."""
+def _get_own_hook(strategy: Strategy, hook: str) -> Callable[[Learner], None] | None:
+    """Return a hook if the method overrides it, else None."""
     bound: Callable[[Learner], None] = getattr(strategy, hook)
     return None if getattr(bound, "__func__", None) is getattr(Strategy, hook) else bound

@@ -1,4 +1,4 @@
-"""One task of a stream: rows of a data set, seen through a transformation of their inputs."""
+"""One task of a stream: rows of a data set with a transformation of the inputs."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,38 +16,37 @@ from curvlab.errors import CurvlabError
 Samples = tuple[Tensor, Tensor]
 Part = Literal["train", "validation", "test"]
 
-_PROBES = 100  # samples by which transformations are told apart
+_PROBES = 100  # samples that enter the fingerprint of a transformation
 
-# Hashing a data set takes as long as an epoch of a small network, and all tasks of a stream share one.
+# Hashing a data set takes as long as an epoch of a small network, and all tasks of a stream share the data set.
 _FINGERPRINTS: WeakKeyDictionary[Dataset, str] = WeakKeyDictionary()
 
 
-def unchanged(x: Tensor) -> Tensor:
-    """Return the inputs as they are."""
+def identity(x: Tensor) -> Tensor:
+    """Return the inputs without a change."""
     return x
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Samples of a data set, seen through a transformation of their inputs.
+    """Rows of a data set with a transformation of the inputs.
 
-    Nothing is held but the data set, which tasks share, and rows of it: samples are taken, and transformed, when they
-    are asked for.
+    A task stores only the data set, which tasks share, and row indices; samples are selected and transformed on access.
 
     Args:
-        name: What to call it.
-        dataset: Where its samples are from.
-        transform: From inputs ``(N, ...)`` to those of the task, in the same shape: each sample by itself, and always
-            in the same way.
-        train_rows: Which of the training samples it is learnt from: a slice, indices or a mask.
-        validation_rows: Which of the training samples are held out, such as to choose hyper-parameters.
-        test_rows: Which of the test samples it is tested on.
-        classes: The classes that it is of, as labels of the data set; None for all of the data set. Labels stay those
-            of the data set.
+        name: Name of the task.
+        dataset: Data set of the samples.
+        transform: Function from inputs ``(N, ...)`` to inputs of the same shape; it must be deterministic and treat
+            each sample independently.
+        train_rows: Rows of the training samples to train on: a slice, indices or a mask.
+        validation_rows: Rows of the training samples to hold out, for example to choose hyper-parameters.
+        test_rows: Rows of the test samples to test on.
+        classes: Classes of the task, as labels of the data set; None for all classes of the data set. Labels are not
+            renumbered.
 
     Raises:
-        CurvlabError: The rows do not exist, there is no sample to learn from or to test on, a sample is both learnt
-            from and held out, or ``classes`` are not those of the samples.
+        CurvlabError: Rows do not exist, there is no training or test sample, a training sample is also held out, or
+            ``classes`` are not the classes of the samples.
 
     Examples:
         >>> from curvlab.data import load
@@ -60,7 +59,7 @@ class Task:
 
     name: str
     dataset: Dataset = field(repr=False)
-    transform: Callable[[Tensor], Tensor] = field(default=unchanged, repr=False)
+    transform: Callable[[Tensor], Tensor] = field(default=identity, repr=False)
     train_rows: slice | Tensor = field(default_factory=lambda: slice(None), repr=False)
     validation_rows: slice | Tensor = field(default_factory=lambda: slice(0), repr=False)
     test_rows: slice | Tensor = field(default_factory=lambda: slice(None), repr=False)
@@ -69,47 +68,47 @@ class Task:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             if not self.sizes[part]:
-                raise CurvlabError(f"task {self.name!r} has no {part} sample; choose other rows or classes")
+                raise CurvlabError(f"task {self.name!r} has no {part} samples; choose other rows or classes")
         held_out = torch.zeros(len(self.dataset.x_train), dtype=torch.bool)
         held_out[self._rows["validation"]] = True
         both = int(held_out[self._rows["train"]].sum())
         if both:
             raise CurvlabError(
-                f"task {self.name!r} learns from {both} of the samples that it holds out; leave them out of train_rows"
+                f"task {self.name!r} has {both} samples in train_rows and in validation_rows; remove them from one"
             )
         if self.classes is not None:
             self._check_classes(self.classes)
 
     @property
     def train(self) -> Samples:
-        """Inputs ``(N, ...)`` and class indices ``(N,)`` to learn from."""
-        return self._of(self.dataset.x_train, self.dataset.y_train, self.train_rows)
+        """Inputs ``(N, ...)`` and class indices ``(N,)`` to train on."""
+        return self._select(self.dataset.x_train, self.dataset.y_train, self.train_rows)
 
     @property
     def validation(self) -> Samples:
-        """Inputs and class indices that are held out."""
-        return self._of(self.dataset.x_train, self.dataset.y_train, self.validation_rows)
+        """Held-out inputs and class indices."""
+        return self._select(self.dataset.x_train, self.dataset.y_train, self.validation_rows)
 
     @property
     def test(self) -> Samples:
         """Inputs and class indices to test on."""
-        return self._of(self.dataset.x_test, self.dataset.y_test, self.test_rows)
+        return self._select(self.dataset.x_test, self.dataset.y_test, self.test_rows)
 
     @property
     def sizes(self) -> dict[Part, int]:
-        """How many samples ``train``, ``validation`` and ``test`` have."""
+        """Number of samples of ``train``, ``validation`` and ``test``."""
         return {part: len(rows) for part, rows in self._rows.items()}
 
     def take(self, index: Tensor) -> Samples:
-        """Return the training samples ``train[0][index], train[1][index]``; only they are made.
+        """Return the training samples ``train[0][index], train[1][index]``; only these are transformed.
 
         Args:
             index: Integers, shape ``(N,)``.
         """
-        return self._of(self.dataset.x_train, self.dataset.y_train, self._rows["train"][index])
+        return self._select(self.dataset.x_train, self.dataset.y_train, self._rows["train"][index])
 
     def shares(self, other: "Task", part: Part) -> bool:
-        """Return whether another task is known to have the very same ``train``, ``validation`` or ``test``."""
+        """Return whether another task is known to have identical ``train``, ``validation`` or ``test`` samples."""
         return (
             self.dataset is other.dataset
             and self.transform == other.transform
@@ -117,17 +116,17 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) of what the task consists of, whatever it is called.
+        """Return the SHA-256 (hex) of the content of the task, without its name.
 
-        It covers the bytes of the data set, which are hashed once for all of its tasks, the rows of each part, the
-        classes, and what the transformation makes of a ramp and of the first training samples, at most 100.
+        The content is the bytes of the data set (hashed once for all of its tasks), the rows of each part, the classes,
+        and the transformed values of a ramp and of the first training samples, at most 100.
         """
         if self.dataset not in _FINGERPRINTS:
             _FINGERPRINTS[self.dataset] = self.dataset.fingerprint()
         classes = None if self.classes is None else [int(label) for label in self.classes]
         digest = hashlib.sha256(f"{_FINGERPRINTS[self.dataset]} {classes}".encode())
         samples = self.dataset.x_train[self._rows["train"][:_PROBES]]
-        # Where samples are blank, a ramp still shows what becomes of a pixel.
+        # If samples are blank, the ramp still shows the effect of the transformation.
         ramp = torch.linspace(float(samples.min()), float(samples.max()), samples[0].numel()).reshape(samples[:1].shape)
         for tensor in (*self._rows.values(), self.transform(torch.cat([samples, ramp]))):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -136,7 +135,7 @@ class Task:
 
     @cached_property
     def _rows(self) -> dict[Part, Tensor]:
-        """The rows of each part as indices."""
+        """Rows of each part as indices."""
         train, test = len(self.dataset.x_train), len(self.dataset.x_test)
         return {
             "train": self._indices("train", self.train_rows, train),
@@ -161,21 +160,21 @@ class Task:
         known = range(self.dataset.num_classes)
         if not classes or len(set(classes)) < len(classes) or any(label not in known for label in classes):
             raise CurvlabError(
-                f"the classes of task {self.name!r} must be different ones of 0 to {known[-1]}, not {classes}"
+                f"the classes of task {self.name!r} must be distinct and from 0 to {known[-1]}, not {classes}"
             )
         for part, rows in self._rows.items():
             y = self.dataset.y_test if part == "test" else self.dataset.y_train
             present = set(y[rows].unique().tolist())
             if others := sorted(present - set(classes)):
                 raise CurvlabError(
-                    f"task {self.name!r} has {part} samples of class {others[0]}, which is none of its classes; "
-                    f"leave them out of {part}_rows"
+                    f"task {self.name!r} has {part} samples of class {others[0]}, which is not in its classes; "
+                    f"remove them from {part}_rows"
                 )
             if part == "train" and (absent := sorted(set(classes) - present)):
                 raise CurvlabError(
-                    f"task {self.name!r} learns from no sample of class {absent[0]}; "
-                    "let it learn from more samples, or leave the class out"
+                    f"task {self.name!r} has no training sample of class {absent[0]}; "
+                    "add samples of it to train_rows, or remove the class"
                 )
 
-    def _of(self, x: Tensor, y: Tensor, rows: slice | Tensor) -> Samples:
+    def _select(self, x: Tensor, y: Tensor, rows: slice | Tensor) -> Samples:
         return self.transform(x[rows]), y[rows]

@@ -1,4 +1,4 @@
-"""Streams of tasks, made of one data set: a stream is a tuple of tasks that share its tensors.
+"""Streams of tasks from one data set; a stream is a tuple of tasks that share its tensors.
 
 References:
     Goodfellow et al. (2013), An empirical investigation of catastrophic forgetting (permuted); Lopez-Paz and Ranzato
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.continual.task import Part, Task, unchanged
+from curvlab.continual.task import Part, Task, identity
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 
@@ -27,20 +27,20 @@ __all__ = ["Part", "Task", "disjoint", "permuted", "rotated", "split_classes", "
 def permuted(
     dataset: Dataset, *, tasks: int, seed: int = 0, validation: int = 0, samples: int | None = None
 ) -> tuple[Task, ...]:
-    """Return tasks in which the pixels of every image, or the entries of other samples, are in another order.
+    """Return tasks with permuted pixels (or entries, if the samples are not images), one permutation per task.
 
-    The first task is the data set as it is. The channels of a pixel stay together. With two tasks, this is DP10-10 of
-    Gepperth and Wiech (2019).
+    The first task is the data set without a permutation. The channels of a pixel stay together. With two tasks, this is
+    DP10-10 of Gepperth and Wiech (2019).
 
     Args:
-        dataset: What the tasks are made of.
-        tasks: How many; fewer are the beginning of more.
-        seed: Of the orders.
-        validation: Training samples, the first ones, that each task holds out.
-        samples: Training samples, the first ones after those, that each task is learnt from; None for all.
+        dataset: Data set of all tasks.
+        tasks: Number of tasks; the first tasks of a longer stream are the same.
+        seed: Seed of the permutations.
+        validation: Number of training samples that each task holds out: the first ones.
+        samples: Number of training samples of each task: the first ones after the held-out samples; None for all.
 
     Raises:
-        CurvlabError: A number is out of its range, or the first samples would be of few classes.
+        CurvlabError: A number is out of its range, or the samples are grouped by class.
 
     Examples:
         >>> from curvlab.data import load
@@ -53,7 +53,7 @@ def permuted(
     rows = _first_rows(dataset, tasks, seed, validation, samples)
     shape = dataset.sample_shape
     places = math.prod(shape[1:] if len(shape) == 3 else shape)
-    transforms = [unchanged]
+    transforms = [identity]
     for task in range(1, tasks):
         order = torch.from_numpy(np.random.default_rng([seed, task]).permutation(places))
         transforms.append(partial(_permute, order))
@@ -69,28 +69,27 @@ def rotated(
     samples: int | None = None,
     degrees: float = 10.0,
 ) -> tuple[Task, ...]:
-    """Return tasks in which all images are turned by an angle of the task, counter-clockwise.
+    """Return tasks with rotated images, one counter-clockwise angle per task.
 
-    That of task ``t = 1, 2, ...`` is drawn between ``(t - 2)`` and ``(t - 1)`` times ``degrees``. A pixel is that of
-    the nearest place, outside the image 0.
+    The angle of task ``t = 1, 2, ...`` is drawn between ``(t - 2)`` and ``(t - 1)`` times ``degrees``. Pixels are
+    interpolated by nearest neighbour, with 0 outside the image.
 
     Args:
-        dataset: What the tasks are made of.
-        tasks: How many; fewer are the beginning of more.
-        seed: Of the angles.
-        validation: Training samples, the first ones, that each task holds out.
-        samples: Training samples, the first ones after those, that each task is learnt from; None for all.
-        degrees: From a task's angles to the next one's.
+        dataset: Data set of all tasks.
+        tasks: Number of tasks; the first tasks of a longer stream are the same.
+        seed: Seed of the angles.
+        validation: Number of training samples that each task holds out: the first ones.
+        samples: Number of training samples of each task: the first ones after the held-out samples; None for all.
+        degrees: Width of the interval of angles of a task, in degrees.
 
     Raises:
-        CurvlabError: The samples are not images, a number is out of its range, or the first samples would be of few
-            classes.
+        CurvlabError: The samples are not images, a number is out of its range, or the samples are grouped by class.
     """
     rows = _first_rows(dataset, tasks, seed, validation, samples)
     if len(dataset.sample_shape) != 3:
         raise CurvlabError(
-            f"only images (C, H, W) can be rotated, and the samples of {dataset.name} have shape "
-            f"{dataset.sample_shape}; take a permuted stream"
+            f"only images (C, H, W) can be rotated, but the samples of {dataset.name} have shape "
+            f"{dataset.sample_shape}; use a permuted stream"
         )
     if not math.isfinite(degrees):
         raise CurvlabError(f"degrees must be a finite number, not {degrees}")
@@ -101,20 +100,21 @@ def rotated(
 def disjoint(
     dataset: Dataset, *, classes: Sequence[Sequence[int]], validation: int = 0, samples: int | None = None
 ) -> tuple[Task, ...]:
-    """Return tasks of some classes each, by lists of them.
+    """Return tasks with disjoint sets of classes.
 
-    A task has the training and the test samples of its classes, in the order of the data set. D5-5 and D9-1 of
-    Gepperth and Wiech (2019) have the lists ``[range(5), range(5, 10)]`` and ``[range(9), [9]]``.
+    A task has the training and test samples of its classes, in the order of the data set. D5-5 and D9-1 of Gepperth and
+    Wiech (2019) have the lists ``[range(5), range(5, 10)]`` and ``[range(9), [9]]``.
 
     Args:
-        dataset: What the tasks are made of.
-        classes: For each task the labels of its classes. No class is in two tasks; some may be in none.
-        validation: Training samples that each task holds out: the first ones of its own.
-        samples: Training samples that each task is learnt from: the first ones of its own after those; None for all.
+        dataset: Data set of all tasks.
+        classes: For each task, the labels of its classes. No class is in two tasks; a class may be in no task.
+        validation: Number of training samples that each task holds out: the first ones of its classes.
+        samples: Number of training samples of each task: the first ones of its classes after the held-out samples; None
+            for all.
 
     Raises:
-        CurvlabError: A class is unknown, without training samples or given twice, a list is empty, a number is out of
-            its range, or the first samples would be of few classes.
+        CurvlabError: A class is unknown, has no training samples or is given twice, a list is empty, a number is out of
+            its range, or the samples are grouped by class.
 
     Examples:
         >>> from curvlab.data import load
@@ -125,31 +125,32 @@ def disjoint(
         (torch.Size([124, 1, 8, 8]), tensor([9]))
     """
     stream = []
-    for present in _class_lists(dataset, classes):
+    for present in _check_class_lists(dataset, classes):
         name, wanted = _class_name(present), torch.tensor(present)
         own = torch.isin(dataset.y_train, wanted).nonzero()[:, 0]
-        rows = _first(f"{dataset.name} in task {name!r}", dataset.y_train[own], validation, samples)
+        rows = _split_first(f"{dataset.name} in task {name!r}", dataset.y_train[own], validation, samples)
         train_rows, validation_rows = (own[part] for part in rows)
         test_rows = torch.isin(dataset.y_test, wanted).nonzero()[:, 0]
-        stream.append(Task(name, dataset, unchanged, train_rows, validation_rows, test_rows, present))
+        stream.append(Task(name, dataset, identity, train_rows, validation_rows, test_rows, present))
     return tuple(stream)
 
 
 def split_classes(
     dataset: Dataset, *, tasks: int, seed: int | None = None, validation: int = 0, samples: int | None = None
 ) -> tuple[Task, ...]:
-    """Return tasks of equally many classes each, all classes of the data set together.
+    """Return tasks that split all classes of the data set into sets of equal size.
 
     Args:
-        dataset: What the tasks are made of.
-        tasks: How many; they divide the number of classes.
-        seed: Of the order in which classes are dealt out; None for that of their labels.
-        validation: Training samples that each task holds out: the first ones of its own.
-        samples: Training samples that each task is learnt from: the first ones of its own after those; None for all.
+        dataset: Data set of all tasks.
+        tasks: Number of tasks; it must divide the number of classes.
+        seed: Seed of the order in which classes are assigned to tasks; None for the order of the labels.
+        validation: Number of training samples that each task holds out: the first ones of its classes.
+        samples: Number of training samples of each task: the first ones of its classes after the held-out samples; None
+            for all.
 
     Raises:
-        CurvlabError: The classes cannot be split equally, one is without training samples, a number is out of its
-            range, or the first samples would be of few classes.
+        CurvlabError: The classes cannot be split equally, a class has no training samples, a number is out of its
+            range, or the samples are grouped by class.
 
     Examples:
         >>> from curvlab.data import load
@@ -174,16 +175,16 @@ def split_classes(
 def split_data(
     dataset: Dataset, *, tasks: int, seed: int = 0, validation: int = 0, samples: int | None = None
 ) -> tuple[Task, ...]:
-    """Return tasks of equally many training samples each, drawn from all classes; the test samples are all, in each.
+    """Return tasks that split the training samples at random into parts of equal size, with all test samples in each.
 
-    Every training sample is in one task; where their number cannot be divided, sizes differ by one.
+    Every training sample is in one task; if their number is not divisible by ``tasks``, sizes differ by one.
 
     Args:
-        dataset: What the tasks are made of.
-        tasks: How many.
-        seed: Decides which samples a task has.
-        validation: Of its training samples, how many each task holds out.
-        samples: Of the others, how many each task is learnt from; None for all.
+        dataset: Data set of all tasks.
+        tasks: Number of tasks.
+        seed: Seed of the split.
+        validation: Number of its training samples that each task holds out.
+        samples: Number of training samples of each task, without the held-out samples; None for all.
 
     Raises:
         CurvlabError: A number is out of its range.
@@ -196,12 +197,14 @@ def split_data(
     _check_stream(tasks, seed)
     total = len(dataset.x_train)
     if tasks > total:
-        raise CurvlabError(f"cannot split the {total} training samples of {dataset.name} into {tasks} tasks")
+        raise CurvlabError(
+            f"cannot split the {total} training samples of {dataset.name} into {tasks} tasks; choose at most {total}"
+        )
     order = torch.from_numpy(np.random.default_rng(seed).permutation(total))
     stream = []
     for i, own in enumerate(order.tensor_split(tasks), start=1):
-        learnt, held_out = _counted(f"{dataset.name} in part {i}", len(own), validation, samples)
-        stream.append(Task(f"part {i}", dataset, unchanged, own[learnt], own[held_out]))
+        train_rows, held_out = _split_rows(f"{dataset.name} in part {i}", len(own), validation, samples)
+        stream.append(Task(f"part {i}", dataset, identity, own[train_rows], own[held_out]))
     return tuple(stream)
 
 
@@ -214,26 +217,27 @@ def _check_stream(tasks: int, seed: int) -> None:
 
 def _first_rows(dataset: Dataset, tasks: int, seed: int, validation: int, samples: int | None) -> tuple[slice, slice]:
     _check_stream(tasks, seed)
-    return _first(dataset.name, dataset.y_train, validation, samples)
+    return _split_first(dataset.name, dataset.y_train, validation, samples)
 
 
-def _first(owner: str, y: Tensor, validation: int, samples: int | None) -> tuple[slice, slice]:
-    """Return which of the samples with the labels ``y`` are learnt from and which, before them, are held out.
+def _split_first(owner: str, y: Tensor, validation: int, samples: int | None) -> tuple[slice, slice]:
+    """Return the training rows and, before them, the held-out rows of samples with the labels ``y``.
 
-    Samples that are grouped by class, such as those of a folder of images, have first ones of the first classes only.
+    If samples are grouped by class, as in a folder of images, the first samples have the first classes only: this is an
+    error.
     """
-    rows = _counted(owner, len(y), validation, samples)
+    rows = _split_rows(owner, len(y), validation, samples)
     changes, classes = int((y[1:] != y[:-1]).sum()), len(y.unique())
     if (validation or samples is not None) and 0 < changes < classes:
         raise CurvlabError(
-            f"the training samples of {owner} are grouped by class, so that the first ones, which validation and "
-            "samples stand for, are of few classes: shuffle the data set first"
+            f"the training samples of {owner} are grouped by class, so that validation and samples, which take the "
+            "first ones, would select few classes: shuffle the data set first"
         )
     return rows
 
 
-def _counted(owner: str, total: int, validation: int, samples: int | None) -> tuple[slice, slice]:
-    """Return which of ``total`` samples are learnt from and which, before them, are held out."""
+def _split_rows(owner: str, total: int, validation: int, samples: int | None) -> tuple[slice, slice]:
+    """Return the training rows and, before them, the held-out rows of ``total`` samples."""
     if not 0 <= validation < total:
         raise CurvlabError(
             f"cannot hold out {validation} of the {total} training samples of {owner}: choose 0 to {total - 1}"
@@ -242,15 +246,15 @@ def _counted(owner: str, total: int, validation: int, samples: int | None) -> tu
     if samples is not None and not 1 <= samples <= rest:
         held_out = f", of which {validation} are held out" if validation else ""
         raise CurvlabError(
-            f"cannot learn from {samples} of the {total} training samples of {owner}{held_out}: choose 1 to {rest}"
+            f"cannot train on {samples} of the {total} training samples of {owner}{held_out}: choose 1 to {rest}"
         )
     return slice(validation, None if samples is None else validation + samples), slice(validation)
 
 
-def _class_lists(dataset: Dataset, classes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Return the labels of every task, once they are known to be right."""
+def _check_class_lists(dataset: Dataset, classes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Return the labels of every task, after a check."""
     if not len(classes):
-        raise CurvlabError("there is no list of classes; give one for each task")
+        raise CurvlabError("classes has no lists; give one list for each task")
     with_samples = set(dataset.y_train.unique().tolist())
     task_of: dict[int, int] = {}
     for task, present in enumerate(classes, start=1):
@@ -263,12 +267,10 @@ def _class_lists(dataset: Dataset, classes: Sequence[Sequence[int]]) -> list[tup
                 )
             if label in task_of:
                 raise CurvlabError(
-                    f"class {label} is given twice (task {task_of[label]} and task {task}); a class is in one task"
+                    f"class {label} is given twice (task {task_of[label]} and task {task}); give each class once"
                 )
             if label not in with_samples:
-                raise CurvlabError(
-                    f"{dataset.name} has no training sample of class {label}; give disjoint lists without it"
-                )
+                raise CurvlabError(f"{dataset.name} has no training sample of class {label}; remove it from the lists")
             task_of[label] = task
     return [tuple(int(label) for label in present) for present in classes]
 
@@ -290,9 +292,9 @@ def _permute(order: Tensor, x: Tensor) -> Tensor:
 
 def _rotate(angle: float, x: Tensor) -> Tensor:
     if not len(x):
-        return x  # torch refuses to turn nothing
-    # Imported here because it takes longer than all else in this module.
+        return x  # torchvision cannot rotate an empty batch
+    # Imported here because it takes longer than the rest of this module.
     from torchvision.transforms.functional import InterpolationMode, rotate
 
-    turned: Tensor = rotate(x, angle, interpolation=InterpolationMode.NEAREST)
-    return turned
+    rotated_images: Tensor = rotate(x, angle, interpolation=InterpolationMode.NEAREST)
+    return rotated_images

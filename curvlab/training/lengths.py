@@ -19,9 +19,7 @@ def check_one_task(training: Training) -> None:
             raise CurvlabError(f"{name} must be one number here; a list with one number per task is for continual.run")
     for name in ("lr_decay", "min_lr"):
         if getattr(training, name) != (default := DEFAULTS[name]):
-            raise CurvlabError(
-                f"{name} is for the tasks of continual.run; leave it at {default} here"
-            )
+            raise CurvlabError(f"{name} is for the tasks of continual.run; leave it at {default} here")
 
 
 def split_by_task(training: Training, tasks: int) -> tuple[Training, ...]:

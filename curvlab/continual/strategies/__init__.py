@@ -1,6 +1,6 @@
-"""The methods of continual learning, one a file: a class that is given its options, and is run by the loop.
+"""Methods of continual learning, one class per file.
 
-Stable SGD is ``Naive`` with the options of a ``curvlab.continual.Regime``, DER++ is ``DER`` with ``beta``.
+Stable SGD is ``Naive`` with the options of a ``curvlab.continual.Regime``; DER++ is ``DER`` with ``beta``.
 """
 
 from curvlab.continual.strategies.agem import AGEM

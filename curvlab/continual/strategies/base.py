@@ -1,4 +1,4 @@
-"""What a method of continual learning is: a handful of hooks that the loop calls."""
+"""Base class of the methods of continual learning."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,42 +10,42 @@ if TYPE_CHECKING:
 
 
 class Strategy:
-    """Naive fine-tuning, and the base of every other method: each hook does here what naive fine-tuning does.
+    """Base class of all methods; its hooks implement naive fine-tuning.
 
-    A strategy is given its options when it is made, and keeps what it needs of past tasks in its attributes. The loop
-    works on a copy, so that one object can be used in many runs. What is in the attributes goes into the checkpoints
-    and is counted as the memory that the method holds: tensors, numbers, strings, curvature matrices, and tuples, lists
-    and dictionaries of them. A method that holds anything else overrides ``state`` and ``restore``.
+    A strategy gets its options in the constructor, and stores what it needs of past tasks in its attributes. The loop
+    works on a copy, so that one object can be used in many runs. The attributes are saved in checkpoints and counted as
+    the memory of the method. They can be tensors, numbers, strings, curvature matrices, and tuples, lists and
+    dictionaries of these. A method with attributes of other types overrides ``state`` and ``restore``.
     """
 
     def start(self, learner: "Learner") -> None:
-        """Before the first task; the place to refuse a model or a loss that the method cannot be used with."""
+        """Prepare the first task; raise an error here for a model or a loss that the method does not support."""
 
     def tasks(self, learner: "Learner") -> Sequence[int]:
-        """Return the tasks whose training samples are learnt from now, by default the present one alone."""
+        """Return the tasks whose samples to train on now, by default the current task only."""
         return (learner.task,)
 
     def before_task(self, learner: "Learner") -> None:
-        """Before the first step of a task."""
+        """Prepare the first step of a task."""
 
     def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
-        """Return the loss of a batch of new samples, a scalar; its gradient is what the step is made of."""
+        """Return the loss of a batch of new samples, a scalar; the step uses its gradient."""
         return learner.loss(learner.model(batch.x), batch.y, batch.task)
 
     def after_backward(self, learner: "Learner") -> None:
-        """Change gradients, once they are there: add that of a penalty, or project them."""
+        """Change the gradients after the backward pass, for example add the gradient of a penalty or project them."""
 
     def after_step(self, learner: "Learner") -> None:
-        """After the step of the optimizer."""
+        """Update the state after a step of the optimizer."""
 
     def after_task(self, learner: "Learner") -> None:
-        """After the last step of a task and before it is evaluated: the place to consolidate."""
+        """Consolidate a task, after its last step and before the evaluation."""
 
     def state(self) -> Mapping[str, Any]:
-        """Return what a checkpoint keeps of the method, and what is counted as its memory."""
+        """Return the state for checkpoints, which is also counted as the memory of the method."""
         return vars(self)
 
     def restore(self, learner: "Learner", state: Mapping[str, Any]) -> None:
-        """Take up what ``state`` has returned, in a new process."""
+        """Restore what ``state`` returned, in a new process."""
         del learner
         vars(self).update(state)

@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 
 class DER(Strategy):
-    """Dark experience replay, and with ``beta`` DER++ (Buzzega et al., 2020): past samples keep the outputs they had.
+    """Dark experience replay, and with ``beta`` DER++ (Buzzega et al., 2020): past samples keep their outputs.
 
-    Minimised is ``loss + alpha * mean (h - h_then)^2 + beta * loss of past samples`` (equations 5 and 6). The
-    first mean is over samples and outputs, as in the authors' code, whose values of ``alpha`` are meant for that; the
-    equation sums over outputs. It is over the outputs that counted when the sample was seen. The two terms have draws
-    of their own; all samples go through the network in one pass, where that code has one for each (which is another
-    thing with BatchNorm only).
+    The objective is ``loss + alpha * mean (h - h_then)^2 + beta * loss of past samples`` (equations 5 and 6). The first
+    mean is over samples and outputs, as in the authors' code, for which their values of ``alpha`` are chosen; the
+    equation has a sum over outputs. It uses the outputs that were active when the sample was stored. The samples of the
+    two terms are drawn separately. All samples go through the network in one pass; the authors' code has one pass for
+    each term, which differs only with BatchNorm.
 
-    Every sample of every step is offered to the memory, a reservoir, with the outputs of that step. In several epochs
-    one can so come in more than once, with other outputs: those of the first epoch alone would be of a network that has
-    hardly learnt them.
+    Every sample of every step is offered to the memory, a reservoir, with the outputs of that step. With several
+    epochs, a sample can be stored more than once, with different outputs. (Outputs of the first epoch alone would come
+    from a network that has hardly been trained on the task.)
 
-    With a ``growing`` head a sample keeps the outputs of the classes that had come by then, so that nothing is kept of
-    the outputs of later classes. The authors have all outputs from the start: that is ``head="single"``.
+    With a ``growing`` head, a sample is stored with the outputs of the classes so far, so that outputs of later classes
+    are not constrained. The authors have all outputs from the start, which is ``head="single"``.
 
     Memory: at most ``buffer_size`` samples with their outputs.
 
     Args:
-        buffer_size: Samples that are kept.
-        alpha: Weight of the outputs.
-        beta: Weight of the labels; 0 for DER.
-        batch_size: Samples of a draw; None for as many as there are new ones in a full batch.
+        buffer_size: Maximum number of stored samples.
+        alpha: Weight of the distance to the stored outputs.
+        beta: Weight of the loss of past samples; 0 for DER.
+        batch_size: Number of samples per draw; None for the batch size of the task.
 
     Raises:
-        CurvlabError: A size is no whole number from 1, or a weight is negative.
+        CurvlabError: A size is not a whole number from 1, or a weight is negative.
     """
 
     def __init__(self, buffer_size: int, *, alpha: float, beta: float = 0.0, batch_size: int | None = None) -> None:
@@ -51,12 +51,12 @@ class DER(Strategy):
         self.buffer_size, self.alpha, self.beta, self.batch_size = buffer_size, alpha, beta, batch_size
 
     def start(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         del learner
         self.memory = Reservoir(self.buffer_size)
 
     def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         count = self.batch_size or learner.batch_size
         dark, labelled = (self.memory.draw(count, learner.generator) if w else {} for w in (self.alpha, self.beta))
         inputs = [batch.x, *(drawn["x"] for drawn in (dark, labelled) if drawn)]
@@ -71,9 +71,9 @@ class DER(Strategy):
         return loss
 
     def _distance(self, learner: "Learner", outputs: Tensor, then: Rows) -> Tensor:
-        counted = learner.outputs.counting(then["task"], now=None)
-        if counted is None:
+        active = learner.outputs.active_mask(then["task"], now=None)
+        if active is None:
             return F.mse_loss(outputs, then["outputs"])
-        squares = (outputs - then["outputs"]).square() * counted
-        of_samples: Tensor = squares.sum(1) / counted.sum(1)
-        return of_samples.mean()
+        squares = (outputs - then["outputs"]).square() * active
+        distances: Tensor = squares.sum(1) / active.sum(1)
+        return distances.mean()

@@ -15,39 +15,40 @@ if TYPE_CHECKING:
 
 
 class ER(Strategy):
-    """Experience replay (Chaudhry et al., 2019, On tiny episodic memories): every batch is joined by past samples.
+    """Experience replay (Chaudhry et al., 2019, On tiny episodic memories): past samples are added to every batch.
 
-    Both go through the network in one pass, and the loss is the mean over all of them. A sample is offered to the
-    memory when it is seen for the first time, after the step's draw, so that the present task is in it too.
+    New and past samples go through the network in one pass, and the loss is the mean over all of them. Samples are
+    offered to the memory in the first epoch, after the draw of the step, so that the memory also contains samples of
+    the current task.
 
-    Memory: at most ``buffer_size`` samples. A reservoir is a uniform sample of all that were seen; a ring keeps the
-    last ones of each class of each task, with the same share for each from the start, so that it is full at the end
-    only.
+    Memory: at most ``buffer_size`` samples. A reservoir is a uniform random sample of all samples so far. A ring keeps
+    the most recent samples of each class of each task; each class has the same share from the start, so that the ring
+    is full only at the end.
 
     Args:
-        buffer_size: Samples that are kept in all.
-        batch_size: Samples drawn from them a step; None for as many as there are new ones in a full batch.
+        buffer_size: Maximum number of stored samples.
+        batch_size: Number of samples drawn per step; None for the batch size of the task.
         buffer: ``reservoir`` or ``ring``.
 
     Raises:
-        CurvlabError: A size is no whole number from 1, or there is no such buffer.
+        CurvlabError: A size is not a whole number from 1, or the buffer is unknown.
     """
 
     def __init__(
         self, buffer_size: int, *, batch_size: int | None = None, buffer: Literal["reservoir", "ring"] = "reservoir"
     ) -> None:
         if buffer not in ("reservoir", "ring"):
-            raise CurvlabError(f"buffer is reservoir or ring, not {buffer!r}")
+            raise CurvlabError(f"buffer must be reservoir or ring, not {buffer!r}")
         check_whole("buffer_size", buffer_size)
         if batch_size is not None:
             check_whole("batch_size", batch_size)
         self.buffer_size, self.batch_size, self.buffer = buffer_size, batch_size, buffer
 
     def start(self, learner: "Learner") -> None:
-        """See ``Strategy``.
+        """Implement the hook of ``Strategy``.
 
         Raises:
-            CurvlabError: A ring has no place for each class of each task.
+            CurvlabError: A ring has fewer places than there are classes of all tasks.
         """
         if self.buffer == "reservoir":
             self.memory: Reservoir | Ring = Reservoir(self.buffer_size)
@@ -55,13 +56,13 @@ class ER(Strategy):
         rings = learner.outputs.classes
         if self.buffer_size < rings:
             raise CurvlabError(
-                f"a ring of {self.buffer_size} samples has no place for each of the {rings} classes of the tasks: "
-                f"its size must be at least {rings}"
+                f"a ring of {self.buffer_size} samples is too small for the {rings} classes of the tasks: "
+                f"buffer_size must be at least {rings}"
             )
         self.memory = Ring(self.buffer_size // rings)
 
     def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         drawn = self.memory.draw(self.batch_size or learner.batch_size, learner.generator)
         if learner.epoch == 0:
             self.memory.add({"x": batch.x, "y": batch.y, "task": batch.tasks}, learner.generator)

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation, with any curvature."""
+"""Elastic weight consolidation with any curvature matrix."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import (
-    around_here,
-    curvature,
     curvature_options,
+    estimate_curvature,
+    make_penalty,
     try_curvature,
 )
 from curvlab.errors import CurvlabError
@@ -21,36 +21,38 @@ if TYPE_CHECKING:
 
 
 class EWC(Strategy):
-    """Elastic weight consolidation: a quadratic around the solution of every past task, of its curvature there.
+    """Elastic weight consolidation: a quadratic penalty around the solution of every past task.
 
-    Minimised is ``loss + strength/2 sum_t (theta - theta_t)' F_t (theta - theta_t)`` with the factor 1/2 and means over
-    samples. So ``strength=1`` is Bayes' rule with Laplace's approximation, for tasks of one size and a loss that is
-    a negative log-likelihood: with ``online`` and ``gamma=1``, and with ``separate`` for two tasks only. Other
-    codes leave out the 1/2 or estimate another quantity, which the strength has to make up for.
+    The objective is ``loss + strength/2 sum_t (theta - theta_t)' F_t (theta - theta_t)``, with the factor 1/2 and with
+    ``F_t`` the curvature of task ``t`` at its solution ``theta_t``, a mean over samples. For tasks of equal size and a
+    loss that is a negative log-likelihood, ``strength=1`` is Bayes' rule with Laplace's approximation: with ``online``
+    and ``gamma=1``, and with ``separate`` for two tasks only. Other implementations omit the 1/2 or estimate another
+    quantity; the strength must compensate for that.
 
     ``separate`` keeps the centre of every task (Kirkpatrick et al., 2017). ``online`` has one matrix
-    ``F <- gamma F + F_t`` around the last solution (Schwarz et al., 2018; Huszar, 2018), which for quadratic
-    losses and ``gamma=1`` is exact: the gradient of a task at its own solution, which ``separate`` leaves out from the
-    second task on, is minus that of the penalty before it.
+    ``F <- gamma F + F_t`` around the last solution (Schwarz et al., 2018; Huszar, 2018). This is exact for quadratic
+    losses and ``gamma=1``: from the second task on, the gradient of a task at its own solution, which ``separate``
+    omits, is minus the gradient of the previous penalty.
 
-    The curvature of the last task is estimated, too: a stream that goes on would need it.
+    The curvature of the last task is also estimated, because a longer stream would need it.
 
-    Memory: ``separate``, a matrix and two vectors for all tasks where matrices can be added; for ``kfac`` and ``tkfac``
-    factors a task, for ``ekfac`` a matrix and a vector a task. ``online``, a matrix and a vector (factors a task).
+    Memory: with ``separate``, a matrix and two vectors for all tasks if matrices can be added; factors for each task
+    with ``kfac`` and ``tkfac``, a matrix and a vector for each task with ``ekfac``. With ``online``, a matrix and a
+    vector (with ``kfac`` and ``tkfac``, factors for each task).
 
     Args:
-        strength: Of the penalty.
-        quantity: Of ``curvlab.estimate``; ``masq:batch_size=1000`` is the method of Gepperth and Wiech (2019). The
-            Hessian is for losses that are convex: elsewhere the penalty pulls away along negative curvature.
-        structure: Of ``curvlab.estimate``, but for ``implicit``; ``ekfac`` only with ``separate``.
-        backend: Of ``curvlab.estimate``.
-        params: Glob patterns of the parameters to protect, such as those of all layers but the last; None for all.
-        samples: Training samples of a task that the curvature is estimated on, drawn at random; None for all.
+        strength: Strength of the penalty.
+        quantity: Quantity of ``curvlab.estimate``; ``masq:batch_size=1000`` is the method of Gepperth and Wiech (2019).
+            Use the Hessian for convex losses only: otherwise the penalty decreases along negative curvature.
+        structure: Structure of ``curvlab.estimate`` except ``implicit``; ``ekfac`` only with ``separate``.
+        backend: Backend of ``curvlab.estimate``.
+        params: Glob patterns of the parameters to protect, for example all layers except the last; None for all.
+        samples: Number of training samples of a task for the curvature, drawn at random; None for all.
         mode: ``separate`` or ``online``.
-        gamma: For ``online``, what is left of the past at every task, 0 to 1.
+        gamma: For ``online``, the factor on the past curvature at every task, 0 to 1.
 
     Raises:
-        CurvlabError: An option is not one of these, or no backend computes the curvature.
+        CurvlabError: An option is invalid, or no backend computes the curvature.
 
     Examples:
         >>> EWC(100.0, quantity="fisher", structure="kfac").curvature["structure"]
@@ -72,29 +74,29 @@ class EWC(Strategy):
         check_number("strength", strength)
         check_number("gamma", gamma, most=1)
         if mode not in ("separate", "online"):
-            raise CurvlabError(f"mode is separate or online, not {mode!r}")
+            raise CurvlabError(f"mode must be separate or online, not {mode!r}")
         if mode == "separate" and gamma != 1:
             raise CurvlabError("gamma belongs to mode='online'; leave it at 1")
         self.strength, self.mode, self.gamma = strength, mode, gamma
         self.curvature = curvature_options(quantity, structure, backend, params, samples, adds=mode == "online")
 
     def start(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         try_curvature(learner, self.curvature)
         self.penalty = Penalty()
         self.matrix: CurvatureMatrix | None = None  # online
 
     def after_backward(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         self.penalty.add_gradient_(learner.parameters, self.strength)
 
     def after_task(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
-        matrix = curvature(learner, **self.curvature)
+        """Implement the hook of ``Strategy``."""
+        matrix = estimate_curvature(learner, **self.curvature)
         if self.mode == "separate":
             self.penalty.add(matrix, learner.parameters)
             return
-        if self.matrix is not None and self.gamma > 0:  # factors of weight zero would be kept as others are
+        if self.matrix is not None and self.gamma > 0:  # factors with weight zero would still be stored
             matrix = self.gamma * self.matrix + matrix
         self.matrix = matrix
-        self.penalty = around_here(matrix, learner)
+        self.penalty = make_penalty(matrix, learner)

@@ -1,4 +1,4 @@
-"""Training on all tasks at once: the upper bound."""
+"""Joint training on all tasks: the upper bound."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 class Joint(Strategy):
-    """Train once on the samples of all tasks, mixed (multi-task learning), when the last task has come.
+    """Joint training (multi-task learning): train once on the mixed samples of all tasks, at the last task.
 
-    Only the last row of the accuracy matrix is measured. The training is that of the last task: an epoch goes through
-    the samples of all tasks, ``steps`` are those of the last task, and the learning rate is the first one.
+    Only the last row of the accuracy matrix is measured. The options are those of the last task, except for the
+    learning rate, which is the initial one. An epoch uses the samples of all tasks.
 
-    Memory: the samples of all tasks, which are made when they are due and not counted.
+    Memory: the samples of all tasks, which are transformed when they are needed and not counted.
     """
 
     def tasks(self, learner: "Learner") -> Sequence[int]:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         last = len(learner.stream) - 1
         return range(last + 1) if learner.task == last else ()

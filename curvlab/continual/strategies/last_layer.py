@@ -1,4 +1,4 @@
-"""The layer whose outputs are those of the network."""
+"""Search for the last linear layer of a network."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
 
 
-def last_linear(learner: "Learner", method: str) -> str:
-    """Return the name of the ``nn.Linear`` whose outputs are those of the network, as it is seen on a sample.
+def find_last_linear(learner: "Learner", method: str) -> str:
+    """Return the name of the ``nn.Linear`` that returns the outputs of the network.
 
-    Neither the order in which layers are registered nor their widths say which one that is.
+    The layer is found by a forward pass on one sample, because neither the order of registration nor the widths
+    determine it.
 
     Args:
-        learner: The run, before the first task.
-        method: What needs it, for the message.
+        learner: State of the run before the first task.
+        method: Name of the method that needs the layer, for the error message.
 
     Raises:
-        CurvlabError: There is none: something comes after it, or it is called more than once.
+        CurvlabError: There is no such layer: another operation follows it, or it is called more than once.
     """
     model = learner.model
     returned: dict[str, list[Any]] = {}
@@ -46,7 +47,7 @@ def last_linear(learner: "Learner", method: str) -> str:
     found = [name for name, given in returned.items() if len(given) == 1 and given[0] is outputs]
     if len(found) != 1:
         raise CurvlabError(
-            f"{method} needs to know the last layer: the network's outputs must be what an nn.Linear returns, and "
-            f"those of {type(model).__name__} are not; leave out what comes after it"
+            f"{method} needs a last layer: the outputs of the network must be the outputs of an nn.Linear, but those "
+            f"of {type(model).__name__} are not; remove the operations after the last linear layer"
         )
     return found[0]

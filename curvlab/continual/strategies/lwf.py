@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 
 class LwF(Strategy):
-    """Learning without forgetting (Li and Hoiem, 2016): old outputs are to stay what they were on the new samples.
+    """Learning without forgetting (Li and Hoiem, 2016): the outputs of old tasks on new samples are preserved.
 
-    Minimised is ``loss + strength * sum_i D_i``, the mean over the batch. With cross-entropy, ``D_i`` is the Kullback-
-    Leibler divergence from the old network's ``softmax(z / temperature)`` to the present one's over the outputs
-    of old task ``i``: equations 2 and 3 but for a constant, so without the factor ``temperature ** 2`` that some codes
-    have. With squared error it is half the squared distance of these outputs (Shon et al., 2022), without a
-    temperature. With a single or growing head there is one ``D``, over the outputs of all classes so far.
+    The objective is ``loss + strength * sum_i D_i``, with means over the batch. With cross-entropy, ``D_i`` is the
+    Kullback-Leibler divergence from ``softmax(z / temperature)`` of the old network to that of the current network,
+    over the outputs of old task ``i``. These are equations 2 and 3 up to a constant, without the factor
+    ``temperature ** 2`` of some implementations. With squared error, ``D_i`` is half the squared distance of these
+    outputs (Shon et al., 2022), without a temperature. With a single or growing head there is one ``D``, over the
+    outputs of all classes so far.
 
-    The old network is in eval mode. The new head is not warmed up alone.
+    The old network is in eval mode. There is no warm-up of the new head.
 
-    Memory: a copy of the network, and its forward pass at every step.
+    Memory: a copy of the network. Each step also needs its forward pass.
 
     Args:
-        strength: Of the distillation.
-        temperature: Of both softmaxes.
+        strength: Strength of the distillation.
+        temperature: Temperature of both softmax functions.
 
     Raises:
         CurvlabError: The strength is negative, or the temperature is not positive.
@@ -43,12 +44,12 @@ class LwF(Strategy):
         self.strength, self.temperature = strength, temperature
 
     def start(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         del learner
         self.old: nn.Module | None = None
 
     def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         outputs = learner.model(batch.x)
         loss = learner.loss(outputs, batch.y, batch.task)
         if self.old is None or self.strength == 0:
@@ -60,22 +61,22 @@ class LwF(Strategy):
         return loss
 
     def before_task(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
-        self.columns = [row.nonzero()[:, 0] for row in learner.outputs.learnt(learner.task)]
+        """Implement the hook of ``Strategy``."""
+        self.columns = [row.nonzero()[:, 0] for row in learner.outputs.past_masks(learner.task)]
 
     def after_task(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         self.old = copy.deepcopy(learner.model).eval().requires_grad_(False)
 
     def state(self) -> Mapping[str, Any]:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         old = {} if self.old is None else model_tensors(self.old)
         return {"strength": self.strength, "temperature": self.temperature, "old": old}
 
     def restore(self, learner: "Learner", state: Mapping[str, Any]) -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         super().restore(learner, state)
-        self.after_task(learner)  # the task that was the last one then
+        self.after_task(learner)  # for the last task before the checkpoint
 
     def _distance(self, outputs: Tensor, before: Tensor, loss: str) -> Tensor:
         if loss == "squared_error":

@@ -10,8 +10,8 @@ from curvlab.continual.options import check_number, check_whole
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import (
     PROBE_SAMPLES,
-    around_here,
-    importance,
+    make_importance_matrix,
+    make_penalty,
 )
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class MAS(Strategy):
-    """Memory aware synapses (Aljundi et al., 2018): how much a parameter changes the outputs is how much it is held.
+    """Memory aware synapses (Aljundi et al., 2018): parameters are protected by their influence on the outputs.
 
-    Minimised is ``loss + strength * sum_k Omega_k (theta_k - theta*_k)^2`` (no factor 1/2), where
-    ``theta*`` is the last solution. A task adds to ``Omega`` the mean over its training inputs of
-    ``|d ||f(x)||^2 / d theta|`` of the outputs that count for it, before any softmax; labels have no part.
-    The absolute values are of every sample's gradient, as in the paper; public codes take those of a batch's, which
-    are smaller. Those codes average over tasks, too, where here importance adds up, as curvature does.
+    The objective is ``loss + strength * sum_k Omega_k (theta_k - theta*_k)^2`` (no factor 1/2), where ``theta*`` is the
+    last solution. Each task adds to ``Omega`` the mean over its training inputs of ``|d ||f(x)||^2 / d theta|``, with
+    ``f(x)`` the active outputs of the task before the softmax; labels are not used. The absolute value is taken of the
+    gradient of each sample, as in the paper; public implementations take it of the gradient of a batch, which is
+    smaller. Those implementations also average over tasks; here importance is summed, like curvature.
 
     Memory: two vectors.
 
     Args:
-        strength: Of the penalty, ``lambda`` in the paper.
+        strength: Strength of the penalty, ``lambda`` in the paper.
         params: Glob patterns of the parameters to protect; None for all.
-        samples: Training samples of a task that the importance is estimated on, drawn at random; None for all.
+        samples: Number of training samples of a task for the importance, drawn at random; None for all.
 
     Raises:
         CurvlabError: An option is out of its range.
@@ -54,21 +54,21 @@ class MAS(Strategy):
         self.params = params if params is None or isinstance(params, str) else list(params)
 
     def start(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         self.space = ParameterSpace.of(learner.model, self.params)
-        self._sensitivity(learner, PROBE_SAMPLES)  # what it cannot be had of is refused before the first step
+        self._sensitivity(learner, PROBE_SAMPLES)  # unsupported models raise an error before the first step
         self.penalty = Penalty()
         self.omega: Tensor | None = None
 
     def after_backward(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         self.penalty.add_gradient_(learner.parameters, 2 * self.strength)
 
     def after_task(self, learner: "Learner") -> None:
-        """See ``Strategy``."""
+        """Implement the hook of ``Strategy``."""
         found = self._sensitivity(learner, self.samples)
         self.omega = found if self.omega is None else self.omega + found
-        self.penalty = around_here(importance(self.omega, self.space, "mas", learner), learner)
+        self.penalty = make_penalty(make_importance_matrix(self.omega, self.space, "mas", learner), learner)
 
     def _sensitivity(self, learner: "Learner", limit: int | None) -> Tensor:
         with learner.problem(learner.samples(limit=limit)) as problem:
@@ -79,12 +79,12 @@ def sensitivity(problem: Problem, space: ParameterSpace) -> Tensor:
     """Return the mean over samples of ``|d ||f(x)||^2 / d theta|``, ``(P,)``.
 
     Args:
-        problem: Model and data, whose targets have no part in it.
-        space: Of parameters of the model.
+        problem: Model and data; the targets are not used.
+        space: Parameters of the model.
     """
     problem.check()
-    problem = to_first_order(problem)  # the outputs and their gradients are the same, and its layers can be looked into
-    # Rows of a network in half precision are in float32.
+    problem = to_first_order(problem)  # same outputs and gradients, with accessible layers
+    # Gradients of a network in half precision are in float32.
     dtype = torch.promote_types(problem.dtype, torch.float32)
     total = torch.zeros(space.total, dtype=dtype, device=problem.device)
     named = space.unflatten(total)  # views
@@ -92,16 +92,16 @@ def sensitivity(problem: Problem, space: ParameterSpace) -> Tensor:
         name: (layer, f"{name}.weight".removeprefix("."), f"{name}.bias".removeprefix("."))
         for name, layer in linear_layers(problem).items()
     }
-    rest = space.restrict(set(space.names) - {name for _, *of_layer in layers.values() for name in of_layer})
+    rest = space.restrict(set(space.names) - {name for _, *own in layers.values() for name in own})
     for inputs, _ in problem.batches():
         with torch.no_grad():
             zeros = torch.zeros_like(problem.forward({}, inputs))
-        # d ||f||^2 is twice the gradient of the squared error of targets that are zero.
+        # d ||f||^2 is twice the gradient of the squared error with zero targets.
         norms = Problem(problem.model, "squared_error", [(inputs, zeros)])
         for name, (layer, weight, bias) in layers.items():
             if weight not in named and bias not in named:
                 continue
-            # A sample's gradient is g x', so that of absolute values the sum over samples is a product.
+            # The gradient of a sample is g x', so the sum of absolute values over samples is a matrix product.
             factors = linear_factors(norms, EmpiricalFisher(), name, layer)
             gradients = factors.gradients[:, 0].abs()
             if weight in named:

@@ -1,7 +1,7 @@
-"""Fine-tuning on one task after another: the lower bound."""
+"""Naive fine-tuning: the lower bound."""
 
 from curvlab.continual.strategies.base import Strategy
 
 
 class Naive(Strategy):
-    """Train on each task as it comes, and do nothing against forgetting."""
+    """Naive fine-tuning: train on one task after another, without a measure against forgetting."""

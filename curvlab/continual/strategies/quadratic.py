@@ -1,4 +1,4 @@
-"""What the methods share that keep a quadratic in the parameters for the tasks of the past."""
+"""Functions shared by the methods with a quadratic penalty for past tasks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from curvlab.structures import Structure, parse_structure
 if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
 
-PROBE_SAMPLES = 4  # that show whether a method can be had of a network
+PROBE_SAMPLES = 4  # samples for the check that the curvature can be computed
 
 
 def curvature_options(
@@ -30,29 +30,28 @@ def curvature_options(
     *,
     adds: bool,
 ) -> dict[str, Any]:
-    """Return the arguments of ``curvature`` as plain values, checked as far as they can be without a model.
+    """Return the arguments of ``estimate_curvature`` as plain values, after the checks that need no model.
 
     Args:
-        quantity: Of ``curvlab.estimate``.
-        structure: Of ``curvlab.estimate``.
-        backend: Of ``curvlab.estimate``.
-        params: Of ``curvlab.estimate``.
-        samples: At most so many training samples of a task, drawn at random; None for all.
-        adds: Whether the matrices of two tasks are added to one.
+        quantity: Quantity of ``curvlab.estimate``.
+        structure: Structure of ``curvlab.estimate``.
+        backend: Backend of ``curvlab.estimate``.
+        params: Glob patterns of ``curvlab.estimate``.
+        samples: Maximum number of training samples of a task, drawn at random; None for all.
+        adds: Whether the method adds the matrices of several tasks.
 
     Raises:
-        CurvlabError: A name or an option is unknown, no backend has the cell, or the method cannot use the structure.
+        CurvlabError: A name or an option is unknown, no backend computes the combination of quantity and structure, or
+            the method cannot use the structure.
     """
     quantity, structure = parse_quantity(quantity), parse_structure(structure)
     if structure.name == "implicit":
         raise CurvlabError(
-            "an implicit matrix would be that of the network as it is at each product, and keep a past task's samples: "
-            "take a structure that is stored, such as diag or kfac"
+            "an implicit matrix keeps a copy of the network and the samples of each past task: "
+            "use a structure that is stored, such as diag or kfac"
         )
     if adds and structure.name == "ekfac":
-        raise CurvlabError(
-            "matrices of two eigenbases have no sum of ekfac's structure: take kfac, whose sums are exact"
-        )
+        raise CurvlabError("the sum of two ekfac matrices is not an ekfac matrix: use kfac, whose sums are exact")
     if backend not in ("auto", *BACKENDS):
         raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
     able(quantity, structure, backend)
@@ -68,7 +67,7 @@ def curvature_options(
     }
 
 
-def curvature(
+def estimate_curvature(
     learner: "Learner",
     quantity: str,
     structure: str,
@@ -76,39 +75,39 @@ def curvature(
     params: Sequence[str] | str | None = None,
     samples: int | None = None,
 ) -> CurvatureMatrix:
-    """Return the curvature of the present task at the present parameters, over the parameters of the whole network.
+    """Return the curvature of the current task at the current parameters of the network.
 
-    Rows of the last layer whose outputs do not count for the task have none.
+    The curvature is zero in rows of the last layer whose outputs are inactive for the task.
 
     Args:
-        learner: The run.
-        quantity: Of ``curvlab.estimate``.
-        structure: Of ``curvlab.estimate``.
-        backend: Of ``curvlab.estimate``.
-        params: Of ``curvlab.estimate``.
-        samples: At most so many training samples, drawn at random; None for all.
+        learner: State of the run.
+        quantity: Quantity of ``curvlab.estimate``.
+        structure: Structure of ``curvlab.estimate``.
+        backend: Backend of ``curvlab.estimate``.
+        params: Glob patterns of ``curvlab.estimate``.
+        samples: Maximum number of training samples, drawn at random; None for all.
     """
     with learner.problem(None if samples is None else learner.samples(limit=samples)) as problem:
         return estimate(problem, quantity, structure, backend=backend, params=params)
 
 
 def try_curvature(learner: "Learner", options: dict[str, Any]) -> None:
-    """Compute the curvature of a few samples: what it cannot be had of is refused before the first step.
+    """Compute the curvature of a few samples, so that unsupported models raise an error before the first step.
 
     Raises:
-        CurvlabError: As ``curvlab.estimate`` raises it.
+        CurvlabError: ``curvlab.estimate`` cannot compute the curvature.
     """
-    curvature(learner, **options | {"samples": PROBE_SAMPLES})
+    estimate_curvature(learner, **options | {"samples": PROBE_SAMPLES})
 
 
-def importance(entries: Tensor, space: ParameterSpace, method: str, learner: "Learner") -> Diagonal:
-    """Return the weights ``(P,)`` that a method gives to parameters as a matrix."""
+def make_importance_matrix(entries: Tensor, space: ParameterSpace, method: str, learner: "Learner") -> Diagonal:
+    """Return the importance weights ``(P,)`` of a method as a diagonal matrix."""
     info = Info(method, "diag", learner.loss_name, method, learner.stream[learner.task].sizes["train"])
     return Diagonal(entries, space, info)
 
 
-def around_here(matrix: CurvatureMatrix, learner: "Learner") -> Penalty:
-    """Return ``1/2 (theta - mu)' F (theta - mu)`` with the present parameters as the centre ``mu``."""
+def make_penalty(matrix: CurvatureMatrix, learner: "Learner") -> Penalty:
+    """Return the penalty ``1/2 (theta - mu)' F (theta - mu)`` with the current parameters as the centre ``mu``."""
     penalty = Penalty()
     penalty.add(matrix, learner.parameters)
     return penalty
