@@ -22,16 +22,16 @@ _TORCHVISION = "torchvision:"
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """Return a ReLU network of fully connected layers with the submodules flatten, fc1, relu1, fc2 and so on.
+    """Return a fully connected ReLU network with the submodules flatten, fc1, relu1, fc2 and so on.
 
     Args:
-        inputs: Number of values of a sample; samples of any shape are flattened.
-        hidden: Width of each hidden layer; none for a linear model.
+        inputs: Number of values per sample; samples of any shape are flattened.
+        hidden: Width of each hidden layer; empty for a linear model.
         outputs: Number of outputs.
-        dropout: Probability that a hidden unit is left out in training; with it, drop1 follows relu1 and so on.
+        dropout: Dropout probability of the hidden units; if it is not 0, drop1 follows relu1 and so on.
 
     Raises:
-        CurvlabError: A width is less than one, or the probability is not at least 0 and below 1.
+        CurvlabError: A width is less than 1, or ``dropout`` is not in [0, 1).
 
     Examples:
         >>> [name for name, _ in mlp(784, (30, 30), 10).named_children()]
@@ -39,7 +39,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
     """
     widths = (inputs, *hidden, outputs)
     if min(widths) < 1:
-        raise CurvlabError(f"an mlp of widths {'-'.join(map(str, widths))} cannot be built: each must be at least 1")
+        raise CurvlabError(f"mlp cannot have the widths {'-'.join(map(str, widths))}: each must be at least 1")
     if not 0 <= dropout < 1:
         raise CurvlabError(f"dropout must be at least 0 and below 1, not {dropout}")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
@@ -53,14 +53,14 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
 
 
 def cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Return a small convolutional network: twice 3x3 convolution, ReLU and pooling by 2, then one linear layer.
+    """Return a small convolutional network: two blocks of 3x3 convolution, ReLU and 2x2 pooling, then a linear layer.
 
     Args:
         sample_shape: ``(C, H, W)`` with H and W at least 4.
         outputs: Number of outputs.
 
     Raises:
-        CurvlabError: The samples are not such images.
+        CurvlabError: ``sample_shape`` is not such a shape.
     """
     if len(sample_shape) != 3 or min(sample_shape[1:]) < 4:
         raise CurvlabError(f"cnn takes images (C, H, W) of at least 4x4, not samples of shape {sample_shape}; use mlp")
@@ -80,17 +80,17 @@ def cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
 
 
 def shallow_cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Return a 3x3 convolution, ReLU and pooling by 2, then a ReLU layer of 100 units and a linear one.
+    """Return a network of a 3x3 convolution, ReLU, 2x2 pooling, a ReLU layer of 100 units and a linear layer.
 
-    On MNIST it is Conv(1, 32, 3), FC(5408, 100), FC(100, 10): the network of Shon et al. (2022), "DLCFT", with which
-    their code follows the curvature over a training.
+    On MNIST it is Conv(1, 32, 3), FC(5408, 100), FC(100, 10): the network of Shon et al. (2022), "DLCFT", that their
+    code uses for the curvature during training.
 
     Args:
         sample_shape: ``(C, H, W)`` with H and W at least 4.
         outputs: Number of outputs.
 
     Raises:
-        CurvlabError: The samples are not such images.
+        CurvlabError: ``sample_shape`` is not such a shape.
     """
     if len(sample_shape) != 3 or min(sample_shape[1:]) < 4:
         raise CurvlabError(
@@ -113,8 +113,8 @@ def shallow_cnn(sample_shape: tuple[int, ...], outputs: int) -> nn.Sequential:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation, and a shortcut without parameters (option A).
 
-    Where the block halves the image and widens it, the shortcut takes every second pixel and fills up with
-    channels of zeros, half of them before and half behind.
+    If the block halves the image size and increases the number of channels, the shortcut takes every second pixel and
+    pads with zero channels, half of them before and half after.
     """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
@@ -135,15 +135,15 @@ class BasicBlock(nn.Module):
         return out
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Return what is added to the residual: the block's input, or every second pixel of it in more channels."""
+        """Return the shortcut: the input of the block, or every second pixel of it with padded channels."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class ResNet20(nn.Module):
     """The ResNet-20 of He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2.
 
-    Widths 16, 32, 64; names conv1, bn1, layer{1,2,3}.{0,1,2}.{conv1,bn1,conv2,bn2}, linear, as in the usual CIFAR
-    checkpoints. Takes images ``(N, 3, 32, 32)``.
+    Widths 16, 32, 64; names conv1, bn1, layer{1,2,3}.{0,1,2}.{conv1,bn1,conv2,bn2}, linear, as in common CIFAR
+    checkpoints. Inputs are images ``(N, 3, 32, 32)``.
 
     Args:
         outputs: Number of outputs.
@@ -181,21 +181,21 @@ def build(
     weights: Path | None = None,
     new_head: bool = False,
 ) -> nn.Module:
-    """Return a network for samples of a shape, on the CPU, in train mode, with PyTorch's initialisation.
+    """Return a network for samples of a given shape, on the CPU, in train mode, with PyTorch's initialisation.
 
     Args:
-        name: ``mlp``, ``cnn``, ``shallow_cnn``, ``resnet20``, or a classification model of torchvision as
+        name: ``mlp``, ``cnn``, ``shallow_cnn``, ``resnet20``, or a classification model of torchvision, such as
             ``torchvision:resnet18``.
         sample_shape: Shape of one input.
         outputs: Number of outputs.
-        hidden: Widths of the hidden layers of ``mlp``; the others have none to choose.
-        dropout: After each hidden layer of ``mlp``; the others take none.
-        seed: Seed of the initialisation; the global random state stays as it is.
-        weights: A file to load the weights from (see ``load_weights``).
-        new_head: The last layer stays as it is initialised: the weights were trained for other outputs.
+        hidden: Widths of the hidden layers of ``mlp``; ignored by other networks.
+        dropout: Dropout probability after each hidden layer of ``mlp``; must be 0 for other networks.
+        seed: Seed of the initialisation; the global random state does not change.
+        weights: File of the weights (see ``load_weights``).
+        new_head: Whether to keep the initial last layer, for weights that were trained for other outputs.
 
     Raises:
-        CurvlabError: There is no such network, it does not fit these samples, or the weights do not fit it.
+        CurvlabError: The name is unknown, the network does not fit the samples, or the weights do not fit the network.
 
     Examples:
         >>> model = build("mlp", (1, 8, 8), 10, hidden=(16,))
@@ -203,9 +203,9 @@ def build(
         [(16, 64), (16,), (10, 16), (10,)]
     """
     if outputs < 1 or not sample_shape or min(sample_shape) < 1:
-        raise CurvlabError(f"a model needs samples and outputs; here a sample is {sample_shape} and outputs {outputs}")
+        raise CurvlabError(f"sizes must be at least 1, but sample_shape is {sample_shape} and outputs is {outputs}")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would seed the GPUs too.
+        # torch.manual_seed would also seed the GPUs.
         torch.default_generator.manual_seed(seed)
         model = _construct(name, sample_shape, outputs, hidden, dropout)
         _check_fit(model, name, sample_shape, outputs)
@@ -220,7 +220,7 @@ def _construct(
     if name == "mlp":
         return mlp(prod(sample_shape), hidden, outputs, dropout)
     if dropout:
-        raise CurvlabError(f"dropout belongs to mlp; {name} takes none, so leave dropout at 0")
+        raise CurvlabError(f"dropout belongs to mlp, not to {name}; leave dropout at 0")
     if name == "cnn":
         return cnn(sample_shape, outputs)
     if name == "shallow_cnn":
@@ -231,13 +231,13 @@ def _construct(
                 f"resnet20 takes images of shape (3, 32, 32), not samples of shape {sample_shape}; use cnn or mlp"
             )
         return ResNet20(outputs)
-    # Imported here because it takes longer to import than the networks above to build.
+    # Imported here because the import takes longer than building the networks above.
     from torchvision import models
 
     theirs = models.list_models(module=models)
     short = name.removeprefix(_TORCHVISION)
     if name.startswith(_TORCHVISION) and short in theirs:
-        # These two return a tuple in train mode unless their auxiliary heads are left out.
+        # These two return a tuple in train mode unless their auxiliary heads are removed.
         two_heads: dict[str, Any] = {"aux_logits": False, "init_weights": True}
         options = two_heads if short in ("googlenet", "inception_v3") else {}
         model: nn.Module = models.get_model(short, weights=None, num_classes=outputs, **options)
@@ -245,41 +245,44 @@ def _construct(
     full_names = {name: name for name in _NAMES} | {key: _TORCHVISION + key for key in theirs}
     nearest = full_names[get_close_matches(short.lower(), full_names, n=1, cutoff=0.0)[0]]
     raise CurvlabError(
-        f"there is no model {name!r}; the nearest name is {nearest!r} "
-        f"(models are {', '.join(_NAMES)} and torchvision's as torchvision:NAME)"
+        f"there is no model {name!r}; did you mean {nearest!r}? "
+        f"(available: {', '.join(_NAMES)} and torchvision:NAME for torchvision's models)"
     )
 
 
 def _check_fit(model: nn.Module, name: str, sample_shape: tuple[int, ...], outputs: int) -> None:
-    """Run the model on two samples of zeros, in eval mode, so that nothing of it changes."""
+    """Check the output shape on two samples of zeros, in eval mode, so that the model does not change."""
     model.eval()
     try:
         with torch.no_grad():
             out = model(torch.zeros(2, *sample_shape))
-    except Exception as error:  # a network can fail on a wrong shape in any way
+    except Exception as error:  # a network can raise any exception for a wrong shape
         reason = first_line(error)
         raise CurvlabError(
-            f"{name} cannot take samples of shape {sample_shape} ({reason}); choose another model"
+            f"{name} fails on samples of shape {sample_shape} ({reason}); choose another model"
         ) from error
     finally:
         model.train()
     if not isinstance(out, Tensor) or out.shape != (2, outputs):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise CurvlabError(f"{name} returns {got} for two samples, not a tensor (2, {outputs}); choose another model")
+        raise CurvlabError(
+            f"{name} returns {got} for two samples, not a tensor of shape (2, {outputs}); choose another model"
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:
-    """Copy the weights of a file into a model; the model is changed only if all of them fit.
+    """Load weights from a file into a model; the model is changed only if all weights fit.
 
     Args:
-        model: The network, on any device, in any floating dtype.
-        path: ``.safetensors``, or what ``torch.save`` wrote (``.pt``, ``.pth``, ``.th``): a state dict, or a dictionary
-            with one under ``state_dict`` or ``model``. A ``module.`` before every name (DataParallel) is dropped.
-        new_head: Leave the model's last linear layer as it is, whatever the file has for it.
+        model: The network, on any device and in any floating-point dtype.
+        path: A ``.safetensors`` file, or a file of ``torch.save`` (``.pt``, ``.pth``, ``.th``) with a state dict or a
+            dictionary that has one under ``state_dict`` or ``model``. A prefix ``module.`` of all names (DataParallel)
+            is removed.
+        new_head: Whether to keep the model's last linear layer and ignore its weights in the file.
 
     Raises:
-        CurvlabError: The file is missing, damaged or no state dict, belongs to another architecture, or holds NaN or
-            infinite weights; or the model has no linear layer that could be its head.
+        CurvlabError: The file is missing, damaged or not a state dict, belongs to another architecture, or has NaN or
+            infinite weights; or, with ``new_head``, the model has no linear layer.
     """
     path = Path(path).expanduser()
     state = _state_dict(path)
@@ -287,11 +290,13 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
     if new_head:
         heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not heads:
-            raise CurvlabError(f"{type(model).__name__} has no linear layer that could be a new head")
-        of_head = [f"{heads[-1]}.{key}".removeprefix(".") for key in ("weight", "bias")]
-        state = {key: tensor for key, tensor in state.items() if key not in of_head}
-        state |= {key: own[key] for key in of_head if key in own}
-    # Checkpoints from before PyTorch 0.4.1 have no such counters; nothing is computed from them.
+            raise CurvlabError(
+                f"new_head needs a linear layer, and {type(model).__name__} has none; use new_head=False"
+            )
+        head_keys = [f"{heads[-1]}.{key}".removeprefix(".") for key in ("weight", "bias")]
+        state = {key: tensor for key, tensor in state.items() if key not in head_keys}
+        state |= {key: own[key] for key in head_keys if key in own}
+    # Checkpoints from before PyTorch 0.4.1 lack these counters, which do not affect the outputs.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     misfits = [f"no {key}" for key in missing] + [f"an unexpected {key}" for key in unexpected]
@@ -304,7 +309,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise CurvlabError(
             f"{path} belongs to another architecture: it has {', '.join(misfits[:3])}{more}; "
-            "choose the model that it was saved from"
+            "choose the model it was saved from"
         )
     for key, tensor in state.items():
         if not tensor.to(own[key].dtype).isfinite().all():
@@ -313,18 +318,18 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) 
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """A ``BatchNorm2d`` that keeps to its running statistics in train mode too."""
+    """A ``BatchNorm2d`` that uses its running statistics also in train mode."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever ``mode`` is."""
+        """Stay in eval mode and ignore ``mode``."""
         del mode
         return super().train(False)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Make every ``BatchNorm2d`` of a model a fixed map: running statistics, weight and bias stay as they are.
+    """Freeze every ``BatchNorm2d`` of a model, in place: running statistics, weight and bias no longer change.
 
-    So is a pre-trained network fine-tuned where its function should be the same in training and in evaluation.
+    Use this to fine-tune a pre-trained network whose function must be the same in training and evaluation.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -339,21 +344,21 @@ def freeze_batch_norm(model: nn.Module) -> None:
 
 
 class _LayerTracer(fx.Tracer):
-    """Takes layers as they are, those of ours that derive from torch's too."""
+    """Tracer that does not trace into layers, including our subclasses of torch's layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def merge_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in which a convolution and the batch normalisation behind it are one convolution.
+    """Return a copy of a model in which each batch normalisation is merged into the convolution before it.
 
-    The convolution has a bias then and is trained where it was before; an ``Identity`` takes the place of the
-    normalisation, so that the other names stay. It is the model's function in eval mode, with the running statistics.
-    A normalisation that has no convolution to itself stays as it is.
+    The merged convolution has a bias, and is trainable if the original one is. An ``Identity`` replaces the
+    normalisation, so that the other names do not change. The result equals the model in eval mode, with the running
+    statistics. A normalisation is not merged if its input is not the output of a convolution that nothing else uses.
 
     Raises:
-        UnsupportedError: The model's forward pass cannot be traced by ``torch.fx``, as where it depends on values.
+        UnsupportedError: The forward pass cannot be traced by ``torch.fx``, for example because it depends on values.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
@@ -367,14 +372,14 @@ def merge_batch_norm(model: nn.Module) -> nn.Module:
     model = deepcopy(model)
     try:
         graph = _LayerTracer().trace(model)
-    except Exception as error:  # a forward pass that does not take the place-holders can fail in any way
+    except Exception as error:  # a forward pass can raise any exception for the placeholders of torch.fx
         reason = first_line(error)
         raise UnsupportedError(
-            f"the forward pass of {type(model).__name__} cannot be traced ({reason}), so that what follows a "
-            "convolution is not known: freeze the batch normalisation by freeze_batch_norm"
+            f"the forward pass of {type(model).__name__} cannot be traced ({reason}), so batch normalisation cannot be "
+            "merged: use freeze_batch_norm instead"
         ) from error
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    # A weight that is used on its own is an operation of its own in the graph.
+    # A direct use of a weight is a separate operation in the graph.
     calls.update(str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for node in graph.nodes:
@@ -399,7 +404,7 @@ def _can_merge(convolution: nn.Module, norm: nn.Module) -> bool:
 
 
 def _merge(convolution: Any, norm: Any) -> None:
-    """Have a convolution do what a batch normalisation in eval mode does with its outputs."""
+    """Merge a batch normalisation in eval mode into the weight and bias of a convolution, in place."""
     weight = convolution.weight.detach().double()
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * scale
@@ -416,17 +421,17 @@ def _merge(convolution: Any, norm: Any) -> None:
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CurvlabError(f"{path}: there is no such file of weights; check the path")
+        raise CurvlabError(f"{path}: no such weight file; check the path")
     try:
         content: Any
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the readers fail in any way
+    except Exception as error:  # the readers can raise any exception for a damaged file
         raise CurvlabError(
-            f"{path} cannot be read as weights: it is truncated, of another format, or holds more than tensors; "
-            "copy it again, or save the weights by torch.save(model.state_dict(), path)"
+            f"{path} cannot be read as weights: it is truncated, has another format, or contains other objects than "
+            "tensors; copy it again, or save the weights with torch.save(model.state_dict(), path)"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -434,8 +439,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             break
     if not _is_state_dict(content):
         raise CurvlabError(
-            f"{path} holds no state dict: save one by torch.save(model.state_dict(), path), "
-            "alone or under the key state_dict or model"
+            f"{path} contains no state dict: save one with torch.save(model.state_dict(), path), "
+            "directly or under the key state_dict or model"
         )
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): value for key, value in content.items()}

@@ -181,10 +181,10 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--out ''", "--out has an empty value"),
         ("--classes ''", "--classes has an empty value"),
         ("--model resnet20", "resnet20 takes images of shape (3, 32, 32)"),
-        ("--model cn", "the nearest name is 'cnn'"),
+        ("--model cn", "did you mean 'cnn'?"),
         ("--validation 1437", "cannot hold out 1437"),
-        ("--data digts", "the nearest name is 'digits'"),
-        ("--data mnist --offline", "mnist is not whole on disk"),
+        ("--data digts", "did you mean 'digits'?"),
+        ("--data mnist --offline", "mnist is incomplete on disk"),
         ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight has 6,400 parameters"),
         (f"--hidden {10**30}", "--hidden should be less than 2**63, not ['1000"),
         ("--hidden 9000000000000000", "not enough memory for an array of 2304000000000000000 bytes; use a"),
@@ -289,7 +289,7 @@ def test_bad_archive(refused, changed, fragment):
 def test_truncated_archive(refused):
     archive("a.npz")
     Path("a.npz").write_bytes(Path("a.npz").read_bytes()[:300])
-    assert "a.npz: this is not a whole .npz archive" in refused("--data a.npz")
+    assert "a.npz: the file is not a complete .npz archive" in refused("--data a.npz")
 
 
 def test_truncated_mnist(refused):

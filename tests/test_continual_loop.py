@@ -676,7 +676,7 @@ def test_a_strategy_is_used_again() -> None:
         ({"min_lr": None}, "min_lr must be a number of at least 0, not None"),
         (
             {"stream": blobs()},
-            r"a stream must be a sequence of tasks, such as permuted\(dataset, tasks=5\), not Dataset",
+            r"a stream must be a sequence of tasks, such as permuted\(dataset, .*not Dataset",
         ),
         ({"stream": permuted(blobs(), tasks=1)[0]}, "a stream must be a sequence of tasks, .*not Task"),
         (
@@ -699,11 +699,11 @@ def test_a_strategy_is_used_again() -> None:
         ({"model": nn.Linear(9, 6)}, "the model cannot take the samples: .*shapes"),
         (
             {"model": nn.Sequential(nn.Linear(8, 6), nn.Unflatten(1, (2, 3)))},
-            r"one tensor of shape \(N, C\).*\(1, 2, 3\)",
+            r"of shape \(N, C\).*\(1, 2, 3\)",
         ),
         (
             {"batch_size": 59, "model": network(norm=True)},
-            "the model fails in task 0: batch normalisation needs more than one",
+            "task 0: batch normalisation needs more than one",
         ),
         ({"strategy": ER(11, buffer="ring")}, "11 samples is too small for the 12 classes of the tasks"),
     ],
@@ -838,9 +838,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     for changed in (network(seed=4), network().requires_grad_(True)):
         if equal(values(changed), values(network())):
             changed[4].bias.data[1] += 1e-6
-        with pytest.raises(
-            CurvlabError, match=r"run\.pt started from other weights: pass the model with its initial weights"
-        ):
+        with pytest.raises(CurvlabError, match=r"run\.pt started from other weights: pass the model with its initial"):
             learn(stream, changed, ER(10), checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CurvlabError, match="cannot be read"):

@@ -135,7 +135,7 @@ def test_missing_keys_are_named_beside_those_there(tmp_path):
     np.savez(tmp_path / "a.npz", X=np.zeros(3), y_train=np.zeros(3), y_test=np.zeros(3))
     with pytest.raises(CurvlabError) as error:
         data.load(str(tmp_path / "a.npz"))
-    one_sentence(error, tmp_path / "a.npz", "no x_train, x_test", "it has X, y_train, y_test")
+    one_sentence(error, tmp_path / "a.npz", "no x_train, x_test", "only X, y_train, y_test")
 
 
 def test_damaged_archives_are_named(tmp_path):
@@ -166,7 +166,7 @@ def test_a_plain_text_file_is_no_archive(tmp_path):
     (tmp_path / "data.csv").write_text("1,2,3\n")
     with pytest.raises(CurvlabError) as error:
         data.load(tmp_path / "data.csv")
-    one_sentence(error, tmp_path / "data.csv", "not a whole .npz archive")
+    one_sentence(error, tmp_path / "data.csv", "not a complete .npz archive")
 
 
 def test_unknown_names_and_missing_files(tmp_path):

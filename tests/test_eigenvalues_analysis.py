@@ -467,7 +467,7 @@ def test_a_new_head_and_frozen_batch_norm():
 def test_a_new_head_is_checked_like_the_rest():
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
     torch.save(model.state_dict(), "conv.pt")
-    with pytest.raises(CurvlabError, match="no linear layer that could be a new head"):
+    with pytest.raises(CurvlabError, match="new_head needs a linear layer"):
         load_weights(model, "conv.pt", new_head=True)
     mlp = build("mlp", (4,), 3, hidden=(5,))
     torch.save({"fc2.weight": torch.zeros(3, 5), "fc2.bias": torch.zeros(3)}, "head.pt")

@@ -52,7 +52,7 @@ def test_mlp_with_dropout():
     assert torch.equal(plain.eval()(x), dropping.eval()(x))
     with pytest.raises(CurvlabError, match=r"dropout must be at least 0 and below 1, not 1\.0"):
         mlp(6, (5,), 3, dropout=1.0)
-    with pytest.raises(CurvlabError, match="dropout belongs to mlp; cnn takes none"):
+    with pytest.raises(CurvlabError, match="dropout belongs to mlp, not to cnn"):
         build("cnn", (1, 8, 8), 3, dropout=0.1)
 
 

@@ -123,7 +123,7 @@ def test_bad_words(call, name, line, fragment):
         ("--seeds 1 1", "seeds needs one value or several different ones"),
         ("--seeds -1", "--seeds should be greater than or equal to 0"),
         ("--data digts", "digts"),
-        ("--data mnist --offline", "mnist is not whole on disk"),
+        ("--data mnist --offline", "mnist is incomplete on disk"),
         ("--weights gone.pt", "gone.pt: there is no such file of weights, here or in the data root"),
         ("--device cuda:99", "there is no GPU 'cuda:99' here"),
         ("--samples 0", "--samples should be greater than or equal to 1"),

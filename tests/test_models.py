@@ -133,7 +133,7 @@ def test_models_with_auxiliary_heads_return_one_tensor_in_train_mode():
         ("resnet20", (1, 1, 1), 2, ["resnet20", "(3, 32, 32)", "(1, 1, 1)"]),
         ("cnn", (64,), 2, ["cnn", "(64,)"]),
         ("torchvision:squeezenet1_1", (1, 8, 8), 2, ["squeezenet1_1", "(1, 8, 8)"]),
-        ("mlp", (4,), 0, ["outputs 0"]),
+        ("mlp", (4,), 0, ["outputs is 0"]),
         ("mlp", (), 2, ["()"]),
     ],
 )
@@ -207,7 +207,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, state, target):
     torch.save(target, tmp_path / "module.pt")
     with pytest.raises(CurvlabError) as error:
         load_weights(target, tmp_path / "module.pt")
-    one_sentence(error, tmp_path / "module.pt", "more than tensors", "model.state_dict()")
+    one_sentence(error, tmp_path / "module.pt", "other objects than tensors", "model.state_dict()")
     with pytest.raises(CurvlabError) as error:
         load_weights(target, tmp_path / "gone.pt")
     one_sentence(error, tmp_path / "gone.pt", "no such file")

@@ -121,7 +121,7 @@ def test_linear_probing_needs_a_last_linear_layer() -> None:
             learn(stream, model, LinearProbe())
     frozen = network()
     frozen[-1].requires_grad_(False)
-    with pytest.raises(CurvlabError, match="LinearProbe leaves no parameter to train"):
+    with pytest.raises(CurvlabError, match="LinearProbe freezes all parameters"):
         learn(stream, frozen, LinearProbe())
 
 

@@ -1,4 +1,4 @@
-"""Read a plain ``.npz`` archive, without ever unpickling anything."""
+"""Reader of ``.npz`` archives without pickled objects."""
 
 import zipfile
 from pathlib import Path
@@ -10,10 +10,10 @@ from curvlab.errors import CurvlabError
 
 
 def read_archive(path: Path) -> dict[str, Array]:
-    """Return the arrays under ``x_train, y_train, x_test, y_test`` and, if there, ``classes``.
+    """Return the arrays under ``x_train, y_train, x_test, y_test`` and, if present, ``classes``.
 
     Raises:
-        CurvlabError: The file is not a whole archive, a key is missing, or an array holds Python objects.
+        CurvlabError: The file is not a complete archive, a key is missing, or an array contains Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -21,15 +21,15 @@ def read_archive(path: Path) -> dict[str, Array]:
             missing = [key for key in KEYS if key not in members]
             if missing:
                 raise CurvlabError(
-                    f"the archive has no {', '.join(missing)}; it has {', '.join(members) or 'nothing'}; "
-                    f"name its arrays {', '.join(KEYS)}"
+                    f"the archive has no {', '.join(missing)}, only {', '.join(members) or 'no arrays'}; "
+                    f"name the arrays {', '.join(KEYS)}"
                 )
             return {key: _read(archive, members[key], key) for key in (*KEYS, "classes") if key in members}
     except OSError as error:
         raise CurvlabError(f"the file cannot be read ({error.strerror or error}); check its permissions") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CurvlabError(
-            "this is not a whole .npz archive (truncated, or another format); copy or save it again"
+            "the file is not a complete .npz archive (truncated, or another format); copy or save it again"
         ) from error
 
 
@@ -37,15 +37,15 @@ def _read(archive: zipfile.ZipFile, member: str, key: str) -> Array:
     try:
         with archive.open(member) as file:
             array: Array = np.lib.format.read_array(file, allow_pickle=False)
-            file.read()  # to the end, where the checksum is compared
+            file.read()  # read to the end, where the checksum is compared
             return array
     except MemoryError as error:
         raise CurvlabError(f"{key} is damaged or does not fit into memory; store fewer samples") from error
     except Exception as error:  # a damaged member can make zipfile, zlib and NumPy fail in many ways
         if "allow_pickle" in str(error):
             raise CurvlabError(
-                f"{key} holds Python objects, and reading them could run code; save numbers or strings, not objects"
+                f"{key} contains Python objects, and reading them could run code; save numbers or strings instead"
             ) from error
         raise CurvlabError(
-            f"{key} is damaged, or not what numpy.savez writes; copy or save the archive again"
+            f"{key} is damaged or was not written by numpy.savez; copy or save the archive again"
         ) from error

@@ -1,4 +1,4 @@
-"""What a data set is here: four tensors that fit together, and the names of the classes."""
+"""Data sets: four tensors that fit together, and the names of the classes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ class Dataset:
     """Training and test samples in memory.
 
     Args:
-        name: Its name, or its path for a user's own data.
-        x_train: Inputs, float32, shape ``(N, ...)``; images are ``(N, C, H, W)``, those stored as bytes in [0, 1].
+        name: Name of the data set, or the path of your own data.
+        x_train: Inputs, float32, shape ``(N, ...)``; images are ``(N, C, H, W)``, scaled to [0, 1] if stored as bytes.
         y_train: Class indices, int64, shape ``(N,)``.
-        x_test: As ``x_train``, with the same sample shape.
-        y_test: As ``y_train``.
+        x_test: Test inputs, with the sample shape of ``x_train``.
+        y_test: Test class indices, in the form of ``y_train``.
         classes: Names of the classes, by index.
 
     Raises:
-        CurvlabError: The tensors do not fit together, a label is none of the classes, or an input is not finite.
+        CurvlabError: The tensors do not fit together, a label is out of range, or an input is NaN or infinite.
 
     Examples:
         >>> x, y = torch.zeros(3, 5), torch.tensor([0, 1, 1])
@@ -57,17 +57,17 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, those too of which there is no sample."""
+        """Number of classes, including classes without samples."""
         return len(self.classes)
 
     def select(self, classes: Sequence[int]) -> "Dataset":
-        """Return the samples of some classes, in their order; labels and ``classes`` stay as they are.
+        """Return the samples of some classes, in their order; labels and ``classes`` do not change.
 
         Args:
             classes: Class indices.
 
         Raises:
-            CurvlabError: No class is given, one is given twice or does not exist, or a split has no sample of them.
+            CurvlabError: No class is given, a class is given twice or does not exist, or a split has no sample of them.
         """
         chosen = list(classes)
         if not chosen:
@@ -83,7 +83,9 @@ class Dataset:
         train, test = torch.isin(self.y_train, wanted), torch.isin(self.y_test, wanted)
         for split, mask in (("training", train), ("test", test)):
             if not mask.any():
-                raise CurvlabError(f"{self.name} has no {split} sample of the selected classes {chosen}; select others")
+                raise CurvlabError(
+                    f"{self.name} has no {split} samples of the selected classes {chosen}; select others"
+                )
         return replace(
             self,
             x_train=self.x_train[train],
@@ -93,15 +95,16 @@ class Dataset:
         )
 
     def hold_out(self, n: int) -> tuple["Dataset", tuple[Tensor, Tensor]]:
-        """Take the first ``n`` training samples away for validation.
+        """Hold out the first ``n`` training samples for validation.
 
-        With ``n=5000`` on MNIST this is the split of TensorFlow's tutorial: 55,000 to train on, 5,000 to validate.
+        With ``n=5000`` on MNIST, this is the split of the TensorFlow tutorial: 55,000 training samples and 5,000
+        validation samples.
 
         Returns:
-            The data set without them, and their ``(inputs, labels)``.
+            The data set without these samples, and the held-out ``(inputs, labels)``.
 
         Raises:
-            CurvlabError: ``n`` is less than one, or leaves nothing to train on.
+            CurvlabError: ``n`` is less than 1, or leaves no training samples.
         """
         total = len(self.x_train)
         if not 0 < n < total:
@@ -112,7 +115,7 @@ class Dataset:
         return rest, (self.x_train[:n], self.y_train[:n])
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the four tensors' dtypes, shapes and bytes: train x, y, test x, y."""
+        """Return the SHA-256 (hex) of dtypes, shapes and bytes of ``x_train, y_train, x_test, y_test``."""
         digest = hashlib.sha256()
         for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -121,7 +124,7 @@ class Dataset:
 
 
 def _check_split(split: str, x: Tensor, y: Tensor, num_classes: int) -> None:
-    """Require one split to be right in itself; ``split`` is ``train`` or ``test``."""
+    """Check one split; ``split`` is ``train`` or ``test``."""
     if x.dtype != torch.float32 or y.dtype != torch.int64:
         raise CurvlabError(f"x_{split} must be float32 and y_{split} int64, not {x.dtype} and {y.dtype}")
     if x.ndim < 2 or y.ndim != 1:
@@ -129,9 +132,9 @@ def _check_split(split: str, x: Tensor, y: Tensor, num_classes: int) -> None:
             f"x_{split} must have shape (N, ...) and y_{split} (N,), not {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if len(x) != len(y):
-        raise CurvlabError(f"x_{split} has {len(x)} samples but y_{split} has {len(y)}; give one label a sample")
+        raise CurvlabError(f"x_{split} has {len(x)} samples but y_{split} has {len(y)}; give one label per sample")
     if x.numel() == 0:
-        raise CurvlabError(f"x_{split} has no samples or empty ones (shape {tuple(x.shape)}); give at least one")
+        raise CurvlabError(f"x_{split} has no samples, or empty samples (shape {tuple(x.shape)}); give at least one")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise CurvlabError(
@@ -141,5 +144,5 @@ def _check_split(split: str, x: Tensor, y: Tensor, num_classes: int) -> None:
     if not x.isfinite().all():
         nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
         raise CurvlabError(
-            f"x_{split} holds {nan} NaN and {infinite} infinite of {x.numel()} values; drop or fill these samples"
+            f"x_{split} holds {nan} NaN and {infinite} infinite of {x.numel()} values; remove or replace them"
         )

@@ -1,4 +1,4 @@
-"""The embedded default: the handwritten digits that scikit-learn ships."""
+"""The default data set: the handwritten digits included in scikit-learn."""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -7,11 +7,11 @@ from curvlab.data.arrays import Array
 
 
 def read_digits() -> dict[str, Array]:
-    """Return 1797 images of 8x8 in [0, 1], shape ``(N, 1, 8, 8)``: 1437 to train on, 360 to test.
+    """Return 1797 images of 8x8 in [0, 1], shape ``(N, 1, 8, 8)``: 1437 training samples, 360 test samples.
 
-    The split is fixed and has no random part: with the samples sorted by class (their order kept within a
-    class), every fifth, from the first on, is a test sample. So a class has a fifth of its samples in the test
-    set, to within one. Both parts keep scikit-learn's order.
+    The split is fixed and not random: if the samples are sorted by class (a stable sort), every fifth, from the first,
+    is a test sample. So each class has a fifth of its samples in the test set, within one sample. Both parts keep the
+    order of scikit-learn.
     """
     x, y = load_digits(return_X_y=True)
     test = np.zeros(len(y), dtype=bool)

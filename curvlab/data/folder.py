@@ -1,4 +1,4 @@
-"""Read a folder of images: ``ROOT/train/CLASS/*.png`` and ``ROOT/test/CLASS/*.png``."""
+"""Reader of image folders: ``ROOT/train/CLASS/*.png`` and ``ROOT/test/CLASS/*.png``."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def read_folder(root: Path) -> dict[str, Array]:
-    """Return the images as uint8 ``(N, H, W, 1)`` if all are grey, else ``(N, H, W, 3)``, and the folders' names.
+    """Return the images as uint8 ``(N, H, W, 1)`` if all are grey, else ``(N, H, W, 3)``, and the class names.
 
     Raises:
-        CurvlabError: A folder is missing or has no images, train and test differ in classes, images differ in size,
-            or one cannot be read.
+        CurvlabError: A folder is missing or has no images, train and test have different classes, images have
+            different sizes, or an image cannot be read.
     """
     train, test = _scan(root, "train"), _scan(root, "test")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise CurvlabError(f"only one of train and test has the class {', '.join(odd)}; give both the same classes")
+        raise CurvlabError(f"only one of train and test has the class {', '.join(odd)}; use the same classes in both")
     files = [Path(file) for file, _ in train.samples + test.samples]
     images = [_read(file, root) for file in files]
     for file, image in zip(files, images, strict=True):
@@ -46,24 +46,22 @@ def read_folder(root: Path) -> dict[str, Array]:
 
 def _scan(root: Path, split: str) -> ImageFolder:
     if not (root / split).is_dir():
-        raise CurvlabError(
-            f"the folder has no folder {split!r} in it; the images belong into train/CLASS and test/CLASS"
-        )
+        raise CurvlabError(f"the folder has no subfolder {split!r}; put the images into train/CLASS and test/CLASS")
     try:
         return ImageFolder(root / split)
     except OSError as error:
-        raise CurvlabError(f"{split} has a class without images, or no class at all ({error})") from error
+        raise CurvlabError(f"{split} has no class, or a class without images ({error}); add images") from error
 
 
 def _read(file: Path, root: Path) -> Array:
     """Return uint8 ``(H, W, 1)`` or ``(H, W, 3)``."""
     try:
         with Image.open(file) as image:
-            # Pillow would clip deeper images to 8 bits without a word.
+            # Pillow would clip images with more bits to 8 bits without a warning.
             if image.mode not in _GRAY + _COLOUR:
                 raise CurvlabError(
-                    f"{file.relative_to(root)} is an image of mode {image.mode}; save it with 8 bits a channel, "
-                    "or store the data as an .npz of float32"
+                    f"{file.relative_to(root)} is an image of mode {image.mode}; save it with 8 bits per channel, "
+                    "or store the data as float32 in an .npz file"
                 )
             if image.mode in _GRAY:
                 return np.asarray(image.convert("L"))[..., np.newaxis]
@@ -75,5 +73,5 @@ def _read(file: Path, root: Path) -> Array:
 
 
 def _size(image: Array) -> str:
-    """Return width x height, as image programs say it."""
+    """Return the size as width x height."""
     return f"{image.shape[1]}x{image.shape[0]}"

@@ -1,7 +1,7 @@
-"""Torchvision's data sets: found under the data root and checked, or downloaded there.
+"""Reader of torchvision's data sets in the data root, with checksums and download.
 
-Torchvision knows the addresses, checksums and formats. What is on disk is looked at first, so that nothing
-touches the network unless it has to.
+Torchvision defines the addresses, checksums and formats. Files on disk are checked first, and the network is used only
+if files are missing or damaged.
 """
 
 import contextlib
@@ -29,50 +29,49 @@ _SETS: dict[str, type[MNIST] | type[CIFAR10]] = {
     "cifar100": CIFAR100,
 }
 
-# Seconds without an answer after which there is no network.
-_PATIENCE = 10.0
+_TIMEOUT = 10.0  # seconds without an answer from the network
 
 
-class _NotWholeError(Exception):
-    """A file of the set is missing or damaged; says which."""
+class _IncompleteError(Exception):
+    """A file of the data set is missing or damaged; the message names it."""
 
 
 def read_torchvision(name: str, root: Path, offline: bool) -> dict[str, Array]:
     """Return the arrays of a data set, images as uint8, and the names of its classes.
 
     Args:
-        name: One of torchvision's sets of ``curvlab.data.NAMES``.
-        root: The data root, with torchvision's layout below it.
-        offline: Use only what is on disk.
+        name: Name of a torchvision data set in ``curvlab.data.NAMES``.
+        root: Data root, with the folder layout of torchvision.
+        offline: Whether downloads are forbidden.
 
     Raises:
-        CurvlabError: The set is not whole on disk, and it may not or cannot be downloaded.
+        CurvlabError: The data set is incomplete on disk, and ``offline`` is set or the download fails.
     """
     way_out = f"put the original files or {name}.npz there, or choose another data root (CURVLAB_DATA)"
     try:
         try:
             return _read(name, root)
-        except _NotWholeError as fault:
+        except _IncompleteError as fault:
             if offline:
                 raise CurvlabError(
-                    f"{name} is not whole on disk ({fault}) and offline is set; allow the download, {way_out}"
+                    f"{name} is incomplete on disk ({fault}) and offline is set; allow the download, {way_out}"
                 ) from fault
             try:
                 _download(name, root)
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 reason = first_line(getattr(error, "reason", None) or error)
                 raise CurvlabError(
-                    f"{name} is not whole on disk ({fault}) and the download failed ({reason}); "
+                    f"{name} is incomplete on disk ({fault}) and the download failed ({reason}); "
                     f"connect to the network, {way_out}"
                 ) from error
         return _read(name, root)
-    except _NotWholeError as fault:
+    except _IncompleteError as fault:
         raise CurvlabError(
-            f"{name} is not whole after its download ({fault}); delete this file and try again"
+            f"{name} is incomplete after the download ({fault}); delete this file and try again"
         ) from fault
     except OSError as error:
         raise CurvlabError(
-            f"the files of {name} cannot be read or unpacked ({error}); check permissions and space"
+            f"the files of {name} cannot be read or unpacked ({error}); check permissions and disk space"
         ) from error
 
 
@@ -84,7 +83,7 @@ def _read(name: str, root: Path) -> dict[str, Array]:
 def _read_mnist(source: type[MNIST], root: Path) -> dict[str, Array]:
     folder = _mnist_folder(source, root)
     x_train, y_train, x_test, y_test = (_read_idx(folder / file, md5) for file, md5 in source.resources)
-    # Torchvision calls MNIST's classes "0 - zero" and so on.
+    # Torchvision names the classes of MNIST "0 - zero" and so on.
     classes = np.array([name.split(" - ")[0] for name in source.classes])
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "classes": classes}
 
@@ -94,9 +93,9 @@ def _mnist_folder(source: type[MNIST], root: Path) -> Path:
 
 
 def _read_idx(packed: Path, md5: str) -> Array:
-    """Read an IDX file of bytes, from its ``.gz`` if the checksum is right, else from the unpacked file beside it.
+    """Read an IDX file of bytes, from its ``.gz`` file if the checksum is correct, else from the unpacked file.
 
-    Reading the ``.gz`` itself needs no writable folder, and no half-unpacked file is ever trusted.
+    Reading the ``.gz`` file needs no writable folder, and avoids files that were unpacked incompletely.
     """
     plain = packed.with_suffix("")
     if check_integrity(packed, md5):
@@ -104,13 +103,13 @@ def _read_idx(packed: Path, md5: str) -> Array:
     elif plain.is_file():
         content = plain.read_bytes()
     else:
-        raise _NotWholeError(_fault(packed))
+        raise _IncompleteError(_describe_fault(packed))
     # The header: two zero bytes, 8 for unsigned bytes, the number of axes, and their lengths as big-endian integers.
     axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     start = 4 + 4 * axes
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
     if not shape or len(content) != start + prod(shape):
-        raise _NotWholeError(f"{plain} is truncated or damaged")
+        raise _IncompleteError(f"{plain} is truncated or damaged")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -121,9 +120,9 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> dict[str, Array]:
     bad = [folder / file for file, md5 in files if not check_integrity(folder / file, md5)]
     if bad:
         if not check_integrity(packed, source.tgz_md5):
-            raise _NotWholeError(_fault(packed if packed.exists() else bad[0]))
+            raise _IncompleteError(_describe_fault(packed if packed.exists() else bad[0]))
         extract_archive(str(packed), str(root))
-    # The files are pickles; torchvision opens them only if their checksums are right.
+    # The files are pickles; torchvision opens them only if their checksums are correct.
     train, test = (source(root, train=part) for part in (True, False))
     return {
         "x_train": train.data,
@@ -134,12 +133,12 @@ def _read_cifar(source: type[CIFAR10], root: Path) -> dict[str, Array]:
     }
 
 
-def _fault(path: Path) -> str:
+def _describe_fault(path: Path) -> str:
     return f"{path} is truncated or damaged: its checksum is wrong" if path.exists() else f"{path} is missing"
 
 
 def _download(name: str, root: Path) -> None:
-    """Fetch the original files; the reader checks and unpacks them. Folders left empty by a failure are removed."""
+    """Download the original files, which the reader checks and unpacks; remove empty folders after a failure."""
     source = _SETS[name]
     if issubclass(source, CIFAR10):
         folder = root
@@ -149,7 +148,7 @@ def _download(name: str, root: Path) -> None:
         files = [(file, md5, [mirror + file for mirror in source.mirrors]) for file, md5 in source.resources]
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with _impatient(), _quiet():
+        with _short_timeout(), _silence_output():
             for file, md5, urls in files:
                 _fetch(urls, folder, file, md5)
     except BaseException:
@@ -160,7 +159,7 @@ def _download(name: str, root: Path) -> None:
 
 
 def _fetch(urls: Sequence[str], folder: Path, file: str, md5: str) -> None:
-    """Download from the first address that works; raise what the last one raised."""
+    """Download from the first address that works; raise the error of the last one."""
     for url in urls[:-1]:
         with contextlib.suppress(OSError, RuntimeError, http.client.HTTPException):
             download_url(url, folder, file, md5)
@@ -169,10 +168,10 @@ def _fetch(urls: Sequence[str], folder: Path, file: str, md5: str) -> None:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Give up on a silent network soon; torchvision would wait for minutes."""
+def _short_timeout() -> Iterator[None]:
+    """Context with a short network timeout; torchvision would wait for minutes."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_PATIENCE)
+    socket.setdefaulttimeout(_TIMEOUT)
     try:
         yield
     finally:
@@ -180,8 +179,8 @@ def _impatient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torchvision's progress bar and prints to terminals."""
+def _silence_output() -> Iterator[None]:
+    """Context that hides torchvision's progress bar and prints, unless stderr is a terminal."""
     with contextlib.ExitStack() as stack:
         if not sys.stderr.isatty():
             sink = io.StringIO()
