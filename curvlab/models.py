@@ -421,7 +421,7 @@ def _merge(convolution: Any, norm: Any) -> None:
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CurvlabError(f"{path}: no such weight file; check the path")
+        raise CurvlabError(f"{path}: no such file; check the path of the weights")
     try:
         content: Any
         if path.suffix == ".safetensors":
