@@ -1,4 +1,4 @@
-"""Memories of past samples: uniform where they should be, and the last ones where they should be those."""
+"""Buffers of past samples: the reservoir is uniform, and the ring has the most recent samples."""
 
 from collections import defaultdict
 
@@ -25,7 +25,7 @@ def numbered(first: int, count: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("batches", [[1] * 30, [30], [7, 7, 7, 7, 2], [3, 20, 7]])
 def test_a_reservoir_is_uniform(batches: list[int]) -> None:
-    """How often each of 30 rows is among 5, over many seeds, however they come."""
+    """Each of 30 rows is equally often among the 5 stored rows, over many seeds and batch sizes."""
     seeds = 1200
     counts = torch.zeros(30)
     for seed in range(seeds):
@@ -36,7 +36,7 @@ def test_a_reservoir_is_uniform(batches: list[int]) -> None:
         held = memory.rows["number"]
         assert len(held.unique()) == len(memory) == 5
         counts[held] += 1
-    # Five of thirty without replacement: the covariance of the counts is singular, which the factor makes up for.
+    # Five of thirty without replacement: the covariance of the counts is singular, which the factor corrects.
     expected = seeds * 5 / 30
     statistic = float(((counts - expected).square() / expected).sum()) * (29 / 25)
     assert stats.chi2.sf(statistic, 29) > 1e-3
@@ -122,7 +122,7 @@ def test_rows_are_copied_and_detached(memory: Reservoir | Ring) -> None:
 
 
 @pytest.mark.parametrize("memory", [Reservoir(10**5), Ring(10**5), Reservoir(150), Ring(25)])
-def test_memory_grows_with_what_is_held(memory: Reservoir | Ring) -> None:
+def test_memory_grows_with_the_stored_rows(memory: Reservoir | Ring) -> None:
     """A row of ``numbered`` has 32 bytes, ``task`` and ``y`` 16 more."""
     most = 150 if isinstance(memory, Reservoir) else 6 * 25
     for first in range(0, 1000, 10):
@@ -135,7 +135,7 @@ def test_memory_grows_with_what_is_held(memory: Reservoir | Ring) -> None:
 
 
 def test_draws_do_not_depend_on_how_memory_grows() -> None:
-    """These were drawn when all places were made at the start."""
+    """The expected values are from a version that allocated all places at the start."""
     memory, source = Reservoir(40), generator(3)
     for first in range(0, 90, 9):
         memory.add(numbered(first, 9), source)

@@ -1,4 +1,4 @@
-"""The loop: against plain PyTorch written out, to the bit; killed and continued; careful with what is not its own."""
+"""The training loop: bitwise equal to plain PyTorch, resumable after a kill, without side effects."""
 
 import random
 import re
@@ -34,7 +34,7 @@ CLASSES = 6
 
 
 def blobs(classes: int = CLASSES, count: int = 60, test: int = 30, seed: int = 0) -> Dataset:
-    """Clusters that overlap a little, in no order."""
+    """Return a data set of slightly overlapping clusters in random order."""
     generator = torch.Generator().manual_seed(seed)
     x, y = [], []
     for size in (count, test):
@@ -77,17 +77,17 @@ def by_hand(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def plain_results(result: Result) -> dict[str, Any]:
-    """All numbers but the times."""
+    """Return all numbers of a result except the times."""
     records = [{k: v for k, v in record.items() if "seconds" not in k} for record in result.tasks]
     return {"tasks": records, "curves": result.curves}
 
 
-class Stop(BaseException):  # as Ctrl-C is
+class Stop(BaseException):  # like KeyboardInterrupt
     pass
 
 
 def stop_at(model: nn.Module, call: int, error: BaseException | None = None) -> list[int]:
-    """Let the model raise at a call; return a list that counts them."""
+    """Make the model raise at a given call; return a list that counts the calls."""
     calls = [0]
 
     def hook(*_: object) -> None:
@@ -279,7 +279,7 @@ def test_accuracies_are_measured_where_they_should_be() -> None:
     result = learn(split_data(blobs(), tasks=4), network(), steps=2, evaluate_every=1)
     expected = torch.ones(4, 4).tril(1).bool()
     assert torch.equal(result.accuracy.isnan(), ~expected)
-    # The test samples are the same ones: they are gone through once, and the numbers are equal.
+    # The test samples are the same, so they are evaluated once, and the numbers are equal.
     assert all(len(set(row[~row.isnan()].tolist())) == 1 for row in result.accuracy)
     assert result.accuracy.dtype == result.initial.dtype == torch.float64
     assert [(r["task"], r["step"], r["on"]) for r in result.curves] == [
@@ -317,7 +317,7 @@ def test_curves_do_not_change_the_run() -> None:
     assert [r["step"] for r in results[1].curves if r["task"] == 0] == [3, 6, 8]
 
 
-def test_evaluation_on_what_is_held_out() -> None:
+def test_evaluation_on_held_out_samples() -> None:
     stream = permuted(blobs(), tasks=2, validation=20)
     model = network()
     result = learn(stream, model, evaluation="validation")
@@ -400,7 +400,7 @@ def test_joint_training_takes_every_sample_once_an_epoch(at_once: int, monkeypat
     assert result.accuracy[:2].isnan().all()
     assert not result.accuracy[2].isnan().any()
     assert [record["steps"] for record in result.tasks] == [0, 0, 16]
-    assert result.tasks[-1]["lr"] == 0.1  # the first of the decaying ones
+    assert result.tasks[-1]["lr"] == 0.1  # the initial rate
     assert result.tasks[0]["loss"] is None
 
 
@@ -489,7 +489,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(name: str, tmp_path: Path) 
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, starter: Starter) -> None:
-    """The process is killed at three places, each after some of the work, and at last left to finish."""
+    """The process is killed at three places, and continued to the end."""
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -531,7 +531,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, starter: Starter)
                     os._exit(1)
             return os.waitpid(pid, 0)[1]
 
-        learn(permuted(blobs(), tasks=1), network(), METHODS["ewc"])  # what is imported at first use is so by now
+        learn(permuted(blobs(), tasks=1), network(), METHODS["ewc"])  # imports at first use are done
         assert attempt("whole") == 0
         calls = int((folder / "calls").read_text())
         killed = [attempt("killed", int(share * calls)) for share in (0.25, 0.2, 0.3)]
@@ -786,8 +786,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_task_with_nothing_to_choose_from_is_refused(head: Any, classes: Any, said: str) -> None:
-    """Its cross-entropy is zero whatever the network does, and its accuracy 1."""
+def test_a_task_with_a_single_active_output_is_refused(head: Any, classes: Any, said: str) -> None:
+    """Its cross-entropy is always zero, and its accuracy always 1."""
     stream = disjoint(blobs(), classes=classes)
     with pytest.raises(CurvlabError, match=said):
         learn(stream, network(), head=head)
@@ -886,7 +886,7 @@ def test_a_checkpoint_began_at_a_point_of_linearization(tmp_path: Path) -> None:
         learn(stream, linear(2), checkpoint=path)
 
 
-def test_what_a_checkpoint_cannot_keep_is_refused(tmp_path: Path) -> None:
+def test_types_that_a_checkpoint_cannot_store_are_refused(tmp_path: Path) -> None:
     class Holds(Strategy):
         def __init__(self, what: object) -> None:
             self.what = what
@@ -924,7 +924,7 @@ def test_unknown_regimes_are_refused(name: str) -> None:
 # What a strategy is given ---------------------------------------------------------------------------------------------
 
 
-def test_what_a_strategy_is_given() -> None:
+def test_the_learner_that_hooks_get() -> None:
     stream = two_by_two()
     seen: list[tuple[str, int, int, int]] = []
 
@@ -1051,7 +1051,7 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, nn.Linear, nn.Linear(2, 3).state_dict(), 3])
-def test_what_is_no_model(wrong: object) -> None:
+def test_other_types_than_models_are_refused(wrong: object) -> None:
     stream = permuted(load("digits"), tasks=2)
     with pytest.raises(CurvlabError, match=r"the model must be a torch.nn.Module, not"):
         run(stream, wrong, Naive(), steps=1)

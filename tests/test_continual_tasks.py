@@ -105,7 +105,7 @@ def test_permuted_vectors():
 
 
 def test_orders_are_uniform():
-    # Where pixel 0 goes over 600 orders of 3 places: each place within 4 standard errors of a third.
+    # Position of pixel 0 in 600 permutations of 3 pixels: each within 4 standard errors of a third.
     orders = [permuted(vectors(), tasks=2, seed=seed)[1].train[0][0].tolist().index(0.0) for seed in range(600)]
     counts = np.bincount(orders, minlength=3)
     assert np.abs(counts - 200).max() < 4 * (600 * 2 / 9) ** 0.5
@@ -126,7 +126,7 @@ def test_angles():
 
 
 def test_rotated_is_by_its_angle():
-    # A dot far from the centre has its centre of mass where the angle says, to within half a pixel.
+    # The centre of mass of a dot far from the image centre is rotated by the angle, within half a pixel.
     x = torch.zeros(1, 1, 41, 41)
     x[0, 0, 19:22, 35:38] = 1.0  # 16 to the right of the centre
     y = torch.zeros(1, dtype=torch.int64)
@@ -190,7 +190,7 @@ def test_only_images_are_rotated():
 
 
 @pytest.mark.parametrize("make", EVERY_STREAM)
-def test_first_samples_are_held_out_and_the_next_are_learnt_from(make):
+def test_first_samples_are_held_out_and_the_next_are_for_training(make):
     data = load("digits")
     for whole, task in zip(make(data), make(data, validation=20, samples=50), strict=True):
         for i in (0, 1):
@@ -202,7 +202,7 @@ def test_first_samples_are_held_out_and_the_next_are_learnt_from(make):
 
 
 @pytest.mark.parametrize("make", EVERY_STREAM)
-def test_no_sample_that_is_held_out_is_learnt_from_in_any_task(make):
+def test_no_held_out_sample_is_a_training_sample_of_any_task(make):
     stream = make(load("digits"), validation=30)
     learnt = {row for task in stream for row in task._rows["train"].tolist()}
     held_out = {row for task in stream for row in task._rows["validation"].tolist()}
@@ -274,7 +274,7 @@ def test_order_of_the_classes():
     assert [task.classes for task in split_classes(data, tasks=2)] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
     orders = {tuple(task.classes for task in split_classes(data, tasks=5, seed=seed)) for seed in range(20)}
     assert len(orders) == 20
-    # Whatever the tasks, classes are dealt out in one order.
+    # The order of the classes does not depend on the number of tasks.
     fives = split_classes(data, tasks=2, seed=4)
     ones = split_classes(data, tasks=10, seed=4)
     assert fives[0].classes == tuple(sorted(task.classes[0] for task in ones[:5]))
@@ -321,7 +321,7 @@ def test_split_data_is_drawn():
     assert rows(first[0].train) == rows(split_data(data, tasks=5, seed=1)[0].train) != rows(other[0].train)
     for task in split_data(data, tasks=5, seed=1, validation=8):
         assert set(task.validation[1].tolist()) == {0, 1}
-    # A sample is in the first of five tasks for a fifth of the seeds.
+    # Each sample is in the first of five tasks for a fifth of the seeds.
     times = sum(0 in rows(split_data(data, tasks=5, seed=seed)[0].train) for seed in range(200))
     assert abs(times - 40) < 4 * (200 * 4 / 25) ** 0.5
 
@@ -394,7 +394,7 @@ def test_other_streams_have_other_fingerprints():
     assert len({stream[-1].fingerprint() for stream in last}) == len(last)
 
 
-def test_orders_are_told_apart_where_the_samples_are_blank():
+def test_permutations_of_blank_samples_have_different_fingerprints():
     x, y = torch.zeros(200, 9), torch.arange(200) % 2
     x[0, 0] = x[150, 1] = 1.0
     data = Dataset("blank", x, y, x, y, classes=("a", "b"))

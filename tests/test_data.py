@@ -39,7 +39,7 @@ def save(path: Path, **changes) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Fail the test if anything asks for the network."""
+    """Fail the test if the network is used."""
 
     def fail(*args, **kwargs):
         pytest.fail("the network was asked for")
@@ -244,7 +244,7 @@ def md5(content: bytes) -> str:
 
 @pytest.fixture
 def tiny_mnist(monkeypatch):
-    """Return the four files of a small MNIST by name, and tell torchvision their checksums."""
+    """Return the four files of a small MNIST by name, and set their checksums in torchvision."""
 
     def idx(array):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
@@ -299,7 +299,7 @@ def test_damaged_mnist_files_are_named(tmp_path, tiny_mnist):
         data.load("mnist", root=tmp_path / "packed", offline=True)
     one_sentence(error, raw / f"{name}.gz", "checksum", "offline")
 
-    # A sound packed file beside it is enough; without one, the truncated file is an error.
+    # A complete packed file is enough; without one, the truncated file is an error.
     raw = put_mnist(tmp_path / "plain", tiny_mnist, unpack=True)
     for size in (0, 3, 9, 400):
         (raw / name).write_bytes((raw / name).read_bytes()[:size] or b"")
@@ -355,7 +355,7 @@ class SilentHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_what_is_absent_is_downloaded_from_the_mirror_that_works(tmp_path, monkeypatch, capsys, tiny_mnist):
+def test_missing_files_are_downloaded_from_the_mirror_that_works(tmp_path, monkeypatch, capsys, tiny_mnist):
     served = tmp_path / "served"
     served.mkdir()
     for name, content in tiny_mnist.items():

@@ -1,4 +1,4 @@
-"""DLCFT: against joint training where it is exact, finite differences, and the methods that it is made of."""
+"""DLCFT: against joint training where it is exact, finite differences, and its component methods."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_new_outputs_get_the_hessian_of_the_old_losses(structure: str, merge: An
         net(samples.x)
         handle.remove()
         z = torch.cat([features[0].detach(), torch.ones(12, 1)], dim=1)
-        # What the output's target was, had it been there, is 0; its row is at 0.
+        # The new output has the target 0 for old samples, and its row starts at 0.
         expected += torch.func.hessian(lambda row, z=z: (z @ row).square().mean() / 2)(torch.zeros_like(z[0]))
     learner.task = 2
     method.before_task(learner)
@@ -131,7 +131,7 @@ def test_new_outputs_get_the_hessian_of_the_old_losses(structure: str, merge: An
 
 
 def train_rows(layer: nn.Module, first: int, end: int) -> None:
-    """Put the rows of a task's outputs anywhere."""
+    """Set the rows of a task's outputs to random values."""
     generator = torch.Generator().manual_seed(first)
     with torch.no_grad():
         for p in layer.parameters():
@@ -180,7 +180,7 @@ def test_rows_of_later_classes_are_zero_until_they_come(head: str | None) -> Non
     assert seen[2][1] > 0
     learner = learner_of(network(6), stream)
     DLCFT(structure="kfac").start(learner)
-    assert torch.equal(learner.model[2].weight[:2], before)  # those of the first task stay as they are
+    assert torch.equal(learner.model[2].weight[:2], before)  # the rows of the first task do not change
 
 
 # Replay ---------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def measure(config, folder):
 
 
 def expected(config, method, seed, evaluation="test", **candidate):
-    """What ``curvlab.continual.run`` gives with the same options, written out."""
+    """The result equals ``curvlab.continual.run`` with the same options."""
     data = load_dataset(config, Place(Path()))
     tasks = permuted(data, tasks=2, seed=seed, validation=60, samples=96)
     strategy = {"ewc": EWC(1.0, samples=config.samples), "er": ER(20, batch_size=8), "joint": Joint()}.get(
@@ -178,7 +178,7 @@ def test_a_run_is_one_of_the_loop(tmp_path, method, options):
     measured = [(2, 1), (2, 2)] if method == "joint" else [(1, 1), (2, 1), (2, 2)]
     assert [(r["after"], r["task"]) for r in accuracies] == measured
     assert all(r["accuracy"] == matrix[r["after"] - 1][r["task"] - 1] for r in accuracies)
-    assert not list((tmp_path / "place").rglob("*.pt"))  # what was in it is in the records
+    assert not list((tmp_path / "place").rglob("*.pt"))  # its content is in the records
 
 
 def test_split_tasks_have_outputs_of_their_own(tmp_path):

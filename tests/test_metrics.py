@@ -35,7 +35,7 @@ def matrices(draw, smallest=1):
 
 
 def lower(a):
-    """Return what a run measures that looks at the tasks so far only."""
+    """Return the accuracies of a run that evaluates only the tasks so far."""
     return torch.where(torch.ones_like(a).tril().bool(), a, torch.nan)
 
 
@@ -117,7 +117,7 @@ NEEDED = {
 
 @pytest.mark.parametrize("t", range(4))
 @pytest.mark.parametrize("i", range(4))
-def test_a_missing_accuracy_makes_what_needs_it_nan_and_nothing_else(t, i):
+def test_a_missing_accuracy_makes_only_metrics_that_need_it_nan(t, i):
     a = torch.rand(4, 4, dtype=torch.float64)
     initial = torch.rand(4).double()
     expected = summary(a, initial)
@@ -176,7 +176,7 @@ def test_single_precision_and_whole_numbers():
     ],
 )
 @pytest.mark.parametrize("metric", [average_accuracy, acc, bwt, forgetting, learning_accuracy, summary])
-def test_what_is_no_matrix_of_accuracies_is_refused(metric, accuracy, fragment):
+def test_invalid_accuracy_matrices_are_refused(metric, accuracy, fragment):
     with pytest.raises(CurvlabError, match=fragment):
         metric(accuracy)
 

@@ -137,7 +137,7 @@ def test_models_with_auxiliary_heads_return_one_tensor_in_train_mode():
         ("mlp", (), 2, ["()"]),
     ],
 )
-def test_what_cannot_be_built_is_one_sentence(name, shape, outputs, parts):
+def test_invalid_networks_are_refused_in_one_sentence(name, shape, outputs, parts):
     with pytest.raises(CurvlabError) as error:
         build(name, shape, outputs)
     one_sentence(error, *parts)
@@ -191,7 +191,7 @@ def test_truncated_weights_are_named(tmp_path, state, target, suffix):
         one_sentence(error, path, "truncated")
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path, state, target):
+def test_files_without_a_state_dict_are_refused(tmp_path, state, target):
     cases = {
         "tensor": torch.zeros(3),
         "empty": {},

@@ -1,4 +1,4 @@
-"""The recorder of eigenvalues over training: right at every point, without a trace, cheap, and continued to the bit."""
+"""The recorder of eigenvalues: correct at every point, without side effects, cheap, and resumable bitwise."""
 
 import gc
 import os
@@ -36,12 +36,12 @@ def network() -> nn.Module:
 
 
 def eigenvalues(model: nn.Module, quantity: str, params: str | None = None) -> Tensor:
-    """All, ascending, from the dense matrix in float64."""
+    """Return all eigenvalues of the dense matrix in float64, ascending."""
     return estimate(Problem(model, "cross_entropy", blobs()), quantity, "dense", params=params).eigenvalues()
 
 
 class Reference:
-    """The dense spectra at the same steps, from a copy of what the loop shows."""
+    """Observer that records all eigenvalues of the dense matrices."""
 
     def __init__(self, every: int) -> None:
         self.every, self.values = every, {}
@@ -68,7 +68,7 @@ LEARNING = {"steps": 17, "batch_size": 16, "lr": 0.03}
 
 @pytest.fixture(scope="module")
 def reference() -> dict[tuple[int, str, str], Tensor]:
-    """All eigenvalues at every fifth step, of a training without a recorder."""
+    """Return all eigenvalues at every fifth step of a training without a recorder."""
     reference = Reference(5)
     fit(network().double(), blobs(), observers=[reference], **LEARNING)
     return reference.values
@@ -120,7 +120,7 @@ def test_nothing_is_changed_and_dropout_is_off() -> None:
 
 
 class Two(nn.Module):
-    """Two blocks of parameters that know nothing of each other: their eigenvalues can cross without coupling."""
+    """Model with two independent blocks of parameters, whose eigenvalues can cross."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -146,18 +146,18 @@ def test_a_new_top_eigenvector_is_seen() -> None:
     cold = crossing(False)
     warm = crossing(True)
     first = [record["value"] for record in cold if record["step"] < 3]
-    assert first == pytest.approx([first[0]] * 6, rel=1e-3)  # the one block's, which stays
+    assert first == pytest.approx([first[0]] * 6, rel=1e-3)  # the eigenvalue of the first block, which is constant
     assert warm[-1]["value"] > 1.9 * warm[0]["value"]
     for ours, theirs in zip(warm, cold, strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=2e-3), ours["step"]
 
 
-def test_what_hides_from_warm_starts_is_found_by_the_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_eigenvector_missed_by_warm_starts_is_found_by_a_random_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curvlab.spectrum.eigenvalues._RANDOM_PART", 1e-4)
     monkeypatch.setattr(module, "_RANDOM_START_EVERY", 6)
     cold, warm = crossing(False, quantities=["fisher"]), crossing(True, quantities=["fisher"])
     off = [w["value"] != pytest.approx(c["value"], rel=2e-3) for w, c in zip(warm, cold, strict=True)]
-    assert any(off[:6])  # which shows that the random part is needed, and that this test can fail
+    assert any(off[:6])  # shows that the random part is needed, and that this test can fail
     assert not any(off[6:])
 
 
@@ -181,18 +181,18 @@ def test_nothing_of_the_model_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices: list[weakref.ref[object]] = []
     alive: list[int] = []
 
-    def remembered(*arguments: object, **options: object) -> object:
+    def remember(*arguments: object, **options: object) -> object:
         alive.append(sum(ref() is not None for ref in matrices))
         matrix = estimate(*arguments, **options)
         matrices.append(weakref.ref(matrix))
         return matrix
 
-    monkeypatch.setattr(module, "estimate", remembered)
+    monkeypatch.setattr(module, "estimate", remember)
     model = network()
     recorder = EigenvalueRecorder(blobs(), densities_at=[0], density_probes=2, density_steps=5)
     gc.collect()
     before = {id(tensor) for tensor in tensors()}
-    gc.disable()  # a graph is large for few objects: it must not wait for the collector
+    gc.disable()  # graphs must be freed without the garbage collector
     try:
         recorder(0, model)
         assert alive == [0, 0]
@@ -274,7 +274,7 @@ def test_weights_are_the_same_bits_without_it(whole: tuple[dict[str, Tensor], Ei
 def test_killed_run_goes_on_to_the_same_records(
     tmp_path: Path, whole: tuple[dict[str, Tensor], EigenvalueRecorder], stop_at: int, starter: Starter
 ) -> None:
-    """Killed for good (kill -9): what is not in the file is lost."""
+    """The process is killed by SIGKILL and continued from the file."""
     file = tmp_path / "run.pt"
     script = f"""
 import os, signal, sys
@@ -354,7 +354,7 @@ def test_a_training_that_diverges_says_so() -> None:
     with pytest.raises(CurvlabError, match=r"parameter weight holds NaN or infinite values after step 1: lower lr"):
         fit(nn.Linear(6, 3), (1e3 * x, y), optimizer="sgd", lr=1e38, steps=20, batch_size=30, observers=[recorder])
     assert {record["step"] for record in recorder.records} == {0}
-    # The weights are finite still, the curvature is not.
+    # The weights are still finite, but the curvature is not.
     with pytest.raises(CurvlabError, match="is not finite") as caught:
         fit(network(), blobs(), optimizer="sgd", lr=1e38, steps=20, observers=[EigenvalueRecorder(blobs(), every=1)])
     assert caught.value.__notes__ == ["in EigenvalueRecorder, called after step 1 of the training"]
@@ -379,7 +379,7 @@ def test_problems_of_ones_own_data_loaders_and_parts() -> None:
     assert part.records[0]["value"] == pytest.approx(float(eigenvalues(model.eval(), "hessian", "4.*")[-1]), rel=1e-3)
 
 
-def test_too_few_products_are_told() -> None:
+def test_too_few_products_are_reported() -> None:
     recorder = EigenvalueRecorder(blobs(), max_matvecs=2)
     recorder(0, network())
     assert [(record["matvecs"], record["converged"]) for record in recorder.records] == [(2, False)] * 2
@@ -436,8 +436,8 @@ def test_an_error_says_where_it_came_from() -> None:
     assert caught.value.__notes__ == ["in EigenvalueRecorder, called after step 0 of the training"]
 
 
-def test_it_is_a_start_for_top_eigenvalues_of_the_end() -> None:
-    """The last record is the eigenvalue of the model that ``fit`` leaves."""
+def test_the_last_record_is_the_top_eigenvalue() -> None:
+    """The last record is the eigenvalue of the model after ``fit``."""
     model = network()
     recorder = EigenvalueRecorder(blobs(), every=50)
     fit(model, blobs(), steps=60, observers=[recorder])

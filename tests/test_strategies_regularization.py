@@ -30,7 +30,7 @@ STRUCTURES = ["dense", "block_diag", "diag", "kfac", "ekfac", "tkfac"]
 
 
 def dataset(seed: int, size: int = 12, labels: Sequence[int] = (0, 1, 2), classes: int = 3) -> Dataset:
-    """Return samples of a task of its own, at least one of each label."""
+    """Return random samples of a task, at least one of each label."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, 4, generator=generator)
     y = torch.tensor(labels)[torch.arange(size) % len(labels)]
@@ -63,8 +63,8 @@ def learner_of(
     return learner
 
 
-def moved(model: nn.Module, seed: int = 0) -> None:
-    """Move the parameters, and forget the gradients."""
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Change the parameters at random, and clear the gradients."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -156,7 +156,7 @@ class TestEWC:
         problem = Problem(model, "cross_entropy", (x, stream[0].train[1]))
         oracle = estimate(problem, quantity, structure, backend="torch").to_dense()
         before = flat(model.parameters())
-        moved(model)
+        perturb(model)
         expected = 3.0 * oracle @ (flat(model.parameters()) - before)
         found = penalty_gradient(strategy, learner)
         assert found.abs().max() > 1e-3
@@ -198,7 +198,7 @@ class TestEWC:
             for learner.task in range(3):
                 strategy.after_task(learner)
             here = [p.detach().clone() for p in model.parameters()]
-            moved(model)
+            perturb(model)
             found.append(penalty_gradient(strategy, learner))
             with torch.no_grad():
                 for p, value in zip(model.parameters(), here, strict=True):
@@ -216,7 +216,7 @@ class TestEWC:
         strategy = EWC(1.0, params="0.*")
         strategy.start(learner)
         strategy.after_task(learner)
-        moved(model)
+        perturb(model)
         found = penalty_gradient(strategy, learner)
         assert bool(found[:25].any())
         assert not bool(found[25:].any())
@@ -251,7 +251,7 @@ def linear_weights(model: nn.Module) -> Tensor:
 
 
 def least_squares(strategy: Strategy, count: int = 3) -> float:
-    """Return the relative error of a linear model that has learnt tasks one after another."""
+    """Return the relative error of a linear model after training on tasks one after another."""
     torch.manual_seed(0)
     model, stream = nn.Linear(4, 3).double(), tasks(count, size=30)
     full_batch(stream, model, strategy, loss="squared_error", lr=0.4, steps=200)
@@ -295,7 +295,7 @@ class TestExactness:
         strategy = OSLA(1.0, quantity="ggn", structure="dense")
         strategy.start(learner)
         for learner.task in range(3):
-            for _ in range(2):  # a step of Newton's method, and one that takes back its rounding
+            for _ in range(2):  # a Newton step, and one that corrects rounding errors
                 newton_step(learner, strategy)
             strategy.after_task(learner)
         problems = [learner_of(model, stream, loss="squared_error", task=t) for t in range(3)]
@@ -305,7 +305,7 @@ class TestExactness:
             batch = one.samples()
             one.loss(model(batch.x), batch.y, batch.task).backward()
             slopes.append(gradient(model))
-        # The gradient of the sum of all losses vanishes, those of the tasks do not.
+        # The gradient of the sum of all losses is zero; the gradients of single tasks are not.
         assert min(float(slope.norm()) for slope in slopes) > 1e-3
         assert float(torch.stack(slopes).sum(dim=0).norm()) < 1e-9
 
@@ -337,7 +337,7 @@ class TestOSLA:
         strategy.start(learner)
         matrices = []
         for learner.task in range(3):
-            moved(model, seed=learner.task)
+            perturb(model, seed=learner.task)
             with learner.problem() as problem:
                 matrices.append(2.0 * estimate(problem, "fisher", structure))
             strategy.after_task(learner)
@@ -366,7 +366,7 @@ class TestOSLA:
         strategy, _, learner = self.learnt(merge)
         here = flat(learner.model.parameters())
         assert penalty_gradient(strategy, learner).abs().max() == 0
-        moved(learner.model, seed=9)
+        perturb(learner.model, seed=9)
         expected = strategy.precision.to_dense() @ (flat(learner.model.parameters()) - here)
         torch.testing.assert_close(penalty_gradient(strategy, learner), expected, rtol=1e-10, atol=1e-12)
 
@@ -394,7 +394,7 @@ class TestOSLA:
 
 
 class Recorded(SI):
-    """Keeps the path integrals of every task."""
+    """SI that stores the path integrals of every task."""
 
     sums: list[float]
 
@@ -406,7 +406,7 @@ class Recorded(SI):
 class TestSI:
     @staticmethod
     def path(lr: float) -> tuple[float, float]:
-        """Return the path integral over a fixed time, and by how much the loss has fallen."""
+        """Return the path integral over a fixed time, and the decrease of the loss."""
         torch.manual_seed(0)
         model, stream = nn.Linear(4, 3).double(), tasks(1, size=30)
         x, y = stream[0].train[0].double(), F.one_hot(stream[0].train[1], 3).double()
@@ -463,7 +463,7 @@ class TestSI:
                 super().after_task(learner)
                 kept.append(self.omega)
 
-        # From the least loss, weight decay leads upwards.
+        # At the minimum of the loss, weight decay increases the loss.
         full_batch(stream, model, Kept(1.0), loss="squared_error", weight_decay=1.0)
         path, omega = kept
         assert bool((path < 0).any())
@@ -510,8 +510,8 @@ class TestMAS:
 
     def test_sensitivity_of_a_linearized_network_is_had_layer_by_layer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, x = linearize(mlp()), torch.randn(7, 4, dtype=torch.float64)
-        moved(model)
-        monkeypatch.delattr("curvlab.continual.strategies.mas.row_batches")  # the slow way
+        perturb(model)
+        monkeypatch.delattr("curvlab.continual.strategies.mas.row_batches")  # forces the slow implementation
         problem = Problem(model, "cross_entropy", (x, torch.zeros(7).long()))
         expected = slow_sensitivity(model, x)
         torch.testing.assert_close(sensitivity(problem, problem.space), expected, rtol=1e-10, atol=1e-12)
@@ -568,7 +568,7 @@ class TestMAS:
 
 
 def axes(seed: int) -> Dataset:
-    """Return samples that lie on the axes: least squares of them has a diagonal Hessian."""
+    """Return samples on the coordinate axes, whose least squares problem has a diagonal Hessian."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.eye(4).repeat(3, 1) * (0.5 + torch.rand(12, 1, generator=generator))
     y = torch.randint(3, (12,), generator=generator)
@@ -708,7 +708,7 @@ class TestAll:
         result = full_batch(split(3)[:2] if head == "masked" else split(3), model, ALL[name], head=head, lr=0.02)
         assert bool(result.accuracy.diagonal().isfinite().all())
         assert float((model[2].weight.detach() - before).abs().max()) < 10
-        if head == "masked":  # rows that have not counted
+        if head == "masked":  # rows of inactive outputs
             assert torch.equal(model[2].weight[4:], before[4:])
 
     @pytest.mark.parametrize(
@@ -761,7 +761,7 @@ def naive_on_digits() -> float:
 
 
 class TestHeads:
-    """A matrix is over the whole network, and is zero for the rows whose outputs do not count."""
+    """The matrix has all parameters of the network, and is zero for rows of inactive outputs."""
 
     @pytest.mark.parametrize("head", ["single", "masked", "multi", "growing"])
     @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
@@ -860,7 +860,7 @@ class TestRefusals:
             (lambda: IMM(l2=-1.0), "l2 must be a number of at least 0"),
         ],
     )
-    def test_an_option_that_is_none(self, make: Callable[[], Strategy], message: str) -> None:
+    def test_invalid_options(self, make: Callable[[], Strategy], message: str) -> None:
         with pytest.raises(CurvlabError, match=message):
             make()
 
@@ -895,7 +895,7 @@ class TestRefusals:
     ],
 )
 def test_networks_in_half_precision(strategy: Callable[[], Strategy], dtype: torch.dtype) -> None:
-    """A run is the one in float32, but for rounding."""
+    """A run equals the run in float32 up to rounding."""
     finals = []
     for of in (dtype, torch.float32):
         model = mlp().to(of)

@@ -1,4 +1,4 @@
-"""Joint training, linear probing, distillation and replay: against their definitions written out."""
+"""Joint training, linear probing, distillation and replay: against plain implementations of their definitions."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -79,7 +79,7 @@ def test_linear_probing_is_training_of_a_linear_model_on_features() -> None:
 
 
 class HeadFirst(nn.Module):
-    """The order in which layers are registered says nothing of what they are for."""
+    """The order of registration does not determine the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class HeadFirst(nn.Module):
 
 
 class Twice(nn.Module):
-    """What its layer returns is used before, too."""
+    """The output of the last layer is also used earlier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_lwf_is_distillation_written_out(head: Any, loss: Any) -> None:
 
 
 def test_lwf_distils_equal_outputs_once_and_nothing_at_first() -> None:
-    """With a head that is masked but the same for all tasks, it is that of a single head."""
+    """With a masked head that is the same for all tasks, the result equals that of a single head."""
     models = [network() for _ in range(2)]
     results = [
         learn(split_data(blobs(), tasks=3), model, LwF(1.0), head=head)
@@ -187,7 +187,7 @@ def test_lwf_distils_equal_outputs_once_and_nothing_at_first() -> None:
 @pytest.mark.parametrize("head", ["single", "masked", "growing", "multi"])
 @pytest.mark.parametrize("buffer", ["reservoir", "ring"])
 def test_er_is_the_mean_loss_of_both_batches(buffer: Any, head: Any) -> None:
-    """A step's loss is recomputed from what the memory gives for the same draw."""
+    """The loss of a step is recomputed from the memory with the same draw."""
     stream = two_by_two()
     whole = {(t, tuple(x.tolist())) for t, task in enumerate(stream) for x in task.train[0].double()}
     checked = 0
@@ -231,7 +231,7 @@ def test_er_offers_each_sample_once(epochs: int) -> None:
 
     learn(permuted(blobs(), tasks=2), network(), Keeps(1000), epochs=epochs)
     assert [seen for seen, _ in memories] == [60, 120]
-    assert memories[1][1] == 121  # and the places that are empty
+    assert memories[1][1] == 121  # and the empty places
 
     memories.clear()
     learn(permuted(blobs(), tasks=2), network(), Keeps(1000), steps=[3, 20])
@@ -253,7 +253,7 @@ def test_the_ring_of_er_is_shared_out_equally() -> None:
 @pytest.mark.parametrize("head", ["single", "masked", "growing", "multi"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
 def test_der_is_its_definition(alpha: float, beta: float, head: Any) -> None:
-    """A step's loss is recomputed; the outputs in the memory are those of the step in which a sample was seen."""
+    """The loss of a step is recomputed; the stored outputs are those of the step in which a sample was added."""
     outputs_then: dict[tuple[int, tuple[float, ...]], list[Tensor]] = {}
     checked = 0
 
@@ -321,7 +321,7 @@ def test_a_projected_gradient_does_not_point_against_the_reference() -> None:
             continue
         against += 1
         assert dot(gradient, reference) == pytest.approx(0, abs=1e-10)
-        # The nearest one: the change is along the reference.
+        # The projection: the change is along the reference.
         change = [b - g for b, g in zip(before, gradient, strict=True)]
         share = dot(before, reference) / dot(reference, reference)
         for part, of_reference in zip(change, reference, strict=True):

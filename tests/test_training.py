@@ -1,4 +1,4 @@
-"""The fit loop: repeatable, resumable, careful with what is not its own."""
+"""The fit loop: reproducible, resumable, and without side effects."""
 
 import os
 import random
@@ -227,7 +227,7 @@ def test_same_seed_same_bits_and_another_seed_others() -> None:
     assert not equal(state(models[0]), state(models[2]))
 
 
-def test_modes_gradients_and_random_state_are_given_back() -> None:
+def test_modes_gradients_and_random_state_are_restored() -> None:
     model = network()
     model.train()
     model[1].eval()
@@ -275,7 +275,7 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     def dies(run: running.Run, *batch: object) -> None:
         real(run, *batch)
         if run.step == 18:
-            raise KeyboardInterrupt  # in the middle of a step: nothing of it may be saved
+            raise KeyboardInterrupt  # in the middle of a step, which must not be saved
 
     monkeypatch.setattr(running.Run, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -438,7 +438,7 @@ def test_wrong_data_and_weights_are_refused() -> None:
         fit(model, (x, y), steps=1)
     with pytest.raises(CurvlabError, match="no trainable parameters"):
         fit(network().requires_grad_(False), (x, y), steps=1)
-    # Batch normalisation cannot train on the one sample that is left over.
+    # Batch normalisation cannot train on a last batch of one sample.
     with pytest.raises(CurvlabError, match="fails in step 2: batch normalisation needs more than one"):
         fit(network(), (x[:21], y[:21]), epochs=1, batch_size=20)
 
@@ -480,7 +480,7 @@ def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Counts:
-    """An observer that does what an observer may do to its surroundings, and draws from every random state."""
+    """An observer that changes modes and gradients, and draws from every random state."""
 
     def __init__(self, every: int = 4) -> None:
         self.every = every
@@ -579,7 +579,7 @@ def test_ctrl_c_in_an_observer_asks_it_again(tmp_path: Path) -> None:
         "in Stops, called after step 12 of the training",
         f"training stopped after step 12 of 30, saved in {file}",
     ]
-    # A checkpoint must agree in the names of the types; this one does not stop.
+    # The type must have the name in the checkpoint; this one does not stop.
     first, second = Counts(), type("Stops", (Counts,), {})()
     rest_model = network()
     assert fit(rest_model, blobs(), **options(file), observers=[first, second]).resumed_at == 12
@@ -588,7 +588,7 @@ def test_ctrl_c_in_an_observer_asks_it_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["write", "replace", "freeze", "buffer"])
-def test_an_observer_that_changes_the_model_is_told(change: str) -> None:
+def test_an_observer_that_changes_the_model_is_an_error(change: str) -> None:
     class Meddles(Counts):
         def __call__(self, step: int, model: nn.Module) -> None:
             if change == "write":
@@ -615,7 +615,7 @@ def test_a_diverged_training_is_named_before_an_observer_sees_it() -> None:
     assert [step for step, _ in observer.seen] == [0]
 
 
-def test_what_is_no_model_and_no_data() -> None:
+def test_other_types_than_models_and_data_are_refused() -> None:
     x, y = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
     for wrong in (None, nn.Linear, nn.Linear(2, 3).state_dict()):
         for attempt in (
