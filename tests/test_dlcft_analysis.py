@@ -159,7 +159,7 @@ def test_joint_training_has_all_steps_at_the_end(tmp_path):
         ({"source_classes": ()}, "give weights, or source_classes"),
         ({"source_classes": (0,), "weights": Path("x.pt")}, "leave source_classes empty"),
         ({"class_tasks": 4}, "cannot be split equally"),
-        ({"settings": ("task",), "class_tasks": 6}, "has a single output to choose from with head 'masked'"),
+        ({"settings": ("task",), "class_tasks": 6}, "has a single active output with head 'masked'"),
         ({"validation": 2, "linear_lrs": (0.1, 0.2)}, "hyper-parameters are chosen on held-out samples: hold out 10"),
         ({"validation": 2, "evaluation": "validation"}, "the table is measured on held-out samples: hold out 10"),
         ({"dlcft_strengths": (1.0, 1.0)}, "dlcft_strengths"),
