@@ -13,7 +13,7 @@ from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.task import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.samples import check_weights, reference, require_module, take, translate_model_errors
-from curvlab.training.state import preserve_modes, random_state_restored
+from curvlab.training.state import random_state_restored, restore_modes
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
         raise CurvlabError("the model has no trainable parameters; set requires_grad=True for at least one")
     check_weights(model, "at the start of the run")
     with (
-        preserve_modes(model),
+        restore_modes(model),
         random_state_restored(reference(model).device),
         torch.no_grad(),
         translate_model_errors("cannot take the samples"),

@@ -11,7 +11,7 @@ from curvlab.continual.outputs import Outputs, TaskLoss, mean_loss, one_hot
 from curvlab.continual.task import Task
 from curvlab.problem import Problem
 from curvlab.training.samples import reference, take
-from curvlab.training.state import preserve_modes
+from curvlab.training.state import restore_modes
 
 
 class Batch(NamedTuple):
@@ -148,7 +148,7 @@ class Learner:
         if self.loss_name == "squared_error":
             y = one_hot(y, reference(self.model).new_empty(len(y), len(columns)), self.target_scale)
         try:
-            with preserve_modes(self.model):
+            with restore_modes(self.model):
                 self.model.eval()
                 yield Problem(self.model, self.loss_name, (samples.x, y))
         finally:

@@ -32,7 +32,7 @@ from curvlab.training.lengths import count_steps, get_batch_size, split_by_task
 from curvlab.training.observers import require_unchanged
 from curvlab.training.options import Training, TrainingChanges, combine
 from curvlab.training.samples import check_weights, reference
-from curvlab.training.state import derived_seed, gradients_restored, preserve_modes, random_state_restored
+from curvlab.training.state import derived_seed, gradients_restored, random_state_restored, restore_modes
 
 Record = dict[str, Any]
 Observe = Callable[[Learner], Mapping[str, Any]]
@@ -176,7 +176,7 @@ class _Run:
         model, tasks = learner.model, len(learner.stream)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         with (
-            preserve_modes(model),
+            restore_modes(model),
             gradients_restored(model),
             random_state_restored(learner.device),
             torch.enable_grad(),
@@ -228,7 +228,7 @@ class _Run:
             record["evaluation_seconds"] += time.perf_counter() - started
         record["bytes"] = checkpoints.count_bytes(self.strategy.state())
         if self.observe is not None:
-            with require_unchanged(model), preserved_random_state(), gradients_restored(model), preserve_modes(model):
+            with require_unchanged(model), preserved_random_state(), gradients_restored(model), restore_modes(model):
                 model.eval()
                 seen = self.observe(learner)
             if not isinstance(seen, Mapping):

@@ -8,7 +8,7 @@ from torch import Tensor
 from curvlab.continual.learner import Learner
 from curvlab.continual.task import Part
 from curvlab.training.samples import reference, take, translate_model_errors
-from curvlab.training.state import preserve_modes, random_state_restored
+from curvlab.training.state import random_state_restored, restore_modes
 
 _BATCH = 1000
 
@@ -27,7 +27,7 @@ def measure_accuracies(learner: Learner, tasks: Iterable[int], part: Part) -> Te
     model = learner.model
     known: dict[int, float] = {}
     with (
-        preserve_modes(model),
+        restore_modes(model),
         random_state_restored(learner.device),
         torch.no_grad(),
         translate_model_errors("fails in evaluation"),

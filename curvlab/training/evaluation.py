@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss, get_loss
 from curvlab.training.samples import Samples, check_samples, reference, require_module, take, translate_model_errors
-from curvlab.training.state import preserve_modes, random_state_restored
+from curvlab.training.state import random_state_restored, restore_modes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def evaluate(
         raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
     criterion = get_loss(loss)
     require_module(model)
-    with preserve_modes(model):
+    with restore_modes(model):
         model.eval()
         check_samples(model, (x, y), criterion, "evaluation")
         return measure(model, (x, y), criterion, batch_size)
@@ -71,7 +71,7 @@ def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000)
     correct = torch.zeros((), dtype=torch.int64, device=like.device)
     size = len(data[0])
     with (
-        preserve_modes(model),
+        restore_modes(model),
         random_state_restored(like.device),
         torch.no_grad(),
         translate_model_errors("fails in evaluation"),

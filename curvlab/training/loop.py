@@ -22,8 +22,8 @@ from curvlab.training.state import (
     defer_interrupts,
     derived_seed,
     gradients_restored,
-    preserve_modes,
     random_state_restored,
+    restore_modes,
 )
 
 _DEFAULT = Training()
@@ -117,7 +117,7 @@ def fit(
         file = CheckpointFile(Path(checkpoint), fingerprint(options, model, training=data, evaluation=evaluation))
     run = Run(plan, model, observer_list, file)
     with (
-        preserve_modes(model),
+        restore_modes(model),
         gradients_restored(model),
         random_state_restored(run.device, derived_seed(training.seed, 0)),
         torch.enable_grad(),

@@ -9,7 +9,7 @@ from torch import nn
 
 from curvlab.errors import CurvlabError
 from curvlab.randomness import preserved_random_state
-from curvlab.training.state import StepGuard, gradients_restored, preserve_modes
+from curvlab.training.state import StepGuard, gradients_restored, restore_modes
 
 
 class Observer(Protocol):
@@ -82,7 +82,7 @@ class Observers:
                     require_unchanged(model),
                     preserved_random_state(),
                     gradients_restored(model),
-                    preserve_modes(model),
+                    restore_modes(model),
                 ):
                     model.eval()
                     observer(step, model)

@@ -16,13 +16,13 @@ __all__ = [
     "defer_interrupts",
     "derived_seed",
     "gradients_restored",
-    "preserve_modes",
     "random_state_restored",
+    "restore_modes",
 ]
 
 
 @contextmanager
-def preserve_modes(model: nn.Module) -> Iterator[None]:
+def restore_modes(model: nn.Module) -> Iterator[None]:
     """Context that restores the train or eval mode of every submodule on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:

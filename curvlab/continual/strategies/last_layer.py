@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvlab.errors import CurvlabError
 from curvlab.linearize import outputs_at_point
 from curvlab.training.samples import reference, take
-from curvlab.training.state import preserve_modes
+from curvlab.training.state import restore_modes
 
 if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
@@ -37,7 +37,7 @@ def find_last_linear(learner: "Learner", method: str) -> str:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     handles = [module.register_forward_hook(partial(note, name)) for name, module in layers.items()]
     try:
-        with preserve_modes(model), torch.no_grad():
+        with restore_modes(model), torch.no_grad():
             model.eval()
             x, _ = take(learner.stream[0].take(torch.arange(1)), slice(None), reference(model))
             outputs = outputs_at_point(model, x)
