@@ -154,7 +154,7 @@ def test_a_run(call):
     ("line", "fragment"),
     [
         ("--structures kfc", "'kfc'"),
-        ("--structures diag diag", "structures needs one value or several different ones"),
+        ("--structures diag diag", "structures needs one or more different values"),
         ("--quantities fihser", "did you mean 'fisher'"),
         ("--backends hook", "unknown backend 'hook'; backends: hooks"),
         ("--params fc7", "no trainable parameter matches 'fc7'"),

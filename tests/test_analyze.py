@@ -117,7 +117,7 @@ def test_help_of_every_analysis(capsys, name):
 
 def test_unknown_analysis(capsys):
     assert main(["fim_diag"]) == 2
-    assert capsys.readouterr().err.startswith("error: there is no analysis 'fim_diag'; did you mean 'fim_diagonality'?")
+    assert capsys.readouterr().err.startswith("error: unknown analysis 'fim_diag'; did you mean 'fim_diagonality'?")
 
 
 def test_program(capsys):
@@ -147,7 +147,7 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--hiden 30", "unknown option --hiden; did you mean '--hidden'?"),
         ("--batch_size=3", "unknown option --batch_size; did you mean '--batch-size'?"),
         ("stray", "unexpected argument 'stray'"),
-        ("--preset papr", "there is no preset 'papr'; did you mean 'paper'?"),
+        ("--preset papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("--preset=papr", "'papr'"),
         ("--preset", "--preset: expected one argument"),
         ("--steps", "--steps: expected one argument"),
@@ -158,14 +158,14 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--classes al", "--classes should be a valid integer or should be 'all', not 'al'"),
         ("--classes 77", "there is no class 77"),
         ("--classes 1 1", "class 1 is selected more than once"),
-        ("--seeds", "seeds needs one value or several different ones, not []"),
+        ("--seeds", "seeds needs one or more different values, not []"),
         ("--seeds 1 1", "not [1, 1]"),
         ("--seeds -1", "--seeds should be greater than or equal to 0"),
         ("--seeds 99999999999999999999", "--seeds should be less than"),
-        ("--per tensor tensor", "per needs one value or several different ones"),
+        ("--per tensor tensor", "per needs one or more different values"),
         ("--per tensr", "--per should be 'tensor', 'layer' or 'network', not 'tensr'"),
         ("--samples 0", "--samples should be greater than or equal to 1, not '0'"),
-        ("--samples 721", "samples is 721, but there are 720 training samples"),
+        ("--samples 721", "samples is 721, but there are only 720 training samples"),
         ("--hidden 30 0", "--hidden should be greater than or equal to 1, not '0'"),
         ("--hidden 30,30", "--hidden should be a valid integer, not '30,30'"),
         ("--lr nan", "--lr should be a finite number, not 'nan'"),
@@ -176,8 +176,8 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--quantity fihser", "'fihser'; did you mean 'fisher'?"),
         ("--quantity fisher:samples=0", "samples of fisher must be a whole number from 1, not 0"),
         ("--quantity masq:norm=x", "norm of masq must be"),
-        ("--device banana", "device is cpu, cuda or cuda:N, not 'banana'"),
-        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
+        ("--device banana", "device must be cpu, cuda or cuda:N, not 'banana'"),
+        ("--device cuda:99", "device 'cuda:99' is not available"),
         ("--out ''", "--out has an empty value"),
         ("--classes ''", "--classes has an empty value"),
         ("--model resnet20", "resnet20 takes images of shape (3, 32, 32)"),
@@ -306,7 +306,7 @@ def test_weights(refused):
     torch.save({**model.state_dict(), "fc2.bias": torch.full((30,), torch.nan)}, "nan.pt")
     torch.save(model.state_dict(), "half.pt")
     Path("half.pt").write_bytes(Path("half.pt").read_bytes()[:5000])
-    assert "gone.pt: there is no such file" in refused("--weights gone.pt")
+    assert "weights file gone.pt not found" in refused("--weights gone.pt")
     assert "half.pt cannot be read as weights" in refused("--weights half.pt")
     assert "other.pt belongs to another architecture" in refused("--weights other.pt")
     assert "nan.pt: fc2.bias holds NaN" in refused("--weights nan.pt")
@@ -369,9 +369,7 @@ def test_the_default_folder(call):
 
 def test_folder_of_another_configuration(call, refused):
     assert call(f"{TINY} --out run")[0] == 0
-    assert "run holds a run with another configuration (lr is 0.001 there and 0.1 here)" in refused(
-        f"{TINY} --lr 0.1 --out run"
-    )
+    assert "run has another configuration (lr is 0.001 there and 0.1 here)" in refused(f"{TINY} --lr 0.1 --out run")
 
 
 @pytest.mark.parametrize("what", ["data", "weights"])
@@ -454,7 +452,7 @@ def test_every_run_fails(call):
     code, out, err = call("--lr 1e30 --steps 200 --seeds 0 1 --out run")
     assert (code, out) == (1, "")
     first, second = err.splitlines()
-    assert first.startswith("error: 2 of 2 runs have failed, the first (seed 0) so: the training loss is nan at step 2")
+    assert first.startswith("error: 2 of 2 runs failed; the first (seed 0): the training loss is nan at step 2")
     assert second == "runs done in run: 0; the same command with --out run --retry-failed continues there"
     assert not Path("run/table.json").exists()
     assert call("--lr 1e30 --steps 200 --seeds 0 1 --out run") == (code, out, err)
@@ -468,11 +466,11 @@ def test_a_run_fails(call, with_figures):
     bad.write_bytes(b"of another program")
     code, out, err = call(f"{TINY} --out run")
     assert code == 1
-    assert err.splitlines()[0].startswith("error: 1 of 2 runs has failed, the first (seed 0) so: checkpoint ")
+    assert err.splitlines()[0].startswith("error: 1 of 2 runs failed; the first (seed 0): checkpoint ")
     assert err.splitlines()[1].startswith("runs done in run: 1; ")
     assert "over the seeds that did not fail" in " ".join(out.split())
     footer = out.splitlines()[-2:]
-    assert footer[0] == "Failed, and in no number above:"
+    assert footer[0] == "Failed runs (not included above):"
     assert footer[1].startswith(f"{keys('run')[0][:8]}  raised   seed=0: ")
     whole = json.loads(Path("whole/table.json").read_text())
     assert json.loads(Path("run/table.json").read_text()) == [record for record in whole if record["seed"] == 1]
@@ -532,7 +530,7 @@ def test_full_disk(call, tmp_path, kilobytes, in_processes, with_figures):
         code, _, err = call("--seeds 0 --steps 5 --out disk/run")
         if kilobytes == 220:  # enough for the checkpoint, and not for what a run saves beside its records
             assert code == 1
-            assert err.startswith("error: 1 of 1 runs has failed, the first (seed 0) so: cannot write ")
+            assert err.startswith("error: 1 of 1 runs failed; the first (seed 0): cannot write ")
         else:
             assert code == 2
             assert err.startswith(("error: cannot write disk/run", f"error: cannot write {disk}/run"))
@@ -717,11 +715,11 @@ def test_doctor(hasty_doctor, capsys):
     [
         ("--quantity fisher", "unknown option --quantity; did you mean '--quantities'?"),
         ("--quantities fihser", "did you mean 'fisher'"),
-        ("--quantities ggn ggn", "quantities needs one value or several different ones"),
+        ("--quantities ggn ggn", "quantities needs one or more different values"),
         ("--params fc7", "no trainable parameter matches 'fc7'"),
-        ("--samples 99999", "samples is 99,999, but there are 1,437 training samples"),
-        ("--weights gone.pt", "gone.pt: there is no such file"),
-        ("--device cuda:99", "there is no GPU"),
+        ("--samples 99999", "samples is 99,999, but there are only 1,437 training samples"),
+        ("--weights gone.pt", "weights file gone.pt not found"),
+        ("--device cuda:99", "device 'cuda:99' is not available"),
         ("--steps 5", "unknown option --steps"),
         ("--out /dev/null/x", "cannot write /dev/null/x"),
     ],
@@ -735,7 +733,7 @@ def test_doctor_refuses(hasty_doctor, capsys, line, fragment):
 
 
 def test_cells_are_the_registry():
-    table = estimators.cells()
+    table = estimators.list_combinations()
     for backend in BACKENDS.values():
         of_backend = {(row["quantity"], row["structure"]) for row in table if row[backend.name] == "yes"}
         assert of_backend == {(kind.name, structure) for kind, names in backend.cells.items() for structure in names}
@@ -764,7 +762,7 @@ def test_estimators_on_the_console(monkeypatch, capsys):
 def test_a_module_is_differentiated_through():
     """Every network of the table has parameters before the module, if it can."""
     for name, make, shape in estimators.MODULES:
-        problem = estimators.network_with(make, shape)
+        problem = estimators.make_network(make, shape)
         first = problem.space.names[0].partition(".")[0]
         assert first == "0", name
         assert problem.num_samples == 4

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from curvlab import CurvlabError, Problem, estimate
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.dlcft import eigenvalues
-from curvlab.analyze.dlcft.eigenvalues import ANALYSIS, PRESETS, EigenvaluesConfig
+from curvlab.analyze.dlcft.eigenvalues import ANALYSIS
 from curvlab.analyze.dlcft.eigenvalues_claims import claims, conditions, describe_early_peaks, deviations, summarise
+from curvlab.analyze.dlcft.eigenvalues_options import PRESETS, EigenvaluesConfig
 from curvlab.analyze.dlcft.eigenvalues_training import EkfacRecorder, smooth
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Results, Workspace
@@ -231,7 +232,7 @@ def test_a_run_of_a_sweep_chooses_for_its_seed(tmp_path):
 
 def test_no_learning_rate_will_do(tmp_path):
     config = EigenvaluesConfig(**{**TINY, "steps": 60, "lr_squared_error": (1e20, 1e10)})
-    with pytest.raises(CurvlabError, match=r"squared error fails with every one of its 2.*lower ones with --lr"):
+    with pytest.raises(CurvlabError, match=r"squared error fails with all of its 2.*lower ones with --lr"):
         choose(ANALYSIS.search, config, try_rates(config, tmp_path))
 
 
@@ -348,7 +349,7 @@ def test_claims_need_both_losses_and_leave_layers_alone():
     found = claims(records, MNIST)
     assert [claim.verdict for claim in found] == ["reproduced", "not tested", "not tested"]
     assert [claim.ours for claim in found] == [pytest.approx(0.1), None, None]
-    assert found[1].reason == "what it compares was not run"
+    assert found[1].reason == "the runs that the claim compares are missing"
     (one, *_) = claims([r for r in records if r["seed"] != 1 or r["layer"] != "network"], MNIST)
     assert (one.verdict, one.reason) == ("not tested", "2 of at least 3 seeds")
 
@@ -498,29 +499,29 @@ def test_fine_tuning(call):
     torch.testing.assert_close(data.x_test[:, 2], (raw.x_test[:, 2] - 0.406) / 0.225)
     code, _, err = call(f"{line} --weights weights/gone.pt --out other")
     assert code == 2
-    assert "weights/gone.pt: there is no such file of weights, here or in the data root root" in err
+    assert "weights file weights/gone.pt not found, neither here nor in the data root root" in err
 
 
 @pytest.mark.parametrize(
     ("changed", "fragment"),
     [
-        ({"losses": ()}, "losses needs one value or several different ones"),
-        ({"losses": ("squared_error", "squared_error")}, "losses needs one value or several different ones"),
-        ({"lr_squared_error": ()}, "lr_squared_error needs one value or several different ones"),
-        ({"lr_squared_error": (0.1, 0.1)}, "lr_squared_error needs one value or several different ones"),
+        ({"losses": ()}, "losses needs one or more different values"),
+        ({"losses": ("squared_error", "squared_error")}, "losses needs one or more different values"),
+        ({"lr_squared_error": ()}, "lr_squared_error needs one or more different values"),
+        ({"lr_squared_error": (0.1, 0.1)}, "lr_squared_error needs one or more different values"),
         ({"validation": 0}, "a learning rate is chosen on held-out samples: set validation"),
         ({"validation": 1437}, "cannot hold out 1437"),
-        ({"train_samples": 1238}, "1,238 training samples were asked for, but there are 1,237"),
-        ({"train_samples": 50}, "samples is 1,000, but there are 50 training samples"),
-        ({"samples": 1238}, "samples is 1,238, but there are 1,237 training samples"),
+        ({"train_samples": 1238}, "1,238 training samples requested, but the data set has 1,237"),
+        ({"train_samples": 50}, "samples is 1,000, but there are only 50 training samples"),
+        ({"samples": 1238}, "samples is 1,238, but there are only 1,237 training samples"),
         ({"quantities": ("fihser",)}, "did you mean 'fisher'"),
-        ({"quantities": ("hessian", "hessian")}, "quantities needs one value or several different ones"),
-        ({"per": ("layer", "layer")}, "per needs one value or several different ones"),
+        ({"quantities": ("hessian", "hessian")}, "quantities needs one or more different values"),
+        ({"per": ("layer", "layer")}, "per needs one or more different values"),
         ({"densities_at": (2001,)}, "densities_at has 2001, but there are 2000 steps"),
-        ({"densities_at": (5,)}, "densities_at has 5, which is no point of the curves"),
-        ({"densities_at": (100, 100)}, "densities_at needs one value or several different ones"),
+        ({"densities_at": (5,)}, "densities_at contains 5, which is not a multiple of every"),
+        ({"densities_at": (100, 100)}, "densities_at needs one or more different values"),
         ({"optimizer": "adam"}, "momentum belongs to sgd"),
-        ({"fine_tune": True}, "fine_tune is for weights from a file: set weights"),
+        ({"fine_tune": True}, "fine_tune needs weights from a file: set weights"),
         ({"model": "resnet20"}, r"resnet20 takes images of shape \(3, 32, 32\)"),
     ],
 )

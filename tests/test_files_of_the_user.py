@@ -35,7 +35,9 @@ def test_a_folder_with_other_files_is_refused_and_left(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(CurvlabError, match=rf"holds {name.partition('/')[0]}, and is no run of x; choose an --out"):
+    with pytest.raises(
+        CurvlabError, match=rf"contains {name.partition('/')[0]}, but is not a run directory of x; choose an --out"
+    ):
         open_run(tmp_path, "x", CONFIG)
     assert contents(tmp_path) == before
 
@@ -46,7 +48,8 @@ def test_no_analysis_writes_there(tmp_path, capsys, command):
     assert main([*command.split(), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr() == (
         "",
-        f"error: {tmp_path} holds table.csv, and is no run of {command.split()[0]}; choose an --out that is empty or "
+        f"error: {tmp_path} contains table.csv, but is not a run directory of {command.split()[0]}; "
+        "choose an --out that is empty or "
         "does not exist\n",
     )
     assert contents(tmp_path) == {"table.csv": b"mine"}
@@ -54,7 +57,9 @@ def test_no_analysis_writes_there(tmp_path, capsys, command):
 
 def test_a_run_of_another_analysis_is_refused(tmp_path):
     open_run(tmp_path, "forgetting_bound", CONFIG).write_text("table.csv", "theirs")
-    with pytest.raises(CurvlabError, match="holds a run of forgetting_bound, not of training_regimes; choose another"):
+    with pytest.raises(
+        CurvlabError, match="is a run directory of forgetting_bound, not of training_regimes; choose another"
+    ):
         open_run(tmp_path, "training_regimes", CONFIG)
     assert open_run(tmp_path, "forgetting_bound", CONFIG).resumed
 

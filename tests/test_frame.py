@@ -18,7 +18,7 @@ from curvlab.analyze.frame import driver, results
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Table
 from curvlab.analyze.frame.pages import render_index, render_readme
 from curvlab.analyze.frame.results import find_preset, keep_result, read_results
-from curvlab.analyze.frame.search import Search, at_an_end
+from curvlab.analyze.frame.search import Search, find_boundary_values
 from curvlab.analyze.frame.subject import SubjectConfig, load_dataset, take
 from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
@@ -101,7 +101,7 @@ def test_help_and_configuration(call, name):
     ("line", "fragment"),
     [
         ("--sedes 1", "unknown option --sedes"),
-        ("--preset defalt", "there is no preset 'defalt'; did you mean 'default'?"),
+        ("--preset defalt", "unknown preset 'defalt'; did you mean 'default'?"),
         ("stray", "unexpected argument 'stray'"),
         ("--config none.yaml", "cannot read none.yaml"),
         ("--out ''", "--out has an empty value"),
@@ -119,13 +119,13 @@ def test_bad_words(call, name, line, fragment):
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("--seeds", "seeds needs one value or several different ones"),
-        ("--seeds 1 1", "seeds needs one value or several different ones"),
+        ("--seeds", "seeds needs one or more different values"),
+        ("--seeds 1 1", "seeds needs one or more different values"),
         ("--seeds -1", "--seeds should be greater than or equal to 0"),
         ("--data digts", "digts"),
         ("--data mnist --offline", "mnist is incomplete on disk"),
-        ("--weights gone.pt", "gone.pt: there is no such file of weights, here or in the data root"),
-        ("--device cuda:99", "there is no GPU 'cuda:99' here"),
+        ("--weights gone.pt", "weights file gone.pt not found, neither here nor in the data root"),
+        ("--device cuda:99", "device 'cuda:99' is not available"),
         ("--samples 0", "--samples should be greater than or equal to 1"),
         ("--jobs 0", "--jobs should be greater than or equal to 1"),
         ("--scheduler tcp://127.0.0.1:x", "cannot reach a Dask scheduler at tcp://127.0.0.1:x"),
@@ -256,15 +256,15 @@ def measure(config, dataset, workspace):
     yield {"seed": seed, "extra": 1}
 
 
-def make_report(run):
-    records = run.records["table"]
+def make_report(results):
+    records = results.records["table"]
     return Report(
-        Table(f"Toy; {run.spread}", [Column("seed", "seed"), Column("acc", "accuracy")], records),
+        Table(f"Toy; {results.spread}", [Column("seed", "seed"), Column("acc", "accuracy")], records),
         claims=[Claim.of("It is positive", "ours", [record["acc"] for record in records], lambda value: value > 0)],
         identities=[Identity("One is one", [1.0])],
         figures={"figure": lambda: __import__("matplotlib.figure").figure.Figure()},
         deviations=["nothing."],
-        notes=[f"{len(run.records['extras'])} extras, {len(run.artifacts['thing'])} things"],
+        notes=[f"{len(results.records['extras'])} extras, {len(results.artifacts['thing'])} things"],
     )
 
 
@@ -321,18 +321,18 @@ def test_what_a_run_says_and_leaves(toy):
 def test_runs_that_fail(toy):
     code, out, err = toy("--fails 1 --out run")
     assert code == 1
-    assert err.splitlines()[0] == "error: 1 of 3 runs has failed, the first (seed 1) so: it cannot be"
+    assert err.splitlines()[0] == "error: 1 of 3 runs failed; the first (seed 1): it cannot be"
     assert err.splitlines()[1].startswith("runs done in run: 2; the same command with --out run --retry-failed")
     assert "over the seeds that did not fail" in " ".join(out.split())
-    assert "Failed, and in no number above:" in out
+    assert "Failed runs (not included above):" in out
     finished = driver.read_run(ANALYSIS, Path("run"))
     assert [one["seed"] for one in finished.failed] == [1]
     assert finished.total == 3
-    with pytest.raises(CurvlabError, match="1 of the 3 runs in run have failed"):
+    with pytest.raises(CurvlabError, match="1 of 3 runs in run failed"):
         keep_result(Path("run"), Path("analyses"))
     code, out, err = toy("--fails 0 1 2 --out none")
     assert (code, out) == (1, "")
-    assert err.startswith("error: 3 of 3 runs have failed, the first (seed 0) so: it cannot be\n")
+    assert err.startswith("error: 3 of 3 runs failed; the first (seed 0): it cannot be\n")
     assert not Path("none/table.json").exists()
 
 
@@ -349,20 +349,35 @@ def test_the_best_candidate_is_taken(toy):
     ]
     assert selection[3]["note"] == "the loss is nan"
     assert "Hyper-parameters, chosen on held-out samples" in out
-    assert "beyond it may be a better one" not in out
-    assert "beyond it may be a better one" in toy("--rates 2 3 --out other")[1]
+    assert "may lie outside the range" not in out
+    assert "may lie outside the range" in toy("--rates 2 3 4 --out other")[1]
+
+
+def test_two_values_are_named_without_a_star(toy):
+    """One of two values is always at an end of the range: a star would say nothing of the search."""
+    out = toy("--rates 2 3 --out run")[1]
+    assert "may lie outside the range" not in out
+    assert "Only two values were tried for rate" in out
+
+
+def test_a_repetition_does_not_touch_the_store(toy):
+    assert toy("--rates 0.5 1 3 --out run")[0] == 0
+    store = Path("run/sweep.sqlite")
+    before, changed = store.read_bytes(), store.stat().st_mtime_ns
+    assert toy("--rates 0.5 1 3 --out run")[0] == 0
+    assert (store.read_bytes(), store.stat().st_mtime_ns) == (before, changed)
 
 
 def test_all_candidates_diverge(toy):
     code, _, err = toy("--rates 200 300 --out run")
     assert code == 2
-    assert err.startswith("error: toy fails with every one of its 2 candidates (the loss is nan); lower rates")
+    assert err.startswith("error: toy fails with all of its 2 candidates (the loss is nan); lower rates")
 
 
 def test_a_limit_is_no_end():
-    rows = [{"rate": rate} for rate in (0.1, 1.0)]
-    assert at_an_end(SEARCH, rows[0], rows, ["rate"]) == ["rate"]
-    assert at_an_end(SEARCH, rows[1], rows, ["rate"]) == []
+    rows = [{"rate": rate} for rate in (0.1, 0.5, 1.0)]
+    assert find_boundary_values(SEARCH, rows[0], rows, ["rate"]) == ["rate"]
+    assert find_boundary_values(SEARCH, rows[2], rows, ["rate"]) == []
 
 
 def test_kept_results(toy):
@@ -376,13 +391,13 @@ def test_kept_results(toy):
     assert "| It is positive | ours | – | 0.4000 ± 0 | reproduced |" in readme
     assert "| Gepperth and Wiech (2019) | test_frame, other |" in render_index(Path("analyses"))
     file.write_text("{}")
-    with pytest.raises(CurvlabError, match=r"test_frame\.other\.json is not a kept run"):
+    with pytest.raises(CurvlabError, match=r"test_frame\.other\.json is not a kept result"):
         read_results(Path("analyses"), "masq")
-    with pytest.raises(CurvlabError, match="is not the folder of a run"):
+    with pytest.raises(CurvlabError, match="is not a run directory"):
         keep_result(Path("analyses"), Path("analyses"))
     Path("half").mkdir()
     Path("half/config.yaml").write_bytes(Path("run/config.yaml").read_bytes())
-    with pytest.raises(CurvlabError, match="half is no finished run of test_frame"):
+    with pytest.raises(CurvlabError, match="half is not a finished run of test_frame"):
         keep_result(Path("half"), Path("analyses"))
     assert results.FOLDER == "results"
 
@@ -403,7 +418,7 @@ def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
     some = load_dataset(SubjectConfig(data="sorted.npz", classes=(2, 0)), RunOptions())
     assert some.x_train.flatten().tolist() == [v for v in whole.x_train.flatten().tolist() if not 20 <= v < 40]
     assert take(whole, train=5, test=4).x_train.flatten().tolist() == whole.x_train[:5].flatten().tolist()
-    with pytest.raises(CurvlabError, match="61 training samples were asked for, but there are 60"):
+    with pytest.raises(CurvlabError, match="61 training samples requested, but the data set has 60"):
         take(whole, train=61)
     assert math.isfinite(float(take(whole).x_test.sum()))
 

@@ -10,12 +10,12 @@ import pytest
 from curvlab import CurvlabError
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.frame.analysis import Results
-from curvlab.analyze.frame.search import at_an_end
+from curvlab.analyze.frame.search import find_boundary_values
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.regimes import table2
 from curvlab.analyze.regimes.method_list import METHODS, Method
 from curvlab.analyze.regimes.methods import ANALYSIS, SEARCH, load_dataset, make_tasks, report, summarise
-from curvlab.analyze.regimes.methods_config import PRESETS, MethodsConfig, candidates, single_run
+from curvlab.analyze.regimes.methods_options import PRESETS, MethodsConfig, candidates, single_run
 from curvlab.continual import metrics, permuted, run, split_classes
 from curvlab.continual.strategies import ER, EWC, Joint, Naive
 from curvlab.grid import Place
@@ -79,7 +79,9 @@ def test_candidates_are_all_combinations_or_draws_of_them():
 
 def keys(config, stream="permuted"):
     parts = [
-        single_run(config, stream, method, candidates(config, method)[0], seeds=(0,), evaluation="test")
+        single_run(config, {"stream": stream, "method": method}, candidates(config, method)[0]).model_copy(
+            update={"seeds": (0,), "evaluation": "test"}
+        )
         for method in ALL
     ]
     return dict(zip(ALL, [spec.key for spec in ANALYSIS.run_specs(parts)], strict=True))
@@ -251,7 +253,7 @@ def test_a_new_method_is_one_entry(tmp_path, monkeypatch, capsys):
     assert main(["methods", *line.split()]) == 0
     out = capsys.readouterr().out
     assert "Mine" in out
-    assert "0.1*" in out or "0.01*" in out
+    assert "Only two values were tried for lr" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} > {"selection.json", "accuracy_curves.png"}
     found = [record | {"method": "mine"} for record in records_of_methods() if record["method"] == "naive"]
     run = Results(CPU.model_copy(update={"methods": ("mine",)}), MNIST, {"table": found, "accuracies": []})
@@ -261,19 +263,19 @@ def test_a_new_method_is_one_entry(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"methods": ()}, "methods needs one value or several different ones"),
-        ({"methods": ("naive", "naive")}, "methods needs one value or several different ones"),
+        ({"methods": ()}, "methods needs one or more different values"),
+        ({"methods": ("naive", "naive")}, "methods needs one or more different values"),
         ({"methods": ("stabel",)}, r"unknown method 'stabel'; did you mean 'stable'\? \(methods: naive, ewc, agem"),
         ({"streams": ("split",), "tasks": 3}, "the 10 classes of digits cannot be split equally into 3 tasks"),
         ({"streams": ("split",), "tasks": 10, "validation": 40}, "has a single active output with head"),
-        ({"lrs": ()}, "lrs needs one value or several different ones"),
-        ({"lrs": (0.1, 0.1)}, "lrs needs one value or several different ones"),
-        ({"selection_seeds": ()}, "selection_seeds needs one value or several different ones"),
+        ({"lrs": ()}, "lrs needs one or more different values"),
+        ({"lrs": (0.1, 0.1)}, "lrs needs one or more different values"),
+        ({"selection_seeds": ()}, "selection_seeds needs one or more different values"),
         ({"validation": 0}, "are chosen on held-out samples: set validation, or give"),
-        ({"evaluation": "validation", "seeds": (1000,)}, "give seeds and selection_seeds no value in common"),
+        ({"evaluation": "validation", "seeds": (1000,)}, "give seeds and selection_seeds no common value"),
         ({"validation": 1437}, "cannot hold out 1437 of the 1437 training samples"),
         ({"task_samples": 1400}, "cannot train on 1400 of the 1437 training samples of digits, of which 200"),
-        ({"test_samples": 361}, "361 test samples were asked for, but there are 360"),
+        ({"test_samples": 361}, "361 test samples requested, but the data set has 360"),
         ({"structure": "diagonal"}, "there is no structure 'diagonal'"),
         ({"quantity": "hessien"}, "there is no quantity 'hessien'"),
         ({"model": "cnn"}, "with cnn set dropouts to 0"),
@@ -360,7 +362,7 @@ def test_the_order_of_a_stream_seed_by_seed():
     found = [
         record | ({"acc": ewc[record["seed"]]} if record["method"] == "ewc" else {}) for record in records_of_methods()
     ]
-    rows = table2.order([*found, *records_of_methods("rotated")])
+    rows = table2.compare_in_order([*found, *records_of_methods("rotated")])
     assert [(row["stream"], row["seed"], row["holds"]) for row in rows] == [
         *(("permuted", 0, True), ("permuted", 1, False), ("permuted", 2, False)),
         *(("rotated", seed, True) for seed in range(3)),
@@ -370,19 +372,21 @@ def test_the_order_of_a_stream_seed_by_seed():
     np.testing.assert_allclose(differences[1], [-0.009, 0.366, 0.357, -0.009])
     np.testing.assert_allclose(differences[2], [0.521, -0.164, 0.357, -0.164])
     gone = [record for record in found if (record["method"], record["seed"]) != ("ewc", 1)]
-    assert [row["holds"] for row in table2.order(gone)] == [True, None, False]
-    assert table2.order([record for record in found if record["method"] != "ewc"]) == []
+    assert [row["holds"] for row in table2.compare_in_order(gone)] == [True, None, False]
+    assert table2.compare_in_order([record for record in found if record["method"] != "ewc"]) == []
 
 
 def test_no_batch_is_smaller_and_no_rate_rises():
     rows = [
         {"lr": lr, "batch_size": size, "decay": decay, "dropout": 0.0}
         for lr in (0.1, 0.2, 0.3)
-        for size in (1, 64)
-        for decay in (0.5, 1.0)
+        for size in (1, 10, 64)
+        for decay in (0.5, 0.7, 1.0)
     ]
     tuned = list(METHODS["stable"].hyper_parameters)
-    ends = {(row["lr"], row["batch_size"], row["decay"]): at_an_end(SEARCH, row, rows, tuned) for row in rows}
+    ends = {
+        (row["lr"], row["batch_size"], row["decay"]): find_boundary_values(SEARCH, row, rows, tuned) for row in rows
+    }
     assert ends[0.2, 1, 1.0] == []
     assert ends[0.1, 64, 0.5] == ["lr", "batch_size", "decay"]
     assert ends[0.3, 1, 0.5] == ["lr", "decay"]
@@ -415,7 +419,7 @@ def test_deviations_are_those_of_the_configuration():
         "permuted, rotated: training samples a task 10,000 (60,000); test samples 2,000 (10,000); batch size 10 or 64 "
         "(10); seeds 3 (5)."
     )
-    assert lines[1].startswith("EWC: empirical_fisher, diag, of 1,000 random samples")
+    assert lines[1].startswith("EWC: empirical_fisher, diag, on 1,000 random samples")
     split, *_ = table2.deviations(PRESETS["cpu-cifar100"].config, CIFAR, {"split": 200})
     for text in ("passes 3 (1)", "resnet20_cifar10-12fca82f.th, BatchNorm frozen (narrow ResNet-18", "SGD 0 (0.1)"):
         assert text in split
@@ -432,14 +436,14 @@ def test_summary_beside_the_published_numbers():
     assert table[5]["forgetting"] is None
     slow = [record | {"seconds": 100.0 if record["seed"] == 1 else 2.0} for record in records_of_methods()]
     assert {row["seconds"] for row in summarise(slow)} == {2.0}
-    beside = table2.beside_published(table, CPU, MNIST)
+    beside = table2.add_published(table, CPU, MNIST)
     assert beside[4]["published_acc"] == pytest.approx(0.801)
     assert beside[4]["published_acc_std"] == pytest.approx(0.0051)
     assert beside[4]["published_forgetting"] == 0.09
     assert "published_forgetting" not in beside[5]
     for data, tasks in ((DIGITS, 20), (MNIST, 5), (CIFAR, 20)):
         config = CPU.model_copy(update={"tasks": tasks})
-        assert not any("published_acc" in row for row in table2.beside_published(table, config, data))
+        assert not any("published_acc" in row for row in table2.add_published(table, config, data))
 
 
 def test_report():
@@ -482,7 +486,7 @@ def test_figures():
     np.testing.assert_allclose(first[0].get_xydata(), [[1, 0.91], [2, 0.81], [3, 0.71]])
     np.testing.assert_allclose(mean[1].get_xydata(), [[1, 0.81], [3, 0.81]])
     labels = [text.get_text() for text in curves.legends[0].get_texts()]
-    assert labels == ["Naive SGD", "multi-task (joint)", "one of 3 seeds (thick: their mean)"]
+    assert labels == ["Naive SGD", "multi-task (joint)", "one of 3 seeds (thick: mean)"]
     accuracy, forgetting = dots.axes[:2]
     ours = [container.lines[0].get_ydata()[0] for container in accuracy.containers]
     np.testing.assert_allclose(ours, [row["acc"] for row in table])

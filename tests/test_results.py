@@ -61,9 +61,7 @@ def test_same_config_is_continued_and_another_refused(tmp_path: Path) -> None:
     assert open_run(out, "x", CONFIG).resumed
     assert open_run(out, "x", (out / "config.yaml").read_text()).resumed
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(
-        CurvlabError, match=rf"{out} holds a run with another configuration \(lr is 1e-09 there and 0.1 here"
-    ):
+    with pytest.raises(CurvlabError, match=rf"{out} has another configuration \(lr is 1e-09 there and 0.1 here"):
         open_run(out, "x", CONFIG | {"lr": 0.1})
     with pytest.raises(CurvlabError, match="seed is absent there and 1 here"):
         open_run(out, "x", CONFIG | {"seed": 1})

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from curvlab.analyze.dlcft import softmax_hessian as analysis
 from curvlab.analyze.dlcft.softmax_hessian import (
-    PRESETS,
-    SoftmaxHessianConfig,
     logit_records,
     network_record,
     random_logits,
@@ -21,6 +19,7 @@ from curvlab.analyze.dlcft.softmax_hessian import (
     summarise,
 )
 from curvlab.analyze.dlcft.softmax_hessian_claims import claims, conditions, deviations, identities
+from curvlab.analyze.dlcft.softmax_hessian_options import PRESETS, SoftmaxHessianConfig
 from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.subject import Subject
 from curvlab.commandline.options import RunOptions
@@ -189,7 +188,7 @@ def test_a_run_and_its_report(tmp_path):
     assert [(record["seed"], record["step"]) for record in steps] == [(1, 0), (1, 1), (1, 3)]
     run = Results(config, Subject("digits", (64,), 10, 1437, 360), {"table": logits, "network": steps})
     report = analysis.ANALYSIS.report(run)
-    assert report.summary.title == "Hessian of the softmax loss at 3 random logits of 10 classes; one seed"
+    assert report.summary.title == "Hessian of the softmax loss at 3 random logits with 10 classes; one seed"
     assert "64-4-10 network on digits, 40 samples" in report.tables[1].title
     assert len(report.identities) == 7
     assert {claim.verdict for claim in report.claims} == {"not tested"}

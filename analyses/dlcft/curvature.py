@@ -1,10 +1,11 @@
-"""Shon et al. (2022), "DLCFT": does the Fisher's largest eigenvalue vanish in training, with each loss?
+"""Shon et al. (2022), "DLCFT": does the largest eigenvalue of the Fisher vanish during training, with each loss?
 
     python analyses/dlcft/curvature.py [OPTIONS of eigenvalues]
 
-The MNIST network of the authors' code over three seeds, softmax cross-entropy against squared error, with each claim's
-verdict. Results in runs/dlcft_curvature; a finished run is printed again, an interrupted one continues. Needs MNIST.
-With --preset paper-cifar100 and another --out: Fig. 7 of the supplement, on CIFAR-100, for a machine with a GPU.
+Trains the MNIST network of the authors' code with softmax cross-entropy and with squared error, with three seeds, and
+prints the verdict on each claim. Results are in runs/dlcft_curvature; a finished run is printed again, an interrupted
+run continues. Needs MNIST. With --preset paper-cifar100 and another --out: Fig. 7 of the supplement, on CIFAR-100, for
+a machine with a GPU.
 """
 
 import sys

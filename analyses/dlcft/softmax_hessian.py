@@ -2,9 +2,9 @@
 
     python analyses/dlcft/softmax_hessian.py [OPTIONS of softmax_hessian]
 
-The formulas at random logits, beside automatic differentiation and the output factors of the estimators here, and a
-network's curvature in training on MNIST, over three seeds, with each claim's verdict. Results in runs/softmax_hessian;
-a finished run is printed again, an interrupted one continues. Needs MNIST.
+Compares the formulas at random logits with automatic differentiation and with the output factors of the estimators,
+records the curvature of a network during training on MNIST, with three seeds, and prints the verdict on each claim.
+Results are in runs/softmax_hessian; a finished run is printed again, an interrupted run continues. Needs MNIST.
 """
 
 import sys

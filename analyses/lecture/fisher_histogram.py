@@ -2,8 +2,8 @@
 
     python analyses/lecture/fisher_histogram.py [OPTIONS of fisher_histogram]
 
-The exact diagonal for an MLP over three seeds, with each claim's verdict. Results in runs/fisher_histogram; a finished
-run is printed again, an interrupted one continues. Needs MNIST.
+Computes the exact diagonal for an MLP with three seeds, and prints the verdict on each claim. Results are in
+runs/fisher_histogram; a finished run is printed again, an interrupted run continues. Needs MNIST.
 """
 
 import sys

@@ -2,8 +2,9 @@
 
     python analyses/masq/table2.py [OPTIONS of fim_diagonality]
 
-The paper's configuration over three seeds, W1 and W2 included, with the published numbers and each claim's verdict.
-Results in runs/masq_table2; a finished run is printed again, an interrupted one continues. Needs MNIST.
+Runs the paper's configuration with three seeds, including W1 and W2, and prints published numbers and
+verdicts on claims. Results are in runs/masq_table2; a finished run is printed again, an interrupted run continues.
+Needs MNIST.
 """
 
 import sys

@@ -2,9 +2,10 @@
 
     python analyses/regimes/forgetting_bound.py [OPTIONS of forgetting_bound]
 
-The paper's five tasks of rotated and permuted MNIST, networks and regimes (the authors' dropout of 0.25), stable and
-plastic and with one ingredient exchanged, over five seeds: about an hour on one core; --preset cpu takes minutes.
-Results in runs/regimes_forgetting_bound; a finished run is printed again, an interrupted one continues. Needs MNIST.
+Runs the paper's five tasks of rotated and permuted MNIST, networks and regimes (with the authors' dropout of 0.25):
+stable, plastic, and stable with one ingredient exchanged, with five seeds: about an hour on one core; --preset cpu
+takes minutes. Results are in runs/regimes_forgetting_bound; a finished run is printed again, an interrupted run
+continues. Needs MNIST.
 """
 
 import sys

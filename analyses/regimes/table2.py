@@ -2,10 +2,10 @@
 
     python analyses/regimes/table2.py [OPTIONS of methods]
 
-Every method with the best of equally many candidates on held-out samples, then over five seeds, beside the published
-numbers and with each claim's verdict. Hours of a machine with a GPU (--device cuda); --preset cpu takes an hour of two
-cores. Split CIFAR-100, from a network that was trained on CIFAR-10: --preset paper-cifar100 (or cpu-cifar100) and
-another --out. Results in runs/regimes_table2; a finished run is printed again, an interrupted one continues.
+Chooses the best of equally many candidates per method on held-out samples, runs it with five seeds, and prints the
+published numbers and the verdict on each claim. Takes hours on a machine with a GPU (--device cuda); --preset cpu takes
+an hour on two cores. For split CIFAR-100, with a network trained on CIFAR-10: --preset paper-cifar100 (or cpu-cifar100)
+and another --out. Results are in runs/regimes_table2; a finished run is printed again, an interrupted run continues.
 """
 
 import sys

@@ -1,21 +1,21 @@
-"""The list of analyses: a room for each paper, and the frame that all of them share."""
+"""The list of analyses. Each paper has a room, a subpackage; all rooms use the frame."""
 
 from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
-    """An analysis in the list.
+    """An entry of the list of analyses.
 
     Attributes:
-        room: The folder that its module is in; the module has the analysis as ``ANALYSIS``.
-        question: What it answers, one line.
+        room: The subpackage of its module, which defines the analysis as ``ANALYSIS``.
+        question: The question that it answers, one line.
     """
 
     room: str
     question: str
 
 
-#: The papers, by room.
+#: Room -> citation of its paper.
 ROOMS = {
     "masq": "Gepperth and Wiech (2019): Simplified computation and interpretation of Fisher matrices in incremental "
     "learning with deep neural networks",
@@ -24,45 +24,48 @@ ROOMS = {
     "lecture": "Carta: Continual learning, regularization priors (lecture slides)",
 }
 
-#: By name.
+#: Name -> entry.
 ANALYSES = {
     "fim_diagonality": Entry(
-        "masq", "How diagonal is the Fisher? Sums and means on and off the diagonal, a row a parameter tensor."
+        "masq", "How diagonal is the Fisher? Sums and means on and off the diagonal, one row per parameter tensor."
     ),
-    "doctor": Entry("backends", "What can each backend do for this network, and what will it cost? Before any number."),
+    "doctor": Entry(
+        "backends", "What can each backend compute for this network, and at what cost? A check before the computation."
+    ),
     "agreement": Entry(
-        "backends", "Do the backends agree? The same curvature from each: differences, time and memory."
+        "backends", "Do the backends agree? The same curvature from each backend: differences, time and memory."
     ),
-    "estimators": Entry(
-        "backends", "Which backend computes what, of which modules? Tables generated from the code itself."
-    ),
+    "estimators": Entry("backends", "Which backend computes what, for which modules? Tables generated from the code."),
     "eigenvalues": Entry(
-        "dlcft", "Does the curvature vanish in training? Largest eigenvalues, softmax against squared error."
+        "dlcft", "Does the curvature vanish during training? Largest eigenvalues with softmax and with squared error."
     ),
     "softmax_hessian": Entry(
-        "dlcft", "Why does it vanish? The softmax loss's Hessian as the network fits, against the formula."
+        "dlcft", "Why does the curvature vanish? The Hessian of the softmax loss, compared with the formula."
     ),
     "fisher_histogram": Entry(
         "lecture", "How skewed is the Fisher? The distribution of its exact diagonal after a task."
     ),
     "forgetting_bound": Entry(
-        "regimes", "What bounds forgetting? Loss of an old task against its curvature, over training regimes."
+        "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),
     "training_regimes": Entry(
-        "regimes", "What does a stable training change? Forgetting, curvature and distance against a plastic one."
+        "regimes",
+        "What does stable training change? Forgetting, curvature and distance, compared with plastic training.",
     ),
     "methods": Entry(
-        "regimes", "Which method forgets least? Naive, EWC, A-GEM, ER, Stable SGD and joint at their best."
+        "regimes", "Which method forgets least? Naive, EWC, A-GEM, ER, Stable SGD and joint training, each tuned."
     ),
     "dlcft": Entry(
         "dlcft", "Does a linear network with squared error forget less? DLCFT and its baselines in three settings."
     ),
-    "papers": Entry("backends", "Which published items have a command, and what became of their claims? A list."),
+    "papers": Entry(
+        "backends", "Which published items have a command, and what are the verdicts on their claims? A list."
+    ),
 }
 
 
 def load_analysis(name: str) -> Any:
-    """Return an analysis of the list; its module is imported only now."""
+    """Import the module of an analysis, and return the analysis."""
     from importlib import import_module
 
     return import_module(f"curvlab.analyze.{ANALYSES[name].room}.{name}").ANALYSIS

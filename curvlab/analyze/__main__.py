@@ -9,7 +9,7 @@ PROGRAM = "python -m curvlab.analyze"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run an analysis by name and return the exit code: 0 done, 1 runs have failed, 2 bad input, 130 interrupted."""
+    """Run an analysis by name and return the exit code: 0 done, 1 runs failed, 2 invalid input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
     return run_program(lambda: _main(given))
 
@@ -22,14 +22,14 @@ def _main(given: list[str]) -> int:
             print(f"  {name:{width}}  {entry.question}")
         print(f"\n{PROGRAM} ANALYSIS --help shows the options of an analysis.")
         return 0
-    # Imported here, as the analysis is: the list needs neither.
+    # Imported here because the list of analyses needs neither of them.
     from curvlab.analyze.frame.command import execute
     from curvlab.commandline.parser import did_you_mean
 
     name, rest = given[0], given[1:]
     if name not in ANALYSES:
         print(
-            f"error: there is no analysis {name!r}{did_you_mean(name, ANALYSES)} ({PROGRAM} lists them all)",
+            f"error: unknown analysis {name!r}{did_you_mean(name, ANALYSES)} ({PROGRAM} lists all analyses)",
             file=sys.stderr,
         )
         return 2

@@ -186,6 +186,14 @@ class Store:
         """Return the records of the runs that are done, as they were returned, in the order of the sweep."""
         return [record for key, record in read_records(self._rows) if key[1] == "done"]
 
+    def records_by_key(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the records of every finished run of the sweep, by its key."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for (key, status), record in read_records(self._rows):
+            if status == "done":
+                found.setdefault(key, []).append(record)
+        return found
+
     def table(self) -> pd.DataFrame:
         """Return a table with one row per record.
 

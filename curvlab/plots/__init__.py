@@ -1,4 +1,4 @@
-"""Figures, drawn of flat records to be read at the width of a page: a module a kind of figure, and one style."""
+"""Figures from flat records, sized for the width of a page: one module per kind of figure, and one style."""
 
 from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
 from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots

@@ -1,4 +1,4 @@
-"""Figures of continual learning over a stream: accuracies of methods and of training regimes after every task."""
+"""Figures of continual learning: accuracies of methods and of training regimes after each task of a stream."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from curvlab.plots.records import Record, count_seeds, distinct
+from curvlab.plots.records import Record, count_seeds, list_distinct
 from curvlab.plots.style import (
     LABEL,
     LINEAR,
@@ -27,24 +27,24 @@ from curvlab.plots.style import (
 )
 
 _ACROSS: dict[str, Any] = {"linestyle": "--", "marker": None}
-_MOST_LINES = 8  # with a colour each
+_MOST_LINES = 8  # largest number of coloured lines
 
 
 def accuracy_curves(
     accuracies: Sequence[Record], labels: Mapping[str, str], title: str, *, bands: bool = False
 ) -> Figure:
-    """Draw the mean accuracy on the tasks so far, and below it that on the first task, over tasks: a column a stream.
+    """Draw the mean accuracy on the tasks so far, and below it the accuracy on the first task: one column per stream.
 
-    A thick line is the mean over the seeds, a thin one a seed.
+    Thick lines are means over seeds, thin lines single seeds.
 
     Args:
         accuracies: Records of ``stream``, ``method``, ``seed``, ``after`` and ``task`` (from 1) with the ``accuracy``.
-            Of a method that is measured after the last task only, a broken line goes across.
-        labels: What the methods are called.
-        title: What stands above.
-        bands: Draw the range of the seeds in place of each of them.
+            A method that is measured only after the last task is a dashed line across the panel.
+        labels: Labels of the methods.
+        title: Title of the figure.
+        bands: Draw the range over seeds instead of single seeds.
     """
-    streams, methods = distinct(accuracies, "stream"), distinct(accuracies, "method")
+    streams, methods = list_distinct(accuracies, "stream"), list_distinct(accuracies, "method")
     last = max(record["after"] for record in accuracies)
     figure = new_figure(max(3.4 * len(streams), 4.4), 5.2, title)
     panels: np.ndarray = figure.subplots(2, len(streams), squeeze=False, sharex=True, sharey="row")
@@ -52,11 +52,11 @@ def accuracy_curves(
         for place, method in enumerate(methods):
             mine = [r for r in accuracies if r["stream"] == stream and r["method"] == method]
             for axes, chosen in zip(column, (mine, [r for r in mine if r["task"] == 1]), strict=True):
-                after, values = _over(chosen, "after", "accuracy")
+                after, values = _mean_by(chosen, "after", "accuracy")
                 if len(after) == 1 < last:
-                    _line(axes, np.array([1, last]), values.repeat(2, axis=1), place, bands, **_ACROSS)
+                    _draw_line(axes, np.array([1, last]), values.repeat(2, axis=1), place, bands, **_ACROSS)
                 elif len(after):
-                    _line(axes, after, values, place, bands)
+                    _draw_line(axes, after, values, place, bands)
         column[0].set_title(stream, fontsize=LABEL)
         column[1].set_xlabel("after task", fontsize=LABEL)
     panels[0, 0].set_ylabel("mean accuracy, tasks so far", fontsize=LABEL)
@@ -80,19 +80,19 @@ def regime_curves(
     *,
     bands: bool = False,
 ) -> Figure:
-    """Draw what training regimes do over a stream: accuracies, the largest eigenvalue, the step from task to task.
+    """Draw accuracies, largest eigenvalue and weight change of training regimes over the tasks: one row per stream.
 
-    A thick line is the mean over the seeds, a thin one a seed.
+    Thick lines are means over seeds, thin lines single seeds.
 
     Args:
         points: Records of ``stream``, ``regime``, ``seed`` and ``task`` (from 1) with ``lambda_max`` and ``distance``,
             which is None for the first task.
         accuracies: Records of ``stream``, ``regime``, ``seed``, ``after`` and ``task`` with the ``accuracy``.
-        labels: What the regimes are called.
-        title: What stands above.
-        bands: Draw the range of the seeds in place of each of them.
+        labels: Labels of the regimes.
+        title: Title of the figure.
+        bands: Draw the range over seeds instead of single seeds.
     """
-    streams, regimes = distinct(points, "stream"), distinct(points, "regime")
+    streams, regimes = list_distinct(points, "stream"), list_distinct(points, "regime")
     figure = new_figure(7.6, 1.9 * len(streams) + 0.9, title)
     panels: np.ndarray = figure.subplots(len(streams), 4, squeeze=False, sharex=True)
     for row, stream in zip(panels, streams, strict=True):
@@ -102,13 +102,13 @@ def regime_curves(
                 for records in (accuracies, points)
             )
             drawn = (
-                _over(seen, "after", "accuracy"),
-                _over([r for r in seen if r["task"] == 1], "after", "accuracy"),
-                _over(moved, "task", "lambda_max"),
-                _over([r for r in moved if r["distance"] is not None], "task", "distance"),
+                _mean_by(seen, "after", "accuracy"),
+                _mean_by([r for r in seen if r["task"] == 1], "after", "accuracy"),
+                _mean_by(moved, "task", "lambda_max"),
+                _mean_by([r for r in moved if r["distance"] is not None], "task", "distance"),
             )
             for axes, (tasks, values) in zip(row, drawn, strict=True):
-                _line(axes, tasks, values, place, bands)
+                _draw_line(axes, tasks, values, place, bands)
         row[0].set_ylabel(stream, fontsize=LABEL)
         for axes in row[2:]:
             axes.set_yscale("log")
@@ -130,8 +130,8 @@ def regime_curves(
     return figure
 
 
-def _over(records: Sequence[Record], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of ``x`` in order ``(T,)`` and the means of ``y`` at them ``(seeds, T)``."""
+def _mean_by(records: Sequence[Record], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted values of ``x`` ``(T,)``, and the means of ``y`` for each of them ``(seeds, T)``."""
     places = sorted({record[x] for record in records})
     seeds = sorted({record["seed"] for record in records})
     at: dict[tuple[int, int], list[float]] = {}
@@ -146,8 +146,8 @@ def _style(place: int) -> dict[str, Any]:
     return {"color": METHODS[place], "marker": MARKERS[place], "markersize": 3.5}
 
 
-def _line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool, **style: Any) -> None:
-    """Draw the mean over seeds and, where there are several, each of them as a thin line, or their range."""
+def _draw_line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands: bool, **style: Any) -> None:
+    """Draw the mean over seeds and, for several seeds, each seed as a thin line or their range."""
     style = {**_style(place), "linewidth": 1.4, **style}
     if len(values) > 1 and bands:
         axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
@@ -174,7 +174,7 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], seeds: int,
     if seeds > 1 and bands:
         handles.append(Patch(facecolor=SYMBOL, alpha=0.3, label=f"mean and range of {seeds} seeds"))
     elif seeds > 1:
-        handles.append(Line2D([], [], color=SYMBOL, linewidth=0.5, label=f"one of {seeds} seeds (thick: their mean)"))
+        handles.append(Line2D([], [], color=SYMBOL, linewidth=0.5, label=f"one of {seeds} seeds (thick: mean)"))
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * longest)))  # inches
     add_legend(figure, handles, columns)
@@ -188,19 +188,19 @@ def setting_curves(
     first: Collection[str],
     title: str,
 ) -> Figure:
-    """Draw the accuracy on the tasks so far over tasks, the mean over seeds: a panel a setting.
+    """Draw the accuracy on the tasks so far, mean over seeds: one panel per setting.
 
     Args:
         curves: Records of ``setting``, ``method``, ``seed`` and ``after`` (tasks, from 1) with the ``accuracy``. A
-            method that is measured after the last task only is a dotted line across the panel.
-        labels: What the methods are called.
-        settings: What the settings are called.
-        linear: The methods with solid lines; the others have dashed ones.
-        first: The methods that have a colour where there are more than eight; the others are thin grey lines.
-        title: What stands above.
+            method that is measured only after the last task is a dotted line across the panel.
+        labels: Labels of the methods.
+        settings: Labels of the settings.
+        linear: Methods with solid lines; the others have dashed lines.
+        first: Methods with coloured lines if there are more than eight methods; the others are thin grey lines.
+        title: Title of the figure.
     """
-    drawn = distinct(curves, "setting")
-    methods = [name for name in labels if name in distinct(curves, "method")]
+    drawn = list_distinct(curves, "setting")
+    methods = [name for name in labels if name in list_distinct(curves, "method")]
     coloured = methods if len(methods) <= _MOST_LINES else [name for name in methods if name in first]
     styles: dict[str, dict[str, Any]] = {name: {"color": OTHERS, "linewidth": 0.8, "zorder": 1} for name in methods}
     styles |= {name: _setting_style(name in linear, place) for name, place in _places(coloured, linear)}
@@ -211,7 +211,7 @@ def setting_curves(
         handles.append(Line2D([], [], label="other methods", color=OTHERS, linewidth=0.8))
     columns = min(len(drawn), 2)
     rows = -(-len(drawn) // columns)
-    spread = ", mean over seeds" if len(distinct(curves, "seed")) > 1 else ""
+    spread = ", mean over seeds" if len(list_distinct(curves, "seed")) > 1 else ""
     figure = new_figure(WIDTH if columns == 2 else 5.0, 2.4 * rows + 0.9, f"{title}{spread}")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(drawn) :]:
@@ -239,7 +239,7 @@ def _draw_curves(axes: Axes, records: Sequence[Record], styles: Mapping[str, Map
 
 
 def _places(methods: Sequence[str], linear: Collection[str]) -> list[tuple[str, int]]:
-    """Return every method with its place among those of its kind."""
+    """Return each method with its index among the linear or the other methods."""
     kinds = [name in linear for name in methods]
     return [(name, kinds[:i].count(kinds[i])) for i, name in enumerate(methods)]
 
@@ -251,7 +251,7 @@ def _setting_style(linear: bool, place: int) -> dict[str, Any]:
 
 
 def _mean_curve(records: Sequence[Record], method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return numbers of tasks and the mean accuracies of a method over the seeds."""
+    """Return the numbers of tasks, and the accuracies of a method, averaged over seeds."""
     chosen = [record for record in records if record["method"] == method]
     tasks = sorted({record["after"] for record in chosen})
     values = [np.mean([record["accuracy"] for record in chosen if record["after"] == after]) for after in tasks]

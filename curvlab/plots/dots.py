@@ -1,4 +1,4 @@
-"""Figures of numbers that stand beside each other, as dots: sums over entries, and accuracies of methods."""
+"""Dot plots: sums and means of matrix entries, and accuracies of methods."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from curvlab.plots.records import Record, distinct
+from curvlab.plots.records import Record, list_distinct
 from curvlab.plots.style import (
     BLACK,
     BLUE,
@@ -26,26 +26,26 @@ from curvlab.plots.style import (
     set_log_ticks,
 )
 
-_ON, _OFF = BLUE, ORANGE  # the diagonal
+_ON, _OFF = BLUE, ORANGE  # on and off the diagonal
 _LINEAR, _NONLINEAR = BLUE, ORANGE
-_SHIFT, _THEIRS = 0.18, 0.18  # of a tensor's two dots from its place, and of the published ones from ours
-_LONG_LABEL = 26  # characters; a longer label is broken behind its comma
+_SHIFT, _THEIRS = 0.18, 0.18  # offset of the two dots of a tensor, and of published dots from ours
+_LONG_LABEL = 26  # characters; longer labels are wrapped after the comma
 
 
 def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[str, Record] | None = None) -> Figure:
-    """Draw sums and means on and off the diagonal as dots in a logarithmic scale, a pair a parameter tensor.
+    """Draw sums and means on and off the diagonal in a logarithmic scale: one pair of dots per parameter tensor.
 
     Args:
-        records: As ``curvlab.results.aggregate`` gives them: ``diag_sum``, ``offdiag_abs_sum``, ``diag_mean``,
+        records: Records of ``curvlab.results.aggregate`` with ``diag_sum``, ``offdiag_abs_sum``, ``diag_mean``,
             ``offdiag_abs_mean``, each with its ``_std`` over seeds.
-        title: What stands above.
-        published: Published sums by parameter name, drawn as marks; means are drawn from them with the right
-            denominators (``n`` and ``n^2 - n``).
+        title: Title of the figure.
+        published: Published sums by parameter name, drawn as diamonds; means are computed from them with the
+            denominators ``n`` and ``n^2 - n``.
     """
     figure = new_figure(WIDTH, 3.5, title)
     names = [record["parameter"] for record in records]
     places = np.arange(len(records))
-    # Published dots stand right of ours; a tensor that has none has its two in the middle.
+    # Published dots are right of ours; without published dots, the pair is centred.
     moved = np.array([_THEIRS / 2 if name in (published or {}) else 0.0 for name in names])
     panels = (
         ("Sum", "diag_sum", "offdiag_abs_sum", r"$\Sigma_i F_{ii}$", r"$\Sigma_{i\neq j}|F_{ij}|$"),
@@ -56,7 +56,7 @@ def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[s
         for shift, key, colour, text in ((-_SHIFT, on, _ON, on_label), (_SHIFT, off, _OFF, off_label)):
             heights = np.array([record[key] if record[key] else np.nan for record in records], dtype=float)
             spread = np.array([record.get(f"{key}_std") or 0.0 for record in records], dtype=float)
-            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))  # not below zero, which no logarithm has
+            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))  # a logarithmic axis has no zero
             axes.errorbar(
                 places + shift - moved,
                 heights,
@@ -75,7 +75,7 @@ def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[s
         axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_ylabel(f"{label} of entries (nats)", fontsize=LABEL)
         finish(axes)
-        # Above the axes: inside, it would hide a mark.
+        # Above the axes, since inside it would cover a marker.
         axes.legend(fontsize=TICK, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -101,21 +101,21 @@ def _mark_published(
 
 
 def method_dots(table: Sequence[Record], title: str) -> Figure:
-    """Draw accuracy and, below it, forgetting of methods as dots: a column a stream; published ones as diamonds.
+    """Draw accuracy and, below it, forgetting of methods: one column per stream; published values are diamonds.
 
     Args:
-        table: A record a ``stream`` and method (``label``) with ``acc`` and ``forgetting``, each with its ``_std``, the
-            number of ``seeds``, and where there are some ``published_acc`` and ``published_forgetting``.
-        title: What stands above.
+        table: One record per ``stream`` and method (``label``) with ``acc`` and ``forgetting``, each with its ``_std``,
+            the number of ``seeds``, and optionally ``published_acc`` and ``published_forgetting``.
+        title: Title of the figure.
     """
-    streams = distinct(table, "stream")
-    labels = distinct(table, "label")
+    streams = list_distinct(table, "stream")
+    labels = list_distinct(table, "label")
     figure = new_figure(max(3.4 * len(streams), 4.4), 5.2, title)
     panels: np.ndarray = figure.subplots(2, len(streams), squeeze=False, sharey="row")
     for column, stream in zip(panels.T, streams, strict=True):
         for axes, key in zip(column, ("acc", "forgetting"), strict=True):
             for row in (row for row in table if row["stream"] == stream):
-                _dot(axes, labels.index(row["label"]), row, key)
+                _draw_dot(axes, labels.index(row["label"]), row, key)
             axes.set_xlim(-0.6, len(labels) - 0.4)
             axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", rotation_mode="anchor")
             draw_grid(axes, "y")
@@ -135,8 +135,8 @@ def method_dots(table: Sequence[Record], title: str) -> Figure:
     return figure
 
 
-def _dot(axes: Axes, place: int, row: Record, key: str) -> None:
-    """Draw a value with its deviation and, to the right of it, the published one."""
+def _draw_dot(axes: Axes, place: int, row: Record, key: str) -> None:
+    """Draw a value with its standard deviation and, to its right, the published value."""
     published = row.get(f"published_{key}")
     shift = 0.0 if published is None else 0.13
     if row[key] is not None:
@@ -151,15 +151,15 @@ def _new_symbol(marker: str, label: str, **style: Any) -> Line2D:
 
 
 def accuracy_points(table: Sequence[Record], methods: Sequence[str], title: str) -> Figure:
-    """Draw the accuracy of every method as a point with its deviation, and the published one: a column a setting.
+    """Draw the accuracy of every method with its standard deviation, and the published value: one column per setting.
 
     Args:
-        table: A record a setting and method: ``setting_label``, ``label``, ``linear``, ``acc`` and ``acc_std`` over
-            seeds, and where there is one ``published_value``.
-        methods: The labels in the order of the rows; those that the table does not have are left out.
-        title: What stands above.
+        table: One record per setting and method with ``setting_label``, ``label``, ``linear``, ``acc``, ``acc_std``
+            over seeds, and optionally ``published_value``.
+        methods: Labels in the order of the rows; labels that are not in the table are left out.
+        title: Title of the figure.
     """
-    settings, shown = (distinct(table, key) for key in ("setting_label", "label"))
+    settings, shown = (list_distinct(table, key) for key in ("setting_label", "label"))
     labels = [label for label in methods if label in shown]
     figure = new_figure(WIDTH, 0.27 * len(labels) + 1.2, title)
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
@@ -167,7 +167,7 @@ def accuracy_points(table: Sequence[Record], methods: Sequence[str], title: str)
         for row in table:
             if row["setting_label"] == setting:
                 _draw_point(axes, row, labels.index(row["label"]))
-        axes.set_yticks(range(len(labels)), [_break(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [_wrap(label) for label in labels])
         draw_grid(axes)
         axes.set_title(setting, fontsize=LABEL)
         finish(axes)
@@ -195,5 +195,5 @@ def _draw_point(axes: Axes, row: Record, place: int) -> None:
         axes.plot(row["published_value"], place, "D", color=PUBLISHED, markerfacecolor="none", markersize=5)
 
 
-def _break(label: str) -> str:
+def _wrap(label: str) -> str:
     return label.replace(", ", ",\n", 1) if len(label) > _LONG_LABEL else label

@@ -1,4 +1,4 @@
-"""Figures of matrices in colours."""
+"""Heat maps of matrices."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ from curvlab.plots.style import BLACK, EMPTY, LABEL, TICK, TITLE, UNKNOWN, add_l
 
 
 def block_heat_map(matrix: np.ndarray, names: Sequence[str], counts: Sequence[int], title: str) -> Figure:
-    """Draw the size of a matrix's entries in a logarithmic colour scale, the tensors' blocks marked.
+    """Draw the absolute entries of a matrix in a logarithmic colour scale, with lines between parameter tensors.
 
     Args:
         matrix: ``(k, k)``.
-        names: Of the tensors.
-        counts: Rows of each.
-        title: What stands above.
+        names: Names of the tensors.
+        counts: Number of rows of each tensor.
+        title: Title of the figure.
     """
     size = np.abs(np.asarray(matrix, dtype=float))
     largest = size.max() if size.size and size.max() > 0 else 1.0
@@ -47,12 +47,12 @@ def block_heat_map(matrix: np.ndarray, names: Sequence[str], counts: Sequence[in
 
 
 def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], title: str) -> Figure:
-    """Draw pairwise relative differences in a logarithmic colour scale, a panel a structure, pairs below the diagonal.
+    """Draw pairwise relative differences below the diagonal, in a logarithmic colour scale: one panel per structure.
 
     Args:
-        panels: By title, ``(k, k)`` differences, NaN where one of the two has no answer.
-        names: Of the ``k`` that are compared.
-        title: What stands above.
+        panels: Title -> ``(k, k)`` differences, NaN if one of the two has no result.
+        names: Names of the ``k`` compared backends.
+        title: Title of the figure.
     """
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -82,6 +82,6 @@ def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], titl
     bar = figure.colorbar(drawn[0][1], ax=[axes for axes, _ in drawn], extend="both", shrink=0.9, aspect=25)
     bar.set_label(r"$\log_{10}$ relative difference", fontsize=LABEL)
     bar.ax.tick_params(labelsize=TICK)
-    unknown = Rectangle((0, 0), 1, 1, label="one of the two does not compute this for the model", **UNKNOWN)
+    unknown = Rectangle((0, 0), 1, 1, label="not computed by one of the two backends", **UNKNOWN)
     add_legend(figure, [unknown], 1)
     return figure

@@ -1,4 +1,4 @@
-"""Figures of distributions over many decades."""
+"""Histograms over many decades."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from curvlab.plots.style import LABEL, SERIES, TICK, TITLE, finish, new_figure, 
 
 
 def log_bins(values: np.ndarray, per_decade: int = 5) -> list[dict[str, Any]]:
-    """Return the bins of positive numbers that are not empty, equally wide in the logarithm.
+    """Return the non-empty logarithmic bins of positive numbers.
 
     Args:
         values: The numbers.
-        per_decade: How many bins from a power of ten to the next.
+        per_decade: Number of bins per decade.
 
     Returns:
-        One record a bin: its edges ``low`` and ``high``, and its ``count``.
+        One record per bin with its edges ``low`` and ``high``, and its ``count``.
 
     Examples:
         >>> log_bins(np.array([0.2, 3.0, 4.0]), per_decade=1)
@@ -32,17 +32,17 @@ def log_bins(values: np.ndarray, per_decade: int = 5) -> list[dict[str, Any]]:
 
 
 def log_histogram(records: Sequence[Record], title: str) -> Figure:
-    """Draw histograms of positive numbers in logarithmic scales, a line a seed.
+    """Draw histograms of positive numbers in logarithmic scales, one line per seed.
 
     Args:
-        records: One a ``seed`` and bin that is not empty, with its edges ``low`` and ``high`` and its ``count``.
-        title: What stands above.
+        records: One record per ``seed`` and non-empty bin, with its edges ``low`` and ``high`` and its ``count``.
+        title: Title of the figure.
     """
     figure = new_figure(5.4, 3.3)
     axes = figure.add_subplot()
     for place, seed in enumerate(dict.fromkeys(record["seed"] for record in records)):
         bins = sorted((r["low"], r["high"], r["count"]) for r in records if r["seed"] == seed)
-        # The left edge of a bin is the right one of the bin before, but for rounding and for empty bins.
+        # The left edge of a bin is the right edge of the previous one, except for rounding and empty bins.
         edges, counts = [bins[0][0]], []
         for low, high, count in bins:
             if low > edges[-1] * (1 + 1e-9):
@@ -54,8 +54,8 @@ def log_histogram(records: Sequence[Record], title: str) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title(title, fontsize=TITLE)
-    axes.set_xlabel("entry of the diagonal, where it is not zero (nats)", fontsize=LABEL)
-    axes.set_ylabel("parameters a bin", fontsize=LABEL)
+    axes.set_xlabel("nonzero entry of the diagonal (nats)", fontsize=LABEL)
+    axes.set_ylabel("parameters per bin", fontsize=LABEL)
     for axis in (axes.xaxis, axes.yaxis):
         set_log_ticks(axis)
     finish(axes)

@@ -1,4 +1,4 @@
-"""Figures of eigenvalues against what they are compared with, in logarithmic scales."""
+"""Scatter plots and curves of eigenvalues in logarithmic scales."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from curvlab.plots.records import Record, column, distinct
+from curvlab.plots.records import Record, column, list_distinct
 from curvlab.plots.style import (
     BLACK,
     BLUE,
@@ -34,14 +34,14 @@ _GROUPS = tuple(zip(GROUPS, MARKERS, strict=True))
 
 
 def vanishing_curvature(logits: Sequence[Record], network: Sequence[Record], title: str) -> Figure:
-    """Draw the softmax loss's largest eigenvalue over ``1 - p_t``: at random logits, and of a network in training.
+    """Draw the largest eigenvalue of the softmax loss over ``1 - p_t``: at random logits, and during training.
 
     Args:
-        logits: A record a probability, with ``complement`` (``1 - p_t``), ``lambda_max``, ``lower``, ``trace`` and
+        logits: One record per probability, with ``complement`` (``1 - p_t``), ``lambda_max``, ``lower``, ``trace`` and
             ``upper``.
-        network: A record a step, with ``complement``, ``outputs``, ``jacobian``, ``ggn`` and ``hessian``, each with
+        network: One record per step, with ``complement``, ``outputs``, ``jacobian``, ``ggn`` and ``hessian``, each with
             its ``_std`` over seeds.
-        title: What the network is.
+        title: Description of the network.
     """
     figure = new_figure(WIDTH, 3.7)
     left, right = figure.subplots(1, 2)
@@ -55,12 +55,12 @@ def vanishing_curvature(logits: Sequence[Record], network: Sequence[Record], tit
     left.set_xlabel(r"$1-p_t$  (more certain to the right)", fontsize=LABEL)
     left.set_ylabel("largest eigenvalue", fontsize=LABEL)
     _training_panel(right, network)
-    right.set_title(f"{title}, in training", fontsize=LABEL, pad=34)
+    right.set_title(f"{title}, during training", fontsize=LABEL, pad=34)
     for axes in (left, right):
         set_log_scale(axes, x=True, y=True)
         axes.invert_xaxis()
         _finish(axes)
-        # Above the axes: inside, it would hide a line.
+        # Above the axes, since inside it would cover a line.
         axes.legend(
             fontsize=TICK,
             frameon=False,
@@ -73,7 +73,7 @@ def vanishing_curvature(logits: Sequence[Record], network: Sequence[Record], tit
 
 
 def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw the eigenvalues of a network in training; the Hessian's broken line lies on the GGN's wide one."""
+    """Draw the eigenvalues of a network during training; the Hessian is a dashed line on the wide line of the GGN."""
     x = column(records, "complement")
     drawn: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("jacobian", r"mean of $J^{\mathsf{T}}J$", {"color": ORANGE, "marker": "^"}),
@@ -84,7 +84,7 @@ def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
     for key, label, style in drawn:
         spread = np.array([record.get(f"{key}_std") or 0.0 for record in records])
         height = column(records, key)
-        below = np.minimum(spread, 0.9 * height)  # on a logarithmic axis a bar must not reach below zero
+        below = np.minimum(spread, 0.9 * height)  # a logarithmic axis has no zero
         bars: dict[str, Any] = {"yerr": [below, spread], "elinewidth": 0.8, "capsize": 2} if spread.any() else {}
         axes.errorbar(x, height, label=label, **{"markersize": 4, "linewidth": 1.0, **style, **bars})
     axes.set_xlabel(r"mean $1-p_t$  (more certain to the right)", fontsize=LABEL)
@@ -92,15 +92,15 @@ def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def bound_scatter(records: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:
-    """Draw what was forgotten against its bound and the bound's factors, in logarithmic scales.
+    """Draw forgetting over its bound and over the factors of the bound, in logarithmic scales: one row per stream.
 
     Args:
-        records: A record a pair of tasks, with ``stream``, ``regime``, ``forgetting``, ``bound``, ``lambda_max`` and
-            ``distance``. Where nothing was forgotten, a hollow mark lies on the lower edge.
-        labels: What the regimes are called.
-        title: What stands above.
+        records: One record per pair of tasks, with ``stream``, ``regime``, ``forgetting``, ``bound``, ``lambda_max``
+            and ``distance``. Negative forgetting is a hollow marker at the lower edge.
+        labels: Labels of the regimes.
+        title: Title of the figure.
     """
-    streams, regimes = distinct(records, "stream"), distinct(records, "regime")
+    streams, regimes = list_distinct(records, "stream"), list_distinct(records, "regime")
     panels = (
         ("bound", r"$\frac{1}{2}\,\lambda_{\max}\,\|\Delta w\|^2$"),
         ("lambda_max", r"$\lambda_{\max}$"),
@@ -122,30 +122,30 @@ def bound_scatter(records: Sequence[Record], labels: Mapping[str, str], title: s
             axes.set_yscale("log")
             axes.set_xlabel(label, fontsize=LABEL)
         lowest_bound = _raise_to_positive(column(points, "bound")).min()
-        row[0].set_ylim(0.6 * y.min(), max(2 * y.max(), 3 * lowest_bound))  # the line below comes into view
+        row[0].set_ylim(0.6 * y.min(), max(2 * y.max(), 3 * lowest_bound))  # keeps the line below in view
         twice = 2 * lowest_bound
         row[0].axline((lowest_bound, lowest_bound), (twice, twice), color=GREY, linewidth=0.9, linestyle="--", zorder=0)
         row[0].set_ylabel(f"{stream}\n" + r"$F_1=L_1(w_2)-L_1(w_1)$", fontsize=LABEL)
         for axes in row:
             _finish(axes)
     marks: list[Artist] = [
-        _new_mark(labels.get(regime, regime), color=colour, marker=marker)
+        _new_marker(labels.get(regime, regime), color=colour, marker=marker)
         for regime, (colour, marker) in zip(regimes, cycle(_GROUPS), strict=False)
     ]
     marks.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle="--", label=r"$F_1$ = bound"))
     if any(record["forgetting"] <= 0 for record in records):
         text = r"hollow, at the lower edge: $F_1\leq 0$"
-        marks.append(_new_mark(text, color=GREY, marker="o", markerfacecolor="none"))
+        marks.append(_new_marker(text, color=GREY, marker="o", markerfacecolor="none"))
     add_legend(figure, marks, 3)
     return figure
 
 
-def _new_mark(label: str, **style: Any) -> Line2D:
+def _new_marker(label: str, **style: Any) -> Line2D:
     return Line2D([], [], linestyle="none", markersize=4.5, label=label, **style)
 
 
 def _raise_to_positive(values: np.ndarray) -> np.ndarray:
-    """Raise what is not positive to below the smallest that is."""
+    """Replace values that are not positive by half of the smallest positive one."""
     positive = values[values > 0]
     raised: np.ndarray = np.maximum(values, 0.5 * positive.min() if len(positive) else 1.0)
     return raised

@@ -1,4 +1,4 @@
-"""Figures of eigenvalues over training, and of spectral densities."""
+"""Figures of eigenvalues during training, and of spectral densities."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from curvlab.plots.records import Record, count_seeds, distinct
+from curvlab.plots.records import Record, count_seeds, list_distinct
 from curvlab.plots.style import (
     BLUE,
     GREEN,
@@ -26,11 +26,11 @@ from curvlab.plots.style import (
 
 _LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
 _LOSS_COLOURS = {"cross_entropy": BLUE, "squared_error": ORANGE}
-# A loss of probabilities is in nats. Half a squared error has the unit of its outputs, squared.
+# Cross-entropy is in nats; half a squared error has the squared unit of the outputs.
 _UNITS = {"cross_entropy": "nats", "squared_error": "squared outputs"}
 _QUANTITIES = {"fisher": "Fisher", "hessian": "Hessian", "ekfac": "Fisher by EK-FAC", "ggn": "GGN"}
-_EARLY = 2  # points: a maximum among the first ones is not resolved
-# By place, and distinct without colour too. A broken line on top of a whole one shows both where they agree.
+_EARLY = 2  # a maximum among this many first points is not resolved
+# By index, and distinguishable without colour. A dashed line on a solid one shows both if they coincide.
 _LINES: tuple[tuple[Any, float], ...] = (("-", 2.2), ((0, (3, 1.5)), 1.6), ("-.", 1.4), (":", 1.6))
 _STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": colour, "linestyle": line, "linewidth": width}
@@ -39,16 +39,16 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 
 
 def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
-    """Draw the largest eigenvalues over training: a column a loss, linear above and logarithmic below.
+    """Draw the largest eigenvalues during training: one column per loss, linear above and logarithmic below.
 
-    The range over the seeds is shaded for the first quantity, and between thin lines for the others. A circle marks a
-    maximum in the first interval, at the start or the first point after it: the curve may be higher between the two.
+    The range over seeds is shaded for the first quantity, and between thin lines for the others. A circle marks a
+    maximum at the start or at the first point after it; the curve may be higher between these two points.
 
     Args:
-        records: One a ``loss``, ``seed``, ``step`` and ``quantity``, with the eigenvalue as ``value``.
-        title: What stands above.
+        records: One record per ``loss``, ``seed``, ``step`` and ``quantity``, with the eigenvalue as ``value``.
+        title: Title of the figure.
     """
-    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
+    losses, quantities = list_distinct(records, "loss"), list_distinct(records, "quantity")
     figure, panels = _new_panels(len(losses), title)
     early = False
     for column, loss in enumerate(losses):
@@ -68,13 +68,13 @@ def eigenvalue_curves(records: Sequence[Record], title: str) -> Figure:
 
 
 def normalised_curves(records: Sequence[Record], title: str) -> Figure:
-    """Draw every seed's curve over its own maximum: a column a quantity, linear above and logarithmic below.
+    """Draw each curve divided by its maximum: one column per quantity, linear above and logarithmic below.
 
     Args:
-        records: As for ``eigenvalue_curves``.
-        title: What stands above.
+        records: Records as for ``eigenvalue_curves``.
+        title: Title of the figure.
     """
-    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
+    losses, quantities = list_distinct(records, "loss"), list_distinct(records, "quantity")
     figure, panels = _new_panels(len(quantities), title, row_axis=True)
     styles = {
         loss: {"color": _LOSS_COLOURS.get(loss, GREEN), "linestyle": style, "linewidth": 1.8}
@@ -100,16 +100,16 @@ def normalised_curves(records: Sequence[Record], title: str) -> Figure:
 
 
 def layer_curves(records: Sequence[Record], title: str) -> Figure:
-    """Draw the largest eigenvalue of every layer's block, logarithmic: a column a loss, a row a quantity.
+    """Draw the largest eigenvalue of each layer's block, logarithmic: one column per loss, one row per quantity.
 
     Args:
-        records: As for ``eigenvalue_curves``, one a ``layer`` too.
-        title: What stands above.
+        records: Records as for ``eigenvalue_curves``, one per ``layer``.
+        title: Title of the figure.
     """
-    losses, quantities = distinct(records, "loss"), distinct(records, "quantity")
-    layers = distinct(records, "layer")
+    losses, quantities = list_distinct(records, "loss"), list_distinct(records, "quantity")
+    layers = list_distinct(records, "layer")
     figure, panels = _new_panels(len(losses), title, rows=len(quantities))
-    colours = _sequence(len(layers))
+    colours = _sequential_colours(len(layers))
     for column, loss in enumerate(losses):
         for row, quantity in enumerate(quantities):
             axes = panels[row, column]
@@ -126,16 +126,16 @@ def layer_curves(records: Sequence[Record], title: str) -> Figure:
 
 
 def density_curves(densities: Sequence[Record], title: str) -> Figure:
-    """Draw spectral densities at several steps, in a logarithmic scale: a column a loss, a row a quantity.
+    """Draw spectral densities at several steps, logarithmic: one column per loss, one row per quantity.
 
     Args:
-        densities: One a ``loss``, ``quantity`` and ``step``, with ``grid`` and ``density``, lists of numbers.
-        title: What stands above.
+        densities: One record per ``loss``, ``quantity`` and ``step``, with lists of numbers ``grid`` and ``density``.
+        title: Title of the figure.
     """
-    losses, quantities = distinct(densities, "loss"), distinct(densities, "quantity")
+    losses, quantities = list_distinct(densities, "loss"), list_distinct(densities, "quantity")
     steps = sorted({record["step"] for record in densities})
     figure, panels = _new_panels(len(losses), title, rows=len(quantities), shared=False)
-    colours = _sequence(len(steps))
+    colours = _sequential_colours(len(steps))
     for column, loss in enumerate(losses):
         for row, quantity in enumerate(quantities):
             axes = panels[row, column]
@@ -163,9 +163,9 @@ def _loss_title(loss: str) -> str:
     return f"{_LOSSES.get(loss, loss)} ({_UNITS[loss]})" if loss in _UNITS else loss
 
 
-def _values(records: Sequence[Record], **of: str) -> tuple[np.ndarray, np.ndarray]:
+def _values(records: Sequence[Record], **wanted: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps ``(T,)`` and the eigenvalues ``(seeds, T)`` of one curve."""
-    chosen = [record for record in records if all(record[key] == value for key, value in of.items())]
+    chosen = [record for record in records if all(record[key] == value for key, value in wanted.items())]
     steps = sorted({record["step"] for record in chosen})
     seeds = sorted({record["seed"] for record in chosen})
     values = np.full((len(seeds), len(steps)), np.nan)
@@ -190,7 +190,7 @@ def _new_panels(
 def _draw(
     axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any], log: bool, outline: bool = False
 ) -> None:
-    """Draw the mean over seeds and, where there are several, their range: shaded, or the outline alone."""
+    """Draw the mean over seeds and, for several seeds, their range: shaded, or only its outline."""
     if log:
         values = np.where(values > 0, values, np.nan)
     axes.plot(steps, values.mean(axis=0), marker="o" if len(steps) == 1 else None, markersize=4, **style)
@@ -205,7 +205,7 @@ def _draw(
 
 
 def _mark_early_peak(axes: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any]) -> bool:
-    """Put a circle on a mean whose maximum is one of the first points of several, and say whether that is so."""
+    """Mark the maximum of a mean curve with a circle if it is among the first points; return whether it is."""
     if len(steps) <= _EARLY:
         return False
     mean = values.mean(axis=0)
@@ -237,14 +237,14 @@ def _legend(
         circle = Line2D([], [], linestyle="none", marker="o", markerfacecolor="none", color=SYMBOL, markersize=6)
         circle.set_label("maximum in the first interval")
         handles.append(circle)
-    # A row holds what the width of the figure does: about six characters a label beside its line.
+    # Number of columns that fit the figure: a label has its characters plus about seven for its line.
     widest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(figure.get_figwidth() * 13 / (widest + 7)))
     add_legend(figure, handles, min(columns, len(handles)), handlelength=2.6)
 
 
-def _sequence(count: int) -> list[Any]:
-    """Return so many colours in an order that is seen: dark first, none as light as the paper."""
+def _sequential_colours(count: int) -> list[Any]:
+    """Return colours from dark to light, without the lightest ones."""
     from matplotlib import colormaps
 
     colour: Callable[[float], Any] = colormaps["viridis"]

@@ -1,9 +1,9 @@
-"""Results: one folder a run, its tables in every form, where they come from, and the claims that they test."""
+"""Results: run directories, tables in several formats, provenance, and claims with verdicts."""
 
 from curvlab.results.claims import Claim, Gate, Identity, Verdict, judge, render_claims, require, require_direction
 from curvlab.results.provenance import Stopwatch, collect
 from curvlab.results.run_directory import RunDirectory, open_run
-from curvlab.results.tables import Column, aggregate, render, write_tables
+from curvlab.results.tables import Column, aggregate, mean_column, render, write_tables
 from curvlab.text import plus_minus, significant
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "aggregate",
     "collect",
     "judge",
+    "mean_column",
     "open_run",
     "plus_minus",
     "render",

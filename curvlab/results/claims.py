@@ -1,4 +1,4 @@
-"""Published claims beside our numbers, each with a verdict that data can refute."""
+"""Published claims, our values, and verdicts that data can refute."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,11 @@ _COLOURS = {"reproduced": "green", "not reproduced": "red", "not tested": "yello
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a run has the conditions under which a claim is judged.
+    """Whether a run meets the conditions for judging a claim.
 
     Attributes:
         reason: Why the claim cannot be judged; empty if it can.
-        scope: What smaller conditions than the published ones it is judged under, if it is; the claim is then one of
-            a direction.
+        scope: The conditions that differ from the published ones, if the claim is judged as a direction; else empty.
     """
 
     reason: str = ""
@@ -36,11 +35,11 @@ OPEN = Gate()
 
 
 def require(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Gate:
-    """Return the gate of a claim about a published number: every published condition has to be met.
+    """Return the gate of a claim about a published number: the run must meet every published condition.
 
     Args:
         ours: Conditions of the run, by name.
-        theirs: Those of the publication; one that ``ours`` does not name is not met.
+        theirs: Conditions of the publication; a condition that ``ours`` does not name is not met.
 
     Examples:
         >>> require({"data": "digits", "tasks": 5}, {"data": "mnist", "tasks": 5}).reason
@@ -55,13 +54,13 @@ def require(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Gate:
 
 
 def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least: Mapping[str, Any]) -> Gate:
-    """Return the gate of a claim about a direction, which smaller conditions than the published ones may show.
+    """Return the gate of a claim about a direction, for which a smaller run than the published one may suffice.
 
     Args:
         ours: Conditions of the run, by name.
-        theirs: Those of the publication.
-        least: The conditions that are asked for: a value, several of which one, ``{"one of": ["cifar100", "mnist"]}``,
-            or for a number the smallest one, ``{"at least": 5}``.
+        theirs: Conditions of the publication.
+        least: Required conditions: a value, a choice of values, ``{"one of": ["cifar100", "mnist"]}``, or a lower
+            bound, ``{"at least": 5}``.
 
     Examples:
         >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
@@ -96,17 +95,17 @@ def _word(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a publication and what became of it here.
+    """A published claim, with our value and a verdict.
 
     Attributes:
         text: The claim, one sentence.
-        source: Where it stands: paper, table or figure, page.
-        published: The published number, or its words; None if there is none.
+        source: Paper, table or figure, page.
+        published: The published number or text; None if there is none.
         ours: Our mean over seeds; None if it was not measured.
-        spread: Our standard deviation over seeds; None if there is none.
+        spread: Our standard deviation over seeds; None for a single seed.
         verdict: ``reproduced``, ``not reproduced`` or ``not tested``.
-        reason: Why it was not tested; empty if it was.
-        scope: The smaller conditions that it was judged under; empty for those of the publication.
+        reason: Why the claim was not tested; empty if it was tested.
+        scope: The conditions of the test that differ from the published ones; empty if there are none.
     """
 
     text: str
@@ -128,15 +127,15 @@ class Claim:
         published: float | str | None = None,
         gate: Gate = OPEN,
     ) -> Self:
-        """Return a claim judged by the values of the seeds; ``ours`` is missing where one of them is not finite.
+        """Return a claim judged by one value per seed; ``ours`` is None if a value is not finite.
 
         Args:
             text: The claim, one sentence.
-            source: Where it stands.
-            values: Ours, one a seed, NaN where there is none; empty where what it is about was not run.
-            test: Whether the claim holds of a value.
-            published: The published number, or its words.
-            gate: Whether the run has the conditions of the claim.
+            source: Paper, table or figure, page.
+            values: Our values, one per seed, NaN if a seed has none; empty if the runs of the claim are missing.
+            test: Function that returns whether the claim holds for a value.
+            published: The published number or text.
+            gate: Whether the run meets the conditions of the claim.
         """
         finite = bool(values) and all(map(math.isfinite, values))
         reason = gate.reason or _missing(values)
@@ -154,7 +153,7 @@ class Claim:
 
 def _missing(values: Sequence[float]) -> str:
     if not values:
-        return "what it compares was not run"
+        return "the runs that the claim compares are missing"
     if any(math.isnan(value) for value in values):
         return "a seed has no value"
     if len(values) < SEEDS_NEEDED:
@@ -163,9 +162,9 @@ def _missing(values: Sequence[float]) -> str:
 
 
 def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Verdict:
-    """Test a claim on every seed: it is reproduced only if it holds for each.
+    """Return the verdict on a claim, which is reproduced only if it holds for every seed.
 
-    With fewer than three seeds, or where one of them has no value (NaN), it is not tested.
+    With fewer than three seeds, or if a seed has no value (NaN), the claim is not tested.
 
     Examples:
         >>> judge([0.2, 0.3, 0.6], lambda share: share < 0.5)
@@ -178,11 +177,11 @@ def judge(values_per_seed: Sequence[float], test: Callable[[float], bool]) -> Ve
 
 @dataclass(frozen=True)
 class Identity:
-    """A statement of arithmetic, which no data could refute: what it comes to here, without a verdict.
+    """A mathematical identity or inequality, which no data can refute: our values, without a verdict.
 
     Attributes:
         text: The statement, one sentence.
-        values: Ours, one a seed.
+        values: Our values, one per seed.
     """
 
     text: str
@@ -190,30 +189,32 @@ class Identity:
 
     @property
     def mean_and_spread(self) -> tuple[float | None, float | None]:
-        """Mean and standard deviation of the values that there are."""
+        """Mean and standard deviation of the finite values; None if there are too few."""
         known = [value for value in self.values if math.isfinite(value)]
         return fmean(known) if known else None, stdev(known) if len(known) > 1 else None
 
 
-def significant_claim(published: float | str | None) -> str:
-    """Return a published number with the digits that it has, or its words."""
+def format_published(published: float | str | None) -> str:
+    """Return a published number with the published digits, or the published text."""
     return f"{published:g}" if isinstance(published, float) else significant(published)
 
 
 def sort_claims(claims: Sequence[Claim]) -> tuple[list[tuple[Claim, str]], list[str]]:
-    """Return the claims, those not reproduced first, each with its verdict in words, and the reasons it refers to."""
+    """Return claims with the text of the verdict, those not reproduced first, and the reasons as numbered notes."""
     reasons = list(dict.fromkeys(claim.reason for claim in claims if claim.reason))
 
-    def say(claim: Claim) -> str:
+    def describe(claim: Claim) -> str:
         note = f" [{reasons.index(claim.reason) + 1}]" if claim.reason else ""
         return f"{claim.verdict}{note}" + (f" ({claim.scope})" if claim.scope else "")
 
     ordered = sorted(claims, key=lambda claim: claim.verdict != "not reproduced")
-    return [(claim, say(claim)) for claim in ordered], [f"[{n}] {reason}" for n, reason in enumerate(reasons, start=1)]
+    return [(claim, describe(claim)) for claim in ordered], [
+        f"[{n}] {reason}" for n, reason in enumerate(reasons, start=1)
+    ]
 
 
 def render_claims(claims: Sequence[Claim]) -> Table:
-    """Return the claims as a table for the console; those not reproduced come first."""
+    """Return the claims as a table for the console, those not reproduced first."""
     ordered, reasons = sort_claims(claims)
     caption = "\n".join(reasons)
     table = Table(title="Claims", show_edge=False, pad_edge=False, caption=Text(caption), caption_justify="left")
@@ -226,7 +227,7 @@ def render_claims(claims: Sequence[Claim]) -> Table:
         table.add_row(
             Text(claim.text),
             Text(claim.source),
-            Text(significant_claim(claim.published)),
+            Text(format_published(claim.published)),
             Text(plus_minus(claim.ours, claim.spread)),
             Text(verdict, style=_COLOURS[claim.verdict]),
         )
@@ -234,8 +235,8 @@ def render_claims(claims: Sequence[Claim]) -> Table:
 
 
 def render_identities(identities: Sequence[Identity]) -> Table:
-    """Return identities as a table for the console."""
-    table = Table(title="Identities and arithmetic: no verdict", show_edge=False, pad_edge=False)
+    """Return the identities as a table for the console."""
+    table = Table(title="Identities and arithmetic (no verdict)", show_edge=False, pad_edge=False)
     table.add_column("statement")
     table.add_column("ours", justify="right")
     for one in identities:

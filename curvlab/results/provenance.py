@@ -1,4 +1,4 @@
-"""Where results come from: versions, command, code, machine, time."""
+"""The provenance of results: command, versions, code, machine and time."""
 
 import os
 import platform
@@ -17,11 +17,11 @@ from curvlab.software import describe_software
 
 
 class Stopwatch:
-    """Wall time by stage; a stage that comes again is added up.
+    """Wall time by stage; repeated stages are summed.
 
     Attributes:
-        started: When the stopwatch was made.
-        seconds: Seconds a stage.
+        started: Time of construction.
+        seconds: Seconds per stage.
 
     Examples:
         >>> stages = Stopwatch()
@@ -37,7 +37,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time of the block to a stage."""
+        """Add the time of the block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -53,14 +53,14 @@ def collect(
     started: datetime,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Describe the run that ends now; what cannot be found out is None.
+    """Return the provenance of the command that ends now; unknown values are None.
 
     Args:
-        seeds: The seeds used.
-        data_hash: A hash of the data used.
-        stages: Seconds a stage (``Stopwatch.seconds``).
-        started: When the run began, with a time zone (``Stopwatch.started``).
-        device: Where the computation was.
+        seeds: The seeds.
+        data_hash: Hash of the data.
+        stages: Seconds per stage (``Stopwatch.seconds``).
+        started: Start time with a time zone (``Stopwatch.started``).
+        device: Device of the computation.
 
     Returns:
         JSON values: ``command``, ``versions``, ``seeds``, ``data_hash``, ``git`` (``commit``, ``dirty``),
@@ -111,7 +111,7 @@ def _memory() -> int | None:
 def _peak_rss() -> int | None:
     if sys.platform == "win32":
         return None
-    import resource  # only where there is one
+    import resource  # does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,7 @@
-"""Tables: records of numbers for the console, CSV, Markdown, LaTeX and JSON.
+"""Tables of records for the console, CSV, Markdown, LaTeX and JSON.
 
-A record is a flat dictionary. JSON and CSV keep every key and every digit; the other forms show chosen columns,
-formatted to be read.
+A record is a flat dictionary. JSON and CSV have all keys and all digits; the other formats have selected columns with
+formatted values.
 """
 
 import math
@@ -24,13 +24,13 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table that is read.
+    """A column of a formatted table.
 
     Attributes:
-        key: The key of its values in the records.
-        header: What stands above it.
-        format: Makes text of a value; not used where ``spread`` is given.
-        spread: The key of the standard deviations that are shown beside the values as ``mean ± std``.
+        key: Key of the values in the records.
+        header: Header of the column.
+        format: Function that formats a value; not used if ``spread`` is given.
+        spread: Key of the standard deviations; the column then shows ``mean ± std``.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Column:
     spread: str | None = None
 
     def cell(self, record: Record) -> str:
-        """Return the text of this column for a record, one line; a dash where it has no such key."""
+        """Return the text of a cell, one line; a dash if the record lacks the key."""
         return readable(self._text(record))
 
     def _text(self, record: Record) -> str:
@@ -49,18 +49,23 @@ class Column:
         return MISSING if value is None else self.format(value)
 
     def is_text(self, records: Sequence[Record]) -> bool:
-        """Say whether its values are words, which stand on the left, numbers standing on the right."""
+        """Return whether the column has texts, which are left-aligned; numbers are right-aligned."""
         return any(isinstance(record.get(self.key), str) for record in records)
+
+
+def mean_column(key: str, header: str) -> Column:
+    """Return a column of means with standard deviations, from the records of ``aggregate``."""
+    return Column(key, header, spread=f"{key}_std")
 
 
 def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
     """Return the records as a table for the console."""
-    # No outer edge: the widest table then fits a terminal of 80 characters.
+    # Without outer edges, the widest table fits a terminal of 80 characters.
     table = Table(title=None if title is None else Text(readable(title)), show_edge=False, pad_edge=False)
     for column in columns:
         header = readable(column.header)
         cells = [column.cell(record) for record in records]
-        # A terminal that is too narrow breaks a row between words: a number without its exponent would be a wrong one.
+        # A narrow terminal must wrap between words: a number cut before its exponent would be wrong.
         words = [word for text in (header, *cells) for word in text.split()]
         table.add_column(
             Text(header),
@@ -82,11 +87,11 @@ def write_tables(
     """Write ``table.json``, ``table.csv``, ``table.md`` and ``table.tex``.
 
     Args:
-        run: Where to.
-        records: Flat records; JSON and CSV get all of their keys. In the CSV, a text that a spreadsheet would compute
-            stands behind an apostrophe (``'=1+1``).
-        columns: What Markdown and LaTeX show; None for all keys.
-        summary: The records that Markdown and LaTeX show, such as those of ``aggregate``; None for ``records``.
+        run: The run directory.
+        records: Flat records; JSON and CSV have all keys. In CSV, a text that a spreadsheet would evaluate as a formula
+            is preceded by an apostrophe (``'=1+1``).
+        columns: Columns of Markdown and LaTeX; None for all keys.
+        summary: Records of Markdown and LaTeX, such as those of ``aggregate``; None for ``records``.
 
     Raises:
         CurvlabError: A file cannot be written.
@@ -101,8 +106,8 @@ def write_tables(
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Return all keys of the records as CSV, with every digit; a text is one line."""
-    # As objects: a column of integers with a gap stays one of integers.
+    """Return all keys of the records as CSV, with all digits; line breaks in texts are escaped."""
+    # With dtype object, a column of integers with missing values keeps its integers.
     shown = [{quote_formula(key): quote_formula(value) for key, value in record.items()} for record in records]
     return pd.DataFrame(shown, dtype=object).to_csv(index=False)
 
@@ -118,9 +123,9 @@ def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:
 
 
 def to_latex(records: Sequence[Record], columns: Sequence[Column]) -> str:
-    """Return a ``tabular`` in the style of the package booktabs, which the document has to load.
+    """Return a LaTeX ``tabular`` that needs the package booktabs.
 
-    Letters of other scripts are UTF-8, for an engine and a font that have them.
+    Letters of other scripts are UTF-8, and need an engine and a font that support them.
     """
     rules = "".join("l" if column.is_text(records) else "r" for column in columns)
     head = _latex_row([readable(column.header) for column in columns])
@@ -140,17 +145,17 @@ def to_latex(records: Sequence[Record], columns: Sequence[Column]) -> str:
 
 
 def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str]) -> list[dict[str, Any]]:
-    """Bring together the records of several seeds, one record a group.
+    """Average records over seeds.
 
     Args:
-        records: One a seed and group.
-        by: The keys that make a group; groups come in the order of their first records.
-        values: The keys of the numbers to average.
+        records: One record per seed and group.
+        by: Keys that define a group; groups are in the order of their first records.
+        values: Keys of the numbers to average.
 
     Returns:
-        Records with the keys ``by``, ``seeds`` (number of records) and, for each value, ``<value>`` (mean) and
-        ``<value>_std`` (standard deviation with n - 1; None for a single record). A value that one record of the
-        group lacks, or has not finite, is None in both.
+        One record per group with the keys ``by``, ``seeds`` (number of records) and, for each value, ``<value>`` (mean)
+        and ``<value>_std`` (standard deviation with n - 1; None for a single record). Both are None if a value is
+        missing or not finite in a record of the group.
 
     Examples:
         >>> aggregate([{"w": "a", "x": 1.0}, {"w": "a", "x": 3.0}], by=["w"], values=["x"])
@@ -173,7 +178,7 @@ def aggregate(records: Sequence[Record], by: Sequence[str], values: Sequence[str
 
 
 def _markdown(text: str) -> str:
-    # Of underscores and ampersands, those that mean something there: most names have underscores.
+    # Underscores and ampersands are escaped only where they are markup, since most names contain underscores.
     return re.sub(r"[\\|`*<\[~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", text)
 
 
@@ -188,7 +193,7 @@ _LATEX = {
     "|": r"\textbar{}",
     '"': "''",
     "`": r"\`{}",
-    "-": "-{}",  # before another one, which would make a dash of them
+    "-": "-{}",  # before another hyphen, which would give a dash
     "–": "--",
     "−": "$-$",
     "±": r"$\pm$",
@@ -204,7 +209,7 @@ _SPECIAL = re.compile(f"-(?=-)|[{re.escape(''.join(_LATEX.keys() - {'-'}))}]")
 
 def _latex_row(cells: Sequence[str]) -> str:
     row = " & ".join(map(_latex, cells))
-    # The line end before it would take the one for its argument, and the other for its starred form.
+    # After a line break, LaTeX reads "[" as its argument and "*" as its starred form.
     guard = "{}" if row.lstrip().startswith(("[", "*")) else ""
     return rf"{guard}{row} \\"
 

@@ -1,8 +1,8 @@
-"""The tables of Shon et al. (2022), "DLCFT", as points, with the published ones where the data are the published.
+"""The tables of Shon et al. (2022), "DLCFT", as points, with published values for the published data.
 
     python figures/dlcft/accuracies.py [RUN]
 
-Draws from the results in RUN (default runs/dlcft), running the analysis first if there are none.
+Draws from the results in RUN (default runs/dlcft), and runs the analysis first if they are missing.
 """
 
 import sys

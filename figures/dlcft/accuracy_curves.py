@@ -1,8 +1,8 @@
-"""The poster's figure of Shon et al. (2022), "DLCFT": accuracy over the tasks, here of every setting.
+"""The poster's figure of Shon et al. (2022), "DLCFT": accuracy over the tasks, for all settings.
 
     python figures/dlcft/accuracy_curves.py [RUN]
 
-Draws from the results in RUN (default runs/dlcft), running the analysis first if there are none.
+Draws from the results in RUN (default runs/dlcft), and runs the analysis first if they are missing.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""The curves of Shon et al. (2022), "DLCFT": the largest eigenvalue of the curvature over training, with each loss.
+"""The curves of Shon et al. (2022), "DLCFT": the largest eigenvalue of the curvature during training, with each loss.
 
     python figures/dlcft/curvature.py [RUN]
 
-Draws from the results in RUN (default runs/dlcft_curvature), running the analysis first if there are none. If runs have
-failed, the figures say so.
+Draws from the results in RUN (default runs/dlcft_curvature), and runs the analysis first if they are missing. If
+runs failed, the figures say so.
 """
 
 import sys

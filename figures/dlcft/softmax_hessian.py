@@ -1,8 +1,8 @@
-"""The Hessian of the softmax loss at random logits, and a network's curvature in training (Shon et al. 2022).
+"""The Hessian of the softmax loss at random logits, and the curvature of a network during training (Shon et al. 2022).
 
     python figures/dlcft/softmax_hessian.py [RUN]
 
-Draws from the results in RUN (default runs/softmax_hessian), running the analysis first if there are none.
+Draws from the results in RUN (default runs/softmax_hessian), and runs the analysis first if they are missing.
 """
 
 import sys

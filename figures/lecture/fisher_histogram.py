@@ -1,8 +1,8 @@
-"""The figure of Carta's slide "Training Stability": the distribution of the Fisher's diagonal, logarithmic.
+"""The figure of Carta's slide "Training Stability": the distribution of the Fisher's diagonal, in logarithmic scales.
 
     python figures/lecture/fisher_histogram.py [RUN]
 
-Draws from the results in RUN (default runs/fisher_histogram), running the analysis first if there are none.
+Draws from the results in RUN (default runs/fisher_histogram), and runs the analysis first if they are missing.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The figure of Table 2 of Gepperth and Wiech (2019): sums and means on and off the diagonal, published ones marked.
+"""The figure of Table 2 of Gepperth and Wiech (2019): sums and means on and off the diagonal, with published values.
 
     python figures/masq/table2.py [RUN]
 
-Draws from the results in RUN (default runs/masq_table2), running the analysis first if there are none.
+Draws from the results in RUN (default runs/masq_table2), and runs the analysis first if they are missing.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Fig. 3 of Mirzadeh et al. (2020): accuracies, eigenvalues and distances, of stable and plastic training.
+"""Fig. 3 of Mirzadeh et al. (2020): accuracies, eigenvalues and distances of stable and plastic training.
 
     python figures/regimes/figure3.py [RUN]
 
-Draws from the results in RUN (default runs/regimes_figure3), running the analysis first if there are none.
+Draws from the results in RUN (default runs/regimes_figure3), and runs the analysis first if they are missing.
 """
 
 import sys

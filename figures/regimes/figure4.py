@@ -1,8 +1,8 @@
-"""Fig. 4 of Mirzadeh et al. (2020): the mean accuracy on the tasks so far, and that on the first task, over 20 tasks.
+"""Fig. 4 of Mirzadeh et al. (2020): accuracy on the tasks so far and on the first task, over 20 tasks.
 
     python figures/regimes/figure4.py [RUN]
 
-Draws from the results in RUN (default runs/regimes_table2), running the analysis first if there are none.
+Draws from the results in RUN (default runs/regimes_table2), and runs the analysis first if they are missing.
 """
 
 import sys

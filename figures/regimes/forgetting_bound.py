@@ -2,7 +2,7 @@
 
     python figures/regimes/forgetting_bound.py [RUN]
 
-Draws from the results in RUN (default runs/regimes_forgetting_bound), running the analysis first if there are none.
+Draws from the results in RUN (default runs/regimes_forgetting_bound), and runs the analysis first if they are missing.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The figure of Table 2 of Mirzadeh et al. (2020): accuracy and forgetting of each method, published ones marked.
+"""The figure of Table 2 of Mirzadeh et al. (2020): accuracy and forgetting of each method, with published values.
 
     python figures/regimes/table2.py [RUN]
 
-Draws from the results in RUN (default runs/regimes_table2), running the analysis first if there are none.
+Draws from the results in RUN (default runs/regimes_table2), and runs the analysis first if they are missing.
 """
 
 import sys

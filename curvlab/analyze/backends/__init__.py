@@ -1,1 +1,1 @@
-"""What the backends can do, what it costs, and whether they agree: of no paper."""
+"""Analyses of the backends: what they compute, at what cost, and whether they agree."""

@@ -1,4 +1,4 @@
-"""Do the backends agree? The same curvature from each, on one network: differences, time and memory."""
+"""Do the backends agree? The same curvature of one network from each backend: differences, time and memory."""
 
 import re
 import time
@@ -26,15 +26,15 @@ from curvlab.matrices import CurvatureMatrix
 from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
-from curvlab.results import Column, aggregate, significant
+from curvlab.results import Column, aggregate, mean_column, significant
 from curvlab.structures import parse_structure
 
 REFERENCE = "torch"
 
-_VECTORS = 8  # on which matrices are compared
-_SKETCH = 512  # rows of a sketch of their products: norms are right to 3 %
-_ROWS = 4096  # of the products that are sketched at a time
-_FEW = 8  # samples of the first, unmeasured call
+_VECTORS = 8  # number of vectors whose products are compared
+_SKETCH = 512  # rows of a sketch of the products; norms have an error of 3 %
+_ROWS = 4096  # rows of the products that are sketched at a time
+_FEW = 8  # samples of the warm-up call, which is not measured
 
 
 class AgreementConfig(TrainedSubjectConfig):
@@ -47,27 +47,31 @@ class AgreementConfig(TrainedSubjectConfig):
     structures: tuple[str, ...] = ("diag", "block_diag", "kfac", "ekfac")
     """dense, block_diag, diag, kfac, ekfac, tkfac or implicit, with their options; one or several."""
     backends: tuple[str, ...] = tuple(BACKENDS)
-    """Backends to be compared."""
+    """Backends to compare."""
     params: tuple[str, ...] | None = None
     """Patterns of parameter names, such as 'fc*.weight'; none means all trainable ones."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
-    """A network is trained for each; differences are the largest, seconds and memory the mean."""
+    """One network is trained per seed; the table has the largest difference, and the mean of seconds and memory."""
 
 
 _COLUMNS = (
     Column("quantity", "quantity"),
     Column("structure", "structure"),
     Column("backend", "backend"),
-    Column("seconds", "seconds", spread="seconds_std"),
-    Column("peak_mb", "peak MB", spread="peak_mb_std"),
-    Column("reference_difference", f"difference to {REFERENCE}", lambda value: significant(value, 2)),
-    Column("reference_trace_difference", "of its trace", lambda value: significant(value, 2)),
+    mean_column("seconds", "seconds"),
+    mean_column("peak_mb", "peak MB"),
+    Column("reference_difference", f"difference from {REFERENCE}", lambda value: significant(value, 2)),
+    Column("reference_trace_difference", "difference of trace", lambda value: significant(value, 2)),
 )
 _KEYS = ("quantity", "structure", "backend")
 
 
 def check(config: AgreementConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written."""
+    """Check the configuration, the data and the curvature options.
+
+    Raises:
+        CurvlabError: One of them is invalid.
+    """
     subject.check_subject(config, dataset)
     subject.check_distinct(structures=config.structures, backends=config.backends)
     if unknown := [backend for backend in config.backends if backend not in BACKENDS]:
@@ -80,7 +84,7 @@ def check(config: AgreementConfig, dataset: Dataset) -> None:
 
 
 def split(config: AgreementConfig) -> list[AgreementConfig]:
-    """Return a run a seed, quantity and backend: memory is measured in a process that does nothing else."""
+    """Return one run per seed, quantity and backend, so that memory is measured in a separate process."""
     return [
         config.model_copy(update={"quantities": (quantity,), "backends": (backend,), "seeds": (seed,)})
         for seed in config.seeds
@@ -90,7 +94,7 @@ def split(config: AgreementConfig) -> list[AgreementConfig]:
 
 
 def measure(config: AgreementConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Train the network, and yield a record a quantity, backend and structure; sketches are kept beside."""
+    """Train the network, and yield one record per quantity, backend and structure; save the sketches."""
     (seed,) = config.seeds
     model, _ = subject.train_network(config, dataset, seed, workspace.folder / "checkpoint.pt")
     problem = subject.problem(config, dataset, model)
@@ -108,7 +112,7 @@ def measure(config: AgreementConfig, dataset: Dataset, workspace: Workspace) -> 
 def _compute(
     problem: Problem, quantity: str, structure: str, backend: str, params: Sequence[str] | None
 ) -> tuple[Record, Tensor | None]:
-    """Return what a backend took, or why it cannot, and a sketch of products with its matrix."""
+    """Return the cost of a backend, or the reason why it fails, and a sketch of products with its matrix."""
     nothing = dict.fromkeys(("seconds", "peak_mb", "trace"))
     if parse_structure(structure).name not in BACKENDS[backend].cells.get(type(parse_quantity(quantity)), ()):
         obstacle = f"backend {backend} does not compute {quantity} as {parse_structure(structure).name}"
@@ -117,7 +121,7 @@ def _compute(
         found, products = _time(problem, quantity, structure, backend, params)
     except CurvlabError as error:
         return {"supported": "no", **nothing, "obstacle": str(error)}, None
-    except Exception as error:  # a library can fail in any way, and that is then what there is to say
+    except Exception as error:  # a library can raise anything, and the failure is a result
         text = f"backend {backend} fails: {type_and_line(error)}"
         return {"supported": "no", **nothing, "obstacle": text}, None
     return {"supported": "yes", **found, "obstacle": ""}, make_sketch(products)
@@ -128,12 +132,12 @@ def _time(
 ) -> tuple[Record, Tensor]:
     implicit = parse_structure(structure).name == "implicit"
 
-    def compute(of: Problem) -> tuple[CurvatureMatrix, float]:
+    def compute(part: Problem) -> tuple[CurvatureMatrix, float]:
         started = time.perf_counter()
-        matrix = estimate(of, quantity, structure, backend=backend, params=params)
+        matrix = estimate(part, quantity, structure, backend=backend, params=params)
         if implicit:
             vector = make_vectors(matrix)[:, 0]
-            matrix.matvec(vector)  # the first product comes with checks
+            matrix.matvec(vector)  # the first product includes checks
             started = time.perf_counter()
             matrix.matvec(vector)
         if matrix.device.type == "cuda":
@@ -157,9 +161,9 @@ def _time(
 
 
 def make_vectors(matrix: CurvatureMatrix) -> Tensor:
-    """Return vectors of random signs ``(P, K)``, the same for every matrix of a size.
+    """Return vectors of random signs ``(P, K)``, the same for all matrices of equal size.
 
-    ``|F V|^2 / K`` is the squared Frobenius norm of ``F`` in expectation, and exactly for a diagonal one.
+    ``|F V|^2 / K`` equals the squared Frobenius norm of ``F`` in expectation, and exactly if ``F`` is diagonal.
     """
     generator = torch.Generator().manual_seed(0)
     signs = 2 * torch.randint(2, (matrix.shape[0], _VECTORS), generator=generator) - 1
@@ -167,10 +171,10 @@ def make_vectors(matrix: CurvatureMatrix) -> Tensor:
 
 
 def make_sketch(products: Tensor) -> Tensor:
-    """Return products ``(P, K)`` themselves where they are few, else their random combinations ``(512, K)``.
+    """Return the products ``(P, K)`` if ``P`` is at most 512, otherwise random combinations ``(512, K)`` of their rows.
 
-    The norm of a difference of two sketches is that of the products' difference in expectation, and right to 3 %:
-    a file of it has a size that does not depend on the network.
+    The norm of the difference of two sketches estimates the norm of the difference of the products, with an error of
+    3 %. The size of a sketch does not depend on the network.
     """
     wide: Tensor = products.double().cpu()
     if len(wide) <= _SKETCH:
@@ -185,7 +189,7 @@ def make_sketch(products: Tensor) -> Tensor:
 
 
 def difference(first: ArrayLike | None, second: ArrayLike | None) -> float | None:
-    """Return the norm of the difference over the larger norm; None where one of the two is missing."""
+    """Return the norm of the difference over the larger norm; None if one of the two is missing."""
     if first is None or second is None:
         return None
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
@@ -194,11 +198,11 @@ def difference(first: ArrayLike | None, second: ArrayLike | None) -> float | Non
 
 
 def summarise(found: Sequence[Record], sketches: Sequence[Record]) -> list[Record]:
-    """Return a record a quantity, structure and backend: means over the seeds, differences the largest of a seed.
+    """Return one record per quantity, structure and backend: means over seeds, and the largest difference of a seed.
 
     Args:
-        found: Records as ``table.json`` has them.
-        sketches: As ``sketches.json`` has them, one list of all runs.
+        found: Records of ``table.json``.
+        sketches: Records of ``sketches.json``, from all runs in one list.
     """
     traces = {(*(r[key] for key in _KEYS), r["seed"]): r["trace"] for r in found}
     rows = aggregate([r for r in found if r["supported"] == "yes"], _KEYS, ["seconds", "peak_mb"])
@@ -213,8 +217,8 @@ def summarise(found: Sequence[Record], sketches: Sequence[Record]) -> list[Recor
 
 
 def compare(sketches: Sequence[Record], backends: Sequence[str]) -> list[Record]:
-    """Return the largest difference of every two backends, a record a quantity, structure and pair."""
-    cells = dict.fromkeys((one["quantity"], one["structure"]) for one in sketches)
+    """Return the largest difference of each pair of backends, one record per quantity, structure and pair."""
+    combined = dict.fromkeys((one["quantity"], one["structure"]) for one in sketches)
     return [
         {"quantity": quantity, "structure": structure, "first": first, "second": second}
         | {
@@ -222,7 +226,7 @@ def compare(sketches: Sequence[Record], backends: Sequence[str]) -> list[Record]
                 difference(a["sketch"], b["sketch"]) for a, b in _pair(sketches, quantity, structure, first, second)
             )
         }
-        for quantity, structure in cells
+        for quantity, structure in combined
         for first, second in combinations(backends, 2)
     ]
 
@@ -230,41 +234,45 @@ def compare(sketches: Sequence[Record], backends: Sequence[str]) -> list[Record]
 def _pair(
     sketches: Sequence[Record], quantity: str, structure: str, first: str, second: str
 ) -> list[tuple[Record, Record]]:
-    of = {
+    by_backend = {
         (one["backend"], one["seed"]): one
         for one in sketches
         if (one["quantity"], one["structure"]) == (quantity, structure)
     }
-    seeds = dict.fromkeys(seed for _, seed in of)
-    return [(of[first, seed], of[second, seed]) for seed in seeds if {(first, seed), (second, seed)} <= of.keys()]
+    seeds = dict.fromkeys(seed for _, seed in by_backend)
+    return [
+        (by_backend[first, seed], by_backend[second, seed])
+        for seed in seeds
+        if {(first, seed), (second, seed)} <= by_backend.keys()
+    ]
 
 
 def _largest(differences: Iterator[float | None]) -> float | None:
     return max((value for value in differences if value is not None), default=None)
 
 
-def report(run: Results[AgreementConfig]) -> Report:
-    """Return the table, what backends cannot do, and a heat map of differences a quantity."""
-    config, found = run.config, run.records["table"]
-    sketches = [one for kept in run.artifacts["sketches"] for one in kept]
-    samples = config.samples or run.subject.train
-    title = f"Curvature by every backend, {samples:,} samples of {run.subject.data}, {config.dtype}"
+def report(results: Results[AgreementConfig]) -> Report:
+    """Return the table, the failures of backends, and one heat map of differences per quantity."""
+    config, found = results.config, results.records["table"]
+    sketches = [one for kept in results.artifacts["sketches"] for one in kept]
+    samples = config.samples or results.subject.train
+    title = f"Curvature by every backend, {samples:,} samples of {results.subject.data}, {config.dtype}"
     differences = compare(sketches, config.backends)
     refused = dict.fromkeys(f"no: {record['obstacle']}" for record in found if record["supported"] == "no")
     notes = [
-        "Differences are of products with random vectors, relative to the larger; seconds of implicit are those of a "
-        "product; peak MB is what the process took beyond model and data. Runs beside one another take longer: "
-        "--jobs 1 for seconds alone."
+        "Differences are those of products with random vectors, relative to the larger one; seconds of implicit are "
+        "for one product; peak MB excludes model and data. Parallel runs slow each other down: use --jobs 1 to measure "
+        "seconds."
     ]
     if any(parse_structure(structure).name == "ekfac" for structure in config.structures):
         notes.append(
-            "The basis of EK-FAC is not unique where factors have equal eigenvalues, or nearly so: there the matrices "
-            "of two backends may differ by more than rounding; their traces may not."
+            "The basis of EK-FAC is not unique if factors have equal or nearly equal eigenvalues: the matrices of two "
+            "backends may then differ by more than rounding, but not their traces."
         )
     return Report(
         Table(title, _COLUMNS, summarise(found, sketches)),
         figures={
-            f"agreement-{re.sub('[^a-z0-9_]+', '-', quantity)}": partial(_draw, run, differences, quantity)
+            f"agreement-{re.sub('[^a-z0-9_]+', '-', quantity)}": partial(_draw, results, differences, quantity)
             for quantity in dict.fromkeys(record["quantity"] for record in differences)
         },
         files={"differences": differences},
@@ -272,8 +280,8 @@ def report(run: Results[AgreementConfig]) -> Report:
     )
 
 
-def _draw(run: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> Figure:
-    names = list(run.config.backends)
+def _draw(results: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> Figure:
+    names = list(results.config.backends)
     panels: dict[str, np.ndarray] = {}
     for record in differences:
         if record["quantity"] != quantity:
@@ -281,14 +289,15 @@ def _draw(run: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]
         panel = panels.setdefault(record["structure"], np.full((len(names), len(names)), np.nan))
         if record["difference"] is not None:
             panel[names.index(record["second"]), names.index(record["first"])] = record["difference"]
-    title = f"{subject.describe(run.config, run.subject, quantity)}, {run.config.dtype}: differences between backends"
+    name = subject.describe(results.config, results.subject, quantity)
+    title = f"{name}, {results.config.dtype}: differences between backends"
     return difference_maps(panels, names, title)
 
 
 ANALYSIS = Analysis(
     config=AgreementConfig,
-    question="Do the backends agree? Trains a network, and computes the same curvature with each, every quantity and "
-    "backend in a process of its own: relative differences, seconds and peak memory, as a table and a heat map.",
+    question="Do the backends agree? Trains a network, and computes the same curvature with each backend, in a "
+    "separate process per quantity and backend: differences, seconds and peak memory, as a table and a heat map.",
     presets={"default": Preset(AgreementConfig(samples=100), minutes=2)},
     check=check,
     measure=measure,

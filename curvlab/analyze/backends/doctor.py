@@ -1,4 +1,4 @@
-"""What can each backend do for a network, and what will it cost? ``curvlab.doctor`` from the command line."""
+"""What can each backend compute for a network, and at what cost? ``curvlab.doctor`` on the command line."""
 
 import json
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ class DoctorConfig(SubjectConfig):
 
 
 def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
-    """Diagnose and print; with a folder for the results, write the run directory, too.
+    """Diagnose and print; with ``--out``, also write a run directory.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable; nothing is written then.
+        CurvlabError: The configuration, the data or the weights are invalid; nothing is written then.
     """
     clock = Stopwatch()
     located = subject.locate_weights(config, options)
@@ -64,16 +64,16 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
 
 
 def _write(directory: RunDirectory, diagnosis: Diagnosis) -> None:
-    # Through JSON, where what is not there is null rather than NaN.
+    # Converted through JSON, so that missing values are None, not NaN.
     write_tables(directory, json.loads(diagnosis.cells.to_json(orient="records")))
     directory.write_json("findings.json", [diagnosis.summary, *diagnosis.findings])
 
 
 ANALYSIS = Tool(
     config=DoctorConfig,
-    question="What can each backend do for this network, and what will it cost? Tries every backend and structure "
-    "on a few samples: what is refused, why, and what would work; and the predicted seconds and memory of the rest. "
-    "It prints, and saves only with --out.",
+    question="What can each backend compute for this network, and at what cost? Tries every backend and structure on a "
+    "few samples, and prints what is refused, why, and what works instead, with the predicted seconds and memory. "
+    "It saves the results only with --out.",
     presets={"default": Preset(DoctorConfig(), minutes=0.2)},
     run=run,
 )

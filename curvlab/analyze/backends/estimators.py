@@ -1,4 +1,4 @@
-"""Which backend computes what, of which modules? Tables that come from the registry and from trying."""
+"""Which backend computes what, for which modules? Tables from the registry and from trial runs."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ class EstimatorsConfig(Config):
     """console: tables for a terminal; markdown: the page of the documentation."""
 
 
-# What the registry has -----------------------------------------------------------------------------------------------
+# Combinations in the registry ----------------------------------------------------------------------------------------
 
 
-def cells() -> list[Record]:
-    """Return the support matrix: a record a quantity and structure, with ``yes`` or a dash for every backend."""
+def list_combinations() -> list[Record]:
+    """Return the support matrix: one record per quantity and structure, with ``yes`` or a dash for each backend."""
     return [
         {"quantity": quantity, "structure": structure}
         | {name: _YES if structure in b.cells.get(kind, ()) else _NO for name, b in BACKENDS.items()}
@@ -48,7 +48,7 @@ def cells() -> list[Record]:
     ]
 
 
-# What the backends take ----------------------------------------------------------------------------------------------
+# Supported modules --------------------------------------------------------------------------------------------------
 
 
 class _Twice(nn.Module):
@@ -121,7 +121,7 @@ class _Recurrent(nn.Module):
 
 
 _VECTOR, _TOKENS, _SIGNAL, _IMAGE, _VOLUME, _WORDS = (4,), (3, 4), (2, 6), (2, 4, 4), (2, 3, 3, 3), (2,)
-#: What stands before a module that takes samples of a shape: only so do gradients have to go through the module.
+#: Sample shape -> module placed before the tested one, so that gradients must pass through the tested module.
 _BEFORE: dict[tuple[int, ...], Callable[[], nn.Module]] = {
     _VECTOR: lambda: nn.Linear(4, 4),
     _TOKENS: lambda: nn.Linear(4, 4),
@@ -130,7 +130,7 @@ _BEFORE: dict[tuple[int, ...], Callable[[], nn.Module]] = {
     _VOLUME: lambda: nn.Conv3d(2, 2, 1),
 }
 
-#: What it is called; how it is made; the shape of a sample that it takes.
+#: Name, constructor and sample shape of each module.
 MODULES: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
     ("Linear", lambda: nn.Linear(4, 4), _VECTOR),
     ("Linear on (N, T, d)", lambda: nn.Linear(4, 4), _TOKENS),
@@ -168,8 +168,8 @@ MODULES: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
 _SAMPLES, _CLASSES = 4, 3
 
 
-def network_with(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Problem:
-    """Return a small network with a module between two layers, on a few samples of a shape."""
+def make_network(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Problem:
+    """Return a small network with a module between two layers, on a few samples of the given shape."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         before = [_BEFORE[shape]()] if shape in _BEFORE else []
@@ -181,10 +181,10 @@ def network_with(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Probl
     return Problem(model, "cross_entropy", (x, torch.arange(_SAMPLES) % _CLASSES))
 
 
-def modules(structure: str) -> list[Record]:
-    """Return which modules a network may hold, by trying: a record a module, with what every backend says.
+def list_modules(structure: str) -> list[Record]:
+    """Try every module, and return one record per module with the result of each backend.
 
-    For a Kronecker structure it is asked of the layers with factors, which the module is not always.
+    For a Kronecker structure, only the layers that have factors are tried; the module itself may not be among them.
 
     Args:
         structure: ``diag`` or ``kfac``.
@@ -193,9 +193,9 @@ def modules(structure: str) -> list[Record]:
     backends = [b.name for b in BACKENDS.values() if any(structure in names for names in b.cells.values())]
     records = []
     with warnings.catch_warnings(), progress(f"modules, {structure}", total=len(MODULES)) as advance:
-        warnings.simplefilter("ignore")  # of torch's, about the speed of what is tried here on four samples
+        warnings.simplefilter("ignore")  # torch warns about speed, which does not matter for four samples
         for module, make, shape in MODULES:
-            problem = network_with(make, shape)
+            problem = make_network(make, shape)
             params = None
             if structure == "kfac":
                 params = [p for layer in kronecker_layers(problem, problem.space)[0].values() for p in layer.parameters]
@@ -212,46 +212,48 @@ def modules(structure: str) -> list[Record]:
     return records
 
 
-# How it is shown -----------------------------------------------------------------------------------------------------
+# Output --------------------------------------------------------------------------------------------------------------
 
 _TITLES = {
     "cells": "Quantity and structure",
-    "diag": "Diagonal: which modules",
-    "kfac": "K-FAC: which modules",
+    "diag": "Diagonal: supported modules",
+    "kfac": "K-FAC: supported modules",
 }
 
 
-def tables() -> dict[str, list[Record]]:
+def make_tables() -> dict[str, list[Record]]:
     """Return the three tables by name: ``cells``, and the modules of ``diag`` and ``kfac``."""
-    return {"cells": cells(), "diag": modules("diag"), "kfac": modules("kfac")}
+    return {"cells": list_combinations(), "diag": list_modules("diag"), "kfac": list_modules("kfac")}
 
 
-def page() -> str:
+def make_page() -> str:
     """Return the page of the documentation."""
-    made = tables()
-    text = {name: to_markdown(records, _columns(records)) for name, records in made.items()}
-    return f"""# What computes what
+    tables = make_tables()
+    text = {name: to_markdown(records, _columns(records)) for name, records in tables.items()}
+    return f"""# Supported combinations
 
-Made by `python -m curvlab.analyze estimators --format markdown` from the registry and by trying; a test keeps it true.
-For a model of yours, ask [`curvlab.doctor`](../how-to/doctor.md). Where a backend has a dash, it raises
-`UnsupportedError`. `backend="auto"` takes the first, from the left, that can; of `implicit` it takes `torch`.
+This page is generated by `python -m curvlab.analyze estimators --format markdown`, from the registry and from trial
+runs; a test checks that it is up to date. For your own model, use [`curvlab.doctor`](../how-to/doctor.md). A dash means
+that the backend raises `UnsupportedError`. `backend="auto"` takes the first backend from the left that supports the
+combination; for `implicit` it takes `torch`.
 
 ## {_TITLES["cells"]}
 
 {text["cells"]}
-For cross-entropy, squared error and binary cross-entropy alike, unless a message says otherwise. `hessian` and `masq`
-have no Kronecker factors.
+The table holds for cross-entropy, squared error and binary cross-entropy, unless an error message says otherwise.
+`hessian` and `masq` have no Kronecker factors.
 
 ## {_TITLES["diag"]}
 
-Which networks a backend takes that hold a module: `yes` is the exact and the empirical Fisher; a name is that alone.
+Whether a backend supports networks that contain a module: `yes` means the exact and the empirical Fisher; a name means
+only that quantity.
 
 {text["diag"]}
 ## {_TITLES["kfac"]}
 
-K-FAC is of Linear and convolution layers, each called once and with a weight of its own. The question here is whether a
-network that holds the module gets K-FAC of such layers; parameters without factors are left out
-(`params=`) or get their diagonal (`kfac:rest=diag`).
+K-FAC is defined for Linear and convolution layers that are called once and share no weight. The table shows whether a
+network that contains the module gets K-FAC for such layers; parameters without factors are left out (`params=`) or get
+their diagonal (`kfac:rest=diag`).
 
 {text["kfac"]}"""
 
@@ -261,20 +263,20 @@ def _columns(records: Sequence[Record]) -> list[Column]:
 
 
 def run(config: EstimatorsConfig, options: RunOptions, console: Console) -> None:
-    """Print the tables; with a folder for the results, write the page there, too.
+    """Print the tables; with ``--out``, also write the page into that folder.
 
     Raises:
-        CurvlabError: Nothing can be written into the folder.
+        CurvlabError: The folder is not writable.
     """
     directory = None if options.out is None else open_run(options.out, "estimators", config.to_yaml())
     try:
         if config.format == "markdown":
-            print(page(), end="")
+            print(make_page(), end="")
         else:
-            for name, records in tables().items():
+            for name, records in make_tables().items():
                 console.print(render(records, _columns(records), _TITLES[name]), crop=False)
         if directory is not None:
-            directory.write_text("support.md", page())
+            directory.write_text("support.md", make_page())
     except BaseException:
         if directory is not None:
             directory.discard_if_empty()
@@ -283,8 +285,8 @@ def run(config: EstimatorsConfig, options: RunOptions, console: Console) -> None
 
 ANALYSIS = Tool(
     config=EstimatorsConfig,
-    question="Which backend computes what, of which modules? Prints tables: what each has, from the registry, and "
-    "which modules it takes, by trying small networks. It saves only with --out.",
+    question="Which backend computes what, for which modules? Prints the combinations in the registry, and the modules "
+    "that each backend supports, found by trying small networks. It saves the page only with --out.",
     presets={"default": Preset(EstimatorsConfig(), minutes=0.2)},
     run=run,
 )

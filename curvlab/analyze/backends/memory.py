@@ -1,4 +1,4 @@
-"""The peak of memory of a computation in this process."""
+"""The peak memory of a computation in this process."""
 
 import ctypes
 from contextlib import suppress
@@ -8,7 +8,7 @@ import torch
 
 
 class Peak:
-    """The peak of memory from now on: of the process (on Linux), or what tensors take on a GPU."""
+    """Peak memory since construction: of the process (on Linux), or of the tensors on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -17,7 +17,7 @@ class Peak:
             self.before: int | None = torch.cuda.memory_allocated(device)
             return
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but is still held would hide what is taken
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new allocations
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.before = _read_status("VmRSS")
@@ -25,7 +25,7 @@ class Peak:
             self.before = None
 
     def bytes(self) -> int | None:
-        """Return how far it rose, None where the system does not tell."""
+        """Return the peak minus the initial memory in bytes; None if the system does not report it."""
         if self.before is None:
             return None
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Which published items have a command, and what became of their claims? From the results kept in the repository."""
+"""Which published items have a command, and what are the verdicts on their claims? From the kept results."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ class PapersConfig(Config):
     """List the papers, and keep results."""
 
     root: Path = Path("analyses")
-    """The folder of the repository that has a folder a paper."""
+    """Folder of the repository with one folder per paper."""
     keep: tuple[Path, ...] = ()
-    """Folders of finished runs, whose records are to be kept there."""
+    """Finished run directories whose results are to be kept."""
     write: bool = False
-    """Write the README of every paper and docs/papers again."""
+    """Write the README of every paper, and docs/papers."""
 
 
 _COLUMNS = (
@@ -41,11 +41,11 @@ def run(config: PapersConfig, options: RunOptions, console: Console) -> None:
     """Keep results, write pages, and print the list.
 
     Raises:
-        CurvlabError: A folder is not a finished run, or there is no folder of papers to keep it in.
+        CurvlabError: A folder is not a finished run directory, or ``root`` is not a folder.
     """
     del options
     if (config.keep or config.write) and not config.root.is_dir():
-        raise CurvlabError(f"{config.root} is not a folder: call it from the repository, or set root")
+        raise CurvlabError(f"{config.root} is not a folder: run this command in the repository, or set root")
     for folder in config.keep:
         console.print(str(keep_result(folder, config.root)), soft_wrap=True)
     if config.write:
@@ -85,8 +85,8 @@ def _counts(result: Result | None) -> Record:
 
 ANALYSIS = Tool(
     config=PapersConfig,
-    question="Which published items have a command, what does it cost, and what became of the claims? A row an "
-    "analysis and preset, with the verdicts of the results that the repository keeps.",
+    question="Which published items have a command, what does it cost, and what are the verdicts on the claims? Prints "
+    "one row per analysis and preset, with the verdicts of the kept results.",
     presets={"default": Preset(PapersConfig())},
     run=run,
 )

@@ -1,1 +1,1 @@
-"""Shon et al. (2022), DLCFT: deep linear continual fine-tuning."""
+"""Analyses of Shon et al. (2022): deep linear continual fine-tuning (DLCFT)."""

@@ -1,4 +1,4 @@
-"""Shon et al. (2022), DLCFT: its claims, and their verdicts."""
+"""Shon et al. (2022), DLCFT: the claims and their verdicts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ from curvlab.results import Claim, Gate
 
 Record = Mapping[str, Any]
 
-#: Above this mean accuracy too little is left to judge methods by.
+#: Above this mean accuracy, methods cannot be told apart.
 _SATURATED = 0.97
 _HALF_A_POINT = 0.005
-_LINEAR = "the linear network with squared error is above the non-linear one with cross-entropy"
+_LINEAR = "the linear network with squared error has higher accuracy than the non-linear one with cross-entropy"
 _ROUNDING = 1 - 1e-9
 
 
 def list_claims(found: Sequence[Record], config: DlcftConfig, data: Subject) -> list[Claim]:
     """Return the claims about the settings that were run; a claim is reproduced if it holds for every seed.
 
-    A claim is not tested, with the reason, on data or streams for which the paper says nothing (``direction`` of the
-    published tables), where two methods differ by less than one test image on average, or where both are above 0.97.
+    A claim is not tested, with a reason, if the conditions of the run are outside the ``direction`` of the published
+    table, if two methods differ by less than one test image on average, or if both accuracies are above 0.97.
 
     Args:
-        found: A record a setting, method and seed, with ``acc`` and ``bwt``.
+        found: One record per setting, method and seed, with ``acc`` and ``bwt``.
         config: The configuration.
-        data: What the streams are made of.
+        data: Description of the data of the streams.
     """
     samples = measured_samples(config, data)
     runs = {
@@ -52,7 +52,7 @@ def _is_positive(difference: float) -> bool:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of a setting, and claims about them."""
+    """The runs of one setting, from which claims are judged."""
 
     setting: Setting
     seeds: Sequence[int]
@@ -62,16 +62,16 @@ class _Runs:
 
     @classmethod
     def select(cls, found: Sequence[Record], setting: Setting, gate: Gate, samples: int) -> "_Runs":
-        """Return the runs of a setting."""
+        """Select the runs of a setting."""
         records = {(r["method"], r["seed"]): r for r in found if r["setting"] == setting}
         return cls(setting, list(dict.fromkeys(record["seed"] for record in found)), records, gate, samples)
 
     def values(self, method: MethodName, key: str = "acc") -> list[float]:
-        """Return a value a seed, NaN where there is none."""
+        """Return one value per seed; NaN if there is none."""
         return [number(self.records.get((method, seed), {}).get(key)) for seed in self.seeds]
 
-    def ran(self, *methods: MethodName) -> bool:
-        """Say whether there is a run of each of several methods."""
+    def has_runs(self, *methods: MethodName) -> bool:
+        """Return whether each of the methods was run."""
         return all(any(name == method for name, _ in self.records) for method in methods)
 
     def claim(
@@ -82,11 +82,11 @@ class _Runs:
         by: Callable[[float], bool],
         published: float | None = None,
     ) -> Claim:
-        """Return a claim about values of this setting."""
+        """Return a claim, judged from one value per seed of this setting."""
         return Claim.of(f"{SETTINGS[self.setting][0]}: {text}", source, values, by, published, self.gate)
 
     def require(self, reason: str) -> "_Runs":
-        """Return the same runs with a gate that is closed for a reason, if there is one and it was open."""
+        """Return the same runs with a closed gate; an empty reason or a closed gate changes nothing."""
         return replace(self, gate=Gate(reason)) if reason and not self.gate.reason else self
 
     def compare(
@@ -98,19 +98,19 @@ class _Runs:
         key: str = "acc",
         by: Callable[[float], bool] = _is_positive,
     ) -> Claim:
-        """Return the claim that a method is above another one in every seed.
+        """Return the claim that one method is better than another for every seed.
 
         Args:
             text: The claim, without the setting.
             source: The published table.
-            better: The method that is to be above.
-            worse: The other one.
-            key: Of the value.
-            by: The test of a difference.
+            better: The method that is claimed to be better.
+            worse: The other method.
+            key: Key of the value.
+            by: Test that the difference of the values must pass.
         """
         pair = self.values(better, key), self.values(worse, key)
-        differences = [a - b for a, b in zip(*pair, strict=True)] if self.ran(better, worse) else []
-        runs = self.require(self.indistinct(*pair, close=by is _is_positive))
+        differences = [a - b for a, b in zip(*pair, strict=True)] if self.has_runs(better, worse) else []
+        runs = self.require(self.explain_tie(*pair, close=by is _is_positive))
         return runs.claim(
             text, source, differences, by, _published_difference(self.setting, source, better, worse, key)
         )
@@ -118,13 +118,15 @@ class _Runs:
     def compare_linear(
         self, text: str, source: str, better: MethodName, worse: MethodName, joint: "_Runs"
     ) -> list[Claim]:
-        """Return the claim that a linear method is above a non-linear one, and the same less joint training of each.
+        """Return the claim that a linear method is better than a non-linear one, with and without a baseline.
+
+        The second claim compares the accuracies minus those of joint training of the same network.
 
         Args:
             text: The claim, without the setting.
             source: The published table.
             better: The linear method.
-            worse: The other one.
+            worse: The non-linear method.
             joint: The runs with joint training.
         """
         gains = [
@@ -137,30 +139,30 @@ class _Runs:
                 strict=True,
             )
         ]
-        ran = self.ran(better, worse) and joint.ran("joint", "joint_linear")
-        runs = self.require(self.indistinct(self.values(better), self.values(worse), close=False))
-        if ran and abs(fmean(gains)) < _ROUNDING / self.samples:
+        complete = self.has_runs(better, worse) and joint.has_runs("joint", "joint_linear")
+        runs = self.require(self.explain_tie(self.values(better), self.values(worse), close=False))
+        if complete and abs(fmean(gains)) < _ROUNDING / self.samples:
             runs = runs.require(f"they differ by less than one of {self.samples:,} test images")
         return [
             self.compare(text, source, better, worse),
             runs.claim(
-                f"{text}, each less its own joint training",
-                f"ours, of {source}",
-                gains if ran else [],
+                f"{text}, each minus its own joint training",
+                f"ours, based on {source}",
+                gains if complete else [],
                 _is_positive,
             ),
         ]
 
-    def indistinct(self, one: Sequence[float], other: Sequence[float], close: bool) -> str:
-        """Return why two methods cannot be told apart, or nothing.
+    def explain_tie(self, one: Sequence[float], other: Sequence[float], close: bool) -> str:
+        """Return why two methods cannot be told apart; an empty string if they can.
 
         Args:
-            one: A value a seed.
-            other: The same of the other.
-            close: Whether they are to differ at all.
+            one: One value per seed of the first method.
+            other: One value per seed of the second method.
+            close: Whether methods with nearly equal means count as a tie.
         """
         a, b = fmean(one), fmean(other)
-        if a > _SATURATED and b > _SATURATED:  # not of the smaller one, which of NaN is either
+        if a > _SATURATED and b > _SATURATED:  # not min(a, b), whose result with NaN depends on the order
             return f"both are above {_SATURATED}"
         if close and abs(a - b) < _ROUNDING / self.samples:
             return f"they differ by less than one of {self.samples:,} test images"
@@ -168,7 +170,7 @@ class _Runs:
 
 
 def _published_value(setting: Setting, source: str, method: MethodName, key: str) -> float | None:
-    """Return a published number in percent, of the table that is cited if it has it."""
+    """Return a published number in percent, from the cited table if it has the number."""
     tables = sorted(published_tables(setting), key=lambda table: table["source"] != source)
     found = (table["rows"].get(method, {}).get(key) for table in tables)
     return next((float(value) for value in found if value is not None), None)
@@ -177,17 +179,17 @@ def _published_value(setting: Setting, source: str, method: MethodName, key: str
 def _published_difference(
     setting: Setting, source: str, better: MethodName, worse: MethodName, key: str = "acc"
 ) -> float | None:
-    """Return the published difference of two methods, as a share."""
+    """Return the published difference of two methods, as a fraction."""
     first, second = (_published_value(setting, source, method, key) for method in (better, worse))
     return None if first is None or second is None else round((first - second) / 100, 4)
 
 
 def _data_claims(runs: _Runs, short: _Runs) -> list[Claim]:
-    """Return the claims of data-IL.
+    """Return the claims about data-IL.
 
     Args:
-        runs: Of the short or of the long stream.
-        short: Of the short one, where joint training is.
+        runs: Runs of the short or the long stream.
+        short: Runs of the short stream, which has joint training.
     """
     pairs: tuple[tuple[str, MethodName, MethodName], ...] = (
         ("diagonal", "dlcft_diag", "ewc"),
@@ -209,20 +211,20 @@ def _data_claims(runs: _Runs, short: _Runs) -> list[Claim]:
 
 
 def _joint_claim(runs: _Runs) -> Claim:
-    """Return the claim about the method that is highest on average: the largest difference of a seed would be noise."""
+    """Return the claim about the method with the highest mean; the maximum over methods per seed would be biased."""
     joint = [max(pair) for pair in zip(runs.values("joint"), runs.values("joint_linear"), strict=True)]
-    others = [runs.values(method) for method in METHODS if runs.ran(method) and not method.startswith("joint")]
+    others = [runs.values(method) for method in METHODS if runs.has_runs(method) and not method.startswith("joint")]
     complete = [values for values in others if math.isfinite(fmean(values))]
     differences: list[float] = []
-    if complete and runs.ran("joint", "joint_linear"):
+    if complete and runs.has_runs("joint", "joint_linear"):
         best = max(complete, key=fmean)
-        runs = runs.require(runs.indistinct(best, joint, close=False))
+        runs = runs.require(runs.explain_tie(best, joint, close=False))
         differences = [a - b for a, b in zip(best, joint, strict=True)]
     if _HALF_A_POINT * runs.samples < 1:
         runs = runs.require(f"half a point is less than one of {runs.samples:,} test images")
     return runs.claim(
-        f"no method is more than half a point above joint training (the best of {len(complete)} on average, less the "
-        "better of the two joint ones)",
+        f"no method exceeds joint training by more than half a point (best mean of {len(complete)} methods, minus the "
+        "better of the two joint trainings)",
         "poster, data-IL",
         differences,
         lambda difference: difference <= _HALF_A_POINT,
@@ -233,9 +235,9 @@ def _joint_claim(runs: _Runs) -> Claim:
 def _task_claims(runs: _Runs) -> list[Claim]:
     ewc = fmean(runs.values("ewc"))
     if math.isnan(ewc):
-        runs = runs.require("no value of EWC, which shows whether tasks are forgotten at all")
+        runs = runs.require("EWC, which shows whether tasks are forgotten, has no value")
     elif ewc > _SATURATED:
-        runs = runs.require(f"EWC is at {ewc:.3f}: next to nothing is forgotten")
+        runs = runs.require(f"almost nothing is forgotten: the accuracy of EWC is {ewc:.3f}")
     baselines: tuple[tuple[MethodName, str], ...] = (
         ("lwf", "Table 6"),
         ("er", "poster, replay"),
@@ -243,10 +245,10 @@ def _task_claims(runs: _Runs) -> list[Claim]:
         ("derpp", "poster, replay"),
     )
     return [
-        *runs.compare_linear("DLCFT is above OSLA", "Table 6", "dlcft_tkfac", "osla", runs),
+        *runs.compare_linear("DLCFT has higher accuracy than OSLA", "Table 6", "dlcft_tkfac", "osla", runs),
         *_baseline_claims(runs, baselines),
         runs.compare(
-            "OSLA is not below EWC, by one test image or more",
+            "OSLA is not worse than EWC by one test image or more",
             "Table 6",
             "osla",
             "ewc",
@@ -261,9 +263,9 @@ def _task_claims(runs: _Runs) -> list[Claim]:
             lambda difference: difference > 0.02,
         ),
         runs.claim(
-            "LwF forgets next to nothing (backward transfer at least -3 points)",
+            "LwF forgets almost nothing (backward transfer at least -3 points)",
             "Table 6",
-            runs.values("lwf", "bwt") if runs.ran("lwf") else [],
+            runs.values("lwf", "bwt") if runs.has_runs("lwf") else [],
             lambda value: value >= -0.03,
             0.0004,
         ),
@@ -272,7 +274,8 @@ def _task_claims(runs: _Runs) -> list[Claim]:
 
 def _baseline_claims(runs: _Runs, baselines: Sequence[tuple[MethodName, str]]) -> list[Claim]:
     return [
-        runs.compare(f"DLCFT is above {METHODS[name].label}", source, "dlcft_tkfac", name) for name, source in baselines
+        runs.compare(f"DLCFT has higher accuracy than {METHODS[name].label}", source, "dlcft_tkfac", name)
+        for name, source in baselines
     ]
 
 
@@ -286,7 +289,7 @@ def _class_claims(runs: _Runs) -> list[Claim]:
     )
     answers = [
         runs.compare(
-            f"regularising the classifier gives 5 points or more, {text}",
+            f"regularising the classifier gains 5 points or more, {text}",
             "poster, class-IL (no number)",
             better,
             worse,
@@ -302,7 +305,7 @@ def _class_claims(runs: _Runs) -> list[Claim]:
         text = f"with {name} curvature and replay {_LINEAR}"
         answers += runs.compare_linear(text, "poster, ablation", better, worse, runs)
         answers += runs.compare_linear(
-            f"{text}, no classifier regularised", "poster, ablation (like with like)", alike, worse, runs
+            f"{text}, without regularisation of the classifier", "poster, ablation (like with like)", alike, worse, runs
         )
     baselines: tuple[MethodName, ...] = ("er", "der", "derpp")
     return [*answers, *_baseline_claims(runs, [(name, "poster, replay") for name in baselines])]

@@ -1,4 +1,4 @@
-"""Deep linear continual fine-tuning beside its baselines: the tables of Shon et al. (2022), DLCFT."""
+"""Deep linear continual fine-tuning and its baselines: the tables of Shon et al. (2022), DLCFT."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from curvlab.analyze.dlcft.claims import list_claims
 from curvlab.analyze.dlcft.conditions import has_scale, list_deviations, published_tables
@@ -17,7 +16,7 @@ from curvlab.analyze.dlcft.network import TransferData, check_source, load_data,
 from curvlab.analyze.dlcft.options import PRESETS, DlcftConfig, MethodName, Setting
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
-from curvlab.analyze.frame.search import Choice, Search
+from curvlab.analyze.frame.search import Candidate, Choice, check_selection_seeds, search_by_accuracy
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import where
 from curvlab.continual import metrics
@@ -27,8 +26,8 @@ from curvlab.continual.outputs import Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.plots import accuracy_points, setting_curves
-from curvlab.results import Column, aggregate
-from curvlab.training.optimization import OptimizerName, make_optimizer
+from curvlab.results import Column, aggregate, mean_column
+from curvlab.training import Training
 
 Name = tuple[Setting, MethodName]
 
@@ -39,8 +38,8 @@ def _shortest(value: float) -> str:
 
 _NAMES = (Column("setting_label", "setting"), Column("label", "method"))
 _MEASURED = {
-    "acc": Column("acc", "accuracy", spread="acc_std"),
-    "bwt": Column("bwt", "backward transfer", spread="bwt_std"),
+    "acc": mean_column("acc", "accuracy"),
+    "bwt": mean_column("bwt", "backward transfer"),
 }
 _PUBLISHED = {key: Column(f"published_{key}", "published") for key in _MEASURED}
 _CHOSEN = (Column("lr", "lr", format=_shortest), Column("strength", "strength", format=_shortest))
@@ -48,7 +47,7 @@ _COSTS = (
     Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
     Column("seconds", "median s", format=lambda value: f"{value:.1f}"),
 )
-#: The methods with lines of their own in a figure of many.
+#: The methods with coloured lines in the figure of all methods.
 _MAIN = ("fine_tuning", "ewc", "osla", "der", "dlcft_kfac", "dlcft_tkfac", "joint", "joint_linear")
 _VALUES = ["acc", "bwt", "forgetting", "learning_accuracy", "bytes"]
 
@@ -57,7 +56,11 @@ _VALUES = ["acc", "bwt", "forgetting", "learning_accuracy", "bytes"]
 
 
 def check(config: DlcftConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written."""
+    """Check the configuration and the data.
+
+    Raises:
+        CurvlabError: One of them is invalid.
+    """
     assert isinstance(dataset, TransferData)
     subject.check_distinct(seeds=config.seeds, settings=config.settings, methods=config.methods)
     subject.check_subject(config, dataset)
@@ -74,55 +77,58 @@ def check(config: DlcftConfig, dataset: Dataset) -> None:
         method.make(config, setting, 1.0)
         outputs = Outputs(streams[setting], method.head(setting), dataset.num_classes, torch.device("cpu"))
         check_loss(streams[setting], outputs, method.loss)
-        optimizer, momentum = _optimizer(config, name)
-        weight = nn.Parameter(torch.zeros(()))
-        make_optimizer(optimizer, [weight], getattr(config, method.lists[0])[0], momentum, config.weight_decay)
+        _make_training(config, setting, name, getattr(config, method.lists[0])[0], config.seeds[0])
     model = pretrain(config, dataset, config.seeds[0], steps=0)
     adapt(model, METHODS["dlcft_tkfac"])(dataset.x_train[:2].to(config.device, getattr(torch, config.dtype)))
 
 
 def _check_held_out(config: DlcftConfig) -> None:
-    """Refuse a search, or a table of held-out samples, that has none, and both with the same seeds."""
+    """Check the held-out samples and seeds of the search, and of a table of held-out samples."""
     searched = {group["setting"] for group, candidates in _candidates(config) if len(candidates) > 1}
     for setting in config.settings:
         tasks = count_tasks(config, setting)
         if (setting in searched or config.evaluation == "validation") and config.validation < tasks:
-            what = "hyper-parameters are chosen on" if setting in searched else "the table is measured on"
-            remedy = ", or give one value of each hyper-parameter" if setting in searched else ""
+            purpose = "hyper-parameters are chosen on" if setting in searched else "the table is measured on"
+            remedy = ", or give one value for each hyper-parameter" if setting in searched else ""
             raise CurvlabError(
                 f"validation={config.validation} is less than one sample for each of the {tasks} tasks of {setting}, "
-                f"and {what} held-out samples: hold out {tasks} or more{remedy}"
+                f"and {purpose} held-out samples: hold out {tasks} or more{remedy}"
             )
     if searched:
-        subject.check_distinct(selection_seeds=config.selection_seeds)
-        if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
-            raise CurvlabError(
-                "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
-                "give seeds and selection_seeds no value in common"
-            )
+        check_selection_seeds(config)
 
 
-def _optimizer(config: DlcftConfig, name: MethodName) -> tuple[OptimizerName, float]:
-    """Return the optimizer of a method, and its momentum."""
+def _make_training(config: DlcftConfig, setting: Setting, name: MethodName, lr: float, seed: int) -> Training:
+    """Return the training options of a method in a setting."""
     optimizer = config.linear_optimizer if METHODS[name].linear else config.nonlinear_optimizer
-    return optimizer, 0.9 if optimizer == "sgd" else 0.0
+    return Training(
+        optimizer=optimizer,
+        lr=lr,
+        momentum=0.9 if optimizer == "sgd" else 0.0,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        clip_norm=config.clip_norm,
+        steps=list_steps(config, name, setting),
+        batch_size=config.batch_size,
+        seed=seed,
+    )
 
 
 def measure(config: DlcftConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Learn the tasks of each setting by each method, with the one seed.
+    """Learn the tasks of each setting by each method, with one seed.
 
     Yields:
-        A record a setting and method, with ``acc``, and one a task of it, with the ``accuracy`` on the tasks so far.
+        One record per setting and method, with ``acc``, and one per task, with the ``accuracy`` on the tasks so far.
     """
     assert isinstance(dataset, TransferData)
     for setting, name in _pairs(config):
         checkpoint = workspace.folder / f"{setting}-{name}.pt"
         try:
             records = list(_measure(config, dataset, setting, name, checkpoint))
-        except CurvlabError:  # the training diverges, and would again
+        except CurvlabError:  # the training diverges, and would diverge again
             checkpoint.unlink(missing_ok=True)
             raise
-        checkpoint.unlink(missing_ok=True)  # the records have all that is needed of it
+        checkpoint.unlink(missing_ok=True)  # the records replace it
         yield from records
 
 
@@ -131,7 +137,6 @@ def _measure(
 ) -> Iterator[Record]:
     (seed,), method = config.seeds, METHODS[name]
     (candidate,) = method.candidates(config)
-    optimizer, momentum = _optimizer(config, name)
     result = learn(
         split(config, dataset, setting, seed),
         adapt(pretrain(config, dataset, seed), method),
@@ -139,15 +144,7 @@ def _measure(
         head=method.head(setting),
         loss=method.loss,
         target_scale=config.target_scale if method.linear else 1.0,
-        optimizer=optimizer,
-        lr=candidate["lr"],
-        momentum=momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        clip_norm=config.clip_norm,
-        steps=list_steps(config, name, setting),
-        batch_size=config.batch_size,
-        seed=seed,
+        training=_make_training(config, setting, name, candidate["lr"], seed),
         evaluation=config.evaluation,
         checkpoint=checkpoint,
         progress=False,
@@ -170,14 +167,14 @@ def _measure(
 
 
 def _pairs(config: DlcftConfig) -> list[Name]:
-    """Return the settings and methods of a configuration that go together."""
+    """Return the pairs of a setting and a method that is available in it."""
     return [
         (setting, name) for setting in config.settings for name in config.methods if setting in METHODS[name].settings
     ]
 
 
-def _setting_of_choice(config: DlcftConfig, setting: Setting, name: MethodName) -> Setting:
-    """Return the setting that the hyper-parameters are chosen in: those of data_long in data, if that is run."""
+def _find_search_setting(config: DlcftConfig, setting: Setting, name: MethodName) -> Setting:
+    """Return the setting of the search: ``data`` for ``data_long`` if ``data`` is run, otherwise the setting itself."""
     return "data" if setting == "data_long" and ("data", name) in _pairs(config) else setting
 
 
@@ -185,25 +182,22 @@ def _candidates(config: DlcftConfig) -> list[tuple[dict[str, str], list[dict[str
     return [
         ({"setting": setting, "method": name}, METHODS[name].candidates(config))
         for setting, name in _pairs(config)
-        if _setting_of_choice(config, setting, name) == setting
+        if _find_search_setting(config, setting, name) == setting
     ]
 
 
-def _trial(config: DlcftConfig, group: Mapping[str, Any], candidate: Mapping[str, float], seed: int) -> DlcftConfig:
-    update = {"seeds": (seed,), "evaluation": "validation"}
-    return _run(config, group["setting"], group["method"], candidate).model_copy(update=update)
-
-
-def _run(config: DlcftConfig, setting: Setting, name: MethodName, candidate: Mapping[str, float]) -> DlcftConfig:
-    """Return the configuration of the runs of one setting and method."""
-    one = {"settings": (setting,), "methods": (name,)}
-    return config.model_copy(update=METHODS[name].choose(candidate) | one)
+def _single_run(config: DlcftConfig, group: Mapping[str, Any], candidate: Candidate) -> DlcftConfig:
+    """Return the configuration for one setting, method and candidate."""
+    one = {"settings": (group["setting"],), "methods": (group["method"],)}
+    return config.model_copy(update=METHODS[group["method"]].choose(candidate) | one)
 
 
 def _runs(config: DlcftConfig, chosen: Sequence[Choice]) -> list[DlcftConfig]:
     values = {(choice.group["setting"], choice.group["method"]): choice.candidate for choice in chosen}
     return [
-        _run(config, setting, name, values[_setting_of_choice(config, setting, name), name])
+        _single_run(
+            config, {"setting": setting, "method": name}, values[_find_search_setting(config, setting, name), name]
+        )
         for setting, name in _pairs(config)
     ]
 
@@ -214,12 +208,10 @@ def _label(part: str) -> str:
     return names[part]
 
 
-SEARCH = Search(
-    candidates=_candidates,
-    config=_trial,
+SEARCH = search_by_accuracy(
+    _candidates,
+    _single_run,
     runs=_runs,
-    seeds=lambda config: config.selection_seeds,
-    value="acc",
     advice="give smaller learning rates or strengths",
     label=_label,
 )
@@ -229,9 +221,9 @@ SEARCH = Search(
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
-    """Return mean and standard deviation over the seeds, a record a setting and method, in the order of the tables.
+    """Return one record per setting and method with mean and standard deviation over seeds, in table order.
 
-    Of the seconds it is the median: another program may have disturbed one of the runs.
+    ``seconds`` is the median, because another program may have slowed down one of the runs.
 
     Args:
         found: Records of ``measure`` with ``acc``.
@@ -253,10 +245,10 @@ def summarise(found: Sequence[Record]) -> list[Record]:
 
 
 def add_published(table: Sequence[Record], config: DlcftConfig, data: Subject) -> list[Record]:
-    """Return the rows of a summary, with the published numbers where a setting has the published data and tasks.
+    """Return the rows of a summary, with published numbers if a setting has the published data and tasks.
 
-    ``published_acc`` and ``published_bwt`` are texts with the digits that were printed, as shares, and a dagger where
-    the name of the method is not beside the number; ``published_value`` is the accuracy as a number.
+    ``published_acc`` and ``published_bwt`` are texts with the published digits, as fractions, and a dagger if the
+    source does not name the method of the number; ``published_value`` is the accuracy as a number.
     """
     rows = []
     for row in table:
@@ -272,7 +264,7 @@ def add_published(table: Sequence[Record], config: DlcftConfig, data: Subject) -
 
 
 def describe(config: DlcftConfig, data: Subject) -> str:
-    """Return what a title says: which network on what."""
+    """Return the text for a title: the network and the data."""
     name = data.data
     if config.classes != "all" and len(config.classes) > 1:
         first, last = config.classes[0], config.classes[-1]
@@ -281,14 +273,16 @@ def describe(config: DlcftConfig, data: Subject) -> str:
     return f"{config.model} fine-tuned on {name}{held_out}"
 
 
-def report(run: Results[DlcftConfig]) -> Report:
-    """Return a table a setting, the claims of the paper, and the figures."""
-    config, found, curves = run.config, run.records["table"], run.records["curves"]
-    table = add_published(summarise(found), config, run.subject)
-    title = describe(config, run.subject)
+def report(results: Results[DlcftConfig]) -> Report:
+    """Return one table per setting, the claims of the paper, and the figures."""
+    config, found, curves = results.config, results.records["table"], results.records["curves"]
+    table = add_published(summarise(found), config, results.subject)
+    title = describe(config, results.subject)
     tables = [
         Table(
-            f"{SETTINGS[setting][0]}, {count_tasks(config, setting)} tasks: {title}; {run.spread}", _columns(rows), rows
+            f"{SETTINGS[setting][0]}, {count_tasks(config, setting)} tasks: {title}; {results.spread}",
+            _columns(rows),
+            rows,
         )
         for setting in SETTINGS
         if (rows := where(table, setting=setting))
@@ -307,15 +301,15 @@ def report(run: Results[DlcftConfig]) -> Report:
     return Report(
         Table(title, (*_NAMES, *_columns(table)[1:]), table),
         tables,
-        list_claims(found, config, run.subject),
+        list_claims(found, config, results.subject),
         figures=figures,
-        deviations=list_deviations(config, run.subject),
+        deviations=list_deviations(config, results.subject),
         notes=_notes(config, table),
     )
 
 
 def _columns(rows: Sequence[Record]) -> list[Column]:
-    """Return the columns of a table that have a value in one of its rows."""
+    """Return the columns that have a value in at least one row."""
     transfer = [_MEASURED["bwt"], _PUBLISHED["bwt"]] if any(row["setting"] == "task" for row in rows) else []
     columns = [_NAMES[1], _MEASURED["acc"], _PUBLISHED["acc"], *transfer, *_CHOSEN, *_COSTS]
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
@@ -324,25 +318,27 @@ def _columns(rows: Sequence[Record]) -> list[Column]:
 def _notes(config: DlcftConfig, table: Sequence[Record]) -> list[str]:
     notes = []
     if SEARCH.trials(config):
-        long = " data-IL, long takes what is chosen in data-IL." if {"data", "data_long"} <= {*config.settings} else ""
+        long = (
+            " data-IL, long uses the values chosen in data-IL." if {"data", "data_long"} <= {*config.settings} else ""
+        )
         notes.append(
-            "lr and strength have the best mean accuracy on held-out samples, of runs with seed "
-            f"{', '.join(map(str, config.selection_seeds))}; the table's have "
+            "lr and strength are the candidates with the best mean accuracy on held-out samples, with seed "
+            f"{', '.join(map(str, config.selection_seeds))}; the runs of the table have seed "
             f"{', '.join(map(str, config.seeds))}.{long}"
         )
     printed = [row.get(f"published_{key}") or "" for row in table for key in _MEASURED]
     if any(printed):
-        notes.append("Published: Shon et al. (2022), poster and supplement, of a ResNet-18.")
+        notes.append("Published: Shon et al. (2022), poster and supplement, with a ResNet-18.")
     if any("†" in text for text in printed):
-        notes.append("† The name of this method is not printed beside the number: it is our reading.")
+        notes.append("† The source does not name the method of this number; the assignment is ours.")
     return notes
 
 
 ANALYSIS = Analysis(
     config=DlcftConfig,
-    question="Does a linear network with squared error forget less? Fine-tunes a pre-trained network on streams of "
-    "parts of the data, or of classes with the task known or unknown, by DLCFT and by its baselines, the "
-    "hyper-parameters of each chosen on held-out samples.",
+    question="Does a linear network with squared error forget less? Fine-tunes a pre-trained network by DLCFT and its "
+    "baselines on three kinds of streams (parts of the data; classes with known or unknown task), with the "
+    "hyper-parameters of each method chosen on held-out samples.",
     presets=PRESETS,
     load=load_data,
     check=check,

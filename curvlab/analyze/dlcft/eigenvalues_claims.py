@@ -1,18 +1,16 @@
-"""Shon et al. (2022), vanishing curvature: what the curves come to, and what becomes of the claims."""
+"""Shon et al. (2022), vanishing curvature: summaries of the curves, and the claims with their verdicts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from curvlab.analyze.dlcft.eigenvalues_options import EigenvaluesConfig
 from curvlab.analyze.frame.analysis import Record
-from curvlab.analyze.frame.conditions import differing
+from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
-from curvlab.results import Claim, Column, Gate, aggregate, require_direction
-
-if TYPE_CHECKING:
-    from curvlab.analyze.dlcft.eigenvalues import EigenvaluesConfig
+from curvlab.results import Claim, Column, Gate, aggregate, mean_column, require_direction
 
 LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
 QUANTITIES = {"fisher": "Fisher", "hessian": "Hessian", "ggn": "GGN", "ekfac": "Fisher by EK-FAC"}
@@ -20,31 +18,31 @@ COLUMNS = (
     Column("loss", "loss"),
     Column("quantity", "curvature"),
     Column("layer", "of"),
-    Column("start", "at the start", spread="start_std"),
-    Column("maximum", "maximum", spread="maximum_std"),
-    Column("maximum_step", "at step", spread="maximum_step_std"),
-    Column("end", "at the end", spread="end_std"),
-    Column("end_of_maximum", "end / maximum", spread="end_of_maximum_std"),
-    Column("end_of_start", "end / start", spread="end_of_start_std"),
+    mean_column("start", "at the start"),
+    mean_column("maximum", "maximum"),
+    mean_column("maximum_step", "at step"),
+    mean_column("end", "at the end"),
+    mean_column("end_of_maximum", "end / maximum"),
+    mean_column("end_of_start", "end / start"),
     Column("matvecs", "products"),
 )
 
-_VANISHED, _KEPT, _APART = 0.2, 0.5, 3.0  # thresholds, fixed before the runs
+_VANISHED, _KEPT, _APART = 0.2, 0.5, 3.0  # thresholds, chosen before the runs
 
 
-# What the curves come to ----------------------------------------------------------------------------------------------
+# Summaries of the curves ---------------------------------------------------------------------------------------------
 
 
 def summarise(records: Sequence[Record]) -> list[Record]:
-    """Return what the curves come to, one record a loss, quantity and layer: mean and deviation over the seeds.
+    """Return one record per loss, quantity and layer: mean and standard deviation of its curves over seeds.
 
     Args:
-        records: Points as ``table.json`` has them.
+        records: Records of ``table.json``, one per point.
 
     Returns:
-        As ``curvlab.results.aggregate`` makes them: ``start``, ``maximum``, ``maximum_step``, ``end``,
-        ``end_of_maximum``, ``end_of_start``; with ``points``, how many a curve has, and ``matvecs``, the median over
-        points and seeds.
+        Records of ``curvlab.results.aggregate`` with ``start``, ``maximum``, ``maximum_step``, ``end``,
+        ``end_of_maximum``, ``end_of_start``, ``points`` (number of points of a curve) and ``matvecs`` (median over
+        points and seeds).
     """
     by = ["loss", "quantity", "layer", "points"]
     numbers = ["start", "maximum", "maximum_step", "end", "end_of_maximum", "end_of_start"]
@@ -58,12 +56,12 @@ def summarise(records: Sequence[Record]) -> list[Record]:
 
 
 def summarise_curves(records: Sequence[Record]) -> list[Record]:
-    """Return what each curve comes to, one record a loss, quantity, layer and seed.
+    """Return one record per curve, that is per loss, quantity, layer and seed.
 
-    ``early`` says whether its maximum is at the start or the first point after it.
+    ``early`` is whether the maximum is at the start or at the first point after it.
 
     Args:
-        records: Points as ``table.json`` has them.
+        records: Records of ``table.json``, one per point.
     """
     curves: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -94,10 +92,10 @@ def summarise_curves(records: Sequence[Record]) -> list[Record]:
 
 
 def describe_early_peaks(records: Sequence[Record]) -> str:
-    """Return a sentence about the network's curves whose maximum is at one of their first two points, if there are any.
+    """Return a sentence about curves of the network with the maximum at one of the first two points; empty if none.
 
     Args:
-        records: Points as ``table.json`` has them.
+        records: Records of ``table.json``, one per point.
     """
     curves = summarise_curves([record for record in records if record["layer"] == "network"])
     names = dict.fromkeys(
@@ -108,16 +106,16 @@ def describe_early_peaks(records: Sequence[Record]) -> str:
     if not names:
         return ""
     return (
-        "Some curves have their maximum at the start or at the first point after it, and may be higher between the "
-        f"two (a smaller --every shows it): {', '.join(names)}."
+        "These curves have their maximum at the start or at the first point after it, and may be higher in between "
+        f"(use a smaller --every to check): {', '.join(names)}."
     )
 
 
 # The conditions -------------------------------------------------------------------------------------------------------
 
 
-def conditions(config: "EigenvaluesConfig", data: Subject) -> dict[str, Any]:
-    """Return the conditions of a run under the names that the published ones have."""
+def conditions(config: EigenvaluesConfig, data: Subject) -> dict[str, Any]:
+    """Return the conditions of a run, with the names used in ``published.yaml``."""
     return {
         "data": data.data,
         "classes": config.classes if config.classes == "all" else list(config.classes),
@@ -135,13 +133,13 @@ def conditions(config: "EigenvaluesConfig", data: Subject) -> dict[str, Any]:
     }
 
 
-def count_training_samples(config: "EigenvaluesConfig", data: Subject) -> int:
-    """Return how many samples the networks are trained on."""
+def count_training_samples(config: EigenvaluesConfig, data: Subject) -> int:
+    """Return the number of training samples."""
     return config.train_samples or data.train - config.validation
 
 
 def _table(ours: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the published figure that is nearest to a run."""
+    """Return the published figure on the data of the run; for other data, the one on MNIST."""
     name = "curvature_cifar100" if ours["data"] == "cifar100" else "curvature_mnist"
     table: Mapping[str, Any] = read_published("dlcft")[name]
     return table
@@ -153,8 +151,8 @@ def _gate(ours: Mapping[str, Any]) -> Gate:
 
 
 def deviations(ours: Mapping[str, Any]) -> list[str]:
-    """Return in what a run differs from the published one, with what that had in brackets."""
-    differ = "" if _gate(ours).reason else differing(ours, _table(ours)["conditions"])
+    """Return the differences from the published run, with the published values in brackets."""
+    differ = "" if _gate(ours).reason else describe_differences(ours, _table(ours)["conditions"])
     return [f"{differ}."] if differ else []
 
 
@@ -162,13 +160,13 @@ def deviations(ours: Mapping[str, Any]) -> list[str]:
 
 
 def claims(records: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
-    """Return the published claims with their verdicts; all of them are about directions, and their thresholds are ours.
+    """Return the published claims with their verdicts; all are judged as directions, with thresholds of ours.
 
-    One about a curve's maximum is judged only of curves with the most points: that of others may lie between theirs.
+    Only the curves with the largest number of points are judged: with fewer points, the maximum may be missed.
 
     Args:
-        records: Points as ``table.json`` has them.
-        ours: Of ``conditions``.
+        records: Records of ``table.json``, one per point.
+        ours: Conditions of the run, from ``conditions``.
     """
     points = [record for record in records if record["layer"] == "network"]
     curves = {(curve["loss"], curve["quantity"], curve["seed"]): curve for curve in summarise_curves(points)}
@@ -188,23 +186,23 @@ def claims(records: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         softmax, squared = (ends(loss, quantity) for loss in LOSSES)
         pairs = zip(softmax, squared, strict=True) if softmax and squared else ()
         ratios = [other / mine if mine > 0 else math.nan for mine, other in pairs]
-        # The publication speaks of the Fisher in its figures; of the Hessian ("second derivatives") in words alone.
+        # The published figures show the Fisher; the Hessian ("second derivatives") is only mentioned in the text.
         shown = quantity in ("fisher", "ekfac")
         statements: list[tuple[str, list[float], Callable[[float], bool], str]] = [
             (
-                f"softmax cross-entropy's largest eigenvalue vanishes: at the end at most {_VANISHED} of its maximum",
+                f"with softmax cross-entropy the largest eigenvalue vanishes (end over maximum at most {_VANISHED})",
                 softmax,
                 lambda value: value <= _VANISHED,
                 "→ 0",
             ),
             (
-                f"squared error's does not: at the end at least {_KEPT} of its maximum",
+                f"with squared error it does not vanish (end over maximum at least {_KEPT})",
                 squared,
                 lambda value: value >= _KEPT,
                 "curve",
             ),
             (
-                f"at the end, each over its own maximum, squared error's is at least {_APART:g} times as large",
+                f"end over maximum is at least {_APART:g} times as large with squared error as with cross-entropy",
                 ratios,
                 lambda value: value >= _APART,
                 "curve",
@@ -213,7 +211,7 @@ def claims(records: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         answers += [
             Claim.of(
                 f"{QUANTITIES.get(quantity, quantity)}: {text}",
-                source if shown else "ours, as for the Fisher",
+                source if shown else "ours, by analogy with the Fisher",
                 values,
                 test,
                 published if shown else None,

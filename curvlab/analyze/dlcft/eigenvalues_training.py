@@ -1,15 +1,16 @@
-"""One training of ``eigenvalues``: its data and targets, what is recorded, and the loss on the held-out samples."""
+"""One training of the analysis ``eigenvalues``: targets, recorders, and the loss on held-out samples."""
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.analyze.dlcft.eigenvalues_options import EigenvaluesConfig
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Record, Workspace
 from curvlab.analyze.frame.subject import SubjectData
@@ -22,29 +23,26 @@ from curvlab.recorder import CurveLevel, EigenvalueRecorder
 from curvlab.spectrum.density import SpectralDensity
 from curvlab.training import FitResult, Observer, evaluate, fit
 
-if TYPE_CHECKING:
-    from curvlab.analyze.dlcft.eigenvalues import EigenvaluesConfig
-
 Samples = tuple[Tensor, Tensor]
 
-_BANDWIDTHS = 100  # of a smoothed density, over the range of its eigenvalues
+_BANDWIDTHS = 100  # number of bandwidths in the range of the eigenvalues, for a smoothed density
 
 
-def make_targets(config: "EigenvaluesConfig", data: Dataset, loss: str, samples: Samples) -> Samples:
-    """Return samples with the targets that the loss takes: labels, or scaled one-hot vectors."""
+def make_targets(config: EigenvaluesConfig, data: Dataset, loss: str, samples: Samples) -> Samples:
+    """Return samples with the targets of the loss: labels, or scaled one-hot vectors."""
     inputs, labels = samples
     if loss == "cross_entropy":
         return inputs, labels
     return inputs, config.alpha * F.one_hot(labels, data.num_classes).to(inputs.dtype)
 
 
-def learning_rate(config: "EigenvaluesConfig", loss: str) -> float:
-    """Return the learning rate of a loss; of several candidates the first."""
+def learning_rate(config: EigenvaluesConfig, loss: str) -> float:
+    """Return the learning rate for a loss; the first one if there are several candidates."""
     return config.lr if loss == "cross_entropy" else config.lr_squared_error[0]
 
 
 def _train(
-    config: "EigenvaluesConfig",
+    config: EigenvaluesConfig,
     model: nn.Module,
     data: Dataset,
     loss: str,
@@ -65,13 +63,13 @@ def _train(
     )
 
 
-def measure_candidate(config: "EigenvaluesConfig", dataset: SubjectData, workspace: Workspace) -> Iterator[Record]:
-    """Train with the one loss and learning rate, and yield the loss on the held-out samples.
+def measure_candidate(config: EigenvaluesConfig, dataset: SubjectData, workspace: Workspace) -> Iterator[Record]:
+    """Train with one loss and learning rate, and yield the loss on the held-out samples.
 
     Raises:
         CurvlabError: A loss is not finite.
     """
-    del workspace  # a candidate has no checkpoint
+    del workspace  # candidates have no checkpoint
     (loss,), (seed,) = config.losses, config.seeds
     held_out, data = dataset.held_out, subject.take(dataset, train=config.train_samples)
     assert held_out is not None
@@ -84,9 +82,9 @@ def measure_candidate(config: "EigenvaluesConfig", dataset: SubjectData, workspa
 
 
 def record_training(
-    config: "EigenvaluesConfig", data: Dataset, loss: str, checkpoint: Path
+    config: EigenvaluesConfig, data: Dataset, loss: str, checkpoint: Path
 ) -> tuple[list[Record], list[Record]]:
-    """Return what was recorded over a training: records, that of the training itself first, and densities."""
+    """Train with one loss; return the record of the training followed by those of the curves, and the densities."""
     samples = make_targets(config, data, loss, subject.samples(config, data))
     (seed,) = config.seeds
     recorders = [
@@ -111,7 +109,7 @@ def record_training(
         "seed": seed,
         "lr": learning_rate(config, loss),
         "test_accuracy": evaluate(model, data.x_test, data.y_test).accuracy,
-        # The seconds of the call that ended the training: a run that was stopped took more.
+        # Seconds of the last call of fit; a run that was interrupted took longer.
         "training_seconds": result.seconds - result.observer_seconds,
         "observer_seconds": result.observer_seconds,
     }
@@ -125,18 +123,18 @@ def record_training(
 
 
 class EkfacRecorder:
-    """Records the largest eigenvalue of the Fisher's EK-FAC, which is the largest over the layers."""
+    """Observer that records the largest eigenvalue of the EK-FAC of the Fisher, the largest over all layers."""
 
     def __init__(self, data: Samples, loss: str, every: int, per: Sequence[CurveLevel]) -> None:
         self._data, self._loss, self._every, self._per = data, loss, every, per
         self.records: list[Record] = []
 
     def due(self, step: int) -> bool:
-        """Say whether there is a point after this many steps."""
+        """Return whether a point is recorded after this step."""
         return step % self._every == 0
 
     def __call__(self, step: int, model: nn.Module) -> None:
-        """Add a record of the network and of every layer, as far as they are asked for."""
+        """Add the requested records: of the network, of every layer, or both."""
         started = time.perf_counter()
         matrix = estimate(Problem(model, self._loss, self._data), "fisher", "ekfac:rest=diag")
         values = {"network": float(matrix.eigenvalues().max())} if "network" in self._per else {}
@@ -165,12 +163,12 @@ class EkfacRecorder:
         return {"every": self._every, "records": list(self.records)}
 
     def load_state_dict(self, states: Mapping[str, Any], /) -> None:
-        """Take up the records of a run that was stopped."""
+        """Restore the records of an interrupted run."""
         self.records = list(states["records"])
 
 
 def smooth(densities: Sequence[Record]) -> list[Record]:
-    """Return densities with ``grid`` and ``density``: those of one loss and quantity on one grid, equally smooth."""
+    """Add ``grid`` and ``density`` to records of densities; equal loss and quantity share grid and bandwidth."""
     smoothed = []
     for record in densities:
         like = [r for r in densities if (r["loss"], r["quantity"]) == (record["loss"], record["quantity"])]

@@ -1,4 +1,4 @@
-"""Settings and methods that the analysis ``dlcft`` compares, with the network and the loss of each method."""
+"""Settings and methods of the analysis ``dlcft``, with the network and the loss of each method."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from curvlab.continual.strategies import DER, DLCFT, ER, EWC, MAS, OSLA, Joint, 
 from curvlab.data import Dataset
 from curvlab.linearize import linearize
 
-#: Name -> the label, and the head: which outputs count.
+#: Name -> label, and head (which outputs are used).
 SETTINGS: dict[Setting, tuple[str, Head]] = {
     "data": ("data-IL", "single"),
     "data_long": ("data-IL, long", "single"),
@@ -25,17 +25,17 @@ SETTINGS: dict[Setting, tuple[str, Head]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method.
+    """A method of continual learning.
 
     Attributes:
-        label: What it is called.
+        label: Label in tables and figures.
         settings: The settings in which it is run.
-        make: Makes it from a configuration, a setting, and a strength (0 without one).
-        strengths: Name of the list of strengths that are tried; None if it has no strength.
-        linear: Whether the network is linearized and the loss is the squared error of scaled one-hot targets; else
-            the network is the original one and the loss is cross-entropy.
-        wide: Whether all outputs count from the start in class-IL, as in the authors' code of DER: a sample is then
-            kept with its outputs for later classes, too.
+        make: Function of a configuration, a setting and a strength (0 if there is none) that returns the strategy.
+        strengths: Name of the option with the strengths to try; None if the method has no strength.
+        linear: Whether the network is linearized and trained with the squared error to scaled one-hot targets;
+            otherwise the original network is trained with cross-entropy.
+        wide: Whether all outputs are used from the start in class-IL, as in the authors' code of DER, so that the
+            buffer also stores the outputs for later classes.
     """
 
     label: str
@@ -46,28 +46,28 @@ class Method:
     wide: bool = False
 
     def head(self, setting: Setting) -> Head:
-        """Return which outputs count in a setting."""
+        """Return which outputs are used in a setting."""
         return "single" if self.wide and setting == "class" else SETTINGS[setting][1]
 
     @property
     def loss(self) -> TaskLoss:
-        """The loss that is minimised."""
+        """The training loss."""
         return "squared_error" if self.linear else "cross_entropy"
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """The lists of the configuration from each of which one value is chosen."""
+        """Names of the options with the values to try."""
         return ("linear_lrs" if self.linear else "nonlinear_lrs", *([self.strengths] if self.strengths else []))
 
     def candidates(self, config: DlcftConfig) -> list[dict[str, float]]:
-        """Return all combinations of the values in the method's lists: ``lr`` and, if it has one, ``strength``."""
+        """Return all combinations of ``lr`` and, if the method has one, ``strength``."""
         values = product(*(getattr(config, name) for name in self.lists))
         return [dict(zip(("lr", "strength"), given, strict=False)) for given in values]
 
     def choose(self, candidate: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
-        """Return the lists of a configuration that has one candidate alone, with unused lists reset to the defaults.
+        """Return the option values for a single candidate, with unused lists reset to their defaults.
 
-        Two configurations that differ in unused options only are then the same run.
+        Configurations that differ only in unused options then describe the same run.
         """
         fields = DlcftConfig.model_fields
         unused = {name: fields[name].default for name in (*LISTS, "selection_seeds") if name not in self.lists}
@@ -75,11 +75,11 @@ class Method:
 
 
 def adapt(model: nn.Module, method: Method) -> nn.Module:
-    """Return a pre-trained network that ends with a linear layer as a method trains it: linearized, or as it is."""
-    return linearize(model, head=last_linear(model)) if method.linear else model
+    """Return a pre-trained network with a final linear layer for a method: linearized if the method is linear."""
+    return linearize(model, head=find_last_linear(model)) if method.linear else model
 
 
-def last_linear(model: nn.Module) -> str:
+def find_last_linear(model: nn.Module) -> str:
     """Return the name of the last linear layer."""
     names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return names[-1]
@@ -91,10 +91,10 @@ def count_tasks(config: DlcftConfig, setting: Setting) -> int:
 
 
 def split(config: DlcftConfig, dataset: Dataset, setting: Setting, seed: int) -> tuple[Task, ...]:
-    """Return the tasks of a setting: equal parts of the data, random classes, or classes in their order.
+    """Return the tasks of a setting: equal parts of the data, random classes, or classes in order.
 
     Raises:
-        CurvlabError: The data set cannot be split so.
+        CurvlabError: The data set cannot be split into these tasks.
     """
     tasks = count_tasks(config, setting)
     validation = config.validation // tasks
@@ -104,12 +104,12 @@ def split(config: DlcftConfig, dataset: Dataset, setting: Setting, seed: int) ->
 
 
 def count_steps(config: DlcftConfig, setting: Setting) -> int:
-    """Return the number of steps of a task of a setting; the first task has twice as many."""
+    """Return the number of steps per task of a setting; the first task has twice as many."""
     return config.long_steps if setting == "data_long" else config.steps
 
 
 def list_steps(config: DlcftConfig, name: MethodName, setting: Setting) -> Sequence[int]:
-    """Return the steps of each task; joint training has all of them at the end."""
+    """Return the steps of each task; joint training uses all steps in the last task."""
     each = count_steps(config, setting)
     counts = [2 * each] + [each] * (count_tasks(config, setting) - 1)
     return [*counts[:-1], sum(counts)] if name.startswith("joint") else counts
@@ -127,7 +127,7 @@ def _osla(structure: str) -> Callable[[DlcftConfig, Setting, float], Strategy]:
     def make(config: DlcftConfig, setting: Setting, strength: float) -> Strategy:
         if setting != "class":
             return OSLA(strength, merge="average", **_curvature(config, structure))
-        # The ablation of the paper in class-IL: DLCFT without the linear network and the squared error.
+        # The ablation of the paper in class-IL: DLCFT with the original network and cross-entropy.
         return DLCFT(
             strength,
             classifier_regularization=False,

@@ -1,4 +1,4 @@
-"""The pre-trained network that the analysis ``dlcft`` fine-tunes, and the data of pre-training and streams."""
+"""The pre-trained network of the analysis ``dlcft``, and the data of the pre-training and the streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from curvlab.analyze.dlcft.methods import last_linear
+from curvlab.analyze.dlcft.methods import find_last_linear
 from curvlab.analyze.dlcft.options import DlcftConfig
 from curvlab.analyze.frame import subject
 from curvlab.commandline.options import RunOptions
@@ -19,10 +19,10 @@ from curvlab.training import fit
 
 @dataclass(frozen=True, eq=False)
 class TransferData(Dataset):
-    """The data of the streams, labels counted from 0, with those of the pre-training.
+    """The data of the streams, with labels from 0, and the data of the pre-training.
 
     Attributes:
-        source: The data that the network is pre-trained on; None if its weights are from a file.
+        source: The data of the pre-training; None if the weights come from a file.
     """
 
     source: Dataset | None = field(default=None, repr=False)
@@ -32,9 +32,9 @@ def load_data(config: DlcftConfig, options: RunOptions | Place) -> TransferData:
     """Return the data of the streams and of the pre-training.
 
     Raises:
-        CurvlabError: There are no such data, classes or samples.
+        CurvlabError: The data cannot be loaded, or lack the classes or samples.
     """
-    whole = subject.load_dataset(config.model_copy(update={"validation": 0, "classes": "all"}), options)
+    whole = subject.load_whole(config.model_copy(update={"classes": "all"}), options)
     source = whole.select(config.source_classes) if config.source_classes else None
     target = whole if config.classes == "all" else _relabel(whole, config.classes)
     target = subject.take(target, config.stream_samples, config.test_samples)
@@ -44,15 +44,15 @@ def load_data(config: DlcftConfig, options: RunOptions | Place) -> TransferData:
 
 
 def check_source(config: DlcftConfig, dataset: TransferData) -> None:
-    """Refuse a network that is not pre-trained or in two ways, and classes that are in pre-training and streams.
+    """Check that the network is pre-trained in one way, on classes that are not in the streams.
 
     Raises:
-        CurvlabError: One of these.
+        CurvlabError: Neither weights nor source classes are given, or both, or a class is used twice.
     """
     if dataset.source is None and config.weights is None:
-        raise CurvlabError("fine-tuning needs a pre-trained network: give weights, or source_classes to pre-train on")
+        raise CurvlabError("fine-tuning needs a pre-trained network: set weights, or source_classes for pre-training")
     if dataset.source is not None and config.weights is not None:
-        raise CurvlabError("the weights are those of a pre-trained network: leave source_classes empty")
+        raise CurvlabError("weights and source_classes exclude each other: with weights, leave source_classes empty")
     streamed = range(dataset.num_classes) if config.classes == "all" else config.classes
     if both := sorted({*config.source_classes} & {*streamed}):
         raise CurvlabError(
@@ -62,7 +62,7 @@ def check_source(config: DlcftConfig, dataset: TransferData) -> None:
 
 
 def _relabel(whole: Dataset, classes: Sequence[int]) -> Dataset:
-    """Return the samples of some classes, whose labels are then their places among these."""
+    """Return the samples of some classes, with labels 0, 1, ... in the order of ``classes``."""
     chosen = whole.select(classes)
     number = torch.full((whole.num_classes,), -1)
     number[list(classes)] = torch.arange(len(classes))
@@ -71,16 +71,16 @@ def _relabel(whole: Dataset, classes: Sequence[int]) -> Dataset:
 
 
 def pretrain(config: DlcftConfig, dataset: TransferData, seed: int, *, steps: int | None = None) -> nn.Module:
-    """Return a network with a new last layer and the others pre-trained, without batch normalisation in training mode.
+    """Return a pre-trained network with a new last layer; batch normalisation is merged or frozen.
 
     Args:
         config: The configuration.
-        dataset: What the outputs are for, and what the network is pre-trained on unless its weights are from a file.
-        seed: Of the initialisation and of the pre-training.
-        steps: Steps of the pre-training; None for those of the configuration, 0 to see whether the network fits.
+        dataset: The data of the streams, and of the pre-training unless the weights come from a file.
+        seed: Seed of the initialisation and of the pre-training.
+        steps: Steps of the pre-training; None for those of the configuration, 0 to check that the network can be built.
 
     Raises:
-        CurvlabError: There is no such network, or it or its weights do not fit.
+        CurvlabError: The network is unknown, or it or its weights do not fit the data.
     """
     source, steps = dataset.source, config.source_steps if steps is None else steps
     model = _build(config, dataset, seed)
@@ -88,7 +88,7 @@ def pretrain(config: DlcftConfig, dataset: TransferData, seed: int, *, steps: in
         before = _build(config, source, seed)
         samples = source.x_train, source.y_train
         fit(before, samples, steps=steps, batch_size=config.batch_size, lr=1e-3, seed=seed, progress=False)
-        head = f"{last_linear(model)}."
+        head = f"{find_last_linear(model)}."
         own = model.state_dict()
         model.load_state_dict({key: own[key] if key.startswith(head) else t for key, t in before.state_dict().items()})
     if config.batch_norm == "merged":

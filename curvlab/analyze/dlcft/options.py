@@ -1,4 +1,4 @@
-"""The options of the analysis ``dlcft``, and its presets."""
+"""Options of the analysis ``dlcft``, and its presets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ MethodName = Literal[
     "joint_linear",
 ]
 
-#: The fields with the values of hyper-parameters that are tried.
+#: The fields with values of hyper-parameters to try.
 LISTS = (
     "nonlinear_lrs",
     "linear_lrs",
@@ -50,7 +50,7 @@ LISTS = (
 
 
 class DlcftConfig(SubjectConfig):
-    """Fine-tune a pre-trained network on streams of tasks, linearized with squared error and as it is."""
+    """Fine-tune a pre-trained network on streams of tasks, linearized with squared error and in its original form."""
 
     titles: ClassVar[Mapping[str, str]] = {
         **SubjectConfig.titles,
@@ -62,88 +62,89 @@ class DlcftConfig(SubjectConfig):
     }
 
     classes: tuple[Label, ...] | Literal["all"] = (4, 5, 6, 7, 8, 9)
-    """Class indices that the tasks are made of, or all."""
+    """Class indices of the tasks, or all."""
     validation: int = Field(default=120, ge=0)
-    """Training samples that a stream holds out, equally many of each task, to choose hyper-parameters on."""
+    """Training samples to hold out per stream, equally many per task, to choose hyper-parameters."""
     samples: int | None = Field(default=None, ge=1)
-    """Take curvatures on so many training samples of a task, random ones; none means all."""
+    """Number of training samples per task for curvatures, drawn at random; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100,)
-    """Hidden sizes of the mlp; no number for a linear model."""
+    """Hidden sizes of the mlp; no value gives a linear model."""
     weights: Path | None = None
-    """Start from the weights in this file, looked for here and in the data root, instead of pre-training on source
-    classes; the last layer is a new one."""
+    """File of pre-trained weights, searched in the current folder and in the data root, instead of pre-training on
+    source_classes; the last layer is replaced."""
     fine_tune: bool = False
-    """Has no effect here: with weights the last layer is always a new one."""
+    """Has no effect here: with weights, the last layer is always replaced."""
     source_classes: tuple[Label, ...] = (0, 1, 2, 3)
-    """Classes that the network is pre-trained on; no number with weights."""
+    """Classes for pre-training; leave empty with weights."""
     source_steps: int = Field(default=300, ge=1)
     """Steps of pre-training, with Adam at a learning rate of 0.001."""
     slope: float = Field(default=0.01, ge=0, lt=1)
     """Slope of the LeakyReLU that replaces every ReLU; 0 keeps the ReLU."""
     batch_norm: Literal["merged", "frozen"] = "merged"
-    """Batch normalisation after pre-training: merged into the convolution before it, or a fixed map."""
+    """Batch normalisation after pre-training: merged into the preceding convolution, or frozen."""
     settings: tuple[Setting, ...] = ("data", "task", "class")
-    """data and data_long (data-IL: random parts of the data, one head), task (task-IL: some classes each, whose outputs
-    alone count), class (class-IL: the outputs of the classes so far count)."""
+    """data and data_long (data-IL: random parts of the data, all outputs), task (task-IL: some classes per task, only
+    their outputs), class (class-IL: the outputs of all classes so far)."""
     stream_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a stream, held-out ones included, random ones; none means all."""
+    """Number of training samples per stream, held-out ones included, drawn at random; none means all."""
     test_samples: int | None = Field(default=None, ge=1)
-    """Test on so many samples, random ones; none means all."""
+    """Number of test samples, drawn at random; none means all."""
     data_tasks: int = Field(default=10, ge=2)
-    """Tasks of data."""
+    """Number of tasks of data."""
     long_tasks: int = Field(default=50, ge=2)
-    """Tasks of data_long."""
+    """Number of tasks of data_long."""
     class_tasks: int = Field(default=3, ge=2)
-    """Tasks of task and of class, with equally many classes each."""
+    """Number of tasks of task and of class, with equally many classes each."""
     methods: tuple[MethodName, ...] = get_args(MethodName)
-    """osla: online structured Laplace, with K-FAC or TK-FAC; dlcft: the same of the linear network with squared error;
-    with diag, EWC's curvature. Those of class keep samples for replay. A setting runs those that it has."""
+    """Methods to run. osla: online structured Laplace with K-FAC or TK-FAC; dlcft: the same for the linear network with
+    squared error; dlcft_diag has a diagonal. In class, osla and dlcft replay samples. Not all methods are in all
+    settings."""
     buffer_size: int = Field(default=100, ge=1)
-    """Samples kept for replay, of er, der, derpp, and in class of osla and dlcft."""
+    """Number of samples kept for replay by er, der and derpp, and in class by osla and dlcft."""
     draws: int | None = Field(default=None, ge=1)
-    """Draw so many labels of the network a sample for a Fisher; none takes the expectation, at a pass an output."""
+    """Labels drawn from the network per sample for a Fisher; none takes the expectation, one pass per output."""
     steps: int = Field(default=60, ge=1)
-    """Steps of a task; the first one of a stream has twice as many."""
+    """Training steps per task; the first task of a stream has twice as many."""
     long_steps: int = Field(default=10, ge=1)
-    """Steps of a task of data_long; the first one has twice as many."""
+    """Training steps per task of data_long; the first task has twice as many."""
     batch_size: int = Field(default=64, ge=1)
-    """New samples a step; as many are replayed."""
+    """New samples per step; equally many are replayed."""
     schedule: ScheduleName = "linear"
-    """Learning-rate schedule of a task; linear and cosine end at 0."""
+    """Learning-rate schedule of each task; linear and cosine end at 0."""
     weight_decay: float = Field(default=1e-5, ge=0)
-    """As the optimizer of torch.optim understands it."""
+    """Weight decay, as defined by the optimizer in torch.optim."""
     clip_norm: Positive | None = None
-    """Largest norm of a gradient; none means no limit."""
+    """Maximal gradient norm; none means no clipping."""
     nonlinear_optimizer: OptimizerName = "adam"
     """Optimizer of methods with the original (non-linear) network; sgd has a momentum of 0.9."""
     linear_optimizer: OptimizerName = "adam"
     """Optimizer of methods with the linearized network."""
     target_scale: Positive = 15.0
-    """Value of the one-hot targets of squared error, in place of 1."""
+    """Scale of the one-hot targets of squared error."""
     nonlinear_lrs: tuple[Positive, ...] = (3e-3, 1e-2)
-    """Learning rates tried for methods with the original network."""
+    """Learning rates to try for methods with the original network."""
     linear_lrs: tuple[Positive, ...] = (1e-2, 3e-2)
-    """Learning rates tried for methods with the linearized network."""
+    """Learning rates to try for methods with the linearized network."""
     lwf_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for lwf."""
+    """Strengths to try for lwf."""
     ewc_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for ewc; 1 is Bayes' rule."""
+    """Strengths to try for ewc; 1 is Bayes' rule."""
     mas_strengths: tuple[Positive, ...] = (0.01, 0.1)
-    """Strengths tried for mas."""
+    """Strengths to try for mas."""
     osla_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for osla, with either curvature; 1 is Bayes' rule."""
+    """Strengths to try for osla, with both curvatures; 1 is Bayes' rule."""
     der_alphas: tuple[Positive, ...] = (0.1, 0.5)
-    """Weights of the old outputs that are tried for der and derpp."""
+    """Weights of the old outputs to try for der and derpp."""
     der_beta: Positive = 0.5
     """Weight of the old labels for derpp."""
     dlcft_strengths: tuple[Positive, ...] = (1.0, 10.0)
-    """Strengths tried for dlcft; the authors' is 1."""
+    """Strengths to try for dlcft; the authors use 1."""
     selection_seeds: tuple[Seed, ...] = (1000,)
-    """Candidates are trained for each, and judged by their mean accuracy on the held-out samples after all tasks."""
+    """Seeds of the search; candidates are compared by their mean accuracy on held-out samples after the last task."""
     evaluation: Literal["test", "validation"] = "test"
-    """What the table is measured on."""
+    """Samples for the accuracies of the table."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """A network is pre-trained, and streams are drawn, for each; the table has mean and standard deviation."""
+    """One network is pre-trained and streams are drawn per seed; the table has mean and standard deviation."""
 
 
 _MNIST = DlcftConfig(

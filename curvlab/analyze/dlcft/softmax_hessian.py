@@ -1,67 +1,35 @@
-"""Does the Hessian of the softmax loss vanish? Shon et al. (DLCFT, 2022), supplement, Appendix A, in numbers."""
+"""Does the Hessian of the softmax loss vanish? Numerical check of Shon et al. (2022), supplement, Appendix A."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
 from curvlab.analyze.dlcft import softmax_hessian_claims as appendix_a
+from curvlab.analyze.dlcft.softmax_hessian_options import PRESETS, SoftmaxHessianConfig
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
-from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.losses import get_loss
 from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
-from curvlab.results import Column, aggregate, significant
+from curvlab.results import Column, aggregate, mean_column, significant
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import fit
 
-_FIRST = 0.5  # 1 - p_t of the first random logits; each next has a tenth
-
-
-class SoftmaxHessianConfig(TrainedSubjectConfig):
-    """Take the Hessian of the softmax loss at random logits, and the curvature of a network while it trains."""
-
-    titles: ClassVar[Mapping[str, str]] = {"categories": "random logits", **TrainedSubjectConfig.titles}
-
-    steps: int = Field(default=3000, ge=1)
-    """Training steps (mini-batches)."""
-    points: int = Field(default=12, ge=1)
-    """Steps at which the network is measured, beside the start and the end: evenly spaced in their logarithm."""
-    tol: float = Field(default=1e-3, gt=0, lt=1)
-    """Relative error of the network's eigenvalues."""
-    categories: int = Field(default=10, ge=2)
-    """Classes of the random logits."""
-    draws: int = Field(default=100, ge=1)
-    """Random logits a seed and probability."""
-    decades: int = Field(default=16, ge=1, le=150)
-    """The probability of the label goes from 1 - 0.5 to 1 - 0.5 * 10^-decades."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Logits are drawn and a network is trained for each; the tables have mean and standard deviation."""
-
-
-PRESETS = {
-    "default": Preset(SoftmaxHessianConfig(), minutes=0.6),
-    "cpu": Preset(
-        SoftmaxHessianConfig(data="mnist", hidden=(100,), samples=5000, steps=5000, points=16),
-        minutes=1,
-        needs=("mnist",),
-    ),
-}
+_FIRST = 0.5  # 1 - p_t of the first random logits; divided by ten from one record to the next
 
 _LOGITS = (
     Column("complement", "1 - p_t", lambda value: significant(value, 2)),
     Column("lower", "p_t (1 - p_t)"),
-    Column("lambda_max", "largest eigenvalue", spread="lambda_max_std"),
+    mean_column("lambda_max", "largest eigenvalue"),
     Column("trace", "1 - |p|²"),
     Column("upper", "2 (1 - p_t)"),
     Column("autograd", "autograd, rel. difference", lambda value: significant(value, 2)),
@@ -69,22 +37,26 @@ _LOGITS = (
 )
 _NETWORK = (
     Column("step", "step"),
-    Column("complement", "mean 1 - p_t", spread="complement_std"),
-    Column("outputs", "of the outputs' Hessian, mean", spread="outputs_std"),
-    Column("jacobian", "of J'J", spread="jacobian_std"),
-    Column("ggn", "of the GGN", spread="ggn_std"),
-    Column("hessian", "of the Hessian", spread="hessian_std"),
+    mean_column("complement", "mean 1 - p_t"),
+    mean_column("outputs", "Hessian w.r.t. outputs, mean"),
+    mean_column("jacobian", "J'J"),
+    mean_column("ggn", "GGN"),
+    mean_column("hessian", "Hessian"),
 )
 
 
 def check(config: SoftmaxHessianConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written."""
+    """Check the configuration and the data.
+
+    Raises:
+        CurvlabError: One of them is invalid.
+    """
     subject.check_subject(config, dataset)
     estimate(subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0])), "hessian", "implicit")
 
 
 def measure(config: SoftmaxHessianConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Yield the records of the random logits, and those of the network in training, which have a ``step``."""
+    """Yield the records of the random logits, and those of the network during training, which have a ``step``."""
     (seed,) = config.seeds
     yield from logit_records(config, seed)
     yield from network_records(config, dataset, seed, workspace)
@@ -94,14 +66,14 @@ def measure(config: SoftmaxHessianConfig, dataset: Dataset, workspace: Workspace
 
 
 def softmax_hessian(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the Hessian of the softmax loss with respect to its logits by equations (20) and (21) of the supplement.
+    """Return the Hessian of the softmax loss with respect to the logits, by equations (20) and (21) of the supplement.
 
     Args:
         logits: ``(N, C)``.
-        targets: ``(N,)``, class indices; the Hessian does not depend on them, the formulas divide by their exponential.
+        targets: ``(N,)``, class indices. The Hessian does not depend on them; the formulas divide by their exponential.
 
     Returns:
-        ``(N, C, C)``, ``diag(p) - p p'`` with no difference that cancels: the bracket of (20) is a sum of positive
+        ``(N, C, C)``, ``diag(p) - p p'``, computed without cancellation: the bracket in (20) is a sum of positive
         numbers.
 
     Examples:
@@ -118,13 +90,13 @@ def softmax_hessian(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def random_logits(categories: int, draws: int, complement: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return normal logits ``(N, C)`` in float64 and targets ``(N,)``, whose probabilities are ``1 - complement``.
+    """Return normal logits ``(N, C)`` in float64, and targets ``(N,)`` with probability ``1 - complement``.
 
     Args:
         categories: Number of classes ``C``.
         draws: Number of logits ``N``.
         complement: Between 0 and 1.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.standard_normal((draws, categories)))
@@ -134,14 +106,14 @@ def random_logits(categories: int, draws: int, complement: float, seed: int) -> 
 
 
 def logit_records(config: SoftmaxHessianConfig, seed: int) -> list[Record]:
-    """Return a record for every probability of the label; its numbers are means or largest ones over the draws.
+    """Return one record per probability of the label, with means or maxima over the draws.
 
     Keys: ``seed``, ``complement`` (1 - p_t), ``lambda_max`` (mean), ``lower`` (p_t (1 - p_t)), ``trace`` (1 - |p|^2,
-    mean), ``upper`` (2 (1 - p_t)), ``above_trace``, ``above_upper`` and ``below_lower`` (by how much, relative, the
-    inequalities between these are missed at most; negative where they hold),
+    mean), ``upper`` (2 (1 - p_t)), ``above_trace``, ``above_upper`` and ``below_lower`` (largest relative violation
+    of the inequalities between these; negative if they hold),
     ``autograd`` and ``factors`` (largest relative Frobenius norm of the difference between automatic differentiation,
-    our output factors, and the formulas), ``autograd_entry`` (largest difference of an entry), ``squared_error``
-    (largest entry of the squared error's Hessian minus the identity).
+    or our output factors, and the formulas), ``autograd_entry`` (largest difference of an entry), ``squared_error``
+    (largest entry of the Hessian of the squared error minus the identity).
     """
     return [_logit_record(config, seed, _FIRST * 10.0**-decade) for decade in range(config.decades + 1)]
 
@@ -173,7 +145,7 @@ def _logit_record(config: SoftmaxHessianConfig, seed: int, complement: float) ->
 
 
 def _relative(matrices: Tensor, reference: Tensor) -> float:
-    # By a power of two, which changes no digit: entries of 1e-300 have squares that are none.
+    # Scale by a power of two, which is exact: the squares of entries of 1e-300 underflow.
     largest = reference.abs().amax(dim=(1, 2), keepdim=True)
     scale = largest / largest.frexp().mantissa
     return float((((matrices - reference) / scale).norm(dim=(1, 2)) / (reference / scale).norm(dim=(1, 2))).max())
@@ -183,14 +155,14 @@ def _relative(matrices: Tensor, reference: Tensor) -> float:
 
 
 class NetworkRecorder:
-    """Measures the network at some steps of its training (see ``curvlab.training.Observer``)."""
+    """Observer that measures the network at given steps of its training (see ``curvlab.training.Observer``)."""
 
     def __init__(self, measure: Callable[[nn.Module], Record], steps: Sequence[int]) -> None:
         self._measure, self._steps = measure, set(steps)
         self.records: list[Record] = []
 
     def due(self, step: int) -> bool:
-        """Say whether this is one of the steps."""
+        """Return whether the network is measured after this step."""
         return step in self._steps
 
     def __call__(self, step: int, model: nn.Module) -> None:
@@ -202,14 +174,14 @@ class NetworkRecorder:
         return {"records": list(self.records)}
 
     def load_state_dict(self, states: Mapping[str, Any], /) -> None:
-        """Take up the records of a run that was stopped."""
+        """Restore the records of an interrupted run."""
         self.records = list(states["records"])
 
 
 def network_records(
     config: SoftmaxHessianConfig, dataset: Dataset, seed: int, workspace: Workspace
 ) -> Iterator[Record]:
-    """Train a network, and yield a record a step at which it is measured."""
+    """Train a network, and yield one record per measured step."""
     model = subject.network(config, dataset, seed)
     steps = np.geomspace(1, config.steps, config.points).round().astype(int).tolist()
     recorder = NetworkRecorder(
@@ -228,15 +200,15 @@ def network_records(
 
 
 def network_record(problem: Problem, tol: float) -> Record:
-    """Return how sure a network is, and the largest eigenvalues of its curvature.
+    """Return the confidence of a network, and the largest eigenvalues of its curvature.
 
-    Keys: ``complement`` (1 - p_t, mean over the samples), ``outputs`` (largest eigenvalue of the Hessian with respect
-    to a sample's outputs, mean), ``jacobian`` (that of ``mean J'J``, the squared error's GGN), ``ggn``, ``hessian``
-    (those of the parameters).
+    Keys: ``complement`` (1 - p_t, mean over samples), ``outputs`` (largest eigenvalue of the Hessian with respect to
+    the outputs, mean over samples), ``jacobian`` (largest eigenvalue of ``mean J'J``, the GGN of the squared error),
+    ``ggn``, ``hessian`` (largest eigenvalues with respect to the parameters).
 
     Args:
-        problem: With the loss ``cross_entropy``.
-        tol: Relative error of the eigenvalues.
+        problem: A problem with the loss ``cross_entropy``.
+        tol: Relative tolerance of the eigenvalues.
 
     Raises:
         CurvlabError: An output is not finite.
@@ -246,11 +218,11 @@ def network_record(problem: Problem, tol: float) -> Record:
         for inputs, targets in problem.batches():
             logits = problem.forward({}, inputs).double()
             if not bool(logits.isfinite().all()):
-                raise CurvlabError("the network's outputs are not finite: lower lr, or look at the scale of the inputs")
+                raise CurvlabError("the network's outputs are not finite: lower lr, or check the scale of the inputs")
             complements.append(-torch.expm1(-problem.loss.values(logits, targets)))
             factors = problem.loss.output_factors(logits)
             outputs.append(torch.linalg.eigvalsh(factors @ factors.mT)[:, -1])
-    # The squared error's GGN does not depend on its targets.
+    # The GGN of the squared error does not depend on the targets.
     with_zeros = [(x, torch.zeros(len(x), logits.shape[1])) for x, _ in problem.batches()]
     squares = Problem(problem.model, "squared_error", with_zeros)
 
@@ -270,27 +242,27 @@ def network_record(problem: Problem, tol: float) -> Record:
 
 
 def summarise(logits: Sequence[Record], network: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Return mean and standard deviation over the seeds: a record a probability, and one a step of the training."""
+    """Return mean and standard deviation over seeds: one record per probability, and one per training step."""
     by_probability = aggregate(logits, ["complement", "lower", "upper"], ["lambda_max", "trace", "autograd", "factors"])
     values = [key for key in network[0] if key not in ("seed", "step")]
     return by_probability, aggregate(network, ["step"], values)
 
 
-def report(run: Results[SoftmaxHessianConfig]) -> Report:
-    """Return the tables, the identities of Appendix A, what it says of a training, and the figure."""
-    logits, network, config = run.records["table"], run.records["network"], run.config
-    conditions = appendix_a.conditions(config, run.subject)
+def report(results: Results[SoftmaxHessianConfig]) -> Report:
+    """Return the tables, the identities and claims of Appendix A, and the figure."""
+    logits, network, config = results.records["table"], results.records["network"], results.config
+    conditions = appendix_a.conditions(config, results.subject)
     by_probability, by_step = summarise(logits, network)
-    name = f"{subject.describe_network(config, run.subject)} on {run.subject.data}"
-    samples = config.samples or run.subject.train
+    name = f"{subject.describe_network(config, results.subject)} on {results.subject.data}"
+    samples = config.samples or results.subject.train
     tables = [
         Table(
-            f"Hessian of the softmax loss at {config.draws:,} random logits of {config.categories} classes; "
-            f"{run.spread}",
+            f"Hessian of the softmax loss at {config.draws:,} random logits with {config.categories} classes; "
+            f"{results.spread}",
             _LOGITS,
             by_probability,
         ),
-        Table(f"Largest eigenvalues during training: {name}, {samples:,} samples; {run.spread}", _NETWORK, by_step),
+        Table(f"Largest eigenvalues during training: {name}, {samples:,} samples; {results.spread}", _NETWORK, by_step),
     ]
     return Report(
         tables[0],
@@ -300,17 +272,17 @@ def report(run: Results[SoftmaxHessianConfig]) -> Report:
         {"vanishing_curvature": lambda: vanishing_curvature(by_probability, by_step, name)},
         deviations=appendix_a.deviations(conditions),
         notes=[
-            "Relative differences are to equations (20) and (21), the largest over the draws. Automatic "
-            "differentiation in float64 computes p_t - p_t², which has no correct digit once 1 - p_t is below 1e-16."
+            "Relative differences are from equations (20) and (21), maxima over the draws. Automatic differentiation "
+            "in float64 computes p_t - p_t², which has no correct digit if 1 - p_t is below 1e-16."
         ],
     )
 
 
 ANALYSIS = Analysis(
     config=SoftmaxHessianConfig,
-    question="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? At random "
-    "logits, by automatic differentiation, by the formulas of the DLCFT supplement and by the output factors of the "
-    "estimators here; and what becomes of a network's curvature in training.",
+    question="Does the Hessian of the softmax loss vanish as the probability of the label goes to 1? Computes it at "
+    "random logits by automatic differentiation, by the formulas of the DLCFT supplement and by the output factors of "
+    "the estimators, and records the curvature of a network during training.",
     presets=PRESETS,
     check=check,
     measure=measure,

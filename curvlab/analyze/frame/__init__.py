@@ -1,1 +1,1 @@
-"""What every analysis shares. An analysis itself says what is measured, and what is made of it."""
+"""The frame that all analyses share: options, runs, search, reports, kept results."""

@@ -1,36 +1,34 @@
-"""What an analysis is: a value, which says what is measured in one run and what a report makes of all of them."""
+"""The description of an analysis: what one run measures, and how a report is made from all runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 
 from rich.console import Console
 
 from curvlab.analyze.frame.search import Search, Trial, choose, run_trial
 from curvlab.analyze.frame.subject import Subject, load_dataset, locate_weights
+from curvlab.analyze.frame.workspace import Record, Workspace
 from curvlab.commandline.config import C
 from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
-from curvlab.files import write_whole
 from curvlab.grid import Place, RunSpec
 from curvlab.results import Claim, Column, Identity
-from curvlab.results.run_directory import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Record = dict[str, Any]
+__all__ = ["Analysis", "Preset", "Record", "Report", "Results", "Table", "Tool", "Workspace"]
 
 
 @dataclass(frozen=True)
 class Preset(Generic[C]):
-    """A configuration that is worth a name.
+    """A named configuration.
 
     Attributes:
-        config: The values.
-        minutes: What it takes on two cores; None if that is not known.
-        needs: What has to be there: names of data sets that are not embedded, ``weights``, ``gpu``.
+        config: The configuration.
+        minutes: Wall time on two cores; None if it was not measured.
+        needs: Requirements: names of data sets that are not embedded, ``weights``, ``gpu``.
     """
 
     config: C
@@ -39,46 +37,17 @@ class Preset(Generic[C]):
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """Where a run works.
-
-    Attributes:
-        place: Its folder, and where data are.
-    """
-
-    place: Place
-
-    @property
-    def folder(self) -> Path:
-        """For checkpoints: the same folder when a run that was stopped begins again."""
-        return self.place.folder
-
-    def save(self, name: str, value: Any) -> None:
-        """Keep what is not a flat record, such as a matrix to be drawn, as JSON for the report.
-
-        Args:
-            name: One of the analysis' ``artifacts``.
-            value: Numbers, strings, arrays, and lists or mappings of them.
-        """
-        write_whole(self.folder / f"{name}.json", to_json(value).encode())
-
-    def within(self, name: str) -> "Workspace":
-        """Return a workspace of its own for a part of the run."""
-        return Workspace(replace(self.place, folder=self.folder / name))
-
-
-@dataclass(frozen=True)
 class Results(Generic[C]):
-    """What a report is made of; nothing in it needs the network or the data, so that it can be read from files.
+    """The results of all runs, from which a report is made without the network or the data.
 
     Attributes:
         config: The configuration.
-        subject: Of the data.
-        records: By the names of the analysis' ``kinds``.
-        selection: A record a candidate of a search for hyper-parameters, as ``curvlab.analyze.frame.search`` has them.
-        artifacts: By name, what the runs have kept; a run that failed has none.
-        failed: The runs that have failed: ``seed`` and ``error`` of each.
-        total: How many runs there are in all.
+        subject: Description of the data.
+        records: Records by kind; the names are those of the ``kinds`` of the analysis.
+        selection: One record per candidate of a hyper-parameter search, see ``curvlab.analyze.frame.search.select``.
+        artifacts: Values that the runs saved, by name; failed runs have none.
+        failed: ``seed`` and ``error`` of each failed run.
+        total: Number of runs, failed ones included.
     """
 
     config: C
@@ -97,7 +66,7 @@ class Results(Generic[C]):
 
     @property
     def spread(self) -> str:
-        """What a title says of the numbers of a table."""
+        """Text for a title: how the numbers of a table are averaged over seeds."""
         if len(self.seeds) == 1:
             return "one seed"
         number = "the seeds that did not fail" if self.failed else f"{len(self.seeds)} seeds"
@@ -106,11 +75,11 @@ class Results(Generic[C]):
 
 @dataclass(frozen=True)
 class Table:
-    """A table to be read.
+    """A table of a report.
 
     Attributes:
-        title: What stands above.
-        columns: What is shown of the records.
+        title: The title.
+        columns: The columns, and how their values are formatted.
         records: The rows.
     """
 
@@ -121,17 +90,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """What an analysis comes to.
+    """Tables, claims and figures of an analysis.
 
     Attributes:
-        summary: The table that ``table.md`` and ``table.tex`` hold.
-        tables: Those that the console shows; None for the summary alone.
-        claims: Statements of the paper, and ours, that data can refute, with their verdicts.
-        identities: Arithmetic and identities, which no data could refute: they have no verdict.
-        figures: Functions that draw, by the name of the file.
-        files: Further records to be kept, by the name of the file.
-        deviations: In what the run differs from the published one.
-        notes: What else is to be said.
+        summary: The table written to ``table.md`` and ``table.tex``.
+        tables: The tables printed on the console; None for the summary only.
+        claims: Statements of the paper, and our own, that data can refute, with their verdicts.
+        identities: Identities and arithmetic, which no data can refute; they have no verdict.
+        figures: Functions that draw a figure, by file name.
+        files: Additional records to write, by file name.
+        deviations: Differences between the run and the published one, one line each.
+        notes: Additional lines to print.
     """
 
     summary: Table
@@ -146,13 +115,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Tool(Generic[C]):
-    """A command that answers at once: nothing is trained or repeated over seeds.
+    """A command without runs: it trains nothing and has no seeds.
 
     Attributes:
-        config: Its config.
-        question: What ``--help`` says first.
-        presets: By name; ``default`` among them.
-        run: Does it, and prints.
+        config: The config class.
+        question: First sentence of ``--help``.
+        presets: Presets by name, including ``default``.
+        run: Function that does the work and prints.
     """
 
     config: type[C]
@@ -162,27 +131,27 @@ class Tool(Generic[C]):
 
 
 def _accept(config: Any, dataset: Dataset) -> None:
-    """Refuse nothing."""
+    """Accept every configuration."""
 
 
 @dataclass(frozen=True)
 class Analysis(Generic[C]):
-    """An analysis on the frame.
+    """An analysis that runs on the frame.
 
     Attributes:
-        config: Its config; has ``seeds``.
-        question: What ``--help`` says first.
-        presets: By name; ``default`` among them.
-        measure: One run, with a single seed; gives flat records.
-        report: Pure: makes tables, claims and figures of the records.
-        check: Refuses what cannot be done, before anything is written.
-        load: The data set of a configuration.
-        parts: The runs of a configuration with given hyper-parameters; None for one a seed.
-        search: How hyper-parameters are chosen, if they are.
-        kinds: Name of a file of records -> a key that these records alone have; ``table`` among them.
-        artifacts: What ``Workspace.save`` may be given.
-        items: The tables and figures of the paper that it regenerates.
-        version: Of ``measure``: raised when its numbers change, so that stores do not mix old ones with new.
+        config: The config class; it has a field ``seeds``.
+        question: First sentence of ``--help``.
+        presets: Presets by name, including ``default``.
+        measure: Function of one run with a single seed; returns flat records.
+        report: Pure function that makes tables, claims and figures from records.
+        check: Function that raises ``CurvlabError`` for an invalid configuration, before anything is written.
+        load: Function that loads the data set of a configuration.
+        parts: Function that splits a configuration into its runs; None for one run per seed.
+        search: The hyper-parameter search; None if there is none.
+        kinds: File name of each kind of records -> a key that only these records have; includes ``table``.
+        artifacts: Names of the values that a run saves with ``Workspace.save``.
+        items: The tables and figures of the paper that the analysis reproduces.
+        version: Version of ``measure``, raised when its numbers change, so that a store never mixes old and new ones.
     """
 
     config: type[C]
@@ -201,21 +170,21 @@ class Analysis(Generic[C]):
 
     @property
     def module(self) -> str:
-        """The module that has it as ``ANALYSIS``."""
+        """Name of the module that defines it as ``ANALYSIS``."""
         return self.measure.__module__
 
     @property
     def name(self) -> str:
-        """What it is called on the command line."""
+        """Name on the command line."""
         return self.module.rpartition(".")[2]
 
     @property
     def seed(self) -> str:
-        """The field of the seeds."""
+        """Name of the field with the seeds."""
         return "seeds"
 
     def run_specs(self, configs: Iterable[C], seeds: Iterable[int] | None = None) -> list[RunSpec]:
-        """Return one run for every configuration and seed; without ``seeds``, for the seeds of each configuration."""
+        """Return one run per configuration and seed; without ``seeds``, the seeds of each configuration are used."""
         function = f"{self.module}:ANALYSIS.execute"
         specs = []
         for config in configs:
@@ -227,7 +196,7 @@ class Analysis(Generic[C]):
         return specs
 
     def execute(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Execute a run of ``run_specs``; ``curvlab.grid`` calls this. Several parts follow one another."""
+        """Execute one run of ``run_specs`` for ``curvlab.grid``: its search, if it has one, then its parts in order."""
         config, dataset = self._prepare(values, place)
         here = Workspace(place)
         configs: Sequence[C] = [config] if self.parts is None else self.parts(config)
@@ -246,7 +215,7 @@ class Analysis(Generic[C]):
         ]
 
     def trial_specs(self, config: C) -> list[RunSpec]:
-        """Return the runs that try the candidates of the hyper-parameters."""
+        """Return the runs of the hyper-parameter search."""
         if self.search is None:
             return []
         return [
@@ -261,7 +230,7 @@ class Analysis(Generic[C]):
         ]
 
     def execute_trial(self, values: Mapping[str, Any], place: Place) -> Sequence[Record]:
-        """Execute a run of ``trial_specs``; ``curvlab.grid`` calls this."""
+        """Execute one run of ``trial_specs`` for ``curvlab.grid``."""
         assert self.search is not None
         values = dict(values)
         group, candidate = values.pop("group"), values.pop("candidate")

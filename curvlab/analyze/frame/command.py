@@ -1,4 +1,4 @@
-"""From a command line to an analysis."""
+"""The command line of an analysis."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,41 +23,41 @@ from curvlab.errors import CurvlabError
 
 
 class _Command(Config):
-    """What is said to the command itself."""
+    """Options of the command itself."""
 
     titles: ClassVar[dict[str, str]] = {"help": "this command"}
 
     help: bool = False
-    """Show this and stop."""
+    """Show this help and exit."""
     preset: str = "default"
-    """The values that the options below start from."""
+    """Preset that gives the default values of the options below."""
     config: Path | None = None
-    """A YAML file of options, such as the config.yaml of a run. It wins over the preset; options win over it."""
+    """YAML file of options, such as the config.yaml of a run. It overrides the preset; options override it."""
     print_config: bool = False
-    """Print the whole configuration as YAML and stop. Types and ranges have been checked; what takes the data to check,
-    a run does."""
+    """Print the whole configuration as YAML and exit. Types and ranges are checked; a run also checks the options
+    against the data."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def execute(analysis: Analysis[C] | Tool[C], arguments: list[str], program: str) -> int:
-    """Parse, run, and turn an error into one sentence on standard error.
+    """Parse the arguments, run the analysis, and print an error as one sentence on standard error.
 
     Returns:
-        The exit code, as ``curvlab.commandline.program.report_errors`` gives it.
+        The exit code, see ``curvlab.commandline.program.report_errors``.
     """
     return report_errors(lambda: _execute(analysis, arguments, program), debug="--debug" in arguments)
 
 
 def _execute(analysis: Any, arguments: list[str], program: str) -> None:
-    # Preset and file set the values that the options start from, which the help shows: they are looked for first.
+    # The preset and the file set the default values that the help shows, so they are parsed first.
     first = Parser(program)
     first.add(_Command())
     chosen, _ = first.parse_known_args(arguments)
     command = validate(_Command, select_fields(vars(chosen), _Command), option_name)
     if command.preset not in analysis.presets:
         raise CurvlabError(
-            f"there is no preset {command.preset!r}{did_you_mean(command.preset, analysis.presets)} "
+            f"unknown preset {command.preset!r}{did_you_mean(command.preset, analysis.presets)} "
             f"(presets: {', '.join(analysis.presets)})"
         )
     preset = analysis.presets[command.preset]
@@ -88,7 +88,7 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
 
 
 def describe_presets(presets: Mapping[str, Preset[Any]]) -> str:
-    """Return the names of presets, with what each costs and needs where that is known."""
+    """Return the names of presets, each with its cost and requirements if they are known."""
     return ", ".join(name + _cost(preset) for name, preset in presets.items())
 
 

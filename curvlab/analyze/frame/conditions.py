@@ -1,12 +1,15 @@
-"""The conditions of a run beside those of the published one."""
+"""Differences between the conditions of a run and those of the published one."""
 
 from collections.abc import Mapping, Sequence
 
 from curvlab.results import significant
 
 
-def differing(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
-    """Return the conditions that are not the same, ours and in brackets theirs; nothing of those they do not name."""
+def describe_differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
+    """Return the conditions that differ: our value, and the published one in brackets.
+
+    Conditions that ``theirs`` does not name are left out.
+    """
     return "; ".join(
         f"{name} {_word(value)} ({_word(theirs[name])})"
         for name, value in ours.items()
@@ -14,8 +17,8 @@ def differing(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
     )
 
 
-def either(values: Sequence[float]) -> str:
-    """Return values of which one is chosen, in words."""
+def describe_choice(values: Sequence[float]) -> str:
+    """Return the values that a search chooses from, as text: ``0.1 or 0.01``."""
     return " or ".join(f"{value:g}" for value in values)
 
 

@@ -1,4 +1,4 @@
-"""Do the runs of an analysis, and write and print what its report makes of them."""
+"""Execute the runs of an analysis, then write and print its report."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from curvlab import grid, yaml_file
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results
-from curvlab.analyze.frame.search import choose, select, show_selection
+from curvlab.analyze.frame.search import choose, list_pairs, select, show_selection
 from curvlab.analyze.frame.subject import Subject, check_distinct, locate_weights
 from curvlab.commandline.config import C
 from curvlab.commandline.options import GridOptions
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STORE = "sweep.sqlite"
-PROVENANCE = "provenance.json"  # written last: a run that has it is finished
+PROVENANCE = "provenance.json"  # written last: a run directory that has it is finished
 SELECTION, CLAIMS = "selection", "claims"
-_SEEDS = Column("seeds", "seeds")  # of a table, shown where a run has failed
-_TITLE = 10  # size of the titles of figures
+_SEEDS = Column("seeds", "seeds")  # added to a table if a run has failed
+_TITLE = 10  # font size of figure titles
 
 
 def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console) -> None:
-    """Choose hyper-parameters, do the runs that the folder does not have, and write and print the report.
+    """Choose hyper-parameters, execute the runs that the run directory lacks, and write and print the report.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable, and nothing is written; or a run has
-            failed, and what the others gave is written and printed.
+        CurvlabError: The configuration, the data or the weights are invalid, and nothing is written; or a run failed,
+            and the report of the other runs is written and printed.
     """
     clock = Stopwatch()
     with clock("data"):
@@ -67,10 +67,10 @@ def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console
 
 
 def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
-    """Return a finished run, as its report is made of it, from the files that it has left.
+    """Read the results of a finished run directory.
 
     Raises:
-        CurvlabError: There is no finished run of this analysis.
+        CurvlabError: The folder is not a finished run directory of this analysis.
     """
     try:
         config = analysis.config(**yaml_file.loads((folder / "config.yaml").read_text()))
@@ -82,7 +82,7 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
         }
         subject = Subject(**{**origin["subject"], "sample_shape": tuple(origin["subject"]["sample_shape"])})
     except (OSError, ValueError, KeyError, CurvlabError) as error:
-        raise CurvlabError(f"{folder} is no finished run of {analysis.name}: {error}") from error
+        raise CurvlabError(f"{folder} is not a finished run of {analysis.name}: {error}") from error
     return Results(
         config,
         subject,
@@ -99,9 +99,9 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
 
 @contextmanager
 def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[RunDirectory]:
-    """Open the folder of a run, new or to be continued, for the block that fills it.
+    """Open the run directory, new or resumed, for the duration of the block.
 
-    If that is stopped, say how to continue it, or remove the new folder if nothing in it is worth that.
+    If the block is interrupted, add a note that says how to continue, or remove the directory if nothing was computed.
     """
     directory = open_run(options.out, analysis.name, config.to_yaml())
     try:
@@ -114,7 +114,7 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
         checkpoints = any(path.is_file() for path in grid.run_folder(store, "").rglob("*"))
         if tally["done"] or tally["failed"] or checkpoints:
             again = " --retry-failed" if tally["failed"] else ""
-            # Not of how many: more may follow from what these give.
+            # The total is not known yet: more runs may follow from the results of these.
             stop.add_note(
                 f"runs done in {directory.path}: {tally['done']}; "
                 f"the same command with --out {directory.path}{again} continues there"
@@ -127,17 +127,19 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
 def _do_runs(
     analysis: Analysis[C], config: C, options: GridOptions, directory: RunDirectory, clock: Stopwatch
 ) -> Results[C]:
-    """Return the run but for its subject."""
+    """Execute all runs and return the results, with an empty subject."""
     trial_specs = analysis.trial_specs(config)
     selection: list[Record] = []
     trials: list[Record] = []
     configs: Sequence[C] = [config]
     if analysis.search is not None:
         with clock(SELECTION):
-            if trial_specs:
+            if trial_specs and (finished := _read_trials(trial_specs, directory)) is not None:
+                trials = finished  # without a change of the store, which has the runs that follow, too
+            elif trial_specs:
                 trials, failed = _do(trial_specs, options, directory)
                 if failed:
-                    raise RunsFailed(f"the best hyper-parameters are not known: a run failed: {failed[0]['error']}")
+                    raise RunsFailed(f"hyper-parameters cannot be chosen because a run failed: {failed[0]['error']}")
             chosen = choose(analysis.search, config, trials)
             selection = select(analysis.search, config, trials, chosen)
             configs = analysis.search.runs(config, chosen)
@@ -154,7 +156,7 @@ def _do_runs(
         name: [
             json.loads(file.read_text())
             for spec in specs
-            # None of a run that has failed, or was done on a machine of a cluster that does not share the folder.
+            # Missing if the run failed, or ran on a machine of a cluster that does not share the folder.
             if (file := grid.run_folder(directory.path / STORE, spec.key) / f"{name}.json").exists()
         ]
         for name in analysis.artifacts
@@ -165,10 +167,22 @@ def _do_runs(
     return Results(config, Subject("", (), 0, 0, 0), records, selection, artifacts, seen, total)
 
 
+def _read_trials(specs: Sequence[RunSpec], directory: RunDirectory) -> list[Record] | None:
+    """Return the records of the search, in order, if the store has all of them; otherwise None."""
+    store = directory.path / STORE
+    if not store.exists():
+        return None
+    with grid.read_store(store) as stored:
+        found = stored.records_by_key()
+    if not all(spec.key in found for spec in specs):
+        return None
+    return [record for spec in specs for record in found[spec.key]]
+
+
 def _do(
     specs: Sequence[RunSpec], options: GridOptions, directory: RunDirectory
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Do the runs that the store does not have; return the records of those done, in order, and the failed ones."""
+    """Execute the runs that the store lacks; return the records of finished runs, in order, and the failed runs."""
     store = directory.path / STORE
     options.run(specs, store)
     with grid.read_store(store) as stored:
@@ -179,13 +193,12 @@ def _do(
 
 
 def _failure(failed: Sequence[Mapping[str, Any]], total: int) -> RunsFailed:
-    have = "has" if len(failed) == 1 else "have"
     return RunsFailed(
-        f"{len(failed)} of {total} runs {have} failed, the first (seed {failed[0]['seed']}) so: {failed[0]['error']}"
+        f"{len(failed)} of {total} runs failed; the first (seed {failed[0]['seed']}): {failed[0]['error']}"
     )
 
 
-# What is written ------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _write(analysis: Analysis[C], finished: Results[C], report: Report, directory: RunDirectory) -> None:
@@ -202,13 +215,13 @@ def _write(analysis: Analysis[C], finished: Results[C], report: Report, director
 
 
 def draw(finished: Results[Any], report: Report, directory: RunDirectory, names: Sequence[str] = ()) -> list[Path]:
-    """Draw the figures of a report into a folder, and return the files.
+    """Draw the figures of a report into a run directory, and return the files.
 
     Args:
-        finished: The run.
-        report: What was made of it.
-        directory: Where to.
-        names: Which figures; empty for all.
+        finished: The results.
+        report: The report on them.
+        directory: The run directory.
+        names: Names of the figures; empty for all.
     """
     return [
         path
@@ -219,17 +232,17 @@ def draw(finished: Results[Any], report: Report, directory: RunDirectory, names:
 
 
 def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
-    """Say under the title how many runs are in a figure, if some have failed."""
+    """Add the number of finished runs to the title of a figure if some runs failed."""
     if finished.failed:
         seeds = ", ".join(dict.fromkeys(str(one["seed"]) for one in finished.failed))
         done = finished.total - len(finished.failed)
-        note = f"{done} of {finished.total} runs; the others have failed (seed {seeds})"
+        note = f"{done} of {finished.total} runs; the others failed (seed {seeds})"
         figure.suptitle("\n".join(filter(None, [figure.get_suptitle(), note])), fontsize=_TITLE)
     return figure
 
 
 def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash: str, clock: Stopwatch) -> None:
-    """Write where the results come from: last, and not again where no run has changed since."""
+    """Write the provenance, after everything else; keep the old file if no run has changed."""
     file = directory.path / PROVENANCE
     with grid.read_store(directory.path / STORE) as store:
         tally = store.tally()
@@ -249,7 +262,7 @@ def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash
     directory.write_json(PROVENANCE, origin | more)
 
 
-# What is printed ------------------------------------------------------------------------------------------------------
+# Console --------------------------------------------------------------------------------------------------------------
 
 
 def _print(analysis: Analysis[C], finished: Results[C], report: Report, console: Console) -> None:
@@ -260,13 +273,19 @@ def _print(analysis: Analysis[C], finished: Results[C], report: Report, console:
         columns, rows = show_selection(analysis.search, finished.config, finished.selection)
         console.print(render(rows, columns, "Hyper-parameters, chosen on held-out samples"), crop=False)
         if any("*" in str(value) for row in rows for value in row.values()):
-            _say(console, "* The smallest or largest value that was tried: beyond it may be a better one.")
+            _say(console, "* Smallest or largest value tried: a better one may lie outside the range.")
+        if pairs := list_pairs(analysis.search, finished.config):
+            names = ", ".join(name.replace("_", " ") for name in pairs)
+            _say(
+                console,
+                f"Only two values were tried for {names}: add values to see whether the best one is inside the range.",
+            )
     if report.claims:
         console.print(render_claims(report.claims), crop=False)
     if report.identities:
         console.print(render_identities(report.identities), crop=False)
     if report.deviations:
-        _say(console, "Here, and in the published runs (in brackets):")
+        _say(console, "Differences from the published runs (published values in brackets):")
     for line in (*(f"- {deviation}" for deviation in report.deviations), *report.notes):
         _say(console, line)
 
@@ -288,15 +307,15 @@ def _with_seeds(columns: Sequence[Column], finished: Results[Any]) -> Sequence[C
 
 
 def _report_failures(directory: RunDirectory, console: Console) -> None:
-    """Print the runs that have failed, as the footer of the tables that are without them.
+    """Print the failed runs below the tables, which do not include them.
 
     Raises:
-        RunsFailed: There are such runs.
+        RunsFailed: A run failed.
     """
     with grid.read_store(directory.path / STORE) as store:
         failed, tally = store.failed_runs(), store.tally()
         if not failed:
             return
-        _say(console, "Failed, and in no number above:")
+        _say(console, "Failed runs (not included above):")
         print_failures(console, store)
     raise _failure(failed, sum(tally.values()))

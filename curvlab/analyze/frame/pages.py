@@ -1,4 +1,4 @@
-"""Pages made of kept results: a README for each paper, and one page of what did not reproduce."""
+"""Pages generated from kept results: one README per paper, and one page that starts with the failed claims."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from curvlab.analyze import ANALYSES, ROOMS
 from curvlab.analyze.frame.results import Result, read_results
 from curvlab.results import Claim, Column, plus_minus
-from curvlab.results.claims import significant_claim, sort_claims
+from curvlab.results.claims import format_published, sort_claims
 from curvlab.results.tables import to_markdown
 
 _MADE = "<!-- Made by `make papers` from results/*.json. -->"
@@ -20,11 +20,11 @@ _CLAIMS = (
 
 
 def render_readme(root: Path, room: str) -> str:
-    """Return the README of a paper: of each result its command and cost, claims, tables beside the published numbers.
+    """Return the README of a paper: command, cost, claims and tables of each kept result.
 
     Args:
         root: The folder ``analyses`` of the repository.
-        room: The paper.
+        room: The room of the paper.
     """
     results = read_results(root, room)
     names = [name for name, entry in ANALYSES.items() if entry.room == room]
@@ -33,7 +33,7 @@ def render_readme(root: Path, room: str) -> str:
         parts.append(f"## {name}\n\n{ANALYSES[name].question}")
         mine = [result for result in results if result.name == name]
         if not mine:
-            parts.append(f"No result is kept yet: `python -m curvlab.analyze {name} --preset cpu`.")
+            parts.append(f"No result is kept yet. To compute one: `python -m curvlab.analyze {name} --preset cpu`.")
         parts += [_render_result(result) for result in mine]
     return "\n\n".join(parts) + "\n"
 
@@ -54,10 +54,10 @@ def _render_result(result: Result) -> str:
         parts.append(f"{table.title}\n\n{to_markdown(table.records, table.columns)}".rstrip())
     if report.identities:
         lines = [f"- {one.text}: {plus_minus(*one.mean_and_spread)}" for one in report.identities]
-        parts.append("Identities and arithmetic, which no data could refute:\n\n" + "\n".join(lines))
+        parts.append("Identities and arithmetic, which no data can refute:\n\n" + "\n".join(lines))
     if report.deviations:
         lines = [f"- {line}" for line in report.deviations]
-        parts.append("Here, and in the published runs (in brackets):\n\n" + "\n".join(lines))
+        parts.append("Differences from the published runs (published values in brackets):\n\n" + "\n".join(lines))
     parts += [str(note) for note in report.notes]
     pictures = sorted(result.file.parent.glob(f"{result.file.stem}.*.png"))
     parts += [f"![{file.stem.rpartition('.')[2]}](results/{file.name})" for file in pictures]
@@ -71,7 +71,7 @@ def _table(claims: Sequence[Claim]) -> str:
         {
             "text": claim.text,
             "source": claim.source,
-            "published": significant_claim(claim.published),
+            "published": format_published(claim.published),
             "ours": plus_minus(claim.ours, claim.spread),
             "verdict": verdict,
         }
@@ -81,7 +81,7 @@ def _table(claims: Sequence[Claim]) -> str:
 
 
 def render_index(root: Path) -> str:
-    """Return the page of all papers: what did not reproduce comes first, then a line an analysis and preset.
+    """Return the page of all papers: first the claims that were not reproduced, then one line per result.
 
     Args:
         root: The folder ``analyses`` of the repository.
@@ -95,7 +95,7 @@ def render_index(root: Path) -> str:
                 {
                     "paper": citation.partition(":")[0],
                     "text": claim.text,
-                    "published": significant_claim(claim.published),
+                    "published": format_published(claim.published),
                     "ours": plus_minus(claim.ours, claim.spread),
                     "at": at,
                 }
@@ -104,14 +104,14 @@ def render_index(root: Path) -> str:
             ]
             counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
             rows.append({"paper": citation.partition(":")[0], "at": at, "minutes": result.minutes, **counts})
-    what = (
+    claim_columns = (
         Column("paper", "paper"),
         Column("text", "claim"),
         Column("published", "published"),
         Column("ours", "ours"),
         Column("at", "analysis, preset"),
     )
-    every = (
+    result_columns = (
         Column("paper", "paper"),
         Column("at", "analysis, preset"),
         Column("minutes", "minutes", format=lambda value: f"{value:.1f}"),
@@ -120,13 +120,13 @@ def render_index(root: Path) -> str:
     return (
         "\n\n".join(
             [
-                "# The papers, reproduced",
+                "# Reproduction of the papers",
                 "<!-- Made by `make papers` from analyses/*/results/*.json. -->",
-                "## What did not reproduce",
-                to_markdown(failed, what).rstrip() if failed else "Nothing that is kept.",
+                "## Claims that were not reproduced",
+                to_markdown(failed, claim_columns).rstrip() if failed else "None of the kept results.",
                 "## All results",
-                "Of each paper, `analyses/PAPER/README.md` has claims, tables and deviations.",
-                to_markdown(rows, every).rstrip(),
+                "`analyses/PAPER/README.md` has the claims, tables and deviations of each paper.",
+                to_markdown(rows, result_columns).rstrip(),
             ]
         )
         + "\n"
@@ -137,7 +137,7 @@ VERDICTS = ("not reproduced", "reproduced", "not tested")
 
 
 def write_pages(root: Path, docs: Path) -> list[Path]:
-    """Write the README of every paper and the page of all of them; return the files.
+    """Write the README of every paper and the page of all papers; return the files.
 
     Args:
         root: The folder ``analyses`` of the repository.

@@ -1,4 +1,4 @@
-"""The published numbers of a room: every number with its table, row and conditions."""
+"""The published numbers of a paper: each number with its table, row and conditions."""
 
 from functools import cache
 from importlib.resources import files
@@ -9,7 +9,7 @@ from curvlab import yaml_file
 
 @cache
 def read_published(room: str) -> dict[str, Any]:
-    """Return what ``published.yaml`` of a room holds: tables by name, each with ``source``, ``conditions``, ``rows``.
+    """Return the contents of the ``published.yaml`` of a room: tables with ``source``, ``conditions`` and ``rows``.
 
     Args:
         room: Name of the folder, such as ``masq``.

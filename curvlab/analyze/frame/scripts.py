@@ -1,4 +1,4 @@
-"""What the scripts in ``analyses/`` and ``figures/`` do: run an analysis for a table, draw a figure of it."""
+"""Functions for the scripts in ``analyses/`` and ``figures/``: run an analysis, draw its figures."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from curvlab.results import RunDirectory
 
 
 def run_script(name: str, preset: str, out: str) -> int:
-    """Run an analysis with a preset, in a folder of its own unless the command line says another one.
+    """Run an analysis with a preset and a run directory; options on the command line override both.
 
     Returns:
         The exit code.
@@ -21,13 +21,13 @@ def run_script(name: str, preset: str, out: str) -> int:
 
 
 def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -> int:
-    """Draw figures of a run, whose folder is the first word of the command line, running the analysis first if needed.
+    """Draw figures from the run directory named by the first argument; run the analysis first if it is not finished.
 
     Args:
-        name: Of the analysis.
-        preset: What it is run with.
-        out: Folder of the run where the command line names none.
-        figures: Which of the report's figures; empty for all.
+        name: Name of the analysis.
+        preset: Preset that the analysis is run with.
+        out: Run directory if the command line names none.
+        figures: Names of the figures; empty for all.
 
     Returns:
         The exit code.

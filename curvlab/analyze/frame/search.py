@@ -1,31 +1,29 @@
-"""How hyper-parameters are chosen: on held-out samples, by runs of their own seeds, the same way for every analysis."""
+"""The hyper-parameter search of all analyses: candidates are compared on held-out samples, with separate seeds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
+from curvlab.analyze.frame.subject import check_distinct
+from curvlab.analyze.frame.workspace import Record, Workspace
 from curvlab.commandline.config import C
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.results import Column, aggregate
 
-if TYPE_CHECKING:
-    from curvlab.analyze.frame.analysis import Workspace
-
-Record = dict[str, Any]
 Group = Mapping[str, str]
 Candidate = Mapping[str, float]
-Measure = Callable[[C, Any, "Workspace"], Iterable[Record]]  # of whatever ``load`` of the analysis gives
+Measure = Callable[[C, Any, Workspace], Iterable[Record]]  # the second argument is the data set that the analysis loads
 
 
 @dataclass(frozen=True)
 class Trial(Generic[C]):
-    """A run that a candidate is judged by.
+    """A run of the search, with one candidate and one seed.
 
     Attributes:
-        group: What the candidate is for, such as a method.
-        candidate: Its hyper-parameters.
-        config: The configuration of the run, with one seed.
+        group: What the hyper-parameters are chosen for, such as a method.
+        candidate: Values of the hyper-parameters.
+        config: Configuration of the run, with one seed.
     """
 
     group: Group
@@ -35,7 +33,7 @@ class Trial(Generic[C]):
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a group."""
+    """The candidate chosen for a group."""
 
     group: Group
     candidate: Candidate
@@ -43,19 +41,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Search(Generic[C]):
-    """A search.
+    """A hyper-parameter search.
 
     Attributes:
-        candidates: Of a configuration: every group with its candidates; one alone is taken without a trial.
-        config: The configuration of a trial, of a configuration, group, candidate and seed.
-        runs: The runs of a configuration once a candidate of each group is chosen.
-        seeds: The seeds that the trials of a configuration have.
-        value: The key, in what ``measure`` gives, of the number on held-out samples that candidates are judged by.
-        largest: Whether the largest value is the best; else the smallest.
-        measure: Of a trial; None for that of the analysis.
-        advice: What a user can do where every candidate diverges.
-        limits: Values of a hyper-parameter that no other can surpass.
-        label: What a group's part is called in a table.
+        candidates: Function of a configuration that returns each group with its candidates; a single candidate is
+            chosen without a trial.
+        config: Function of a configuration, group, candidate and seed that returns the configuration of the trial.
+        runs: Function of a configuration and the choices that returns the configurations of the runs.
+        seeds: Function of a configuration that returns the seeds of its trials.
+        value: Key of the held-out value in the records of ``measure``.
+        largest: Whether the largest value is the best; otherwise the smallest.
+        measure: Function that executes a trial; None for the ``measure`` of the analysis.
+        advice: What the user can do if every candidate diverges.
+        limits: Bounds of the range of a hyper-parameter, beyond which there is no value to try.
+        label: Function that returns the label of a value of a group in a table.
     """
 
     candidates: Callable[[C], Sequence[tuple[Group, Sequence[Candidate]]]]
@@ -64,18 +63,18 @@ class Search(Generic[C]):
     seeds: Callable[[C], Sequence[int]]
     value: str
     largest: bool = True
-    measure: "Measure[C] | None" = None
+    measure: Measure[C] | None = None
     advice: str = "give other values"
     limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
     label: Callable[[str], str] = str
 
     @property
     def validation(self) -> str:
-        """The key of the judged value in the records of trials."""
+        """Key of the held-out value in the records of trials."""
         return f"validation_{self.value.removeprefix('validation_')}"
 
     def trials(self, config: C) -> list[Trial[C]]:
-        """Return the trials of a configuration; none for groups with a single candidate."""
+        """Return the trials of a configuration; groups with a single candidate have none."""
         return [
             Trial(group, candidate, self.config(config, group, candidate, seed))
             for group, candidates in self.candidates(config)
@@ -85,31 +84,70 @@ class Search(Generic[C]):
         ]
 
 
-def run_trial(search: Search[C], measure: "Measure[C]", trial: Trial[C], dataset: Dataset, at: "Workspace") -> Record:
-    """Do a trial; one that diverges has no value, and says why in ``note``."""
+def search_by_accuracy(
+    candidates: Callable[[C], Sequence[tuple[Group, Sequence[Candidate]]]],
+    single_run: Callable[[C, Group, Candidate], C],
+    **options: Any,
+) -> Search[C]:
+    """Return a search for the candidate of each group with the best accuracy after the last task of a stream.
+
+    The config has ``selection_seeds``, the seeds of the trials, and ``evaluation``, the samples for accuracies.
+
+    Args:
+        candidates: As for ``Search``.
+        single_run: Function of a configuration, group and candidate that returns the configuration of their runs.
+        **options: Other fields of ``Search``.
+    """
+
+    def make_trial(config: C, group: Group, candidate: Candidate, seed: int) -> C:
+        return single_run(config, group, candidate).model_copy(update={"seeds": (seed,), "evaluation": "validation"})
+
+    def make_runs(config: C, chosen: Sequence[Choice]) -> list[C]:
+        return [single_run(config, one.group, one.candidate) for one in chosen]
+
+    fields: dict[str, Any] = {"runs": make_runs, "value": "acc", **options}
+    return Search(candidates, make_trial, seeds=lambda config: config.selection_seeds, **fields)
+
+
+def check_selection_seeds(config: Any) -> None:
+    """Check that the seeds of a search by accuracy are distinct, and differ from those of a table on the same samples.
+
+    Raises:
+        CurvlabError: They are not.
+    """
+    check_distinct(selection_seeds=config.selection_seeds)
+    if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
+        raise CurvlabError(
+            "with evaluation=validation the seeds of the table must differ from those of the search: "
+            "give seeds and selection_seeds no common value"
+        )
+
+
+def run_trial(search: Search[C], measure: Measure[C], trial: Trial[C], dataset: Dataset, at: Workspace) -> Record:
+    """Execute a trial and return its record; if it diverges, the value is None and ``note`` has the reason."""
     names: Record = {**trial.group, **trial.candidate, "seed": trial.config.seeds[0]}  # type: ignore[attr-defined]
     try:
-        records = (search.measure or measure)(trial.config, dataset, at)
-        found = next(record for record in records if search.value in record)
+        records = list((search.measure or measure)(trial.config, dataset, at))
     except UnsupportedError:
         raise
     except CurvlabError as error:
-        # The options have been checked: what is left is a loss, or a weight, that is not finite.
+        # The options have been checked, so the only remaining error is a loss or a weight that is not finite.
         return {**names, search.validation: None, "note": str(error)}
+    found = next(record for record in records if search.value in record)
     value = found[search.value]
     return {**names, search.validation: value, "note": "" if value is not None else str(found.get("note", ""))}
 
 
 def judge(search: Search[C], config: C, trials: Sequence[Record]) -> list[Record]:
-    """Return a record a candidate, in the order of the candidates.
+    """Return one record per candidate, in the order of the candidates.
 
-    Keys: those of the group and of the candidate; ``seeds``, the mean and, with ``_std``, the standard deviation of
-    the judged value where it was tried, None where a trial diverged; ``note``.
+    Keys: those of the group and of the candidate; if the candidate was tried, ``seeds``, ``note``, and mean and
+    standard deviation (``_std``) of the held-out value, which are None if a trial diverged.
 
     Args:
         search: The search.
         config: The configuration.
-        trials: What ``run_trial`` gave.
+        trials: Records of ``run_trial``.
     """
     rows: list[Record] = []
     for group, candidates in search.candidates(config):
@@ -125,10 +163,10 @@ def judge(search: Search[C], config: C, trials: Sequence[Record]) -> list[Record
 
 
 def choose(search: Search[C], config: C, trials: Sequence[Record]) -> list[Choice]:
-    """Return the best candidate of every group, the first of several.
+    """Return the best candidate of each group; of equally good ones, the first.
 
     Raises:
-        CurvlabError: All candidates of a group have diverged.
+        CurvlabError: All candidates of a group diverged.
     """
     judged = judge(search, config, trials)
     chosen = []
@@ -140,7 +178,7 @@ def choose(search: Search[C], config: C, trials: Sequence[Record]) -> list[Choic
         able = [row for row in rows if row.get(search.validation) is not None]
         if not able:
             raise CurvlabError(
-                f"{' '.join(map(search.label, group.values()))} fails with every one of its {len(rows)} candidates "
+                f"{' '.join(map(search.label, group.values()))} fails with all of its {len(rows)} candidates "
                 f"({rows[-1].get('note', '')}); {search.advice}"
             )
         sign = 1 if search.largest else -1
@@ -150,7 +188,7 @@ def choose(search: Search[C], config: C, trials: Sequence[Record]) -> list[Choic
 
 
 def select(search: Search[C], config: C, trials: Sequence[Record], chosen: Sequence[Choice]) -> list[Record]:
-    """Return the records of ``judge`` with ``chosen``, which says whether a candidate is taken."""
+    """Return the records of ``judge`` with the key ``chosen``: whether the candidate was chosen."""
     return [
         {
             **row,
@@ -164,14 +202,14 @@ def select(search: Search[C], config: C, trials: Sequence[Record], chosen: Seque
 
 
 def show_selection(search: Search[C], config: C, selection: Sequence[Record]) -> tuple[list[Column], list[Record]]:
-    """Return columns and rows that show what was chosen, of how many; a star marks the end of the values tried."""
+    """Return columns and rows with the chosen candidates; a star marks a value found by ``find_boundary_values``."""
     groups = search.candidates(config)
     tuned = list(dict.fromkeys(key for _, candidates in groups for key in candidates[0]))
     rows = []
     for group, candidates in groups:
         mine = [row for row in selection if all(row[key] == value for key, value in group.items())]
         best = next(row for row in mine if row["chosen"])
-        ends = at_an_end(search, best, mine, list(candidates[0]))
+        ends = find_boundary_values(search, best, mine, list(candidates[0]))
         rows.append(
             {key: search.label(value) for key, value in group.items()}
             | {key: f"{best[key]:g}{'*' * (key in ends)}" for key in candidates[0] if best[key] is not None}
@@ -186,26 +224,36 @@ def show_selection(search: Search[C], config: C, selection: Sequence[Record]) ->
         *(Column(key, key) for key in dict.fromkeys(key for group, _ in groups for key in group)),
         *(Column(key, key.replace("_", " ")) for key in tuned),
         Column("best", f"held-out {search.validation.removeprefix('validation_')}", spread="best_std"),
-        Column("tried", "of candidates"),
-        Column("failed", "of them failed"),
+        Column("tried", "candidates"),
+        Column("failed", "diverged"),
     ]
     return columns, rows
 
 
-def at_an_end(
+def find_boundary_values(
     search: Search[C], row: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], tuned: Sequence[str]
 ) -> list[str]:
-    """Return the hyper-parameters whose value is the smallest or largest that was tried, and could be surpassed.
+    """Return the hyper-parameters whose value is the smallest or largest of three or more, and not at a limit.
+
+    Of two values, one is always at an end, whatever the search finds: see ``list_pairs``.
 
     Args:
         search: The search, with its ``limits``.
         row: The candidate.
-        candidates: All of its group.
-        tuned: The hyper-parameters.
+        candidates: All candidates of the group.
+        tuned: Names of the hyper-parameters.
     """
     values = {key: {candidate[key] for candidate in candidates} - {None} for key in tuned}
     return [
         key
         for key, tried in values.items()
-        if len(tried) > 1 and row[key] in (min(tried), max(tried)) and row[key] not in search.limits.get(key, ())
+        if len(tried) > 2 and row[key] in (min(tried), max(tried)) and row[key] not in search.limits.get(key, ())
     ]
+
+
+def list_pairs(search: Search[C], config: C) -> list[str]:
+    """Return the hyper-parameters that are tried with two values only, in at least one group."""
+    tried = [
+        (key, {one[key] for one in candidates}) for _, candidates in search.candidates(config) for key in candidates[0]
+    ]
+    return list(dict.fromkeys(key for key, values in tried if len(values) == 2))

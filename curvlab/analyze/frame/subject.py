@@ -1,4 +1,4 @@
-"""What the analyses are about: a network on the training samples of a data set, as the command line gives them."""
+"""The subject of an analysis: a network and the training samples of a data set, from options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,46 +22,47 @@ from curvlab.quantities import parse_quantity
 from curvlab.training import Training, fit
 from curvlab.training.options import OptimizerName, ScheduleName
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation per channel
 
 
 class SubjectConfig(Config):
-    """A network and the samples that its curvature is taken on."""
+    """A network, and the samples for its curvature."""
 
     titles: ClassVar[Mapping[str, str]] = {"data": "data", "model": "network"}
 
     data: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of your own .npz file or image folder."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of an .npz file or image folder."""
     classes: tuple[int, ...] | Literal["all"] = "all"
-    """Class indices to train on, or all. The network keeps one output for every class of the data set."""
+    """Class indices to train on, or all. The network always has one output per class of the data set."""
     validation: int = Field(default=0, ge=0)
-    """Hold out so many training samples, random ones."""
+    """Number of training samples to hold out, drawn at random."""
     samples: int | None = Field(default=None, ge=1)
-    """Take the curvature on so many training samples, random ones; none means all."""
+    """Number of training samples for the curvature, drawn at random; none means all."""
     normalize: Literal["none", "imagenet"] = "none"
-    """imagenet: subtract its channels' means and divide by their deviations, as pre-trained networks expect."""
+    """imagenet: subtract the channel means of ImageNet and divide by the standard deviations, as pre-trained networks
+    expect."""
     model: str = "mlp"
     """mlp, cnn, shallow_cnn, resnet20, or torchvision:NAME."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
-    """Hidden sizes of the mlp; no number for a linear model."""
+    """Hidden sizes of the mlp; no value gives a linear model."""
     weights: Path | None = None
-    """Start from the weights in this file, looked for here and in the data root."""
+    """File of initial weights, searched in the current folder and in the data root."""
     fine_tune: bool = False
-    """The weights are of a network for other classes: the last layer is a new one, and BatchNorm is frozen."""
+    """Weights of a network for other classes: replace the last layer, and freeze BatchNorm."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Precision of the network and of what is computed of it."""
+    """Precision of the network and of its curvature."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report says of the data that a run was on.
+    """Description of the data of a run, for its report.
 
     Attributes:
         data: Name of the data set.
-        sample_shape: Shape of an input.
-        num_classes: Number of outputs of the network.
+        sample_shape: Shape of one input.
+        num_classes: Number of network outputs.
         train: Number of training samples.
         test: Number of test samples.
     """
@@ -74,52 +75,52 @@ class Subject:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Subject":
-        """Return what there is to say of a data set."""
+        """Return the description of a data set."""
         shape, outputs = dataset.sample_shape, dataset.num_classes
         return cls(Path(dataset.name).name, shape, outputs, len(dataset.y_train), len(dataset.y_test))
 
 
 class TrainedSubjectConfig(SubjectConfig):
-    """A subject whose network is trained first."""
+    """A subject with a network that is trained first."""
 
     titles: ClassVar[Mapping[str, str]] = {**SubjectConfig.titles, "optimizer": "training"}
 
     optimizer: OptimizerName = "adam"
-    """How the network is trained."""
+    """Optimizer of the training."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum, for sgd only."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay, as the optimizer of torch.optim understands it."""
+    """Weight decay, as defined by the optimizer in torch.optim."""
     schedule: ScheduleName = "constant"
-    """Learning-rate schedule; linear and cosine end at 0, step at a hundredth of lr, exponential at a tenth."""
+    """Learning-rate schedule; linear and cosine end at 0, step at lr / 100, exponential at lr / 10."""
     steps: int = Field(default=500, ge=0)
-    """Training steps (mini-batches); 0 analyses the network as it is initialised or loaded."""
+    """Training steps (mini-batches); 0 analyses the network without training."""
     batch_size: int = Field(default=100, ge=1)
-    """Samples a training step."""
+    """Samples per training step."""
 
 
 @dataclass(frozen=True, eq=False)
 class SubjectData(Dataset):
-    """A data set as the analyses have it.
+    """A data set with held-out samples.
 
     Attributes:
-        held_out: Inputs and labels of the samples that are held out, if there are any.
+        held_out: Inputs and labels of the held-out samples; None if there are none.
     """
 
     held_out: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
 
 def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectData:
-    """Return the data set of a configuration: the one rule of all analyses for which samples are taken.
+    """Return the data set of a configuration; all analyses choose their samples by this function.
 
-    The samples are put in a random order that is always the same: files may have them class by class. The first
-    ``validation`` training samples are then held out, and the classes chosen; ``samples`` takes the first of what is
-    left. So a smaller subset is a part of a larger one.
+    The samples are shuffled in a fixed random order, since files may store them class by class. The first
+    ``validation`` training samples are then held out, and the classes are selected; ``samples`` takes the first of the
+    remaining ones, so that a smaller subset is part of a larger one.
 
     Raises:
-        CurvlabError: There are no such data.
+        CurvlabError: The data cannot be loaded.
     """
     loaded, held_out = shuffle(load(config.data, root=options.data_root, offline=options.offline)), None
     if config.normalize == "imagenet":
@@ -134,8 +135,17 @@ def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectD
     return SubjectData(**vars(loaded), held_out=held_out)
 
 
+def load_whole(config: SubjectConfig, options: RunOptions | Place) -> SubjectData:
+    """Return the data set of a configuration without held-out samples, for streams whose tasks hold out their own.
+
+    Raises:
+        CurvlabError: The data cannot be loaded.
+    """
+    return load_dataset(config.model_copy(update={"validation": 0}), options)
+
+
 def shuffle(data: Dataset) -> Dataset:
-    """Return a data set with its training and its test samples in a random order, always the same."""
+    """Return a data set with its training and test samples in a fixed random order."""
     generator = torch.Generator().manual_seed(0)
     train, test = (torch.randperm(len(y), generator=generator) for y in (data.y_train, data.y_test))
     return replace(
@@ -148,14 +158,19 @@ def shuffle(data: Dataset) -> Dataset:
 
 
 def take(data: Dataset, train: int | None = None, test: int | None = None) -> Dataset:
-    """Return so many training and test samples of a data set of ``load_dataset``, random ones; None means all.
+    """Return the first training and test samples of a data set from ``load_dataset``, which is shuffled.
+
+    Args:
+        data: The data set.
+        train: Number of training samples; None means all.
+        test: Number of test samples; None means all.
 
     Raises:
-        CurvlabError: There are fewer.
+        CurvlabError: The data set has fewer samples.
     """
-    for name, count, there in (("training", train, len(data.x_train)), ("test", test, len(data.x_test))):
-        if count is not None and count > there:
-            raise CurvlabError(f"{count:,} {name} samples were asked for, but there are {there:,}")
+    for name, count, available in (("training", train, len(data.x_train)), ("test", test, len(data.x_test))):
+        if count is not None and count > available:
+            raise CurvlabError(f"{count:,} {name} samples requested, but the data set has {available:,}; choose fewer")
     return replace(
         data,
         x_train=data.x_train[:train],
@@ -166,87 +181,89 @@ def take(data: Dataset, train: int | None = None, test: int | None = None) -> Da
 
 
 def normalise(data: Dataset) -> Dataset:
-    """Return images less the means of ImageNet's channels and over their deviations, as pre-trained networks expect.
+    """Return images normalised with the channel means and standard deviations of ImageNet.
 
     Raises:
-        CurvlabError: They are no images with three channels.
+        CurvlabError: The samples are not images with three channels.
     """
     mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in _IMAGENET)
     if len(data.sample_shape) != 3 or data.sample_shape[0] != 3:
         raise CurvlabError(
-            f"normalize=imagenet is for images with three channels, not for samples of shape {data.sample_shape}"
+            f"normalize=imagenet needs images with three channels, not samples of shape {data.sample_shape}"
         )
     return replace(data, x_train=(data.x_train - mean) / deviation, x_test=(data.x_test - mean) / deviation)
 
 
 def locate_weights(config: C, options: RunOptions | Place) -> C:
-    """Return the configuration with the file of the weights where it is: as it was given, or in the data root.
+    """Return the configuration with the path of the weights, searched as given and in the data root.
 
     Raises:
-        CurvlabError: It is in neither place.
+        CurvlabError: The file is in neither place.
     """
     weights = getattr(config, "weights", None)
     if weights is None or weights.expanduser().exists():
         return config
     root = data_root(options.data_root)
     if not (root / weights).is_file():
-        raise CurvlabError(f"{weights}: there is no such file of weights, here or in the data root {root}")
+        raise CurvlabError(f"weights file {weights} not found, neither here nor in the data root {root}")
     return config.model_copy(update={"weights": root / weights})
 
 
 def samples(config: SubjectConfig, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Return the samples that the curvature is taken on."""
+    """Return inputs and labels for the curvature."""
     return data.x_train[: config.samples], data.y_train[: config.samples]
 
 
 def check_subject(config: SubjectConfig, data: Dataset) -> None:
-    """Refuse more samples than there are, an unavailable device, and an optimizer with options that it does not have.
+    """Check the number of samples, the device, and the training options.
 
     Raises:
-        CurvlabError: One of these.
+        CurvlabError: There are fewer samples, the device is not available, or the optimizer lacks an option.
     """
     if config.samples is not None and config.samples > len(data.x_train):
-        raise CurvlabError(f"samples is {config.samples:,}, but there are {len(data.x_train):,} training samples")
+        raise CurvlabError(f"samples is {config.samples:,}, but there are only {len(data.x_train):,} training samples")
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
-        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}") from error
+        raise CurvlabError(f"device must be cpu, cuda or cuda:N, not {config.device!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CurvlabError(f"there is no GPU {config.device!r} here (torch sees {torch.cuda.device_count()}); use cpu")
+        raise CurvlabError(
+            f"device {config.device!r} is not available (torch finds {torch.cuda.device_count()} GPUs); use cpu"
+        )
     if device.type not in ("cpu", "cuda"):
-        raise CurvlabError(f"device is cpu, cuda or cuda:N, not {config.device!r}")
+        raise CurvlabError(f"device must be cpu, cuda or cuda:N, not {config.device!r}")
     if config.fine_tune and config.weights is None:
-        raise CurvlabError("fine_tune is for weights from a file: set weights")
+        raise CurvlabError("fine_tune needs weights from a file: set weights")
     if isinstance(config, TrainedSubjectConfig) and config.steps:
         Training(**fit_options(config))
 
 
 def check_distinct(**values: Sequence[object]) -> None:
-    """Refuse an option without a value, or with one twice.
+    """Check that each option has at least one value, and no value twice.
 
     Raises:
-        CurvlabError: One of these.
+        CurvlabError: An option has no value, or has one twice.
     """
     for name, given in values.items():
         if not given or len(set(given)) < len(given):
-            raise CurvlabError(f"{name} needs one value or several different ones, not {list(given)}")
+            raise CurvlabError(f"{name} needs one or more different values, not {list(given)}")
 
 
 def check_curvature(problem: Problem, quantities: Sequence[str], params: Sequence[str] | None) -> None:
-    """Refuse quantities that there are not, or one twice, and patterns that match no parameter.
+    """Check the names of quantities and the patterns of parameters.
 
     Raises:
-        CurvlabError: One of these.
+        CurvlabError: A quantity is unknown or given twice, or a pattern matches no parameter.
     """
     check_distinct(quantities=[str(parse_quantity(quantity)) for quantity in quantities])
     ParameterSpace.of(problem.model, params)
 
 
 def network(config: SubjectConfig, data: Dataset, seed: int, dropout: float = 0.0) -> nn.Module:
-    """Return the network as it is initialised or loaded, in eval mode.
+    """Return the network with initial or loaded weights, in eval mode.
 
     Raises:
-        CurvlabError: There is no such network, or it or its weights do not fit.
+        CurvlabError: The network is unknown, or it or its weights do not fit the data.
     """
     model = build(
         config.model,
@@ -264,12 +281,12 @@ def network(config: SubjectConfig, data: Dataset, seed: int, dropout: float = 0.
 
 
 def problem(config: SubjectConfig, data: Dataset, model: nn.Module) -> Problem:
-    """Return the network on the samples."""
+    """Return the problem: the network, cross-entropy, and the samples for the curvature."""
     return Problem(model, "cross_entropy", samples(config, data))
 
 
 def fit_options(config: TrainedSubjectConfig) -> dict[str, Any]:
-    """Return the options of a ``curvlab.training.Training`` that a config has."""
+    """Return the options of ``curvlab.training.Training`` from a config."""
     names = ("optimizer", "lr", "momentum", "weight_decay", "schedule", "steps", "batch_size")
     return {name: getattr(config, name) for name in names}
 
@@ -277,10 +294,12 @@ def fit_options(config: TrainedSubjectConfig) -> dict[str, Any]:
 def train_network(
     config: TrainedSubjectConfig, data: Dataset, seed: int, checkpoint: Path | None = None
 ) -> tuple[nn.Module, float | None]:
-    """Return the network and its test accuracy, None without training; from its checkpoint if there is one.
+    """Return the trained network and its test accuracy, which is None without training.
+
+    The training continues from the checkpoint if there is one.
 
     Raises:
-        CurvlabError: It cannot be made (see ``network``) or trained.
+        CurvlabError: The network cannot be built (see ``network``) or trained.
     """
     model = network(config, data, seed)
     if not config.steps:
@@ -298,14 +317,14 @@ def train_network(
 
 
 def describe_network(config: SubjectConfig, data: Dataset | Subject) -> str:
-    """Return what a title calls the network, the widths of an mlp."""
+    """Return the name of the network for a title; for an mlp, its layer widths."""
     if config.model != "mlp":
         return config.model
     return "-".join(map(str, (prod(data.sample_shape), *config.hidden, data.num_classes))) + " network"
 
 
 def describe(config: SubjectConfig, data: Dataset | Subject, quantity: str) -> str:
-    """Return what a title says: the quantity of a network."""
+    """Return the text for a title: the quantity and the network."""
     name, _, given = str(parse_quantity(quantity)).partition(":")
     words = {"fisher": "Fisher", "empirical_fisher": "Empirical Fisher", "masq": "MaSQ", "ggn": "GGN"}
     which = f" ({given})" if given else ""

@@ -1,4 +1,4 @@
-"""Values of claims, one a seed, from flat records."""
+"""Values for claims, one per seed, from flat records."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ Record = Mapping[str, Any]
 
 
 def where(records: Sequence[Any], **wanted: object) -> list[Any]:
-    """Return the records that have these values.
+    """Return the records with the given values.
 
     Examples:
         >>> where([{"task": 1, "acc": 0.5}, {"task": 2, "acc": 0.7}], task=2)
@@ -17,18 +17,18 @@ def where(records: Sequence[Any], **wanted: object) -> list[Any]:
     return [record for record in records if all(record[key] == value for key, value in wanted.items())]
 
 
-def by_seed(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:
-    """Return a value for every seed, NaN where there is none, or where the seed lacks records that another one has."""
+def list_by_seed(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:
+    """Return one value per seed; NaN if there is none, or if the seed has fewer records than another seed."""
     counts = {seed: len(where(records, seed=seed)) for seed in seeds}
     values = [value(seed) if counts[seed] == max(counts.values()) else None for seed in seeds]
     return [math.nan if found is None else found for found in values]
 
 
 def number(value: Any) -> float:
-    """Return a number of a record; what is null there, as a number that is not finite is, is NaN."""
+    """Return a value of a record as a float; None, which stands for a number that is not finite, becomes NaN."""
     return math.nan if value is None else float(value)
 
 
 def divide(one: float, other: float) -> float:
-    """Return a ratio; NaN where there is none, as of the curvature of a network that has a single class to learn."""
+    """Return a ratio; NaN if the denominator is 0, as for the curvature of a network with a single class."""
     return one / other if other else math.nan

@@ -1,1 +1,1 @@
-"""Carta's lecture "Continual Learning: Regularization Priors"."""
+"""Analyses of Carta's lecture "Continual Learning: Regularization Priors"."""

@@ -12,18 +12,18 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.plots import log_bins, log_histogram
-from curvlab.results import Claim, Column, aggregate, require_direction
+from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 
 
 class FisherHistogramConfig(subject.TrainedSubjectConfig):
-    """Train a network on some classes of a data set, and take the diagonal of its exact Fisher."""
+    """Train a network on some classes of a data set, and compute the diagonal of its exact Fisher."""
 
     classes: tuple[int, ...] | Literal["all"] = (0, 1)
-    """Class indices of the task, or all. The network keeps one output for every class of the data set."""
+    """Class indices of the task, or all. The network always has one output per class of the data set."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
-    """Hidden sizes of the mlp; no number for a linear model."""
+    """Hidden sizes of the mlp; no value gives a linear model."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """A network is trained and measured for each; the table has mean and standard deviation."""
+    """One network is trained and measured per seed; the table has mean and standard deviation."""
 
 
 PRESETS = {
@@ -33,24 +33,26 @@ PRESETS = {
 }
 _VALUES = {
     "zero_fraction": "exactly zero",
-    "mean": "mean of the others",
+    "mean": "mean of the nonzero ones",
     "median": "their median",
     "top_share": "share of the largest 1 %",
     "mean_over_median": "mean / median",
     "p99_over_median": "99th percentile / median",
     "test_accuracy": "test accuracy",
 }
-_COLUMNS = (Column("size", "parameters"), *(Column(key, head, spread=f"{key}_std") for key, head in _VALUES.items()))
+_COLUMNS = (Column("size", "parameters"), *(mean_column(key, head) for key, head in _VALUES.items()))
 
 
 def measure(config: FisherHistogramConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Yield what the distribution comes to, and its bins, without exact zeros (as of a pixel that is always black)."""
+    """Yield statistics and histogram bins of the diagonal without exact zeros (from pixels that are always black)."""
     (seed,) = config.seeds
     model, accuracy = subject.train_network(config, dataset, seed, workspace.folder / "checkpoint.pt")
     diagonal = estimate(subject.problem(config, dataset, model), "fisher", "diag").diagonal().double().cpu()
     entries = diagonal[diagonal > 0].sort(descending=True).values
     if not len(entries):
-        raise CurvlabError("every entry of the Fisher's diagonal is zero: the network's outputs are certain")
+        raise CurvlabError(
+            "every entry of the Fisher's diagonal is zero: the outputs are saturated; train for fewer steps"
+        )
     mean, median, p99 = entries.mean(), entries.quantile(0.5), entries.quantile(0.99)
     yield {
         "seed": seed,
@@ -66,25 +68,27 @@ def measure(config: FisherHistogramConfig, dataset: Dataset, workspace: Workspac
     yield from ({"seed": seed, **one} for one in log_bins(entries.numpy()))
 
 
-def report(run: Results[FisherHistogramConfig]) -> Report:
+def report(results: Results[FisherHistogramConfig]) -> Report:
     """Return the table, the claims of the slide, and the histogram."""
-    found, slide = run.records["table"], read_published("lecture")["fisher_histogram"]
-    classes = run.config.classes if run.config.classes == "all" else list(run.config.classes)
-    ours = {"data": run.subject.data, "classes": classes, "steps": run.config.steps}
+    found, slide = results.records["table"], read_published("lecture")["fisher_histogram"]
+    classes = results.config.classes if results.config.classes == "all" else list(results.config.classes)
+    ours = {"data": results.subject.data, "classes": classes, "steps": results.config.steps}
     gate = require_direction(ours, slide["conditions"], slide["direction"])
-    title = f"{subject.describe(run.config, run.subject, 'fisher')} on {run.subject.data}, classes {classes}"
+    title = (
+        f"{subject.describe(results.config, results.subject, 'fisher')} on {results.subject.data}, classes {classes}"
+    )
 
     def claim(text: str, key: str, least: float) -> Claim:
         return Claim.of(text, slide["source"], [row[key] for row in found], lambda x: x >= least, None, gate)
 
     return Report(
-        Table(f"Diagonal of the {title}; {run.spread}", _COLUMNS, aggregate(found, ["size"], list(_VALUES))),
+        Table(f"Diagonal of the {title}; {results.spread}", _COLUMNS, aggregate(found, ["size"], list(_VALUES))),
         claims=[
             claim("Few parameters have a high Fisher information: the largest 1 % hold 40 % or more", "top_share", 0.4),
             claim("Most have a low one: the mean is at least 10 times the median", "mean_over_median", 10),
             claim("The distribution is skewed: its 99th percentile is 10 medians or more", "p99_over_median", 10),
         ],
-        figures={"histogram": lambda: log_histogram(run.records["histogram"], f"Diagonal of the {title}")},
+        figures={"histogram": lambda: log_histogram(results.records["histogram"], f"Diagonal of the {title}")},
     )
 
 

@@ -1,1 +1,1 @@
-"""Gepperth and Wiech (2019), on the diagonal of the Fisher and MaSQ."""
+"""Analyses of Gepperth and Wiech (2019): the diagonal of the Fisher, and MaSQ."""

@@ -1,16 +1,14 @@
-"""Gepperth and Wiech (2019), Table 2: what is published, and what becomes of its claims."""
+"""Gepperth and Wiech (2019), Table 2: the published numbers, and the verdicts on the claims."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from curvlab.analyze.frame.conditions import differing
+from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
 from curvlab.analyze.frame.values import number, where
-from curvlab.results import Claim, Column, Identity, require_direction
-
-if TYPE_CHECKING:
-    from curvlab.analyze.masq.fim_diagonality import FimDiagonalityConfig
+from curvlab.analyze.masq.fim_diagonality_options import FimDiagonalityConfig
+from curvlab.results import Claim, Column, Identity, mean_column, require_direction
 
 Record = dict[str, Any]
 
@@ -22,17 +20,17 @@ def _as_printed(number: float) -> str:
     return f"{number:g}"
 
 
-#: The published numbers and ours, side by side.
+#: Columns with the published numbers and ours.
 COLUMNS = (
     Column("parameter", "parameter"),
     Column("published_diag_sum", "published diag sum", format=_as_printed),
-    Column("diag_sum", "ours", spread="diag_sum_std"),
+    mean_column("diag_sum", "ours"),
     Column("published_offdiag_abs_sum", "published off-diag sum", format=_as_printed),
-    Column("offdiag_abs_sum", "ours", spread="offdiag_abs_sum_std"),
+    mean_column("offdiag_abs_sum", "ours"),
     Column("published_diag_mean", "published diag mean", format=_as_printed),
-    Column("paper_diag_mean", "ours (/ n²)", spread="paper_diag_mean_std"),
+    mean_column("paper_diag_mean", "ours (/ n²)"),
     Column("published_offdiag_mean", "published off-diag mean", format=_as_printed),
-    Column("paper_offdiag_mean", "ours (/ n⁴)", spread="paper_offdiag_mean_std"),
+    mean_column("paper_offdiag_mean", "ours (/ n⁴)"),
 )
 
 
@@ -42,18 +40,18 @@ def _table() -> dict[str, Any]:
 
 
 def source() -> str:
-    """Return where the table stands."""
+    """Return the citation of the table."""
     return str(_table()["source"])
 
 
 def published_rows() -> Mapping[str, Mapping[str, float]]:
-    """Return the published numbers by the name of the parameter."""
+    """Return the published numbers by parameter name."""
     rows: Mapping[str, Mapping[str, float]] = _table()["rows"]
     return rows
 
 
-def beside_published(table: Sequence[Record]) -> list[Record]:
-    """Return the rows of a summary that the paper has too, its numbers under keys that begin with ``published_``."""
+def add_published(table: Sequence[Record]) -> list[Record]:
+    """Return the rows of a summary that the paper also has, with its numbers as ``published_<key>``."""
     rows = published_rows()
     return [
         {**row, **{f"published_{key}": value for key, value in rows[row["parameter"]].items()}}
@@ -62,8 +60,8 @@ def beside_published(table: Sequence[Record]) -> list[Record]:
     ]
 
 
-def conditions(config: "FimDiagonalityConfig", data: Subject) -> dict[str, Any]:
-    """Return the conditions of a run under the names that the published ones have."""
+def conditions(config: FimDiagonalityConfig, data: Subject) -> dict[str, Any]:
+    """Return the conditions of a run, with the names used in ``published.yaml``."""
     return {
         "data": data.data,
         "classes": list(range(data.num_classes)) if config.classes == "all" else list(config.classes),
@@ -79,22 +77,22 @@ def conditions(config: "FimDiagonalityConfig", data: Subject) -> dict[str, Any]:
 
 
 def has_network(ours: Mapping[str, Any]) -> bool:
-    """Say whether a run is of the published network and data, beside whose numbers its own can stand."""
+    """Return whether a run has the published network and data, so that the numbers are comparable."""
     return not require_direction(ours, _table()["conditions"], _table()["direction"]).reason
 
 
 def deviations(ours: Mapping[str, Any]) -> list[str]:
-    """Return in what a run differs from the published one, with what that had in brackets."""
-    differ = differing(ours, _table()["conditions"])
+    """Return the differences from the published run, with the published values in brackets."""
+    differ = describe_differences(ours, _table()["conditions"])
     return [f"{differ}."] if differ else []
 
 
 def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
-    """Return the paper's claims with their verdicts; all of them are about directions.
+    """Return the paper's claims with their verdicts; all of them are judged as directions.
 
     Args:
-        found: Records of ``fim_diagonality``, one a seed and parameter tensor.
-        ours: Of ``conditions``.
+        found: Records of ``fim_diagonality``, one per seed and parameter tensor.
+        ours: Conditions of the run, from ``conditions``.
     """
     labels = _table()["labels"]
     gate = require_direction(ours, _table()["conditions"], _table()["direction"])
@@ -104,14 +102,14 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         return Claim.of(f"{labels[name]}: {text}", where, _values(found, name, key), test, theirs, gate)
 
     answers = []
-    # For the output layer, W3 and b3, it is an identity.
+    # For the output layer (W3, b3) this is an identity.
     for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
         row = printed.get(name)
         answers.append(
             claim(
                 name,
                 "the off-diagonal sum exceeds the diagonal sum",
-                "Table 2; section 3.3" if row else "ours: left out of Table 2",
+                "Table 2; section 3.3" if row else "ours: not in Table 2",
                 "sum_ratio",
                 lambda value: value > 1,
                 None if row is None else float(f"{row['offdiag_abs_sum'] / row['diag_sum']:.3g}"),
@@ -119,7 +117,7 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         )
     for name, row in printed.items():
         if name == "fc3.bias":
-            continue  # of ten entries whose signed sum is zero the means are at most 9 times apart: see identities
+            continue  # ten entries with signed sum zero: the ratio of means is at most 9, see identities
         answers.append(
             claim(
                 name,
@@ -135,7 +133,7 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
         answers.append(
             claim(
                 name,
-                f"the same by several orders of magnitude (a factor of {_SEVERAL_ORDERS:,})",
+                f"on average, diagonal entries are larger by several orders of magnitude (factor {_SEVERAL_ORDERS:,})",
                 "Table 2, caption",
                 "mean_ratio",
                 lambda value: value >= _SEVERAL_ORDERS,
@@ -146,33 +144,33 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
 
 
 def identities(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Identity]:
-    """Return what is true of any network, or of the printed numbers alone, with what it comes to here.
+    """Return the statements that hold for every network, or follow from the printed numbers, with our values.
 
     Args:
         found: Records of ``fim_diagonality``.
-        ours: Of ``conditions``.
+        ours: Conditions of the run, from ``conditions``.
     """
     if not has_network(ours):
         return []
     rows = [
         Identity(
-            f"{label}: the off-diagonal sum reaches the diagonal one in every softmax output layer, whose signed sum "
-            "is zero (their ratio)",
+            f"{label}: in a softmax output layer the signed sum is zero, so that the off-diagonal sum is at least the "
+            "diagonal sum (ratio)",
             _values(found, name, "sum_ratio"),
         )
         for name, label in (("fc3.weight", "W3"), ("fc3.bias", "b3"))
     ]
     rows.append(
         Identity(
-            "b3: with ten entries and that identity, the mean on the diagonal is at most 9 times the mean off it, and "
-            "never an order of magnitude (their ratio)",
+            "b3: with ten entries it follows that the diagonal mean is at most 9 times the off-diagonal mean, less "
+            "than an order of magnitude (ratio)",
             _values(found, "fc3.bias", "mean_ratio"),
         )
     )
     return rows + [
         Identity(
-            f"{_table()['labels'][name]}: with the paper's denominators the means are apart by n² times the ratio of "
-            f"the sums, whatever the matrix (printed: {row['diag_mean'] / row['offdiag_mean']:.3g})",
+            f"{_table()['labels'][name]}: with the paper's denominators the ratio of the means is n² times the ratio "
+            f"of the sums, for every matrix (published: {row['diag_mean'] / row['offdiag_mean']:.3g})",
             _values(found, name, "paper_mean_ratio"),
         )
         for name, row in published_rows().items()

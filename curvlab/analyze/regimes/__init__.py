@@ -1,1 +1,1 @@
-"""Mirzadeh et al. (2020), on training regimes and forgetting."""
+"""Analyses of Mirzadeh et al. (2020): training regimes and forgetting."""

@@ -7,26 +7,26 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from curvlab.analyze.frame.conditions import differing
+from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
-from curvlab.analyze.frame.values import by_seed
+from curvlab.analyze.frame.values import list_by_seed, where
 from curvlab.analyze.regimes.options import Record, RegimesConfig
 from curvlab.continual.regimes import Regime
 from curvlab.results import Claim, Gate, require_direction
 
-#: From which rank correlation on two quantities go together; a threshold of ours, the same for all of them.
+#: Smallest rank correlation of two related quantities; our threshold, the same for all claims.
 CORRELATED = 0.5
-#: How much accuracy on a new task a stable training may cost; a threshold of ours.
+#: Largest accuracy on a new task that stable training may lose; our threshold.
 _COST = 0.06
 
 
 def conditions(config: RegimesConfig, data: Subject, stream: str) -> dict[str, Any]:
-    """Return the conditions of a run under the names that the published ones have.
+    """Return the conditions of a run, with the names used in ``published.yaml``.
 
     Args:
-        config: Of an analysis of regimes.
-        data: The data.
+        config: Configuration of an analysis of regimes.
+        data: Description of the data.
         stream: Name of the stream.
     """
     regimes = {f"{name} regime": _describe(Regime.of(config, name)) for name in ("stable", "plastic")}
@@ -48,23 +48,23 @@ def _describe(regime: Regime) -> str:
 
 
 def gate(config: RegimesConfig, data: Subject, stream: str, table: str) -> Gate:
-    """Return whether a run has the conditions under which a direction of a published table is judged."""
+    """Return the gate for judging a direction of a published table."""
     known = read_published("regimes")[table]
     return require_direction(conditions(config, data, stream), known["conditions"][stream], known["direction"][stream])
 
 
 def deviations(config: RegimesConfig, data: Subject) -> list[str]:
-    """Return in what a run on the published data differs from the published one, with what that had in brackets."""
+    """Return the differences of a run on the published data, with the published values in brackets."""
     lines = []
     for stream in config.streams:
         theirs = read_published("regimes")["figure3"]["conditions"][stream]
-        differ = differing(conditions(config, data, stream), theirs)
+        differ = describe_differences(conditions(config, data, stream), theirs)
         lines += [f"{stream}: {differ}."] if differ and data.data == theirs["data"] else []
     return lines
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's correlation; None of fewer than three points, or where one of the two does not vary.
+    """Return Spearman's rank correlation; None for fewer than three points, or if one of the two is constant.
 
     Examples:
         >>> f"{rank_correlation([1, 2, 3], [10, 30, 20]):.2f}"
@@ -75,72 +75,88 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
-def judge_correlation(text: str, stream: str, ranks: Sequence[float], gate: Gate) -> Claim:
-    """Return the claim that two quantities go together over regimes and tasks, judged by their correlation a seed."""
+def judge_streams(judge: Callable[..., list[Claim]], *tables: Sequence[Record]) -> list[Claim]:
+    """Return the claims about every stream.
+
+    Args:
+        judge: Function of the name of a stream and of its records in each table.
+        *tables: Records with ``stream``.
+    """
+    streams = list(dict.fromkeys(record["stream"] for record in tables[0]))
+    return [claim for stream in streams for claim in judge(stream, *(where(table, stream=stream) for table in tables))]
+
+
+def list_seeds(records: Sequence[Record]) -> list[int]:
+    """Return the distinct seeds, in order of first appearance."""
+    return list(dict.fromkeys(record["seed"] for record in records))
+
+
+def judge_correlation(
+    text: str, stream: str, records: Sequence[Record], rank: Callable[[int], float | None], gate: Gate
+) -> Claim:
+    """Return the claim that two quantities are correlated over regimes and tasks, judged for each seed.
+
+    Args:
+        text: The claim, with an open bracket that names the correlation.
+        stream: Name of the stream.
+        records: The records that the correlations are computed from.
+        rank: Function of a seed that returns the rank correlation.
+        gate: Gate of the claim.
+    """
     source: str = read_published("regimes")["hypothesis"]["source"]
     return Claim.of(
-        f"{stream}: {text} over regimes and tasks at least {CORRELATED:g})",
+        f"{stream}: {text}, over regimes and tasks, at least {CORRELATED:g})",
         source,
-        ranks,
+        list_by_seed(records, list_seeds(records), rank),
         lambda value: value >= CORRELATED,
         gate=gate,
     )
 
 
-def compare_regimes(
-    seeds: Sequence[int],
-    records: Sequence[Record],
-    value: Callable[[int, str], float],
-    compare: Callable[[float, float], float],
-) -> list[float]:
-    """Return a number for every seed, of stable and of plastic; none if one of the two was not run.
-
-    Args:
-        seeds: All of them.
-        records: What the values are made of.
-        value: Of a seed and regime.
-        compare: Makes a number of that of ``stable`` and that of ``plastic``.
-    """
-    if not {"stable", "plastic"} <= {record["regime"] for record in records}:
-        return []
-    return by_seed(records, seeds, lambda seed: compare(value(seed, "stable"), value(seed, "plastic")))
-
-
 def judge_stability(
-    stream: str, compare_metric: Callable[[str, Callable[[float, float], float]], Sequence[float]], gate: Gate
+    stream: str, records: Sequence[Record], value: Callable[[str, int, str], float], gate: Gate
 ) -> dict[str, Claim]:
-    """Return the claims about stable beside plastic training, by what they are about.
+    """Return the claims that compare stable and plastic training, by metric; without values if one was not run.
 
     Args:
         stream: Name of the stream.
-        compare_metric: Takes ``forgetting``, ``lambda_max``, ``distance`` or ``learning_accuracy``, and how to make a
-            number of that of stable and of plastic; returns the number of every seed, as ``compare_regimes`` does.
-        gate: Of the claims.
+        records: The records that ``value`` reads.
+        value: Function of a metric (``forgetting``, ``lambda_max``, ``distance`` or ``learning_accuracy``), a seed and
+            a regime.
+        gate: Gate of the claims.
     """
+    both = {"stable", "plastic"} <= {record["regime"] for record in records}
+    seeds = list_seeds(records) if both else []
+
+    def compare_regimes(metric: str, compare: Callable[[float, float], float]) -> list[float]:
+        return list_by_seed(
+            records, seeds, lambda seed: compare(value(metric, seed, "stable"), value(metric, seed, "plastic"))
+        )
+
     source: str = read_published("regimes")["figure3"]["source"]
     statements: Mapping[str, tuple[str, Callable[[float, float], float], Callable[[float], bool]]] = {
         "forgetting": (
-            "the stable regime forgets less than the plastic one (difference of forgetting in accuracy)",
+            "the stable regime forgets less than the plastic one (forgetting in accuracy, stable minus plastic)",
             sub,
             lambda value: value < 0,
         ),
         "lambda_max": (
-            "the stable regime's Hessian has the smaller largest eigenvalue (over that of plastic, mean over tasks)",
+            "the Hessian's largest eigenvalue is smaller in the stable regime (stable over plastic, mean over tasks)",
             truediv,
             lambda value: value < 1,
         ),
         "distance": (
-            "the stable regime moves less from task to task (step over that of plastic, mean over tasks)",
+            "the weights move less from task to task in the stable regime (stable over plastic, mean over tasks)",
             truediv,
             lambda value: value < 1,
         ),
         "learning_accuracy": (
-            f"stability costs little on each new task (difference of learning accuracy at least -{_COST:g})",
+            f"stable training costs little accuracy on new tasks (stable minus plastic at least -{_COST:g})",
             sub,
             lambda value: value >= -_COST,
         ),
     }
     return {
-        key: Claim.of(f"{stream}: {text}", source, compare_metric(key, compare), test, gate=gate)
+        key: Claim.of(f"{stream}: {text}", source, compare_regimes(key, compare), test, gate=gate)
         for key, (text, compare, test) in statements.items()
     }

@@ -1,8 +1,8 @@
-"""What a network forgets of a task when it learns the next one, and the second-order expansion of that.
+"""Forgetting of a task when a network learns the next one, and its second-order expansion.
 
-``F1 = L1(w2) - L1(w1)`` is to second order ``g'd + 1/2 d'H d`` with ``d = w2 - w1`` and the gradient and Hessian of the
-old task's loss at its end, and ``1/2 d'H d <= 1/2 lambda_max |d|^2``. The inequality holds of the quadratic form, not
-of F1.
+To second order, ``F1 = L1(w2) - L1(w1)`` is ``g'd + 1/2 d'H d``, where ``d = w2 - w1`` and ``g`` and ``H`` are gradient
+and Hessian of the old task's loss at ``w1``. Moreover ``1/2 d'H d <= 1/2 lambda_max |d|^2``; this inequality bounds the
+quadratic form, not F1.
 """
 
 from typing import Any, Literal
@@ -22,17 +22,17 @@ Record = dict[str, Any]
 def expansion(
     old: Problem, new: nn.Module, *, solver: Literal["lanczos", "power_iteration"] = "lanczos", tol: float = 1e-3
 ) -> Record:
-    """Return what is lost of a problem's loss at the weights of another model, and its expansion to second order.
+    """Return the increase of a problem's loss at the weights of another model, and its second-order expansion.
 
-    Keys: ``forgetting`` (F1), ``gradient_term`` (g'd), ``quadratic`` (1/2 d'H d), ``second_order`` (the two
-    together), ``bound`` (1/2 lambda_max |d|^2), ``lambda_max``, ``residual`` (of its eigenvector), ``matvecs``,
+    Keys: ``forgetting`` (F1), ``gradient_term`` (g'd), ``quadratic`` (1/2 d'H d), ``second_order`` (their
+    sum), ``bound`` (1/2 lambda_max |d|^2), ``lambda_max``, ``residual`` (of its eigenvector), ``matvecs``,
     ``distance`` (|d|), ``tightness`` (quadratic over bound), ``loss`` (L1(w1)).
 
     Args:
-        old: The old task: its loss and samples, and the model as it was at its end.
-        new: The model after it learnt something else.
-        solver: Of the largest eigenvalue: ``curvlab.top_eigenvalues``, or deflated power iteration.
-        tol: Relative error of the largest eigenvalue, for ``lanczos``.
+        old: The old task: its loss and samples, and the model at the end of its training.
+        new: The model after training on another task.
+        solver: Method for the largest eigenvalue: ``curvlab.top_eigenvalues``, or deflated power iteration.
+        tol: Relative tolerance of the largest eigenvalue, for ``lanczos``.
 
     Raises:
         CurvlabError: The curvature cannot be computed.
@@ -78,9 +78,9 @@ def _loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
 
 
 def quadratic_difference(seed: int) -> float:
-    """Return by how much F1 differs from 1/2 d'H d, relative, where the loss is quadratic and w1 its minimum.
+    """Return the relative difference of F1 and 1/2 d'H d for a quadratic loss with minimum w1, where they are equal.
 
-    Two tasks of linear regression, each solved exactly, in float64.
+    The two tasks are linear regressions, solved exactly, in float64.
 
     Examples:
         >>> quadratic_difference(0) < 1e-10

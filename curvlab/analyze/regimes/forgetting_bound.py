@@ -1,6 +1,6 @@
 """Is forgetting bounded by curvature and distance? Mirzadeh et al. (2020), over training regimes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from statistics import fmean, median
@@ -10,7 +10,7 @@ from torch import nn
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.frame.values import by_seed, where
+from curvlab.analyze.frame.values import where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.expansion import expansion, quadratic_difference
@@ -20,17 +20,17 @@ from curvlab.continual.regimes import describe_regime
 from curvlab.data import Dataset
 from curvlab.plots import bound_scatter
 from curvlab.problem import Problem
-from curvlab.results import Claim, Column, Identity, aggregate
+from curvlab.results import Claim, Column, Identity, aggregate, mean_column
 from curvlab.training import evaluate, fit
 from curvlab.training.state import derived_seed
 
 
 class ForgettingBoundConfig(RegimesConfig):
-    """Train a network on one task after another under several regimes, and expand what it forgets to second order."""
+    """Train a network on a sequence of tasks under several regimes, and expand forgetting to second order."""
 
 
 PRESETS = {
-    # The plastic regime's own rate would leave 1,437 images half learnt.
+    # At the paper's plastic learning rate, 1,437 images are underfitted.
     "default": Preset(ForgettingBoundConfig(hidden=(100, 100), epochs=10, plastic_lr=0.05), minutes=2),
     "cpu": Preset(
         ForgettingBoundConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
@@ -46,33 +46,33 @@ _VALUES = ["forgetting", "gradient_term", "quadratic", "bound", "lambda_max", "d
 _NAMES = (Column("stream", "stream"), Column("regime", "regime"))
 _EXPANSION = (
     *_NAMES,
-    Column("forgetting", "F1", spread="forgetting_std"),
-    Column("gradient_term", "g'd", spread="gradient_term_std"),
-    Column("quadratic", "1/2 d'Hd", spread="quadratic_std"),
-    Column("bound", "1/2 lambda_max |d|²", spread="bound_std"),
-    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
-    Column("distance", "|d|", spread="distance_std"),
+    mean_column("forgetting", "F1"),
+    mean_column("gradient_term", "g'd"),
+    mean_column("quadratic", "1/2 d'Hd"),
+    mean_column("bound", "1/2 lambda_max |d|²"),
+    mean_column("lambda_max", "lambda_max"),
+    mean_column("distance", "|d|"),
 )
 _ACCURACY = (
-    Column("accuracy", "at the end", spread="accuracy_std"),
-    Column("accuracy_lost", "forgetting", spread="accuracy_lost_std"),
-    Column("learning_accuracy", "of each new task", spread="learning_accuracy_std"),
+    mean_column("accuracy", "accuracy"),
+    mean_column("accuracy_lost", "forgetting"),
+    mean_column("learning_accuracy", "learning accuracy"),
 )
 CORRELATED = ("bound", "quadratic", "second_order", "lambda_max", "distance")
 _CORRELATIONS = (
     Column("stream", "stream"),
-    Column("bound", "1/2 lambda_max |d|²", spread="bound_std"),
-    Column("quadratic", "1/2 d'Hd", spread="quadratic_std"),
-    Column("second_order", "g'd + 1/2 d'Hd", spread="second_order_std"),
-    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
-    Column("distance", "|d|", spread="distance_std"),
+    mean_column("bound", "1/2 lambda_max |d|²"),
+    mean_column("quadratic", "1/2 d'Hd"),
+    mean_column("second_order", "g'd + 1/2 d'Hd"),
+    mean_column("lambda_max", "lambda_max"),
+    mean_column("distance", "|d|"),
 )
 
 
 def measure(config: ForgettingBoundConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Train the network of the one stream, regime and seed; yield its accuracies and, with ``forgetting``, expansions.
+    """Train the network of one stream, regime and seed; yield accuracies, and expansions, which have ``forgetting``.
 
-    A task whose training is in its checkpoint is not trained again.
+    Tasks with a finished checkpoint are not trained again.
     """
     (stream,), (name,), (seed,) = config.streams, config.regimes, config.seeds
     keys = {"stream": stream, "regime": name, "seed": seed}
@@ -108,15 +108,15 @@ def _accuracy(model: nn.Module, task: Task) -> float:
     return accuracy
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def summarise(found: Sequence[Record], accuracies: Sequence[Record]) -> list[Record]:
-    """Return a record a stream and regime: mean over its pairs of tasks, then mean and deviation over the seeds.
+    """Return one record per stream and regime: mean over pairs of tasks, then mean and standard deviation over seeds.
 
     Args:
-        found: Records as ``table.json`` has them.
-        accuracies: Records as ``accuracies.json`` has them.
+        found: Records of ``table.json``.
+        accuracies: Records of ``accuracies.json``.
     """
     by = ("stream", "regime", "seed")
     units = []
@@ -128,10 +128,10 @@ def summarise(found: Sequence[Record], accuracies: Sequence[Record]) -> list[Rec
 
 
 def accuracy_metrics(accuracies: Sequence[Record]) -> Record:
-    """Return what is made of a network's accuracies ``a[t, i]`` on task ``i`` after task ``t``, ``T`` tasks in all.
+    """Return metrics of the accuracies ``a[t, i]`` on task ``i`` after task ``t``, with ``T`` tasks.
 
-    Keys: ``accuracy`` (mean of ``a[T, i]``), ``accuracy_lost`` (the forgetting of Chaudhry et al. 2018: the best before
-    the end minus ``a[T, i]``, mean over ``i < T``), ``learning_accuracy`` (mean of ``a[i, i]``).
+    Keys: ``accuracy`` (mean of ``a[T, i]``), ``accuracy_lost`` (forgetting of Chaudhry et al. 2018: the best value
+    before the last task minus ``a[T, i]``, mean over ``i < T``), ``learning_accuracy`` (mean of ``a[i, i]``).
     """
     a = {(record["after"], record["task"]): record["accuracy"] for record in accuracies}
     last = max(after for after, _ in a)
@@ -144,9 +144,9 @@ def accuracy_metrics(accuracies: Sequence[Record]) -> Record:
 
 
 def correlate(found: Sequence[Record]) -> list[Record]:
-    """Return Spearman's rank correlation of F1 with its expansion, bound and factors, a record a stream and seed.
+    """Return Spearman's rank correlation of F1 with its expansion, bound and factors, one record per stream and seed.
 
-    It is over regimes and pairs of tasks; None where there are fewer than three points, or one does not vary.
+    The correlation is over regimes and pairs of tasks; None for fewer than three points, or if a value is constant.
     """
     groups = dict.fromkeys((record["stream"], record["seed"]) for record in found)
     return [
@@ -161,11 +161,11 @@ def correlate(found: Sequence[Record]) -> list[Record]:
 
 
 def identities(found: Sequence[Record], seeds: Sequence[int]) -> list[Identity]:
-    """Return what holds of any network, with what it comes to here.
+    """Return the statements that hold for every network, with our values.
 
     Args:
-        found: Records as ``table.json`` has them.
-        seeds: All of them.
+        found: Records of ``table.json``.
+        seeds: All seeds.
     """
 
     def largest_excess(seed: int) -> float:
@@ -174,11 +174,11 @@ def identities(found: Sequence[Record], seeds: Sequence[int]) -> list[Identity]:
 
     return [
         Identity(
-            "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative excess)",
+            "1/2 d'H d is at most 1/2 λmax |d|² for every pair of tasks (largest relative violation)",
             [largest_excess(seed) for seed in seeds if where(found, seed=seed)],
         ),
         Identity(
-            "Where the loss is quadratic and the old task at its minimum, F1 is 1/2 d'H d (relative difference, of two "
+            "For a quadratic loss and the minimum of the old task, F1 equals 1/2 d'H d (relative difference, two "
             "linear regressions in float64)",
             [quadratic_difference(seed) for seed in seeds],
         ),
@@ -191,60 +191,40 @@ def claims(
     """Return the claims with their verdicts.
 
     Args:
-        found: Records as ``table.json`` has them.
-        accuracies: Records as ``accuracies.json`` has them.
-        config: Of the run.
-        data: Of the run.
+        found: Records of ``table.json``.
+        accuracies: Records of ``accuracies.json``.
+        config: The configuration.
+        data: Description of the data.
     """
-    answers = []
-    for stream in dict.fromkeys(record["stream"] for record in found):
-        answers += _claims(stream, where(found, stream=stream), where(accuracies, stream=stream), config, data)
-    return answers
+
+    def judge(stream: str, found: Sequence[Record], accuracies: Sequence[Record]) -> list[Claim]:
+        ranks = {row["seed"]: row for row in correlate(found)}
+        gate = partial(published.gate, config, data, stream)
+
+        def correlation(key: str, text: str) -> Claim:
+            return published.judge_correlation(text, stream, found, lambda seed: ranks[seed][key], gate("hypothesis"))
+
+        def value(metric: str, seed: int, regime: str) -> float:
+            if metric in ("lambda_max", "distance"):
+                return fmean(pair[metric] for pair in where(found, seed=seed, regime=regime))
+            name = {"forgetting": "accuracy_lost"}.get(metric, metric)
+            return float(accuracy_metrics(where(accuracies, seed=seed, regime=regime))[name])
+
+        return [
+            correlation("lambda_max", "wider minima forget less (rank correlation of F1 and λmax"),
+            correlation("bound", "forgetting correlates with its bound (rank correlation of F1 and 1/2 λmax |d|²"),
+            *published.judge_stability(stream, [*found, *accuracies], value, gate("figure3")).values(),
+        ]
+
+    return published.judge_streams(judge, found, accuracies)
 
 
-def _claims(
-    stream: str,
-    found: Sequence[Record],
-    accuracies: Sequence[Record],
-    config: ForgettingBoundConfig,
-    data: Subject,
-) -> list[Claim]:
-    seeds = list(dict.fromkeys(record["seed"] for record in found))
-    ranks = {row["seed"]: row for row in correlate(found)}
-
-    def compare_metric(key: str, compare: Callable[[float, float], float]) -> list[float]:
-        if key in ("lambda_max", "distance"):
-            return published.compare_regimes(
-                seeds, found, lambda seed, name: fmean(p[key] for p in where(found, seed=seed, regime=name)), compare
-            )
-        metric = {"forgetting": "accuracy_lost"}.get(key, key)
-        return published.compare_regimes(
-            seeds,
-            accuracies,
-            lambda seed, name: float(accuracy_metrics(where(accuracies, seed=seed, regime=name))[metric]),
-            compare,
-        )
-
-    def correlation(key: str, text: str) -> Claim:
-        values = by_seed(found, seeds, lambda seed: ranks[seed][key])
-        return published.judge_correlation(text, stream, values, gate("hypothesis"))
-
-    gate = partial(published.gate, config, data, stream)
-    return [
-        correlation(
-            "lambda_max", "the wider the minimum, the less is forgotten (rank correlation of F1 and λmax alone"
-        ),
-        correlation("bound", "forgetting goes with its bound (rank correlation of F1 and 1/2 λmax |d|²"),
-        *published.judge_stability(stream, compare_metric, gate("figure3")).values(),
-    ]
-
-
-def report(run: Results[ForgettingBoundConfig]) -> Report:
+def report(results: Results[ForgettingBoundConfig]) -> Report:
     """Return the expansions, accuracies and correlations, the claims, and the figure."""
-    config, found, accuracies = run.config, run.records["table"], run.records["accuracies"]
+    config, found, accuracies = results.config, results.records["table"], results.records["accuracies"]
     table, correlations = summarise(found, accuracies), correlate(found)
-    name = f"{subject.describe_network(config, run.subject)} on {run.subject.data}"
-    title = f"What a {name} forgets, {config.tasks} tasks; mean over pairs of tasks, {run.spread}"
+    name = f"{subject.describe_network(config, results.subject)} on {results.subject.data}"
+    title = f"Forgetting of a {name}, {config.tasks} tasks; mean over pairs of tasks, {results.spread}"
     labels: dict[str, str] = {regime: describe_regime(regime) for regime in config.regimes}
     below = sum(pair["forgetting"] <= pair["bound"] for pair in found)
     tightness = median(pair["tightness"] for pair in found if pair["tightness"] is not None)
@@ -260,25 +240,25 @@ def report(run: Results[ForgettingBoundConfig]) -> Report:
                 aggregate(correlations, ["stream"], list(CORRELATED)),
             ),
         ],
-        claims(found, accuracies, config, run.subject),
+        claims(found, accuracies, config, results.subject),
         identities(found, config.seeds),
-        {"bound_and_factors": lambda: bound_scatter(found, labels, f"{name}: forgetting of a task by the next")},
+        {"bound_and_factors": lambda: bound_scatter(found, labels, f"{name}: forgetting of a task after the next")},
         {"correlations": correlations},
-        published.deviations(config, run.subject),
+        published.deviations(config, results.subject),
         [
-            "stable-X is the stable regime with the plastic one's X, plastic+X the reverse. d is the step to the "
-            "weights after the next task; g, H and λmax are of the old task's training loss at its end. F1 is at most "
-            f"1/2 λmax |d|² for {below} of {len(found)} pairs; 1/2 d'Hd is {tightness:.2g} of that in the median, and "
-            f"g'd + 1/2 d'Hd misses F1 by {missed:.2g}."
+            "stable-X is the stable regime with the X of the plastic one, plastic+X the reverse. d is the change of "
+            "the weights during the next task; g, H and λmax belong to the training loss of the old task at the end of "
+            f"its training. F1 is at most 1/2 λmax |d|² for {below} of {len(found)} pairs; the median of 1/2 d'Hd over "
+            f"1/2 λmax |d|² is {tightness:.2g}, and the median error of g'd + 1/2 d'Hd is {missed:.2g}."
         ],
     )
 
 
 ANALYSIS = Analysis(
     config=ForgettingBoundConfig,
-    question="Is forgetting bounded by curvature and distance? Trains a network on one task after another under "
-    "several regimes, and sets what it forgets of each task beside 1/2 d'H d and 1/2 λmax |d|², with the Hessian of "
-    "the old task's loss at its end and the step d to the weights after the next one.",
+    question="Is forgetting bounded by curvature and distance? Trains a network on a sequence of tasks under several "
+    "regimes, and compares the forgetting of each task with 1/2 d'H d and 1/2 λmax |d|², where H is the Hessian of the "
+    "old task's loss at the end of its training and d the change of the weights during the next task.",
     presets=PRESETS,
     check=regimes.check,
     measure=measure,

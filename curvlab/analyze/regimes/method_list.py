@@ -1,4 +1,4 @@
-"""The methods that the analysis ``methods`` compares: all that there is to say of each, and nowhere else."""
+"""The methods of the analysis ``methods``: label, options, tuned hyper-parameters and strategy of each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from curvlab.continual.strategies import AGEM, ER, EWC, Joint, Naive, Strategy
 
 @dataclass(frozen=True)
 class Method:
-    """A method.
+    """A method of continual learning.
 
     Attributes:
-        label: What it is called.
-        help: What it is, if the label does not say so.
-        make: Makes it of a configuration, with the method's options as attributes, a candidate, and the tasks.
-        lists: What is tuned beside the batch size, and the option that has its values.
-        options: Options that are of this method, and of no other that does not name them too.
+        label: Label in tables and figures.
+        help: Explanation for ``--help``; empty if the label suffices.
+        make: Function of a configuration, a candidate and the tasks that returns the strategy.
+        lists: Tuned hyper-parameters except the batch size -> option with the values to try.
+        options: Options of this method; methods that do not list them ignore them.
     """
 
     label: str
@@ -29,7 +29,7 @@ class Method:
 
     @property
     def hyper_parameters(self) -> Mapping[str, str]:
-        """What is tuned, and the option that has its values."""
+        """All tuned hyper-parameters -> option with the values to try."""
         return {"lr": self.lists["lr"], "batch_size": "batch_sizes", **self.lists}
 
 
@@ -48,7 +48,7 @@ def _make_er(config: Any, _: Candidate, tasks: Sequence[Task]) -> ER:
     return ER(config.per_class * classes, batch_size=config.replay_batch_size)
 
 
-#: By name, in the paper's order.
+#: Name -> method, in the order of the paper.
 METHODS: Mapping[str, Method] = {
     "naive": Method("Naive SGD", "", lambda *_: Naive()),
     "ewc": Method(
@@ -73,10 +73,10 @@ METHODS: Mapping[str, Method] = {
     ),
     "joint": Method("multi-task (joint)", "all tasks at once", lambda *_: Joint()),
 }
-#: All that is tuned of some method.
+#: Hyper-parameters that are tuned for at least one method.
 HYPER_PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.hyper_parameters))
 
 
 def label_method(name: str) -> str:
-    """Return what a method is called; another name, such as that of a stream, as it is."""
+    """Return the label of a method; any other name, such as that of a stream, is returned unchanged."""
     return METHODS[name].label if name in METHODS else name

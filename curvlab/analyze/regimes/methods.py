@@ -1,4 +1,4 @@
-"""Methods of continual learning beside each other: Mirzadeh et al. (2020), Table 2 and Figure 4."""
+"""Comparison of methods of continual learning: Mirzadeh et al. (2020), Table 2 and Figure 4."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ import torch
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
-from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
+from curvlab.analyze.frame.search import Candidate, Group, check_selection_seeds, search_by_accuracy
 from curvlab.analyze.regimes import table2
 from curvlab.analyze.regimes.method_list import HYPER_PARAMETERS, METHODS, label_method
-from curvlab.analyze.regimes.methods_config import PRESETS, MethodsConfig, candidates, single_run
+from curvlab.analyze.regimes.methods_options import PRESETS, MethodsConfig, candidates, single_run
 from curvlab.commandline.options import RunOptions
 from curvlab.commandline.parser import did_you_mean
 from curvlab.continual import Regime, Task, metrics, permuted, rotated, split_classes
@@ -23,32 +23,32 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.plots import accuracy_curves, method_dots
-from curvlab.results import Column, aggregate
+from curvlab.results import Column, aggregate, mean_column
 
 _VALUES = ["acc", "forgetting", "learning_accuracy", "bytes"]
 _NAMES = (Column("stream", "stream"), Column("label", "method"))
 _TABLE = (
     *_NAMES,
-    Column("acc", "accuracy", spread="acc_std"),
-    Column("forgetting", "forgetting", spread="forgetting_std"),
-    Column("learning_accuracy", "of each new task", spread="learning_accuracy_std"),
+    mean_column("acc", "accuracy"),
+    mean_column("forgetting", "forgetting"),
+    mean_column("learning_accuracy", "learning accuracy"),
     Column("megabytes", "MB kept", format=lambda value: f"{value:.2f}"),
     Column("seconds", "median seconds", format=lambda value: f"{value:.0f}"),
 )
 _PUBLISHED = (
     *_NAMES,
-    Column("acc", "accuracy", spread="acc_std"),
+    mean_column("acc", "accuracy"),
     Column("printed_acc", "published"),
-    Column("forgetting", "forgetting", spread="forgetting_std"),
+    mean_column("forgetting", "forgetting"),
     Column("printed_forgetting", "published"),
 )
 _ORDER = (
     Column("stream", "stream"),
     Column("seed", "seed"),
-    Column("stable-ewc", "Stable SGD less EWC", format=lambda value: f"{value:.4f}"),
-    Column("ewc-naive", "EWC less naive", format=lambda value: f"{value:.4f}"),
-    Column("stable-naive", "Stable SGD less naive", format=lambda value: f"{value:.4f}"),
-    Column("holds", "in this order", format=lambda value: "yes" if value else "no"),
+    Column("stable-ewc", "Stable SGD - EWC", format=lambda value: f"{value:.4f}"),
+    Column("ewc-naive", "EWC - naive", format=lambda value: f"{value:.4f}"),
+    Column("stable-naive", "Stable SGD - naive", format=lambda value: f"{value:.4f}"),
+    Column("holds", "order holds", format=lambda value: "yes" if value else "no"),
 )
 
 
@@ -56,16 +56,15 @@ _ORDER = (
 
 
 def load_dataset(config: MethodsConfig, options: RunOptions | Place) -> Dataset:
-    """Return the data set; each task holds out samples of its own."""
-    data = subject.load_dataset(config.model_copy(update={"validation": 0}), options)
-    return subject.take(data, test=config.test_samples)
+    """Return the data set, without held-out samples: each task holds out its own."""
+    return subject.take(subject.load_whole(config, options), test=config.test_samples)
 
 
 def check(config: MethodsConfig, dataset: Dataset) -> None:
-    """Refuse what cannot be done, before anything is written.
+    """Check the configuration, the data and the weights.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable.
+        CurvlabError: One of them is invalid.
     """
     subject.check_distinct(streams=config.streams, methods=config.methods)
     subject.check_subject(config, dataset)
@@ -75,7 +74,7 @@ def check(config: MethodsConfig, dataset: Dataset) -> None:
             raise CurvlabError(f"unknown method {method!r}{did_you_mean(method, METHODS)} {known}")
         _check_lists(config, method)
     if config.model != "mlp" and "stable" in config.methods and any(config.dropouts):
-        raise CurvlabError(f"dropout is for the mlp: with {config.model} set dropouts to 0")
+        raise CurvlabError(f"only the mlp has dropout: with {config.model} set dropouts to 0")
     tried = [(method, candidate) for method in config.methods for candidate in candidates(config, method)]
     for dropout in {candidate.get("dropout", 0.0) for _, candidate in tried}:
         subject.network(config, dataset, config.seeds[0], dropout)
@@ -88,29 +87,24 @@ def check(config: MethodsConfig, dataset: Dataset) -> None:
 
 
 def _check_lists(config: MethodsConfig, method: str) -> None:
-    """Refuse the lists of a method, or what its candidates are to be judged by."""
+    """Check the values to try of a method, and the held-out samples and seeds of its search."""
     tuned = {option: getattr(config, option) for option in METHODS[method].hyper_parameters.values()}
     subject.check_distinct(**tuned)
     if len(candidates(config, method)) == 1:
         return
-    subject.check_distinct(selection_seeds=config.selection_seeds)
     if not config.validation:
         raise CurvlabError(
             f"the hyper-parameters of {method} are chosen on held-out samples: set validation, or give "
             f"{', '.join(tuned)} a single value each"
         )
-    if config.evaluation == "validation" and set(config.seeds) & set(config.selection_seeds):
-        raise CurvlabError(
-            "a table of the held-out samples needs other seeds than those that hyper-parameters are chosen with: "
-            "give seeds and selection_seeds no value in common"
-        )
+    check_selection_seeds(config)
 
 
 def make_tasks(config: MethodsConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:
     """Return the tasks of a stream, for the first seed.
 
     Raises:
-        CurvlabError: The data set has no such tasks.
+        CurvlabError: The data set cannot be split into these tasks.
     """
     common: Any = {"tasks": config.tasks, "seed": config.seeds[0], "validation": config.validation}
     common["samples"] = config.task_samples
@@ -120,12 +114,12 @@ def make_tasks(config: MethodsConfig, dataset: Dataset, stream: str) -> tuple[Ta
 
 
 def choose_head(stream: str) -> Head:
-    """Return which outputs count in a stream."""
+    """Return which outputs are used in a stream."""
     return "masked" if stream == "split" else "single"
 
 
 def measure(config: MethodsConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Learn the one stream by the one method with its one candidate: a record with ``acc``, then the accuracies.
+    """Learn one stream by one method with one candidate; yield a record with ``acc``, then one per accuracy.
 
     Raises:
         CurvlabError: The training diverges.
@@ -153,9 +147,9 @@ def measure(config: MethodsConfig, dataset: Dataset, workspace: Workspace) -> It
             progress=False,
         )
     except CurvlabError:
-        checkpoint.unlink(missing_ok=True)  # it would diverge again
+        checkpoint.unlink(missing_ok=True)  # the training would diverge again
         raise
-    checkpoint.unlink(missing_ok=True)  # all that is wanted of it is in the records
+    checkpoint.unlink(missing_ok=True)  # the records replace it
     summary = {
         **names,
         "evaluation": config.evaluation,
@@ -184,86 +178,72 @@ def _groups(config: MethodsConfig) -> list[tuple[Group, list[Candidate]]]:
     ]
 
 
-def _trial(config: MethodsConfig, group: Group, candidate: Candidate, seed: int) -> MethodsConfig:
-    return single_run(config, **group, candidate=candidate, seeds=(seed,), evaluation="validation")
-
-
-def _runs(config: MethodsConfig, chosen: Sequence[Choice]) -> list[MethodsConfig]:
-    return [
-        single_run(config, **one.group, candidate=one.candidate, seeds=config.seeds, evaluation=config.evaluation)
-        for one in chosen
-    ]
-
-
-SEARCH = Search(
-    candidates=_groups,
-    config=_trial,
-    runs=_runs,
-    seeds=lambda config: config.selection_seeds,
-    value="acc",
+SEARCH = search_by_accuracy(
+    _groups,
+    single_run,
     advice="give lower learning rates",
     limits={"batch_size": (1,), "decay": (1.0,), "dropout": (0.0,)},
     label=label_method,
 )
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
-    """Return mean and standard deviation over the seeds, a record a stream and method; of the seconds the median.
+    """Return one record per stream and method: mean and standard deviation over seeds, and the median of ``seconds``.
 
     Args:
-        found: Records as ``table.json`` has them.
+        found: Records of ``table.json``.
     """
     table = aggregate(found, ["stream", "method"], _VALUES)
     for row in table:
         mine = [record for record in found if (record["stream"], record["method"]) == (row["stream"], row["method"])]
         row["label"] = label_method(row["method"])
         row["megabytes"] = None if row["bytes"] is None else row["bytes"] / 1e6
-        row["seconds"] = median(record["seconds"] for record in mine)  # another program may disturb one of them
+        row["seconds"] = median(record["seconds"] for record in mine)  # another program may slow down one run
     return table
 
 
-def report(run: Results[MethodsConfig]) -> Report:
-    """Return the table, beside the published one where the streams are its, the claims, and the curves."""
-    config, found, accuracies = run.config, run.records["table"], run.records["accuracies"]
-    table = table2.beside_published(summarise(found), config, run.subject)
-    order = table2.order(found)
+def report(results: Results[MethodsConfig]) -> Report:
+    """Return the table, with published numbers for published streams, the claims, and the curves."""
+    config, found, accuracies = results.config, results.records["table"], results.records["accuracies"]
+    table = table2.add_published(summarise(found), config, results.subject)
+    order = table2.compare_in_order(found)
     held_out = "" if config.evaluation == "test" else ", on the held-out samples"
-    what = f"{config.tasks} tasks of {run.subject.data}{held_out}"
-    summary = Table(f"Methods after {what}; {run.spread}", _TABLE, table)
+    what = f"{config.tasks} tasks of {results.subject.data}{held_out}"
+    summary = Table(f"Methods after {what}; {results.spread}", _TABLE, table)
     tables = [summary]
     if any("published_acc" in row for row in table):
         rows = [row | {f"printed_{key}": _as_printed(row, key) for key in ("acc", "forgetting")} for row in table]
-        tables.append(Table(f"{table2.source()}, beside ours", _PUBLISHED, rows))
+        tables.append(Table(f"{table2.source()}, and our values", _PUBLISHED, rows))
     if order:
-        tables.append(Table("Stable SGD above EWC above naive: differences of accuracy", _ORDER, order))
+        tables.append(Table("Order of Stable SGD, EWC and naive: differences of accuracy", _ORDER, order))
     notes = []
     if SEARCH.trials(config):
         notes.append(
-            f"Candidates were trained with seed {', '.join(map(str, config.selection_seeds))}, the table's runs with "
-            f"{', '.join(map(str, config.seeds))}; all learn from the same number of samples, none of them held out."
+            f"Candidates were trained with seed {', '.join(map(str, config.selection_seeds))}, the runs of the table "
+            f"with {', '.join(map(str, config.seeds))}; no run trains on held-out samples."
         )
     if "stable" in config.methods:
-        notes.append("The learning rate of stable falls by the decay before its first task too.")
+        notes.append("The learning rate of stable is multiplied by the decay before the first task too.")
     labels = {method: label_method(method) for method in config.methods}
     return Report(
         summary,
         tables,
-        table2.claims(found, config, run.subject),
+        table2.claims(found, config, results.subject),
         figures={
             "accuracy_curves": lambda: accuracy_curves(accuracies, labels, what),
             "accuracy_and_forgetting": lambda: method_dots(table, what),
         },
         files={"order": order},
-        deviations=table2.deviations(config, run.subject, {row["stream"]: row["samples"] for row in found}),
+        deviations=table2.deviations(config, results.subject, {row["stream"]: row["samples"] for row in found}),
         notes=notes,
     )
 
 
 def _as_printed(row: Record, key: str) -> str | None:
-    """Return a published number with the digits that it was printed with."""
+    """Return a published number with the published digits."""
     if row.get(f"published_{key}") is None:
         return None
     digits = 3 if key == "acc" else 2
@@ -273,8 +253,8 @@ def _as_printed(row: Record, key: str) -> str | None:
 ANALYSIS = Analysis(
     config=MethodsConfig,
     question="Which method forgets least? Learns streams of tasks by naive fine-tuning, EWC, A-GEM, experience replay, "
-    "Stable SGD and joint training under the same conditions, the hyper-parameters of each chosen on held-out samples "
-    "from equally many candidates, and sets accuracy and forgetting beside the published ones.",
+    "Stable SGD and joint training under the same conditions, with hyper-parameters chosen on held-out samples from "
+    "equally many candidates, and compares accuracy and forgetting with the published values.",
     presets=PRESETS,
     check=check,
     load=load_dataset,

@@ -1,23 +1,23 @@
-"""Mirzadeh et al. (2020), Table 2: what is published, and what becomes of its claims."""
+"""Mirzadeh et al. (2020), Table 2: the published numbers, and the verdicts on the claims."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from curvlab.analyze.frame.conditions import differing, either
+from curvlab.analyze.frame.conditions import describe_choice, describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
-from curvlab.analyze.regimes.methods_config import MethodsConfig
+from curvlab.analyze.regimes.methods_options import MethodsConfig
 from curvlab.results import Claim, Gate, require_direction
 
 Record = dict[str, Any]
 
-#: The methods of the paper that keep no samples, from the best to the worst.
+#: The methods of the paper without a buffer, from best to worst.
 _ORDER = ("stable", "ewc", "naive")
-#: By how much Stable SGD is to be above naive fine-tuning; thresholds of ours, below the published differences.
+#: Smallest difference of Stable SGD and naive fine-tuning; our thresholds, below the published differences.
 _ABOVE_NAIVE = {"permuted": 0.10, "rotated": 0.08, "split": 0.0}
-#: Where the published difference of EWC and naive fine-tuning is less than two of its deviations.
+#: Streams with a published difference of EWC and naive fine-tuning below two standard deviations.
 _EWC_NO_WORSE = ("rotated", "split")
 
 
@@ -27,7 +27,7 @@ def _table() -> dict[str, Any]:
 
 
 def source() -> str:
-    """Return where the table stands."""
+    """Return the citation of the table."""
     return str(_table()["source"])
 
 
@@ -37,13 +37,13 @@ def published_rows(stream: str) -> Mapping[str, Mapping[str, float]]:
     return rows
 
 
-def beside_published(table: Sequence[Record], config: MethodsConfig, data: Subject) -> list[Record]:
-    """Return the rows of a summary, those of a published stream with its numbers under ``published_KEY``, as shares.
+def add_published(table: Sequence[Record], config: MethodsConfig, data: Subject) -> list[Record]:
+    """Return the rows of a summary, with ``published_<key>`` for published streams, as fractions.
 
     Args:
         table: Records with ``stream`` and ``method``.
-        config: Of the run.
-        data: Of the run.
+        config: The configuration.
+        data: Description of the data.
     """
     return [{**row, **_published(row["stream"], row["method"], config, data)} for row in table]
 
@@ -56,7 +56,7 @@ def _published(stream: str, method: str, config: MethodsConfig, data: Subject) -
 
 
 def has_stream(stream: str, config: MethodsConfig, data: Subject) -> bool:
-    """Say whether a run is of the published data and number of tasks, beside whose numbers its own can stand."""
+    """Return whether a run has the published data and number of tasks, so that the numbers are comparable."""
     theirs = _table()["conditions"][stream]
     return (data.data, config.tasks) == (theirs["data"], theirs["tasks"])
 
@@ -65,13 +65,13 @@ def has_stream(stream: str, config: MethodsConfig, data: Subject) -> bool:
 
 
 def conditions(config: MethodsConfig, data: Subject, stream: str, samples: int) -> dict[str, Any]:
-    """Return the conditions of a run under the names that the published ones have.
+    """Return the conditions of a run, with the names used in ``published.yaml``.
 
     Args:
-        config: Of the run.
-        data: Of the run.
+        config: The configuration.
+        data: Description of the data.
         stream: Name of the stream.
-        samples: Training samples of a task.
+        samples: Number of training samples per task.
     """
     network = describe_network(config, data)
     if config.weights is not None:
@@ -85,13 +85,13 @@ def conditions(config: MethodsConfig, data: Subject, stream: str, samples: int) 
         "network": network,
         "normalisation": config.normalize,
         "momentum": config.momentum,
-        "batch size": either(config.batch_sizes),
+        "batch size": describe_choice(config.batch_sizes),
         "seeds": len(config.seeds),
     }
     if stream == "rotated":
         found["degrees a task"] = config.degrees
     if "stable" in config.methods:
-        found["dropout of Stable SGD"] = either(config.dropouts)
+        found["dropout of Stable SGD"] = describe_choice(config.dropouts)
     if {"agem", "er"} & set(config.methods):
         found["replayed a step"] = config.replay_batch_size
         found["kept a class and task"] = config.per_class
@@ -99,17 +99,19 @@ def conditions(config: MethodsConfig, data: Subject, stream: str, samples: int) 
 
 
 def deviations(config: MethodsConfig, data: Subject, samples: Mapping[str, int]) -> list[str]:
-    """Return in what a run of published streams differs from the published ones, with what these had in brackets.
+    """Return the differences of a run on published streams, with the published values in brackets.
 
     Args:
-        config: Of the run.
-        data: Of the run.
-        samples: By stream, the training samples of a task.
+        config: The configuration.
+        data: Description of the data.
+        samples: Number of training samples per task, by stream.
     """
     streams: dict[str, list[str]] = {}
     for stream in samples:
         if has_stream(stream, config, data):
-            differ = differing(conditions(config, data, stream, samples[stream]), _table()["conditions"][stream])
+            differ = describe_differences(
+                conditions(config, data, stream, samples[stream]), _table()["conditions"][stream]
+            )
             streams.setdefault(differ, []).append(stream)
     if not streams:
         return []
@@ -117,12 +119,12 @@ def deviations(config: MethodsConfig, data: Subject, samples: Mapping[str, int])
     if "ewc" in config.methods:
         taken = "all" if config.samples is None else f"{config.samples:,} random"
         lines.append(
-            f"EWC: {config.quantity}, {config.structure}, of {taken} samples after each task, {config.ewc_mode} (a "
-            "diagonal, the moving average over the batches of the training, scaled to between 0 and 1)."
+            f"EWC: {config.quantity}, {config.structure}, on {taken} samples after each task, {config.ewc_mode} (a "
+            "diagonal, moving average over training batches, scaled to [0, 1])."
         )
     lines.append(
-        "All methods: one code, with the same dropout (none, but for Stable SGD) and number of candidates (Stable SGD "
-        "is of another code than the rest, which have dropout, batch sizes and learning rates of their own)."
+        "All methods: one code, equally many candidates, and no dropout except for Stable SGD (Stable SGD and "
+        "the other methods come from different codes, with different dropout, batch sizes and learning rates)."
     )
     return lines
 
@@ -136,22 +138,22 @@ def _gate(config: MethodsConfig, data: Subject, stream: str, samples: int) -> Ga
 # Claims ---------------------------------------------------------------------------------------------------------------
 
 
-def order(found: Sequence[Record]) -> list[Record]:
-    """Return, a record a stream and seed, by how much Stable SGD is above EWC, EWC above naive fine-tuning and so on.
+def compare_in_order(found: Sequence[Record]) -> list[Record]:
+    """Return the pairwise differences of Stable SGD, EWC and naive fine-tuning, one record per stream and seed.
 
-    Keys: ``stream``, ``seed``, ``stable-ewc``, ``ewc-naive``, ``stable-naive`` (differences of accuracy, None where a
-    run is missing), ``smallest`` of the three, and ``holds``, whether all are above 0. None of a stream in which not
-    all three methods were run.
+    Keys: ``stream``, ``seed``, ``stable-ewc``, ``ewc-naive``, ``stable-naive`` (differences of accuracy, None if a run
+    is missing), ``smallest`` of the three, and ``holds``, whether all are above 0. Streams in which one of the three
+    methods was not run have no record.
 
     Args:
-        found: As for ``claims``.
+        found: Records of ``table.json``, see ``claims``.
     """
     records: list[Record] = []
     for stream in dict.fromkeys(record["stream"] for record in found):
         mine = [record for record in found if record["stream"] == stream]
         links = {f"{a}-{b}": _differences(mine, "acc", a, [b], max) for a, b in [*pairwise(_ORDER), _ORDER[::2]]}
         seeds = dict.fromkeys(record["seed"] for record in mine)
-        for seed, *values in zip(seeds, *links.values(), strict=False):  # no value at all where one was not run
+        for seed, *values in zip(seeds, *links.values(), strict=False):  # a link is empty if a method was not run
             known = all(map(math.isfinite, values))
             records.append(
                 {"stream": stream, "seed": seed}
@@ -162,13 +164,13 @@ def order(found: Sequence[Record]) -> list[Record]:
 
 
 def claims(found: Sequence[Record], config: MethodsConfig, data: Subject) -> list[Claim]:
-    """Return the paper's claims with their verdicts, a value a seed; all of them are about directions.
+    """Return the paper's claims with their verdicts, from one value per seed; all are judged as directions.
 
     Args:
-        found: Records of ``methods``, one a ``stream``, ``method`` and ``seed``, with ``acc``, ``forgetting`` and
+        found: Records of ``methods``, one per ``stream``, ``method`` and ``seed``, with ``acc``, ``forgetting`` and
             ``samples``.
-        config: Of the run.
-        data: Of the run.
+        config: The configuration.
+        data: Description of the data.
     """
     answers = []
     for stream in dict.fromkeys(record["stream"] for record in found):
@@ -180,12 +182,12 @@ def claims(found: Sequence[Record], config: MethodsConfig, data: Subject) -> lis
 def _claims(stream: str, found: Sequence[Record], gate: Gate) -> list[Claim]:
     rows = published_rows(stream)
     margin, no_worse = _ABOVE_NAIVE[stream], stream in _EWC_NO_WORSE
-    far = f"at least {margin:.2f}" if margin else "above 0"
-    smallest = [math.nan if (value := row["smallest"]) is None else value for row in order(found)]
+    least = f"at least {margin:.2f}" if margin else "above 0"
+    smallest = [math.nan if (value := row["smallest"]) is None else value for row in compare_in_order(found)]
     theirs = min(rows[a]["acc"] - rows[b]["acc"] for a, b in pairwise(_ORDER)) / 100
 
     def compare(key: str, method: str, others: Sequence[str], text: str, test: Callable[[float], bool]) -> Claim:
-        """Judge a method's value less the best of others, which is the lowest of what is forgotten."""
+        """Judge the value of a method minus the best of others: the highest accuracy, or the lowest forgetting."""
         best, scale = (max, 100) if key == "acc" else (min, 1)
         printed = (rows[method][key] - best(rows[other][key] for other in others)) / scale
         values = _differences(found, key, method, others, best)
@@ -195,36 +197,36 @@ def _claims(stream: str, found: Sequence[Record], gate: Gate) -> list[Claim]:
         return compare("acc", method, others, f"{text} (difference of accuracy)", lambda value: value > 0)
 
     return [
-        above("joint", ["stable"], "training on all tasks at once is above Stable SGD"),
+        above("joint", ["stable"], "joint training is better than Stable SGD"),
         Claim.of(
-            f"{stream}: Stable SGD is above EWC, and EWC above naive fine-tuning (smallest difference of accuracy)",
+            f"{stream}: Stable SGD is better than EWC, and EWC better than naive fine-tuning (smaller difference)",
             source(),
             smallest,
             lambda value: value > 0,
             float(f"{theirs:.4f}"),
             gate,
         ),
-        above("stable", ["ewc"], "Stable SGD is above EWC"),
+        above("stable", ["ewc"], "Stable SGD is better than EWC"),
         compare(
             "acc",
             "ewc",
             ["naive"],
-            f"EWC is {'not below' if no_worse else 'above'} naive fine-tuning (difference of accuracy)",
+            f"EWC is {'not worse' if no_worse else 'better'} than naive fine-tuning (difference of accuracy)",
             lambda value: value > 0 or (no_worse and value == 0),
         ),
         compare(
             "acc",
             "stable",
             ["naive"],
-            f"Stable SGD is {'far ' if margin else ''}above naive fine-tuning (difference of accuracy {far})",
+            f"Stable SGD is {'much ' if margin else ''}better than naive fine-tuning (difference of accuracy {least})",
             lambda value: value >= margin and value > 0,
         ),
-        above("stable", ["agem", "er"], "Stable SGD, which keeps no samples, is above the better of A-GEM and ER"),
+        above("stable", ["agem", "er"], "Stable SGD, without a buffer, is better than both A-GEM and ER"),
         compare(
             "forgetting",
             "stable",
             [method for method in _ORDER if method != "stable"],
-            "of Stable SGD, EWC and naive fine-tuning Stable SGD forgets least (difference of forgetting to the next)",
+            "Stable SGD forgets less than EWC and naive fine-tuning (difference of forgetting to the lower one)",
             lambda value: value < 0,
         ),
     ]
@@ -233,13 +235,13 @@ def _claims(stream: str, found: Sequence[Record], gate: Gate) -> list[Claim]:
 def _differences(
     found: Sequence[Record], key: str, method: str, others: Sequence[str], best: Callable[[Sequence[float]], float]
 ) -> list[float]:
-    """Return for every seed a method's value less the best of others; NaN where one is missing, none if not run."""
+    """Return the value of a method minus the best of others, per seed; NaN if one is missing, empty if not run."""
     if not {method, *others} <= {record["method"] for record in found}:
         return []
-    of = {(record["seed"], record["method"]): record[key] for record in found}
+    by_run = {(record["seed"], record["method"]): record[key] for record in found}
     differences = []
     for seed in dict.fromkeys(record["seed"] for record in found):
-        values = [of.get((seed, name)) for name in (method, *others)]
+        values = [by_run.get((seed, name)) for name in (method, *others)]
         own, *rest = [math.nan if value is None else value for value in values]
         differences.append(own - best(rest) if all(map(math.isfinite, (own, *rest))) else math.nan)
     return differences

@@ -1,6 +1,6 @@
-"""What does a stable training change? Mirzadeh et al. (2020): stable against plastic, over a stream of tasks."""
+"""What does stable training change? Mirzadeh et al. (2020): stable and plastic training on streams of tasks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +10,7 @@ import torch
 
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.frame.values import by_seed, where
+from curvlab.analyze.frame.values import list_by_seed, where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.options import Record, RegimesConfig
@@ -22,17 +22,17 @@ from curvlab.continual.strategies import Naive
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
 from curvlab.plots import regime_curves
-from curvlab.results import Claim, Column, aggregate
+from curvlab.results import Claim, Column, aggregate, mean_column
 from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
 from curvlab.training import evaluate
 
 
 class TrainingRegimesConfig(RegimesConfig):
-    """Train a network on one task after another under several regimes, and follow its curvature and its steps."""
+    """Train a network on a sequence of tasks under several regimes, and record its curvature and weight changes."""
 
 
 PRESETS = {
-    # The plastic regime's own rate would leave 1,437 images half learnt.
+    # At the paper's plastic learning rate, 1,437 images are underfitted.
     "default": Preset(TrainingRegimesConfig(hidden=(100, 100), tasks=5, epochs=10, plastic_lr=0.05), minutes=2),
     "cpu": Preset(
         TrainingRegimesConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
@@ -48,20 +48,20 @@ _VALUES = ["acc", "forgetting", "learning_accuracy", "lambda_max", "distance", "
 _TABLE = (
     Column("stream", "stream"),
     Column("regime", "regime"),
-    Column("acc", "accuracy", spread="acc_std"),
-    Column("forgetting", "forgetting", spread="forgetting_std"),
-    Column("learning_accuracy", "of each new task", spread="learning_accuracy_std"),
-    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
-    Column("distance", "|dw|", spread="distance_std"),
-    Column("loss_forgetting", "F1", spread="loss_forgetting_std"),
+    mean_column("acc", "accuracy"),
+    mean_column("forgetting", "forgetting"),
+    mean_column("learning_accuracy", "learning accuracy"),
+    mean_column("lambda_max", "lambda_max"),
+    mean_column("distance", "|dw|"),
+    mean_column("loss_forgetting", "F1"),
 )
 
 
 def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
-    """Train the network of the one stream, regime and seed, and yield records.
+    """Train the network of one stream, regime and seed, and yield records.
 
-    With ``acc``: of the network. With ``matvecs``: a point, the network after a task. With ``accuracy``: that on a
-    ``task`` ``after`` another. Tasks that are in the checkpoint are not trained again.
+    The record with ``acc`` summarises the run; records with ``matvecs`` describe the network after each task; records
+    with ``accuracy`` have the accuracy on a ``task`` ``after`` another one. Tasks in the checkpoint are not repeated.
     """
     (stream,), (name,), (seed,) = config.streams, config.regimes, config.seeds
     checkpoint = workspace.folder / "checkpoint.pt"
@@ -81,7 +81,7 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
         progress=False,
     )
     for file in (checkpoint, *map(observer.file, range(config.tasks))):
-        file.unlink()  # all that is wanted of it is in the records
+        file.unlink()  # the records replace it
     observed = ("lambda_max", "residual", "matvecs", "task_loss", "distance", "loss_forgetting")
     points = [{**keys, "task": t, **{key: r[key] for key in observed}} for t, r in enumerate(result.tasks, start=1)]
     summary = metrics.summary(result.accuracy)
@@ -95,9 +95,9 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
 
 
 class _Observer:
-    """Measures a network after each task: its curvature, its step, and what the step cost the task before.
+    """Measures the network after each task: curvature, weight change, and loss increase on the previous task.
 
-    What the next measurement needs of one is in a file, which is there before the checkpoint of that task is.
+    The values that the next measurement needs are in a file, which is written before the checkpoint of the task.
     """
 
     def __init__(self, config: TrainingRegimesConfig, checkpoint: Path) -> None:
@@ -128,25 +128,25 @@ class _Observer:
         }
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def summarise(found: Sequence[Record]) -> list[Record]:
-    """Return mean and standard deviation over the seeds, a record a stream and regime.
+    """Return mean and standard deviation over seeds, one record per stream and regime.
 
     Args:
-        found: Records as ``table.json`` has them.
+        found: Records of ``table.json``.
     """
     return aggregate(found, ["stream", "regime"], _VALUES)
 
 
 def correlate(points: Sequence[Record]) -> list[Record]:
-    """Return the rank correlation of each step with the eigenvalue that it ends at, a record a stream and seed.
+    """Return the rank correlation of weight change and eigenvalue after a task, one record per stream and seed.
 
-    It is over regimes and the tasks after the first; ``width`` is None where there are fewer than three points.
+    The correlation is over regimes and the tasks after the first; ``width`` is None for fewer than three points.
 
     Args:
-        points: Records as ``points.json`` has them.
+        points: Records of ``points.json``.
     """
     groups = dict.fromkeys((point["stream"], point["seed"]) for point in points)
     return [
@@ -163,82 +163,71 @@ def claims(
     """Return the claims with their verdicts.
 
     Args:
-        found: Records as ``table.json`` has them.
-        points: Records as ``points.json`` has them.
-        config: Of the run.
-        data: Of the run.
+        found: Records of ``table.json``.
+        points: Records of ``points.json``.
+        config: The configuration.
+        data: Description of the data.
     """
-    answers = []
-    for stream in dict.fromkeys(record["stream"] for record in found):
-        answers += _claims(stream, where(found, stream=stream), where(points, stream=stream), config, data)
-    return answers
 
+    def judge(stream: str, networks: Sequence[Record], points: Sequence[Record]) -> list[Claim]:
+        seeds = published.list_seeds(networks)
+        ranks = {row["seed"]: row["width"] for row in correlate(points)}
+        gate = partial(published.gate, config, data, stream)
 
-def _claims(
-    stream: str,
-    networks: Sequence[Record],
-    points: Sequence[Record],
-    config: TrainingRegimesConfig,
-    data: Subject,
-) -> list[Claim]:
-    seeds = list(dict.fromkeys(record["seed"] for record in networks))
-    ranks = {row["seed"]: row["width"] for row in correlate(points)}
-    gate = partial(published.gate, config, data, stream)
-
-    def compare_metric(key: str, compare: Callable[[float, float], float]) -> list[float]:
-        def value(seed: int, regime: str) -> float:
+        def value(metric: str, seed: int, regime: str) -> float:
             (network,) = where(networks, seed=seed, regime=regime)
-            return float(network[key])
+            return float(network[metric])
 
-        return published.compare_regimes(seeds, networks, value, compare)
+        def largest_ratio(seed: int) -> float:
+            pairs = (where(points, seed=seed, regime=regime) for regime in ("stable", "plastic"))
+            return max(float(one["lambda_max"] / other["lambda_max"]) for one, other in zip(*pairs, strict=True))
 
-    def largest_ratio(seed: int) -> float:
-        pairs = (where(points, seed=seed, regime=regime) for regime in ("stable", "plastic"))
-        return max(float(stable["lambda_max"] / plastic["lambda_max"]) for stable, plastic in zip(*pairs, strict=True))
+        both = {"stable", "plastic"} <= {record["regime"] for record in points}
+        stability = published.judge_stability(stream, networks, value, gate("figure3"))
+        each = Claim.of(
+            f"{stream}: the largest eigenvalue is smaller in the stable regime after every task (largest ratio)",
+            stability["lambda_max"].source,
+            list_by_seed(points, seeds, largest_ratio) if both else [],
+            lambda value: value < 1,
+            gate=gate("figure3"),
+        )
+        width = published.judge_correlation(
+            "wider minima are closer to the previous one (rank correlation of |dw| and λmax",
+            stream,
+            points,
+            ranks.__getitem__,
+            gate("hypothesis"),
+        )
+        return [width, *stability.values(), each]
 
-    both = {"stable", "plastic"} <= {record["regime"] for record in points}
-    stability = published.judge_stability(stream, compare_metric, gate("figure3"))
-    each = Claim.of(
-        f"{stream}: the stable regime's largest eigenvalue is smaller after every single task (the largest ratio)",
-        stability["lambda_max"].source,
-        by_seed(points, seeds, largest_ratio) if both else [],
-        lambda value: value < 1,
-        gate=gate("figure3"),
-    )
-    width = published.judge_correlation(
-        "the wider the second task's minimum, the smaller the step to it (rank correlation of |dw| and its λmax",
-        stream,
-        by_seed(points, seeds, ranks.__getitem__),
-        gate("hypothesis"),
-    )
-    return [width, *stability.values(), each]
+    return published.judge_streams(judge, found, points)
 
 
-def report(run: Results[TrainingRegimesConfig]) -> Report:
+def report(results: Results[TrainingRegimesConfig]) -> Report:
     """Return the table, the claims, and the curves over the tasks."""
-    config, found = run.config, run.records["table"]
-    points, accuracies = run.records["points"], run.records["accuracies"]
-    what = f"{config.tasks} tasks of {run.subject.data}"
+    config, found = results.config, results.records["table"]
+    points, accuracies = results.records["points"], results.records["accuracies"]
+    what = f"{config.tasks} tasks of {results.subject.data}"
     labels: dict[str, str] = {regime: describe_regime(regime) for regime in config.regimes}
     return Report(
-        Table(f"Training regimes after {what}; {run.spread}", _TABLE, summarise(found)),
-        claims=claims(found, points, config, run.subject),
+        Table(f"Training regimes after {what}; {results.spread}", _TABLE, summarise(found)),
+        claims=claims(found, points, config, results.subject),
         figures={"regime_curves": lambda: regime_curves(points, accuracies, labels, what)},
         files={"correlations": correlate(points)},
-        deviations=published.deviations(config, run.subject),
+        deviations=published.deviations(config, results.subject),
         notes=[
-            "stable-X is the stable regime with the plastic one's X, plastic+X the reverse. λmax is of the Hessian of "
-            "each task's training loss at its end, |dw| the step from there to the end of the next task, F1 by how "
-            "much its training loss rises on that way; means over tasks."
+            "stable-X is the stable regime with the X of the plastic one, plastic+X the reverse. λmax is the largest "
+            "eigenvalue of the Hessian of a task's training loss at the end of its training, |dw| the length of the "
+            "weight change during the next task, F1 the increase of the training loss by that change; means over tasks."
         ],
     )
 
 
 ANALYSIS = Analysis(
     config=TrainingRegimesConfig,
-    question="What does a stable training change? Trains a network on one task after another under several regimes "
-    "(learning rate and its decay, batch size, dropout), and follows accuracies, the largest eigenvalue of the Hessian "
-    "of each task's loss, and how far the weights move from task to task.",
+    question="What does stable training change? Trains a network on a sequence of tasks under several regimes "
+    "(learning rate and its decay, batch size, dropout), and records accuracies, the largest eigenvalue of the Hessian "
+    "of each task's loss, and the change of the weights from task to task.",
     presets=PRESETS,
     check=regimes.check,
     measure=measure,

@@ -1,4 +1,4 @@
-"""The options of the analysis of methods, its presets, and the candidates of each method."""
+"""Options of the analysis ``methods``, its presets, and the candidates of each method."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
-from curvlab.analyze.frame.search import Candidate
+from curvlab.analyze.frame.search import Candidate, Group
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.analyze.regimes.method_list import METHODS
 
@@ -19,7 +19,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class MethodsConfig(SubjectConfig):
-    """Learn streams of tasks by several methods, each with the best of its hyper-parameters on held-out samples."""
+    """Learn streams of tasks by several methods, each with hyper-parameters chosen on held-out samples."""
 
     titles: ClassVar[Mapping[str, str]] = {
         **SubjectConfig.titles,
@@ -30,22 +30,22 @@ class MethodsConfig(SubjectConfig):
     }
 
     validation: int = Field(default=200, ge=0)
-    """Hold out so many training samples of each task, to choose hyper-parameters on; no method learns from them."""
+    """Number of training samples per task to hold out, to choose hyper-parameters; no method trains on them."""
     samples: int | None = Field(default=None, ge=1)
-    """EWC takes the curvature on so many training samples of a task, random ones; none means all."""
+    """EWC: number of training samples per task for the curvature, drawn at random; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100, 100)
-    """Hidden sizes of the mlp; no number for a linear model."""
+    """Hidden sizes of the mlp; no value gives a linear model."""
     streams: tuple[StreamName, ...] = ("permuted", "rotated")
-    """What tells tasks apart: the pixels of every image are permuted, it is rotated, or tasks split the classes; with
-    split the outputs of other tasks do not count."""
+    """Streams of tasks: permuted (a permutation of the pixels per task), rotated (an angle per task), split (some
+    classes per task; only the outputs of the task's classes are used)."""
     tasks: int = Field(default=5, ge=2)
-    """Tasks of a stream."""
+    """Number of tasks per stream."""
     degrees: float = 40.0
-    """Rotated: from a task's angle to the next one's."""
+    """rotated: difference of the angles of consecutive tasks, in degrees."""
     task_samples: int | None = Field(default=None, ge=1)
-    """Training samples of a task, random ones, always the same; none means all."""
+    """Number of training samples per task, drawn at random, the same for all seeds; none means all."""
     test_samples: int | None = Field(default=None, ge=1)
-    """Test on so many samples of the data set, random ones, always the same; none means all."""
+    """Number of test samples of the data set, drawn at random, the same for all seeds; none means all."""
     methods: tuple[str, ...] = Field(
         default=tuple(METHODS),
         description=", ".join(
@@ -56,39 +56,40 @@ class MethodsConfig(SubjectConfig):
     epochs: int = Field(default=3, ge=1)
     """Passes over the samples of each task."""
     momentum: float = Field(default=0.8, ge=0, lt=1)
-    """Of stochastic gradient descent, which starts anew with each task."""
+    """Momentum of SGD, which is reset at each task."""
     quantity: str = "empirical_fisher"
     """EWC: fisher, fisher:samples=K, empirical_fisher, or masq:batch_size=B,norm=sumsq."""
     structure: str = "diag"
-    """EWC: diag, kfac, tkfac and so on."""
+    """EWC: diag, kfac, tkfac or another structure."""
     ewc_mode: Literal["separate", "online"] = "separate"
-    """EWC: a penalty around each task's solution, or one for all around the last."""
+    """EWC: separate (one penalty per task, around its solution) or online (one penalty around the last solution)."""
     per_class: int = Field(default=1, ge=1)
-    """Samples that A-GEM keeps of each class of each task; ER keeps as many in all."""
+    """Samples that A-GEM keeps per class and task; ER keeps the same total number."""
     replay_batch_size: int = Field(default=64, ge=1)
-    """Kept samples that A-GEM and ER draw at each step."""
+    """Kept samples that A-GEM and ER draw per step."""
     trials: int = Field(default=6, ge=1)
-    """Candidates of each method: all combinations of its lists below, or so many of them drawn at random."""
+    """Number of candidates per method, drawn at random from the combinations of its lists below (all if there are
+    fewer)."""
     lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
-    """Learning rates, of all methods but ewc and stable."""
+    """Learning rates of all methods except ewc and stable."""
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (10, 64)
-    """New samples a step, of every method."""
+    """New samples per step, for every method."""
     ewc_strengths: tuple[Positive, ...] = (1.0, 10.0, 100.0)
-    """Of EWC's penalty."""
+    """Strengths of the EWC penalty."""
     ewc_lrs: tuple[Positive, ...] = (0.1,)
     """Learning rates of ewc."""
     stable_lrs: tuple[Positive, ...] = (0.1,)
     """Learning rates of stable, before the decay."""
     decays: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.7, 0.5, 0.3)
-    """Of stable: the learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
+    """stable: the learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
     dropouts: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.25,)
-    """Of stable: shares of the hidden units left out in training, of an mlp."""
+    """stable: dropout rates of the hidden units, for the mlp."""
     selection_seeds: tuple[Seed, ...] = (1000,)
-    """Candidates are trained for each, and judged by their mean accuracy on the held-out samples after all tasks."""
+    """Seeds of the search; candidates are compared by their mean accuracy on held-out samples after the last task."""
     evaluation: Literal["test", "validation"] = "test"
-    """What the table is measured on."""
+    """Samples for the accuracies of the table."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Tasks are drawn and a network is trained for each; the table has mean and standard deviation."""
+    """Tasks are drawn and one network is trained per seed; the table has mean and standard deviation."""
 
 
 _MNIST = MethodsConfig(
@@ -130,7 +131,7 @@ _CIFAR = MethodsConfig(
     dropouts=(0.0,),  # the network has none
 )
 PRESETS = {
-    # Lists in which the best values of most methods are inside, and no candidate diverges.
+    # The best values of most methods are inside these lists, and no candidate diverges.
     "default": Preset(
         MethodsConfig(
             trials=9,
@@ -181,9 +182,9 @@ PRESETS = {
 
 
 def candidates(config: MethodsConfig, method: str) -> list[Candidate]:
-    """Return what is tried for a method: all combinations of its lists, or ``trials`` of them, drawn at random.
+    """Return the candidates of a method: all combinations of its lists, or ``trials`` of them, drawn at random.
 
-    A larger number of trials begins with the same draws.
+    A larger number of trials includes the candidates of a smaller one.
     """
     lists = METHODS[method].hyper_parameters
     combinations = list(product(*(getattr(config, option) for option in lists.values())))
@@ -193,16 +194,9 @@ def candidates(config: MethodsConfig, method: str) -> list[Candidate]:
     return [dict(zip(lists, combinations[i], strict=True)) for i in order]
 
 
-def single_run(
-    config: MethodsConfig,
-    stream: str,
-    method: str,
-    candidate: Candidate,
-    *,
-    seeds: tuple[int, ...],
-    evaluation: Literal["test", "validation"],
-) -> MethodsConfig:
-    """Return the configuration of a stream and method with a candidate, with unused options reset to their defaults."""
+def single_run(config: MethodsConfig, group: Group, candidate: Candidate) -> MethodsConfig:
+    """Return the configuration of one stream, method and candidate, with unused options reset to their defaults."""
+    stream, method = group["stream"], group["method"]
     lists: dict[str, tuple[float, ...]] = {
         option: () for other in METHODS.values() for option in other.hyper_parameters.values()
     }
@@ -212,5 +206,5 @@ def single_run(
     return config.model_copy(
         update={name: MethodsConfig.model_fields[name].default for name in unused}
         | lists
-        | {"streams": (stream,), "methods": (method,), "seeds": seeds, "evaluation": evaluation}
+        | {"streams": (stream,), "methods": (method,)}
     )

@@ -1,0 +1,39 @@
+"""Options of the analysis ``fim_diagonality``, and its presets."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from curvlab.analyze.frame.analysis import Preset
+from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.diagonality import Level
+
+
+class FimDiagonalityConfig(TrainedSubjectConfig):
+    """Train a network on some classes of a data set, and measure how diagonal its curvature is."""
+
+    titles: ClassVar[dict[str, str]] = {**TrainedSubjectConfig.titles, "quantity": "curvature"}
+
+    classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
+    """Class indices to train on, or all. The network always has one output per class of the data set."""
+    quantity: str = "empirical_fisher"
+    """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B,norm=sumsq, ggn or hessian."""
+    per: tuple[Level, ...] = ("tensor",)
+    """Rows of the table: tensor (one per parameter tensor), layer, network; one or several."""
+    time_budget: float = Field(default=60.0, gt=0)
+    """Time limit of a row in seconds at 100 Gflop/s; rows with more operations are sampled."""
+    precision: float = Field(default=0.005, gt=0)
+    """Sampled rows: half-width of the 95 % interval of the off-diagonal sum, relative to the sum."""
+    tile_memory: float = Field(default=200.0, gt=0)
+    """Memory limit of the tiles of one pass, in megabytes."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
+    """One network is trained and measured per seed; the table has mean and standard deviation."""
+
+
+PRESETS = {
+    "default": Preset(FimDiagonalityConfig(), minutes=0.2),
+    "cpu": Preset(
+        FimDiagonalityConfig(data="mnist", validation=5000, steps=1000, samples=5000), minutes=1, needs=("mnist",)
+    ),
+    "paper": Preset(FimDiagonalityConfig(data="mnist", validation=5000, steps=5000), minutes=8, needs=("mnist",)),
+}
