@@ -752,7 +752,7 @@ def test_estimators_on_the_console(monkeypatch, capsys):
     monkeypatch.setattr(estimators, "MODULES", estimators.MODULES[:2])
     assert main(["estimators", "--out", "run"]) == 0
     out = capsys.readouterr().out
-    for title in ("Quantity and structure", "Diagonal: which modules", "K-FAC: which modules"):
+    for title in ("Quantity and structure", "Diagonal: supported modules", "K-FAC: supported modules"):
         assert title in out
     assert tree("run") == {"config.yaml", "support.md"}
     assert main(["estimators", "--format", "html"]) == 2
