@@ -271,7 +271,7 @@ def test_maxima_that_are_not_resolved_are_reported():
     late = curve("cross_entropy", [1, 2, 8, 4]) + curve("cross_entropy", [9, 2, 8, 4], layer="fc1")
     assert describe_early_peaks(late) == ""
     early = describe_early_peaks(late + curve("squared_error", [1, 9, 8, 4], quantity="ekfac"))
-    assert early.endswith("between the two (a smaller --every shows it): squared error (Fisher by EK-FAC).")
+    assert early.endswith("in between (use a smaller --every to check): squared error (Fisher by EK-FAC).")
 
 
 MNIST = conditions(PRESETS["cpu"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000))
@@ -509,7 +509,7 @@ def test_fine_tuning(call):
         ({"losses": ("squared_error", "squared_error")}, "losses needs one or more different values"),
         ({"lr_squared_error": ()}, "lr_squared_error needs one or more different values"),
         ({"lr_squared_error": (0.1, 0.1)}, "lr_squared_error needs one or more different values"),
-        ({"validation": 0}, "a learning rate is chosen on held-out samples: set validation"),
+        ({"validation": 0}, "the learning rate is chosen on held-out samples: set validation"),
         ({"validation": 1437}, "cannot hold out 1437"),
         ({"train_samples": 1238}, "1,238 training samples requested, but the data set has 1,237"),
         ({"train_samples": 50}, "samples is 1,000, but there are only 50 training samples"),
@@ -517,7 +517,7 @@ def test_fine_tuning(call):
         ({"quantities": ("fihser",)}, "did you mean 'fisher'"),
         ({"quantities": ("hessian", "hessian")}, "quantities needs one or more different values"),
         ({"per": ("layer", "layer")}, "per needs one or more different values"),
-        ({"densities_at": (2001,)}, "densities_at has 2001, but there are 2000 steps"),
+        ({"densities_at": (2001,)}, "densities_at contains 2001, but the training has 2000 steps"),
         ({"densities_at": (5,)}, "densities_at contains 5, which is not a multiple of every"),
         ({"densities_at": (100, 100)}, "densities_at needs one or more different values"),
         ({"optimizer": "adam"}, "momentum belongs to sgd"),
