@@ -113,8 +113,7 @@ class CurvatureMatrix(ABC):
         tensors = vectors.values() if isinstance(vectors, Mapping) else [vectors]
         if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             raise CurvlabError(
-                "a vector must be a dense tensor or a dict of dense tensors by parameter name, not "
-                f"{shown(vectors)}"
+                f"a vector must be a dense tensor or a dict of dense tensors by parameter name, not {shown(vectors)}"
             )
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             raise CurvlabError("the tensors of the vector have different dtypes or devices: move them with to()")
