@@ -736,7 +736,9 @@ def test_cells_are_the_registry():
     table = estimators.list_combinations()
     for backend in BACKENDS.values():
         of_backend = {(row["quantity"], row["structure"]) for row in table if row[backend.name] == "yes"}
-        assert of_backend == {(kind.name, structure) for kind, names in backend.cells.items() for structure in names}
+        assert of_backend == {
+            (kind.name, structure) for kind, names in backend.structures.items() for structure in names
+        }
 
 
 def test_the_support_page_is_what_the_code_says(capsys):

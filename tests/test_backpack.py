@@ -287,13 +287,13 @@ class TestRefusals:
         [
             ("tied", "first.weight is shared with second"),
             ("raw parameters", r"no rule for Raw \(the model\)"),
-            ("module used twice", "shared.weight is of Linear shared, which is called 2 times"),
-            ("also functional", "fc.weight is of Linear fc, which does not have it to itself"),
+            ("module used twice", "shared.weight belongs to Linear shared, which is called 2 times"),
+            ("also functional", "fc.weight belongs to Linear fc, but is also used elsewhere"),
             ("lstm", r"no rule for LSTM \(lstm\)"),
             ("attention", r"no rule for MultiheadAttention \(attention\)"),
             ("linear subclass", r"no rule for Doubling \(0\)"),
             ("keyword argument", "it fails on Keyword"),
-            ("hypernetwork", "maker.weight is of Linear maker, which the outputs of other samples depend on"),
+            ("hypernetwork", "maker.weight belongs to Linear maker, which mixes the samples of a batch"),
             ("same padding", r"Conv2d \(1\) is wrong with 'same' padding"),
             ("circular padding", r"Conv2d \(1\) is wrong with 'circular' padding"),
             ("group norm, layer norm", r"no rule for GroupNorm \(2\)"),
@@ -315,8 +315,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("model", "told"),
         [
-            (Functional(), r"chain of modules, and Linear \(second\) takes something else"),
-            (Scaled(), "chain of modules, and the model's outputs are not those of the last"),
+            (Functional(), r"chain of modules, and the input of Linear \(second\) is not the output"),
+            (Scaled(), "chain of modules, and the model's outputs are not the output of the last module"),
             (Reused(), r"chain of modules, and Tanh \(act\) is called more than once"),
         ],
         ids=["functional", "scaled", "reused"],
@@ -337,7 +337,7 @@ class TestRefusals:
 
     def test_factors_of_convolutions(self) -> None:
         problem = images(nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, CLASSES)).problem
-        with pytest.raises(UnsupportedError, match=r"factors of Conv2d \(1\) are of another approximation"):
+        with pytest.raises(UnsupportedError, match=r"factors of Conv2d \(1\) use another approximation"):
             estimate(problem, "fisher", "kfac", backend="backpack")
 
     def test_factors_on_tokens(self) -> None:
@@ -353,7 +353,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("model", "told"),
-        [(Increment(), "it fails on Increment .*modified inplace"), (Overwritten(), "gives a wrong answer")],
+        [(Increment(), "it fails on Increment .*modified inplace"), (Overwritten(), "gives a wrong result")],
         ids=["increment", "overwritten"],
     )
     def test_what_only_its_answer_shows(self, model: nn.Module, told: str) -> None:
@@ -361,4 +361,6 @@ class TestRefusals:
             estimate(on_floats(model), "empirical_fisher", "diag", backend="backpack")
 
     def test_the_cells(self) -> None:
-        assert BACKENDS["backpack"].cells == dict.fromkeys((EmpiricalFisher, Fisher, GGN), ROWS) | {Hessian: ("diag",)}
+        assert BACKENDS["backpack"].structures == dict.fromkeys((EmpiricalFisher, Fisher, GGN), ROWS) | {
+            Hessian: ("diag",)
+        }

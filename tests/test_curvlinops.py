@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate, torch_func
+from curvlab.estimators.covectors import label_stream
 from curvlab.estimators.curvlinops import BACKEND
-from curvlab.estimators.seeds import label_stream
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
@@ -377,14 +377,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("layer", "message"),
         [
-            (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), r"Conv2d \(1\) are those of zero.*circular"),
+            (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), r"Conv2d \(1\) assume zero.*circular"),
             (nn.Conv2d(2, 2, 2, padding="same"), r"Unequal padding"),
             (nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 2, 3)), r"Linear and Conv2d layers only, not of Conv1d \(1.1\)"),
             (
                 nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Conv3d(2, 2, 2)),
                 r"Linear and Conv2d layers only, not of Conv3d \(1.1\)",
             ),
-            (nn.Conv2d(2, 2, 2, groups=2), r"1\.(weight|bias) is of a grouped Conv2d \(1\)"),
+            (nn.Conv2d(2, 2, 2, groups=2), r"1\.(weight|bias) belongs to a grouped Conv2d \(1\)"),
         ],
         ids=["circular", "even same", "conv1d", "conv3d", "groups"],
     )
@@ -395,15 +395,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("module used twice", r"shared.weight is of Linear shared, which is called 2 times"),
+            ("module used twice", r"shared.weight belongs to Linear shared, which is called 2 times"),
             ("tied", r"first.weight is shared with second \(a tied weight\)"),
-            ("raw parameters", r"scale is of a Raw"),
-            ("also functional", r"fc.weight is of Linear fc, which does not have it to itself"),
-            ("lstm", r"lstm.weight_ih_l0 is of a LSTM"),
-            ("attention", r"attention.in_proj_weight is of a MultiheadAttention"),
-            ("embedding", r"0.weight is of a Embedding"),
-            ("batch norm", r"2.weight is of a BatchNorm2d"),
-            ("group norm, layer norm", r"2.weight is of a GroupNorm"),
+            ("raw parameters", r"scale belongs to a Raw"),
+            ("also functional", r"fc.weight belongs to Linear fc, but is also used elsewhere"),
+            ("lstm", r"lstm.weight_ih_l0 belongs to a LSTM"),
+            ("attention", r"attention.in_proj_weight belongs to a MultiheadAttention"),
+            ("embedding", r"0.weight belongs to a Embedding"),
+            ("batch norm", r"2.weight belongs to a BatchNorm2d"),
+            ("group norm, layer norm", r"2.weight belongs to a GroupNorm"),
         ],
     )
     def test_a_module(self, name: str, message: str) -> None:
@@ -439,7 +439,7 @@ def test_an_embedding_with_a_padding_index_that_few_samples_do_not_show(function
     torch.manual_seed(0)
     words = torch.tensor([[1], [2], [3], [4], [0], [1], [2], [3], [4], [1]])
     problem = Problem(Net().double(), "squared_error", (words, torch.randn(10, 2).double()))
-    with pytest.raises(UnsupportedError, match=r"goes through padding_idx.*backend torch can"):
+    with pytest.raises(UnsupportedError, match=r"includes the row of padding_idx.*backend torch can"):
         estimate(problem, "ggn", "implicit", backend="curvlinops")
     right = estimate(problem, "ggn", "dense", backend="torch").to_dense()
     vector = torch.randn(len(right)).double()

@@ -529,13 +529,13 @@ def test_submatrix_is_part_of_the_dense_matrix(net: str, quantity: str) -> None:
     ("options", "message"),
     [
         ({"quantity": "fischer"}, "'fischer'; did you mean 'fisher'"),
-        ({"per": "weight"}, "per is tensor, layer or network, not 'weight'"),
+        ({"per": "weight"}, "per must be tensor, layer or network, not 'weight'"),
         ({"per": ["tensor", "block"]}, "not 'block'"),
         ({"params": "conv*"}, "no trainable parameter matches 'conv*'"),
-        ({"time_budget": 0.0}, "time_budget must be above zero, not 0.0"),
-        ({"precision": -1.0}, "precision must be above zero, not -1.0"),
-        ({"precision": nan}, "precision must be above zero, not nan"),
-        ({"tile_memory": 0.0}, "tile_memory must be above zero, not 0.0"),
+        ({"time_budget": 0.0}, "time_budget must be positive, not 0.0"),
+        ({"precision": -1.0}, "precision must be positive, not -1.0"),
+        ({"precision": nan}, "precision must be positive, not nan"),
+        ({"tile_memory": 0.0}, "tile_memory must be positive, not 0.0"),
     ],
 )
 def test_bad_arguments(options: dict[str, object], message: str) -> None:
@@ -649,7 +649,7 @@ def test_the_tiles_of_a_block(make_block: Callable[[int], tuple[Block, Tensor]],
     block.diagonal()
     groups, width = block.groups, block.width
     if isinstance(block, OuterBlock):  # its places are those that are ever active, rarest first
-        shape = (block.places, groups) if block.transposed else (groups, block.places)
+        shape = (block.num_positions, groups) if block.transposed else (groups, block.num_positions)
         grouped = rows.unflatten(1, shape)
         grouped = (grouped.mT if block.transposed else grouped)[:, :, block._alive]
     else:

@@ -1,4 +1,4 @@
-"""The doctor: what it finds, that it says what ``estimate`` says, what it predicts, and that it changes nothing."""
+"""Tests of ``doctor``: findings, agreement with ``estimate``, predictions, and that it changes nothing."""
 
 import math
 import sys
@@ -27,21 +27,21 @@ X, Y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch):
-    """Measure nothing; what is not about predictions needs none."""
+def without_measurements(monkeypatch):
+    """Switch measurements off; only tests of predictions need them."""
     monkeypatch.setattr(probe_module, "_PATIENCE", 0.0)
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measure everything, once, and however busy the machine is."""
+    """Measure everything once, independent of the load of the machine."""
     monkeypatch.setattr(cost, "_QUICK", 0.0)
     monkeypatch.setattr(probe_module, "_PATIENCE", float("inf"))
 
 
 @pytest.fixture
 def two_backends(monkeypatch):
-    """Enough where it is not about them."""
+    """Use two backends only, for tests that are not about backends."""
     for module in (MODULE, probe_module):
         monkeypatch.setattr(module, "BACKENDS", {name: BACKENDS[name] for name in ("hooks", "torch")})
 
@@ -54,15 +54,15 @@ def mlp() -> Problem:
     return problem(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def one(diagnosis, **wanted):
-    cells = diagnosis.cells
+def find_row(diagnosis, **wanted):
+    table = diagnosis.combinations
     for key, value in wanted.items():
-        cells = cells[cells[key] == value]
-    (record,) = cells.to_dict("records")
+        table = table[table[key] == value]
+    (record,) = table.to_dict("records")
     return record
 
 
-# What it finds.
+# Findings.
 
 
 @pytest.mark.usefixtures("two_backends")
@@ -82,17 +82,17 @@ class TestFindings:
             ),
             (
                 [nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)],
-                "0 (BatchNorm1d) is without running statistics, so that a sample's output always depends on its batch: "
-                "make it with track_running_stats=True",
+                "0 (BatchNorm1d) is without running statistics, so a sample's output always depends on its batch: "
+                "use track_running_stats=True",
             ),
         ],
     )
-    def test_what_mixes_samples(self, layers, finding):
+    def test_modules_that_mix_samples(self, layers, finding):
         diagnosis = doctor(problem(*layers, train=True))
         assert diagnosis.findings == (finding,)
-        assert set(diagnosis.cells.supported) == {"no"}
-        assert len(diagnosis.cells) == 2 * len(STRUCTURES)
-        assert str(diagnosis).endswith("\nNothing can be computed before this is mended.")
+        assert set(diagnosis.combinations.supported) == {"no"}
+        assert len(diagnosis.combinations) == 2 * len(STRUCTURES)
+        assert str(diagnosis).endswith("\nNothing can be computed until this is corrected.")
 
     def test_weights_that_are_not_finite(self):
         subject = mlp()
@@ -104,26 +104,26 @@ class TestFindings:
             "the model's 2.bias holds 1 NaN or infinite values",
         )
 
-    def test_a_mask_of_minus_infinity_is_no_fault(self):
+    def test_a_mask_of_minus_infinity_is_not_a_fault(self):
         assert not [f for f in doctor(case("attention").problem, "empirical_fisher").findings if "infinite" in f]
 
     def test_targets_that_do_not_fit(self):
         diagnosis = doctor(Problem(mlp().model, "cross_entropy", (X, Y + 1)))
         (finding,) = diagnosis.findings
         assert finding.startswith("a label is 3, but the model has 3 outputs")
-        assert set(diagnosis.cells.obstacle) == {finding}
+        assert set(diagnosis.combinations.obstacle) == {finding}
 
     def test_tied_frozen_in_place_and_without_factors(self):
         tied, *without = doctor(case("tied").problem, "empirical_fisher").findings
-        assert tied == "tied: first.weight is also second.weight, and counted once"
-        assert all(finding.startswith("no Kronecker factors: ") for finding in without)
-        assert {"first.weight", "second.bias"} <= set(" ".join(without).replace(",", "").split())
+        assert tied == "tied: first.weight is also second.weight; it is counted once"
+        assert all(finding.startswith("no Kronecker factors for ") for finding in without)
+        assert {"first.weight", "second.bias"} <= set(" ".join(without).replace(",", "").replace(":", "").split())
         assert doctor(case("frozen").problem, "empirical_fisher").findings == (
             "in place: 1 (ReLU), 3 (ReLU)",
             "frozen (requires_grad=False) and left out: 0.weight, 2.weight, 2.bias",
         )
         assert doctor(case("group norm, layer norm").problem, "empirical_fisher", params=["2.*"]).findings == (
-            "no Kronecker factors: 2.weight, 2.bias is of a GroupNorm (2)",
+            "no Kronecker factors for 2.weight, 2.bias: each belongs to a GroupNorm (2)",
         )
 
     def test_a_wrong_request_is_raised(self):
@@ -133,7 +133,7 @@ class TestFindings:
             doctor(mlp(), params="fc")
 
 
-# What it says of the cells.
+# Combinations.
 
 
 def refusal(subject, quantity, structure, backend):
@@ -146,66 +146,66 @@ def refusal(subject, quantity, structure, backend):
 
 @pytest.mark.parametrize("name", ["mlp", "convolutions, eval batch norm, in-place relu", "residual", "tied", "lstm"])
 @pytest.mark.parametrize("quantity", ["fisher:samples=2", "hessian"])
-def test_it_says_what_estimate_says(name, quantity):
+def test_obstacles_are_the_errors_of_estimate(name, quantity):
     subject = case(name).problem
     diagnosis = doctor(subject, quantity)
-    assert list(diagnosis.cells.backend) == [*BACKENDS] * (len(diagnosis.cells) // len(BACKENDS))
-    for cell in diagnosis.cells.to_dict("records"):
-        said = refusal(subject, quantity, cell["structure"], cell["backend"])
-        if cell["supported"] == "absent":
-            assert said.startswith((f"backend {cell['backend']} does not compute", "no backend computes"))
-        elif cell["supported"] == "no":
-            assert cell["obstacle"] == said
+    assert list(diagnosis.combinations.backend) == [*BACKENDS] * (len(diagnosis.combinations) // len(BACKENDS))
+    for row in diagnosis.combinations.to_dict("records"):
+        message = refusal(subject, quantity, row["structure"], row["backend"])
+        if row["supported"] == "absent":
+            assert message.startswith((f"backend {row['backend']} does not compute", "no backend computes"))
+        elif row["supported"] == "no":
+            assert row["obstacle"] == message
         else:
-            assert (cell["supported"], said) == ("yes", None), cell
-    for structure, cells in diagnosis.cells.groupby("structure"):
+            assert (row["supported"], message) == ("yes", None), row
+    for structure, rows in diagnosis.combinations.groupby("structure"):
         try:
             chosen = estimate(subject, quantity, structure).info.backend.split(", ")
         except CurvlabError:
             chosen = []
-        # Of a structure with a rest, auto may take two backends where no single one does both parts.
-        assert set(cells[cells.auto].backend) <= set(chosen), structure
-        assert len(chosen) > 1 or set(cells[cells.auto].backend) == set(chosen), structure
+        # For a structure with a rest, auto may use two backends if no single one supports both parts.
+        assert set(rows[rows.auto].backend) <= set(chosen), structure
+        assert len(chosen) > 1 or set(rows[rows.auto].backend) == set(chosen), structure
 
 
 @pytest.mark.usefixtures("measured", "two_backends")
 @pytest.mark.parametrize("quantity", ["fisher", "hessian"])
-def test_all_of_a_small_network_is_predicted(quantity):
-    cells = doctor(mlp(), quantity).cells
-    assert (cells[cells.supported == "yes"][["seconds", "passes", "peak_bytes"]] > 0).all(axis=None)
+def test_all_costs_of_a_small_network_are_predicted(quantity):
+    table = doctor(mlp(), quantity).combinations
+    assert (table[table.supported == "yes"][["seconds", "passes", "peak_bytes"]] > 0).all(axis=None)
 
 
-def test_the_rest_is_offered_where_it_works(two_backends):
+def test_the_option_rest_is_tried_if_it_is_needed(two_backends):
     diagnosis = doctor(case("group norm, layer norm").problem, "empirical_fisher")
     assert (
         "'kfac:rest=diag' gives such parameters their diagonal"
-        in one(diagnosis, structure="kfac", backend="hooks")["obstacle"]
+        in find_row(diagnosis, structure="kfac", backend="hooks")["obstacle"]
     )
-    assert one(diagnosis, structure="kfac:rest=diag", backend="hooks")["supported"] == "yes"
-    assert "kfac:rest=diag" not in set(doctor(mlp(), "empirical_fisher").cells.structure)
+    assert find_row(diagnosis, structure="kfac:rest=diag", backend="hooks")["supported"] == "yes"
+    assert "kfac:rest=diag" not in set(doctor(mlp(), "empirical_fisher").combinations.structure)
 
 
-def test_a_backend_that_fails_is_told_of(monkeypatch):
+def test_an_exception_of_a_backend_is_reported(monkeypatch):
     def failing(*_, **__):
         raise ZeroDivisionError("by zero\nand more")
 
     monkeypatch.setattr(probe_module, "estimate", failing)
-    assert one(doctor(mlp()), structure="diag", backend="hooks")["obstacle"] == (
+    assert find_row(doctor(mlp()), structure="diag", backend="hooks")["obstacle"] == (
         "backend hooks fails: ZeroDivisionError: by zero"
     )
 
 
 def test_several_quantities_and_the_text():
     diagnosis = doctor(mlp(), [curvlab.EmpiricalFisher(), "hessian"])
-    assert list(dict.fromkeys(diagnosis.cells.quantity)) == ["empirical_fisher", "hessian"]
+    assert list(dict.fromkeys(diagnosis.combinations.quantity)) == ["empirical_fisher", "hessian"]
     lines = str(diagnosis).splitlines()
     assert lines[lines.index("") + 1].split() == ["empirical_fisher", "seconds", "passes", "peak", "matrix"]
     assert any(line.startswith("    hooks *  ") for line in lines)
-    assert any(line.endswith(": has none") for line in lines)
+    assert any(line.endswith(": does not compute this") for line in lines)
     assert max(map(len, lines)) <= 120
 
 
-# What it predicts.
+# Predictions.
 
 
 @pytest.mark.parametrize(
@@ -219,16 +219,16 @@ def test_several_quantities_and_the_text():
     ],
 )
 def test_backward_passes(two_backends, quantity, structure, passes):
-    assert one(doctor(mlp(), quantity), structure=structure, backend="torch")["backward_passes"] == passes
+    assert find_row(doctor(mlp(), quantity), structure=structure, backend="torch")["backward_passes"] == passes
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv1d, stride, dilation", "frozen", "transformer block"])
 def test_size_of_the_matrix(name):
     subject = case(name).problem
-    for cell in doctor(subject, "empirical_fisher").cells.to_dict("records"):
-        if cell["supported"] == "yes" and cell["structure"] != "implicit":
-            matrix = estimate(subject, "empirical_fisher", cell["structure"], backend=cell["backend"])
-            assert cell["matrix_bytes"] == sum(t.nbytes for t in matrix.tensors().values()), cell
+    for row in doctor(subject, "empirical_fisher").combinations.to_dict("records"):
+        if row["supported"] == "yes" and row["structure"] != "implicit":
+            matrix = estimate(subject, "empirical_fisher", row["structure"], backend=row["backend"])
+            assert row["matrix_bytes"] == sum(t.nbytes for t in matrix.tensors().values()), row
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,13 @@ def test_size_of_the_matrix(name):
 )
 @pytest.mark.usefixtures("measured")
 def test_seconds_and_peak_of_the_whole(monkeypatch, fixed, each, batch, reached):
-    """Against a backend whose time is a line in the samples."""
+    """Compare with a backend whose time is linear in the number of samples."""
 
     clock = [0.0]
 
     def timed(some, *_, **__):
         clock[0] += fixed + each * some.num_samples
-        # A hundred bytes a sample, and something that only a large batch shows.
+        # A hundred bytes per sample, and more for large batches.
         return torch.zeros(25 * some.num_samples + 25 * (some.num_samples > 30))
 
     x, y = torch.randn(1000, 4), torch.arange(1000) % 3
@@ -260,21 +260,21 @@ def test_seconds_and_peak_of_the_whole(monkeypatch, fixed, each, batch, reached)
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     costs = probe._costs(curvlab.EmpiricalFisher(), STRUCTURES["diag"](), "hooks", measured=True)
     assert costs["seconds"] == pytest.approx(fixed + each * 1000)
-    assert costs["peak_bytes"] == 100 * batch + 100 * (reached and batch > 30)  # also where no probe is as large
+    assert costs["peak_bytes"] == 100 * batch + 100 * (reached and batch > 30)  # also if no rung is as large
     assert clock[0] < 4
 
 
-def test_names_are_only_names():
-    cells = doctor(mlp(), "hessian").cells
-    told = str(MODULE.Diagnosis("a\x1b[31m", ("b\tc\x9b",), cells))
-    assert "a\\x1b[31m\n- b c\\x9b\n" in told
+def test_control_characters_in_names_are_escaped():
+    table = doctor(mlp(), "hessian").combinations
+    text = str(MODULE.Diagnosis("a\x1b[31m", ("b\tc\x9b",), table))
+    assert "a\\x1b[31m\n- b c\\x9b\n" in text
 
 
-# How long it takes.
+# Duration.
 
 
-def test_a_probe_a_backend_not_a_run(monkeypatch):
-    """Each cell is tried once, on a few samples, and whether it can does not depend on what time there is."""
+def test_each_combination_is_tried_once_on_a_few_samples(monkeypatch):
+    """Without time for measurements, ``supported`` is the same."""
     subject = Problem(Bert().eval(), "cross_entropy", (torch.arange(240).view(20, 12) % 40, torch.arange(20) % 3))
     tried = []
 
@@ -284,12 +284,12 @@ def test_a_probe_a_backend_not_a_run(monkeypatch):
 
     monkeypatch.setattr(probe_module, "estimate", counted)
     monkeypatch.setattr(MODULE, "STRUCTURES", {name: STRUCTURES[name] for name in ("diag", "kfac", "implicit")})
-    cells = doctor(subject, "empirical_fisher", params=["pooler.*", "classifier.*"]).cells
-    there = cells[cells.supported != "absent"]
-    assert tried == [(row.structure, row.backend, 4) for row in there.itertuples()]
-    assert set(cells[cells.auto].backend) == {"hooks", "torch"}
-    assert cells[["seconds", "passes", "peak_bytes"]].isna().all(axis=None)
-    assert (there[there.supported == "yes"].backward_passes[there.structure != "implicit"] == 1).all()
+    table = doctor(subject, "empirical_fisher", params=["pooler.*", "classifier.*"]).combinations
+    existing = table[table.supported != "absent"]
+    assert tried == [(row.structure, row.backend, 4) for row in existing.itertuples()]
+    assert set(table[table.auto].backend) == {"hooks", "torch"}
+    assert table[["seconds", "passes", "peak_bytes"]].isna().all(axis=None)
+    assert (existing[existing.supported == "yes"].backward_passes[existing.structure != "implicit"] == 1).all()
 
 
 class Bert(nn.Module):
@@ -308,7 +308,7 @@ class Bert(nn.Module):
 
 @pytest.mark.parametrize("each", [0.001, 0.05, 0.5, 5.0])
 def test_measuring_ends(monkeypatch, each):
-    """A backend that looks quick on few samples and is not does not take the time of all the other cells."""
+    """A backend that is fast on few samples only does not use up the time of all other combinations."""
     clock = [0.0]
 
     def slow(some, _, structure, **__):
@@ -331,7 +331,7 @@ def test_measuring_ends(monkeypatch, each):
     assert all("backward_passes" in cost for cost in costs)
 
 
-def test_a_hessian_is_not_formed_to_see_who_can(monkeypatch):
+def test_a_stored_hessian_is_tried_by_one_product(monkeypatch):
     tried = []
 
     def counted(some, quantity, structure, **options):
@@ -341,12 +341,12 @@ def test_a_hessian_is_not_formed_to_see_who_can(monkeypatch):
     monkeypatch.setattr(probe_module, "estimate", counted)
     diagnosis = doctor(mlp(), "hessian")
     for structure in ("dense", "block_diag", "diag"):
-        cell = one(diagnosis, structure=structure, backend="torch")
-        assert (cell["supported"], cell["backward_passes"]) == ("yes", 43)
-        assert math.isnan(cell["seconds"])
+        row = find_row(diagnosis, structure=structure, backend="torch")
+        assert (row["supported"], row["backward_passes"]) == ("yes", 43)
+        assert math.isnan(row["seconds"])
     assert {structure for structure, backend in tried if backend == "torch"} == {"implicit"}
-    assert one(diagnosis, structure="diag", backend="backpack")["auto"]
-    assert one(diagnosis, structure="dense", backend="torch")["auto"]
+    assert find_row(diagnosis, structure="diag", backend="backpack")["auto"]
+    assert find_row(diagnosis, structure="dense", backend="torch")["auto"]
 
 
 @pytest.mark.parametrize(("loss", "rows"), [("cross_entropy", 1299), ("squared_error", 1300)])
@@ -362,8 +362,8 @@ def test_many_classes(two_backends, monkeypatch, loss, rows):
 
 def test_a_line_through_the_last_two_points():
     assert cost.extrapolate([(4, 9.0), (10, 3.0), (20, 5.0)], 50) == 11.0
-    assert cost.extrapolate([(10, 3.0), (20, 2.0)], 50) == 2.0  # noise, not a gift
-    assert cost.extrapolate([(10, 1.0), (20, 5.0)], 40) == 10.0  # more than in proportion is noise, too
+    assert cost.extrapolate([(10, 3.0), (20, 2.0)], 50) == 2.0  # a decrease is noise
+    assert cost.extrapolate([(10, 1.0), (20, 5.0)], 40) == 10.0  # more than proportional is noise, too
     assert cost.extrapolate([(9, 3.0)], 9) == 3.0
 
 
@@ -383,16 +383,16 @@ def test_peak_of_memory():
 def test_a_matrix_that_is_too_large_is_not_tried(monkeypatch):
     monkeypatch.setattr(probe_module, "_LARGEST", 43 * 43 * 4 - 1)
     diagnosis = doctor(mlp(), ["fisher", "hessian"])
-    dense = one(diagnosis, quantity="fisher", structure="dense", backend="hooks")
+    dense = find_row(diagnosis, quantity="fisher", structure="dense", backend="hooks")
     assert (dense["supported"], dense["matrix_bytes"]) == ("not tried", 43 * 43 * 4)
-    assert dense["obstacle"].startswith("it takes 7.4 kB, too much to try")
-    assert one(diagnosis, quantity="fisher", structure="diag", backend="hooks")["supported"] == "yes"
-    # The reference forms the Hessian whole, whatever is asked of it.
-    assert one(diagnosis, quantity="hessian", structure="diag", backend="torch")["supported"] == "not tried"
-    assert one(diagnosis, quantity="hessian", structure="implicit", backend="torch")["supported"] == "yes"
+    assert dense["obstacle"].startswith("it needs 7.4 kB, too much to try")
+    assert find_row(diagnosis, quantity="fisher", structure="diag", backend="hooks")["supported"] == "yes"
+    # The reference forms the whole Hessian for every stored structure.
+    assert find_row(diagnosis, quantity="hessian", structure="diag", backend="torch")["supported"] == "not tried"
+    assert find_row(diagnosis, quantity="hessian", structure="implicit", backend="torch")["supported"] == "yes"
 
 
-# What it leaves alone.
+# State that must not change.
 
 
 def state(model):
@@ -407,7 +407,7 @@ def state(model):
 
 
 def pooled() -> Problem:
-    """Return a network for whose pooling BackPACK makes layers that draw their weights."""
+    """Return a network for whose pooling BackPACK creates layers with random weights."""
     pool = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return problem(*pool, nn.Linear(2, 3))
 
@@ -436,7 +436,7 @@ def test_nothing_is_changed(name, train):
     )
 
 
-def test_what_a_library_draws_is_not_seen(two_backends, monkeypatch):
+def test_random_numbers_of_a_library_leave_the_global_state(two_backends, monkeypatch):
     def drawing(*arguments, **options):
         torch.rand(1)
         warnings.simplefilter("once", FutureWarning)
@@ -454,22 +454,22 @@ def test_what_a_library_draws_is_not_seen(two_backends, monkeypatch):
 @pytest.mark.usefixtures("measured")
 def test_any_batches(two_backends, batch):
     loader = DataLoader(TensorDataset(X, Y), batch_size=batch)
-    cells = doctor(Problem(mlp().model, "cross_entropy", loader), "empirical_fisher").cells
-    assert cells[cells.supported == "yes"][["seconds", "peak_bytes"]].notna().all(axis=None)
+    table = doctor(Problem(mlp().model, "cross_entropy", loader), "empirical_fisher").combinations
+    assert table[table.supported == "yes"][["seconds", "peak_bytes"]].notna().all(axis=None)
 
 
 def test_one_sample_and_one_class(two_backends):
     model = nn.Sequential(nn.Linear(4, 1))
-    cells = doctor(Problem(model, "cross_entropy", (X[:1], torch.zeros(1, dtype=torch.int64)))).cells
-    assert (cells[cells.structure == "diag"].supported != "no").all()
+    table = doctor(Problem(model, "cross_entropy", (X[:1], torch.zeros(1, dtype=torch.int64)))).combinations
+    assert (table[table.structure == "diag"].supported != "no").all()
 
 
-def test_what_is_no_problem_or_quantity() -> None:
+def test_invalid_problems_and_quantities() -> None:
     model = nn.Linear(2, 3)
     problem = Problem(model, "cross_entropy", (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])))
     for wrong in (model, None, (model, "cross_entropy")):
-        with pytest.raises(CurvlabError, match=r"doctor takes a problem, Problem\(model"):
+        with pytest.raises(CurvlabError, match=r"doctor needs a problem, such as Problem\(model"):
             doctor(wrong)
     for wrong in (None, 3, [], {"fisher"}):
-        with pytest.raises(CurvlabError, match="quantity is one or several"):
+        with pytest.raises(CurvlabError, match="quantity must be one quantity or several"):
             doctor(problem, wrong)

@@ -15,7 +15,9 @@ from curvlab.problem import Problem
 from curvlab.quantities import QUANTITIES
 
 Y = torch.arange(5) % 3
-CELLS = [(b, q, s) for b, backend in BACKENDS.items() for q in QUANTITIES for s in backend.cells.get(QUANTITIES[q], ())]
+CELLS = [
+    (b, q, s) for b, backend in BACKENDS.items() for q in QUANTITIES for s in backend.structures.get(QUANTITIES[q], ())
+]
 
 
 def pooled():

@@ -46,14 +46,14 @@ VARIANTS = {
 ROWS_OF_CELLS = [
     pytest.param(backend.name, quantity, id=f"{backend.name}-{quantity}")
     for backend in BACKENDS.values()
-    for kind in backend.cells
+    for kind in backend.structures
     for quantity in FORMS[kind]
 ]
 
 
 def structures(backend: str, quantity: Quantity, variants: bool = True) -> list[str]:
     """The structures that a backend offers for a quantity, in all their variants or in one form each."""
-    names = BACKENDS[backend].cells[type(quantity)]
+    names = BACKENDS[backend].structures[type(quantity)]
     return [form for name in names for form in VARIANTS.get(name, (name,))] if variants else list(names)
 
 
@@ -328,7 +328,7 @@ def check_exact(whole: Case, quantity: Quantity, names: list[str], sharing: str 
     """Every backend's K-FAC, EK-FAC and TK-FAC are the blocks of the layers."""
     expected, accepted = Truth(whole, quantity), 0
     for backend in BACKENDS.values():
-        for name in set(backend.cells.get(type(quantity), ())) & set(VARIANTS):
+        for name in set(backend.structures.get(type(quantity), ())) & set(VARIANTS):
             form = name if sharing == "expand" else f"{name}:sharing={sharing}"
             matrix = attempt(whole.problem, quantity, form, backend.name, names)
             if matrix is not None:

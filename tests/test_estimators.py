@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab import estimators
 from curvlab.errors import CurvlabError, UnsupportedError
-from curvlab.estimators.seeds import label_stream, output_rows
+from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
@@ -311,7 +311,7 @@ def layer_samples(whole: Case, quantity: Quantity) -> dict[str, list[LayerSample
     rng = label_stream(quantity)
     for x, y in zip(whole.inputs.clone().split(1), whole.targets.split(1), strict=True):
         outputs = model(x)
-        rows = output_rows(problem.loss, quantity, outputs.detach(), y, rng)[:][0]
+        rows = output_covectors(problem.loss, quantity, outputs.detach(), y, rng)[:][0]
         for name, layer in layers.items():
 
             def by_position(t: Tensor, layer: nn.Module = layer) -> Tensor:

@@ -262,10 +262,10 @@ def test_per_layer() -> None:
 def test_doctor(name: str) -> None:
     diagnosis = doctor(truth(name, Fisher()).problem, ["fisher", "hessian"])
     assert not diagnosis.findings
-    cells = diagnosis.cells
-    ours = cells[cells.backend.isin(["hooks", "torch"]) & (cells.supported != "absent")]
+    table = diagnosis.combinations
+    ours = table[table.backend.isin(["hooks", "torch"]) & (table.supported != "absent")]
     assert set(ours.supported) == {"yes"}
-    assert not cells.obstacle.str.contains("Error").any(), "refusals, not failures"
+    assert not table.obstacle.str.contains("Error").any(), "refusals, not failures"
 
 
 def test_nothing_is_changed_by_an_estimate() -> None:
@@ -318,6 +318,6 @@ def test_resnet20() -> None:
 
 def test_kronecker_structure_of_a_bare_layer_is_refused() -> None:
     whole = CASES["one layer"]()
-    with pytest.raises(Exception, match=r"weight is of a Linearized \(the model\)"):
+    with pytest.raises(Exception, match=r"weight belongs to a Linearized \(the model\)"):
         estimate(whole.problem, "fisher", "kfac")
     assert is_kronecker("kfac")

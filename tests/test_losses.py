@@ -7,7 +7,7 @@ from models_under_test import plain_loss
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.estimators.seeds import output_rows
+from curvlab.estimators.covectors import output_covectors
 from curvlab.losses import LOSSES, get_loss
 from curvlab.quantities import EmpiricalFisher, Fisher
 
@@ -103,7 +103,7 @@ def test_saturated_outputs_keep_their_precision(
 ) -> None:
     logits = torch.tensor([[60.0, -60, 0], [-60, 60, -60], [60, 60, -60], [0.5, -60, -1]], dtype=torch.float64)
     targets = torch.tensor([0, 0, 2, 1]) if name == "cross_entropy" else (logits > 0).double()
-    rows = output_rows(
+    rows = output_covectors(
         get_loss(name),
         quantity,
         logits.to(dtype),

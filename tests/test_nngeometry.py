@@ -217,16 +217,16 @@ class TestRefusals:
         ("name", "told"),
         [
             ("convolutions, eval batch norm, in-place relu", r"Conv2d is wrong with groups \(1\)"),
-            ("embedding", "differentiates in the inputs, and these are integers"),
+            ("embedding", "differentiates with respect to the inputs, and these are integers"),
             ("tied", "first.weight is shared with second"),
             ("raw parameters", r"no rule for Raw \(the model\)"),
-            ("module used twice", "shared.weight is of Linear shared, which is called 2 times"),
-            ("also functional", "fc.weight is of Linear fc, which does not have it to itself"),
+            ("module used twice", "shared.weight belongs to Linear shared, which is called 2 times"),
+            ("also functional", "fc.weight belongs to Linear fc, but is also used elsewhere"),
             ("lstm", r"no rule for LSTM \(lstm\)"),
             ("attention", r"no rule for MultiheadAttention \(attention\)"),
             ("linear subclass", r"no rule for Doubling \(0\)"),
             ("keyword argument", "it fails on Keyword"),
-            ("hypernetwork", "maker.weight is of Linear maker, which the outputs of other samples depend on"),
+            ("hypernetwork", "maker.weight belongs to Linear maker, which mixes the samples of a batch"),
             ("same padding", r"zero padding of a given width, not for 'same' \(1\)"),
             ("circular padding", r"zero padding of a given width, not for 'circular' \(1\)"),
             ("conv3d", r"no rule for Conv3d \(1\)"),
@@ -241,8 +241,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("layer", "told"),
         [
-            (nn.Linear(3, 3), r"Linear is for inputs of 2 dimensions, not 4 \(1\)"),
-            (nn.LayerNorm(3), r"LayerNorm is for inputs of 2 dimensions, not 4 \(1\)"),
+            (nn.Linear(3, 3), r"Linear needs inputs of 2 dimensions, not 4 \(1\)"),
+            (nn.LayerNorm(3), r"LayerNorm needs inputs of 2 dimensions, not 4 \(1\)"),
             (nn.Conv2d(2, 2, 1, padding="valid"), r"not for 'valid' \(1\)"),
         ],
     )
@@ -254,7 +254,7 @@ class TestRefusals:
     @pytest.mark.parametrize("structure", ["kfac:sharing=reduce", "ekfac:sharing=reduce"])
     def test_reduce_of_convolutions(self, structure: str) -> None:
         problem = images(nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, CLASSES)).problem
-        with pytest.raises(UnsupportedError, match=r"factors of Conv2d are those of expand, not of reduce \(1\)"):
+        with pytest.raises(UnsupportedError, match=r"factors of Conv2d are for sharing=expand, not reduce \(1\)"):
             estimate(problem, "fisher", structure, backend="nngeometry")
 
     def test_hooks_that_change_outputs(self) -> None:
@@ -272,4 +272,4 @@ class TestRefusals:
         assert agree(problem, "fisher", "dense", params=["2.*", "6.*"])
 
     def test_the_cells(self) -> None:
-        assert dict(BACKENDS["nngeometry"].cells) == dict.fromkeys((Fisher, EmpiricalFisher, GGN), ALL)
+        assert dict(BACKENDS["nngeometry"].structures) == dict.fromkeys((Fisher, EmpiricalFisher, GGN), ALL)

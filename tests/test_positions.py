@@ -9,7 +9,7 @@ from curvlab.estimators import hooks
 from curvlab.estimators import positions as module
 from curvlab.estimators.layers import Layer
 from curvlab.estimators.positions import ConvPositions, ReducedPositions, add_gram_, mirror_, positions
-from curvlab.estimators.verification import Verified
+from curvlab.estimators.verification import Verification
 
 N, OUTPUTS = 5, 3
 CONVOLUTIONS = {
@@ -210,7 +210,7 @@ def test_pieces_are_equal_parts() -> None:
 def test_the_size_of_a_piece(sizes: dict[str, int], entries: int, piece: int) -> None:
     problem = Problem(nn.Linear(2, 2), "squared_error", (torch.zeros(3, 2), torch.zeros(3, 2)))
     layers = {name: Layer(name, problem.model, "weight", "bias") for name in sizes}
-    assert hooks._piece(problem, Verified(layers, {}, (), (), sizes), entries) == piece
+    assert hooks._piece(problem, Verification(layers, {}, (), (), sizes), entries) == piece
 
 
 def test_what_is_taken_at_once_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 from curvlab.diagonality import diagonality
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate, products
-from curvlab.estimators.snapshots import HeldProblem, snapshot
+from curvlab.estimators.snapshots import SnapshotProblem, snapshot
 from curvlab.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -67,7 +67,7 @@ def test_right_and_it_stays_so(kind: str, quantity: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("kind", ["pruned", "a forward patched by a method", "checkpoint", "not copyable"])
 def test_what_can_be_copied_is(kind: str) -> None:
     problem = problem_of(RIGHT[kind])
-    assert isinstance(snapshot(problem, problem.space), HeldProblem) == (kind == "not copyable")
+    assert isinstance(snapshot(problem, problem.space), SnapshotProblem) == (kind == "not copyable")
 
 
 def test_a_copy_that_uses_a_frozen_part_of_the_original() -> None:
@@ -78,7 +78,7 @@ def test_a_copy_that_uses_a_frozen_part_of_the_original() -> None:
         layer_of(model).frozen = frozen.requires_grad_(False)
         model[0].register_forward_pre_hook(lambda _, given, frozen=frozen: frozen(given[0])[:, :4])
         problem = problem_of(lambda model=model: model)
-        assert isinstance(snapshot(problem, problem.space), HeldProblem)
+        assert isinstance(snapshot(problem, problem.space), SnapshotProblem)
         expected = plainly(problem, "ggn") @ vectors_of(problem)
         matrix = estimate(problem, "ggn", "implicit")
         train_on(model)

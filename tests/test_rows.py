@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.errors import UnsupportedError
+from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
-from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.losses import get_loss
 from curvlab.parameters import ParameterSpace
@@ -117,7 +117,7 @@ def test_a_layer_that_is_used_twice_only_later_is_refused() -> None:
     batches[10] = (1000 * x, y)  # where the verification does not look
     problem = Problem(model, "cross_entropy", batches)
     layers = linear_layers(problem)
-    with pytest.raises(UnsupportedError, match="fc was not called once"):
+    with pytest.raises(UnsupportedError, match="fc is not called exactly once"):
         linear_factors(problem, EmpiricalFisher(), "fc", layers["fc"])
 
 
@@ -168,7 +168,7 @@ def test_the_scale_of_monte_carlo_rows() -> None:
     outputs, targets = torch.zeros(2, 3), torch.zeros(2, 3)
     for samples in (1, 4):
         quantity = Fisher(samples=samples)
-        rows = output_rows(get_loss("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity))[:]
+        rows = output_covectors(get_loss("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity))[:]
         # At logit zero every gradient is one half in size, whatever the label.
         assert torch.allclose(rows.square().sum(dim=1), torch.full((2, 3), 0.25))
 

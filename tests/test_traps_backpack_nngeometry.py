@@ -162,7 +162,7 @@ class TestModulesOfNNGeometry:
         problem = Problem(model, data=(x, case("mlp").targets))
         with pytest.raises(RuntimeError):
             FIM(deepcopy(model), loader(problem), PMatKFAC)
-        self.refused(problem, r"Linear is for inputs of 2 dimensions, not 3 \(0\)", "kfac")
+        self.refused(problem, r"Linear needs inputs of 2 dimensions, not 3 \(0\)", "kfac")
         with pytest.raises(UnsupportedError, match=r"factors of Linear \(0\) are for inputs \(N, d\)"):
             estimate(problem, "fisher", "kfac", backend="backpack")
 
@@ -308,11 +308,11 @@ class TestModulesOfBackPACK:
 
         problem = self.on_vectors(Functional())
         for extension in (DiagGGNExact(), KFLR()):
-            self.both(problem, extension, Exception, r"Linear \(0.second\) takes something else than the output")
+            self.both(problem, extension, Exception, r"the input of Linear \(0.second\) is not the output")
 
     def test_a_residual_addition(self) -> None:  # M11
         problem = case("residual", loss="cross_entropy").problem
-        self.both(problem, DiagGGNExact(), Exception, "chain of modules, and .* takes something else")
+        self.both(problem, DiagGGNExact(), Exception, "chain of modules, and the input of .* is not the output")
 
     @pytest.mark.parametrize(
         "conv", [nn.Conv2d(2, 2, 2, padding="same"), nn.Conv2d(2, 2, 3, 1, 1, 1, 1, True, "circular")]

@@ -111,7 +111,7 @@ class TestModules:
         with pytest.raises(NotImplementedError, match="un-supported layers"):
             self.kfac(model, x, y)
         problem = Problem(model, "cross_entropy", (x, y))
-        with pytest.raises(UnsupportedError, match=r"1\.weight is of a BatchNorm1d"):
+        with pytest.raises(UnsupportedError, match=r"1\.weight belongs to a BatchNorm1d"):
             estimate(problem, "fisher", "kfac", backend="curvlinops")
         params = ["0.*", "2.*"]
         ours, reference = (
@@ -141,7 +141,7 @@ class TestModules:
         exact = estimate(problem, "fisher", "dense", backend="torch", params="1.*").to_dense()
         wrong = matrix_of(self.kfac(model, x, y))[:10, :10]
         assert abs(float(wrong.trace() / exact.trace()) - 1) > 0.1
-        with pytest.raises(UnsupportedError, match=r"Conv2d \(1\) are those of zero padding, not of circular"):
+        with pytest.raises(UnsupportedError, match=r"Conv2d \(1\) assume zero padding, not circular"):
             estimate(problem, "fisher", "kfac", backend="curvlinops")
 
     def test_groups(self) -> None:
@@ -156,7 +156,7 @@ class TestModules:
         exact = estimate(problem, "fisher", "block_diag", backend="torch").blocks["1.weight"]
         wrong = matrix_of(self.kfac(model, x[:1], y[:1]))[:8, :8]
         assert abs(float(wrong.trace() / exact.trace()) - 1) > 0.1
-        with pytest.raises(UnsupportedError, match=r"1.weight is of a grouped Conv2d \(1\)"):
+        with pytest.raises(UnsupportedError, match=r"1.weight belongs to a grouped Conv2d \(1\)"):
             estimate(problem, "fisher", "kfac", backend="curvlinops")
 
     @pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(3), lambda: nn.InstanceNorm1d(1, affine=True)])
@@ -171,7 +171,7 @@ class TestModules:
         )
         assert relative(matrix_of(theirs), expected) > 0.01
         assert relative(estimate(problem, "hessian", "implicit").to_dense(), expected) < 1e-6
-        with pytest.raises(UnsupportedError, match=r"Norm.* \(2\) is not that of automatic differentiation.*torch can"):
+        with pytest.raises(UnsupportedError, match=r"Norm.* \(2\) differs from automatic differentiation.*torch can"):
             estimate(problem, "hessian", "implicit", backend="curvlinops")
 
 

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from curvlab import Problem, diagonality, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
-from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import forward, graph_of, leaves_of
-from curvlab.estimators.layers import Layer, layer_in
+from curvlab.estimators.backend import Backend, BackendResult
+from curvlab.estimators.capture import forward, inspect_graph, make_leaves
+from curvlab.estimators.layers import Layer, make_layer
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
-from curvlab.estimators.verification import UnfaithfulError, kronecker_layers, verify_factors, verify_rules
+from curvlab.estimators.verification import ChangedUseError, kronecker_layers, verify_factors, verify_rules
 from curvlab.losses import Loss
 from curvlab.parameters import ParameterSpace
 from curvlab.progress import no_progress
@@ -83,8 +83,8 @@ def test_what_is_rejected_is_told() -> None:
     matrix = estimate(problem, "fisher", "diag")
     assert matrix.info.backend == "hooks"
     assert matrix.info.rejected == (
-        "0.weight is of Linear 0, whose forward was replaced: it does not have the gradient that its inputs and the "
-        "gradient of its output give",
+        "0.weight belongs to Linear 0, whose forward was replaced: its gradient does not follow from its inputs and "
+        "the gradient of its output",
     )
     assert estimate(problem_of(mlp), "fisher", "diag").info.rejected == ()
 
@@ -93,7 +93,7 @@ def test_libraries_that_were_rejected_are_told(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise ValueError("no such kernel\nand a long explanation")
 
-    broken = Backend("hooks", hooks.BACKEND.cells, fail)
+    broken = Backend("hooks", hooks.BACKEND.structures, fail)
     monkeypatch.setattr(registry, "BACKENDS", {"hooks": broken, "torch": torch_func.BACKEND})
     matrix = estimate(problem_of(mlp), "fisher", "diag")
     assert matrix.info.backend == "torch"
@@ -132,13 +132,15 @@ def test_a_use_that_the_samples_of_the_verification_do_not_show() -> None:
     verified = verify_rules(problem, problem.space)
     assert set(verified.layers) == {"fc", "out"}
     odd = list(problem.batches())[2][0]
-    with pytest.raises(UnfaithfulError, match=r"fc\.weight is of Linear fc, but acts elsewhere too on some batch"):
+    with pytest.raises(
+        ChangedUseError, match=r"fc\.weight belongs to Linear fc, but is also used elsewhere in some batch"
+    ):
         verified.run(problem, odd)
     for quantity in ("empirical_fisher", "ggn"):
         expected = plainly(whole, quantity)
         diagonal = estimate(problem, quantity, "diag")
         assert close(diagonal.diagonal(), expected.diagonal())
-        assert "fc.weight is of Linear fc, but acts elsewhere too on some batch" in diagonal.info.rejected
+        assert "fc.weight belongs to Linear fc, but is also used elsewhere in some batch" in diagonal.info.rejected
         for structure in ("dense", "implicit"):
             matrix = estimate(problem, quantity, structure)
             assert close(matrix @ torch.eye(problem.space.total, dtype=torch.float64), expected)
@@ -174,7 +176,7 @@ def test_a_replaced_forward_that_does_more_for_some_samples_only() -> None:
     for of in (problem, whole):
         matrix = estimate(of, "empirical_fisher", "diag")
         assert close(matrix.diagonal(), right.diagonal())
-        assert "0.weight is of Linear 0, whose forward was replaced" in matrix.info.rejected[0]
+        assert "0.weight belongs to Linear 0, whose forward was replaced" in matrix.info.rejected[0]
         for backend in ("hooks", "torch", "nngeometry", "backpack"):
             with pytest.raises(UnsupportedError, match="0"):
                 estimate(of, "empirical_fisher", "kfac", backend=backend)
@@ -219,7 +221,7 @@ def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None
 @pytest.mark.parametrize(
     ("structure", "change", "told"),
     [
-        ("kfac", lambda t: t.pop("0|S"), r"'0\|S' is lacking"),
+        ("kfac", lambda t: t.pop("0|S"), r"'0\|S' is missing"),
         ("ekfac", lambda t: [t.pop(name) for name in list(t) if name.startswith("0|")], "bases|layers"),
         ("diag", lambda t: t.update(entries=t["entries"][1:]), "shape"),
         ("dense", lambda t: t.update(matrix=t["matrix"][1:]), "shape"),
@@ -227,18 +229,18 @@ def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None
     ],
 )
 def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*arguments: object) -> Computed:
+    def compute(*arguments: object) -> BackendResult:
         tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
         change(tensors)
-        return Computed(tensors)
+        return BackendResult(tensors)
 
-    broken = Backend("hooks", hooks.BACKEND.cells, compute)
+    broken = Backend("hooks", hooks.BACKEND.structures, compute)
     monkeypatch.setattr(registry, "BACKENDS", {"hooks": broken, "torch": torch_func.BACKEND})
     problem = problem_of(mlp)
     matrix = estimate(problem, "fisher", structure)
     assert matrix.info.backend == "torch"
-    assert re.search(f"backend hooks: its tensors are not those of Sequential: .*{told}", matrix.info.rejected[0])
-    with pytest.raises(UnsupportedError, match="backend hooks cannot: its tensors are not those of Sequential"):
+    assert re.search(f"backend hooks: its tensors do not fit Sequential: .*{told}", matrix.info.rejected[0])
+    with pytest.raises(UnsupportedError, match="backend hooks cannot: its tensors do not fit Sequential"):
         estimate(problem, "fisher", structure, backend="hooks")
 
 
@@ -253,16 +255,16 @@ def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monke
     ],
 )
 def test_an_ekfac_of_a_library_that_is_wrong(change, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*arguments: object) -> Computed:
+    def compute(*arguments: object) -> BackendResult:
         tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
         change(tensors)
-        return Computed(tensors)
+        return BackendResult(tensors)
 
-    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    library = Backend("hooks", hooks.BACKEND.structures, compute, library=True)
     monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
     matrix = estimate(problem_of(mlp), "fisher", "ekfac")
     assert matrix.info.backend == "torch"
-    assert "backend hooks: it gives a wrong answer for Sequential" in matrix.info.rejected[0]
+    assert "backend hooks: it gives a wrong result for Sequential" in matrix.info.rejected[0]
 
 
 class Scaled(nn.Module):
@@ -279,12 +281,12 @@ class Scaled(nn.Module):
 def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(
         problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, *_: object
-    ) -> Computed:
+    ) -> BackendResult:
         tensors = dict(torch_func.compute(problem, quantity, structure, space, None, no_progress).tensors)
         tensors["fc|U_S"] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
-        return Computed(tensors | torch_func.in_basis(problem, quantity, structure, space, tensors)[1])
+        return BackendResult(tensors | torch_func.compute_in_basis(problem, quantity, structure, space, tensors)[1])
 
-    library = Backend("hooks", hooks.BACKEND.cells, compute, library=True)
+    library = Backend("hooks", hooks.BACKEND.structures, compute, library=True)
     monkeypatch.setattr(registry, "BACKENDS", {"hooks": library, "torch": torch_func.BACKEND})
     torch.manual_seed(0)
     inputs = torch.cat([torch.randn(6, 4), (1 + torch.eye(3)).repeat(2, 1)], dim=1).double()
@@ -345,7 +347,7 @@ def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rules, "vmap", wrong)
     given, slopes = torch.randn(2, 8, 6, dtype=torch.float64)
-    alone = rule(layer_in(problem.space, "1", model[1]), given)
+    alone = rule(make_layer(problem.space, "1", model[1]), given)
     with pytest.raises(WrongRuleError, match="torch vectorises PReLU wrongly over 8 samples"):
         alone.add(slopes)
     matrix = estimate(problem, "empirical_fisher", "diag")
@@ -399,7 +401,11 @@ def test_biases_beside_a_tied_weight() -> None:
     """Where the weight is not asked for, either bias has factors; else neither has."""
     problem = problem_of(tied)
     reasons = kronecker_layers(problem, problem.space)[1]
-    assert reasons["0.bias"] == reasons["2.bias"] == "is beside 0.weight, which is shared with 2 (a tied weight)"
+    assert (
+        reasons["0.bias"]
+        == reasons["2.bias"]
+        == "belongs to the same layer as 0.weight, which is shared with 2 (a tied weight)"
+    )
     right = problem.space.unflatten(plainly(problem, "ggn").diagonal())
     for backend in ("hooks", "torch", "curvlinops"):
         matrix = estimate(problem, "ggn", "kfac", params=["*.bias"], backend=backend)
@@ -422,9 +428,9 @@ def test_uses_of_parameters_in_a_graph() -> None:
             return (x @ self.a + x @ transposed @ transposed)[:, :CLASSES] + self.c.flatten()[:CLASSES]
 
     problem = problem_of(Uses)
-    leaves = leaves_of(problem)
+    leaves = make_leaves(problem)
     outputs, _ = forward(problem, {}, problem.probe()[0][0], leaves)
-    assert graph_of(outputs, leaves).uses == {"a": 1, "b": 2, "c": 1, "d": 0}
+    assert inspect_graph(outputs, leaves).uses == {"a": 1, "b": 2, "c": 1, "d": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

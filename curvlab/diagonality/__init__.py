@@ -1,8 +1,8 @@
-"""How diagonal is a curvature matrix: exact streamed statistics, without the matrix.
+"""Statistics of how diagonal a curvature matrix is, computed without forming the matrix.
 
-Methods that keep only the diagonal of a Fisher (EWC, IMM, Adam) assume that the rest does not matter. This module
-measures it, a row a parameter tensor: sums, means and maxima of the diagonal and of the off-diagonal entries.
-The table is the one that Gepperth and Wiech (2019), Table 2, set out to give.
+Methods that keep only the diagonal of a Fisher matrix (EWC, IMM, Adam) assume that the other entries do not matter.
+This module measures them, with one row per parameter tensor: sums, means and maxima of the diagonal and of the
+off-diagonal entries, as in Table 2 of Gepperth and Wiech (2019).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -34,7 +34,7 @@ __all__ = ["Level", "Submatrix", "diagonality", "records", "submatrix"]
 
 Level = Literal["tensor", "layer", "network"]
 
-#: What a second of ``time_budget`` is worth: the path taken must not depend on how busy the machine is.
+#: Operations per second of ``time_budget``, so that the method does not depend on the load of the machine.
 OPERATIONS_PER_SECOND = 1e11
 
 _LARGEST_HESSIAN = 4000
@@ -52,38 +52,39 @@ def diagonality(
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Return how diagonal the blocks of a curvature matrix are, a row a parameter tensor, no matrix formed.
+    """Return statistics of the diagonal blocks of a curvature matrix, one row per parameter tensor.
 
-    The columns, on the scale of the mean over samples (``F`` is a block, ``P`` its size):
+    The matrix is not formed. The columns, for a block ``F`` of size ``P``, on the scale of the mean over samples:
 
     ``parameter``, ``size``: name and ``P``. ``diag_sum``, ``diag_mean``, ``diag_max``: of the diagonal.
-    ``offdiag_abs_sum``, ``offdiag_abs_mean``, ``offdiag_abs_max``: of ``|F_ij|``, ``i != j``, the mean over
-    ``P (P - 1)``. ``offdiag_signed_sum``: of ``F_ij``. ``frobenius``: the norm of all of ``F``; ``diag_share``:
-    the diagonal's norm over it. ``zero_fraction``: the share of entries to which no sample contributes.
-    ``mean_ratio``: ``diag_mean / offdiag_abs_mean``. ``sum_ratio``: ``offdiag_abs_sum / diag_sum``.
-    ``method``: ``exact``, or ``sampled`` where going through the block would take more than ``time_budget``.
-    ``ci95``: half-width of the 95 % interval of ``offdiag_abs_sum``; ``frobenius_ci95``: of ``frobenius``;
-    ``draws``: how many were taken. An empty tensor has sums of zero and no means. Diagonal and signed sum are exact
-    always. In a sampled row ``zero_fraction``
-    counts only entries that are zero for certain (a lower bound: those of which two inputs or two units of a Linear
-    layer are never active together, else those in rows of zero diagonal), and
-    ``offdiag_abs_max`` is the largest entry if it equals ``offdiag_abs_max_bound``, else the largest found.
+    ``offdiag_abs_sum``, ``offdiag_abs_mean``, ``offdiag_abs_max``: of ``|F_ij|``, ``i != j``, with the mean over
+    ``P (P - 1)`` entries. ``offdiag_signed_sum``: of ``F_ij``, ``i != j``. ``frobenius``: the norm of ``F``;
+    ``diag_share``: the norm of the diagonal divided by it. ``zero_fraction``: the fraction of entries to which no
+    sample contributes. ``mean_ratio``: ``diag_mean / offdiag_abs_mean``. ``sum_ratio``: ``offdiag_abs_sum / diag_sum``.
+    ``method``: ``exact``, or ``sampled`` if all entries of the block would take more than ``time_budget``.
+    ``ci95``, ``frobenius_ci95``: half-widths of the 95 % intervals of ``offdiag_abs_sum`` and ``frobenius``;
+    ``draws``: the number of draws. An empty tensor has sums of zero and means of NaN.
+
+    Diagonal and signed sum are always exact. In a sampled row, ``zero_fraction`` is a lower bound: it counts the
+    entries for which two inputs or two units of a Linear layer are never active together; for other parameters, the
+    entries in rows with zero diagonal. ``offdiag_abs_max`` is exact if it equals ``offdiag_abs_max_bound``; otherwise
+    it is the largest entry found.
 
     Args:
         problem: Model, loss and data.
-        quantity: Any quantity or its string form; of the Hessian, only tensors of up to 4,000 parameters.
+        quantity: Any quantity or its string form; for the Hessian, only tensors of up to 4,000 parameters.
         per: ``tensor``; ``layer`` (a module's own parameters together); ``network`` (all); or several of them.
         params: Glob patterns of parameter names; None for all trainable ones.
-        time_budget: About how many seconds to spend on a row before sampling instead, counted in operations at
-            100 Gflop/s, so that the same call takes the same path on every machine.
-        precision: Sample until the 95 % interval is within this share of the sum, or the budget is spent.
-        tile_memory: Bytes that the tiles of one pass may take.
-        seed: Of the sampling.
+        time_budget: Approximate seconds per row before sampling is used, counted in operations at 100 Gflop/s, so that
+            the same call uses the same method on every machine.
+        precision: Sampling stops when the 95 % interval is within this fraction of the sum, or the budget is spent.
+        tile_memory: Limit of the memory of the tiles of one pass, in bytes.
+        seed: Seed of the sampling.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        CurvlabError: An argument, the data or the weights are not usable; the message says which.
-        UnsupportedError: The quantity is not defined or not affordable for this model.
+        CurvlabError: An argument, the data or the weights are not valid; the message names which.
+        UnsupportedError: The quantity is not defined for this model, or too expensive.
 
     Examples:
         >>> import torch
@@ -121,14 +122,14 @@ def records(
     skip: Collection[str] = (),
     progress: bool = False,
 ) -> Iterator[Record]:
-    """Yield the rows of ``diagonality`` one at a time, each as soon as it is known, but for those named in ``skip``.
+    """Yield the rows of ``diagonality`` one by one as they are computed, without those named in ``skip``.
 
-    Arguments, data and model are checked by the call itself, before the first row is asked for.
+    Arguments, data and model are checked by the call itself, before the first row is computed.
     """
     quantity = parse_quantity(quantity)
     for name, value in (("time_budget", time_budget), ("precision", precision), ("tile_memory", tile_memory)):
         if not value > 0:
-            raise CurvlabError(f"{name} must be above zero, not {value}")
+            raise CurvlabError(f"{name} must be positive, not {value}")
     space = ParameterSpace.of(problem.model, params)
     groups = [group for level in ([per] if isinstance(per, str) else per) for group in _groups(problem, space, level)]
     if isinstance(quantity, Hessian):
@@ -138,12 +139,12 @@ def records(
     check_backward(to_first_order(problem), space)
 
     def rows() -> Iterator[Record]:
-        with _differentiating():
+        with _enable_gradients():
             blocks = _Blocks(problem, quantity, tile_memory)
         for name, members in groups:
             if name in skip:
                 continue
-            with progress_bar(f"diagonality of {name}", 1.0, progress) as advance, _differentiating():
+            with progress_bar(f"diagonality of {name}", 1.0, progress) as advance, _enable_gradients():
                 if not ParameterSpace.of(problem.model, members).total:
                     record = dense_record(torch.empty(0, 0))
                 elif isinstance(quantity, Hessian):
@@ -164,12 +165,12 @@ def records(
 
 @dataclass(frozen=True)
 class Submatrix:
-    """Some rows and columns of a curvature matrix, those between different tensors too.
+    """Some rows and columns of a curvature matrix, including the entries between different tensors.
 
     Attributes:
         matrix: ``(k, k)``, on the scale of the mean over samples.
-        names: The tensors, in order.
-        counts: How many parameters of each.
+        names: Names of the tensors, in order.
+        counts: Number of parameters of each tensor.
     """
 
     matrix: Tensor
@@ -178,10 +179,10 @@ class Submatrix:
 
 
 def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *, per_tensor: int = 60) -> Submatrix:
-    """Return the matrix at evenly spaced parameters of every trainable tensor, at most ``per_tensor`` of each.
+    """Return the entries of the matrix for evenly spaced parameters, at most ``per_tensor`` of each trainable tensor.
 
     Raises:
-        UnsupportedError: For the Hessian of a model with more than 4,000 parameters.
+        UnsupportedError: The quantity is the Hessian and the model has more than 4,000 parameters.
     """
     quantity = parse_quantity(quantity)
     space = problem.space
@@ -196,7 +197,7 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
         flat = torch.cat([index + space.slices[name].start for name, index in chosen.items()])
         _check_hessian(problem, "the model", space.names)
         return Submatrix(estimate(problem, quantity, "dense").to_dense()[flat][:, flat], space.names, counts)
-    with _differentiating():
+    with _enable_gradients():
         blocks = _Blocks(problem, quantity, 2e8)
         parts = [(blocks([name]), index) for name, index in chosen.items() if len(index)]
     columns = torch.cat([block.columns(index) * sqrt(block.unit()) for block, index in parts], dim=1)
@@ -204,14 +205,14 @@ def submatrix(problem: Problem, quantity: Quantity | str = "empirical_fisher", *
 
 
 @contextmanager
-def _differentiating() -> Iterator[None]:
-    """Have gradients, also where the caller has switched them off."""
+def _enable_gradients() -> Iterator[None]:
+    """Enable gradients, also if the caller has switched them off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def _groups(problem: Problem, space: ParameterSpace, level: Level) -> list[tuple[str, list[str]]]:
-    """Return the rows of a level: a name and the parameters it covers."""
+    """Return the rows of a level: the name of each and its parameters."""
     if level == "tensor":
         return [(name, [name]) for name in space.names]
     if level == "network":
@@ -221,11 +222,11 @@ def _groups(problem: Problem, space: ParameterSpace, level: Level) -> list[tuple
         for name in space.names:
             layers.setdefault(name.rpartition(".")[0], []).append(name)
         return [(layer or type(problem.model).__name__, members) for layer, members in layers.items()]
-    raise CurvlabError(f"per is tensor, layer or network, not {level!r}")
+    raise CurvlabError(f"per must be tensor, layer or network, not {level!r}")
 
 
 class _Blocks:
-    """Makes the block of some parameters in the cheapest form that is right for them."""
+    """Function that makes the block of some parameters in the cheapest form that is correct for them."""
 
     def __init__(self, problem: Problem, quantity: Quantity, tile_memory: float) -> None:
         problem = problem if isinstance(quantity, Hessian) else to_first_order(problem)
@@ -243,7 +244,7 @@ class _Blocks:
 
     def _make(self, members: list[str]) -> Block:
         sizes = dict(zip(self.problem.space.names, self.problem.space.sizes, strict=True))
-        members = [member for member in members if sizes[member]]  # an empty one has no entry in the block
+        members = [member for member in members if sizes[member]]  # empty tensors have no entries in the block
         layer = members[0].rpartition(".")[0]
         weight, bias = (f"{layer}.{key}".removeprefix(".") for key in ("weight", "bias"))
         if layer in self.linear and {weight, bias}.issuperset(members):
@@ -259,6 +260,6 @@ def _check_hessian(problem: Problem, name: str, members: Sequence[str]) -> None:
     size = ParameterSpace.of(problem.model, members).total
     if size > _LARGEST_HESSIAN:
         raise UnsupportedError(
-            f"the Hessian of {name} has {size:,} parameters and no rows to stream; it is formed whole, up to "
-            f"{_LARGEST_HESSIAN:,}: select smaller tensors with params, or take the ggn"
+            f"the Hessian of {name}, with {size:,} parameters, is too large: it is not a sum over rows and has to be "
+            f"formed, up to {_LARGEST_HESSIAN:,} parameters; select smaller tensors with params, or use the ggn"
         )

@@ -1,10 +1,10 @@
-"""A diagonal block of a Gram-type curvature, seen through its rows and read in tiles of bounded memory.
+"""A diagonal block of a Gram-type curvature, given by its rows and read in tiles of bounded memory.
 
 The ``P`` parameters of a block are ``O`` groups of ``d``. A tile is the ``(d, d)`` part between groups ``o`` and
-``p``; the block is symmetric, so tiles with ``o <= p`` hold everything. All sums here are over samples, without
-the ``1/N`` and in units of ``unit()``: the statistics divide once. The unit keeps squares of entries in the dtype's
-range: a net that fits its data to 1e-12 has gradients whose fourth powers, which the Frobenius norm sums, are zero
-in float32.
+``p``. The block is symmetric, so tiles with ``o <= p`` contain all entries. All sums here are over samples, without
+the ``1/N`` and in units of ``unit()``; the statistics divide once. The unit keeps squares of entries in the range of
+the dtype: if a network fits its data to 1e-12, the fourth powers of its gradients, which the Frobenius norm sums, are
+zero in float32.
 """
 
 from abc import ABC, abstractmethod
@@ -29,10 +29,10 @@ class OffDiagonal:
     nonzeros: int = 0
 
     def add(self, entries: Tensor, times: int) -> None:
-        """Count a rectangle of entries that stands ``times`` times in the block."""
+        """Add a rectangle of entries that occurs ``times`` times in the block."""
         if entries.numel() == 0:
             return
-        # torch sums pairwise, to full precision; its vector norms add up one by one, in float32 off by per cents.
+        # torch sums pairwise, with full precision; its vector norms sum one by one, with large errors in float32.
         sizes = entries.abs()
         self.abs_sum += times * float(sizes.sum())
         self.square_sum += times * float(sizes.square().sum())
@@ -41,9 +41,9 @@ class OffDiagonal:
 
 
 def power_of_two(high: float) -> float:
-    """Return the power of two next above a number; one for zero and what is not finite.
+    """Return the power of two next above a number; one for zero and non-finite numbers.
 
-    Dividing by it is exact; it stays where float32 has its reciprocal too.
+    Division by it is exact; it is bounded such that float32 can represent its reciprocal too.
     """
     return 2.0 ** max(-100, min(100, frexp(high)[1])) if high and isfinite(high) else 1.0
 
@@ -57,7 +57,7 @@ class Draw(NamedTuple):
 
 
 class Block(ABC):
-    """What the statistics need to know of a block."""
+    """Interface between a block and its statistics."""
 
     groups: int
     width: int
@@ -65,19 +65,19 @@ class Block(ABC):
 
     @abstractmethod
     def unit(self) -> float:
-        """Return what one stands for in every sum and entry of this block."""
+        """Return the unit of every sum and entry of this block."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
-        """Return the diagonal, ``(P,)``, in the parameters' order."""
+        """Return the diagonal, ``(P,)``, in the order of the parameters."""
 
     @abstractmethod
     def total(self) -> float:
-        """Return the signed sum of all entries: the squared sum of a row, summed over rows."""
+        """Return the signed sum of all entries: the squared sum of each row, summed over rows."""
 
     @abstractmethod
     def columns(self, index: Tensor) -> Tensor:
-        """Return the rows' entries at some parameters, ``(rows, k)``."""
+        """Return the entries of the rows for some parameters, ``(rows, k)``."""
 
     @abstractmethod
     def gram(self, index: Tensor) -> Tensor:
@@ -85,27 +85,27 @@ class Block(ABC):
 
     @abstractmethod
     def operations(self) -> float:
-        """Return about how many multiplications and additions ``off_diagonal`` takes."""
+        """Return the approximate number of multiplications and additions of ``off_diagonal``."""
 
     @abstractmethod
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
-        """Go through every tile; ``advance`` is called with the share done, one in total."""
+        """Sum over all tiles; call ``advance`` with the fraction done, one in total."""
 
     @abstractmethod
     def gram_operations(self) -> float:
-        """Return about how many operations ``square_sum`` takes; infinite where it is not to be had."""
+        """Return the approximate number of operations of ``square_sum``; infinite if it is not available."""
 
     @abstractmethod
     def square_sum(self) -> float:
-        """Return the squared Frobenius norm through the Gram matrix of the rows."""
+        """Return the squared Frobenius norm, from the Gram matrix of the rows."""
 
     @abstractmethod
     def certain_zeros(self) -> float:
-        """Return the share of entries known to be zero without forming them."""
+        """Return the fraction of entries known to be zero without forming them."""
 
     @abstractmethod
     def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
-        """Yield ``u' T v`` of all tiles, ``(O, O)``, for pairs of vectors ``(K, d)``."""
+        """Yield ``u' T v`` for all tiles, ``(O, O)``, for pairs of vectors ``(K, d)``."""
 
     @abstractmethod
     def tile_bounds(self) -> Tensor:
@@ -113,7 +113,7 @@ class Block(ABC):
 
     @abstractmethod
     def column_scales(self) -> Tensor:
-        """Return the root mean square of the entries at each place within a group, ``(d,)``."""
+        """Return the root mean square of the entries of the rows at each position within a group, ``(d,)``."""
 
     @abstractmethod
     def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
@@ -121,4 +121,4 @@ class Block(ABC):
 
     @abstractmethod
     def strip_operations(self, draw: Draw) -> float:
-        """Return about how many operations one strip takes."""
+        """Return the approximate number of operations of one strip."""

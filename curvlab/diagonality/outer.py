@@ -1,4 +1,4 @@
-"""The block of a Linear layer: rank-one rows, of which only the two factors are held."""
+"""The block of a Linear layer, whose rows have rank one: only the two factors are stored."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -14,16 +14,16 @@ _SAMPLES = 1000
 
 
 class OuterBlock(Block):
-    """Rows ``v[o, i] = left[n, r, o] right[n, i]``; a tile is ``right' diag(sum_r left_o left_p) right``.
+    """Block with rows ``v[o, i] = left[n, r, o] right[n, i]``; a tile is ``right' diag(sum_r left_o left_p) right``.
 
-    Zeros of both factors are used: samples on which either group is inactive, places that are never active, and
-    samples on which a panel of rarely active places is all zero. Symmetry within a tile saves the rest: panels
-    of columns, rarest first, each against the columns not before it.
+    Zeros of both factors are skipped: samples on which a group is inactive, positions that are never active, and
+    samples on which a panel of rarely active positions is zero. Panels of columns, rarest first, each multiplied by the
+    columns from its own start on, use the symmetry within a tile.
 
     Args:
         left: ``(N, R, O)``.
         right: ``(N, d)``.
-        transposed: The parameters are ordered by place first, then group.
+        transposed: Whether the parameters are ordered by position first, then by group.
     """
 
     _PANELS = 6
@@ -33,19 +33,19 @@ class OuterBlock(Block):
     def __init__(self, left: Tensor, right: Tensor, transposed: bool = False) -> None:
         units = [power_of_two(float(torch.linalg.vector_norm(factor, torch.inf))) for factor in (left, right)]
         self._unit = (units[0] * units[1]) ** 2
-        self.places = right.shape[1]
+        self.num_positions = right.shape[1]
         counts = torch.stack([torch.count_nonzero(part, dim=0) for part in right.split(_SAMPLES)]).sum(dim=0)
         order = counts.argsort()
         self._alive = order[counts[order] > 0]
-        # All that is kept: the places that are ever active, rarest first.
+        # Only the positions that are active on some sample are kept, rarest first.
         self.left, self.right = left / units[0], right[:, self._alive].div_(units[1])
         self.transposed = transposed
         self.groups, self.width = left.shape[2], len(self._alive)
-        self.size = self.groups * self.places
+        self.size = self.groups * self.num_positions
         panels = max(1, min(self._PANELS, self.width // self._MIN_PANEL))
         edges = [self.width * i // panels for i in range(panels + 1)]
         masks = [(a, b, (self.right[:, a:b] != 0).any(dim=1)) for a, b in pairwise(edges) if b > a]
-        # From the first panel on that most samples touch, leaving samples out costs more than it saves.
+        # From the first panel on that is non-zero on most samples, skipping samples costs more than it saves.
         rare = next((i for i, panel in enumerate(masks) if _share(panel[2]) > self._COMMON), len(masks))
         self._rare = masks[:rare]
         self._common = [(a, b) for a, b, _ in masks[rare:]]
@@ -56,7 +56,7 @@ class OuterBlock(Block):
         n, r, o = factors.gradients.shape
         if o <= 4 * factors.inputs.shape[1]:
             return cls(factors.gradients, factors.inputs)
-        # Few inputs, many outputs: group by input, so that there are few tiles and they are large.
+        # Few inputs and many outputs: group by input, which gives few and large tiles.
         inputs = factors.inputs.repeat_interleave(r, dim=0).unsqueeze(1)
         return cls(inputs, factors.gradients.reshape(n * r, o), transposed=True)
 
@@ -83,7 +83,7 @@ class OuterBlock(Block):
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
-        full = self.right.new_zeros(self.groups, self.places)
+        full = self.right.new_zeros(self.groups, self.num_positions)
         for left, right in self._samples():
             full[:, self._alive] += left.square().sum(dim=1).mT @ right.square()
         return (full.mT if self.transposed else full).reshape(-1)
@@ -96,11 +96,11 @@ class OuterBlock(Block):
         )
 
     def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go through the factors some samples at a time: what is made of all of them at once doubles the memory."""
+        """Iterate over the factors some samples at a time: a result for all samples at once would double the memory."""
         return zip(self.left.split(_SAMPLES), self.right.split(_SAMPLES), strict=True)
 
     def columns(self, index: Tensor) -> Tensor:
-        """Return the rows' entries at some parameters, ``(N R, k)``."""
+        """Return the entries of the rows for some parameters, ``(N R, k)``."""
         return torch.cat(list(self._columns(index)))
 
     def gram(self, index: Tensor) -> Tensor:
@@ -112,26 +112,26 @@ class OuterBlock(Block):
 
     def _columns(self, index: Tensor) -> Iterator[Tensor]:
         if self.transposed:
-            group, place = index % self.groups, index // self.groups
+            group, position = index % self.groups, index // self.groups
         else:
-            group, place = index // self.places, index % self.places
-        position = torch.full((self.places,), -1, device=index.device)
-        position[self._alive] = torch.arange(self.width, device=index.device)
-        alive = position[place] >= 0
+            group, position = index // self.num_positions, index % self.num_positions
+        compact = torch.full((self.num_positions,), -1, device=index.device)
+        compact[self._alive] = torch.arange(self.width, device=index.device)
+        alive = compact[position] >= 0
         for left, right in self._samples():
             columns = left.new_zeros(left.shape[0], left.shape[1], len(index))
-            columns[:, :, alive] = left[:, :, group[alive]] * right[:, position[place[alive]]].unsqueeze(1)
+            columns[:, :, alive] = left[:, :, group[alive]] * right[:, compact[position[alive]]].unsqueeze(1)
             yield columns.flatten(0, 1)
 
     def operations(self) -> float:
-        """Return about how many operations ``off_diagonal`` takes."""
+        """Return the approximate number of operations of ``off_diagonal``."""
         active = (self.left != 0).any(dim=1).to(self.right.dtype)
         pairs = (active.mT @ active).triu().sum()
         parts = [(a, b, _share(mask)) for a, b, mask in self._rare] + [(a, b, 1.0) for a, b in self._common]
         return float(pairs) * sum(2.0 * (b - a) * (self.width - a) * share for a, b, share in parts)
 
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
-        """Go through every tile."""
+        """Sum over all tiles."""
         sums = OffDiagonal()
         share = 2 / (self.groups * (self.groups + 1))
         for o in range(self.groups):
@@ -148,7 +148,7 @@ class OuterBlock(Block):
         return sums
 
     def _panels(self, weights: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield panels ``a:b``, the places from ``a`` on of the samples that matter there, and their weights."""
+        """Yield panels ``a:b``, the positions from ``a`` on of the samples that are active there, and their weights."""
         active = weights != 0
         for a, b, mask in self._rare:
             rows = (active & mask).nonzero().squeeze(1)
@@ -161,7 +161,7 @@ class OuterBlock(Block):
                 yield a, b, x[:, a - start :], kept
 
     def gram_operations(self) -> float:
-        """Return about how many operations ``square_sum`` takes."""
+        """Return the approximate number of operations of ``square_sum``."""
         n, r, o = self.left.shape
         return float(n) ** 2 * (self.width + r**2 * o)
 
@@ -175,13 +175,13 @@ class OuterBlock(Block):
             g = self.left[a : a + step].reshape(-1, o) @ self.left[a:].reshape(-1, o).mT
             g = g.square_().view(x.shape[0], r, x.shape[1], r).sum(dim=(1, 3)) if r > 1 else g.square_()
             products = x.square_().mul_(g)
-            # The strip's own square stands once, what lies right of it twice.
+            # The square part of the strip counts once, the part to the right of it twice.
             total += 2 * float(products.sum(dtype=torch.float64))
             total -= float(products[:, : x.shape[0]].sum(dtype=torch.float64))
         return total
 
     def certain_zeros(self) -> float:
-        """Return the share of entries of which two groups or two places are never active on one sample."""
+        """Return the fraction of entries whose two groups or two positions are never active on the same sample."""
         pairs = 1
         for factor in ((self.left != 0).any(dim=1), self.right != 0):
             active = factor.to(self.right.dtype)
@@ -203,24 +203,24 @@ class OuterBlock(Block):
         return flat.mT @ (flat * scale.unsqueeze(1))
 
     def column_scales(self) -> Tensor:
-        """Return the root mean square of each place's inputs."""
+        """Return the root mean square of the inputs at each position."""
         return self.right.square().mean(dim=0).sqrt()
 
     def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
         """Yield the sampled rows of tiles."""
         transposed = self.right.mT.contiguous()
         n = len(self.right)
-        for o, p, places in draws:
+        for o, p, positions in draws:
             weights = self._weights(o, p)
             active = weights.nonzero().squeeze(1)
-            chosen = transposed.index_select(0, places.to(transposed.device))
+            chosen = transposed.index_select(0, positions.to(transposed.device))
             if len(active) < 0.6 * n:
                 yield (chosen.index_select(1, active) * weights[active]) @ self.right.index_select(0, active)
             else:
                 yield (chosen * weights) @ self.right
 
     def strip_operations(self, draw: Draw) -> float:
-        """Return about how many operations one strip takes."""
+        """Return the approximate number of operations of one strip."""
         return 2.0 * len(self.right) * len(draw.rows) * self.width
 
 

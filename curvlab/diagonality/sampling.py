@@ -1,11 +1,11 @@
-"""The absolute off-diagonal sum of a block that is too large to go through: an unbiased sample with its interval.
+"""Unbiased estimate, with an interval, of the absolute off-diagonal sum of a block that is too large to sum exactly.
 
-A draw takes one tile, with probability close to proportional to its absolute sum, and within it a strip of rows,
-by systematic sampling with probabilities proportional to the places' scales. Its Hansen-Hurwitz term
-``(strip sum / inclusion) / probability`` is unbiased whatever the probabilities are, as long as none is zero
-where the sum is not; their quality only sets the variance. What predicts a tile's absolute sum: its signed sum,
-its Frobenius norm (estimated through random forms ``u' T v``) and an upper bound, all had for every tile at once;
-a log-linear fit on a small pilot sample, which is then thrown away, combines them.
+A draw selects one tile, with probability approximately proportional to its absolute sum, and within it a strip of rows,
+by systematic sampling with probabilities proportional to the scales of the positions. Its Hansen-Hurwitz term
+``(strip sum / inclusion) / probability`` is unbiased for any probabilities that are positive wherever the sum is; good
+probabilities reduce the variance. The absolute sum of a tile is predicted from its signed sum, its Frobenius norm
+(estimated with random forms ``u' T v``) and an upper bound, which are computed for all tiles at once. A log-linear fit
+on a small pilot sample, which is not used further, combines them.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ _Pairs = tuple[np.ndarray, np.ndarray]  # the groups of every tile ``o <= p``
 
 @dataclass(frozen=True)
 class SampledSums:
-    """Estimates of sums over the off-diagonal entries, each with the half-width of its 95 % interval."""
+    """Estimated sums over the off-diagonal entries, each with the half-width of its 95 % interval."""
 
     abs_sum: float
     abs_sum_ci95: float
@@ -46,11 +46,11 @@ def sample_off_diagonal(
     """Estimate the absolute and the squared off-diagonal sums.
 
     Args:
-        block: What to sample.
-        precision: Stop once the half-width of the 95 % interval is at most this share of the absolute sum.
-        max_operations: Stop, whatever the interval, after about so many operations.
-        seed: Of the draws; the same seed gives the same result.
-        advance: Called with the share done, one in total.
+        block: The block.
+        precision: Stop when the half-width of the 95 % interval is at most this fraction of the absolute sum.
+        max_operations: Stop in any case after approximately this number of operations.
+        seed: Seed of the draws; the same seed gives the same result.
+        advance: Called with the fraction done, one in total.
     """
     rng = np.random.default_rng(seed)
     pairs = np.triu_indices(block.groups)
@@ -88,7 +88,7 @@ def _needed(half: float, mean: float, precision: float, draws: int) -> float:
 
 @dataclass(frozen=True)
 class _Term:
-    """A tile's drawn index and its estimated sums, both triangles counted."""
+    """Index of a drawn tile and its estimated sums over both triangles."""
 
     index: int
     abs_sum: float
@@ -97,10 +97,11 @@ class _Term:
 
 
 def _features(block: Block, pairs: _Pairs, rng: np.random.Generator) -> np.ndarray:
-    """Return, for every tile ``o <= p``: |signed sum|, Frobenius norm (estimated), upper bound; zeros if it is zero."""
+    """Return, for every tile ``o <= p``: |signed sum|, estimated Frobenius norm, upper bound; zeros for a zero tile."""
     ones = torch.ones_like(block.column_scales()).unsqueeze(0)
     signs = torch.as_tensor(rng.choice([-1.0, 1.0], size=(2, _FORMS, block.width))).to(ones)
-    # The constant direction carries much of a tile of non-negative inputs: take it exactly, probe what is left.
+    # For non-negative inputs, the constant direction has a large part of the norm: it is computed exactly, and random
+    # forms estimate the rest.
     unit = ones / sqrt(block.width)
     left, right = (s - (s @ unit.mT) @ unit for s in signs)
     signed = next(iter(block.tile_forms(ones, ones)))
@@ -115,15 +116,15 @@ def _features(block: Block, pairs: _Pairs, rng: np.random.Generator) -> np.ndarr
 
 
 def _mixture(weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Return probabilities, with a share given by the bound, so that no tile can be missed or outweigh the rest."""
+    """Return probabilities with a part proportional to the bound, so that no tile is missed or dominates."""
     shares: np.ndarray = bounds / bounds.sum()
     return 0.95 * weights / weights.sum() + 0.05 * shares if weights.any() else shares
 
 
 def _fit(features: np.ndarray, within: np.ndarray, index: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Return predicted sums of all tiles from a log-linear least-squares fit on the pilot's.
+    """Return predicted sums of all tiles from a log-linear least-squares fit on the pilot sample.
 
-    Tiles within one group, on the diagonal, have a level of their own: all their terms have one sign.
+    Tiles within one group, on the diagonal, have their own intercept, because all their terms have the same sign.
     """
     floor = 1e-6 * features[:, 2:]
     logs = np.log(np.maximum(features, floor) + np.finfo(float).tiny)
@@ -137,7 +138,7 @@ def _fit(features: np.ndarray, within: np.ndarray, index: np.ndarray, sums: np.n
 
 
 class _StripSampler:
-    """Systematic sampling of places with probability proportional to their scale (Madow 1949)."""
+    """Systematic sampling of positions with probability proportional to their scale (Madow 1949)."""
 
     def __init__(self, scales: Tensor, rng: np.random.Generator) -> None:
         weights = scales.double().cpu().numpy()
@@ -147,7 +148,7 @@ class _StripSampler:
         inclusion = np.zeros_like(alive)
         size = min(_STRIP, int((alive > 0).sum()))
         certain = np.zeros(len(alive), dtype=bool)
-        while True:  # those above one are taken for certain, and what is left is shared by the others
+        while True:  # positions above one are always included; the others share the rest
             rest = ~certain & (alive > 0)
             inclusion[certain] = 1.0
             inclusion[rest] = alive[rest] * (size - certain.sum()) / alive[rest].sum() if rest.any() else 0.0
@@ -159,7 +160,7 @@ class _StripSampler:
         self.cumulative = inclusion.cumsum()
 
     def __call__(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return places and their inclusion probabilities."""
+        """Return positions and their inclusion probabilities."""
         count = round(self.cumulative[-1])
         points = self.rng.random() + np.arange(count)
         hit = np.unique(np.minimum(np.searchsorted(self.cumulative, points, side="right"), len(self.order) - 1))
@@ -174,8 +175,8 @@ def _draw(
     index = rng.choice(len(weights), size=count, p=weights / weights.sum())
     strips = [strip() for _ in range(count)]
     draws = [
-        Draw(int(first[i]), int(second[i]), torch.as_tensor(places))
-        for i, (places, _) in zip(index, strips, strict=True)
+        Draw(int(first[i]), int(second[i]), torch.as_tensor(positions))
+        for i, (positions, _) in zip(index, strips, strict=True)
     ]
     for i, draw, (_, inclusion), tile in zip(index, draws, strips, block.strips(draws), strict=True):
         if draw.first == draw.second:

@@ -1,4 +1,4 @@
-"""From a block to its record: the statistics, exact where that is affordable, and how each was obtained."""
+"""Statistics of a block as a record: exact if that is affordable, else sampled, with the method in the record."""
 
 from math import inf, nan, sqrt
 from typing import Any
@@ -20,7 +20,7 @@ def block_record(
     diagonal = block.diagonal().double()
     total = block.total()
     n = num_samples / block.unit()
-    if not bool(diagonal.any()):  # no gradient reaches it: nothing to go through, and nothing to draw from
+    if not bool(diagonal.any()):  # no gradient reaches the block: there is nothing to sum or sample
         return _record(diagonal, OffDiagonal(), total, n, zero_fraction=1.0)
     if block.operations() <= max_operations:
         sums = block.off_diagonal(advance)
@@ -30,10 +30,10 @@ def block_record(
     square_sum, square_ci = sampled.square_sum, sampled.square_sum_ci95
     if block.gram_operations() <= max_operations:
         square_sum, square_ci = max(0.0, block.square_sum() - float(diagonal.square().sum())), 0.0
-    highest, ceiling = _largest(block, diagonal)
+    largest, bound = _find_largest(block, diagonal)
     record = _record(
         diagonal,
-        OffDiagonal(sampled.abs_sum, square_sum, highest),
+        OffDiagonal(sampled.abs_sum, square_sum, largest),
         total,
         n,
         zero_fraction=block.certain_zeros(),
@@ -43,13 +43,13 @@ def block_record(
         "method": "sampled",
         "ci95": sampled.abs_sum_ci95 / n,
         "frobenius_ci95": square_ci / n**2 / (2 * norm) if norm else 0.0,
-        "offdiag_abs_max_bound": ceiling / n,
+        "offdiag_abs_max_bound": bound / n,
         "draws": sampled.draws,
     }
 
 
 def dense_record(matrix: Tensor) -> Record:
-    """Return the statistics of a symmetric matrix that is there, by their definitions."""
+    """Return the statistics of a symmetric dense matrix, by their definitions."""
     diagonal = matrix.diagonal().double()
     rest = matrix.double() - diagonal.diag()
     sums = OffDiagonal()
@@ -93,11 +93,11 @@ def _ratio(a: float, b: float) -> float:
     return inf if a else nan
 
 
-def _largest(block: Block, diagonal: Tensor) -> tuple[float, float]:
-    """Return the largest off-diagonal entry in size among the largest places, and a bound that holds everywhere.
+def _find_largest(block: Block, diagonal: Tensor) -> tuple[float, float]:
+    """Return the largest absolute off-diagonal entry among the largest diagonal entries, and a bound for all entries.
 
-    ``|F_ij| <= sqrt(F_ii F_jj)``: once the entry found is above the product with the next place's, it is the
-    largest of all and the two returned values are the same.
+    Since ``|F_ij| <= sqrt(F_ii F_jj)``, an entry above this bound for the next diagonal entry is the largest of all;
+    then both returned values are the same.
     """
     order = diagonal.argsort(descending=True)
     found, count = 0.0, 256

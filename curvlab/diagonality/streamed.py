@@ -1,4 +1,4 @@
-"""The block of any parameters: rows made anew at every pass over the data."""
+"""The block of any parameters, whose rows are recomputed in every pass over the data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
@@ -11,12 +11,12 @@ from curvlab.progress import Advance
 
 
 class StreamedBlock(Block):
-    """Rows that are made anew at every pass over the data: nothing but tiles is kept.
+    """Block whose rows are recomputed in every pass over the data: only tiles are stored.
 
     Args:
-        rows: Starts a pass: yields ``(rows, P)`` batches, the same at every call.
+        rows: Starts a pass: yields batches ``(rows, P)``, the same in every call.
         size: ``P``.
-        max_bytes: Memory for the tiles that one pass accumulates.
+        max_bytes: Limit of the memory of the tiles of one pass.
     """
 
     _WIDTH = 512
@@ -31,7 +31,7 @@ class StreamedBlock(Block):
         self._scale = 1.0
 
     def _grouped(self) -> Iterator[Tensor]:
-        """Yield rows as ``(rows, O, d)``, with zeros after the last parameter."""
+        """Yield rows as ``(rows, O, d)``, padded with zeros after the last parameter."""
         for rows in self.rows():
             yield self._in_groups(rows / self._scale)
 
@@ -67,7 +67,7 @@ class StreamedBlock(Block):
         return self._total
 
     def columns(self, index: Tensor) -> Tensor:
-        """Return the rows' entries at some parameters, ``(rows, k)``."""
+        """Return the entries of the rows for some parameters, ``(rows, k)``."""
         self._first_pass()
         return torch.cat([rows[:, index] / self._scale for rows in self.rows()])
 
@@ -80,14 +80,14 @@ class StreamedBlock(Block):
         return total
 
     def operations(self) -> float:
-        """Return about how many operations ``off_diagonal`` takes."""
+        """Return the approximate number of operations of ``off_diagonal``."""
         self._first_pass()
         pairs = self.groups * (self.groups + 1) / 2
         passes = -(-pairs * self.width**2 * 8 // self.max_bytes)
         return self._count * (2 * pairs * self.width**2 + passes * 200 * self.size)
 
     def off_diagonal(self, advance: Advance) -> OffDiagonal:
-        """Go through every tile, as many at a pass as the memory holds."""
+        """Sum over all tiles, in each pass over as many as fit in memory."""
         sums = OffDiagonal()
         everything = torch.arange(self.width)
         draws = [Draw(o, p, everything) for o in range(self.groups) for p in range(o, self.groups)]
@@ -99,15 +99,15 @@ class StreamedBlock(Block):
         return sums
 
     def gram_operations(self) -> float:
-        """Return infinity: the Gram matrix of the rows would need them all at once."""
+        """Return infinity, because the Gram matrix of the rows would need all rows at once."""
         return float("inf")
 
     def square_sum(self) -> float:
-        """Not to be had from rows that are not kept."""
+        """Raise an error, because rows are not stored."""
         raise AssertionError("gram_operations() is infinite")
 
     def certain_zeros(self) -> float:
-        """Return the share of entries in a row or column whose diagonal is zero."""
+        """Return the fraction of entries in a row or column with zero diagonal."""
         return 1 - (int(torch.count_nonzero(self._first_pass())) / self.size) ** 2
 
     def tile_forms(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
@@ -123,11 +123,11 @@ class StreamedBlock(Block):
         return sizes.mT @ sizes
 
     def column_scales(self) -> Tensor:
-        """Return the root mean square at each place within a group."""
+        """Return the root mean square of the rows at each position within a group."""
         return self._in_groups(self._first_pass()).mean(dim=0).sqrt()
 
     def strips(self, draws: Sequence[Draw]) -> Iterator[Tensor]:
-        """Yield the sampled rows of tiles, as many at a pass as the memory holds."""
+        """Yield the sampled rows of tiles, in each pass as many as fit in memory."""
         start = 0
         while start < len(draws):
             end, held = start, 0.0
@@ -138,12 +138,12 @@ class StreamedBlock(Block):
             like = self._first_pass()
             sums = [like.new_zeros(len(draw.rows), self.width) for draw in part]
             for rows in self._grouped():
-                for tile, (o, p, places) in zip(sums, part, strict=True):
-                    tile.addmm_(rows[:, o, places].mT, rows[:, p])
+                for tile, (o, p, positions) in zip(sums, part, strict=True):
+                    tile.addmm_(rows[:, o, positions].mT, rows[:, p])
             yield from sums
             start = end
 
     def strip_operations(self, draw: Draw) -> float:
-        """Return about how many operations one strip takes."""
+        """Return the approximate number of operations of one strip."""
         self._first_pass()
         return 2.0 * self._count * len(draw.rows) * self.width

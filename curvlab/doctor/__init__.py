@@ -1,4 +1,4 @@
-"""What each backend can and cannot do for a model, and what it would cost, before a long computation is begun."""
+"""``doctor``: which backends support a model, and the predicted cost, before a long computation."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from curvlab.checks import shown
 from curvlab.doctor.model import find_faults, find_layers_without_factors, find_remarks
-from curvlab.doctor.probe import Probe, make_cell, summarise
+from curvlab.doctor.probe import Probe, make_row, summarise
 from curvlab.doctor.text import write_lines
 from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
@@ -28,29 +28,29 @@ __all__ = ["Diagnosis", "doctor"]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``doctor`` found; ``str()`` of it is to be read.
+    """Result of ``doctor``; ``str()`` gives a readable report.
 
     Attributes:
-        summary: Model, loss, data, and what a plain forward and backward pass over the data takes.
-        findings: What stands in the way or is unusual about the model, a phrase each.
-        cells: A row a quantity, structure and backend, with the columns ``quantity``, ``structure``, ``backend``;
-            ``supported``: ``yes``; ``no``; ``absent``, where the backend has no such cell for any model; ``not tried``,
-            where the matrix is too large for a probe; ``auto``: whether ``backend="auto"`` takes it;
-            ``backward_passes``: over the data, as the quantity needs them;
-            ``seconds``: predicted, for ``implicit`` those of a product, NaN where measuring takes long;
-            ``passes``: the same in plain forward and backward passes; ``peak_bytes``: predicted, of the tensors beyond
-            model and data, without what kernels use inside; ``matrix_bytes``: of the result; ``obstacle``: what stands
-            in the way, and what would work.
+        summary: Model, loss, data, and the time of a plain forward and backward pass over the data.
+        findings: Problems and unusual properties of the model, one phrase each.
+        combinations: One row per combination of quantity, structure and backend, with the columns ``quantity``,
+            ``structure``, ``backend``; ``supported``: ``yes``, ``no``, ``absent`` (the backend does not have the
+            combination for any model) or ``not tried`` (the matrix is too large to try); ``auto``: whether
+            ``backend="auto"`` uses this backend; ``backward_passes``: number of backward passes over the data;
+            ``seconds``: predicted time, for ``implicit`` that of one product, NaN if measuring takes too long;
+            ``passes``: the same time in plain forward and backward passes; ``peak_bytes``: predicted memory of the
+            tensors in addition to model and data, without the workspace of kernels; ``matrix_bytes``: size of the
+            result; ``obstacle``: the reason if it is not supported, and an alternative.
     """
 
     summary: str
     findings: tuple[str, ...]
-    cells: pd.DataFrame
+    combinations: pd.DataFrame
 
     def __str__(self) -> str:
-        """Return all of it as text."""
-        cells: list[dict[str, Any]] = self.cells.to_dict("records")  # type: ignore[assignment]
-        return "\n".join(write_lines(self.summary, self.findings, cells))
+        """Return the report as text."""
+        rows: list[dict[str, Any]] = self.combinations.to_dict("records")  # type: ignore[assignment]
+        return "\n".join(write_lines(self.summary, self.findings, rows))
 
 
 def doctor(
@@ -60,21 +60,21 @@ def doctor(
     *,
     progress: bool = False,
 ) -> Diagnosis:
-    """Say what each backend can and cannot do for a model, and what it would cost.
+    """Find out which combinations of structure and backend support a model, and predict their cost.
 
-    Every cell of structure and backend is tried on a few samples: what it refuses there is refused in the words of
-    ``estimate``, which name the way out. Where it is quick, one batch and two follow, and time and memory of the
-    whole are extrapolated from these, as far as ten seconds of measuring go: a cell that comes after these, or alone
-    would take as long, has no prediction. Nothing of the model is changed.
+    Every combination is tried on a few samples. If it fails, the reason is the error message of ``estimate``, which
+    also names an alternative. If it is fast, it is measured on one batch and on two batches, and time and memory for
+    all data are extrapolated. The measurements take ten seconds in total: a combination that comes later, or that alone
+    would take longer, has no prediction. The model is not changed.
 
     Args:
-        problem: Model, loss and data. What is wrong with them is told, not raised.
+        problem: Model, loss and data. Faults in them are reported, not raised.
         quantity: One or several of ``curvlab.quantities`` or their string forms.
         params: Glob patterns of parameter names; None for all trainable ones.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        CurvlabError: It is given no problem, a quantity is unknown, or a pattern matches nothing.
+        CurvlabError: The argument is not a problem, a quantity is unknown, or a pattern matches nothing.
 
     Examples:
         >>> from torch import nn
@@ -83,19 +83,20 @@ def doctor(
         >>> print(doctor(Problem(model, "cross_entropy", data)))
         Sequential of 67 parameters in float32, cross_entropy.
         - 1 (Dropout) is in train mode, where a sample's output is random or depends on its batch: call model.eval()
-        Nothing can be computed before this is mended.
-        >>> cells = doctor(Problem(model.eval(), "cross_entropy", data), "empirical_fisher").cells
-        >>> list(cells[cells.auto & (cells.structure == "kfac")].supported)
+        Nothing can be computed until this is corrected.
+        >>> table = doctor(Problem(model.eval(), "cross_entropy", data), "empirical_fisher").combinations
+        >>> list(table[table.auto & (table.structure == "kfac")].supported)
         ['yes']
     """
     if not isinstance(problem, Problem):
         raise CurvlabError(
-            "doctor takes a problem, Problem(model, 'cross_entropy', data) with your loss and data, not "
-            f"a {type(problem).__name__}"
+            f"doctor needs a problem, such as Problem(model, 'cross_entropy', data), not a {type(problem).__name__}"
         )
     given = [quantity] if isinstance(quantity, (str, Quantity)) else quantity
     if not isinstance(given, Sequence) or not given:
-        raise CurvlabError(f"quantity is one or several, such as 'fisher' or ['fisher', 'ggn'], not {shown(quantity)}")
+        raise CurvlabError(
+            f"quantity must be one quantity or several, such as 'fisher' or ['fisher', 'ggn'], not {shown(quantity)}"
+        )
     quantities = [parse_quantity(q) for q in given]
     space = ParameterSpace.of(problem.model, params)
     faults, remarks = list(find_faults(problem.model)), list(find_remarks(problem.model))
@@ -104,7 +105,7 @@ def doctor(
             torch.inference_mode(False),
             torch.enable_grad(),
             preserved_random_state(),
-            warnings.catch_warnings(),  # whatever a library does to the filters
+            warnings.catch_warnings(),  # a library may change the filters
         ):
             problem.check()
             layers, reasons = kronecker_layers(to_first_order(problem), space)
@@ -114,18 +115,16 @@ def doctor(
                 names += [f"{name}:rest=diag" for name, kind in STRUCTURES.items() if issubclass(kind, Kronecker)]
             pairs = [(q, parse_structure(name)) for q in quantities for name in names]
             with _bar("doctor", len(pairs) * len(BACKENDS), progress) as advance:
-                cells = []
+                rows = []
                 for pair in pairs:
-                    for cell in probe.cells(*pair):
-                        cells.append(cell)
+                    for row in probe.try_backends(*pair):
+                        rows.append(row)
                         advance()
-    except CurvlabError as error:  # what the cells say is caught where they are tried
-        cells = [
-            make_cell(q, s, b, "no", obstacle=str(error)) for q in quantities for s in STRUCTURES for b in BACKENDS
-        ]
-        return Diagnosis(summarise(problem, space), (*(faults or [str(error)]), *remarks), pd.DataFrame(cells))
-    findings = (*faults, *remarks, *find_layers_without_factors(reasons), *probe.many_rows(quantities))
-    return Diagnosis(probe.summary(), findings, pd.DataFrame(cells))
+    except CurvlabError as error:  # of the problem; errors of single combinations are caught in the probe
+        rows = [make_row(q, s, b, "no", obstacle=str(error)) for q in quantities for s in STRUCTURES for b in BACKENDS]
+        return Diagnosis(summarise(problem, space), (*(faults or [str(error)]), *remarks), pd.DataFrame(rows))
+    findings = (*faults, *remarks, *find_layers_without_factors(reasons), *probe.suggest_sampling(quantities))
+    return Diagnosis(probe.summary(), findings, pd.DataFrame(rows))
 
 
 _bar = progress  # the argument of ``doctor`` hides the function's name there

@@ -1,4 +1,4 @@
-"""Time and memory of a computation, and what they come to on more samples."""
+"""Measured time and memory of a computation, and their extrapolation to more samples."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-_QUICK, _REPEATED = 0.25, 0.05  # seconds: what takes less is measured again, until it has taken so long in all
+_QUICK, _REPEATED = 0.25, 0.05  # seconds: shorter work than _QUICK is repeated until _REPEATED has passed in total
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
-    """Return the least of some measurements: what else the machine does only adds to it."""
+    """Return the minimum of some measurements, because other load of the machine only adds time."""
     taken: list[float] = []
     while not taken or (len(taken) < 5 and min(taken) < _QUICK and sum(taken) < _REPEATED):
         started = time.perf_counter()
@@ -27,21 +27,21 @@ def measure_seconds(work: Callable[[], object]) -> float:
 
 
 def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
-    """Return the value at ``n`` of the line through the last two points, between constant and proportional."""
+    """Return the value at ``n`` on the line through the last two points, with a slope from constant to proportional."""
     (after, high), (before, low) = points[-1], points[max(len(points) - 2, 0)]
     slope = (high - low) / (after - before) if after > before else 0.0
     return high + min(max(slope, 0.0), high / after) * (n - after)
 
 
 def measure_peak(work: Callable[[], object]) -> int:
-    """Return the peak in bytes of the tensors that a computation makes, without what kernels use inside."""
+    """Return the peak memory in bytes of the tensors that a computation creates, without the workspace of kernels."""
     with _Allocations() as allocations:
         work()
     return int(allocations.peak)
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of tensors that come and go, on any device; those that were there before do not count."""
+    """Mode that counts the bytes of live tensors, on any device, without tensors that existed before."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

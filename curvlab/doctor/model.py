@@ -1,4 +1,4 @@
-"""What stands in the way, or is unusual, about a model."""
+"""Faults and unusual properties of a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,22 +8,22 @@ from curvlab.problem import is_stochastic
 
 
 def find_faults(model: nn.Module) -> Iterator[str]:
-    """Yield what ``Problem.check`` refuses about a model: all of it, where that raises the first."""
+    """Yield all faults for which ``Problem.check`` refuses a model; ``check`` itself raises the first only."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        # An attention mask, a buffer, is minus infinity by design.
+        # A buffer may be minus infinity by design, such as an attention mask.
         bad = ~tensor.isfinite() if isinstance(tensor, nn.Parameter) else tensor.isnan()
         if bool(bad.any()):
             yield f"the model's {name} holds {int(bad.sum())} NaN or infinite values"
-    unsettled, training = [], []
+    without_statistics, training = [], []
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            unsettled.append(_describe(name, module))
+            without_statistics.append(_describe(name, module))
         elif module.training and is_stochastic(module):
             training.append(_describe(name, module))
-    if unsettled:
+    if without_statistics:
         yield (
-            f"{_enumerate(unsettled)} {_be(unsettled)} without running statistics, so that a sample's output always "
-            "depends on its batch: make it with track_running_stats=True"
+            f"{_enumerate(without_statistics)} {_be(without_statistics)} without running statistics, so a sample's "
+            "output always depends on its batch: use track_running_stats=True"
         )
     if training:
         yield (
@@ -33,7 +33,7 @@ def find_faults(model: nn.Module) -> Iterator[str]:
 
 
 def find_remarks(model: nn.Module) -> Iterator[str]:
-    """Yield what is unusual, and no fault: operations in place, tied and frozen parameters."""
+    """Yield unusual properties that are not faults: in-place operations, tied and frozen parameters."""
     in_place = [_describe(name, m) for name, m in model.named_modules() if getattr(m, "inplace", False) is True]
     if in_place:
         yield f"in place: {_enumerate(in_place)}"
@@ -42,23 +42,23 @@ def find_remarks(model: nn.Module) -> Iterator[str]:
         names.setdefault(id(parameter), []).append(name)
     for first, *others in names.values():
         if others:
-            yield f"tied: {first} is also {_enumerate(others)}, and counted once"
+            yield f"tied: {first} is also {_enumerate(others)}; it is counted once"
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"frozen (requires_grad=False) and left out: {_enumerate(frozen)}"
 
 
 def find_layers_without_factors(reasons: Mapping[str, str]) -> Iterator[str]:
-    """Yield a phrase a reason for which parameters have no Kronecker factors.
+    """Yield one phrase per reason why parameters have no Kronecker factors.
 
     Args:
-        reasons: By the name of the parameter.
+        reasons: Reasons by parameter name.
     """
     by_reason: dict[str, list[str]] = {}
     for parameter, reason in reasons.items():
         by_reason.setdefault(reason, []).append(parameter)
     for reason, parameters in by_reason.items():
-        yield f"no Kronecker factors: {_enumerate(parameters)} {reason}"
+        yield f"no Kronecker factors for {_enumerate(parameters)}: {'it' if len(parameters) == 1 else 'each'} {reason}"
 
 
 def _describe(name: str, module: nn.Module) -> str:

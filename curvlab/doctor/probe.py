@@ -1,4 +1,4 @@
-"""Every quantity, structure and backend tried on the first samples of a problem, and what the whole would cost."""
+"""Trials of all combinations of quantity, structure and backend on the first samples of a problem."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ import torch
 from curvlab.doctor.cost import extrapolate, measure_peak, measure_seconds
 from curvlab.doctor.text import format_bytes, format_seconds
 from curvlab.errors import CurvlabError, type_and_line
+from curvlab.estimators.covectors import suggest_sampling
 from curvlab.estimators.layers import Layer
-from curvlab.estimators.registry import BACKENDS, able, estimate
-from curvlab.estimators.seeds import fewer_seeds
+from curvlab.estimators.registry import BACKENDS, estimate, find_backends
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
@@ -24,33 +24,33 @@ from curvlab.structures import DenseStructure, Kronecker, Structure
 
 Work = Callable[[Problem], Callable[[], object]]
 
-_FEW = 4  # samples, on which a cell is refused or not
-_LIMIT = 0.25  # seconds that a larger probe may be expected to take
-_LARGEST = 2.5e8  # bytes of a matrix that is still formed to see who can
-_MEASURED = 1e7  # and of a matrix without structure that is formed some more times, to see how long it takes
-_PATIENCE = 10.0  # seconds that measuring may take, for all cells together
-_WATCHED = 5.0  # times as long takes what is watched for its memory
+_FEW = 4  # samples on which a combination is tried
+_LIMIT = 0.25  # seconds that a larger trial may be expected to take
+_LARGEST = 2.5e8  # bytes of the largest matrix that is tried
+_MEASURED = 1e7  # bytes of the largest matrix without structure whose time is measured
+_PATIENCE = 10.0  # seconds of measuring for all combinations together
+_WATCHED = 5.0  # factor by which a computation is slower while its memory is measured
 
 
 def summarise(problem: Problem, space: ParameterSpace) -> str:
-    """Return what a summary says of the model and the loss."""
+    """Return the sentence of a summary on the model and the loss."""
     dtype = str(problem.dtype).removeprefix("torch.")
     return f"{type(problem.model).__name__} of {space.total:,} parameters in {dtype}, {problem.loss.name}."
 
 
-def make_cell(
+def make_row(
     quantity: Quantity, structure: Structure | str, backend: str, supported: str, **more: Any
 ) -> dict[str, Any]:
-    """Return a row of ``Diagnosis.cells``; what is not given is unknown."""
-    cell = {"quantity": str(quantity), "structure": str(structure), "backend": backend, "supported": supported}
+    """Return a row of ``Diagnosis.combinations``; costs that are not given are NaN."""
+    row = {"quantity": str(quantity), "structure": str(structure), "backend": backend, "supported": supported}
     costs = dict.fromkeys(("backward_passes", "seconds", "passes", "peak_bytes", "matrix_bytes"), nan)
-    return {**cell, "auto": False, **costs, "obstacle": "", **more}
+    return {**row, "auto": False, **costs, "obstacle": "", **more}
 
 
 class Probe:
-    """The first samples of a problem, and what its cells cost on them.
+    """Trials and measurements on the first samples of a problem.
 
-    The rungs are problems of more and more samples: parts of a batch, a batch, two batches.
+    The rungs are problems with increasing numbers of samples: parts of a batch, one batch, two batches.
     """
 
     def __init__(self, problem: Problem, params: Sequence[str] | str | None, layers: Mapping[str, Layer]) -> None:
@@ -59,25 +59,25 @@ class Probe:
         self.few = self._on([next(problem.batches(_FEW))])
         with torch.no_grad():
             self.outputs = problem.forward({}, next(self.few.batches())[0]).shape[1]
-        self.left = _PATIENCE  # seconds of measuring
+        self.left = _PATIENCE  # seconds left for measuring
         batches = list(islice(problem.batches(), 2 * _FEW))
         x, y = batches[0]
         self.batch_size = len(x)
         ladder: list[list[Pair]] = [[(x[:k], y[:k])] for k in (_FEW, 2 * _FEW, 32, 128)]
-        if len(x) < _FEW:  # of small batches, it is the number that counts
+        if len(x) < _FEW:  # for small batches, the number of batches determines the cost
             ladder = [batches[:1], batches[:_FEW], batches]
         self.rungs: list[Problem] = []
         for rung in map(self._on, [*ladder, batches[:1], batches[:2]]):
             if not self.rungs or rung.num_samples > self.rungs[-1].num_samples:
                 self.rungs.append(rung)
-        _plain_pass(self.few, self.space)  # what is set up at a first call is set up
-        self.plain = self._whole(self._points(lambda some: lambda: _plain_pass(some, self.space)))
+        _plain_pass(self.few, self.space)  # the first call includes one-time initialisation
+        self.plain = self._predict(self._measure(lambda part: lambda: _plain_pass(part, self.space)))
 
     def _on(self, batches: Sequence[Pair]) -> Problem:
         return Problem(self.problem.model, self.problem.loss.name, batches)
 
     def summary(self) -> str:
-        """Return what there is to say of model, loss and data, and what a plain pass takes."""
+        """Return a summary of model, loss and data, with the time of a plain pass."""
         n = self.problem.num_samples
         batches = "in one batch" if n == self.batch_size else f"in batches of {self.batch_size:,}"
         return (
@@ -85,21 +85,21 @@ class Probe:
             f"A plain forward and backward pass over the data takes {format_seconds(self.plain)}."
         )
 
-    def many_rows(self, quantities: Sequence[Quantity]) -> Iterator[str]:
-        """Yield what there is to say about quantities whose cost grows with the classes, where these are many."""
+    def suggest_sampling(self, quantities: Sequence[Quantity]) -> Iterator[str]:
+        """Yield a phrase for each quantity that is expensive because of the number of classes."""
         for quantity in quantities:
-            if told := fewer_seeds(self.problem.loss, quantity, self.outputs):
-                yield told
+            if suggestion := suggest_sampling(self.problem.loss, quantity, self.outputs):
+                yield suggestion
 
-    def cells(self, quantity: Quantity, structure: Structure) -> list[dict[str, Any]]:
-        """Return a row a backend."""
+    def try_backends(self, quantity: Quantity, structure: Structure) -> list[dict[str, Any]]:
+        """Return one row per backend."""
         stored = self._matrix_bytes(structure)
-        # The stored Hessian is formed whole by the reference, which others are compared with.
+        # The reference, with which others are compared, forms the whole Hessian for every stored structure.
         formed = self._matrix_bytes(DenseStructure()) if isinstance(quantity, Hessian) and stored else stored
         rows = {}
         for backend in BACKENDS:
-            row = partial(make_cell, quantity, structure, backend)
-            if structure.name not in BACKENDS[backend].cells.get(type(quantity), ()):
+            row = partial(make_row, quantity, structure, backend)
+            if structure.name not in BACKENDS[backend].structures.get(type(quantity), ()):
                 rows[backend] = row("absent", obstacle=f"it does not compute {quantity.name} as {structure.name}")
                 continue
             if formed > _LARGEST:
@@ -111,45 +111,45 @@ class Probe:
                 rows[backend] = row("yes", matrix_bytes=stored, **costs)
             except CurvlabError as error:
                 rows[backend] = row("no", obstacle=str(error))
-            except Exception as error:  # a library can fail in any way, and that is then what there is to say
-                told = f"backend {backend} fails: {type_and_line(error)}"
-                rows[backend] = row("no", obstacle=told)
-        for backend in self._chosen(quantity, structure, [name for name in rows if rows[name]["supported"] == "yes"]):
+            except Exception as error:  # a library can raise anything
+                rows[backend] = row("no", obstacle=f"backend {backend} fails: {type_and_line(error)}")
+        capable = [name for name in rows if rows[name]["supported"] == "yes"]
+        for backend in self._find_automatic(quantity, structure, capable):
             rows[backend]["auto"] = True
         return list(rows.values())
 
-    def _chosen(self, quantity: Quantity, structure: Structure, able_here: Sequence[str]) -> list[str]:
-        """Return which of the backends that can ``auto`` takes: the first, or one a part of a structure with a rest."""
+    def _find_automatic(self, quantity: Quantity, structure: Structure, capable: Sequence[str]) -> list[str]:
+        """Return the capable backends that ``auto`` uses: the first, or one per part of a structure with a rest."""
         if isinstance(structure, Kronecker) and structure.rest is not None:
-            with suppress(Exception):  # why, the backends have said one by one
+            with suppress(Exception):  # the rows of the backends already give the reason
                 chosen = estimate(self.few, quantity, structure, params=self.params).info.backend.split(", ")
-                return [name for name in chosen if name in able_here]
+                return [name for name in chosen if name in capable]
             return []
-        return [b.name for b in able(quantity, structure) if b.name in able_here][:1] if able_here else []
+        return [b.name for b in find_backends(quantity, structure) if b.name in capable][:1] if capable else []
 
     def _costs(self, quantity: Quantity, structure: Structure, backend: str, measured: bool) -> dict[str, float]:
-        def work(some: Problem) -> Callable[[], object]:
-            def matrix() -> CurvatureMatrix:
-                return estimate(some, quantity, structure, backend=backend, params=self.params)
+        def work(part: Problem) -> Callable[[], object]:
+            def make_matrix() -> CurvatureMatrix:
+                return estimate(part, quantity, structure, backend=backend, params=self.params)
 
-            return matrix if structure.name != "implicit" else self._multiplied(matrix())
+            return make_matrix if structure.name != "implicit" else self._make_product(make_matrix())
 
         backward_passes = self._backward_passes(quantity, structure)
         columns = 1
         if isinstance(quantity, Hessian) and structure.name != "implicit" and not BACKENDS[backend].library:
-            # The reference makes its matrix of products, a column each: one shows whether it can.
+            # The reference computes the matrix column by column with products: one product is enough as a trial.
             columns = self.space.total
-            trial = self._multiplied(estimate(self.few, quantity, "implicit", backend=backend, params=self.params))
+            trial = self._make_product(estimate(self.few, quantity, "implicit", backend=backend, params=self.params))
         else:
             trial = work(self.few)
         started = time.perf_counter()
-        trial()  # refused before anything is measured; and what is loaded at a first call is loaded
+        trial()  # raises an error if it is not supported; the first call also includes one-time initialisation
         if not measured or columns * (time.perf_counter() - started) > self.left:
             return {"backward_passes": backward_passes}
-        points = self._points(work)
+        points = self._measure(work)
         if len(points) < min(2, len(self.rungs)):
             return {"backward_passes": backward_passes}
-        seconds = self._whole(points)
+        seconds = self._predict(points)
         return {
             "backward_passes": backward_passes,
             "seconds": seconds,
@@ -157,20 +157,20 @@ class Probe:
             "peak_bytes": self._peak(work, points),
         }
 
-    def _multiplied(self, matrix: CurvatureMatrix) -> Callable[[], object]:
+    def _make_product(self, matrix: CurvatureMatrix) -> Callable[[], object]:
         vector = torch.ones(self.space.total, dtype=matrix.dtype, device=matrix.device)
-        matrix.matvec(vector)  # the first product comes with checks
+        matrix.matvec(vector)  # the first product includes checks
         return lambda: matrix.matvec(vector)
 
-    def _points(self, work: Work) -> list[tuple[Problem, float]]:
-        """Return seconds on the rungs that can be afforded: the first two, and from there as far as it goes."""
+    def _measure(self, work: Work) -> list[tuple[Problem, float]]:
+        """Return the seconds on the affordable rungs: the first two, then the largest that is affordable."""
         points: list[tuple[Problem, float]] = []
 
         def affordable(rung: Problem) -> bool:
             if points and points[-1][1] * rung.num_samples / points[-1][0].num_samples > self.left:
                 return False
-            # A cell may take long on any number of samples: then further ones cost little.
-            return len(points) < 2 or self._at(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1])
+            # If the time is long on any number of samples, more samples add little.
+            return len(points) < 2 or self._extrapolate(points, rung.num_samples) <= max(_LIMIT, 2 * points[0][1])
 
         left = self.rungs
         while reached := [rung for rung in left if affordable(rung)]:
@@ -181,23 +181,24 @@ class Probe:
             left = [other for other in left if other.num_samples > rung.num_samples]
         return points
 
-    def _whole(self, points: Sequence[tuple[Problem, float]]) -> float:
-        return self._at(points, self.problem.num_samples)
+    def _predict(self, points: Sequence[tuple[Problem, float]]) -> float:
+        """Return the value for all samples."""
+        return self._extrapolate(points, self.problem.num_samples)
 
-    def _at(self, points: Sequence[tuple[Problem, float]], n: int) -> float:
+    def _extrapolate(self, points: Sequence[tuple[Problem, float]], n: int) -> float:
         return extrapolate([(rung.num_samples, value) for rung, value in points], n)
 
     def _peak(self, work: Work, points: Sequence[tuple[Problem, float]]) -> float:
-        """Return the bytes on a batch; NaN where it takes long to watch even the first rungs."""
-        watched = [rung for rung in self.rungs if rung.num_samples == self.batch_size]  # further batches add nothing
-        if _WATCHED * self._at(points, self.batch_size) > min(_LIMIT, self.left):
+        """Return the bytes on one batch; NaN if measuring even the first rungs takes too long."""
+        watched = [rung for rung in self.rungs if rung.num_samples == self.batch_size]  # more batches add no memory
+        if _WATCHED * self._extrapolate(points, self.batch_size) > min(_LIMIT, self.left):
             watched = [rung for rung, _ in points[:2]]
             if _WATCHED * sum(seconds for _, seconds in points[:2]) > self.left:
                 return nan
         started = time.perf_counter()
         peaks = [(rung, float(measure_peak(work(rung)))) for rung in watched]
         self.left -= time.perf_counter() - started
-        return self._at(peaks, self.batch_size)
+        return self._extrapolate(peaks, self.batch_size)
 
     def _backward_passes(self, quantity: Quantity, structure: Structure) -> float:
         if structure.name == "implicit":
@@ -230,7 +231,8 @@ class Probe:
 
 def _too_large(size: int) -> str:
     return (
-        f"it takes {format_bytes(size)}, too much to try; diag, kfac and implicit take less, and params=[...] selects"
+        f"it needs {format_bytes(size)}, too much to try; use diag, kfac or implicit, or select parameters with "
+        "params=[...]"
     )
 
 

@@ -1,4 +1,4 @@
-"""A diagnosis as text."""
+"""Text of a diagnosis."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,27 +12,27 @@ from curvlab.text import readable
 _LINE = 120  # characters
 
 
-def write_lines(summary: str, findings: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a diagnosis: of its summary, findings and cells."""
+def write_lines(summary: str, findings: Sequence[str], combinations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a diagnosis: its summary, findings and combinations."""
     yield _wrap(summary, "")
     for finding in findings:
         yield _wrap(f"- {finding}", "  ")
-    if {cell["supported"] for cell in cells} == {"no"} and len({cell["obstacle"] for cell in cells}) == 1:
-        yield "Nothing can be computed before this is mended."
+    if {row["supported"] for row in combinations} == {"no"} and len({row["obstacle"] for row in combinations}) == 1:
+        yield "Nothing can be computed until this is corrected."
         return
-    for quantity, of_quantity in groupby(cells, itemgetter("quantity")):
+    for quantity, group in groupby(combinations, itemgetter("quantity")):
         yield f"\n{quantity:<28} {'seconds':>9} {'passes':>8} {'peak':>9} {'matrix':>9}"
-        for structure, rows in groupby(of_quantity, itemgetter("structure")):
+        for structure, rows in groupby(group, itemgetter("structure")):
             yield f"  {structure}"
-            yield from _rows(list(rows))
+            yield from _write_rows(list(rows))
     yield (
-        "\n* what auto takes. seconds: predicted for all samples, for implicit those of a product; passes: the same in "
-        "plain\nforward and backward passes; peak: memory beyond model and data; matrix: of the result"
+        "\n* used by auto. seconds: predicted for all samples, for implicit for one product; passes: the same in "
+        "plain\nforward and backward passes; peak: memory in addition to model and data; matrix: size of the result"
     )
 
 
-def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    told: dict[str, list[str]] = {}
+def _write_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    obstacles: dict[str, list[str]] = {}
     for row in rows:
         if row["supported"] == "yes":
             name = f"{row['backend']} *" if row["auto"] else row["backend"]
@@ -44,8 +44,9 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
             yield f"    {name:<24} {seconds:>9} {passes:>8} {peak:>9} {matrix:>9}"
         else:
-            told.setdefault("has none" if row["supported"] == "absent" else row["obstacle"], []).append(row["backend"])
-    for obstacle, backends in told.items():
+            obstacle = "does not compute this" if row["supported"] == "absent" else row["obstacle"]
+            obstacles.setdefault(obstacle, []).append(row["backend"])
+    for obstacle, backends in obstacles.items():
         yield _wrap(f"    {', '.join(backends)}: {obstacle}", "      ")
 
 

@@ -1,4 +1,4 @@
-"""Estimators: a quantity of a problem in a structure, computed by a backend. ``estimate`` is the one door."""
+"""Estimators: ``estimate`` computes a quantity of a problem in a structure with one of the backends."""
 
 from curvlab.estimators.per_layer import per_layer
 from curvlab.estimators.registry import BACKENDS, estimate

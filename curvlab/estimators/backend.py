@@ -1,4 +1,4 @@
-"""What a backend is: the cells of quantity and structure that it fills, and how it says no."""
+"""The interface of a backend: the combinations of quantity and structure that it computes, and what it refuses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from curvlab.structures import Structure
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a backend has computed.
+class BackendResult:
+    """Result of a backend.
 
     Attributes:
-        tensors: Those that hold the matrix (``CurvatureMatrix.tensors``), in at least float32.
-        rejected: Why a faster way was not taken, by parameter: a phrase that follows its name.
+        tensors: The tensors of the matrix (``CurvatureMatrix.tensors``), in at least float32.
+        rejected: Reason why a faster method was not used, by parameter: a phrase that follows the parameter's name.
     """
 
     tensors: Mapping[str, Tensor]
@@ -27,7 +27,7 @@ class Computed:
 
 
 class Compute(Protocol):
-    """From a problem to a matrix."""
+    """Function that computes the matrix of a problem."""
 
     def __call__(
         self,
@@ -37,28 +37,28 @@ class Compute(Protocol):
         space: ParameterSpace,
         batch_size: int | None,
         advance: Advance,
-    ) -> Computed:
-        """Compute the matrix as a mean over samples; ``advance`` is called with the samples done."""
+    ) -> BackendResult:
+        """Compute the matrix as a mean over samples; call ``advance`` with the number of samples done."""
 
 
 class Product(Protocol):
-    """From a problem to the product with ``(P, K)``: an implicit matrix."""
+    """Function that returns the product of a problem's matrix with vectors ``(P, K)``: an implicit matrix."""
 
     def __call__(
         self, problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None
     ) -> Callable[[Tensor], Tensor]:
-        """Return the product; each call of it goes through the data."""
+        """Return the product; each call of it is a pass over the data."""
 
 
 class Obstacle(Protocol):
-    """What keeps a backend from a cell for this model, if anything does, before any number is computed."""
+    """Function that finds, before anything is computed, why a backend cannot compute a combination for this model."""
 
     def __call__(self, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
         """Return None, or a clause that names the module or the loss: ``it has no rule for GELU (act)``."""
 
 
 def no_obstacle(*_: object, **__: object) -> str | None:
-    """Say that nothing is in the way, of any model."""
+    """Return None: the backend supports every model."""
     return None
 
 
@@ -67,19 +67,19 @@ class Backend:
     """A backend.
 
     Attributes:
-        name: What ``estimate(..., backend=name)`` calls it.
-        cells: The names of the structures that it computes, by quantity.
-        compute: Stored structures. For a Kronecker structure the space holds parameters of ``kronecker_layers`` only,
-            and the tensors are ``LAYER|A`` ``(d, d)`` and ``LAYER|S`` ``(o, o)``; for EK-FAC ``LAYER|U_A`` and
-            ``LAYER|U_S``, eigenvectors in columns, and ``LAYER|values`` ``(o, d)``.
-        obstacle: Why it cannot for the model at hand.
-        product: The implicit structure, where it has that.
-        library: Whether it is another library's code, whose answer on a few samples is compared with the reference
-            before it is believed.
+        name: Its name in ``estimate(..., backend=name)``.
+        structures: Names of the structures that it computes, by quantity.
+        compute: Computes the stored structures. For a Kronecker structure the space has parameters of
+            ``kronecker_layers`` only, and the tensors are ``LAYER|A`` ``(d, d)`` and ``LAYER|S`` ``(o, o)``; for EK-FAC
+            ``LAYER|U_A`` and ``LAYER|U_S``, eigenvectors in columns, and ``LAYER|values`` ``(o, d)``.
+        obstacle: Finds why it does not support the model.
+        product: Computes the implicit structure; None where the backend has none.
+        library: Whether it is the code of another library. Its result on a few samples is then compared with the
+            reference before it is used.
     """
 
     name: str
-    cells: Mapping[type[Quantity], Sequence[str]]
+    structures: Mapping[type[Quantity], Sequence[str]]
     compute: Compute
     obstacle: Obstacle = no_obstacle
     product: Product | None = None

@@ -1,9 +1,10 @@
 """BackPACK (Dangel, Kunstner and Hennig, "BackPACK: packing more into backprop", ICLR 2020).
 
-First order, from per-sample gradients or their squares: the rows ``J' s_r`` of a quantity are the gradients of
-``s_r' f``. Second order, propagated backwards layer by layer: the diagonals of the exact Fisher and of the Hessian, and
-K-FAC. In place of its losses a module stands that starts from our ``s_r``, so that the library's scales (a squared
-error divided by ``N C``), its limits (one output for binary cross-entropy) and its own draws have no part.
+First-order extensions give per-sample gradients or their squares: the rows ``J' s_r`` of a quantity are the gradients
+of ``s_r' f``. Second-order extensions, which propagate backwards layer by layer, give the diagonals of the exact Fisher
+and of the Hessian, and K-FAC. Its losses are replaced by a module that starts from our ``s_r``. So the library's scales
+(a squared error divided by ``N C``), its limits (one output for binary cross-entropy) and its own sampling of labels
+are not used.
 """
 
 import warnings
@@ -18,12 +19,12 @@ from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, DiagHessian, SumG
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
-from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import output_changed_by_hooks
+from curvlab.estimators.backend import Backend, BackendResult
+from curvlab.estimators.capture import find_changing_hook
+from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.default_dtype import default_dtype
-from curvlab.estimators.layers import Layer, layers_of
-from curvlab.estimators.seeds import label_stream, output_rows
-from curvlab.estimators.verification import unfaithful
+from curvlab.estimators.layers import Layer, find_layers
+from curvlab.estimators.verification import find_unverified_parameter
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
@@ -47,7 +48,7 @@ _HESSIAN_RULES = (
     *(nn.LeakyReLU, nn.LogSigmoid, nn.ELU, nn.SELU),
 )
 _GGN_RULES = (*_HESSIAN_RULES, *_BATCH_NORMS, nn.Identity, nn.Embedding)
-_CHAIN = "its second-order rules are for a chain of modules"
+_CHAIN = "its second-order rules need a chain of modules"
 
 
 def compute(
@@ -57,17 +58,17 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Computed:
+) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
-        with preserved_random_state():  # for its rule of pooling the library makes layers, which draw their weights
+        with preserved_random_state():  # the library's pooling rule creates layers with random weights
             means = _means(problem, quantity, structure, space, batch_size, advance)
     finally:
-        del CTX.hook_handles[hooks:]  # which the library would keep for the rest of the process
+        del CTX.hook_handles[hooks:]  # the library would keep these for the rest of the process
     if structure.name == "diag":
-        return Computed({"entries": torch.cat([means[name].reshape(-1) for name in space.names])})
-    return Computed(means)
+        return BackendResult({"entries": torch.cat([means[name].reshape(-1) for name in space.names])})
+    return BackendResult(means)
 
 
 def _means(
@@ -80,11 +81,11 @@ def _means(
 ) -> dict[str, Tensor]:
     copy = _copy(problem, space)
     if isinstance(structure, Kronecker):
-        terms = _kronecker_terms(copy, quantity, layers_of(copy.model, space), batch_size)
+        terms = _kronecker_terms(copy, quantity, find_layers(copy.model, space), batch_size)
     elif _is_second_order(quantity, structure):
         terms = _diagonal_terms(copy, quantity, batch_size)
     else:
-        terms = _row_terms(copy, quantity, structure, layers_of(copy.model, space), batch_size)
+        terms = _row_terms(copy, quantity, structure, find_layers(copy.model, space), batch_size)
     total: dict[str, Tensor] = {}
     for samples, summands in terms:
         for name, term in summands.items():
@@ -93,7 +94,7 @@ def _means(
     return {name: value.div_(problem.num_samples) for name, value in total.items()}
 
 
-#: The samples of a batch that are done, and a sum over them of what is asked for.
+#: The number of samples done and, by name, the sums over these samples.
 _Terms = Iterator[tuple[int, Mapping[str, Tensor]]]
 
 
@@ -103,15 +104,15 @@ def _is_second_order(quantity: Quantity, structure: Structure) -> bool:
 
 
 def _copy(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem with a copy of the model, of which only the parameters of the space are trainable.
+    """Return the problem with a copy of the model in which only the parameters of the space are trainable.
 
-    The library's hooks on the model would stay, and keep ``torch.func`` from it.
+    A copy, because the library's hooks stay on the model and make ``torch.func`` fail.
     """
     model = copied(problem.model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in space.names)
     for module in model.modules():
-        # What a module with a backward hook returns may not be changed in place.
+        # The output of a module with a backward hook may not be changed in place.
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
     return problem.with_model(model)
@@ -126,14 +127,14 @@ def _trainable(problem: Problem) -> dict[str, Tensor]:
 
 
 def _backward(value: Tensor, keep: bool = False) -> None:
-    # Some of the library's buffers are of the default dtype, whatever the model's.
+    # Some of the library's buffers have the default dtype, not the model's.
     with warnings.catch_warnings(), default_dtype(torch.promote_types(value.dtype, torch.get_default_dtype())):
-        warnings.filterwarnings("ignore", "Full backward hook is firing")  # which is what is wanted of first layers
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # intended for the first layers
         value.backward(retain_graph=keep)
 
 
 def _take(parameters: Mapping[str, Tensor], field: str, *batch: int) -> dict[str, Tensor]:
-    """Remove and return what the library left on parameters: nothing where the outputs do not depend on one."""
+    """Remove and return what the library stored on parameters; zeros for a parameter on which no output depends."""
     taken = {}
     for name, parameter in parameters.items():
         parameter.grad = None
@@ -151,11 +152,11 @@ def _row_terms(
     parameters = _trainable(problem)
     rng = label_stream(quantity)
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
-        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
-        for left, seed in zip(range(len(seeds) - 1, -1, -1), seeds, strict=True):
+        outputs = problem.model(inputs.clone())  # a clone, because the library stores attributes on it
+        covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
+        for left, covector in zip(range(len(covectors) - 1, -1, -1), covectors, strict=True):
             with backpack(extension, retain_graph=left > 0):
-                _backward((outputs * seed).sum(), keep=left > 0)
+                _backward((outputs * covector).sum(), keep=left > 0)
             if structure.name == "diag":
                 terms = _take(parameters, extension.savefield)
             else:
@@ -167,21 +168,21 @@ def _row_terms(
 
 
 class _OutputSpace(nn.modules.loss._Loss):
-    """Stands where the library expects a loss: a linear function of the outputs with given slopes."""
+    """Linear function of the outputs with given slopes, in place of a loss."""
 
     def forward(self, outputs: Tensor, slopes: Tensor) -> Tensor:
         return (outputs * slopes).sum()
 
 
-class _Seeds(ModuleExtension):  # type: ignore[misc]
-    """What is propagated backwards from there: the rows ``(R, N, C)`` of the output space."""
+class _Covectors(ModuleExtension):  # type: ignore[misc]
+    """Start of the backward propagation: the covectors ``(R, N, C)`` in output space."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = rows
 
     def backpropagate(self, extension: Any, *_: object) -> Any:
-        """Return the rows in the form that the extension takes."""
+        """Return the covectors in the format of the extension."""
         return {"matrices": [self.rows], "signs": [1.0]} if isinstance(extension, DiagHessian) else self.rows
 
 
@@ -192,19 +193,19 @@ def _propagate(
     extension_type: Callable[[], Any],
     hook: Callable[[nn.Module], None],
 ) -> Iterator[int]:
-    """Go backwards through every batch and yield its size; what was computed is on the parameters then."""
+    """Run the backward pass of every batch and yield its size; the results are then stored on the parameters."""
     for module in _leaves(problem.model).values():
         extend(module)
     loss = extend(_OutputSpace())
     rng = label_stream(quantity)
-    # The Hessian of these losses in the outputs is the exact Fisher's.
-    of_outputs = GGN() if isinstance(quantity, Hessian) else quantity
+    # The Hessian of these losses with respect to the outputs is that of the exact Fisher.
+    output_quantity = GGN() if isinstance(quantity, Hessian) else quantity
     for inputs, targets in problem.batches(batch_size):
-        outputs = problem.model(inputs.clone())  # on which the library leaves what it needs
+        outputs = problem.model(inputs.clone())  # a clone, because the library stores attributes on it
         given = outputs.detach()
-        rows = output_rows(problem.loss, of_outputs, given, targets, rng)[:]
+        rows = output_covectors(problem.loss, output_quantity, given, targets, rng)[:]
         extension = extension_type()
-        extension.set_module_extension(_OutputSpace, _Seeds(rows.transpose(0, 1)))
+        extension.set_module_extension(_OutputSpace, _Covectors(rows.transpose(0, 1)))
         with backpack(extension, extension_hook=hook):
             _backward(loss(outputs, problem.loss.gradients(given, targets).to(given.dtype)))
         yield len(inputs)
@@ -228,7 +229,7 @@ def _kronecker_terms(
     for n in _propagate(problem, quantity, batch_size, KFLR, keep_mean):
         factors: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            # The library has S, as a sum over samples, and A, as a mean, without the bias.
+            # The library gives S as a sum over samples and A as a mean, without the bias.
             own: dict[str, list[Tensor]] = {
                 key: vars(p).pop("kflr") for key, p in layer.module.named_parameters() if p.requires_grad
             }
@@ -244,22 +245,22 @@ def _kronecker_terms(
 
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
-    layers = layers_of(problem.model, space)
+    layers = find_layers(problem.model, space)
     for name, layer in layers.items():
         if type(layer.module) not in _FIRST_ORDER_RULES:
             return f"it has no rule for {_label(name, layer.module)}"
-        if told := _padding_obstacle(name, layer.module):
-            return told
+        if reason := _padding_obstacle(name, layer.module):
+            return reason
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
-            return f"its factors of {_label(name, layer.module)} are of another approximation"
+            return f"its factors of {_label(name, layer.module)} use another approximation"
     modules = {name: layer.module for name, layer in layers.items()}
-    if told := unfaithful(problem, space) or output_changed_by_hooks(problem, modules):
-        return told
+    if reason := find_unverified_parameter(problem, space) or find_changing_hook(problem, modules):
+        return reason
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)
         rules = _KRONECKER_RULES if kronecker else _HESSIAN_RULES if hessian else _GGN_RULES
-        if told := _chain_obstacle(_copy(problem, space), rules, flat=kronecker):
-            return told
+        if reason := _chain_obstacle(_copy(problem, space), rules, flat=kronecker):
+            return reason
     return None
 
 
@@ -268,7 +269,7 @@ def _label(name: str, module: nn.Module) -> str:
 
 
 def _padding_obstacle(name: str, module: nn.Module) -> str | None:
-    """Return a clause where a convolution's padding is one that the library silently takes for zeros of no width."""
+    """Return a clause if a convolution has a padding that the library silently treats as no padding; else None."""
     if isinstance(module, nn.modules.conv._ConvNd) and (module.padding_mode != "zeros" or module.padding == "same"):
         how = module.padding_mode if module.padding_mode != "zeros" else module.padding
         return f"its rule for {_label(name, module)} is wrong with {how!r} padding"
@@ -276,10 +277,10 @@ def _padding_obstacle(name: str, module: nn.Module) -> str | None:
 
 
 def _chain_obstacle(problem: Problem, rules: tuple[type[nn.Module], ...], flat: bool) -> str | None:
-    """Return a clause where the trainable part of the model is no chain of modules with second-order rules.
+    """Return a clause if the trainable part of the model is not a chain of modules with second-order rules; else None.
 
-    Second-order quantities go from a module to the one whose output is its input: not through a branch, nor through an
-    operation between modules. The problem's model gets hooks that stay.
+    Second-order quantities are propagated from a module to the module whose output is its input: not through a branch,
+    nor through an operation between modules. The hooks that this function adds stay on the problem's model.
     """
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
@@ -297,17 +298,17 @@ def _chain_obstacle(problem: Problem, rules: tuple[type[nn.Module], ...], flat: 
     for index, (name, module, given, output) in enumerate(calls):
         if type(module) not in rules:
             return f"it has no second-order rule for {_label(name, module)}"
-        if told := _padding_obstacle(name, module):
-            return told
+        if reason := _padding_obstacle(name, module):
+            return reason
         if name in [earlier for earlier, *_ in calls[:index]]:
             return f"{_CHAIN}, and {_label(name, module)} is called more than once"
         if flat and isinstance(module, nn.Linear) and given.ndim != 2:
-            return f"its factors of {_label(name, module)} are for inputs (N, d)"
+            return f"its factors of {_label(name, module)} need inputs (N, d)"
         if given.requires_grad and given is not previous:
-            return f"{_CHAIN}, and {_label(name, module)} takes something else than the output of the one before"
+            return f"{_CHAIN}, and the input of {_label(name, module)} is not the output of the module before it"
         previous = output
     if outputs is not previous:
-        return f"{_CHAIN}, and the model's outputs are not those of the last"
+        return f"{_CHAIN}, and the model's outputs are not the output of the last module"
     return None
 
 

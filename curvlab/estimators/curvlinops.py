@@ -1,8 +1,9 @@
 """curvlinops (Dangel, Eschenhagen and others): the factors of K-FAC and EK-FAC, and products by ``torch.func``.
 
-In place of its losses it is given our output rows ``s``, for ``J' s s' J``, and for the Hessian the sum of our losses:
-its scales (a squared error without the 1/2, and divided by the outputs), its limits (binary targets) and its own draws
-have no part. Its check of determinism, which costs several passes, is off: ``Problem`` sees to that.
+Its losses are replaced: by our covectors ``s``, for ``J' s s' J``, and for the Hessian by the sum of our losses. So its
+scales (a squared error without the 1/2, divided by the number of outputs), its limits (binary targets) and its own
+sampling of labels are not used. Its check of determinism, which costs several passes, is off, because ``Problem``
+checks this.
 """
 
 import warnings
@@ -16,9 +17,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from curvlab.errors import UnsupportedError, type_and_line
 from curvlab.estimators import products, snapshots
-from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.seeds import label_stream, output_rows
-from curvlab.estimators.snapshots import differentiable, told
+from curvlab.estimators.backend import Backend, BackendResult
+from curvlab.estimators.covectors import label_stream, output_covectors
+from curvlab.estimators.snapshots import enable_all_derivatives, explain_torch_errors
 from curvlab.graph import walk
 from curvlab.losses import Loss
 from curvlab.matrices.eigen import symmetric_eigh
@@ -28,15 +29,15 @@ from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Kronecker, Structure
 
-with warnings.catch_warnings():  # of a library that it imports
+with warnings.catch_warnings():  # from a library that it imports
     warnings.simplefilter("ignore", FutureWarning)
     from curvlinops import EKFACLinearOperator, GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
 
-_NO_INDEX = 2**64 - 1  # what a node of torch's graph saves for no index: -1
+_NO_INDEX = 2**64 - 1  # the value that a node of torch's graph saves for "no index": -1
 _PROBE_SAMPLES = 2
-#: Whose gradient torch.func cannot differentiate, or differentiates wrongly (the norms' weights).
+#: Modules whose gradient torch.func cannot differentiate, or differentiates wrongly (the weights of the norms).
 _NO_SECOND_DERIVATIVE = (nn.LayerNorm, _InstanceNorm, nn.GroupNorm, nn.SiLU, nn.Mish, nn.Hardsigmoid)
-_COLUMNS = 16  # that are multiplied at once: the library keeps the activations of each
+_COLUMNS = 16  # vectors that are multiplied at once: the library keeps the activations of each
 _LOSSES = {
     "cross_entropy": nn.CrossEntropyLoss,
     "squared_error": nn.MSELoss,
@@ -45,7 +46,7 @@ _LOSSES = {
 
 
 class _Passes:
-    """The batches of a problem, gone through any number of times, with the same labels drawn each time."""
+    """Iterable over the batches of a problem that draws the same labels in every pass."""
 
     def __init__(
         self,
@@ -63,16 +64,16 @@ class _Passes:
             self.advance(len(inputs))
 
     def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the output rows of the batch that is under way."""
-        return output_rows(self.problem.loss, self.quantity, outputs, targets, self._rng)[:]
+        """Return the covectors of the current batch, ``(N, R, C)``."""
+        return output_covectors(self.problem.loss, self.quantity, outputs, targets, self._rng)[:]
 
 
 class _WithRows(_Passes):
-    """The same, with the output rows in the place of the targets."""
+    """The same, with the covectors in place of the targets."""
 
     def __iter__(self) -> Iterator[Pair]:
         for inputs, targets in super().__iter__():
-            with torch.enable_grad():  # which a derivative inside the forward needs
+            with torch.enable_grad():  # for models with a derivative inside the forward pass
                 outputs = self.problem.forward({}, inputs).detach()
             yield inputs, self.rows(outputs, targets)
 
@@ -81,15 +82,15 @@ class _WithRows(_Passes):
 
 
 class _ByRows:
-    """A backward pass for each of our output rows, in place of the library's own, to the outputs that layers give.
+    """Mixin that runs a backward pass for each covector, to the outputs of the layers before any other hook.
 
-    The library looks at outputs after the user's hooks, which may have changed them, on some samples only, and its own
-    hooks are lost where an output is a view that is changed in place.
+    The library uses the outputs after the user's hooks, which may change them, even on some samples only. Its own hooks
+    are lost if an output is a view that is changed in place.
     """
 
     _data: _Passes
     _params: list[Tensor]
-    _outputs: dict[str, Tensor]  # of the layers, before any other hook, which go on as copies
+    _outputs: dict[str, Tensor]  # copies of the layers' outputs, taken before any other hook
 
     def _keep_outputs(self, modules: Mapping[str, nn.Module]) -> None:
         self._outputs = {}
@@ -133,20 +134,20 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Computed:
+) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     assert isinstance(structure, Kronecker)
     n = problem.num_samples
     corrected = structure.name == "ekfac"
-    copied = _copy(problem, space)
-    modules = {name: copied.model.get_submodule(name) for name in _layer_names(space)}
+    copy = _copy(problem, space)
+    modules = {name: copy.model.get_submodule(name) for name in _layer_names(space)}
     for module in modules.values():
         module.register_forward_pre_hook(_by_position, with_kwargs=True)
     operator = (_EKFAC if corrected else _KFAC)(
-        copied.model,
+        copy.model,
         _LOSSES[problem.loss.name](reduction="sum"),
-        _parameters(copied, space),
-        _Passes(copied, quantity, batch_size, lambda samples: advance(samples / 2 if corrected else samples)),
+        _parameters(copy, space),
+        _Passes(copy, quantity, batch_size, lambda samples: advance(samples / 2 if corrected else samples)),
         check_deterministic=False,
         fisher_type="empirical",
         kfac_approx=structure.sharing,
@@ -161,18 +162,18 @@ def compute(
     slopes = operator.state_dict()["gradient_covariances"]
     if not corrected:
         factors = {f"{name}|A": a for name, a in inputs.items()}
-        return Computed(factors | {f"{name}|S": s / n for name, s in slopes.items()})
-    # The library's own eigenvectors are in the model's dtype: float32 does not converge on some factors of low rank.
+        return BackendResult(factors | {f"{name}|S": s / n for name, s in slopes.items()})
+    # The library computes eigenvectors in the model's dtype; float32 does not converge for some factors of low rank.
     bases = {f"{name}|U_A": symmetric_eigh(a)[1] for name, a in inputs.items()}
     bases |= {f"{name}|U_S": symmetric_eigh(s)[1] for name, s in slopes.items()}
     operator._input_covariances_eigenvectors = {name: bases[f"{name}|U_A"] for name in inputs}
     operator._gradient_covariances_eigenvectors = {name: bases[f"{name}|U_S"] for name in slopes}
     operator.compute_eigenvalue_correction()
     for name, values in operator.state_dict()["corrected_eigenvalues"].items():
-        # By parameter where the layer has but one.
+        # A dict by parameter if the layer has only one.
         both = values if isinstance(values, Tensor) else next(iter(values.values()))
         bases[f"{name}|values"] = both.reshape(len(both), -1) / n
-    return Computed(bases)
+    return BackendResult(bases)
 
 
 def _layer_names(space: ParameterSpace) -> list[str]:
@@ -182,7 +183,7 @@ def _layer_names(space: ParameterSpace) -> list[str]:
 def _by_position(
     _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # Where the library looks for the input.
+    # The library expects the input among the positional arguments.
     return (*arguments, *keywords.values()), {}
 
 
@@ -190,7 +191,7 @@ def _by_position(
 
 
 class _Values(nn.Module):
-    """The sum of a loss over samples."""
+    """Sum of a loss over samples."""
 
     reduction = "sum"
 
@@ -203,7 +204,7 @@ class _Values(nn.Module):
 
 
 class _Squares(nn.Module):
-    """A loss whose Hessian in the outputs is ``sum_r s_r s_r'``."""
+    """Loss whose Hessian with respect to the outputs is ``sum_r s_r s_r'``."""
 
     reduction = "sum"
 
@@ -216,32 +217,32 @@ def product(
 ) -> Callable[[Tensor], Tensor]:
     """See ``curvlab.estimators.backend.Product``."""
     n = problem.num_samples
-    copied = _copy(problem, space)
-    model, parameters, checks = copied.model, _parameters(copied, space), {"check_deterministic": False, "num_data": n}
+    copy = _copy(problem, space)
+    model, parameters, checks = copy.model, _parameters(copy, space), {"check_deterministic": False, "num_data": n}
     if isinstance(quantity, Hessian):
-        passes = _Passes(copied, quantity, batch_size)
+        passes = _Passes(copy, quantity, batch_size)
         operator = HessianLinearOperator(model, _Values(problem.loss), parameters, passes, **checks)
     else:
-        operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copied, quantity, batch_size), **checks)
+        operator = GGNLinearOperator(model, _Squares(), parameters, _WithRows(copy, quantity, batch_size), **checks)
 
     def multiply(vectors: Tensor) -> Tensor:
-        with differentiable(copied), told(copied.model):
+        with enable_all_derivatives(copy), explain_torch_errors(copy.model):
             return torch.cat([operator @ some for some in vectors.detach().split(_COLUMNS, dim=1)], dim=1) / n
 
     return multiply
 
 
-# What both need ------------------------------------------------------------------------------------------------------
+# Shared by factors and products --------------------------------------------------------------------------------------
 
 
 def _copy(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem with a copy of the model that leaves its inputs alone."""
-    with differentiable(problem):
-        copied = snapshots.copied(problem, space)
-    if copied is None:
-        raise UnsupportedError(f"{type(problem.model).__name__} cannot be copied, or its copy computes something else")
-    copied.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
-    return copied
+    """Return the problem with a copy of the model that does not change its inputs."""
+    with enable_all_derivatives(problem):
+        copy = snapshots.copy_problem(problem, space)
+    if copy is None:
+        raise UnsupportedError(f"{type(problem.model).__name__} cannot be copied, or its copy gives other outputs")
+    copy.model.register_forward_pre_hook(lambda _, arguments: (arguments[0].clone(),))
+    return copy
 
 
 def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
@@ -256,7 +257,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
     few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
     try:
         return _product_obstacle(few, quantity, space)
-    except Exception as error:  # what is raised where it meets something unforeseen can be anything
+    except Exception as error:  # the library can raise anything
         reason = type_and_line(error)
         return f"it fails on {_suspects(problem.model, quantity)} ({reason})"
 
@@ -266,22 +267,22 @@ def _factor_obstacle(model: nn.Module, space: ParameterSpace) -> str | None:
         module = model.get_submodule(name)
         label = f"{type(module).__name__} ({name or 'the model'})"
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            return f"it has factors of Linear and Conv2d layers only, not of {label}"
+            return f"it has factors for Linear and Conv2d layers only, not for {label}"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            return f"its factors of {label} are those of zero padding, not of {module.padding_mode}"
+            return f"its factors of {label} assume zero padding, not {module.padding_mode} padding"
     return None
 
 
 def _product_obstacle(few: Problem, quantity: Quantity, space: ParameterSpace) -> str | None:
     if _has_padding_index(few):
-        # Which few samples need not show, as they need not hold the index.
-        return "its forward-mode derivative of an embedding goes through padding_idx, whose row has no gradient"
+        # The comparison below may miss it, because few samples need not contain the index.
+        return "its forward-mode derivative of an embedding includes the row of padding_idx, which has no gradient"
     vectors = torch.randn(space.total, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     vectors = vectors.to(few.device, few.dtype)
     theirs = product(few, quantity, space, None)(vectors)
     ours = products.product(few, quantity, space, None)(vectors)
     if bool((theirs - ours).abs().max() > 10 * torch.finfo(few.dtype).eps ** 0.5 * ours.abs().max()):
-        return f"its {quantity.name} of {_suspects(few.model, quantity)} is not that of automatic differentiation"
+        return f"its {quantity.name} of {_suspects(few.model, quantity)} differs from automatic differentiation"
     return None
 
 
@@ -293,15 +294,15 @@ def _has_padding_index(few: Problem) -> bool:
 
 
 def _suspects(model: nn.Module, quantity: Quantity) -> str:
-    """Return the model's name, and modules of it that are known to stand in the way."""
+    """Return the model's name and, for the Hessian, its modules that are known to cause such failures."""
     known = [f"{type(m).__name__} ({n})" for n, m in model.named_modules() if isinstance(m, _NO_SECOND_DERIVATIVE)]
     return ", ".join([type(model).__name__, *(known if isinstance(quantity, Hessian) else [])])
 
 
-_CELLS = ("kfac", "ekfac", "implicit")
+_STRUCTURES = ("kfac", "ekfac", "implicit")
 BACKEND = Backend(
     "curvlinops",
-    {Fisher: _CELLS, EmpiricalFisher: _CELLS, GGN: _CELLS, Hessian: ("implicit",)},
+    {Fisher: _STRUCTURES, EmpiricalFisher: _STRUCTURES, GGN: _STRUCTURES, Hessian: ("implicit",)},
     compute,
     obstacle,
     product=product,

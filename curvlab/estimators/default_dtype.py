@@ -1,4 +1,4 @@
-"""The default dtype, for code of others that makes its buffers in it whatever the model's dtype is."""
+"""Context manager for the default dtype, for libraries that create buffers in it instead of the model's dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make a dtype the default within the block.
+    """Set the default dtype within the block.
 
     Examples:
         >>> with default_dtype(torch.float64):

@@ -1,10 +1,10 @@
-"""Our own fast path: one forward pass, one backward pass a row to the outputs of the layers, and algebra.
+"""curvlab's own fast backend: one forward pass, one backward pass to the layers' outputs for each row, and algebra.
 
-No gradient of a parameter is computed by automatic differentiation where a layer has a closed form. The squares of the
-per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares, those of a convolution come from its
-patches or from a convolution in as many groups as samples; other modules that are called once are differentiated by
-themselves, vectorised over samples; and what is left (tied weights, bare parameters, recurrent and attention modules)
-by the whole network.
+Where a layer has a closed form, no gradient of a parameter is computed by automatic differentiation. The squared
+per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares; those of a convolution come from its
+patches, or from a convolution with as many groups as samples. Other modules that are called once are differentiated
+alone, vectorised over samples. The remaining parameters (tied weights, bare parameters, recurrent and attention
+modules) are differentiated through the whole network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvlab.estimators.backend import Backend, Computed
+from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import Call, backward, working_dtype
+from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
-from curvlab.estimators.seeds import Seeds, label_stream, output_rows
 from curvlab.estimators.sums import Sums
-from curvlab.estimators.verification import UnfaithfulError, Verified, verify_factors, verify_rules
+from curvlab.estimators.verification import ChangedUseError, Verification, verify_factors, verify_rules
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
@@ -28,12 +28,12 @@ from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import Kronecker, Structure, TKFACStructure
 
-# Samples of a batch that are taken at once unless asked otherwise: see ``_piece``.
+# Bounds of the default number of samples processed at once: see ``_chunk_size``.
 _FEWEST, _MOST = 8, 1000
-_CACHE = 1.6e7  # about what the input and output of a layer may take there
-_BYTES = 6.4e7  # about what the rotated gradients of a layer that are held at once may take
+_CACHE = 1.6e7  # approximate limit, in bytes, of the input and output of a layer
+_BYTES = 6.4e7  # approximate limit, in bytes, of a layer's rotated gradients held at once
 
-_Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; a row, the gradients of the outputs
+_Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; gradients of the outputs, row by row
 _Passes = Callable[[], Iterator[_Batch]]
 
 
@@ -44,7 +44,7 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Computed:
+) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
         verified = verify_factors(problem, space)
@@ -56,17 +56,17 @@ def compute(
                 advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
 
         if isinstance(structure, TKFACStructure):
-            return Computed(_tkfac(batches, verified.layers, structure, problem))
+            return BackendResult(_tkfac(batches, verified.layers, structure, problem))
         factors = _kfac(batches, verified.layers, structure, problem)
         if structure.name == "kfac":
-            return Computed(factors)
-        return Computed(_ekfac(batches, verified.layers, problem, factors))
+            return BackendResult(factors)
+        return BackendResult(_ekfac(batches, verified.layers, problem, factors))
     if structure.name == "diag" and not isinstance(quantity, MaSQ):
         return _diagonal(problem, quantity, space, batch_size, advance)
-    return Computed(_from_rows(problem, quantity, structure, space, advance))
+    return BackendResult(_from_rows(problem, quantity, structure, space, advance))
 
 
-# Any structure, from rows --------------------------------------------------------------------------------------------
+# Structures computed from rows ---------------------------------------------------------------------------------------
 
 
 def _from_rows(
@@ -98,33 +98,33 @@ def _squared_rows(problem: Problem, quantity: Quantity, space: ParameterSpace, a
 
 def _diagonal(
     problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None, advance: Advance
-) -> Computed:
+) -> BackendResult:
     verified = verify_rules(problem, space)
     while True:
         rest = space.restrict(verified.reasons)
         try:
             entries = _by_rules(problem, quantity, space, verified, batch_size, advance)
             break
-        except UnfaithfulError as error:  # what the samples of the verification did not show
-            verified = verified.without(error.reasons)
+        except ChangedUseError as error:  # not visible on the samples of the verification
+            verified = verified.exclude(error.reasons)
         except WrongRuleError as error:
-            told = f"has no rule that is right for every batch: {error}"
-            alone = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
-            verified = verified.without({parameter: told for layer in alone for parameter in layer.parameters})
+            reason = f"has no rule that is right for every batch: {error}"
+            wrong = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
+            verified = verified.exclude({parameter: reason for layer in wrong for parameter in layer.parameters})
     by_rule = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
-    assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is filled once"
+    assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is computed once"
     if rest.names:
         rows = _squared_rows(problem, quantity, rest, no_progress if by_rule else advance)
         for name, part in rest.slices.items():
             entries[space.slices[name]] = rows[part]
-    return Computed({"entries": entries}, verified.reasons)
+    return BackendResult({"entries": entries}, verified.reasons)
 
 
 def _by_rules(
     problem: Problem,
     quantity: Quantity,
     space: ParameterSpace,
-    verified: Verified,
+    verified: Verification,
     batch_size: int | None,
     advance: Advance,
 ) -> Tensor:
@@ -145,32 +145,32 @@ def _by_rules(
 
 
 def _batches(
-    problem: Problem, quantity: Quantity, verified: Verified, batch_size: int | None, entries: int
+    problem: Problem, quantity: Quantity, verified: Verification, batch_size: int | None, entries: int
 ) -> Iterator[_Batch]:
-    """Yield, a batch, the inputs of each layer, and then for every row the gradients of their outputs.
+    """Yield, for each batch, the inputs of each layer, and an iterator over rows of the gradients of their outputs.
 
     Args:
         problem: Model, loss and data.
-        quantity: What has the rows.
-        verified: The layers.
-        batch_size: Samples of a batch; None for what is fast.
-        entries: Of what a batch is added to.
+        quantity: The quantity, which has rows.
+        verified: The verified layers.
+        batch_size: Samples processed at once; None for a fast choice.
+        entries: Number of entries of the sums to which a batch is added.
     """
     rng = label_stream(quantity)
-    size = _piece(problem, verified, entries) if batch_size is None else batch_size
-    for inputs, targets in _pieces(problem.batches(batch_size), size):
+    size = _chunk_size(problem, verified, entries) if batch_size is None else batch_size
+    for inputs, targets in _split_batches(problem.batches(batch_size), size):
         outputs, calls = verified.run(problem, inputs)
-        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
+        covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
         given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
-        yield given, _pulled_back(outputs, list(calls.values()), seeds)
+        yield given, _pull_back(outputs, list(calls.values()), covectors)
 
 
-def _piece(problem: Problem, verified: Verified, entries: int) -> int:
-    """Return how many samples are taken at once.
+def _chunk_size(problem: Problem, verified: Verification, entries: int) -> int:
+    """Return how many samples are processed at once.
 
-    What a layer reads and writes should still be in the cache for the next one: a convolution on many samples is
-    slower for each of them, and takes memory. But what a batch is added to is gone through for each, which should not
-    take longer than the activations. An accelerator is kept busy by many.
+    The output of a layer should still be in the cache when the next layer reads it: with more samples, a convolution
+    takes longer per sample, and more memory. On the other hand, each batch is added to the sums, which should not take
+    longer than the activations do. On an accelerator, many samples are faster.
     """
     if problem.device.type != "cpu":
         return _MOST
@@ -180,17 +180,17 @@ def _piece(problem: Problem, verified: Verified, entries: int) -> int:
     return min(_MOST, max(_FEWEST, fitting, worth_it))
 
 
-def _pieces(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
-    """Yield batches in equal parts of at most some samples."""
+def _split_batches(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
+    """Yield batches in equal parts of at most ``size`` samples."""
     for inputs, targets in batches:
         step = -(-len(inputs) // -(-len(inputs) // size))
         yield from zip(inputs.split(step), targets.split(step), strict=True)
 
 
-def _pulled_back(outputs: Tensor, calls: Sequence[Call], seeds: Seeds) -> Iterator[Sequence[Tensor]]:
-    last = len(seeds) - 1
-    for index, row in enumerate(seeds):
-        # A list that is emptied: whoever still holds it when the next row is computed holds no gradients.
+def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> Iterator[Sequence[Tensor]]:
+    last = len(covectors) - 1
+    for index, row in enumerate(covectors):
+        # The list is emptied, so that no reference keeps these gradients while the next row is computed.
         gradients = list(backward(outputs, calls, row, keep=index < last))
         yield gradients
         gradients.clear()
@@ -233,7 +233,7 @@ def _tkfac(
     means = {key: mirror_(factor) for key, factor in sums.means().items()}
     for name, layer in layers.items():
         left, right = means[f"{name}|A"], means[f"{name}|S"]
-        # The whole scale is on S: gao's A has trace one, the other's is K-FAC's own.
+        # S has the whole scale: for gao, A has trace one; for rescaled, it is K-FAC's A.
         if weighted and (share := float(left.trace())):
             left /= share
         now, wanted = float(left.trace()) * float(right.trace()), trace[name] / problem.num_samples
@@ -266,8 +266,8 @@ def _ekfac(
 
 
 def _basis(factor: Tensor) -> Tensor:
-    # A basis to working precision will do, and float64 takes twice as long. In float32 LAPACK may fail on factors of
-    # low rank.
+    # Working precision is enough for a basis, and float64 takes twice as long. In float32 LAPACK may fail on factors
+    # of low rank.
     try:
         basis: Tensor = torch.linalg.eigh(factor)[1]
     except RuntimeError:  # LinAlgError
@@ -276,13 +276,15 @@ def _basis(factor: Tensor) -> Tensor:
 
 
 class _RotatedSquares:
-    """The squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a call."""
+    """Squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a call."""
 
     def __init__(self, layer: Layer, inputs: Tensor, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
         self.positions = positions(layer, inputs)
-        self.squares: Tensor | None = None  # of g U_S (N, o) for one position, else of the rotated gradient (o, d)
-        # The inputs at few positions are rotated once; at many positions it is the gradients, for every row.
+        self.squares: Tensor | None = (
+            None  # squares of g U_S (N, o) for one position, else of the rotated gradient (o, d)
+        )
+        # With few positions the inputs are rotated once; with many, the gradients are rotated for every row.
         self.rows = self.positions.input_rows() @ left if 1 < self.positions.count <= 2 * len(right) else None
 
     def add(self, gradient: Tensor) -> None:

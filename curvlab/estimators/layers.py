@@ -1,4 +1,4 @@
-"""The layers of a model: modules with the names of those of their parameters that are asked for."""
+"""The layers of a model: modules with the names of their selected parameters."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class Layer:
     """A module with its weight and bias.
 
     Attributes:
-        name: Of the module; empty for the model itself.
+        name: Name of the module; empty for the model itself.
         module: The module.
-        weight: Name of its weight, if that is among the parameters asked for.
-        bias: Name of its bias, likewise; with the weight it is the last column of the homogeneous weight.
+        weight: Name of its weight; None if it is not selected.
+        bias: Name of its bias; None if it is not selected. It is the last column of the homogeneous weight.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Layer:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of those there are."""
+        """Names of the selected parameters."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
 
-def layer_in(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
-    """Return a module as a layer with those of its parameters that the space has."""
+def make_layer(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
+    """Return a module as a layer with its parameters that are in the space."""
     weight, bias = (
         full if (full := f"{name}.{key}".removeprefix(".")) in space.names and key in module._parameters else None
         for key in ("weight", "bias")
@@ -44,25 +44,25 @@ def layer_in(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
 
 
 def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -> None:
-    """Refuse to scale a layer's factors from a trace that is given to one that is wanted, where that scales rounding.
+    """Raise an error if scaling a layer's factors from the trace ``given`` to ``wanted`` would amplify rounding errors.
 
-    With ``sharing=reduce``, the inputs or the gradients may cancel over the positions, where the gradient of the weight
-    does not: what is left of a factor then has no digit that is right.
+    With ``sharing=reduce``, the inputs or the gradients can cancel over the positions while the gradient of the weight
+    does not. The factor then consists of rounding errors.
 
     Raises:
-        CurvlabError: It is so.
+        CurvlabError: The given trace is only rounding error relative to the wanted one.
     """
     if given <= torch.finfo(dtype).eps * wanted and wanted:
         raise CurvlabError(
             f"{layer.name or 'the model'} ({type(layer.module).__name__}) has no tkfac with sharing=reduce: its inputs "
-            "or gradients cancel over the positions, and leave nothing to scale; sharing=expand does not add them up"
+            "or gradients cancel over the positions; use sharing=expand, which does not sum over positions"
         )
 
 
-def layers_of(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
+def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
     """Return the modules that have a parameter in the space, by name."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in space.names)
-    return {name: layer_in(space, name, model.get_submodule(name)) for name in names}
+    return {name: make_layer(space, name, model.get_submodule(name)) for name in names}
 
 
 def has_factors(module: nn.Module) -> bool:

@@ -1,13 +1,13 @@
-"""Linearized models before estimators."""
+"""Conversion of linearized models for the estimators."""
 
 from curvlab.linearize import first_order
 from curvlab.problem import Problem
 
 
 def to_first_order(problem: Problem) -> Problem:
-    """Return the problem with a model of the same outputs and Jacobian whose layers can be looked into.
+    """Return the problem with a model that has the same outputs and Jacobian and ordinary layers.
 
-    It is the same problem for every quantity but the Hessian, and the problem itself if nothing in it is linearized.
+    All quantities except the Hessian are the same for both. If nothing is linearized, the problem itself is returned.
     """
     model = first_order(problem.model)
     if model is problem.model:

@@ -1,8 +1,8 @@
 """NNGeometry (George, "NNGeometry: easy and fast Fisher information matrices and neural tangent kernels", 2021).
 
-Its Jacobians by module hooks are used, its metrics are not: ``FIM`` is NaN where a class is saturated and fails in
-float64, ``FIM_MonteCarlo`` draws from the global random state, and neither has the empirical Fisher. Here the Jacobians
-are those of ``R`` functions ``s_r' f`` of the outputs, whose gradients are the rows ``J' s_r`` of any quantity.
+This backend uses its Jacobians by module hooks, but not its metrics: ``FIM`` is NaN if a class is saturated and fails
+in float64, ``FIM_MonteCarlo`` draws from the global random state, and neither has the empirical Fisher. The Jacobians
+are taken of ``R`` functions ``s_r' f`` of the outputs, whose gradients are the rows ``J' s_r`` of any quantity.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from nngeometry.layercollection import LayerCollection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import forward, output_changed_by_hooks
+from curvlab.estimators.backend import Backend, BackendResult
+from curvlab.estimators.capture import find_changing_hook, forward
+from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.default_dtype import default_dtype
-from curvlab.estimators.layers import Layer, layers_of
-from curvlab.estimators.seeds import label_stream, output_rows
-from curvlab.estimators.verification import unfaithful
+from curvlab.estimators.layers import Layer, find_layers
+from curvlab.estimators.verification import find_unverified_parameter
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -32,7 +32,7 @@ from curvlab.stateless import copied
 from curvlab.structures import Kronecker, Structure
 
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
-# Not ConvTranspose2d: every such layer is kept in memory for the rest of the process.
+# Without ConvTranspose2d: the library keeps every such layer in memory for the rest of the process.
 _RULES = (*_KRONECKER_RULES, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 _Loader = DataLoader[tuple[Tensor, ...]]
@@ -46,16 +46,16 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Computed:
+) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     mean = partial(_mean, problem, quantity, space, batch_size)
     if isinstance(structure, Kronecker):
-        return Computed(_kronecker(problem.model, structure, space, mean, advance))
+        return BackendResult(_kronecker(problem.model, structure, space, mean, advance))
     collection = _collection(problem.model, space)
     parts = _parts(collection)
     if structure.name == "block_diag":
         blocks = mean(advance, lambda jacobians, data: jacobians.get_covariance_layer_blocks(data))
-        return Computed({name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names})
+        return BackendResult({name: blocks[_layer(name)][parts[name], parts[name]].clone() for name in space.names})
     kept: Tensor | slice = slice(None)
     if space.total < collection.numel():
         flat = torch.arange(collection.numel()).split([layer.numel() for layer in collection.layers.values()])
@@ -63,9 +63,9 @@ def compute(
         kept = torch.cat([indices[_layer(name)][parts[name]] for name in space.names])
     if structure.name == "diag":
         entries = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_diag(data)})[""]
-        return Computed({"entries": entries[kept]})
+        return BackendResult({"entries": entries[kept]})
     matrix = mean(advance, lambda jacobians, data: {"": jacobians.get_covariance_matrix(data)})[""]
-    return Computed({"matrix": matrix[kept][:, kept]})
+    return BackendResult({"matrix": matrix[kept][:, kept]})
 
 
 def _layer(parameter: str) -> str:
@@ -73,15 +73,15 @@ def _layer(parameter: str) -> str:
 
 
 def _collection(model: nn.Module, space: ParameterSpace) -> LayerCollection:
-    """Return the library's description of the layers that have a parameter in the space."""
+    """Return the library's description of the layers with a parameter in the space."""
     collection = LayerCollection()
-    for layer in layers_of(model, space).values():
+    for layer in find_layers(model, space).values():
         collection.add_layer_from_model(model, layer.module)
     return collection
 
 
 def _parts(collection: LayerCollection) -> dict[str, slice]:
-    """Return where each parameter lies among the entries of its layer: the weight first, then the bias."""
+    """Return the slice of each parameter among the entries of its layer: the weight first, then the bias."""
     parts = {}
     for name, layer in collection.layers.items():
         weights = layer.weight.numel()
@@ -98,8 +98,8 @@ def _mean(
     advance: Advance,
     generate: _Generate,
 ) -> dict[str, Tensor]:
-    """Return the mean over samples of what the library makes of every batch as a mean over that."""
-    # A copy: after an exception the library's hooks stay on the model.
+    """Return the mean over samples of what ``generate`` returns as a mean over each batch."""
+    # A copy, because the library's hooks stay on the model after an exception.
     copy = problem.with_model(copied(problem.model))
     collection = _collection(copy.model, space)
     jacobians = TorchHooksJacobianBackend(copy.model, _Rows(copy, quantity), layer_collection=collection)
@@ -107,7 +107,7 @@ def _mean(
     total: dict[str, Tensor] = {}
     for inputs, targets in problem.batches(batch_size):
         n = len(inputs)
-        # Some of the library's buffers are of the default dtype, whatever the model's.
+        # Some of the library's buffers have the default dtype, not the model's.
         with default_dtype(working_dtype):
             means = generate(jacobians, _loader(inputs, targets))
         for name, value in means.items():
@@ -117,7 +117,7 @@ def _mean(
 
 
 class _Rows:
-    """The ``R`` functions of the outputs whose gradients are the rows of a quantity: ``(N, R)`` of a batch."""
+    """The ``R`` functions of the outputs whose gradients are the rows of a quantity; returns ``(N, R)`` for a batch."""
 
     def __init__(self, problem: Problem, quantity: Quantity) -> None:
         self.problem, self.quantity = problem, quantity
@@ -128,16 +128,16 @@ class _Rows:
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with default_dtype(self.default):
             outputs = self.problem.forward({}, inputs)
-            seeds = output_rows(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
-        self.count = len(seeds)
-        return torch.einsum("nc,nrc->nr", outputs, seeds[:])
+            covectors = output_covectors(self.problem.loss, self.quantity, outputs.detach(), targets, self.rng)
+        self.count = len(covectors)
+        return torch.einsum("nc,nrc->nr", outputs, covectors[:])
 
 
 def _loader(inputs: Tensor, targets: Tensor) -> _Loader:
-    """Return a batch as the library asks for it: a DataLoader, whose sampler has as many indices as samples."""
+    """Return a batch in the form that the library needs: a DataLoader whose sampler has as many indices as samples."""
     n = len(inputs)
     indices: Any = range(n)
-    # Detached: the library sets requires_grad. With a generator: without, a DataLoader draws from the global one.
+    # Detached, because the library sets requires_grad. A DataLoader without a generator draws from the global one.
     whole = inputs.detach(), targets
     return DataLoader(indices, batch_size=n, collate_fn=lambda _: whole, generator=torch.Generator())
 
@@ -149,7 +149,7 @@ def _kronecker(
     mean: Callable[[Advance, _Generate], dict[str, Tensor]],
     advance: Advance,
 ) -> dict[str, Tensor]:
-    columns = {name: _columns(layer) for name, layer in layers_of(model, space).items()}
+    columns = {name: _columns(layer) for name, layer in find_layers(model, space).items()}
     ekfac = structure.name == "ekfac"
     factors = mean(no_progress if ekfac else advance, _factors)
     for layer, (kept, _) in columns.items():
@@ -161,7 +161,7 @@ def _kronecker(
     for layer, (kept, width) in columns.items():
         a, s = (symmetric_eigh(factors[f"{layer}|{side}"])[1] for side in "AS")
         tensors[f"{layer}|U_A"], tensors[f"{layer}|U_S"] = a, s
-        # The library projects the whole homogeneous weight: columns that are not asked for go to nothing.
+        # The library projects the whole homogeneous weight: columns that are not selected get zeros.
         before, behind = kept.start, width - kept.stop
         bases[layer] = nn.functional.pad(a, (before, behind, before, behind)), s
     values = mean(advance, lambda jacobians, data: jacobians.get_kfe_diag(bases, data))
@@ -178,10 +178,10 @@ def _columns(layer: Layer) -> tuple[slice, int]:
 
 
 def _factors(jacobians: TorchHooksJacobianBackend, data: _Loader) -> dict[str, Tensor]:
-    """Return K-FAC's factors of a batch on our scale.
+    """Return the K-FAC factors of a batch on curvlab's scale.
 
-    The library sums over ``T`` positions in ``A`` where we take the mean, and divides ``S`` by ``T`` where we do not;
-    and it has the root of ``R`` in ``A`` and divides ``S`` by it.
+    In ``A`` the library sums over ``T`` positions, while curvlab takes the mean; it divides ``S`` by ``T``, while
+    curvlab does not. It also multiplies ``A`` by the square root of ``R`` and divides ``S`` by it.
     """
     positions: dict[nn.Module, int] = {}
 
@@ -208,22 +208,22 @@ def obstacle(
     """See ``curvlab.estimators.backend.Obstacle``."""
     inputs = problem.probe()[0][0]
     if not inputs.is_floating_point():
-        return "it differentiates in the inputs, and these are integers"
-    layers = layers_of(problem.model, space)
+        return "it differentiates with respect to the inputs, and these are integers"
+    layers = find_layers(problem.model, space)
     modules = {name: layer.module for name, layer in layers.items()}
     for name, module in modules.items():
-        told = _rule_obstacle(module, structure)
-        if told:
-            return f"{told} ({name or 'the model'})"
-    if told := unfaithful(problem, space) or output_changed_by_hooks(problem, modules):
-        return told
+        reason = _rule_obstacle(module, structure)
+        if reason:
+            return f"{reason} ({name or 'the model'})"
+    if reason := find_unverified_parameter(problem, space) or find_changing_hook(problem, modules):
+        return reason
     calls = forward(problem, modules, inputs)[1]
     for name, module in modules.items():
         given = calls[name][0].inputs
         found, right = given.ndim if given is not None else 0, _input_dimensions(module)
         if found != right:
             kind = type(module).__name__
-            return f"its rule for {kind} is for inputs of {right} dimensions, not {found} ({name or 'the model'})"
+            return f"its rule for {kind} needs inputs of {right} dimensions, not {found} ({name or 'the model'})"
     return None
 
 
@@ -236,9 +236,9 @@ def _rule_obstacle(module: nn.Module, structure: Structure) -> str | None:
             return f"its rule for {kind} is wrong with groups"
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             how = module.padding if isinstance(module.padding, str) else module.padding_mode
-            return f"its rule for {kind} is for zero padding of a given width, not for {how!r}"
+            return f"its rule for {kind} needs zero padding of a given width, not {how!r}"
         if isinstance(structure, Kronecker) and structure.sharing == "reduce":
-            return f"its factors of {kind} are those of expand, not of reduce"
+            return f"its factors of {kind} are for sharing=expand, not reduce"
     return None
 
 

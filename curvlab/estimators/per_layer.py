@@ -1,4 +1,4 @@
-"""A curvature matrix for each layer of a model."""
+"""Curvature matrices of the layers of a model."""
 
 from collections.abc import Sequence
 from glob import escape
@@ -27,20 +27,21 @@ def per_layer(
 
     Args:
         problem: Model, loss and data.
-        quantity: As for ``estimate``, and so is all that follows.
-        structure: Of every matrix.
-        backend: What computes them.
+        quantity: As for ``estimate``, like all further arguments.
+        structure: Structure of every matrix.
+        backend: Backend that computes them.
         params: Glob patterns of parameter names; None for all trainable ones.
-        batch_size: Samples taken at once.
+        batch_size: Samples processed at once.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        By the name of the module, in the model's order; the name of the model itself is empty. A parameter that several
-        modules share is with the first of them. An implicit matrix keeps graphs of up to 1 GB from its first product.
+        Matrices by the name of the module, in the model's order; the name of the model itself is empty. A parameter
+        that several modules share belongs to the first of them. An implicit matrix keeps graphs of up to 1 GB from its
+        first product on.
 
     Raises:
         CurvlabError: As ``estimate``.
-        UnsupportedError: As ``estimate``, such as for the Kronecker factors of a layer that has none.
+        UnsupportedError: As ``estimate``, for example for the Kronecker factors of a layer that has none.
 
     Examples:
         >>> import torch
@@ -65,7 +66,7 @@ def per_layer(
 
 
 def patterns_by_module(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, list[str]]:
-    """Return, by the name of the module, patterns that match just its own parameters among those selected."""
+    """Return, by module name, patterns that match exactly the module's own selected parameters."""
     modules: dict[str, list[str]] = {}
     for name in ParameterSpace.of(model, params).names:
         modules.setdefault(name.rpartition(".")[0], []).append(escape(name))

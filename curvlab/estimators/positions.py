@@ -1,9 +1,9 @@
 """A Linear or convolution layer as one matrix ``(o, d)`` that is applied at ``T`` positions of each sample.
 
 At position ``t`` of sample ``n`` the layer multiplies ``a_nt``: the input features, or the patch under the kernel, with
-a one behind them for the bias. With the gradient ``g_nt`` of its output there, the gradient of a sample is
-``sum_t g_nt a_nt'``, and the Kronecker factors are second moments of ``a`` and of ``g``. None of this forms the patches
-of a convolution but where they are small: unfolding costs the memory of ``k k`` images and is slower.
+a one appended for the bias. With the gradient ``g_nt`` of the output at that position, the gradient of a sample is
+``sum_t g_nt a_nt'``, and the Kronecker factors are second moments of ``a`` and of ``g``. The patches of a convolution
+are formed only where they are small: unfolding takes the memory of ``k k`` images and is slower.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,17 @@ from torch.nn import functional as F
 
 from curvlab.estimators.layers import Layer
 
-_FEW_CHANNELS = 4  # up to which the moment of patches is faster from these than by convolving the images
-_BYTES = 8e6  # about what the per-sample gradients of a layer that are held at once may take: they fit in a cache
-_SMALL_PATCH = 150  # entries of a patch below which unfolding is faster where a convolution has no blocks of channels
+_FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
+_BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
+_SMALL_PATCH = 150  # below this number of entries, unfolding is faster for convolutions without blocks of channels
 
 
 class LinearPositions:
-    """The inputs of one call of a Linear layer.
+    """Inputs of one call of a Linear layer.
 
     Args:
         layer: The layer.
-        inputs: ``(N, ..., features)``: the dimensions between are positions.
+        inputs: ``(N, ..., features)``: the dimensions in between are positions.
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
@@ -52,7 +52,7 @@ class LinearPositions:
         return self.rows.square().sum(dim=(1, 2)) / self.count
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
-        """Add ``sum_n w_n sum_t g_nt g_nt'`` to the upper triangle of an ``(o, o)``; the gradient is of the output."""
+        """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
         rows = self.gradient_rows(gradient)
         rows = rows if weights is None else rows * weights.sqrt().view(-1, 1, 1)
         add_gram_(total, rows.flatten(0, 1))
@@ -88,7 +88,7 @@ class LinearPositions:
 
 
 class ConvPositions:
-    """The inputs of one call of a convolution without groups.
+    """Inputs of one call of a convolution without groups.
 
     Args:
         layer: The layer.
@@ -102,18 +102,18 @@ class ConvPositions:
         self.stride: tuple[int, ...] = module.stride
         self.dilation: tuple[int, ...] = module.dilation
         self.inputs = inputs
-        # What the module itself pads with, the last dimension first, whatever its padding and mode.
+        # The padding that the module itself uses, last dimension first, for any padding and mode.
         self.pads: list[int] = module._reversed_padding_repeated_twice
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        whole = [size + sum(self._of(i)) for i, size in enumerate(inputs.shape[2:])]
+        padded = [size + sum(self._padding(i)) for i, size in enumerate(inputs.shape[2:])]
         self.spatial = tuple(
             (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(whole, self.kernel, self.stride, self.dilation, strict=True)
+            for size, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
         )
         self.count = prod(self.spatial)
 
-    def _of(self, dimension: int) -> list[int]:
-        """Return the padding before and behind a spatial dimension."""
+    def _padding(self, dimension: int) -> list[int]:
+        """Return the padding before and after a spatial dimension."""
         end = len(self.pads) - 2 * dimension
         return self.pads[end - 2 : end]
 
@@ -151,31 +151,31 @@ class ConvPositions:
     def _correlation(self, images: Tensor) -> Tensor:
         """Return the moment of the patches: for each kernel offset, a convolution of the images with themselves.
 
-        The gradient of a convolution's weight correlates its input with its output's gradient: given the images seen
-        under offset ``p`` for the latter, it is the rows ``p`` of the moment. They are computed from their own first
-        index on; the rest is symmetric.
+        The gradient of a convolution's weight is the correlation of its input with the gradient of its output. With
+        the part of the images at offset ``p`` in place of the latter, it gives the rows ``p`` of the moment. Only the
+        entries from the own first index on are computed; the others follow by symmetry.
         """
         c, first, order = self._channels, self.kernel[0], len(self.kernel)
         moment = images.new_empty(*self.kernel, c, c, *self.kernel)
         for offset in product(*map(range, self.kernel)):
-            seen = self._under(images, offset).contiguous()
+            seen = self._at_offset(images, offset).contiguous()
             cut = images[:, :, offset[0] * self.dilation[0] :]
             kernel = (first - offset[0], *self.kernel[1:])
             moment[offset][:, :, offset[0] :] = self._weight_gradient(cut, seen, kernel)
         for low in range(first):
             for high in range(low + 1, first):
                 # [high, q, c, c', low, q'] is [low, q', c', c, high, q]
-                mirrored = self._transposed(moment[low].select(-order, high))
+                mirrored = self._transpose_block(moment[low].select(-order, high))
                 moment[high].select(-order, low).copy_(mirrored)
         return moment.permute(order, *range(order), *range(order + 1, 2 * order + 2)).reshape(c * prod(self.kernel), -1)
 
-    def _transposed(self, block: Tensor) -> Tensor:
+    def _transpose_block(self, block: Tensor) -> Tensor:
         # (q..., c, c', q'...) -> (q'..., c', c, q...)
         inner = len(self.kernel) - 1
         return block.permute(*range(inner + 2, 2 * inner + 2), inner + 1, inner, *range(inner))
 
-    def _under(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
-        """Return what is seen at one offset of the kernel, ``(N, channels, ...)``."""
+    def _at_offset(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
+        """Return the part of the images at one offset of the kernel, ``(N, channels, ...)``."""
         index: list[slice] = [slice(None), slice(None)]
         for o, size, s, d in zip(offset, self.spatial, self.stride, self.dilation, strict=True):
             index.append(slice(o * d, o * d + s * (size - 1) + 1, s))
@@ -183,8 +183,8 @@ class ConvPositions:
 
     @cached_property
     def _patches(self) -> Tensor:
-        """The patches under the kernel, ``(N, d, T)``, without the bias's one."""
-        seen = [self._under(self.images, offset) for offset in product(*map(range, self.kernel))]
+        """The patches under the kernel, ``(N, d, T)``, without the one for the bias."""
+        seen = [self._at_offset(self.images, offset) for offset in product(*map(range, self.kernel))]
         return torch.stack(seen, dim=2).flatten(1, 2).flatten(2)
 
     def _weight_gradient(
@@ -207,10 +207,10 @@ class ConvPositions:
     def _unfolds(self, outputs: int) -> bool:
         """Return whether the gradients are faster from the patches than by a convolution in groups.
 
-        Of shapes alone, so that numbers do not depend on a machine's load. The patches of a kernel of one entry are the
-        images. oneDNN convolves in blocks of eight channels of float32, at the speed of a matrix product; where there
-        are none it unfolds by itself, sample by sample, at a cost that is that of ours for large patches only. In three
-        dimensions, and in float64, ours is the slower one (``benchmarks/convolutions.py``).
+        This depends on shapes alone, so that results do not depend on the load of the machine. For a kernel with one
+        entry, the patches are the images. oneDNN convolves in blocks of eight channels in float32, at the speed of a
+        matrix product; without such blocks it unfolds sample by sample, which is as fast as our unfolding for large
+        patches only. In three dimensions, and in float64, our unfolding is slower (``benchmarks/convolutions.py``).
         """
         entries = self._channels * prod(self.kernel)
         if prod(self.kernel) == 1:
@@ -226,7 +226,7 @@ class ConvPositions:
         if not self.layer.weight:
             return ones
         dims = tuple(range(2, self.images.ndim))
-        seen = [self._under(self.images, o).mean(dim=dims) for o in product(*map(range, self.kernel))]
+        seen = [self._at_offset(self.images, o).mean(dim=dims) for o in product(*map(range, self.kernel))]
         means = torch.stack(seen, dim=2).flatten(1)
         return torch.cat([means, ones], dim=1) if self.layer.bias else means
 
@@ -236,22 +236,22 @@ class ConvPositions:
         if self.layer.weight:
             energy = self.images.square().sum(dim=1, keepdim=True)
             for offset in product(*map(range, self.kernel)):
-                total += self._under(energy, offset).flatten(1).sum(dim=1)
+                total += self._at_offset(energy, offset).flatten(1).sum(dim=1)
         mean: Tensor = total / self.count
         return mean
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
-        """Add ``sum_n w_n sum_t g_nt g_nt'`` to the upper triangle of an ``(o, o)``; the gradient is of the output."""
+        """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
         rows = gradient.flatten(2)
         if weights is not None:
             rows = rows * weights.sqrt().view(-1, 1, 1)
-        if rows.shape[1] > rows.shape[2]:  # a moment a sample would take more memory than the gradients
+        if rows.shape[1] > rows.shape[2]:  # one moment per sample would take more memory than the gradients
             add_gram_(total, rows.mT.flatten(0, 1))
         else:
             total += (rows @ rows.mT).sum(dim=0)
 
     def input_rows(self) -> Tensor:
-        """Return ``a_nt``, ``(N, T, d)``: the patches, of as many bytes as there are kernel entries an image."""
+        """Return ``a_nt``, ``(N, T, d)``: the patches, which take the memory of one image for each kernel entry."""
         ones = self.inputs.new_ones(len(self.inputs), self.count, 1)
         parts = ([self._patches.mT] if self.layer.weight else []) + ([ones] if self.layer.bias else [])
         return torch.cat(parts, dim=2)
@@ -279,30 +279,30 @@ class ConvPositions:
             yield gradient.flatten(2).sum(dim=2, keepdim=True)
             return
         step = _step(outputs * self._channels * prod(self.kernel), gradient)
-        few = self._unfolds(outputs)
-        # The kernel pads by itself, without a copy, where it can: with as many zeros before as behind.
-        before, behind = zip(*map(self._of, range(len(self.kernel))), strict=True)
-        itself = self.mode == "constant" and before == behind
-        given = self._patches if few else self.inputs if itself else self.images
+        unfolds = self._unfolds(outputs)
+        # The convolution pads by itself, without a copy, if it can: with equally many zeros before and after.
+        before, after = zip(*map(self._padding, range(len(self.kernel))), strict=True)
+        pads_itself = self.mode == "constant" and before == after
+        given = self._patches if unfolds else self.inputs if pads_itself else self.images
         for g, some in zip(gradient.split(step), given.split(step), strict=True):
-            if few:
-                of_weight = g.flatten(2) @ some.mT
+            if unfolds:
+                weight_gradient = g.flatten(2) @ some.mT
             else:
                 n = len(g)
-                # As a convolution in n groups, a sample each.
-                of_weight = self._weight_gradient(
+                # As a convolution with n groups, one for each sample.
+                weight_gradient = self._weight_gradient(
                     some.reshape(1, -1, *some.shape[2:]),
                     g.reshape(1, -1, *g.shape[2:]),
-                    padding=before if itself else None,
+                    padding=before if pads_itself else None,
                     groups=n,
                 ).reshape(n, outputs, -1)
             if self.layer.bias:
-                of_weight = torch.cat([of_weight, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)
-            yield of_weight
+                weight_gradient = torch.cat([weight_gradient, g.flatten(2).sum(dim=2, keepdim=True)], dim=2)
+            yield weight_gradient
 
 
 class ReducedPositions(LinearPositions):
-    """A layer as if at one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
+    """A layer reduced to one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
 
     def __init__(self, whole: LinearPositions | ConvPositions) -> None:
         self.whole = whole
@@ -313,11 +313,11 @@ class ReducedPositions(LinearPositions):
         return self.whole.gradient_sums(gradient).unsqueeze(1)
 
     def squared_gradients(self, gradient: Tensor) -> float:
-        """Return ``sum_n |sum_t g_nt a_nt'|^2`` of the gradients themselves, which no reduction changes."""
+        """Return ``sum_n |sum_t g_nt a_nt'|^2`` of the gradients without reduction."""
         return self.whole.squared_gradients(gradient)
 
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield the gradients themselves."""
+        """Yield the gradients without reduction."""
         return self.whole.sample_gradients(gradient)
 
 
@@ -330,9 +330,9 @@ def positions(layer: Layer, inputs: Tensor) -> Positions:
 
 
 def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4) -> None:
-    """Add ``factor rows' rows`` to the upper triangle of ``total``, in panels: 5/8 of the work of the whole product."""
+    """Add ``factor rows' rows`` to the upper triangle of ``total``, in panels: 5/8 of the cost of the whole product."""
     size = rows.shape[1]
-    if size < 64 * panels:  # where it is not the product that costs
+    if size < 64 * panels:  # the product itself is not the main cost
         total.addmm_(rows.mT, rows, alpha=factor)
         return
     ends = [size * (i + 1) // panels for i in range(panels)]

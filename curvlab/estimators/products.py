@@ -1,8 +1,8 @@
-"""Products of a curvature with vectors by automatic differentiation: the implicit structure, of any model.
+"""Products of a curvature matrix with vectors by automatic differentiation: the implicit structure, for any model.
 
-The Hessian by differentiating the gradient along a vector (Pearlmutter 1994); the Fishers and the GGN as
-``J' s s' J v`` with the output rows ``s`` of ``curvlab.estimators.seeds`` (Schraudolph 2002); the Matrix of Squares
-from the gradients of its mini-batches. Nothing is vectorised over samples, so that no module needs a rule for that.
+The Hessian is multiplied by differentiating the gradient along a vector (Pearlmutter 1994); the Fishers and the GGN as
+``J' s s' J v`` with the covectors ``s`` of ``curvlab.estimators.covectors`` (Schraudolph 2002); the Matrix of Squares
+from the gradients of its mini-batches. Nothing is vectorised over samples, so that no module needs a batching rule.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -18,24 +18,30 @@ from torch.autograd import forward_ad
 from torch.nn.utils.weight_norm import WeightNorm
 
 from curvlab.errors import UnsupportedError, first_line
+from curvlab.estimators.covectors import label_stream, output_product
 from curvlab.estimators.rows import row_batches
-from curvlab.estimators.seeds import label_stream, output_product
-from curvlab.estimators.snapshots import HeldProblem, Watch, differentiable, snapshot, told
+from curvlab.estimators.snapshots import (
+    SnapshotGuard,
+    SnapshotProblem,
+    enable_all_derivatives,
+    explain_torch_errors,
+    snapshot,
+)
 from curvlab.graph import walk
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
-_KEPT_BYTES = 1e9  # of graphs that are kept from product to product, a matrix
+_KEPT_BYTES = 1e9  # limit of the graphs that a matrix keeps from product to product
 
 Leaves = Mapping[str, Tensor]
-#: From vectors ``(K, P)`` to their products, ``(K, P)``, summed over the samples of a batch.
+#: Maps vectors ``(K, P)`` to their products ``(K, P)``, summed over the samples of a batch.
 Term = Callable[[Tensor], Tensor]
-#: From a vector, by parameter, to ``J v`` ``(N, C)``.
+#: Maps a vector, given by parameter, to ``J v`` ``(N, C)``.
 Push = Callable[[Leaves], Tensor]
-#: From a batch and the stream of labels to its term, and the tensors whose graphs that uses.
+#: Maps a batch and the stream of labels to the term of the batch and the tensors whose graphs the term uses.
 Build = Callable[[Pair, np.random.Generator], tuple[Term, Sequence[Tensor]]]
-#: What makes that of a forward pass: with the tensors whose graph it keeps.
+#: Makes a ``Push`` from a forward pass; also returns the tensors whose graphs it keeps.
 Pushing = Callable[[Problem, Leaves, Tensor, Tensor], tuple[Push, Sequence[Tensor]]]
 
 
@@ -44,24 +50,24 @@ def product(
 ) -> Callable[[Tensor], Tensor]:
     """See ``curvlab.estimators.backend.Product``.
 
-    The matrix stays what it is while the model trains on (see ``curvlab.estimators.snapshots``). Monte Carlo labels are
-    the same at every product. What torch's derivatives give is tried on a few samples before it is believed. Vectors
-    are in at least float32, and so is what is added up.
+    The matrix does not change when the model is trained further (see ``curvlab.estimators.snapshots``). Monte Carlo
+    labels are the same in every product. Torch's derivatives are checked on a few samples before they are used. Vectors
+    and sums are in at least float32.
 
     Raises:
         UnsupportedError: A derivative of the model is missing in torch, or wrong.
     """
-    with differentiable(problem), told(problem.model):
+    with enable_all_derivatives(problem), explain_torch_errors(problem.model):
         at = snapshot(problem, space)
         passes = _passes(at, quantity, space, batch_size)
     num_samples = at.num_samples
 
     def multiply(vectors: Tensor) -> Tensor:
-        with differentiable(at), told(at.model):
+        with enable_all_derivatives(at), explain_torch_errors(at.model):
             columns = vectors.detach().mT.contiguous()
             total: Tensor | None = None
             for term in passes():
-                # In float64: what many batches add up to is then as accurate as what one gives.
+                # In float64, so that a sum over many batches is as accurate as one batch.
                 total = term(columns) if total is None else total.double().add_(term(columns))
         assert total is not None
         return total.div_(num_samples).to(vectors.dtype).mT
@@ -72,7 +78,7 @@ def product(
 def _passes(
     problem: Problem, quantity: Quantity, space: ParameterSpace, batch_size: int | None
 ) -> Callable[[], Iterable[Term]]:
-    watch = Watch(problem, space)
+    watch = SnapshotGuard(problem, space)
     if isinstance(quantity, MaSQ):
         return partial(_square_terms, problem, quantity, space, watch)
     if isinstance(quantity, Hessian):
@@ -80,14 +86,16 @@ def _passes(
             _check_symmetry(problem, space, few)
         build = keep = partial(_hessian_term, problem, space)
     else:
-        keep, build = (partial(_gram_term, problem, quantity, space, way) for way in _right_pushings(problem, space))
+        keep, build = (
+            partial(_gram_term, problem, quantity, space, way) for way in _select_pushforwards(problem, space)
+        )
     return _Passes(problem, quantity, batch_size, keep, build, watch).__call__
 
 
 class _Passes:
-    """Passes through the data, a term a batch; graphs are kept from pass to pass as long as they fit.
+    """Passes over the data that yield one term per batch and keep graphs from pass to pass as long as they fit.
 
-    A product on a graph that was kept takes 1.6 gradients of the Hessian where one on a new graph takes 2.7.
+    With a kept graph, a Hessian-vector product takes as long as 1.6 gradients; with a new graph, as 2.7.
     """
 
     def __init__(
@@ -97,12 +105,12 @@ class _Passes:
         batch_size: int | None,
         keep: Build,
         build: Build,
-        watch: Watch,
+        watch: SnapshotGuard,
     ) -> None:
         self._batches = partial(problem.batches, batch_size)
         self._keep, self._build, self._watch = keep, build, watch
-        # What a backward pass makes anew, as of a checkpoint, it makes with what the model is by then.
-        self._copied = not isinstance(problem, HeldProblem)
+        # A backward pass that recomputes something, such as a checkpoint, uses the model's state at that time.
+        self._copied = not isinstance(problem, SnapshotProblem)
         tensors = chain(problem.model.parameters(), problem.parameters().values())
         self._parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self._kept: list[Term] = []
@@ -116,7 +124,7 @@ class _Passes:
         yield from self._kept
         if self._whole:
             return
-        rng = deepcopy(self._rng)  # where the batches that are not kept begin
+        rng = deepcopy(self._rng)  # the state at the first batch that is not kept
         for batch in islice(self._batches(), len(self._kept), None):
             term, outputs = (self._keep if self._room > 0 else self._build)(batch, rng)
             if self._room > 0:
@@ -128,7 +136,7 @@ class _Passes:
         self._whole = self._room > 0
 
 
-def _square_terms(problem: Problem, quantity: MaSQ, space: ParameterSpace, watch: Watch) -> Iterator[Term]:
+def _square_terms(problem: Problem, quantity: MaSQ, space: ParameterSpace, watch: SnapshotGuard) -> Iterator[Term]:
     watch.check()
     for gradients in row_batches(problem, quantity, space.names):
         yield partial(_square_term, gradients)
@@ -150,7 +158,7 @@ def _hessian_term(
     slope = _pull([value], leaves.values(), [torch.ones_like(value)], create_graph=True)
 
     def term(vectors: Tensor) -> Tensor:
-        along = (_named(space, vector).values() for vector in vectors.to(problem.dtype))
+        along = (_by_parameter(space, vector).values() for vector in vectors.to(problem.dtype))
         return _rows(_pull(slope, leaves.values(), one) for one in along).to(vectors.dtype)
 
     return term, slope
@@ -163,25 +171,25 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
         products = _hessian_term(problem, space, few)[0](vectors)
     except Exception as error:
         raise UnsupportedError(
-            f"torch has no second derivative of {name}: {first_line(error)}; the GGN needs none"
+            f"torch has no second derivative of {name}: {first_line(error)}; the GGN does not need one"
         ) from error
     if not bool(products.isfinite().all()):
         raise UnsupportedError(f"the second derivative of {name} is not finite at these parameters")
     bound = _tolerance(problem) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
-    # A block can be zero, as that of a bias before a normalisation is: only rounding is left then.
+    # A block can be zero, such as that of a bias before a normalisation; it then contains only rounding errors.
     loss = problem.loss.values(problem.forward({}, few[0]).detach(), few[1]).abs().sum()
     bound = bound + 100 * torch.finfo(problem.dtype).eps * loss * vectors.norm(dim=1).prod()
     if not bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() <= bound):
-        suspects = ", ".join(_weight_normed(problem.model))
-        of = f"; weight_norm's fused kernel, in {suspects}, is known for that" if suspects else ""
+        suspects = ", ".join(_find_weight_norms(problem.model))
+        hint = f"; weight_norm's fused kernel, in {suspects}, is known to cause this" if suspects else ""
         raise UnsupportedError(
-            f"the second derivative of {name} that torch computes is not symmetric, so it is wrong{of}: replace the "
+            f"the second derivative of {name} that torch computes is not symmetric, so it is wrong{hint}: replace the "
             "module or leave its parameters out with params=[...]; the GGN needs no second derivative"
         )
 
 
-def _weight_normed(model: nn.Module) -> list[str]:
-    """Return the modules that hold ``weight_norm``, in torch's newer form or its older one."""
+def _find_weight_norms(model: nn.Module) -> list[str]:
+    """Return the names of the modules with ``weight_norm``, in torch's newer or older form."""
     newer = [
         n.rpartition("parametrizations.")[0] for n, m in model.named_modules() if type(m).__name__ == "_WeightNorm"
     ]
@@ -191,7 +199,7 @@ def _weight_normed(model: nn.Module) -> list[str]:
     return [name.removesuffix(".") or "the model" for name in newer + older]
 
 
-# The Gram matrices of output rows -------------------------------------------------------------------------------------
+# Gram matrices --------------------------------------------------------------------------------------------------------
 
 
 def _gram_term(
@@ -209,8 +217,8 @@ def _gram_term(
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        seeds = [fisher(push(_named(space, vector))) for vector in vectors.to(problem.dtype)]
-        return _rows(_pull([outputs], leaves.values(), [seed]) for seed in seeds).to(vectors.dtype)
+        covectors = [fisher(push(_by_parameter(space, vector))) for vector in vectors.to(problem.dtype)]
+        return _rows(_pull([outputs], leaves.values(), [covector]) for covector in covectors).to(vectors.dtype)
 
     return term, [outputs, *pushed_from]
 
@@ -219,10 +227,10 @@ def _gram_term(
 
 
 def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
-    """Push by a forward pass with dual numbers."""
+    """Return ``J v`` by a forward pass with dual numbers."""
 
     def push(vector: Leaves) -> Tensor:
-        with forward_ad.dual_level():  # with gradients on, which a derivative in the forward pass needs
+        with forward_ad.dual_level():  # with gradients on, for a derivative in the forward pass
             duals = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in leaves.items()}
             tangent: Tensor | None = forward_ad.unpack_dual(problem.forward(duals, inputs)).tangent
         return torch.zeros_like(outputs) if tangent is None else tangent
@@ -231,23 +239,23 @@ def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Ten
 
 
 def _double_backward(_: Problem, leaves: Leaves, __: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
-    """Push by differentiating ``J' u``, which is linear in ``u``: its graph serves any number of vectors."""
+    """Return ``J v`` by differentiating ``J' u``, which is linear in ``u``: one graph serves any number of vectors."""
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = _pull([outputs], leaves.values(), [u], create_graph=True)
     return lambda vector: _pull(pulled, [u], vector.values())[0], pulled
 
 
-def _right_pushings(problem: Problem, space: ParameterSpace) -> tuple[Pushing, Pushing]:
-    """Return the faster ways for a graph that is kept and for one that is not, of those that are right.
+def _select_pushforwards(problem: Problem, space: ParameterSpace) -> tuple[Pushing, Pushing]:
+    """Return the faster correct methods for ``J v``: one for a graph that is kept, one for a graph that is not.
 
-    Right is a ``J`` that is the adjoint of the ``J'`` that backward passes give.
+    A method is correct if its ``J`` is the adjoint of the ``J'`` of backward passes.
 
     Raises:
-        UnsupportedError: None is.
+        UnsupportedError: No method is correct.
     """
-    ways: tuple[Pushing, ...] = (_double_backward, _forward_mode)
-    obstacles = {way: _pushing_obstacle(problem, space, way) for way in ways}
-    right = [way for way in ways if obstacles[way] is None]
+    methods: tuple[Pushing, ...] = (_double_backward, _forward_mode)
+    obstacles = {method: _pushing_obstacle(problem, space, method) for method in methods}
+    right = [method for method in methods if obstacles[method] is None]
     if not right:
         raise UnsupportedError(
             f"torch cannot multiply with the Jacobian of {type(problem.model).__name__}: {obstacles[_double_backward]}"
@@ -262,24 +270,24 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
         v, u = _random(problem, (space.total,)), _random(problem, tuple(outputs.shape), seed=1)
         pulled = _flat(_pull([outputs], leaves.values(), [u]))
         try:
-            pushed = pushing(problem, leaves, inputs, outputs)[0](_named(space, v))
-        except Exception as error:  # of torch's, or of the model's on what it has never seen
+            pushed = pushing(problem, leaves, inputs, outputs)[0](_by_parameter(space, v))
+        except Exception as error:  # from torch, or from the model on dual numbers
             return first_line(error)
         if not bool(pushed.isfinite().all() and pulled.isfinite().all()):
             return "it is not finite at these parameters"
         bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
-        # Where the outputs do not depend on the parameters, only rounding is left.
+        # If the outputs do not depend on the parameters, only rounding errors remain.
         bound = bound + 100 * torch.finfo(problem.dtype).eps * u.norm() * v.norm() * outputs.detach().norm()
         if not bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
-            return "its derivatives are not adjoint, so one is wrong"
+            return "its forward and backward derivatives are not adjoint, so one is wrong"
     return None
 
 
 # Automatic differentiation -------------------------------------------------------------------------------------------
 
 
-def _named(space: ParameterSpace, vector: Tensor) -> dict[str, Tensor]:
-    """Return a vector by parameter, each a tensor of its own: torch views complex numbers at even places only."""
+def _by_parameter(space: ParameterSpace, vector: Tensor) -> dict[str, Tensor]:
+    """Return a vector by parameter, each with its own memory: torch views complex numbers at even offsets only."""
     return {name: part.clone() for name, part in space.unflatten(vector).items()}
 
 
@@ -289,11 +297,13 @@ def _leaves(problem: Problem, space: ParameterSpace) -> dict[str, Tensor]:
 
 
 def _pull(
-    outputs: Iterable[Tensor], leaves: Iterable[Tensor], seeds: Iterable[Tensor], create_graph: bool = False
+    outputs: Iterable[Tensor], leaves: Iterable[Tensor], covectors: Iterable[Tensor], create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``sum(outputs * seeds)``; zeros where it does not depend on a leaf."""
+    """Return the gradients of ``sum(outputs * covectors)``; zeros for a leaf on which it does not depend."""
     leaves = list(leaves)
-    dependent = [(output, seed) for output, seed in zip(outputs, seeds, strict=True) if output.requires_grad]
+    dependent = [
+        (output, covector) for output, covector in zip(outputs, covectors, strict=True) if output.requires_grad
+    ]
     if not dependent:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     values, along = zip(*dependent, strict=True)
@@ -303,25 +313,25 @@ def _pull(
     return tuple(gradient.to_dense() if gradient.is_sparse else gradient for gradient in found)
 
 
-def _graph_bytes(outputs: Iterable[Tensor], besides: Container[int]) -> int:
-    """Return what tensors and their graphs keep in memory, but for storages that begin at one of these addresses."""
+def _graph_bytes(outputs: Iterable[Tensor], excluded: Container[int]) -> int:
+    """Return the bytes that tensors and their graphs keep in memory, without storages at the excluded addresses."""
     outputs = list(outputs)
     sizes = dict(map(_storage, outputs))
     for node, _ in walk(outputs):
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        saved += getattr(node, "saved_tensors", ())  # of a torch.autograd.Function in Python
+        saved += getattr(node, "saved_tensors", ())  # saved by a torch.autograd.Function in Python
         for tensor in chain.from_iterable(item if isinstance(item, (tuple, list)) else [item] for item in saved):
             if isinstance(tensor, Tensor):
                 sizes.update([_storage(tensor)])
-    return sum(size for address, size in sizes.items() if address not in besides)
+    return sum(size for address, size in sizes.items() if address not in excluded)
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's memory begins, or what tells it apart, and its bytes."""
+    """Return the address of a tensor's memory, or another unique number, and its size in bytes."""
     try:
         storage = tensor.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):  # of a sparse tensor, or one within torch.func
+    except (RuntimeError, NotImplementedError):  # for a sparse tensor, or one within torch.func
         return -id(tensor), tensor.numel() * tensor.element_size()
 
 
@@ -335,8 +345,8 @@ def _rows(vectors: Iterable[Iterable[Tensor]]) -> Tensor:
 
 
 def _random(problem: Problem, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    # Not the normal numbers of ``curvlab.estimators.rules.random_like``: these are as long as all parameters together,
-    # and uniform ones in float32 take a tenth of the time and half of the memory.
+    # Uniform, not the normal numbers of ``curvlab.estimators.rules.random_like``: for vectors over all parameters,
+    # uniform numbers in float32 take a tenth of the time and half of the memory.
     noise = np.random.default_rng(seed).random(shape, dtype=np.float32) - np.float32(0.5)
     return torch.from_numpy(noise).to(problem.device, problem.dtype)
 

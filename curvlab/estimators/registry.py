@@ -1,4 +1,4 @@
-"""Which backend computes which quantity in which structure for a model, and the one door to all of them."""
+"""Selection of a backend for a quantity, a structure and a model, and ``estimate``, the interface to all backends."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +12,17 @@ from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError, UnsupportedError, first_line, type_and_line
 from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_func
 from curvlab.estimators.backend import Backend
-from curvlab.estimators.capture import quiet, working_dtype
+from curvlab.estimators.capture import ignore_torch_warnings, working_dtype
+from curvlab.estimators.covectors import suggest_sampling
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rules import random_like
-from curvlab.estimators.seeds import fewer_seeds
-from curvlab.estimators.verification import UnfaithfulError, Verified, kronecker_layers, remembering, verify_rules
+from curvlab.estimators.verification import (
+    ChangedUseError,
+    Verification,
+    cache_verification,
+    kronecker_layers,
+    verify_rules,
+)
 from curvlab.forms import unknown
 from curvlab.intake import is_finite
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
@@ -27,7 +33,7 @@ from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import attributes_restored, gradients_restored, parametrizations_computed
 from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
 
-#: By name, the fastest first, as benchmarks/estimators.py measures them: ``auto`` takes the first that can.
+#: Backends by name, the fastest first (measured by benchmarks/estimators.py): ``auto`` uses the first that can.
 BACKENDS: Mapping[str, Backend] = {
     module.BACKEND.name: module.BACKEND for module in (hooks, curvlinops, nngeometry, backpack, torch_func)
 }
@@ -48,23 +54,24 @@ def estimate(
     Args:
         problem: Model, loss and data.
         quantity: One of ``curvlab.quantities`` or its string form, such as ``"fisher:samples=4"``.
-        structure: ``dense``, ``block_diag`` (a block a parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac`` or
-            ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
-            structure is of Linear and convolution layers; the option ``rest=diag`` gives the other parameters that.
-        backend: ``hooks`` (our own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
-            per-sample automatic differentiation), or ``auto``: the fastest that is right for this model.
+        structure: ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac``
+            or ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
+            structure covers Linear and convolution layers; with the option ``rest=diag`` the other parameters get
+            their diagonal.
+        backend: ``hooks`` (curvlab's own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
+            per-sample automatic differentiation), or ``auto``: the fastest that is correct for this model.
         params: Glob patterns of parameter names; None for all trainable ones.
-        batch_size: Samples taken at once; None for the data's own batches. Never changes the result.
+        batch_size: Samples processed at once; None for the data's own batches. It does not change the result.
         progress: Show a progress bar on a terminal.
 
     Returns:
         A matrix over the selected parameters on the model's device, in its dtype or, for half-precision models, in
-        float32. Its ``info`` says which backend computed it, and what was rejected before and why.
+        float32. Its ``info`` has the backend that computed it, and which others were rejected and why.
 
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
-        UnsupportedError: No backend, or not this one, computes this right for this model; the message names the
-            module that stands in the way and what would work.
+        UnsupportedError: No backend, or not the requested one, computes this correctly for this model; the message
+            names the module that is the cause and an alternative.
 
     Examples:
         >>> import torch
@@ -78,25 +85,25 @@ def estimate(
     if batch_size is not None:
         batch_size = whole_number(batch_size, "batch_size", 1)
     space = ParameterSpace.of(problem.model, params)
-    able(quantity, structure, backend)  # a cell that no one fills is said before the data are gone through
+    find_backends(quantity, structure, backend)  # fail before the data are read if no backend has the combination
     problem.check()
     if not isinstance(quantity, Hessian):
         problem = to_first_order(problem)
-    problem = remembering(problem)
-    # Also where the caller has switched gradients off.
+    problem = cache_verification(problem)
+    # Works also if the caller has switched gradients off.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        quiet(),  # which also takes away the filters that are added by what is imported at a first use
-        attributes_restored(problem.model.modules()),  # also what a checkpoint sets in a backward pass
-        parametrizations_computed(),  # also there
-        gradients_restored(problem.model),  # a patched forward may lead a library's copy back to the model
+        ignore_torch_warnings(),  # also removes warning filters that are added by imports at the first use
+        attributes_restored(problem.model.modules()),  # also those that a checkpoint sets in a backward pass
+        parametrizations_computed(),  # also in a backward pass
+        gradients_restored(problem.model),  # a patched forward may call the original model from a copy
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
-        verify_rules(problem, space)  # also refuses what torch cannot differentiate, whatever the structure
+        verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
         parts = [
-            _estimate(problem, quantity, of_part, part, backend, batch_size, advance)
-            for of_part, part in _parts(problem, structure, space)
+            _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
+            for part_structure, part_space in _parts(problem, structure, space)
         ]
     if len(parts) == 1:
         return parts[0]
@@ -115,19 +122,19 @@ def estimate(
 
 
 def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
-    """Return what a progress bar says: where it takes long for the many outputs, what would not."""
-    told = None
+    """Return the label of the progress bar, with a hint if the number of outputs makes the computation slow."""
+    hint = None
     if structure.name != "implicit":
         inputs, _ = problem.probe()[0]
-        told = fewer_seeds(problem.loss, quantity, problem.forward({}, inputs[:1]).detach().shape[1])
-    return f"{quantity} {structure}" + (f" ({told})" if told else "")
+        hint = suggest_sampling(problem.loss, quantity, problem.forward({}, inputs[:1]).detach().shape[1])
+    return f"{quantity} {structure}" + (f" ({hint})" if hint else "")
 
 
 _bar = progress  # the argument of ``estimate`` hides the function's name there
 
 
 def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> list[tuple[Structure, ParameterSpace]]:
-    """Return what is to be computed: the matrix, or that of the Kronecker layers and that of the rest."""
+    """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest."""
     if not isinstance(structure, Kronecker):
         return [(structure, space)]
     layers, reasons = kronecker_layers(problem, space)
@@ -138,10 +145,12 @@ def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> lis
     if not layers and structure.rest is not None:
         return [(parse_structure(structure.rest), space)]
     if not layers:
-        raise UnsupportedError(f"no parameter has Kronecker factors: {name} {reason}{more}; diag and block_diag do it")
+        raise UnsupportedError(
+            f"no parameter has Kronecker factors: {name} {reason}{more}; use diag or block_diag instead"
+        )
     if structure.rest is None:
         raise UnsupportedError(
-            f"{structure.name} is of Linear and convolution layers, each called once: {name} {reason}{more}; "
+            f"{structure.name} needs Linear and convolution layers, each called once: {name} {reason}{more}; "
             f"'{structure.name}:rest=diag' gives such parameters their diagonal, and params=[...] leaves them out"
         )
     inside = {parameter for layer in layers.values() for parameter in layer.parameters}
@@ -171,8 +180,8 @@ def _estimate(
         batch_size=quantity.batch_size if isinstance(quantity, MaSQ) else batch_size,
     )
     obstacles: dict[str, str] = {}
-    tried: set[str] = set()  # of these, what fails only on the data
-    for candidate in able(quantity, structure, backend):
+    failed: set[str] = set()  # those of them that failed during the computation
+    for candidate in find_backends(quantity, structure, backend):
         started = time.perf_counter()
         if (reason := _obstacle(candidate, problem, quantity, structure, space, batch_size)) is not None:
             obstacles[candidate.name] = reason
@@ -187,13 +196,13 @@ def _estimate(
             computed = candidate.compute(problem, quantity, structure, space, batch_size, advance)
         except Exception as error:
             obstacles[candidate.name] = _failure(error, problem)
-            tried.add(candidate.name)
-            if isinstance(error, UnfaithfulError) and isinstance(structure, Kronecker):
-                # Nobody has factors of what some batch uses otherwise.
-                told = " ".join(next(iter(error.reasons.items())))
+            failed.add(candidate.name)
+            if isinstance(error, ChangedUseError) and isinstance(structure, Kronecker):
+                # No backend has factors for a parameter that some batch uses in another way.
+                reason = " ".join(next(iter(error.reasons.items())))
                 raise UnsupportedError(
-                    f"{quantity.name} as {structure}: {told}, so that it has no Kronecker factors: leave it out with "
-                    "params=[...], or take diag or block_diag"
+                    f"{quantity.name} as {structure}: {reason}, so that it has no Kronecker factors: leave it out with "
+                    "params=[...], or use diag or block_diag"
                 ) from error
             continue
         try:
@@ -211,22 +220,24 @@ def _estimate(
             rejected=(*rejected, *(f"{name} {reason}" for name, reason in computed.rejected.items())),
         )
         return matrix
-    told = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
-    others = [b for b in able(quantity, structure) if b.name not in obstacles]
-    # The reference has looked at every sample: where it finds no factors, nobody does.
-    spoiled = isinstance(structure, Kronecker) and torch_func.BACKEND.name in tried
-    working = [
-        b.name for b in others if not spoiled and _obstacle(b, problem, quantity, structure, space, batch_size) is None
+    failures = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
+    others = [b for b in find_backends(quantity, structure) if b.name not in obstacles]
+    # The reference has checked every sample: if it finds no factors, no backend does.
+    impossible = isinstance(structure, Kronecker) and torch_func.BACKEND.name in failed
+    capable = [
+        b.name
+        for b in others
+        if not impossible and _obstacle(b, problem, quantity, structure, space, batch_size) is None
     ]
-    way_out = f"; backend {_either(working)} can" if working else ""
-    raise UnsupportedError(f"{quantity.name} as {structure}: {told}{way_out}")
+    alternative = f"; backend {_either(capable)} can" if capable else ""
+    raise UnsupportedError(f"{quantity.name} as {structure}: {failures}{alternative}")
 
 
 def _failure(error: Exception, problem: Problem) -> str:
-    """Return what an exception of a backend says, in a clause.
+    """Return a clause that describes an exception of a backend.
 
     Raises:
-        CurvlabError: It is not the backend's, but something that the user can mend.
+        CurvlabError: The cause is not the backend, but something that the user can correct.
     """
     if isinstance(error, UnsupportedError):
         return str(error)
@@ -236,33 +247,33 @@ def _failure(error: Exception, problem: Problem) -> str:
 
 
 def _incomplete(error: Exception, problem: Problem) -> str:
-    lacking = f"{error} is lacking" if isinstance(error, KeyError) else first_line(error)
-    return f"its tensors are not those of {type(problem.model).__name__}: {lacking}"
+    detail = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+    return f"its tensors do not fit {type(problem.model).__name__}: {detail}"
 
 
 def _fails(problem: Problem, error: Exception) -> str:
     return f"it fails on {type(problem.model).__name__} ({type_and_line(error)})"
 
 
-def able(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
-    """Return the backends that have the cell, the fastest first; only the named one unless it is ``auto``.
+def find_backends(quantity: Quantity, structure: Structure, backend: str = "auto") -> list[Backend]:
+    """Return the backends that have a combination, the fastest first; only the named one unless it is ``auto``.
 
     Raises:
-        UnsupportedError: There is none.
+        UnsupportedError: No backend, or not the named one, has the combination.
     """
-    having = [b for b in BACKENDS.values() if structure.name in b.cells.get(type(quantity), ())]
-    if not having:
-        offered = {s for b in BACKENDS.values() for s in b.cells.get(type(quantity), ())}
+    found = [b for b in BACKENDS.values() if structure.name in b.structures.get(type(quantity), ())]
+    if not found:
+        offered = {s for b in BACKENDS.values() for s in b.structures.get(type(quantity), ())}
         names = ", ".join(name for name in STRUCTURES if name in offered)
         raise UnsupportedError(
             f"no backend computes {quantity.name} as {structure.name}; available structures: {names}"
         )
-    if structure.name == "implicit":  # of products, our own do every model
-        having.sort(key=lambda b: b.library)
+    if structure.name == "implicit":  # our own products support every model
+        found.sort(key=lambda b: b.library)
     if backend == "auto":
-        return having
-    if BACKENDS[backend] not in having:
-        names = _either(b.name for b in having)
+        return found
+    if BACKENDS[backend] not in found:
+        names = _either(b.name for b in found)
         raise UnsupportedError(f"backend {backend} does not compute {quantity.name} as {structure.name}; {names} does")
     return [BACKENDS[backend]]
 
@@ -279,9 +290,9 @@ def _obstacle(
     space: ParameterSpace,
     batch_size: int | None,
 ) -> str | None:
-    """Return what keeps a backend from a cell for this model; a library is tried, too."""
+    """Return why a backend cannot compute a combination for this model; a library is also tested on a few samples."""
     if backend.library and problem.dtype.itemsize < torch.float32.itemsize:
-        return f"it adds up in {str(problem.dtype).removeprefix('torch.')}, and loses digits"
+        return f"it sums in {str(problem.dtype).removeprefix('torch.')} and loses precision"
     try:
         obstacle = backend.obstacle(problem, quantity, structure, space)
     except Exception as error:
@@ -290,16 +301,16 @@ def _obstacle(
         return obstacle
     if structure.name == "implicit":
         return _disagreement(backend, problem, quantity, structure, space)
-    told = _disagreement(backend, problem, quantity, structure, space)
-    return told or _change_of_use(problem, verify_rules(problem, space), batch_size)
+    reason = _disagreement(backend, problem, quantity, structure, space)
+    return reason or _change_of_use(problem, verify_rules(problem, space), batch_size)
 
 
 def _disagreement(
     backend: Backend, problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace
 ) -> str | None:
-    """Return how a library's answer on a few samples is not the reference's, if it is not.
+    """Return a clause if a library's result on a few samples differs from the reference; else None.
 
-    A model can hold what no list of modules shows: a functional call between layers, a weight used elsewhere.
+    The list of modules does not show everything: a functional call between layers, a weight used elsewhere.
     """
     few = problem.probe()
     sample = Problem(problem.model, problem.loss.name, few)
@@ -320,43 +331,44 @@ def _disagreement(
             theirs, reference = products(backend), products(torch_func.BACKEND)
     except UnsupportedError as error:
         return str(error)
-    except Exception as error:  # whatever another library raises, or is wrong with what it gives
+    except Exception as error:  # the library can raise anything, or return tensors that do not fit
         return _fails(problem, error)
     tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
     if bool((theirs - reference).abs().max() <= tolerance * reference.abs().max()):
         return None
     return (
-        f"it gives a wrong answer for {type(problem.model).__name__}: on {sample.num_samples} samples it is not "
-        "that of automatic differentiation"
+        f"it gives a wrong result for {type(problem.model).__name__}: on {sample.num_samples} samples it differs "
+        "from automatic differentiation"
     )
 
 
 def _eigen_tensors(
     backend: Backend, sample: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace
 ) -> tuple[Tensor, Tensor]:
-    """Return what tells an EK-FAC from the reference's, whose own basis may be another, and what it has to be.
+    """Return the tensors that determine whether an EK-FAC is correct, and their expected values.
 
-    A basis is right if it is orthonormal and K-FAC's factors are diagonal there; then the eigenvalues are unique.
+    The basis is not unique, so it is not compared with the reference's. It is correct if it is orthonormal and K-FAC's
+    factors are diagonal in it; then the eigenvalues are unique.
     """
     theirs = backend.compute(sample, quantity, structure, space, None, no_progress).tensors
-    turned, right = torch_func.in_basis(sample, quantity, structure, space, theirs)
+    turned, right = torch_func.compute_in_basis(sample, quantity, structure, space, theirs)
     bases = [theirs[name.replace("|", "|U_")] for name in turned]
     pairs = [(u.mT @ u, torch.eye(len(u), dtype=u.dtype, device=u.device)) for u in bases]
     for some in ("A", "S", "values"):
         ours = {name: tensor for name, tensor in (turned | right).items() if name.endswith(f"|{some}")}
         scale = max(float(tensor.abs().max()) for tensor in ours.values()) or 1.0
         for name, tensor in ours.items():
-            told = (theirs[name], tensor) if some == "values" else (tensor, tensor.diagonal().diag())
-            pairs.append((told[0] / scale, told[1] / scale))
+            pair = (theirs[name], tensor) if some == "values" else (tensor, tensor.diagonal().diag())
+            pairs.append((pair[0] / scale, pair[1] / scale))
     actual, expected = zip(*pairs, strict=True)
     return torch.cat([t.flatten() for t in actual]), torch.cat([t.flatten() for t in expected])
 
 
-def _change_of_use(problem: Problem, verified: Verified, batch_size: int | None) -> str | None:
-    """Return how a later batch uses a parameter otherwise than the few samples on which a library was compared."""
+def _change_of_use(problem: Problem, verified: Verification, batch_size: int | None) -> str | None:
+    """Return a clause if a batch uses a parameter differently than the samples of the comparison; else None."""
     try:
         for inputs, _ in problem.batches(batch_size):
             verified.run(problem, inputs)
-    except UnfaithfulError as error:
+    except ChangedUseError as error:
         return str(error)
     return None

@@ -1,8 +1,8 @@
 """Rows of a Gram-type curvature, many samples at a time: the vectors ``v`` with ``F = 1/N sum v v'``.
 
-Two forms. Any parameter has its rows themselves, by vectorised automatic differentiation. The weight of a Linear
-layer that is called once, on ``(N, d)``, has rank-one rows ``g x'``: its inputs and the gradients of its outputs,
-a fraction of the memory, are all that is kept.
+There are two forms. For any parameter, the rows are computed by vectorised automatic differentiation. The weight of a
+Linear layer that is called once, on ``(N, d)``, has rank-one rows ``g x'``: only its inputs and the gradients of its
+outputs are kept, which take a fraction of the memory.
 """
 
 from collections import defaultdict
@@ -16,10 +16,19 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.capture import Call, backward, forward, graph_of, leaves_of, quiet, working, working_dtype
-from curvlab.estimators.layers import layer_in
+from curvlab.estimators.capture import (
+    Call,
+    backward,
+    forward,
+    ignore_torch_warnings,
+    inspect_graph,
+    make_leaves,
+    to_working_dtype,
+    working_dtype,
+)
+from curvlab.estimators.covectors import label_stream, output_covectors
+from curvlab.estimators.layers import make_layer
 from curvlab.estimators.rules import agree, random_like
-from curvlab.estimators.seeds import label_stream, output_rows
 from curvlab.estimators.verification import verify_factors
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
@@ -28,7 +37,7 @@ from curvlab.quantities import MaSQ, Quantity
 
 @dataclass(frozen=True)
 class LinearFactors:
-    """Rank-one rows of a Linear layer: row ``(n, r)`` of its weight is ``gradients[n, r] inputs[n]'``.
+    """Rank-one rows of a Linear layer: row ``(n, r)`` of the weight is ``gradients[n, r] inputs[n]'``.
 
     Attributes:
         inputs: ``(N, d)``.
@@ -40,16 +49,16 @@ class LinearFactors:
 
 
 def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
-    """Return the Linear layers whose rows are rank-one, by module name, as a few samples show them to be.
+    """Return the Linear layers with rank-one rows, by module name, as determined on a few samples.
 
-    A layer qualifies if it is called on ``(N, d)``, and if its weight and bias are verified (see
-    ``curvlab.estimators.verification``). One whose forward is the user's own does not: what that does after the
-    operation can change the gradients of some samples only.
+    A layer qualifies if it is called on ``(N, d)`` and its weight and bias are verified (see
+    ``curvlab.estimators.verification``). A layer with a replaced forward does not qualify, because such a forward can
+    change the gradients of some samples only.
     """
     verified = verify_factors(problem, problem.space)
     candidates: dict[str, nn.Linear] = {}
     for name, layer in verified.layers.items():
-        whole = layer_in(problem.space, name, layer.module)
+        whole = make_layer(problem.space, name, layer.module)
         if isinstance(layer.module, nn.Linear) and layer == whole and "forward" not in vars(layer.module):
             candidates[name] = layer.module
     calls = forward(problem, candidates, problem.probe()[0][0])[1]
@@ -57,25 +66,26 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
 
 
 def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Linear) -> LinearFactors:
-    """Return the inputs and output gradients of one of ``linear_layers`` over all the data, in at least float32.
+    """Return the inputs and output gradients of one of ``linear_layers`` over all data, in at least float32.
 
     Raises:
-        UnsupportedError: On some batch the layer is not used as it was on the samples of the verification.
+        UnsupportedError: Some batch uses the layer differently than the samples of the verification.
     """
     rng = label_stream(quantity)
     collected: list[LinearFactors] = []
-    parameters = layer_in(problem.space, name, layer).parameters
+    parameters = make_layer(problem.space, name, layer).parameters
     for inputs, targets in problem.batches():
-        leaves = leaves_of(problem)
-        outputs, calls = forward(problem, {name: layer}, inputs, leaves, apart=(name,))
-        uses = graph_of(outputs, leaves).uses
+        leaves = make_leaves(problem)
+        outputs, calls = forward(problem, {name: layer}, inputs, leaves, cloned=(name,))
+        uses = inspect_graph(outputs, leaves).uses
         if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in parameters):
             raise UnsupportedError(
-                f"{name} was not called once on (N, d) for every batch of the data, or acts elsewhere: leave its "
-                "parameters out with params=[...], or take estimate(problem, quantity, 'dense') of a small network"
+                f"{name} is not called exactly once on (N, d) in every batch, or its parameters are used elsewhere: "
+                "leave its parameters out with params=[...], or use estimate(problem, quantity, 'dense') if the "
+                "network is small"
             )
-        seeds = output_rows(problem.loss, quantity, outputs.detach(), targets, rng)
-        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in seeds]
+        covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
+        gradients = [backward(outputs, calls[name], row, keep=True)[0] for row in covectors]
         (call,) = calls[name]
         assert call.inputs is not None
         collected.append(LinearFactors(call.inputs, torch.stack(gradients, dim=1)))
@@ -93,17 +103,17 @@ def row_batches(
     max_bytes: float = 6.4e7,
     advance: Advance = no_progress,
 ) -> Iterator[Tensor]:
-    """Yield the rows of the named parameters, concatenated and flattened, ``(rows, P)``, in the samples' order.
+    """Yield the rows of the named parameters, flattened and concatenated, ``(rows, P)``, in the order of the samples.
 
-    For MaSQ a row is the scaled gradient of a mini-batch; else there are ``R`` rows a sample, which come together
-    unless they take more than the memory. They are in at least float32.
+    For MaSQ, a row is the scaled gradient of a mini-batch. For the other quantities there are ``R`` rows per sample,
+    which are yielded together unless they exceed ``max_bytes``. Rows are in at least float32.
 
     Args:
         problem: Model, loss and data.
-        quantity: Any but the Hessian.
-        names: Of parameters.
-        max_bytes: About how much memory a yielded tensor may take.
-        advance: Called with the samples done.
+        quantity: Any quantity except the Hessian.
+        names: Names of parameters.
+        max_bytes: Approximate limit of the memory of a yielded tensor.
+        advance: Called with the number of samples done.
     """
     values = problem.parameters()
     parameters = {name: values[name] for name in names}
@@ -112,51 +122,51 @@ def row_batches(
         yield from _masq_rows(problem, quantity, parameters, advance)
         return
     rng = label_stream(quantity)
-    rows_of = _Rows(problem, parameters)
+    compute_rows = _RowFunction(problem, parameters)
     for inputs, targets in problem.batches():
-        with torch.enable_grad():  # which a derivative inside the forward needs, and a forward may look at
+        with torch.enable_grad():  # for models with a derivative in the forward pass, or that check the grad mode
             outputs = problem.forward({}, inputs).detach()
-        seeds = output_rows(problem.loss, quantity, outputs, targets, rng)
+        covectors = output_covectors(problem.loss, quantity, outputs, targets, rng)
         size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
         fitting = max(1, int(max_bytes / size))  # rows
-        step = max(1, fitting // max(len(seeds), 1))
+        step = max(1, fitting // max(len(covectors), 1))
         for start in range(0, len(inputs), step):
             some = slice(start, start + step)
-            of_some = seeds.of(some)
-            # As many rows of one sample as fit, or all rows of as many samples.
-            for first in range(0, len(seeds), fitting):
-                yield rows_of(inputs[some], of_some[first : first + fitting])
+            part = covectors.select(some)
+            # As many rows of one sample as fit, or all rows of several samples.
+            for first in range(0, len(covectors), fitting):
+                yield compute_rows(inputs[some], part[first : first + fitting])
             advance(len(inputs[some]))
 
 
-class _Rows:
-    """The rows of parameters at seeds: vectorised over samples and seeds wherever torch does that right."""
+class _RowFunction:
+    """Function from covectors to rows, vectorised over samples and covectors wherever torch does this correctly."""
 
     def __init__(self, problem: Problem, parameters: dict[str, Tensor]) -> None:
         self.problem, self.parameters = problem, parameters
-        self.vectorised: dict[tuple[int, ...], bool] = {}  # by the shapes that a rule of torch may depend on
+        self.vectorised: dict[tuple[int, ...], bool] = {}  # whether vectorising is correct, by shapes
 
-    def __call__(self, inputs: Tensor, seeds: Tensor) -> Tensor:
-        """Return rows ``(n R, P)`` of inputs ``(n, ...)`` and seeds ``(n, R, C)``, in at least float32."""
-        shapes = (*inputs.shape, *seeds.shape)
+    def __call__(self, inputs: Tensor, covectors: Tensor) -> Tensor:
+        """Return rows ``(n R, P)`` of inputs ``(n, ...)`` and covectors ``(n, R, C)``, in at least float32."""
+        shapes = (*inputs.shape, *covectors.shape)
         if self.vectorised.get(shapes, True):
             try:
-                rows = working(_vectorised_rows(self.problem, self.parameters, inputs, seeds))
-            except Exception:  # some modules (recurrent ones, a few fused kernels) have no batching rule
-                self.vectorised = defaultdict(bool)  # and so for all shapes
+                rows = to_working_dtype(_vectorised_rows(self.problem, self.parameters, inputs, covectors))
+            except Exception:  # some modules (recurrent ones, some fused kernels) have no batching rule
+                self.vectorised = defaultdict(bool)  # False for all shapes
             else:
                 if shapes not in self.vectorised:
-                    self.vectorised[shapes] = self._are_right(rows, inputs, seeds)
+                    self.vectorised[shapes] = self._are_right(rows, inputs, covectors)
                 if self.vectorised[shapes]:
                     return rows
-        return working(_looped_rows(self.problem, self.parameters, inputs, seeds))
+        return to_working_dtype(_looped_rows(self.problem, self.parameters, inputs, covectors))
 
-    def _are_right(self, rows: Tensor, inputs: Tensor, seeds: Tensor) -> bool:
-        """Compare with one plain pass for all samples: torch's rules for vectorising are wrong for some shapes."""
+    def _are_right(self, rows: Tensor, inputs: Tensor, covectors: Tensor) -> bool:
+        """Compare with one plain pass for all samples: torch's batching rules are wrong for some shapes."""
         weights = random_like(rows, (len(rows),))
-        seed = torch.einsum("nr,nrc->nc", weights.view(seeds.shape[:2]).to(seeds), seeds)
+        covector = torch.einsum("nr,nrc->nc", weights.view(covectors.shape[:2]).to(covectors), covectors)
         outputs, leaves = _run(self.problem, self.parameters, inputs)
-        plain = working(_pulled_back(outputs, leaves, seed))
+        plain = to_working_dtype(_pull_back(outputs, leaves, covector))
         start = 0
         for p in leaves:
             part = slice(start, start := start + p.numel())
@@ -166,45 +176,45 @@ class _Rows:
         return True
 
 
-def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:
-    constants = problem.parameters()  # a graph of those that are not asked for would only cost
+def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, covectors: Tensor) -> Tensor:
+    constants = problem.parameters()  # without a graph for the parameters that are not selected
 
-    def of_sample(x: Tensor, seed: Tensor) -> Tensor:
+    def of_sample(x: Tensor, covector: Tensor) -> Tensor:
         pull = vjp(lambda p: problem.forward(constants | p, x.unsqueeze(0))[0], parameters)[1]
-        (rows,) = vmap(pull)(seed)
-        return torch.cat([rows[name].reshape(len(seed), p.numel()) for name, p in parameters.items()], dim=1)
+        (rows,) = vmap(pull)(covector)
+        return torch.cat([rows[name].reshape(len(covector), p.numel()) for name, p in parameters.items()], dim=1)
 
-    with sdpa_kernel(SDPBackend.MATH), quiet():  # the fused attention kernels have no batching rule
-        rows: Tensor = vmap(of_sample)(inputs, seeds)
-    return rows.flatten(0, 1).contiguous()  # those of a parameter that is not used are one zero, spread out
+    with sdpa_kernel(SDPBackend.MATH), ignore_torch_warnings():  # the fused attention kernels have no batching rule
+        rows: Tensor = vmap(of_sample)(inputs, covectors)
+    return rows.flatten(0, 1).contiguous()  # the rows of an unused parameter are an expanded zero
 
 
-def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, seeds: Tensor) -> Tensor:
+def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, covectors: Tensor) -> Tensor:
     rows = []
-    for x, seed in zip(inputs.split(1), seeds, strict=True):
+    for x, covector in zip(inputs.split(1), covectors, strict=True):
         outputs, leaves = _run(problem, parameters, x)
-        rows += [_pulled_back(outputs, leaves, s.unsqueeze(0)) for s in seed]
+        rows += [_pull_back(outputs, leaves, s.unsqueeze(0)) for s in covector]
     return torch.stack(rows)
 
 
 def _run(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs of a batch with their graph, and leaves for the parameters.
 
-    All that can be trained are leaves, not only those whose gradients are wanted: what a checkpoint recomputes in a
-    backward pass takes them from the model, and must have the graph that it had.
+    All trainable parameters are leaves, not only the selected ones: a checkpoint that recomputes a part of the forward
+    pass in the backward pass must build the same graph.
     """
     leaves = {name: p.clone().requires_grad_() for name, p in (problem.parameters() | parameters).items()}
-    with torch.enable_grad(), quiet():
+    with torch.enable_grad(), ignore_torch_warnings():
         return problem.forward(leaves, inputs), [leaves[name] for name in parameters]
 
 
-def _pulled_back(outputs: Tensor, leaves: list[Tensor], seed: Tensor) -> Tensor:
-    """Return ``seed' J``, flattened; zeros where the outputs depend on none of the leaves."""
+def _pull_back(outputs: Tensor, leaves: list[Tensor], covector: Tensor) -> Tensor:
+    """Return ``covector' J``, flattened; zeros if the outputs depend on none of the leaves."""
     if not outputs.requires_grad:
         return torch.cat([torch.zeros_like(leaf).reshape(-1) for leaf in leaves])
-    with quiet():
+    with ignore_torch_warnings():
         gradients = torch.autograd.grad(
-            outputs, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+            outputs, leaves, covector, retain_graph=True, allow_unused=True, materialize_grads=True
         )
     return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
@@ -218,6 +228,6 @@ def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], 
             "scaled": 1 / len(inputs),
         }[quantity.norm]
         outputs, leaves = _run(problem, parameters, inputs)
-        seeds = scale * problem.loss.gradients(outputs.detach(), targets)
-        yield working(_pulled_back(outputs, leaves, seeds.to(outputs.dtype))).unsqueeze(0)
+        covectors = scale * problem.loss.gradients(outputs.detach(), targets)
+        yield to_working_dtype(_pull_back(outputs, leaves, covectors.to(outputs.dtype))).unsqueeze(0)
         advance(len(inputs))

@@ -1,7 +1,7 @@
-"""The per-sample gradients of a module's parameters in closed form: from its inputs and the gradient of its output.
+"""Per-sample gradients of a module's parameters in closed form, from its inputs and the gradient of its output.
 
-A rule is made for one call of a module and given the gradients of its output, a row after another. It is believed only
-where ``curvlab.estimators.verification`` has found it right.
+A rule is made for one call of a module and receives the gradients of its output, row by row. It is used only where
+``curvlab.estimators.verification`` finds it correct.
 """
 
 from abc import ABC, abstractmethod
@@ -14,34 +14,34 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-from curvlab.estimators.capture import quiet, working
+from curvlab.estimators.capture import ignore_torch_warnings, to_working_dtype
 from curvlab.estimators.layers import Layer, has_factors
 from curvlab.estimators.positions import positions
 
-#: Modules that scale and shift what they have normalised.
+#: Modules that normalise, scale and shift.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
-#: Modules of one input and one output whose per-sample gradients are those of the module by itself.
-_ALONE = (
+#: Modules with one input and one output whose per-sample gradients are computed from the module alone.
+_VECTORISED = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm, nn.Embedding, nn.PReLU),
 )
-_BYTES = 6.4e7  # about what the per-sample gradients of a module that are held at once may take
+_BYTES = 6.4e7  # approximate limit of the per-sample gradients of a module that are held at once
 _BLOCK = 1 << 17  # entries of a weight that are compared at once
 
 Gradients = dict[str, Tensor]
 
 
 class Rule(ABC):
-    """The per-sample gradients of one call of a module, and their squares, summed over samples and rows.
+    """Per-sample gradients of one call of a module, and their squares, summed over samples and rows.
 
     Args:
-        layer: The module, with the names of those of its parameters that are wanted.
-        inputs: Of the call.
+        layer: The module, with the names of its selected parameters.
+        inputs: Inputs of the call.
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         self.layer, self.inputs = layer, inputs
-        self.dtype = inputs.dtype if inputs.is_floating_point() else torch.float64  # in which it computes
+        self.dtype = inputs.dtype if inputs.is_floating_point() else torch.float64  # of the computation
         self.squares: Gradients = {}
 
     @abstractmethod
@@ -49,11 +49,11 @@ class Rule(ABC):
         """Yield per-sample gradients ``(n, ...)`` by parameter, some samples or parameters at a time.
 
         Args:
-            gradient: Of the output, one row, in at least float32.
+            gradient: One row of the gradient of the output, in at least float32.
         """
 
     def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return how far the gradients of all samples together are from other ones, by parameter."""
+        """Return the distance of the gradients, summed over samples, from the right ones, by parameter."""
         sums: Gradients = {}
         for some in self.gradients(gradient):
             for name, rows in some.items():
@@ -63,7 +63,7 @@ class Rule(ABC):
         return {name: float(torch.dist(total.detach(), flat[name])) for name, total in sums.items()}
 
     def add(self, gradient: Tensor) -> None:
-        """Take the gradient of the output, of one row."""
+        """Add the squares for one row of the gradient of the output."""
         for some in self.gradients(gradient):
             for name, rows in some.items():
                 squares = rows.square_().sum(dim=0)
@@ -75,12 +75,12 @@ class Rule(ABC):
             total[name].add_(squares.reshape(total[name].shape))
 
 
-class _Flat(Rule):
-    """The rule of a Linear layer on ``(N, d)``: the square of ``g x'`` is the outer product of the squares."""
+class _FlatLinear(Rule):
+    """Rule of a Linear layer on ``(N, d)``: the square of ``g x'`` is the outer product of the squares."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
-        self.squared: Tensor | None = None  # gradients of the output, summed over rows: one product, not one a row
+        self.squared: Tensor | None = None  # of the output's gradients, summed over rows, so that one product is enough
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.weight:
@@ -91,7 +91,7 @@ class _Flat(Rule):
     def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
         found = {}
         if self.layer.weight:
-            # Some rows of the weight at a time: new memory of its size would take longer than all of the verification.
+            # Some rows of the weight at a time: to allocate a tensor of its size takes longer than the verification.
             step = max(1, _BLOCK // max(1, self.inputs.shape[1]))
             blocks = zip(right[self.layer.weight].detach().split(step), gradient.mT.split(step), strict=True)
             parts = [torch.addmm(block, slopes, self.inputs, alpha=-1).norm() for block, slopes in blocks]
@@ -115,7 +115,7 @@ class _Flat(Rule):
 
 
 class _Positional(Rule):
-    """The rule of a convolution, or of a Linear layer on tokens."""
+    """Rule of a convolution, or of a Linear layer on tokens."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
@@ -131,16 +131,18 @@ class _Positional(Rule):
 
 
 class _Norm(Rule):
-    """The rule of a normalisation: sums over positions of the output's gradient times the normalised input."""
+    """Rule of a normalisation: sums over positions of the output's gradient times the normalised input."""
 
     def _normal(self) -> Tensor:
-        # For every row again: those of all layers together would take as much memory as the activations.
+        # Recomputed for every row: to keep these for all layers would take as much memory as the activations.
         module: Any = self.layer.module
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(self.inputs, module.normalized_shape, eps=module.eps)
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(self.inputs, module.num_groups, eps=module.eps)
-        return F.batch_norm(self.inputs, working(module.running_mean), working(module.running_var), eps=module.eps)
+        return F.batch_norm(
+            self.inputs, to_working_dtype(module.running_mean), to_working_dtype(module.running_var), eps=module.eps
+        )
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.weight:
@@ -149,15 +151,15 @@ class _Norm(Rule):
             yield {self.layer.bias: self._summed(gradient)}
 
     def _summed(self, products: Tensor) -> Tensor:
-        """Return the sums over positions; never the products themselves, which are squared in place."""
+        """Return the sums over positions, always as a new tensor, because the caller squares the result in place."""
         module = self.layer.module
         if isinstance(module, nn.LayerNorm):  # (N, ..., *shape)
             return products.reshape(len(products), -1, *module.normalized_shape).sum(dim=1)
         return products.reshape(*products.shape[:2], -1).sum(dim=2)  # (N, C, ...)
 
 
-class _Alone(Rule):
-    """The rule of a module that is differentiated by itself, vectorised over samples."""
+class _Vectorised(Rule):
+    """Rule of a module that is differentiated alone, vectorised over samples."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
@@ -165,10 +167,10 @@ class _Alone(Rule):
         self.names = {key: name for key, name in names.items() if name is not None}
         self.parameters: Gradients = {key: getattr(layer.module, key).detach() for key in self.names}
         self.dtype = next(iter(self.parameters.values())).dtype
-        self.right: set[int] = set()  # numbers of samples for which torch's vectorisation was found right
+        self.right: set[int] = set()  # numbers of samples for which torch's vectorisation is correct
 
-    def _pulled(self, inputs: Tensor) -> Callable[[Tensor], tuple[Gradients]]:
-        # Its forward alone: the user's hooks have acted on the inputs, and will on the output.
+    def _pullback(self, inputs: Tensor) -> Callable[[Tensor], tuple[Gradients]]:
+        # Only its forward, without hooks: those have been applied to the inputs, and will be to the output.
         forward = _Forward(self.layer.module)
         inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
 
@@ -181,22 +183,22 @@ class _Alone(Rule):
         return pull
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
-        def of_sample(x: Tensor, g: Tensor) -> Gradients:
-            return self._pulled(x.unsqueeze(0))(g.unsqueeze(0))[0]
+        def pull_sample(x: Tensor, g: Tensor) -> Gradients:
+            return self._pullback(x.unsqueeze(0))(g.unsqueeze(0))[0]
 
         gradient = gradient.to(self.dtype)
         step = max(1, int(_BYTES / sum(p.numel() * p.element_size() for p in self.parameters.values())))
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
-            with quiet():
-                rows = vmap(of_sample)(x, g)
+            with ignore_torch_warnings():
+                rows = vmap(pull_sample)(x, g)
             if len(x) not in self.right:
                 self._check(x, g, rows)
-            yield {self.names[key]: working(row.reshape(len(x), -1)) for key, row in rows.items()}
+            yield {self.names[key]: to_working_dtype(row.reshape(len(x), -1)) for key, row in rows.items()}
 
     def _check(self, inputs: Tensor, gradient: Tensor, rows: Gradients) -> None:
-        """Compare with all samples at once: a rule of torch for vectorising may be wrong for some numbers of them."""
+        """Compare with all samples at once: a batching rule of torch may be wrong for some numbers of samples."""
         weights = random_like(gradient, (len(gradient),))
-        whole = self._pulled(inputs)(gradient * weights.view(-1, *[1] * (gradient.ndim - 1)))[0]
+        whole = self._pullback(inputs)(gradient * weights.view(-1, *[1] * (gradient.ndim - 1)))[0]
         for key, row in rows.items():
             mixed = torch.einsum("n,np->p", weights, row.reshape(len(row), -1))
             scale = float(weights.abs() @ row.detach().flatten(1).norm(dim=1))
@@ -206,7 +208,7 @@ class _Alone(Rule):
 
 
 class _Forward(nn.Module):
-    """The forward of a module without its hooks."""
+    """Forward of a module without its hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -218,10 +220,10 @@ class _Forward(nn.Module):
 
 
 class WrongRuleError(RuntimeError):
-    """Torch's rule for vectorising a kind of module is wrong for a number of samples.
+    """Torch's batching rule for a kind of module is wrong for a number of samples.
 
     Attributes:
-        kind: Of the module.
+        kind: Class name of the module.
     """
 
     def __init__(self, kind: str, samples: int) -> None:
@@ -230,41 +232,41 @@ class WrongRuleError(RuntimeError):
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Return whether there is a rule for the weight and the bias of modules of this kind."""
-    return has_factors(module) or type(module) in (*_NORMS, *_ALONE)
+    """Return whether modules of this kind have a rule for the weight and the bias."""
+    return has_factors(module) or type(module) in (*_NORMS, *_VECTORISED)
 
 
 def rule(layer: Layer, inputs: Tensor) -> Rule:
-    """Return the rule for a call of a module for which there is one."""
+    """Return the rule for a call of a module that has one (see ``has_rule``)."""
     if type(layer.module) in _NORMS:
         return _Norm(layer, inputs)
     if not has_factors(layer.module):
-        return _Alone(layer, inputs)
+        return _Vectorised(layer, inputs)
     flat = isinstance(layer.module, nn.Linear) and inputs.ndim == 2
-    return _Flat(layer, inputs) if flat else _Positional(layer, inputs)
+    return _FlatLinear(layer, inputs) if flat else _Positional(layer, inputs)
 
 
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Return normal numbers of a shape, always the same, in a tensor's dtype and on its device."""
+    """Return normal random numbers of a shape, the same in every call, with a tensor's dtype and device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(tensor)
 
 
 def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
-    """Return whether two ways to the same numbers, of any shape, agree but for rounding: see ``is_rounding``."""
+    """Return whether two results, of any shape, agree up to rounding: see ``is_rounding``."""
     return is_rounding(float(torch.dist(one.detach(), other.detach())), float(other.detach().norm()), scale, dtype)
 
 
 def is_rounding(error: float, size: float, scale: float, dtype: torch.dtype) -> bool:
-    """Return whether two ways to the same numbers differ by no more than rounding may do.
+    """Return whether the difference of two results can be explained by rounding.
 
     Args:
-        error: The norm of their difference.
-        size: The norm of the numbers.
-        scale: Of the terms that they are sums of, whose rounding remains where these cancel.
-        dtype: Of the network, in which they were rounded.
+        error: Norm of their difference.
+        size: Norm of the result.
+        scale: Sum of the sizes of the terms of the result, whose rounding errors remain when the terms cancel.
+        dtype: Dtype of the network, in which they were rounded.
     """
     eps = torch.finfo(dtype).eps
-    # Half precision has no digits to spare: there, not much more than its rounding.
-    relative, of_terms = (3 * eps**0.5, 100 * eps) if eps < 1e-5 else (8 * eps, 2 * eps)
-    return error <= relative * size + of_terms * scale
+    # In half precision the tolerance is only a few rounding errors, because a larger one would hide wrong gradients.
+    relative, absolute = (3 * eps**0.5, 100 * eps) if eps < 1e-5 else (8 * eps, 2 * eps)
+    return error <= relative * size + absolute * scale

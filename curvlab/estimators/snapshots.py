@@ -1,8 +1,8 @@
-"""A model as it was at one moment: verified copies, and models that are held at the values they had.
+"""Snapshots of a model: verified copies, or the model itself with stored values.
 
-A copy shares nothing with its model, unless code of the model's does: a hook or a forward that is a closure keeps the
-layers and parameters that it was written for, in the copy too. So a copy is believed only where it answers, at other
-values of all parameters and buffers, as the model does. Else the model itself is used, with the values of that moment.
+A copy shares nothing with its model, except through code of the model: a hook or a forward that is a closure still
+refers to the original layers and parameters, also in the copy. So a copy is used only if its outputs are those of the
+model at other values of all parameters and buffers. Otherwise the model itself is used, with the stored values.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
-from curvlab.estimators.capture import gradients, quiet, working_dtype
+from curvlab.estimators.capture import gradients, ignore_torch_warnings, working_dtype
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -26,54 +26,55 @@ Values = Mapping[str, Tensor]
 
 
 def snapshot(problem: Problem, space: ParameterSpace) -> Problem:
-    """Return the problem at its parameters and buffers of now, whatever is done to its model after.
+    """Return the problem at its current parameters and buffers, independent of later changes to its model.
 
-    A model in half precision is one in float32 there, of the same weights: in its own, products are hardly linear.
+    A model in half precision is converted to float32 with the same weights, because in half precision, products are far
+    from linear.
 
     Raises:
         UnsupportedError: A backward pass of the model loses gradients.
     """
     check_backward(problem, space)
-    alone = copied(problem, space)
+    copy = copy_problem(problem, space)
     dtype = working_dtype(problem.dtype)
     if dtype != problem.dtype:
-        with suppress(Exception):  # a model may ask for its own
-            wide = HeldProblem(problem, dtype) if alone is None else _converted(alone, dtype)
-            response(wide, space, {})
+        with suppress(Exception):  # a model may require its own dtype
+            wide = SnapshotProblem(problem, dtype) if copy is None else _convert(copy, dtype)
+            compute_response(wide, space, {})
             return wide
-    return HeldProblem(problem) if alone is None else alone
+    return SnapshotProblem(problem) if copy is None else copy
 
 
-def copied(problem: Problem, space: ParameterSpace) -> Problem | None:
-    """Return the problem with a copy of its model, which nothing that is done to either then shares; None if none can.
+def copy_problem(problem: Problem, space: ParameterSpace) -> Problem | None:
+    """Return the problem with an independent copy of its model, or None if no correct copy can be made.
 
-    Batch norms in eval mode are replaced by plain products.
+    In the copy, batch norms in eval mode are computed by plain products.
     """
     try:
-        alone = problem.with_model(stateless.copied(problem.model))
-        for name, parameter in alone.model.named_parameters():
-            # As the leaves do in whose place they are: a checkpoint computes with them again.
+        copy = problem.with_model(stateless.copied(problem.model))
+        for name, parameter in copy.model.named_parameters():
+            # As for the leaves that replace them: a checkpoint computes with the parameters again.
             parameter.requires_grad_(name in space.names)
-        for module in alone.model.modules():
-            # Not a subclass: it may do more than that.
+        for module in copy.model.modules():
+            # Not a subclass, which may do more.
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not module.training:
                 module.__class__ = _AffineBatchNorm
-        elsewhere = _elsewhere(problem.model)
-        right = response(problem, space, elsewhere)
-        same = _same(response(alone, space, elsewhere, problem.model), right)
-    except Exception:  # whatever a module does when it is copied, or its copy when it is called
+        other_values = _perturb_values(problem.model)
+        right = compute_response(problem, space, other_values)
+        same = _agree(compute_response(copy, space, other_values, problem.model), right)
+    except Exception:  # from a module that is copied, or from a call of the copy
         return None
-    return alone if same else None
+    return copy if same else None
 
 
-def _converted(problem: Problem, dtype: torch.dtype) -> Problem:
+def _convert(problem: Problem, dtype: torch.dtype) -> Problem:
     other = problem.with_model(stateless.copied(problem.model).to(dtype))
     other.space, other.dtype = problem.space, dtype
     return other
 
 
 class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm in eval mode, of plain products: torch's second derivative of its kernel is slow."""
+    """Batch norm in eval mode by plain products: torch's second derivative of its kernel is slow."""
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.running_mean is not None
@@ -88,18 +89,18 @@ class _AffineBatchNorm(nn.modules.batchnorm._BatchNorm):
         return input * scale.view(shape) + shift.view(shape)
 
 
-class HeldProblem(Problem):
-    """A problem at the parameters, buffers and modes that its model had, which may train on meanwhile.
+class SnapshotProblem(Problem):
+    """A problem at the stored parameters, buffers and modes of its model, which may be trained further.
 
     Args:
-        problem: With the model.
-        dtype: To compute in; None for the model's.
+        problem: Problem with the model.
+        dtype: Dtype of the computation; None for the model's.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype | None = None) -> None:
-        vars(self).update(vars(problem))  # with what it knows of the data
+        vars(self).update(vars(problem))  # also what it knows about the data
         self.dtype = problem.dtype if dtype is None else dtype
-        held = _cloned(chain(problem.model.named_parameters(), problem.model.named_buffers()))
+        held = _clone(chain(problem.model.named_parameters(), problem.model.named_buffers()))
         held = {
             name: tensor.to(self.dtype) if tensor.dtype == problem.dtype else tensor for name, tensor in held.items()
         }
@@ -108,83 +109,83 @@ class HeldProblem(Problem):
         self._modes = {name: module.training for name, module in problem.model.named_modules()}
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the trainable parameters of that moment."""
+        """Return the stored trainable parameters."""
         return {name: self._parameters[name].detach() for name in self.space.names}
 
     def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the outputs; parameters that are not given, and buffers, are those of that moment."""
+        """Return the outputs; parameters that are not given, and all buffers, have their stored values."""
         now = [(module, module.training) for module in self.model.modules()]
         try:
             for name, module in self.model.named_modules():
                 module.training = self._modes.get(name, module.training)
-            held = self.parameters() | self._parameters | _cloned(self._buffers.items())
+            held = self.parameters() | self._parameters | _clone(self._buffers.items())
             return super().forward(held | parameters, inputs)
         finally:
             for module, training in now:
                 module.training = training
 
 
-class Watch:
-    """Says when a snapshot is no longer what it was: a model can use what is not its own.
+class SnapshotGuard:
+    """Detects changes of a snapshot: a model can use tensors or modules that do not belong to it.
 
     Args:
-        snapshot: Just taken.
-        space: Of the parameters whose gradients are looked at.
+        snapshot: A new snapshot.
+        space: Space of the parameters whose gradients are compared.
     """
 
     def __init__(self, snapshot: Problem, space: ParameterSpace) -> None:
         self._snapshot, self._space = snapshot, space
-        self._answers = self._now()
+        self._first_response = self._respond()
 
-    def _now(self) -> list[Tensor]:
-        return response(self._snapshot, self._space, {})
+    def _respond(self) -> list[Tensor]:
+        return compute_response(self._snapshot, self._space, {})
 
     def check(self) -> None:
-        """Compare with what it was.
+        """Compare the snapshot with its first response.
 
         Raises:
-            CurvlabError: It is something else.
+            CurvlabError: The snapshot has changed.
         """
-        if not _same(self._now(), self._answers):
+        if not _agree(self._respond(), self._first_response):
             raise CurvlabError(
                 f"{type(self._snapshot.model).__name__} has changed since this matrix was estimated, in tensors or "
-                "modules that cannot be held: estimate the matrix again"
+                "modules that cannot be copied: estimate the matrix again"
             )
 
 
 def check_backward(problem: Problem, space: ParameterSpace) -> None:
-    """Refuse models whose backward passes add to the parameters' ``grad`` by themselves.
+    """Refuse models whose backward passes add to the parameters' ``grad`` themselves.
 
-    That is what a re-entrant checkpoint or a reversible block does; ``torch.autograd.grad`` does not see it.
+    A re-entrant checkpoint or a reversible block does this; ``torch.autograd.grad`` does not return these gradients.
 
     Raises:
-        UnsupportedError: The model does, or torch cannot differentiate it.
+        UnsupportedError: A backward pass adds to ``grad``, or torch cannot differentiate the model.
     """
-    with torch.inference_mode(False), told(problem.model):
-        # All that the model holds, on copies: a forward may renormalise its weights in place.
-        response(problem, space, dict(problem.model.named_parameters()))
+    with torch.inference_mode(False), explain_torch_errors(problem.model):
+        # With copies of all parameters: a forward may renormalise its weights in place.
+        compute_response(problem, space, dict(problem.model.named_parameters()))
 
 
-def response(
+def compute_response(
     problem: Problem, space: ParameterSpace, values: Values, original: nn.Module | None = None
 ) -> list[Tensor]:
     """Return the outputs on a few samples and their gradients along a random vector.
 
     Args:
         problem: Model, loss and data.
-        space: Of the parameters whose gradients are wanted.
-        values: Of parameters and buffers by name; those of the model where there is none.
-        original: Of which the model is a copy.
+        space: Space of the parameters whose gradients are returned.
+        values: Values of parameters and buffers by name; for other names, those of the model.
+        original: The original model, if the problem has a copy.
 
     Raises:
-        UnsupportedError: A gradient of the parameters is lost, or is one of the original's.
+        UnsupportedError: A gradient of the parameters is lost, or the copy uses parameters of the original.
     """
     found: list[Tensor] = []
     others = () if original is None else original.parameters()
     foreign = {id(parameter) for parameter in others}
-    with preserved_random_state(), torch.enable_grad(), without_gradients(problem.model):
+    with preserved_random_state(), torch.enable_grad(), forbid_gradients(problem.model):
         for inputs, _ in problem.probe():
-            given = _cloned((problem.parameters() | dict(values)).items())
+            given = _clone((problem.parameters() | dict(values)).items())
             leaves = {name: given[name].requires_grad_() for name in space.names}
             outputs = problem.forward(given, inputs)
             if foreign & stateless.leaves(outputs).keys():
@@ -195,19 +196,19 @@ def response(
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Refuse a backward pass within that gives the model's parameters gradients; keep those that they have."""
+def forbid_gradients(model: nn.Module) -> Iterator[None]:
+    """Raise an error if a backward pass in the block sets the parameters' ``grad``; restore the values before."""
     with stateless.gradients_restored(model):
         yield
         if any(p.grad is not None for p in model.parameters()):
             raise UnsupportedError(
-                f"a backward pass of {type(model).__name__} adds to its parameters' grad by itself, as a re-entrant "
-                "checkpoint does, and the gradient is lost: take torch.utils.checkpoint with use_reentrant=False"
+                f"a backward pass of {type(model).__name__} adds to its parameters' grad itself, as a re-entrant "
+                "checkpoint does, so the gradient is lost: use torch.utils.checkpoint with use_reentrant=False"
             )
 
 
-def _elsewhere(model: nn.Module) -> dict[str, Tensor]:
-    """Return other values of the floating parameters and buffers, near the model's."""
+def _perturb_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return values of the floating-point parameters and buffers that are close to the model's."""
     values = {}
     for index, (name, tensor) in enumerate(chain(model.named_parameters(), model.named_buffers())):
         if tensor.is_floating_point():
@@ -217,8 +218,8 @@ def _elsewhere(model: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def _same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Return whether responses agree, but for rounding."""
+def _agree(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Return whether responses agree up to rounding."""
     pairs = list(zip(one, other, strict=True))
     largest = max(_size(b) for _, b in pairs)
     for a, b in pairs:
@@ -234,19 +235,19 @@ def _size(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max()) if tensor.numel() else 0.0
 
 
-def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _clone(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
-# What torch must be told to differentiate a model -----------------------------------------------------------------
+# Settings of torch for differentiating a model --------------------------------------------------------------------
 
 
 @contextmanager
-def differentiable(problem: Problem) -> Iterator[None]:
-    """Have torch take kernels with all their derivatives, where the caller has gradients off or autocasts, too."""
+def enable_all_derivatives(problem: Problem) -> Iterator[None]:
+    """Let torch use kernels with all derivatives, also if the caller has switched gradients off or uses autocast."""
     with ExitStack() as settings:
-        settings.enter_context(quiet())
-        # It is torch's own, the first time that numbers with a dual part are used.
+        settings.enter_context(ignore_torch_warnings())
+        # Torch itself causes this warning at the first use of dual numbers.
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
         settings.enter_context(torch.inference_mode(False))  # also within no_grad
         settings.enter_context(torch.autocast(problem.device.type, enabled=False))
@@ -259,8 +260,8 @@ def differentiable(problem: Problem) -> Iterator[None]:
 
 
 @contextmanager
-def told(model: nn.Module) -> Iterator[None]:
-    """Turn whatever torch raises in a derivative into one sentence."""
+def explain_torch_errors(model: nn.Module) -> Iterator[None]:
+    """Convert an exception of torch in a derivative into an error of one sentence."""
     try:
         yield
     except (CurvlabError, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""How far a Monte Carlo Fisher is from the exact one: the standard error of its draws of labels."""
+"""Standard error of a Monte Carlo Fisher, due to the sampling of labels."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from curvlab.quantities import Fisher, Quantity, parse_quantity
 
 @dataclass(frozen=True)
 class StandardError:
-    """Standard errors over the draws of labels, the data given, in float64.
+    """Standard errors over the draws of labels, for given data, in float64.
 
     Attributes:
-        trace: Of the trace, a scalar tensor.
-        diagonal: Of every entry of the diagonal, ``(P,)``.
-        quadratic_forms: Of ``delta' F delta``: ``(K,)`` for ``(P, K)``, a scalar for one vector, None without vectors.
+        trace: Standard error of the trace, a scalar tensor.
+        diagonal: Standard error of every entry of the diagonal, ``(P,)``.
+        quadratic_forms: Standard error of ``delta' F delta``: ``(K,)`` for ``(P, K)``, a scalar for one vector, None
+            without vectors.
     """
 
     trace: Tensor
@@ -38,13 +39,13 @@ def standard_error(
     *,
     params: Sequence[str] | str | None = None,
 ) -> StandardError:
-    """Return the standard error of what ``estimate`` gives for a Monte Carlo Fisher.
+    """Return the standard error of ``estimate`` for a Monte Carlo Fisher.
 
-    The estimate is a mean over samples of means over ``k`` draws, which are independent: with ``s_n^2`` the variance
-    over the draws of sample ``n``, its variance is ``1/(N^2 k) sum_n s_n^2``. One draw shows no variance: for ``k = 1``
-    the variance of a draw is that of two others. The estimate is unbiased, so that this is all of its error, and its
-    square is unbiased too. A network that is all but certain of its labels has curvature at labels that are hardly ever
-    drawn: where they were not, neither the estimate nor its error knows of them.
+    The estimate is a mean over samples of means over ``k`` independent draws. If ``s_n^2`` is the variance over the
+    draws of sample ``n``, the variance of the estimate is ``1/(N^2 k) sum_n s_n^2``. One draw has no variance, so for
+    ``k = 1`` the variance is estimated from two other draws. The estimate is unbiased, so this is its whole error; the
+    squared standard error is unbiased too. If a network is almost certain of its labels, rare labels can contribute to
+    the curvature. If none of them is drawn, neither the estimate nor its standard error includes them.
 
     Args:
         problem: Model, loss and data.
@@ -53,7 +54,7 @@ def standard_error(
         params: Glob patterns of parameter names; None for all trainable ones.
 
     Raises:
-        CurvlabError: The quantity is not drawn, or a vector is not of the parameters' space.
+        CurvlabError: The quantity draws no labels, or a vector does not fit the parameters.
         UnsupportedError: A sample's output is random or depends on its batch.
 
     Examples:
@@ -64,7 +65,7 @@ def standard_error(
     """
     quantity = parse_quantity(quantity)
     if not (isinstance(quantity, Fisher) and quantity.samples is not None):
-        raise CurvlabError(f"{quantity} draws no labels, so that it has no such error; fisher:samples=k has one")
+        raise CurvlabError(f"{quantity} draws no labels, so it has no standard error; use fisher:samples=k")
     space = ParameterSpace.of(problem.model, params)
     vectors = None if deltas is None else space.flatten(deltas).to(problem.device, torch.float64)
     draws = max(quantity.samples, 2)
@@ -74,7 +75,7 @@ def standard_error(
     sums: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad():
         for rows in _whole_samples(row_batches(problem, Fisher(draws, quantity.seed), space.names), draws):
-            # The rows of an estimate are divided by the root of the number of draws.
+            # The rows are divided by the square root of the number of draws.
             gradients = rows.detach().double().unflatten(0, (-1, draws)) * sqrt(draws)
             squares = [gradients.square().sum(dim=2), gradients.square()]
             if vectors is not None:
@@ -88,7 +89,7 @@ def standard_error(
 
 
 def _whole_samples(batches: Iterable[Tensor], draws: int) -> Iterator[Tensor]:
-    """Yield rows, in batches that end with a sample: one's rows may come in several pieces."""
+    """Yield rows in batches of whole samples: the rows of one sample may come in several pieces."""
     pieces: list[Tensor] = []
     for rows in batches:
         pieces.append(rows)

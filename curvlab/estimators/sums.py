@@ -1,4 +1,4 @@
-"""Sums over many batches that are as accurate as one batch gives them."""
+"""Sums over many batches that are as accurate as the sum of one batch."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from curvlab.estimators.capture import working_dtype
 from curvlab.problem import Problem
 
-_BATCHES = 32  # that are added up in float32 before float64 takes them over
+_BATCHES = 32  # batches that are summed in float32 before they are added to a sum in float64
 
 
 class Sums:
-    """Sums by name, in at least float32: long ones of float32 in float64.
+    """Sums by name, in at least float32; long sums of float32 are continued in float64.
 
-    In float32 a batch of one after another is added up at a rounding error each; of bfloat16, sums of some hundred
-    terms do not grow any more. Each batch is added to ``running`` in place, and ended by ``next``.
+    In float32 each batch adds a rounding error; in bfloat16 a sum of some hundred terms no longer grows. Each batch is
+    added to ``running`` in place, and then ``next`` is called.
 
     Args:
-        shapes: Of each sum.
-        problem: Whose dtype, device and number of samples they are of.
+        shapes: Shape of each sum.
+        problem: Problem that gives dtype, device and number of samples.
 
     Attributes:
-        running: What the last few batches are added to, zero at first.
+        running: Tensors to which the last few batches are added; zero at first.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], problem: Problem) -> None:
@@ -46,7 +46,7 @@ class Sums:
                 part.zero_()
 
     def means(self) -> dict[str, Tensor]:
-        """Return the sums over the number of samples, in at least float32; ``running`` is used up."""
+        """Return the sums divided by the number of samples, in at least float32; ``running`` is then invalid."""
         n = self._problem.num_samples
         if not self._whole:
             return {name: part.div_(n) for name, part in self.running.items()}

@@ -1,18 +1,20 @@
 """The reference: every quantity by plain automatic differentiation, one sample (and class or output) at a time.
 
-Slow, obvious and right in float64: what every other estimator is tested against. A positive semi-definite
-quantity is given by *rows*, vectors ``v`` over the parameters with ``F = 1/N sum v v'``.
+It is slow, simple and correct in float64: every other estimator is tested against it. A positive semi-definite
+quantity is given by *rows*: vectors ``v`` over the parameters with ``F = 1/N sum v v'``.
 
-The Kronecker factors of a layer come from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` in its outputs,
-at positions ``t`` (one, for a Linear layer on ``(N, d)``; those of the output of a convolution). Sample ``n`` has
+The Kronecker factors of a layer follow from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` with respect to
+its outputs, at positions ``t`` (one position for a Linear layer on ``(N, d)``; the output positions of a convolution).
+Sample ``n`` has
 
 - expand: ``A_n = 1/T sum_t a_t a_t'`` and ``S_n = sum_r sum_t g_rt g_rt'``;
 - reduce: ``A_n = b b'`` with ``b = 1/T sum_t a_t``, and ``S_n = sum_r h_r h_r'`` with ``h_r = sum_t g_rt``.
 
 K-FAC is ``A = mean A_n`` and ``S = mean S_n``. TK-FAC (Gao et al. 2021) weights each by the trace of the other: its
 ``A`` is ``mean tr(S_n) A_n`` scaled to trace one, its ``S`` is ``mean tr(A_n) S_n`` scaled to the trace of the layer's
-block, ``mean sum_r ||G_r||^2`` with the gradients ``G_r = sum_t g_rt a_t'``. At one position that is the paper's; at
-any number of them the trace is exact. The rescaled variant is K-FAC's ``A``, and K-FAC's ``S`` scaled to that end.
+block, ``mean sum_r ||G_r||^2`` with the gradients ``G_r = sum_t g_rt a_t'``. With one position this is the method of
+the paper; with any number of positions the trace is exact. The rescaled variant has K-FAC's ``A``, and K-FAC's ``S``
+scaled such that the trace is exact.
 """
 
 from collections import defaultdict
@@ -28,12 +30,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError
-from curvlab.estimators.backend import Backend, Computed
-from curvlab.estimators.capture import working, working_dtype
+from curvlab.estimators.backend import Backend, BackendResult
+from curvlab.estimators.capture import to_working_dtype, working_dtype
+from curvlab.estimators.covectors import label_stream
 from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.products import product
 from curvlab.estimators.rules import agree
-from curvlab.estimators.seeds import label_stream
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from curvlab.matrices.eigen import symmetric_eigh
@@ -43,7 +45,7 @@ from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure
 
-_BYTES = 6.4e7  # that the rows of a sample may take at once
+_BYTES = 6.4e7  # limit of the rows of a sample that are held at once
 
 
 def compute(
@@ -53,15 +55,15 @@ def compute(
     space: ParameterSpace,
     batch_size: int | None,
     advance: Advance,
-) -> Computed:
+) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
         layers = kronecker_layers(problem, space)[0]
         if isinstance(structure, EKFACStructure):
-            return Computed(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
-        return Computed(_factors(problem, quantity, structure, layers, advance))
+            return BackendResult(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
+        return BackendResult(_factors(problem, quantity, structure, layers, advance))
     if isinstance(quantity, Hessian):
-        return Computed(_of_dense(_hessian(problem, space, batch_size, advance), structure.name, space))
+        return BackendResult(_from_dense(_hessian(problem, space, batch_size, advance), structure.name, space))
     parts = {"matrix": slice(None)} if structure.name in ("dense", "diag") else space.slices
     total: dict[str, Tensor] = {}
     for rows in per_sample_rows(problem, quantity, space, advance):
@@ -70,10 +72,10 @@ def compute(
             term = v.square().sum(dim=0) if structure.name == "diag" else v.mT @ v
             total[name] = total[name] + term if name in total else term
     means = {name: value / problem.num_samples for name, value in total.items()}
-    return Computed({"entries": means["matrix"]} if structure.name == "diag" else means)
+    return BackendResult({"entries": means["matrix"]} if structure.name == "diag" else means)
 
 
-def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[str, Tensor]:
+def _from_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[str, Tensor]:
     if structure == "dense":
         return {"matrix": matrix}
     if structure == "diag":
@@ -84,9 +86,9 @@ def _of_dense(matrix: Tensor, structure: str, space: ParameterSpace) -> Mapping[
 def per_sample_rows(
     problem: Problem, quantity: Quantity, space: ParameterSpace, advance: Advance = no_progress
 ) -> Iterator[Tensor]:
-    """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: a sample at a time, for MaSQ a mini-batch at a time.
+    """Yield rows ``(R, P)`` with ``F = 1/N sum v v'``: one sample at a time, for MaSQ one mini-batch at a time.
 
-    The rows of a sample that take more than 64 MB come in several pieces. They are in at least float32.
+    If the rows of a sample take more than 64 MB, they are yielded in several pieces. They are in at least float32.
     """
     if isinstance(quantity, MaSQ):
         yield from _masq_rows(problem, quantity, space, advance)
@@ -107,7 +109,7 @@ def _sample_rows(
     loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor, parameters: list[Tensor], rng: np.random.Generator
 ) -> Iterator[Tensor]:
     """Yield the rows of one sample, ``(P,)``."""
-    # In float64: in float32 the probability of a class may round to one, and its complement to zero.
+    # In float64, because in float32 the probability of a class may round to one, and its complement to zero.
     outputs = outputs.double()
     target = target.double() if target.is_floating_point() else target
     if isinstance(quantity, EmpiricalFisher):
@@ -116,7 +118,7 @@ def _sample_rows(
         for y in loss.sample(outputs, quantity.samples, rng)[0]:
             yield _gradient(loss.values(outputs, y.unsqueeze(0)), parameters) / sqrt(quantity.samples)
     elif isinstance(quantity, Fisher) and isinstance(loss, CrossEntropy):
-        # E over y of the outer product: every class, weighted by its probability.
+        # Expectation of the outer product over y: every class, weighted by its probability.
         weights = outputs.detach().softmax(dim=1)[0].sqrt()
         labels = torch.arange(outputs.shape[1], device=outputs.device).split(1)
         for w, y in zip(weights, labels, strict=True):
@@ -128,16 +130,16 @@ def _sample_rows(
 
 
 def _output_factors(loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor) -> Tensor:
-    """Return ``s`` ``(R, C)`` whose ``sum_r s_r s_r'`` is the Fisher or the Hessian of the loss in the outputs."""
+    """Return ``s`` ``(R, C)`` such that ``sum_r s_r s_r'`` is the loss's Fisher or Hessian in the outputs."""
     if isinstance(quantity, Fisher) and isinstance(loss, SquaredError):
         return torch.eye(outputs.shape[1]).to(outputs)  # unit-variance Gaussian: E (f - y)(f - y)' is the identity
     if isinstance(quantity, Fisher) and isinstance(loss, BinaryCrossEntropy):
-        # The outputs are independent: E (sigmoid - y)^2 = p (1 - p) along each.
+        # The outputs are independent: E (sigmoid - y)^2 = p (1 - p) for each.
         p = outputs.sigmoid()[0]
         return (p * (1 - p)).sqrt().diag()
     if isinstance(quantity, Fisher):
         raise UnsupportedError(
-            f"the reference has no exact Fisher of {type(loss).__name__}; fisher:samples=k draws labels"
+            f"the reference has no exact Fisher of {type(loss).__name__}; use fisher:samples=k, which draws labels"
         )
     at = outputs.requires_grad_()
     slope = _gradient(loss.values(at, target), [at], create_graph=True)
@@ -174,12 +176,12 @@ def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, ad
         n, loss = n + len(inputs), loss + float(value.detach().abs())
         advance(len(inputs))
     eps = torch.finfo(problem.dtype).eps
-    # A block can be zero, as that of a bias before a normalisation is: only rounding is left then.
+    # A block can be zero, such as that of a bias before a normalisation; it then contains only rounding errors.
     bound = max(float(total.abs().max()) * eps**0.5, 100 * eps * loss)
     if bool((total - total.mT).abs().max() > bound):
         raise UnsupportedError(
             f"the second derivative of {type(problem.model).__name__} that torch computes is not symmetric, so it is "
-            "wrong (a fused kernel such as weight_norm's is known to do this); replace that module"
+            "wrong (a fused kernel such as weight_norm's is known to cause this); replace that module"
         )
     return (total + total.mT) / (2 * n)
 
@@ -190,12 +192,12 @@ def _leaves(problem: Problem, space: ParameterSpace) -> dict[str, Tensor]:
 
 
 def _gradient(value: Tensor, parameters: list[Tensor], create_graph: bool = False) -> Tensor:
-    if not value.requires_grad:  # it depends on none of them
-        return torch.cat([working(torch.zeros_like(p)).reshape(-1) for p in parameters])
+    if not value.requires_grad:  # it depends on none of the parameters
+        return torch.cat([to_working_dtype(torch.zeros_like(p)).reshape(-1) for p in parameters])
     gradients = torch.autograd.grad(
         value, parameters, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
-    return torch.cat([working(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
+    return torch.cat([to_working_dtype(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
 
 def _factors(
@@ -209,12 +211,12 @@ def _factors(
         a, g = inputs, gradients
         if structure.sharing == "reduce":
             a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
-        of_inputs, of_gradients = a.mT @ a / len(a), (g.mT @ g).sum(dim=0)
-        sums[f"{name}|A"] = sums[f"{name}|A"] + of_inputs * (of_gradients.trace() if weighted else 1)
-        sums[f"{name}|S"] = sums[f"{name}|S"] + of_gradients * (of_inputs.trace() if weighted else 1)
+        input_moment, gradient_moment = a.mT @ a / len(a), (g.mT @ g).sum(dim=0)
+        sums[f"{name}|A"] = sums[f"{name}|A"] + input_moment * (gradient_moment.trace() if weighted else 1)
+        sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (input_moment.trace() if weighted else 1)
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
     means = {name: value / problem.num_samples for name, value in sums.items()}
-    tiny = torch.finfo(problem.dtype).tiny  # for a layer without gradients
+    tiny = torch.finfo(problem.dtype).tiny  # for a layer whose gradients are zero
     for name, layer in layers.items():
         trace = means.pop(f"{name}|trace")
         if weighted:
@@ -234,15 +236,15 @@ def _eigenvalue_corrected(
     return bases | _moments(problem, quantity, layers, bases, advance)
 
 
-def in_basis(
+def compute_in_basis(
     problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, bases: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return K-FAC's factors and EK-FAC's eigenvalues, ``LAYER|values``, in the bases ``LAYER|U_A``, ``LAYER|U_S``."""
     layers = kronecker_layers(problem, space)[0]
     kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, no_progress)
     rotations = {name: bases[name.replace("|", "|U_")] for name in kfac}
-    turned = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
-    return turned, _moments(problem, quantity, layers, bases, no_progress)
+    rotated = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
+    return rotated, _moments(problem, quantity, layers, bases, no_progress)
 
 
 def _moments(
@@ -266,7 +268,7 @@ def _layer_samples(
     """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample.
 
     Raises:
-        UnsupportedError: For a row of a sample, they do not give the gradient of the layer's parameters.
+        UnsupportedError: For some row of a sample, they do not give the gradient of the layer's parameters.
     """
     rng = label_stream(quantity)
     names = [parameter for layer in layers.values() for parameter in layer.parameters]
@@ -277,11 +279,11 @@ def _layer_samples(
             wanted = [*(shift for _, shift in calls.values()), *(leaves[name] for name in names)]
             rows = torch.stack(list(_sample_rows(problem.loss, quantity, outputs, y, wanted, rng)))
             parts = rows.split([tensor.numel() for tensor in wanted], dim=1)
-            of_parameters = dict(zip(names, parts[len(calls) :], strict=True))
+            parameter_gradients = dict(zip(names, parts[len(calls) :], strict=True))
             for (name, (given, shift)), row in zip(calls.items(), parts[: len(calls)], strict=True):
                 patches = _patches(layers[name], given)
-                slopes = _by_position(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
-                _check(layers[name], patches, slopes, of_parameters, problem.dtype)
+                slopes = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
+                _check(layers[name], patches, slopes, parameter_gradients, problem.dtype)
                 yield name, patches, slopes
             advance(1)
 
@@ -293,18 +295,19 @@ def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Ten
     scale = float(inputs.norm() * slopes.norm())
     if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
         raise UnsupportedError(
-            f"{layer.name or 'the model'} ({type(layer.module).__name__}) does not have, for some sample, the gradient "
-            "that its inputs and the gradients of its outputs give, so that it has no Kronecker factors; diag, "
-            "block_diag and dense need none"
+            f"the gradient of {layer.name or 'the model'} ({type(layer.module).__name__}) does not follow from its "
+            "inputs and the gradients of its outputs for some sample, so it has no Kronecker factors; use diag, "
+            "block_diag or dense"
         )
 
 
 def _calls(
     problem: Problem, layers: Mapping[str, Layer], x: Tensor, leaves: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the outputs of one sample, and every layer's input with a zero that was added to its output.
+    """Return the outputs of one sample, and for every layer its input and a zero tensor that is added to its output.
 
-    The gradient in the zero is that in the layer's output, whatever is done to the output afterwards.
+    The gradient with respect to this zero is that with respect to the layer's output, even if the output is changed
+    later.
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
@@ -312,7 +315,7 @@ def _calls(
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
             given = next(chain(arguments, keywords.values()))
             shift = torch.zeros_like(output, requires_grad=True)
-            calls[name].append((working(given.detach().clone()), shift))
+            calls[name].append((to_working_dtype(given.detach().clone()), shift))
             return output + shift
 
         return hook
@@ -325,20 +328,21 @@ def _calls(
     for name, seen in calls.items():
         if len(seen) != 1:
             raise UnsupportedError(
-                f"{name or 'the model'} is called {len(seen)} times for some samples; Kronecker factors need one call"
+                f"{name or 'the model'} is called {len(seen)} times for some samples, but Kronecker factors need "
+                "exactly one call: leave it out with params=[...]"
             )
     return outputs, {name: seen[0] for name, seen in calls.items()}
 
 
 def _patches(layer: Layer, x: Tensor) -> Tensor:
-    """Return what the homogeneous weight is multiplied with at each position, ``(T, d)``."""
+    """Return the vectors that the homogeneous weight multiplies at each position, ``(T, d)``."""
     module, columns = layer.module, []
     if isinstance(module, nn.modules.conv._ConvNd):
-        # With the identity as weight, the outputs are the patches: right for every padding, stride and dilation.
+        # With the identity as weight, the outputs are the patches, for every padding, stride and dilation.
         size = module.weight[0].numel()
         identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *module.weight.shape[1:])
         x = module._conv_forward(x, identity, None)
-    patches = _by_position(module, x)[0]
+    patches = _flatten_positions(module, x)[0]
     if layer.weight is not None:
         columns.append(patches)
     if layer.bias is not None:
@@ -346,8 +350,8 @@ def _patches(layer: Layer, x: Tensor) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
-def _by_position(module: nn.Module, values: Tensor) -> Tensor:
-    """Return what a layer gives, ``(K, ..., channels)`` or ``(K, channels, ...)``, as ``(K, T, channels)``."""
+def _flatten_positions(module: nn.Module, values: Tensor) -> Tensor:
+    """Return outputs of a layer, ``(K, ..., channels)`` or ``(K, channels, ...)``, as ``(K, T, channels)``."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return values.flatten(2).mT
     return values.reshape(len(values), -1, values.shape[-1])

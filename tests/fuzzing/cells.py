@@ -192,7 +192,7 @@ def _draw_question(r: Random, backend: str, count: int) -> tuple[str, str]:
     backends = list(BACKENDS.values()) if backend == "auto" else [BACKENDS[backend]]
     having: dict[str, set[str]] = {}
     for each in backends:
-        for kind, structures in each.cells.items():
+        for kind, structures in each.structures.items():
             having.setdefault(kind.name, set()).update(structures)
     quantity = r.choice(sorted(having))
     structure = r.choices(sorted(having[quantity]), [3 if s == "diag" else 1 for s in sorted(having[quantity])])[0]

@@ -114,7 +114,7 @@ def _compute(
 ) -> tuple[Record, Tensor | None]:
     """Return the cost of a backend, or the reason why it fails, and a sketch of products with its matrix."""
     nothing = dict.fromkeys(("seconds", "peak_mb", "trace"))
-    if parse_structure(structure).name not in BACKENDS[backend].cells.get(type(parse_quantity(quantity)), ()):
+    if parse_structure(structure).name not in BACKENDS[backend].structures.get(type(parse_quantity(quantity)), ()):
         obstacle = f"backend {backend} does not compute {quantity} as {parse_structure(structure).name}"
         return {"supported": "absent", **nothing, "obstacle": obstacle}, None
     try:

@@ -65,7 +65,7 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
 
 def _write(directory: RunDirectory, diagnosis: Diagnosis) -> None:
     # Converted through JSON, so that missing values are None, not NaN.
-    write_tables(directory, json.loads(diagnosis.cells.to_json(orient="records")))
+    write_tables(directory, json.loads(diagnosis.combinations.to_json(orient="records")))
     directory.write_json("findings.json", [diagnosis.summary, *diagnosis.findings])
 
 

@@ -41,10 +41,10 @@ def list_combinations() -> list[Record]:
     """Return the support matrix: one record per quantity and structure, with ``yes`` or a dash for each backend."""
     return [
         {"quantity": quantity, "structure": structure}
-        | {name: _YES if structure in b.cells.get(kind, ()) else _NO for name, b in BACKENDS.items()}
+        | {name: _YES if structure in b.structures.get(kind, ()) else _NO for name, b in BACKENDS.items()}
         for quantity, kind in QUANTITIES.items()
         for structure in STRUCTURES
-        if any(structure in b.cells.get(kind, ()) for b in BACKENDS.values())
+        if any(structure in b.structures.get(kind, ()) for b in BACKENDS.values())
     ]
 
 
@@ -190,7 +190,7 @@ def list_modules(structure: str) -> list[Record]:
         structure: ``diag`` or ``kfac``.
     """
     quantities = ("fisher", "empirical_fisher")
-    backends = [b.name for b in BACKENDS.values() if any(structure in names for names in b.cells.values())]
+    backends = [b.name for b in BACKENDS.values() if any(structure in names for names in b.structures.values())]
     records = []
     with warnings.catch_warnings(), progress(f"modules, {structure}", total=len(MODULES)) as advance:
         warnings.simplefilter("ignore")  # torch warns about speed, which does not matter for four samples

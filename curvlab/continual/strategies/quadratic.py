@@ -8,7 +8,7 @@ from torch import Tensor
 from curvlab.continual.options import check_whole
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS, estimate
-from curvlab.estimators.registry import able
+from curvlab.estimators.registry import find_backends
 from curvlab.forms import unknown
 from curvlab.matrices import CurvatureMatrix, Diagonal, Info, Penalty
 from curvlab.parameters import ParameterSpace
@@ -54,7 +54,7 @@ def curvature_options(
         raise CurvlabError("the sum of two ekfac matrices is not an ekfac matrix: use kfac, whose sums are exact")
     if backend not in ("auto", *BACKENDS):
         raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
-    able(quantity, structure, backend)
+    find_backends(quantity, structure, backend)
     if samples is not None:
         check_whole("samples", samples)
     params = params if params is None or isinstance(params, str) else list(params)

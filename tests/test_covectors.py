@@ -1,4 +1,4 @@
-"""Seeds: the same however they are asked for, in pieces of bounded memory; the output Fisher as a product."""
+"""Covectors: the same however they are asked for, in pieces of bounded memory; the output Fisher as a product."""
 
 from functools import partial
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curvlab.estimators import seeds as module
-from curvlab.estimators.seeds import fewer_seeds, label_stream, output_product, output_rows
+from curvlab.estimators import covectors as module
+from curvlab.estimators.covectors import label_stream, output_covectors, output_product, suggest_sampling
 from curvlab.losses import LOSSES, get_loss
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 
@@ -27,45 +27,45 @@ def outputs_and_targets(loss: str, dtype: torch.dtype = torch.float64) -> tuple[
     return outputs, torch.rand(N, C, dtype=torch.float64, generator=generator).to(dtype)
 
 
-def seeds_of(loss: str, quantity: Quantity, dtype: torch.dtype = torch.float64) -> module.Seeds:
-    return output_rows(get_loss(loss), quantity, *outputs_and_targets(loss, dtype), label_stream(quantity))
+def make_covectors(loss: str, quantity: Quantity, dtype: torch.dtype = torch.float64) -> module.Covectors:
+    return output_covectors(get_loss(loss), quantity, *outputs_and_targets(loss, dtype), label_stream(quantity))
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_way_to_ask_gives_the_same(loss: str, quantity: Quantity, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds = seeds_of(loss, quantity)
-    whole = seeds[:]
-    assert whole.shape == (N, len(seeds), C)
+    covectors = make_covectors(loss, quantity)
+    whole = covectors[:]
+    assert whole.shape == (N, len(covectors), C)
     monkeypatch.setattr(module, "_BYTES", 2 * N * C * 8)  # two at once
     same = partial(torch.testing.assert_close, rtol=1e-14, atol=0)  # torch's vectorised kernels differ in the last bit
-    same(torch.stack(list(seeds), dim=1), whole)
-    same(torch.cat([seeds[:1], seeds[1:2], seeds[2:]], dim=1), whole)
-    same(seeds.of(slice(2, 5))[1:], whole[2:5, 1:])
+    same(torch.stack(list(covectors), dim=1), whole)
+    same(torch.cat([covectors[:1], covectors[1:2], covectors[2:]], dim=1), whole)
+    same(covectors.select(slice(2, 5))[1:], whole[2:5, 1:])
     with pytest.raises(ValueError, match="step"):
-        seeds[::2]
+        covectors[::2]
 
 
 @pytest.mark.parametrize("samples", [slice(0, 1), slice(1, 4), slice(4, 6)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_drawn_seeds_do_not_depend_on_the_batches(loss: str, samples: slice) -> None:
+def test_drawn_covectors_do_not_depend_on_the_batches(loss: str, samples: slice) -> None:
     """The stream is used in the samples' order: what a batch draws is a part of what all draw."""
     quantity = Fisher(samples=2, seed=4)
     outputs, targets = outputs_and_targets(loss)
-    whole = output_rows(get_loss(loss), quantity, outputs, targets, label_stream(quantity))[:]
+    whole = output_covectors(get_loss(loss), quantity, outputs, targets, label_stream(quantity))[:]
     rng = label_stream(quantity)
-    before = output_rows(get_loss(loss), quantity, outputs[: samples.start], targets[: samples.start], rng)
+    before = output_covectors(get_loss(loss), quantity, outputs[: samples.start], targets[: samples.start], rng)
     assert len(before[:]) == samples.start
-    here = output_rows(get_loss(loss), quantity, outputs[samples], targets[samples], rng)
+    here = output_covectors(get_loss(loss), quantity, outputs[samples], targets[samples], rng)
     torch.testing.assert_close(here[:], whole[samples], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_product_is_that_of_the_seeds(loss: str, quantity: Quantity) -> None:
+def test_the_product_is_that_of_the_covectors(loss: str, quantity: Quantity) -> None:
     outputs, targets = outputs_and_targets(loss)
     vectors = torch.randn(N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-    rows = seeds_of(loss, quantity)[:]
+    rows = make_covectors(loss, quantity)[:]
     multiply = output_product(get_loss(loss), quantity, outputs, targets, label_stream(quantity))
     expected = torch.einsum("nrc,nr->nc", rows, torch.einsum("nrc,nc->nr", rows, vectors))
     assert torch.allclose(multiply(vectors), expected, rtol=1e-12, atol=1e-14)
@@ -109,8 +109,8 @@ def test_memory_does_not_grow_with_the_square_of_the_outputs(loss: str, quantity
     outputs = torch.zeros(8, 2000)
     targets = torch.zeros(8, dtype=torch.int64) if loss == "cross_entropy" else outputs
     with Largest() as largest:
-        seeds = output_rows(get_loss(loss), quantity, outputs, targets, label_stream(quantity))
-        assert sum(1 for _ in seeds) == len(seeds)
+        covectors = output_covectors(get_loss(loss), quantity, outputs, targets, label_stream(quantity))
+        assert sum(1 for _ in covectors) == len(covectors)
         output_product(get_loss(loss), Fisher(), outputs, targets, label_stream(quantity))(outputs)
     assert largest.bytes <= 1.6e7  # all of them would take 128 MB
 
@@ -127,13 +127,15 @@ def test_half_precision_is_computed_in_float32(loss: str, dtype: torch.dtype) ->
     assert torch.equal(of.fisher_product(outputs, outputs).float(), of.fisher_product(single[0], single[0]))
     drawn = [of.draw(some, 2, np.random.default_rng(0)) for some in (outputs, single[0])]
     assert torch.equal(of.drawn_gradients(outputs, drawn[0]), of.drawn_gradients(single[0], drawn[1]))
-    assert seeds_of(loss, Fisher(), dtype)[:].dtype == dtype
+    assert make_covectors(loss, Fisher(), dtype)[:].dtype == dtype
 
 
 def test_one_class() -> None:
-    seeds = output_rows(get_loss("cross_entropy"), Fisher(), torch.ones(3, 1), torch.zeros(3), label_stream(Fisher()))
-    assert seeds[:].shape == (3, 1, 1)
-    assert not seeds[:].any()
+    covectors = output_covectors(
+        get_loss("cross_entropy"), Fisher(), torch.ones(3, 1), torch.zeros(3), label_stream(Fisher())
+    )
+    assert covectors[:].shape == (3, 1, 1)
+    assert not covectors[:].any()
 
 
 @pytest.mark.parametrize(
@@ -148,5 +150,5 @@ def test_one_class() -> None:
     ids=str,
 )
 def test_fewer_would_do(quantity: Quantity, outputs: int, told: str | None) -> None:
-    said = fewer_seeds(get_loss("cross_entropy"), quantity, outputs)
+    said = suggest_sampling(get_loss("cross_entropy"), quantity, outputs)
     assert said is None if told is None else said is not None and said.startswith(told)
