@@ -20,8 +20,8 @@ demo: install ## the main analysis on the embedded digits: how diagonal is the F
 test: install-test ## the tests (seconds to minutes; those marked slow are left out)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) pytest -n 2 --dist worksteal # OpenMP's threads spin: two processes, a thread each
 
-fuzz: install-test ## random networks against plain loops: SECONDS=600, SEED=1000; CELL=17 runs one of them
-	@OMP_NUM_THREADS=1 $(RUN) tests.fuzzing --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(if $(CELL),--cell $(CELL))
+fuzz: install-test ## random networks against plain loops: SECONDS=600, SEED=1000; CASE=17 runs one of them
+	@OMP_NUM_THREADS=1 $(RUN) tests.fuzzing --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE))
 
 papers: install ## the README of every paper and docs/papers, from the records in analyses/
 	@$(RUN) curvlab.analyze papers --write

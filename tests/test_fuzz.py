@@ -1,4 +1,4 @@
-"""A slice of the fuzzer with fixed seeds, and that the fuzzer sees what it is for."""
+"""The fuzzer with fixed seeds, and tests that the fuzzer detects failures."""
 
 import os
 from random import Random
@@ -7,10 +7,10 @@ from threading import Event
 import pytest
 import torch
 from fuzzing import factors, oracle, workers
-from fuzzing.cells import Cell, draw
+from fuzzing.cases import Case, draw
 from fuzzing.decorations import DECORATIONS
 from fuzzing.draft import Draft, Step, UnfitError
-from fuzzing.judge import Truth, UnfitCellError, Verdict, _check_refusal, _solve, judge
+from fuzzing.judge import Truth, UnfitCaseError, Verdict, _check_refusal, _solve, judge
 from fuzzing.layers import LAYERS, ODD
 from fuzzing.shrink import script, shrink
 from fuzzing.source import source
@@ -26,15 +26,15 @@ _SHAPES = ((4,), (3, 4), (4, 2, 2), (2, 4, 4))
 
 
 @pytest.mark.parametrize("first", range(0, 120, 20))
-def test_a_slice(first: int) -> None:
+def test_fixed_seeds(first: int) -> None:
     for seed in range(first, first + 20):
         verdict = judge(draw(seed))
         assert not verdict.failed, script(draw(seed), verdict) + verdict.details
 
 
-def plain(**changes: object) -> Cell:
-    """A Linear layer on three samples, asked for the diagonal of its empirical Fisher."""
-    cell = Cell(
+def plain(**changes: object) -> Case:
+    """Return a case: the diagonal of the empirical Fisher of a Linear layer on three samples."""
+    case = Case(
         seed=0,
         shape=(3,),
         whole=False,
@@ -53,7 +53,7 @@ def plain(**changes: object) -> Cell:
         around="",
         damping="",
     )
-    return Cell(**{**vars(cell), **changes})
+    return Case(**{**vars(case), **changes})
 
 
 class TestVerdicts:
@@ -61,41 +61,41 @@ class TestVerdicts:
     @pytest.mark.parametrize("quantity", ["fisher", "empirical_fisher", "fisher:samples=2,seed=1"])
     @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error", "binary_cross_entropy"])
     def test_right(self, loss: str, quantity: str, structure: str) -> None:
-        assert judge(plain(loss=loss, quantity=quantity, structure=structure)).word == "right"
+        assert judge(plain(loss=loss, quantity=quantity, structure=structure)).outcome == "right"
 
     @pytest.mark.parametrize("quantity", ["hessian", "ggn", "masq:batch_size=2,norm=mean"])
-    def test_right_of_any_structure_but_factors(self, quantity: str) -> None:
-        assert judge(plain(quantity=quantity, structure="block_diag")).word == "right"
+    def test_right_blocks(self, quantity: str) -> None:
+        assert judge(plain(quantity=quantity, structure="block_diag")).outcome == "right"
 
     @pytest.mark.parametrize("structure", ["diag", "kfac", "diagonality"])
     def test_a_wrong_number(self, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Problem, "num_samples", 4)  # of three
-        assert judge(plain(structure=structure)).word == "wrong"
+        assert judge(plain(structure=structure)).outcome == "wrong"
 
-    def test_a_raw_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_uncaught_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object) -> None:
             raise KeyError("x")
 
         monkeypatch.setattr(Problem, "check", fail)
-        assert judge(plain()).word == "raw"
+        assert judge(plain()).outcome == "error"
 
-    def test_what_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_changed_state(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def draw_numbers(*_: object) -> None:
             torch.rand(1)
 
         monkeypatch.setattr(Problem, "check", draw_numbers)
         assert judge(plain()).signature == ("changed", "torch's random state")
 
-    def test_a_number_where_a_refusal_is_right(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_number_instead_of_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         odd = plain(steps=(Step("random", 0, 1),))
         monkeypatch.setattr(Problem, "check", lambda _: None)
-        assert judge(odd).word == "wrong"
+        assert judge(odd).outcome == "wrong"
 
 
-class TestWhatIsNoFailure:
-    """Where the loops themselves, or torch, are not what a number can be held against."""
+class TestNoFailure:
+    """Cases in which the loops or torch are not accurate enough for a comparison."""
 
-    def test_saturated_losses_keep_their_digits(self) -> None:
+    def test_saturated_losses_are_accurate(self) -> None:
         for name, y in (("cross_entropy", torch.tensor([1])), ("binary_cross_entropy", torch.tensor([[0.0, 1.0]]))):
             f = torch.tensor([[-18.0, 20.0]]).double().requires_grad_()
             (slope,) = torch.autograd.grad(oracle.losses(name, f, y.double()).sum(), f)
@@ -109,28 +109,28 @@ class TestWhatIsNoFailure:
         x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
         ones = estimate(Problem(matrix, "squared_error", (x, y)), "ggn", "diag")
         almost = Diagonal(torch.full((8,), -0.3 + 1e-6).double(), ones.space, ones.info)
-        assert _solve(plain(damping="0.3"), almost).word == "right"
+        assert _solve(plain(damping="0.3"), almost).outcome == "right"
         off = Diagonal(almost.entries * (1 + 1e-14), ones.space, ones.info)
         off.solve = lambda b, damping: almost.solve(b, damping=damping + 1e-11)  # type: ignore[method-assign]
-        assert _solve(plain(damping="0.3"), off).word == "wrong"
+        assert _solve(plain(damping="0.3"), off).outcome == "wrong"
 
     @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-    def test_samples_that_mix_without_a_trace(self, dtype: str) -> None:
+    def test_mixed_samples_without_an_effect(self, dtype: str) -> None:
         class Mixing(torch.nn.Module):
             def forward(self, x: Tensor) -> Tensor:
                 return x.cumsum(0).softmax(-1).sum(-1, keepdim=True) if centred else x.cumsum(0)
 
-        cell = plain(steps=(Step("mixing", 0, 1),), dtype=dtype)
-        assert cell.refusal == "it mixes samples"
+        case = plain(steps=(Step("mixing", 0, 1),), dtype=dtype)
+        assert case.refusal == "it mixes samples"
         x = torch.randn(3, 4).to(getattr(torch, dtype))
         centred = True
-        with pytest.raises(UnfitCellError):
-            _check_refusal(cell, Mixing(), x)
+        with pytest.raises(UnfitCaseError):
+            _check_refusal(case, Mixing(), x)
         centred = False
-        _check_refusal(cell, Mixing(), x)
+        _check_refusal(case, Mixing(), x)
 
     def test_torch_is_wrong_for_a_batch_of_one(self) -> None:
-        """An instance norm, whose gradient comes in channels-last memory."""
+        """The gradient of the instance norm is in channels-last memory."""
 
         class Network(torch.nn.Sequential):
             def forward(self, x: Tensor) -> Tensor:
@@ -141,12 +141,12 @@ class TestWhatIsNoFailure:
         code = {"data": lambda: (x, torch.randn(2, 2).double())}
         convolution, norm = torch.nn.Conv2d(3, 2, 1), torch.nn.InstanceNorm2d(2)
         assert Truth(plain(), code, Network(convolution).double()).matrix is not None
-        with pytest.raises(UnfitCellError, match="torch's gradients of a batch"):
+        with pytest.raises(UnfitCaseError, match="torch's gradients of a batch"):
             Truth(plain(), code, Network(convolution, norm).double())
 
-    def test_layers_of_which_no_factor_is_asked_are_left_alone(self) -> None:
+    def test_layers_without_selected_parameters_are_not_changed(self) -> None:
         class Frozen(torch.nn.Module):
-            """What is done in place to the first layer's outputs is lawful as long as no gradient goes there."""
+            """An in-place operation on the first layer's outputs is valid if they need no gradient."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -173,16 +173,16 @@ class TestWorkers:
             worker.stop()
 
     def test_a_verdict(self) -> None:
-        assert self.ask().word == "right"
+        assert self.ask().outcome == "right"
 
     def test_a_process_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workers, "judge", lambda _: os._exit(3))
-        assert self.ask() == Verdict("raw", "the process dies: exit code 3")
+        assert self.ask() == Verdict("error", "the process died with exit code 3")
 
     def test_a_process_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workers, "judge", lambda _: Event().wait())
         monkeypatch.setattr(workers, "_SECONDS", 0.1)
-        assert self.ask().told == "no answer after 0 s"
+        assert self.ask().reason == "no answer after 0 s"
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *ODD])
@@ -197,12 +197,12 @@ def test_torch_runs_a_network_with_each_kind_of_layer(kind: str) -> None:
                 draft.take(step, (LAYERS | ODD)[step.kind])
         except UnfitError:
             continue
-        if judge(plain(shape=shape, whole=whole, steps=(*before, Step(kind, 1, seed)))).word != "not run":
+        if judge(plain(shape=shape, whole=whole, steps=(*before, Step(kind, 1, seed)))).outcome != "not run":
             return
     pytest.fail(f"{kind} never ran")
 
 
-def test_a_cell_is_its_seed() -> None:
+def test_a_case_is_its_seed() -> None:
     assert draw(5) == draw(5)
     assert source(draw(5)) == source(draw(5)) != source(draw(6))
 
@@ -221,12 +221,12 @@ def test_a_decoration_keeps_its_module_when_others_are_dropped() -> None:
             assert hooked(tuple({0, 1, 2} - {dropped}), seed) == [line]
 
 
-def test_a_failure_is_made_small_and_its_script_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reduced_and_its_script_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     diagonal = hooks._diagonal
     monkeypatch.setattr(hooks, "_diagonal", lambda *arguments: 1.01 * diagonal(*arguments))
     random = Random(0)
     steps = tuple(Step(kind, i, random.randrange(99)) for i, kind in enumerate(("linear", "activation", "linear")))
-    cell = plain(steps=steps, loss="cross_entropy", quantity="ggn", batch_size=2)
-    small, verdict = shrink(cell, judge(cell))
+    case = plain(steps=steps, loss="cross_entropy", quantity="ggn", batch_size=2)
+    small, verdict = shrink(case, judge(case))
     assert (small.steps, small.quantity, small.batch_size) == ((), "empirical_fisher", None)
     exec(script(small, verdict), {})

@@ -1,7 +1,7 @@
-"""Random networks, each on one cell of the table of estimators, against plain loops of automatic differentiation.
+"""Fuzzer: random networks, each with one combination of quantity, structure and backend, compared with plain loops.
 
-A network is source code: what is run is what is printed when it fails. ``draft.py`` puts the code together from steps:
-those of ``layers.py`` are what a forward pass does, those of ``decorations.py`` what is done to a model that is made.
-``cells.py`` draws a cell from a seed and ``source.py`` writes it out; ``oracle.py`` and ``factors.py`` compute what is
-right; ``judge.py`` compares; ``shrink.py`` makes a failure small. ``python -m tests.fuzzing`` runs it.
+A network is source code, so that a failure is printed exactly as it was run. ``draft.py`` assembles the code from
+steps: those in ``layers.py`` are operations of a forward pass, those in ``decorations.py`` change a finished model.
+``cases.py`` draws a case from a seed and ``source.py`` writes its code; ``oracle.py`` and ``factors.py`` compute the
+expected results; ``judge.py`` compares; ``shrink.py`` reduces a failure. Run it with ``python -m tests.fuzzing``.
 """

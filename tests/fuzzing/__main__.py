@@ -1,4 +1,4 @@
-"""Runs cells, one after another, for a number of seconds, and prints every kind of failure as a script."""
+"""Run cases for a number of seconds and print each kind of failure as a script."""
 
 import argparse
 import json
@@ -8,92 +8,100 @@ from collections import Counter
 from functools import partial
 from itertools import count
 
-from .cells import Cell, draw
+from .cases import Case, draw
 from .judge import Verdict
 from .shrink import script, shrink
-from .workers import Worker, verdicts
+from .workers import Worker, judge_all
 
-_WORDS = ("right", "refused", "wrong", "raw", "changed")
-_BETWEEN = 10  # seconds from one line of progress to the next
+_OUTCOMES = ("right", "refused", "wrong", "error", "changed")
+_INTERVAL = 10  # seconds between lines of progress
 
 
 class Tally:
-    """What came of the cells so far."""
+    """Counts of the outcomes of the cases."""
 
     def __init__(self) -> None:
-        self.words: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
-        self.failures: dict[tuple[str, str], list[int]] = {}  # seeds by what they have in common
-        self.verdicts: dict[tuple[str, str], Verdict] = {}  # of the first of each
-        self.refusals: dict[str, list[int]] = {}  # by ``auto``, of what the oracle can
+        self.failures: dict[tuple[str, str], list[int]] = {}  # seeds by kind of failure
+        self.verdicts: dict[tuple[str, str], Verdict] = {}  # the first verdict of each kind
+        self.refusals: dict[str, list[int]] = {}  # seeds that ``auto`` refuses although the oracle can compute them
 
-    def add(self, cell: Cell, verdict: Verdict) -> None:
-        """Count a cell; say so at once if it fails in a way that none did before."""
-        self.words[verdict.word] += 1
-        self.kinds.update(set(cell.kinds()))
-        if verdict.word == "refused" and cell.backend == "auto" and cell.structure in ("diag", "dense", "block_diag"):
-            self.refusals.setdefault(verdict.told, []).append(cell.seed)
+    def add(self, case: Case, verdict: Verdict) -> None:
+        """Count a case; print it if it is the first failure of its kind."""
+        self.outcomes[verdict.outcome] += 1
+        self.kinds.update(set(case.kinds()))
+        if (
+            verdict.outcome == "refused"
+            and case.backend == "auto"
+            and case.structure in ("diag", "dense", "block_diag")
+        ):
+            self.refusals.setdefault(verdict.reason, []).append(case.seed)
         if not verdict.failed:
             return
         if verdict.signature not in self.failures:
-            asked = f"{cell.quantity} {cell.structure} of {', '.join(cell.kinds()) or 'a layer'}"
-            print(f"{verdict.word} (cell {cell.seed}): {verdict.told} [{asked}]", flush=True)
+            asked = f"{case.quantity} {case.structure} of {', '.join(case.kinds()) or 'a layer'}"
+            print(f"{verdict.outcome} (case {case.seed}): {verdict.reason} [{asked}]", flush=True)
             self.verdicts[verdict.signature] = verdict
-        self.failures.setdefault(verdict.signature, []).append(cell.seed)
+        self.failures.setdefault(verdict.signature, []).append(case.seed)
 
     def summary(self, seconds: float) -> str:
-        """Return the counts as JSON; seeds are the first of each kind."""
-        cells = sum(self.words[word] for word in _WORDS)
+        """Return the counts as JSON, with the first seeds of each kind."""
+        cases = sum(self.outcomes[outcome] for outcome in _OUTCOMES)
         counts = {
-            "cells": cells,
+            "cases": cases,
             "seconds": round(seconds, 1),
-            "cells a second": round(cells / seconds, 1),
-            **{word: self.words[word] for word in _WORDS},
-            "refused though the reference can": sum(map(len, self.refusals.values())),
-            "not run, since torch itself cannot": self.words["not run"],
+            "cases per second": round(cases / seconds, 1),
+            **{outcome: self.outcomes[outcome] for outcome in _OUTCOMES},
+            "refused although the reference can": sum(map(len, self.refusals.values())),
+            "not run, because torch itself cannot": self.outcomes["not run"],
             "kinds of steps": dict(sorted(self.kinds.items())),
-            "refusals": {told: [len(seeds), *seeds[:3]] for told, seeds in self.refusals.items()},
-            "failures": {f"{word}: {told}": [len(seeds), *seeds[:3]] for (word, told), seeds in self.failures.items()},
+            "refusals": {reason: [len(seeds), *seeds[:3]] for reason, seeds in self.refusals.items()},
+            "failures": {f"{outcome}: {reason}": [len(s), *s[:3]] for (outcome, reason), s in self.failures.items()},
         }
         return json.dumps(counts, indent=1).replace(",\n   ", ", ").replace("[\n   ", "[").replace("\n  ]", "]")
 
 
 def main() -> int:
-    """Return the exit status: 1 if a cell failed."""
+    """Return the exit status: 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to draw cells (default 60)")
-    parser.add_argument("--cells", type=int, default=None, help="stop after that many")
-    parser.add_argument("--seed", type=int, default=0, help="of the first cell; the others follow (default 0)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
-    parser.add_argument("--cell", type=int, default=None, help="run this cell alone and print it as a script")
-    parser.add_argument("--shrink", type=int, default=12, help="how many kinds of failure to make small (default 12)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration (default 60)")
+    parser.add_argument("--cases", type=int, default=None, help="stop after this number of cases")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first case; the next cases have the next seeds (default 0)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each (default 2)")
+    parser.add_argument(
+        "--case", type=int, default=None, help="run only the case of this seed and print it as a script"
+    )
+    parser.add_argument("--shrink", type=int, default=12, help="number of kinds of failure to reduce (default 12)")
     arguments = parser.parse_args()
     worker = Worker()
     try:
-        if arguments.cell is None:
-            return _many(arguments, worker)
-        cell = draw(arguments.cell)
-        verdict = _ask(worker, cell)
-        _print(cell, verdict, worker if arguments.shrink else None)
+        if arguments.case is None:
+            return _run_cases(arguments, worker)
+        case = draw(arguments.case)
+        verdict = _ask(worker, case)
+        _print(case, verdict, worker if arguments.shrink else None)
         return int(verdict.failed)
     finally:
         worker.stop()
 
 
-def _ask(worker: Worker, cell: Cell) -> Verdict:
-    worker.give(cell)
+def _ask(worker: Worker, case: Case) -> Verdict:
+    worker.give(case)
     return worker.take()
 
 
-def _many(arguments: argparse.Namespace, worker: Worker) -> int:
-    tally, started, told = Tally(), time.monotonic(), 0.0
-    for cell, verdict in verdicts(map(draw, count(arguments.seed)), arguments.jobs):
-        tally.add(cell, verdict)
+def _run_cases(arguments: argparse.Namespace, worker: Worker) -> int:
+    tally, started, last_report = Tally(), time.monotonic(), 0.0
+    for case, verdict in judge_all(map(draw, count(arguments.seed)), arguments.jobs):
+        tally.add(case, verdict)
         passed = time.monotonic() - started
-        if passed > told + _BETWEEN:
-            told = passed
-            print(f"{passed:.0f} s, cell {cell.seed}: {dict(tally.words)}", file=sys.stderr, flush=True)
-        if passed > arguments.seconds or tally.words.total() == arguments.cells:
+        if passed > last_report + _INTERVAL:
+            last_report = passed
+            print(f"{passed:.0f} s, case {case.seed}: {dict(tally.outcomes)}", file=sys.stderr, flush=True)
+        if passed > arguments.seconds or tally.outcomes.total() == arguments.cases:
             break
     for index, (signature, verdict) in enumerate(tally.verdicts.items()):
         _print(draw(tally.failures[signature][0]), verdict, worker if index < arguments.shrink else None)
@@ -101,12 +109,12 @@ def _many(arguments: argparse.Namespace, worker: Worker) -> int:
     return int(bool(tally.failures))
 
 
-def _print(cell: Cell, verdict: Verdict, worker: Worker | None) -> None:
-    """Print a cell as a script, made small if there is a worker for that."""
+def _print(case: Case, verdict: Verdict, worker: Worker | None) -> None:
+    """Print a case as a script, reduced if a worker is given."""
     if verdict.failed and worker is not None:
-        cell, verdict = shrink(cell, verdict, partial(_ask, worker))
-    told = "".join(f"# {line}\n" for line in verdict.details.splitlines()[-12:])
-    print(f"\n# {100 * '-'}\n{script(cell, verdict)}{told}", flush=True)
+        case, verdict = shrink(case, verdict, partial(_ask, worker))
+    details = "".join(f"# {line}\n" for line in verdict.details.splitlines()[-12:])
+    print(f"\n# {100 * '-'}\n{script(case, verdict)}{details}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is done to a model once it is made: hooks, pruning, parametrizations, patches, ties, frozen parameters."""
+"""Changes of a finished model: hooks, pruning, parametrizations, patches, frozen parameters."""
 
 from random import Random
 
@@ -46,7 +46,7 @@ def backward_hook(d: Draft, r: Random) -> None:
 
 @DECORATIONS(1.5)
 def lora(d: Draft, r: Random) -> None:
-    """Parameters of their own on a layer, which a hook uses."""
+    """Additional parameters of a layer that a hook uses."""
     m = d.pick(r, _LINEAR)
     d.after += [
         f"layer = model.{m}",
@@ -64,7 +64,7 @@ def lora(d: Draft, r: Random) -> None:
 
 @DECORATIONS()
 def child(d: Draft, r: Random) -> None:
-    """A module hung on a layer, used by a hook or by nothing."""
+    """A submodule of a layer that a hook uses, or nothing uses."""
     m = d.pick(r, _LINEAR)
     d.after += [f"layer = model.{m}", "layer.child = nn.Linear(layer.out_features, layer.out_features)"]
     if r.random() < 0.7:
@@ -150,5 +150,5 @@ def has_gradients(d: Draft, r: Random) -> None:
 
 @DECORATIONS(0.7)
 def has_run(d: Draft, r: Random) -> None:
-    """A pass before anything is asked: modules that keep their weight then hold one."""
+    """A forward pass before the call: modules that cache their weight then have one."""
     d.after += ["with torch.no_grad():", "    model(inputs(3))"]

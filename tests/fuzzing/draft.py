@@ -1,4 +1,4 @@
-"""The source of a network, put together step by step."""
+"""Source code of a network, assembled step by step."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Shape = tuple[int, ...]
 
 
 class Step(NamedTuple):
-    """A step of a recipe: a kind, its position in the recipe as it was drawn, and the seed of its settings."""
+    """A step: its kind, its position among the steps as drawn, and the seed of its settings."""
 
     kind: str
     position: int
@@ -17,12 +17,12 @@ class Step(NamedTuple):
 
 
 class UnfitError(Exception):
-    """A step does not fit the draft as it is."""
+    """A step does not fit the current draft."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A module of the network: an attribute of the model, the class, and whether it is called, once and by itself."""
+    """A module of the network: attribute of the model, class, and whether it is called once and alone."""
 
     name: str
     kind: str
@@ -30,17 +30,17 @@ class Made:
 
 
 class Draft:
-    """A network so far.
+    """A network under construction.
 
     Attributes:
-        shape: Of one sample, as it leaves the last step.
+        shape: Shape of one sample after the last step.
         init: Lines of ``__init__``.
-        forward: Lines of ``forward``, on ``x``.
-        after: Lines on ``model``, once it is made.
-        made: Its modules.
-        fresh: Whether ``x`` is a tensor that no backward pass needs, so that it may be changed in place.
-        whole: Whether ``x`` holds whole numbers.
-        refusal: Why every estimate has to be refused, if it has to.
+        forward: Lines of ``forward``, with ``x``.
+        after: Lines with ``model``, run after its construction.
+        made: Modules of the network.
+        fresh: Whether no backward pass needs ``x``, so that it may be changed in place.
+        whole: Whether ``x`` has integers.
+        refusal: Reason why every estimate must be refused; None if it need not be.
     """
 
     def __init__(self, shape: Shape, whole: bool = False) -> None:
@@ -54,26 +54,26 @@ class Draft:
         self._position = 0
 
     def attribute(self, expression: str) -> str:
-        """Add an attribute; return how ``forward`` names it."""
+        """Add an attribute; return its name in ``forward``."""
         name = f"m{self._position}{'abcdefgh'[self._attributes]}"
         self._attributes += 1
         self.init.append(f"self.{name} = {expression}")
         return f"self.{name}"
 
     def module(self, expression: str, called: bool = True) -> str:
-        """Add a module, given as ``nn.Kind(...)``; return how ``forward`` names it."""
+        """Add a module, given as ``nn.Kind(...)``; return its name in ``forward``."""
         name = self.attribute(expression)
         self.made.append(Made(name.removeprefix("self."), expression.partition("(")[0].removeprefix("nn."), called))
         return name
 
     def then(self, *lines: str, shape: Shape | None = None, fresh: bool = False) -> None:
-        """Add lines to ``forward``, after which ``x`` has another shape."""
+        """Add lines to ``forward``; ``shape`` is that of ``x`` after them."""
         self.forward += lines
         self.shape = self.shape if shape is None else shape
         self.fresh, self.whole = fresh, False
 
     def pick(self, random: Random, kinds: Iterable[str]) -> str:
-        """Return the name of a module of these kinds that is called by itself: the same one while it is there."""
+        """Return the name of a module of these kinds that is called alone: the same as long as it exists."""
         names = [made.name for made in self.made if made.called and made.kind in kinds]
         if not names:
             raise UnfitError
@@ -84,7 +84,7 @@ class Draft:
         """Apply a step.
 
         Raises:
-            UnfitError: It does not fit; nothing is changed.
+            UnfitError: The step does not fit; the draft is unchanged.
         """
         self._position, self._attributes = step.position, 0
         before = [list(held) for held in (self.init, self.forward, self.after, self.made)]
@@ -97,14 +97,18 @@ class Draft:
             raise
 
 
-def fits(condition: bool) -> None:
-    """Say that a step does not fit unless the condition holds."""
+def require_fit(condition: bool) -> None:
+    """Raise an error if the condition of a step does not hold.
+
+    Raises:
+        UnfitError: The condition is false.
+    """
     if not condition:
         raise UnfitError
 
 
 class Registry(dict[str, Callable[[Draft, Random], None]]):
-    """Steps by kind, with weights."""
+    """Functions that add steps, by kind, with weights."""
 
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
@@ -112,7 +116,7 @@ class Registry(dict[str, Callable[[Draft, Random], None]]):
     def __call__(
         self, weight: float = 1.0
     ) -> Callable[[Callable[[Draft, Random], None]], Callable[[Draft, Random], None]]:
-        """Enter a function under its name."""
+        """Register a function under its name."""
 
         def enter(maker: Callable[[Draft, Random], None]) -> Callable[[Draft, Random], None]:
             self[maker.__name__] = maker
@@ -122,5 +126,5 @@ class Registry(dict[str, Callable[[Draft, Random], None]]):
         return enter
 
     def draw(self, random: Random) -> str:
-        """Return a kind."""
+        """Return a random kind."""
         return random.choices(list(self.weights), list(self.weights.values()))[0]

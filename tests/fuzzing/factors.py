@@ -1,8 +1,8 @@
-"""What is right for the Kronecker structures, from the one operation that applies a layer's weight.
+"""Expected results for the Kronecker structures, from the operation that applies a layer's weight.
 
-A layer has factors if, in every sample, its weight goes into one ``linear`` or ``conv`` operation, and the gradients of
-its parameters follow from that: ``G = sum_t g_t a_t'`` is automatic differentiation's. Then whatever is done around
-the operation, by hooks or patches, is part of ``a`` and ``g``.
+A layer has factors if, for every sample, exactly one ``linear`` or ``conv`` operation uses its weight, and the
+gradients of its parameters follow from this operation: ``G = sum_t g_t a_t'`` agrees with automatic differentiation.
+All changes by hooks or patches around the operation are then part of ``a`` and ``g``.
 """
 
 import torch
@@ -16,26 +16,26 @@ OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.
 
 
 class Watch(TorchFunctionMode):
-    """Keeps the inputs of the operations on layers' weights, and adds a zero to the outputs of those wanted."""
+    """Mode that records the inputs of operations with layers' weights, and adds a zero to the selected outputs."""
 
-    def __init__(self, layers, wanted, asked):
+    def __init__(self, layers, names, selected):
         super().__init__()
-        self.layers, self.asked = layers, asked
-        self.calls = {name: [] for name in wanted}
+        self.layers, self.selected = layers, selected
+        self.calls = {name: [] for name in names}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in OPERATIONS.values() and len(args) > 1:
-            # A weight that is computed, such as a pruned one, is another tensor at every call.
-            having = [name for name, module in self.layers.items() if module.weight is args[1]]
-            # Of layers with one weight, each has the operation with its own bias.
+            # A computed weight, such as a pruned one, is a new tensor in every call.
+            candidates = [name for name, module in self.layers.items() if module.weight is args[1]]
+            # If layers share a weight, the operation belongs to the layer with the same bias.
             bias = args[2] if len(args) > 2 else None
-            of = [name for name in having if self.layers[name].bias is bias] or having
-            # Where no gradient of the weight is asked for, other uses of it say nothing of the layer's bias.
-            of = [name for name in of if self.layers[name].bias is bias or self.asked(f"{name}.weight")]
-            for name in [name for name in of if name in self.calls]:
+            users = [name for name in candidates if self.layers[name].bias is bias] or candidates
+            # If the weight is not selected, other uses of it do not matter for the layer's bias.
+            users = [name for name in users if self.layers[name].bias is bias or self.selected(f"{name}.weight")]
+            for name in [name for name in users if name in self.calls]:
                 if torch._C._functorch.is_functorch_wrapped_tensor(out):
-                    self.calls[name] += [None, None]  # as good as several
+                    self.calls[name] += [None, None]  # counts as several calls
                     continue
                 shift = torch.zeros_like(out, requires_grad=True)
                 self.calls[name].append((func, args, shift))
@@ -44,7 +44,7 @@ class Watch(TorchFunctionMode):
 
 
 def patches(func, args):
-    """What the weight is multiplied with at each position, ``(T, d)``."""
+    """Return the vectors that the weight multiplies at each position, ``(T, d)``."""
     given, weight = args[0].detach(), args[1].detach()
     if func is F.linear:
         return given.reshape(-1, weight.shape[1])
@@ -54,19 +54,19 @@ def patches(func, args):
 
 
 def samples(model, names, quantity, name, x, y, drawn):
-    """By layer that has factors: for every sample ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M``."""
+    """Return, by layer with factors, ``a`` ``(T, d)``, ``g`` ``(R, T, o)`` and ``M`` of every sample."""
     parameters = {key: p for key, p in model.named_parameters() if key in names}
     layers = {
         key: module
         for key, module in model.named_modules()
         if type(module) in OPERATIONS and getattr(module, "groups", 1) == 1
     }
-    # A zero changes what is done to outputs of which no gradient is wanted.
+    # Only for layers with selected parameters: adding a zero would affect in-place operations on other outputs.
     found = {name.rpartition(".")[0]: [] for name in parameters if name.rpartition(".")[0] in layers}
     for n in range(len(x)):
         with Watch(layers, found, lambda key: key.removeprefix(".") in parameters) as watch:
             f = model(x[n : n + 1].clone())
-        of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
+        sample_values, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
         for key in list(found):
             calls = watch.calls[key]
             if len(calls) != 1:
@@ -74,13 +74,13 @@ def samples(model, names, quantity, name, x, y, drawn):
                 continue
             func, args, shift = calls[0]
             a, o = patches(func, args), len(args[1])
-            g = torch.stack([gradient(value, [shift]).view(shift.shape) for value in of_sample])
+            g = torch.stack([gradient(value, [shift]).view(shift.shape) for value in sample_values])
             g = g.reshape(len(g), -1, o) if func is F.linear else g[:, 0].flatten(2).mT
             columns = {f"{key}.weight".removeprefix("."): a, f"{key}.bias".removeprefix("."): torch.ones_like(a[:, :1])}
             columns = {each: part for each, part in columns.items() if each in parameters}
             right = bool(columns)
             for each, part in columns.items():
-                truth = torch.stack([gradient(value, [parameters[each]]) for value in of_sample])
+                truth = torch.stack([gradient(value, [parameters[each]]) for value in sample_values])
                 gap = (g.mT @ part.double()).flatten(1) - truth.view(len(truth), -1)
                 right = right and bool(gap.abs().max() <= 1e-10 * truth.abs().max() + 1e-14)
             if right:
@@ -90,28 +90,28 @@ def samples(model, names, quantity, name, x, y, drawn):
     return found
 
 
-def factors(of_layer, structure, sharing="expand", variant="gao"):
-    """``A``, ``S`` of a layer; the definitions of the structures' documentation."""
+def factors(layer_samples, structure, sharing="expand", variant="gao"):
+    """Return ``A`` and ``S`` of a layer, by the definitions in the documentation of the structures."""
     total_a, total_s, trace = 0, 0, 0
     weighted = structure == "tkfac" and variant == "gao"
-    for a, g, m in of_layer:
+    for a, g, m in layer_samples:
         trace = trace + torch.einsum("rs,rod,sod->", m, g.mT @ a, g.mT @ a)
         if sharing == "reduce":
             a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
         a_n, s_n = a.mT @ a / len(a), torch.einsum("rs,rto,stp->op", m, g, g)
         total_a = total_a + a_n * (s_n.trace() if weighted else 1)
         total_s = total_s + s_n * (a_n.trace() if weighted else 1)
-    count = len(of_layer)
+    count = len(layer_samples)
     a, s, trace = total_a / count, total_s / count, trace / count
     if structure == "tkfac" and a.trace() * s.trace() > 0:
         s = s * trace / (a.trace() * s.trace())
     return a, s
 
 
-def moments(of_layer, basis_a, basis_s):
-    """The second moments of a layer's gradients along a Kronecker basis, ``(o, d)``."""
+def moments(layer_samples, basis_a, basis_s):
+    """Return the second moments of a layer's gradients along a Kronecker basis, ``(o, d)``."""
     total = 0
-    for a, g, m in of_layer:
+    for a, g, m in layer_samples:
         rotated = (g @ basis_s).mT @ (a @ basis_a)
         total = total + torch.einsum("rs,rod,sod->od", m, rotated, rotated)
-    return total / len(of_layer)
+    return total / len(layer_samples)

@@ -1,4 +1,4 @@
-"""The verdict on a cell: right, refused, wrong, raw or changed."""
+"""Verdict on a case: right, refused, wrong, error or changed."""
 
 import random
 import re
@@ -21,48 +21,49 @@ from curvlab.losses import LOSSES, get_loss
 from curvlab.matrices import Composite, CurvatureMatrix
 
 from . import factors, oracle
-from .cells import MOST_PARAMETERS, Cell
+from .cases import MOST_PARAMETERS, Case
 from .source import source
 
-FAILURES = ("wrong", "raw", "changed")
-#: Of the largest output: by how much samples have to change each other, for that to be no rounding.
+FAILURES = ("wrong", "error", "changed")
+#: Relative to the largest output: the smallest change by other samples of the batch that is not rounding.
 _MIXED = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.25, "float16": 0.05}
 _TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.1}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a cell: a word, a line, and a traceback where there is one."""
+    """Outcome of a case, with the reason in one line and a traceback, if any."""
 
-    word: str
-    told: str = ""
+    outcome: str
+    reason: str = ""
     details: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.word in FAILURES
+        return self.outcome in FAILURES
 
     @property
     def signature(self) -> tuple[str, str]:
-        """What two failures of one kind have in common."""
-        return self.word, re.sub(r"\d+", "#", self.told) if self.word == "raw" else self.told.partition(":")[0]
+        """Key that is the same for failures of the same kind."""
+        error = self.outcome == "error"
+        return self.outcome, re.sub(r"\d+", "#", self.reason) if error else self.reason.partition(":")[0]
 
 
-class UnfitCellError(Exception):
-    """The cell is not one: torch itself cannot build it or run it, or it is too large."""
+class UnfitCaseError(Exception):
+    """The case is not valid: torch itself cannot build or run it, or it is too large."""
 
 
-class WrongError(Exception):
-    """A number is not right."""
+class WrongNumberError(Exception):
+    """A number is wrong."""
 
 
-def judge(cell: Cell) -> Verdict:
-    """Run a cell and return its verdict; ``not run`` where torch itself cannot do what is asked."""
+def judge(case: Case) -> Verdict:
+    """Run a case and return its verdict; ``not run`` if torch itself cannot run it."""
     known = dict(LOSSES)
     try:
-        with _torch_as_it_was():
-            return _judge(cell)
-    except UnfitCellError as error:
+        with _restore_torch():
+            return _judge(case)
+    except UnfitCaseError as error:
         return Verdict("not run", str(error))
     finally:
         LOSSES.clear()
@@ -70,7 +71,7 @@ def judge(cell: Cell) -> Verdict:
 
 
 @contextmanager
-def _torch_as_it_was() -> Iterator[None]:
+def _restore_torch() -> Iterator[None]:
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
@@ -81,78 +82,78 @@ def _torch_as_it_was() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def _judge(cell: Cell) -> Verdict:
-    code: dict[str, Any] = {"__name__": "cell"}
-    exec(compile(source(cell), f"<cell {cell.seed}>", "exec"), code)
-    with warnings.catch_warnings(record=True) as torchs_own:
+def _judge(case: Case) -> Verdict:
+    code: dict[str, Any] = {"__name__": "case"}
+    exec(compile(source(case), f"<case {case.seed}>", "exec"), code)
+    with warnings.catch_warnings(record=True) as torch_warnings:
         warnings.simplefilter("always")
         try:
             model, own = code["make"](), code["make"]()
             size = sum(p.numel() for p in own.parameters() if p.requires_grad)
-            if not 0 < size <= MOST_PARAMETERS / (4 if cell.quantity == "hessian" else 1):
-                raise UnfitCellError(f"{size} parameters")
+            if not 0 < size <= MOST_PARAMETERS / (4 if case.quantity == "hessian" else 1):
+                raise UnfitCaseError(f"{size} parameters")
             right = None
-            if not cell.refusal:
-                right = Truth(cell, code, own)
+            if not case.refusal:
+                right = Truth(case, code, own)
             else:
-                _check_refusal(cell, own, code["samples"]()[0])
-        except UnfitCellError:
+                _check_refusal(case, own, code["samples"]()[0])
+        except UnfitCaseError:
             raise
         except Exception as error:
-            raise UnfitCellError(_line(error)) from error
+            raise UnfitCaseError(_line(error)) from error
     data = code["data"]()
     before = _state(model)
-    with warnings.catch_warnings(record=True) as leaked:
+    with warnings.catch_warnings(record=True) as leaked_warnings:
         warnings.simplefilter("always")
         filters = list(warnings.filters)
         answer = error = None
         try:
             answer = code["ask"](model, data)
-            if cell.refusal and isinstance(answer, CurvatureMatrix):
-                answer.to_dense()  # an implicit matrix has no number before its first product
+            if case.refusal and isinstance(answer, CurvatureMatrix):
+                answer.to_dense()  # an implicit matrix computes nothing before its first product
         except CurvlabError as refused:
             error = refused
-        except Exception as raw:
-            return Verdict("raw", _line(raw), traceback.format_exc())
+        except Exception as unexpected:
+            return Verdict("error", _line(unexpected), traceback.format_exc())
         if right is not None and answer is not None:
             try:
                 right.check(answer)
-            except UnfitCellError:
+            except UnfitCaseError:
                 raise
-            except WrongError as wrong:
+            except WrongNumberError as wrong:
                 return Verdict("wrong", str(wrong))
-            except Exception as raw:
-                return Verdict("raw", f"the answer's own methods: {_line(raw)}", traceback.format_exc())
+            except Exception as unexpected:
+                return Verdict("error", f"a method of the matrix: {_line(unexpected)}", traceback.format_exc())
         if warnings.filters != filters:
             return Verdict("changed", "warnings.filters")
-    if cell.refusal and error is None:
-        return Verdict("wrong", f"a number where {cell.refusal}")
+    if case.refusal and error is None:
+        return Verdict("wrong", f"a number although {case.refusal}")
     if changed := _difference(before, _state(model)):
         return Verdict("changed", changed)
     if not _copies(model) and _copies(code["make"]()):
         return Verdict("changed", "deep copies fail")
-    told = {str(w.message) for w in torchs_own}
-    if more := [w for w in leaked if str(w.message) not in told and not _ours(w)]:
-        return Verdict("raw", f"a warning leaks: {_first_line(str(more[0].message))}")
+    expected = {str(w.message) for w in torch_warnings}
+    if more := [w for w in leaked_warnings if str(w.message) not in expected and not _is_from_curvlab(w)]:
+        return Verdict("error", f"a warning of torch or a library: {_first_line(str(more[0].message))}")
     if error is not None:
         if "\n" in str(error):
-            return Verdict("raw", f"a refusal of several lines: {_first_line(str(error))}")
+            return Verdict("error", f"a refusal of several lines: {_first_line(str(error))}")
         return Verdict("refused" if right is not None else "right", str(error))
-    if cell.damping and isinstance(answer, CurvatureMatrix) and cell.dtype == "float64":
-        return _solve(cell, answer)
+    if case.damping and isinstance(answer, CurvatureMatrix) and case.dtype == "float64":
+        return _solve(case, answer)
     return Verdict("right")
 
 
-def _check_refusal(cell: Cell, model: nn.Module, x: Tensor) -> None:
-    """Run the model; say that there is nothing to refuse where samples mix, but what follows takes that away."""
+def _check_refusal(case: Case, model: nn.Module, x: Tensor) -> None:
+    """Run the model; raise ``UnfitCaseError`` if it mixes samples, but the outputs do not show it."""
     together = model(x.clone())
-    if "mixes" in str(cell.refusal) and len(together) == len(x):
+    if "mixes" in str(case.refusal) and len(together) == len(x):
         alone = torch.cat([model(x[n : n + 1].clone()) for n in range(len(x))])
-        if float((together - alone).detach().abs().max()) <= _MIXED[cell.dtype] * float(together.detach().abs().max()):
-            raise UnfitCellError("the outputs do not show that samples mix")
+        if float((together - alone).detach().abs().max()) <= _MIXED[case.dtype] * float(together.detach().abs().max()):
+            raise UnfitCaseError("the outputs do not show that samples mix")
 
 
-def _ours(warning: warnings.WarningMessage) -> bool:
+def _is_from_curvlab(warning: warnings.WarningMessage) -> bool:
     return "curvlab" in str(warning.category.__module__)
 
 
@@ -164,52 +165,52 @@ def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:160]
 
 
-# What is right -------------------------------------------------------------------------------------------------------
+# Expected results ----------------------------------------------------------------------------------------------------
 
 
 class Truth:
-    """What a cell's answer has to be.
+    """Expected result of a case.
 
     Args:
-        cell: The cell.
-        code: Its names.
-        model: One that is made for this alone.
+        case: The case.
+        code: Namespace of the case's code.
+        model: A model that is used only here.
     """
 
-    def __init__(self, cell: Cell, code: Mapping[str, Any], model: nn.Module) -> None:
-        self.cell, self.model = cell, model
-        self.tolerance = _TOLERANCE["bfloat16" if "autocast" in cell.around else cell.dtype]
+    def __init__(self, case: Case, code: Mapping[str, Any], model: nn.Module) -> None:
+        self.case, self.model = case, model
+        self.tolerance = _TOLERANCE["bfloat16" if "autocast" in case.around else case.dtype]
         batches = code["data"]()
         if isinstance(batches, tuple):
             x, y = batches
         else:
             batches = list(batches)
             x, y = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
-        self.x, self.y = x[: len(x) // cell.repeats], y[: len(y) // cell.repeats]
+        self.x, self.y = x[: len(x) // case.repeats], y[: len(y) // case.repeats]
         self.names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         self.slices, start = {}, 0
         for name, size in self.names.items():
             self.slices[name] = slice(start, start + size)
             start += size
         self.drawn = None
-        if cell.quantity.startswith("fisher:"):
-            options = dict(option.split("=") for option in cell.quantity.partition(":")[2].split(","))
+        if case.quantity.startswith("fisher:"):
+            options = dict(option.split("=") for option in case.quantity.partition(":")[2].split(","))
             outputs = torch.cat([model(x[n : n + 1].clone()) for n in range(len(x))]).detach()
             stream = np.random.default_rng(int(options["seed"]))
-            self.drawn = get_loss(cell.loss).sample(outputs, int(options["samples"]), stream)
-        self.matrix = oracle.curvature(model, cell.quantity, cell.loss, self.x, self.y, self.drawn)
+            self.drawn = get_loss(case.loss).sample(outputs, int(options["samples"]), stream)
+        self.matrix = oracle.curvature(model, case.quantity, case.loss, self.x, self.y, self.drawn)
         if self.matrix is None or not bool(self.matrix.isfinite().all()):
-            raise UnfitCellError("no second derivative")
+            raise UnfitCaseError("no second derivative")
         self._check_batches()
         self.scale = float(self.matrix.abs().max())
 
     def _check_batches(self) -> None:
-        """Refuse a cell for which torch itself has other gradients for a batch than for its samples.
+        """Check that torch gives the same gradients for a batch as for its samples.
 
         Raises:
-            UnfitCellError: It is one, although the outputs are the same.
+            UnfitCaseError: The gradients differ, although the outputs are the same.
         """
-        if self.cell.dtype != "float64" or "autocast" in self.cell.around:
+        if self.case.dtype != "float64" or "autocast" in self.case.around:
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         together = self.model(self.x.clone())
@@ -217,24 +218,24 @@ class Truth:
         if not torch.allclose(together, torch.cat(alone), rtol=1e-9, atol=1e-12):
             return
         along = torch.randn(together.shape, generator=torch.Generator().manual_seed(0)).double()
-        of_batch = oracle.gradient((together * along).sum(), parameters)
-        of_samples = sum(oracle.gradient((f * v).sum(), parameters) for f, v in zip(alone, along, strict=True))
-        if not torch.allclose(of_batch, of_samples, rtol=1e-6, atol=1e-6 * float(of_samples.abs().max())):
-            raise UnfitCellError("torch's gradients of a batch are not those of its samples")
+        batch = oracle.gradient((together * along).sum(), parameters)
+        single = sum(oracle.gradient((f * v).sum(), parameters) for f, v in zip(alone, along, strict=True))
+        if not torch.allclose(batch, single, rtol=1e-6, atol=1e-6 * float(single.abs().max())):
+            raise UnfitCaseError("torch's gradients of a batch are not those of its samples")
 
     def check(self, answer: Any) -> None:
-        """Compare.
+        """Compare an answer with the expected result.
 
         Raises:
-            WrongError: It is not that.
+            WrongNumberError: They differ.
         """
-        if self.cell.structure == "diagonality":
+        if self.case.structure == "diagonality":
             self._check_table(answer)
             return
-        pattern = self.cell.params or "*"
+        pattern = self.case.params or "*"
         names = [name for name in self.names if fnmatchcase(name, pattern)]
         if list(answer.space.names) != names:
-            raise WrongError(f"parameters: {answer.space.names} for {names}")
+            raise WrongNumberError(f"parameters: {answer.space.names} for {names}")
         for part in answer.parts if isinstance(answer, Composite) else [answer]:
             kind = type(part).kind
             {
@@ -250,7 +251,7 @@ class Truth:
 
     @cached_property
     def _rounded(self) -> Tensor:
-        """The matrix at weights that differ by their rounding: what a network does with that, no one has to undo."""
+        """The matrix at weights with added rounding errors, whose effect no computation can avoid."""
         generator = torch.Generator().manual_seed(0)
         kept = [p.detach().clone() for p in self.model.parameters()]
         with torch.no_grad():
@@ -258,7 +259,7 @@ class Truth:
                 noise = torch.randn(p.shape, dtype=torch.float64, generator=generator)
                 p += (torch.finfo(p.dtype).eps * p.double() * noise).to(p.dtype)
         try:
-            found = oracle.curvature(self.model, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn)
+            found = oracle.curvature(self.model, self.case.quantity, self.case.loss, self.x, self.y, self.drawn)
         finally:
             with torch.no_grad():
                 for p, before in zip(self.model.parameters(), kept, strict=True):
@@ -266,31 +267,31 @@ class Truth:
         return self.matrix if found is None else found
 
     def _compare_part(self, what: str, actual: Tensor, part: Callable[[Tensor], Tensor]) -> None:
-        """Compare with a part of the matrix, within what rounding the weights does to it."""
+        """Compare with a part of the matrix; the effect of rounding errors of the weights is allowed."""
         expected = part(self.matrix)
         try:
             self._compare(what, actual, expected)
-        except WrongError:
+        except WrongNumberError:
             noise = float((part(self._rounded) - expected).abs().max())
             if actual.shape != expected.shape or not float((actual.double() - expected).abs().max()) <= 100 * noise:
                 raise
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         if actual.shape != expected.shape:
-            raise WrongError(f"{what}: the shape is {tuple(actual.shape)} for {tuple(expected.shape)}")
-        # Where gradients cancel, their rounding is left: in half precision some thousandths of the largest curvature;
-        # in float32 some millionths, where a normalisation magnifies it. Of second derivatives more is left, as of
-        # x / |x| for a single number, where they are 0 in exact arithmetic.
+            raise WrongNumberError(f"{what}: the shape is {tuple(actual.shape)} for {tuple(expected.shape)}")
+        # If gradients cancel, their rounding errors remain: in half precision some thousandths of the largest
+        # curvature; in float32 some millionths, or more after a normalisation. For second derivatives they are larger,
+        # for example for x / |x| of a single number, whose second derivative is 0 in exact arithmetic.
         if self.tolerance >= 0.01:
             least = 2e-3
-        elif self.cell.quantity == "hessian":
+        elif self.case.quantity == "hessian":
             least = 1e-2
         else:
-            least = 1e-6 if self.cell.dtype == "float64" else 1e-3
+            least = 1e-6 if self.case.dtype == "float64" else 1e-3
         scale = max(float(expected.abs().max()), least * self.scale, 1e-30)
         error = float((actual.double() - expected).abs().max()) / scale
         if not error <= self.tolerance:
-            raise WrongError(f"{what}: off by {error:.2g} of the largest entry")
+            raise WrongNumberError(f"{what}: off by {error:.2g} of the largest entry")
 
     def _check_dense(self, part: CurvatureMatrix) -> None:
         index = self._index(part.space.names)
@@ -331,27 +332,27 @@ class Truth:
             ):
                 gap = abs(row[column] - float(right))
                 if not gap <= 10 * self.tolerance * max(float(block.abs().sum()), 1e-6 * self.scale, 1e-30):
-                    raise WrongError(
+                    raise WrongNumberError(
                         f"diagonality, {column} of {self._kind(row['parameter'])}: {row[column]} for {right}"
                     )
 
     def _check_factors(self, part: CurvatureMatrix) -> None:
-        kind, _, options = self.cell.structure.partition(":")
+        kind, _, options = self.case.structure.partition(":")
         chosen = dict(option.split("=") for option in options.split(",") if option)
         sharing, variant = chosen.get("sharing", "expand"), chosen.get("variant", "gao")
-        asked = self.model, part.space.names, self.cell.quantity, self.cell.loss, self.x, self.y, self.drawn
+        asked = self.model, part.space.names, self.case.quantity, self.case.loss, self.x, self.y, self.drawn
         try:
-            with warnings.catch_warnings(record=True):  # that are not curvlab's
-                of_layers = factors.samples(*asked)
-        except Exception as error:  # of torch, where zeros are added to outputs
-            raise UnfitCellError(_line(error)) from error
+            with warnings.catch_warnings(record=True):  # not from curvlab
+                samples_by_layer = factors.samples(*asked)
+        except Exception as error:  # from torch, because zeros are added to outputs
+            raise UnfitCaseError(_line(error)) from error
         tensors = part.tensors()
         for layer in dict.fromkeys(name.rpartition("|")[0] for name in tensors):
             owner = self._kind(f"{layer}.weight")
-            if layer not in of_layers:
-                raise WrongError(f"factors of {owner}: it has none")
+            if layer not in samples_by_layer:
+                raise WrongNumberError(f"factors of {owner}, which has none")
             if kind == "ekfac":
-                a, s = factors.factors(of_layers[layer], "kfac", sharing)
+                a, s = factors.factors(samples_by_layer[layer], "kfac", sharing)
                 basis_a, basis_s = tensors[f"{layer}|U_A"], tensors[f"{layer}|U_S"]
                 for factor, basis in ((a, basis_a), (s, basis_s)):
                     if factor.abs().max() > 1e-12 * self.scale:
@@ -359,15 +360,15 @@ class Truth:
                         self._compare(
                             f"basis of {owner}", rotated / factor.norm(), rotated.diagonal().diag() / factor.norm()
                         )
-                values = factors.moments(of_layers[layer], basis_a, basis_s)
+                values = factors.moments(samples_by_layer[layer], basis_a, basis_s)
                 self._compare(f"ekfac of {owner}", tensors[f"{layer}|values"], values)
             else:
-                a, s = factors.factors(of_layers[layer], kind, sharing, variant)
+                a, s = factors.factors(samples_by_layer[layer], kind, sharing, variant)
                 theirs = torch.kron(tensors[f"{layer}|S"][0].contiguous(), tensors[f"{layer}|A"][0].contiguous())
                 self._compare(f"{kind} of {owner}", theirs, torch.kron(s.contiguous(), a.contiguous()))
 
     def _kind(self, name: str) -> str:
-        """Return the class of the module that has a parameter, and the parameter's own name."""
+        """Return the class of the module that has a parameter, and the parameter's name in the module."""
         owner, _, key = name.rpartition(".")
         try:
             return f"{type(self.model.get_submodule(owner)).__name__} {key}"
@@ -375,33 +376,33 @@ class Truth:
             return name
 
 
-def _solve(cell: Cell, matrix: CurvatureMatrix) -> Verdict:
+def _solve(case: Case, matrix: CurvatureMatrix) -> Verdict:
     size = matrix.space.total
-    damping = eval(cell.damping, {"torch": torch, "size": size})
+    damping = eval(case.damping, {"torch": torch, "size": size})
     b = torch.randn(size, generator=torch.Generator().manual_seed(0)).double()
     try:
         answer = matrix.solve(b, damping=damping)
     except CurvlabError as error:
-        return Verdict("right", str(error)) if "\n" not in str(error) else Verdict("raw", "solve: several lines")
-    except Exception as raw:
-        return Verdict("raw", f"solve({cell.damping}): {_line(raw)}", traceback.format_exc())
+        return Verdict("right", str(error)) if "\n" not in str(error) else Verdict("error", "solve: several lines")
+    except Exception as unexpected:
+        return Verdict("error", f"solve({case.damping}): {_line(unexpected)}", traceback.format_exc())
     damping = torch.as_tensor(damping, dtype=torch.float64).expand(size)
     if bool(damping.isnan().any()):
-        return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: a number")
+        return Verdict("wrong", f"solve({case.damping}) of {matrix.kind}: a number")
     damped = matrix.to_dense() + damping.diag()
     right = torch.linalg.solve(damped, b)
     error = float((answer - right).abs().max() / right.abs().max())
-    # What an iteration leaves of the residual, 2e-12, is made larger by the condition at most.
+    # The remaining residual of the iteration, 2e-12, is amplified at most by the condition number.
     if not error <= max(1e-9, 1e-11 * float(torch.linalg.cond(damped))):
-        return Verdict("wrong", f"solve({cell.damping}) of {matrix.kind}: off by {error:.2g}")
+        return Verdict("wrong", f"solve({case.damping}) of {matrix.kind}: off by {error:.2g}")
     return Verdict("right")
 
 
-# What has to stay as it is -------------------------------------------------------------------------------------------
+# State that must not change ------------------------------------------------------------------------------------------
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Return what no call may change, in a form that compares."""
+    """Return the state that no call may change, in a form that can be compared."""
     state: dict[str, Any] = {
         "torch's random state": torch.get_rng_state().numpy().tobytes(),
         "NumPy's random state": _numpy_state(),

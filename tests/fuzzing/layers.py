@@ -1,15 +1,15 @@
-"""What a forward pass does: one function a kind, which adds its lines to a draft."""
+"""Operations of a forward pass: one function per kind, which adds its lines to a draft."""
 
 from math import prod
 from random import Random
 
-from .draft import Draft, Registry, fits
+from .draft import Draft, Registry, require_fit
 
 LAYERS = Registry()
-ODD = Registry()  # what has to be refused
+ODD = Registry()  # operations that must be refused
 
 
-def odds(random: Random, probability: float) -> bool:
+def chance(random: Random, probability: float) -> bool:
     return random.random() < probability
 
 
@@ -18,15 +18,15 @@ def odds(random: Random, probability: float) -> bool:
 
 @LAYERS(5)
 def linear(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     out = r.randint(1, 5)
-    m = d.module(f"nn.Linear({d.shape[-1]}, {out}, bias={odds(r, 0.8)})")
+    m = d.module(f"nn.Linear({d.shape[-1]}, {out}, bias={chance(r, 0.8)})")
     d.then(f"x = {m}({r.choice(['x', 'x', 'input=x'])})", shape=(*d.shape[:-1], out), fresh=True)
 
 
 @LAYERS()
 def linear_on_folded(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) > 1)
+    require_fit(not d.whole and len(d.shape) > 1)
     out = r.randint(1, 3)
     m = d.module(f"nn.Linear({d.shape[-1]}, {out})")
     shape = (*d.shape[:-1], out)
@@ -35,7 +35,7 @@ def linear_on_folded(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def linear_subclass(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     out = r.randint(1, 4)
     body = r.choice(
         [
@@ -51,15 +51,15 @@ def linear_subclass(d: Draft, r: Random) -> None:
 
 @LAYERS(0.4)
 def bilinear(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 4)
+    require_fit(not d.whole and d.shape[-1] <= 4)
     out = r.randint(1, 3)
-    m = d.module(f"nn.Bilinear({d.shape[-1]}, {d.shape[-1]}, {out}, bias={odds(r, 0.5)})")
+    m = d.module(f"nn.Bilinear({d.shape[-1]}, {d.shape[-1]}, {out}, bias={chance(r, 0.5)})")
     d.then(f"x = {m}(x, x.sin())", shape=(*d.shape[:-1], out))
 
 
 @LAYERS()
 def nested(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     n, k, out = d.shape[-1], r.randint(1, 3), r.randint(1, 3)
     parts = f"nn.Linear({n}, {k}), nn.{r.choice(['Tanh', 'ReLU', 'GELU'])}(), nn.Linear({k}, {out}, bias=False)"
     container, call = r.choice(
@@ -80,7 +80,7 @@ def nested(d: Draft, r: Random) -> None:
 
 @LAYERS(3)
 def conv(d: Draft, r: Random) -> None:
-    fits(not d.whole and 2 <= len(d.shape) <= 4)
+    require_fit(not d.whole and 2 <= len(d.shape) <= 4)
     channels, *spatial = d.shape
     groups = r.choice([1, 1, 1, channels])
     out = groups * r.randint(1, max(1, 3 // groups))
@@ -88,9 +88,9 @@ def conv(d: Draft, r: Random) -> None:
     mode = r.choice(["zeros", "zeros", "circular", "reflect", "replicate"])
     dilation = [r.choice([1, 1, 2]) if size > 2 * (k - 1) else 1 for k, size in zip(kernel, spatial, strict=True)]
     reach = [g * (k - 1) for g, k in zip(dilation, kernel, strict=True)]
-    if odds(r, 0.3):
+    if chance(r, 0.3):
         stride, padding = [1] * len(kernel), "'same'"
-        fits(mode == "zeros" or all(reached < size for reached, size in zip(reach, spatial, strict=True)))
+        require_fit(mode == "zeros" or all(reached < size for reached, size in zip(reach, spatial, strict=True)))
         after = spatial
     else:
         stride = [r.randint(1, 2) for _ in kernel]
@@ -99,17 +99,17 @@ def conv(d: Draft, r: Random) -> None:
         after = [
             (n + 2 * p - reached - 1) // s + 1 for n, p, reached, s in zip(spatial, pads, reach, stride, strict=True)
         ]
-    fits(all(size > 0 for size in after))
+    require_fit(all(size > 0 for size in after))
     m = d.module(
         f"nn.Conv{len(spatial)}d({channels}, {out}, {tuple(kernel)}, stride={tuple(stride)}, padding={padding}, "
-        f"dilation={tuple(dilation)}, groups={groups}, bias={odds(r, 0.7)}, padding_mode={mode!r})"
+        f"dilation={tuple(dilation)}, groups={groups}, bias={chance(r, 0.7)}, padding_mode={mode!r})"
     )
     d.then(f"x = {m}(x)", shape=(out, *after), fresh=True)
 
 
 @LAYERS()
 def conv_transpose(d: Draft, r: Random) -> None:
-    fits(not d.whole and 2 <= len(d.shape) <= 4 and max(d.shape[1:]) <= 4)
+    require_fit(not d.whole and 2 <= len(d.shape) <= 4 and max(d.shape[1:]) <= 4)
     channels, *spatial = d.shape
     groups = r.choice([1, 1, channels])
     out = groups * r.randint(1, max(1, 2 // groups))
@@ -117,9 +117,9 @@ def conv_transpose(d: Draft, r: Random) -> None:
     after = [(n - 1) * stride + kernel for n in spatial]
     m = d.module(
         f"nn.ConvTranspose{len(spatial)}d({channels}, {out}, {kernel}, stride={stride}, groups={groups}, "
-        f"bias={odds(r, 0.7)})"
+        f"bias={chance(r, 0.7)})"
     )
-    if stride == 2 and odds(r, 0.4):
+    if stride == 2 and chance(r, 0.4):
         after = [size + 1 for size in after]
         d.then(f"x = {m}(x, output_size={after})", shape=(out, *after))
     else:
@@ -128,7 +128,7 @@ def conv_transpose(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def embedding(d: Draft, r: Random) -> None:
-    fits(d.whole)
+    require_fit(d.whole)
     size = r.randint(1, 3)
     option = r.choice(["", "", "", ", padding_idx=0", ", sparse=True", ", max_norm=0.5", ", scale_grad_by_freq=True"])
     m = d.module(f"nn.Embedding(5, {size}{option})")
@@ -137,7 +137,7 @@ def embedding(d: Draft, r: Random) -> None:
 
 @LAYERS(0.4)
 def embedding_bag(d: Draft, r: Random) -> None:
-    fits(d.whole and len(d.shape) == 1)
+    require_fit(d.whole and len(d.shape) == 1)
     size, mode = r.randint(1, 4), r.choice(["sum", "mean", "max"])
     m = d.module(f"nn.EmbeddingBag(5, {size}, mode={mode!r})")
     d.then(f"x = {m}(x)", shape=(size,))
@@ -145,7 +145,7 @@ def embedding_bag(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def one_hot(d: Draft, r: Random) -> None:
-    fits(d.whole)
+    require_fit(d.whole)
     m = d.attribute("nn.Parameter(torch.randn(5, 3))")
     d.then(f"x = F.one_hot(x, 5).to({m}.dtype) @ {m}", shape=(*d.shape, 3))
 
@@ -155,9 +155,9 @@ def one_hot(d: Draft, r: Random) -> None:
 
 @LAYERS(1.5)
 def batch_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     dims = max(1, len(d.shape) - 1)
-    m = d.module(f"nn.BatchNorm{dims}d({d.shape[0]}, affine={odds(r, 0.9)})")
+    m = d.module(f"nn.BatchNorm{dims}d({d.shape[0]}, affine={chance(r, 0.9)})")
     name = m.removeprefix("self.")
     d.after.append(f"model.{name}.running_mean.uniform_(-1, 1), model.{name}.running_var.uniform_(0.5, 2)")
     d.then(f"x = {m}(x)", shape=d.shape, fresh=True)
@@ -165,23 +165,23 @@ def batch_norm(d: Draft, r: Random) -> None:
 
 @LAYERS(1.5)
 def layer_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     last = d.shape[-r.randint(1, len(d.shape)) :]
-    fits(prod(last) > 1)
-    m = d.module(f"nn.LayerNorm({last}, eps={r.choice([1e-5, 0.1])}, bias={odds(r, 0.7)})")
+    require_fit(prod(last) > 1)
+    m = d.module(f"nn.LayerNorm({last}, eps={r.choice([1e-5, 0.1])}, bias={chance(r, 0.7)})")
     d.then(f"x = {m}(x)", fresh=True)
 
 
 @LAYERS()
 def rms_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module(f"nn.RMSNorm({d.shape[-1]}, eps=0.01)")
     d.then(f"x = {m}(x)")
 
 
 @LAYERS()
 def group_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole and prod(d.shape) > 2)
+    require_fit(not d.whole and prod(d.shape) > 2)
     groups = r.choice([g for g in range(1, d.shape[0] + 1) if d.shape[0] % g == 0 and prod(d.shape) > g])
     m = d.module(f"nn.GroupNorm({groups}, {d.shape[0]}, eps=0.01)")
     d.then(f"x = {m}(x)", fresh=True)
@@ -189,17 +189,17 @@ def group_norm(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def instance_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole and 2 <= len(d.shape) <= 4 and prod(d.shape[1:]) > 1)
+    require_fit(not d.whole and 2 <= len(d.shape) <= 4 and prod(d.shape[1:]) > 1)
     m = d.module(
-        f"nn.InstanceNorm{len(d.shape) - 1}d({d.shape[0]}, affine={odds(r, 0.8)}, eps=0.01, "
-        f"track_running_stats={odds(r, 0.3)})"
+        f"nn.InstanceNorm{len(d.shape) - 1}d({d.shape[0]}, affine={chance(r, 0.8)}, eps=0.01, "
+        f"track_running_stats={chance(r, 0.3)})"
     )
     d.then(f"x = {m}(x)", fresh=True)
 
 
 @LAYERS(0.5)
 def local_response_norm(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) >= 2)
+    require_fit(not d.whole and len(d.shape) >= 2)
     m = d.module("nn.LocalResponseNorm(2)")
     d.then(f"x = {m}(x)")
 
@@ -209,13 +209,13 @@ def local_response_norm(d: Draft, r: Random) -> None:
 
 @LAYERS(1.5)
 def recurrent(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
+    require_fit(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
     kind, hidden = r.choice(["LSTM", "GRU", "RNN"]), r.randint(1, 2)
-    both = odds(r, 0.3)
-    options = f"batch_first=True, bidirectional={both}, bias={odds(r, 0.8)}"
+    both = chance(r, 0.3)
+    options = f"batch_first=True, bidirectional={both}, bias={chance(r, 0.8)}"
     m = d.module(f"nn.{kind}({d.shape[1]}, {hidden}, {options})")
     out = hidden * (2 if both else 1)
-    if odds(r, 0.5):
+    if chance(r, 0.5):
         d.then(f"x = {m}(x)[0]", shape=(d.shape[0], out))
     else:
         d.then(f"x = {m}(x)[0][:, -1]", shape=(out,))
@@ -223,34 +223,34 @@ def recurrent(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def recurrent_cell(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
+    require_fit(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
     m = d.module(f"nn.{r.choice(['GRUCell', 'RNNCell'])}({d.shape[1]}, 2)")
     d.then("h = None", "for part in x.unbind(1):", f"    h = {m}(part, h)", "x = h", shape=(2,))
 
 
 @LAYERS(1.5)
 def attention(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
+    require_fit(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
     n = d.shape[-1]
     option = r.choice(["", "", ", bias=False", ", add_bias_kv=True", ", add_zero_attn=True"])
     m = d.module(f"nn.MultiheadAttention({n}, {r.choice([1, n])}, batch_first=True{option})")
-    d.then(f"x = {r.choice(['', 'x + '])}{m}(x, x, x, need_weights={odds(r, 0.5)})[0]")
+    d.then(f"x = {r.choice(['', 'x + '])}{m}(x, x, x, need_weights={chance(r, 0.5)})[0]")
 
 
 @LAYERS()
 def encoder_layer(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and 2 <= d.shape[-1] <= 4)
+    require_fit(not d.whole and len(d.shape) == 2 and 2 <= d.shape[-1] <= 4)
     n = d.shape[-1]
     m = d.module(
         f"nn.TransformerEncoderLayer({n}, 1, {r.randint(1, 4)}, dropout={r.choice([0.0, 0.1])}, "
-        f"activation={r.choice(['relu', 'gelu'])!r}, batch_first=True, norm_first={odds(r, 0.5)})"
+        f"activation={r.choice(['relu', 'gelu'])!r}, batch_first=True, norm_first={chance(r, 0.5)})"
     )
     d.then(f"x = {m}(x)")
 
 
 @LAYERS(0.5)
 def own_attention(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 5)
+    require_fit(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 5)
     n = d.shape[-1]
     m = d.module(f"nn.Linear({n}, {3 * n})")
     d.then(
@@ -269,7 +269,7 @@ def own_attention(d: Draft, r: Random) -> None:
 
 @LAYERS(5)
 def activation(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     smooth = ["Tanh()", "Sigmoid()", "GELU()", "GELU('tanh')", "SiLU()", "Softplus()", "ELU()", "SELU()", "CELU(0.5)"]
     kinked = [
         "ReLU()",
@@ -290,7 +290,7 @@ def activation(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def functional(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     d.then(
         r.choice(["x = F.relu(x)", "x = x * torch.sigmoid(x)", "x = x.square().add(1).sqrt()", "x = x.exp().log1p()"])
     )
@@ -298,34 +298,34 @@ def functional(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def softmax(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] > 1)
+    require_fit(not d.whole and d.shape[-1] > 1)
     m = d.module(f"nn.{r.choice(['Softmax', 'LogSoftmax', 'Softmin'])}(dim=-1)")
     d.then(f"x = {m}(x)")
 
 
 @LAYERS(0.5)
 def glu(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] % 2 == 0)
+    require_fit(not d.whole and d.shape[-1] % 2 == 0)
     m = d.module("nn.GLU()")
     d.then(f"x = {m}(x)", shape=(*d.shape[:-1], d.shape[-1] // 2))
 
 
 @LAYERS(1.5)
 def prelu(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module(f"nn.PReLU({r.choice([1, d.shape[0]])})")
     d.then(f"x = {m}(x)")
 
 
 @LAYERS(1.5)
 def pooling(d: Draft, r: Random) -> None:
-    fits(not d.whole and 2 <= len(d.shape) <= 4)
+    require_fit(not d.whole and 2 <= len(d.shape) <= 4)
     dims, size = len(d.shape) - 1, r.randint(1, 2)
-    if odds(r, 0.5):
+    if chance(r, 0.5):
         m = d.module(f"nn.Adaptive{r.choice(['Avg', 'Max'])}Pool{dims}d({size})")
         d.then(f"x = {m}(x)", shape=(d.shape[0], *[size] * dims))
     else:
-        fits(min(d.shape[1:]) >= 2)
+        require_fit(min(d.shape[1:]) >= 2)
         kind = r.choice(
             ["AvgPool{}d(2)", "MaxPool{}d(2)", "AvgPool{}d(2, stride=1)"] + ["LPPool{}d(2, 2)"] * (dims < 3)
         )
@@ -336,7 +336,7 @@ def pooling(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def reshaping(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) > 1)
+    require_fit(not d.whole and len(d.shape) > 1)
     order = list(range(1, len(d.shape) + 1))
     r.shuffle(order)
     swapped = tuple(d.shape[i - 1] for i in order)
@@ -355,7 +355,7 @@ def reshaping(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def unflatten(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) < 3)
+    require_fit(not d.whole and len(d.shape) < 3)
     parts = r.choice([n for n in (1, 2, 3) if d.shape[0] % n == 0])
     m = d.module(f"nn.Unflatten(1, ({parts}, {d.shape[0] // parts}))")
     d.then(f"x = {m}(x)", shape=(parts, d.shape[0] // parts, *d.shape[1:]))
@@ -363,7 +363,7 @@ def unflatten(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def pixels(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 3)
+    require_fit(not d.whole and len(d.shape) == 3)
     c, h, w = d.shape
     choices = [("Upsample(scale_factor=2, mode='bilinear')", (c, 2 * h, 2 * w))] if h * w <= 6 else []
     choices += [("ChannelShuffle(2)", d.shape), ("PixelShuffle(2)", (c // 4, 2 * h, 2 * w))] if c % 4 == 0 else []
@@ -376,15 +376,15 @@ def pixels(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def dropout_in_eval(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module(f"nn.{r.choice(['Dropout(0.5)', 'AlphaDropout(0.5)', 'Identity()'])}")
     d.then(f"x = {m}(x)")
 
 
 @LAYERS(0.5)
 def memory_format(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 3)
-    if odds(r, 0.5):
+    require_fit(not d.whole and len(d.shape) == 3)
+    if chance(r, 0.5):
         d.then("x = x.contiguous(memory_format=torch.channels_last)")
     else:
         d.after.append("model.to(memory_format=torch.channels_last)")
@@ -393,17 +393,17 @@ def memory_format(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def nhwc(d: Draft, r: Random) -> None:
-    """A layer on channels that come last, and back, as in ConvNeXt."""
-    fits(not d.whole and len(d.shape) == 3)
+    """A Linear layer on channels-last inputs, followed by a convolution, as in ConvNeXt."""
+    require_fit(not d.whole and len(d.shape) == 3)
     m, c = d.module(f"nn.Linear({d.shape[0]}, 2)"), d.module("nn.Conv2d(2, 2, 1)")
     d.then(f"x = {c}({m}(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))", shape=(2, *d.shape[1:]))
 
 
 @LAYERS(0.5)
 def fourier(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] > 1)
+    require_fit(not d.whole and d.shape[-1] > 1)
     n = d.shape[-1]
-    if odds(r, 0.5):
+    if chance(r, 0.5):
         d.then("x = torch.fft.rfft(x).abs().add(1).log()", shape=(*d.shape[:-1], n // 2 + 1))
     else:
         m = d.attribute(f"nn.Parameter(torch.randn({n // 2 + 1}, 2))")
@@ -415,7 +415,7 @@ def fourier(d: Draft, r: Random) -> None:
 
 @LAYERS(2)
 def bare_parameter(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     n = d.shape[-1]
     line, shape = r.choice(
         [
@@ -432,17 +432,17 @@ def bare_parameter(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def learned_tokens(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2)
+    require_fit(not d.whole and len(d.shape) == 2)
     m = d.attribute(f"nn.Parameter(torch.randn(1, 1, {d.shape[1]}))")
     d.then(f"x = torch.cat([{m}.expand(len(x), -1, -1), x], dim=1)", shape=(d.shape[0] + 1, d.shape[1]))
 
 
 @LAYERS()
 def made_weight(d: Draft, r: Random) -> None:
-    """A weight that is computed: normalised, or of low rank."""
-    fits(not d.whole)
+    """A computed weight: normalised, or of low rank."""
+    require_fit(not d.whole)
     n = d.shape[-1]
-    if odds(r, 0.5):
+    if chance(r, 0.5):
         m = d.module(f"nn.Linear({n}, 2)", called=False)
         d.then(f"x = F.linear(x, F.normalize({m}.weight), {m}.bias)", shape=(*d.shape[:-1], 2))
     else:
@@ -452,7 +452,7 @@ def made_weight(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def unused(d: Draft, r: Random) -> None:
-    if odds(r, 0.5):
+    if chance(r, 0.5):
         d.attribute("nn.Parameter(torch.randn(2))")
     else:
         d.module("nn.Linear(1, 2)", called=False)
@@ -460,8 +460,8 @@ def unused(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def side_call(d: Draft, r: Random) -> None:
-    """A module that is called, and of which nothing reaches the outputs."""
-    fits(not d.whole)
+    """A module that is called, but does not affect the gradients of the outputs."""
+    require_fit(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 2)", called=False)
     d.then(
         r.choice(
@@ -480,7 +480,7 @@ def side_call(d: Draft, r: Random) -> None:
 
 @LAYERS(2)
 def in_place(d: Draft, r: Random) -> None:
-    fits(d.fresh)
+    require_fit(d.fresh)
     column = "x[..., 0]"
     d.then(
         r.choice(
@@ -503,7 +503,7 @@ def in_place(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def residual(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     n = d.shape[-1]
     m = d.module(f"nn.Linear({n}, {n})")
     d.then(
@@ -520,7 +520,7 @@ def residual(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def concatenation(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 4)
+    require_fit(not d.whole and d.shape[-1] <= 4)
     n = d.shape[-1]
     m = d.module(f"nn.Linear({n}, 2)")
     d.then(f"x = torch.cat([x, {m}(x)], dim=-1)", shape=(*d.shape[:-1], n + 2))
@@ -528,12 +528,12 @@ def concatenation(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def split_output(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 4)")
     lines = r.choice(
         [
             (f"a, b = {m}(x).chunk(2, dim=-1)", "x = a * b.sigmoid()"),
-            (f"y = {m}(x)", "y[..., :2].tanh_()" if odds(r, 0.1) else "y[..., :2].mul_(0.5)", "x = y[..., 1:3]"),
+            (f"y = {m}(x)", "y[..., :2].tanh_()" if chance(r, 0.1) else "y[..., :2].mul_(0.5)", "x = y[..., 1:3]"),
         ]
     )
     d.then(*lines, shape=(*d.shape[:-1], 2))
@@ -544,9 +544,9 @@ def split_output(d: Draft, r: Random) -> None:
 
 @LAYERS(2)
 def reuse(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 5)
+    require_fit(not d.whole and d.shape[-1] <= 5)
     n = d.shape[-1]
-    m = d.module(f"nn.Linear({n}, {n}, bias={odds(r, 0.7)})", called=odds(r, 0.5))
+    m = d.module(f"nn.Linear({n}, {n}, bias={chance(r, 0.7)})", called=chance(r, 0.5))
     lines = r.choice(
         [
             (f"x = {m}({m}(x).tanh())",),
@@ -565,7 +565,7 @@ def reuse(d: Draft, r: Random) -> None:
 
 @LAYERS()
 def tied(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 5)
+    require_fit(not d.whole and d.shape[-1] <= 5)
     n = d.shape[-1]
     a, b = d.module(f"nn.Linear({n}, {n})"), d.module(f"nn.Linear({n}, {n})")
     d.init.append(r.choice([f"{b}.weight = {a}.weight", f"{b}.bias = {a}.bias", f"{b} = {a}"]))
@@ -574,8 +574,8 @@ def tied(d: Draft, r: Random) -> None:
 
 @LAYERS(1.5)
 def branch(d: Draft, r: Random) -> None:
-    """A layer that some samples pass, and a weight that some samples use once more."""
-    fits(not d.whole and d.shape[-1] <= 5)
+    """A layer that only some samples use, or a weight that some samples use a second time."""
+    require_fit(not d.whole and d.shape[-1] <= 5)
     n, ones = d.shape[-1], ", 1" * len(d.shape)
     bound = r.choice([0.0, 0.5, 1.0])
     m = d.module(f"nn.Linear({n}, {n})", called=False)
@@ -603,7 +603,7 @@ def branch(d: Draft, r: Random) -> None:
 
 @LAYERS(1.5)
 def inner_derivative(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 4)
+    require_fit(not d.whole and d.shape[-1] <= 4)
     n = d.shape[-1]
     a, b = d.module(f"nn.Linear({n}, 3)"), d.module("nn.Linear(3, 1)")
     smooth = r.choice(["tanh", "sin", "square"])
@@ -618,7 +618,7 @@ def inner_derivative(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def functional_derivative(d: Draft, r: Random) -> None:
-    fits(not d.whole and d.shape[-1] <= 4)
+    require_fit(not d.whole and d.shape[-1] <= 4)
     n = d.shape[-1]
     m = d.module(f"nn.Linear({n}, {n})")
     d.then(
@@ -634,27 +634,27 @@ def functional_derivative(d: Draft, r: Random) -> None:
 
 @LAYERS(0.5)
 def checkpointed(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 3)")
     d.then(
-        f"x = torch.utils.checkpoint.checkpoint(lambda v: {m}(v).tanh(), x, use_reentrant={odds(r, 0.3)})",
+        f"x = torch.utils.checkpoint.checkpoint(lambda v: {m}(v).tanh(), x, use_reentrant={chance(r, 0.3)})",
         shape=(*d.shape[:-1], 3),
     )
 
 
 @LAYERS(0.5)
 def own_function(d: Draft, r: Random) -> None:
-    """A function with a backward pass of its own, as straight-through estimators have."""
-    fits(not d.whole)
+    """A function with its own backward pass, such as a straight-through estimator."""
+    require_fit(not d.whole)
     m = d.module(f"nn.Linear({d.shape[-1]}, 3)")
     d.then(f"x = Through.apply({m}(x))", shape=(*d.shape[:-1], 3))
 
 
 @LAYERS(0.5)
 def counted(d: Draft, r: Random) -> None:
-    """A buffer, or an attribute, that every pass writes."""
-    fits(not d.whole)
-    if odds(r, 0.5):
+    """A buffer or an attribute that every forward pass changes."""
+    require_fit(not d.whole)
+    if chance(r, 0.5):
         name = f"calls{d._position}"
         d.init.append(f"self.register_buffer({name!r}, torch.zeros(1))")
         d.then(f"self.{name} += 1", "x = x * 1.5")
@@ -665,7 +665,7 @@ def counted(d: Draft, r: Random) -> None:
 
 @LAYERS(0.3)
 def lazy(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.module("nn.LazyLinear(2)")
     d.after.insert(0, "model.eval()(inputs(2))")
     d.then(f"x = {m}(x)", shape=(*d.shape[:-1], 2))
@@ -673,17 +673,17 @@ def lazy(d: Draft, r: Random) -> None:
 
 @LAYERS(0.3)
 def scripted(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     m = d.attribute(f"torch.jit.script(nn.Linear({d.shape[-1]}, 2))")
     d.then(f"x = {m}(x)", shape=(*d.shape[:-1], 2))
 
 
-# What has to be refused ----------------------------------------------------------------------------------------------
+# Operations that must be refused -------------------------------------------------------------------------------------
 
 
 @ODD()
 def random(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     d.refusal = "it is random"
     ones = ", 1" * len(d.shape)
     line = r.choice(
@@ -705,7 +705,7 @@ def random(d: Draft, r: Random) -> None:
 
 @ODD(0.5)
 def random_attention(d: Draft, r: Random) -> None:
-    fits(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
+    require_fit(not d.whole and len(d.shape) == 2 and d.shape[-1] <= 4)
     d.refusal = "it is random"
     m = d.module(f"nn.MultiheadAttention({d.shape[-1]}, 1, dropout=0.05, batch_first=True)")
     d.after.append(f"model.{m.removeprefix('self.')}.train()")
@@ -714,6 +714,6 @@ def random_attention(d: Draft, r: Random) -> None:
 
 @ODD(0.7)
 def mixing(d: Draft, r: Random) -> None:
-    fits(not d.whole)
+    require_fit(not d.whole)
     d.refusal = "it mixes samples"
     d.then(r.choice(["x = x - x.mean(0)", "x = x.softmax(0)", "x = x.cumsum(0)", "x = x / x.norm()"]))

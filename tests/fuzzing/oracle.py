@@ -1,8 +1,8 @@
-"""What is right, by a plain loop: the model itself, a sample at a time, and ``torch.autograd.grad``.
+"""Expected matrices by a plain loop: the model itself, one sample at a time, and ``torch.autograd.grad``.
 
-Nothing of this is curvlab's. A sample's curvature is ``J' M J``: ``J`` holds the gradients of some values of the
-sample, ``M`` how they are weighted: the losses at all classes and their probabilities, the outputs and the loss's
-second derivative in them, or the loss itself and one.
+This module does not use curvlab. The curvature of a sample is ``J' M J``, where ``J`` has the gradients of some values
+of the sample and ``M`` their weights: the losses at all classes and their probabilities, the outputs and the second
+derivative of the loss with respect to them, or the loss itself and one.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def losses(name, f, y):
-    """The loss of every sample: a negative log-likelihood, whose derivatives keep their digits where it saturates."""
+    """Return the negative log-likelihood of every sample, with accurate derivatives also where it saturates."""
     if name == "cross_entropy":
         rest = torch.arange(f.shape[1]) != y.long()[:, None]
         behind = (f - f.gather(1, y.long()[:, None]))[rest].view(len(f), -1)
@@ -23,7 +23,7 @@ def losses(name, f, y):
 
 
 def output_hessian(name, f):
-    """The second derivative of a sample's loss in its outputs ``(C,)``."""
+    """Return the second derivative of a sample's loss with respect to its outputs ``(C,)``."""
     if name == "cross_entropy":
         p = f.softmax(dim=0)
         off = p.outer(p) * (1 - torch.eye(len(p)).to(p))
@@ -34,7 +34,7 @@ def output_hessian(name, f):
 
 
 def values(quantity, name, f, y, drawn):
-    """Some values of one sample, ``f`` ``(1, C)``, and ``M``. ``drawn`` are its Monte Carlo labels."""
+    """Return the values of one sample, with outputs ``f`` ``(1, C)``, and ``M``; ``drawn``: its Monte Carlo labels."""
     f = f.double()
     y = y.double() if y.is_floating_point() else y
     if quantity == "empirical_fisher":
@@ -42,13 +42,13 @@ def values(quantity, name, f, y, drawn):
     if quantity.startswith("fisher:"):
         return [losses(name, f, label[None]).sum() for label in drawn], torch.eye(len(drawn)).double() / len(drawn)
     if quantity == "fisher" and name == "cross_entropy":
-        of_classes = [losses(name, f, torch.tensor([c])).sum() for c in range(f.shape[1])]
-        return of_classes, f.detach().softmax(dim=1)[0].diag()
-    return list(f[0]), output_hessian(name, f.detach()[0])  # of these losses, the Fisher is the GGN
+        class_losses = [losses(name, f, torch.tensor([c])).sum() for c in range(f.shape[1])]
+        return class_losses, f.detach().softmax(dim=1)[0].diag()
+    return list(f[0]), output_hessian(name, f.detach()[0])  # for these losses, the Fisher equals the GGN
 
 
 def gradient(value, parameters, graph=False):
-    """The gradient of a value, flat, in float64 unless a graph is wanted."""
+    """Return the flat gradient of a value in float64."""
     found = [None] * len(parameters)
     if value.requires_grad:
         found = torch.autograd.grad(value, parameters, retain_graph=True, create_graph=graph, allow_unused=True)
@@ -57,7 +57,7 @@ def gradient(value, parameters, graph=False):
 
 
 def curvature(model, quantity, name, x, y, drawn=None):
-    """The matrix over all trainable parameters, ``(P, P)``; None if torch's second derivative is not symmetric."""
+    """Return the matrix over all trainable parameters, ``(P, P)``, or None if it is not symmetric."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind, _, options = quantity.partition(":")
     total = 0
@@ -78,8 +78,8 @@ def curvature(model, quantity, name, x, y, drawn=None):
     else:
         for n in range(len(x)):
             f = model(x[n : n + 1].clone())
-            of_sample, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
-            jacobian = torch.stack([gradient(value, parameters) for value in of_sample])
+            sample_values, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
+            jacobian = torch.stack([gradient(value, parameters) for value in sample_values])
             total = total + jacobian.mT @ weights @ jacobian
     if (total - total.mT).abs().max() > 1e-9 * total.abs().max():
         return None

@@ -1,10 +1,10 @@
-"""A cell as source code: the network, the data, and the call."""
+"""Source code of a case: the network, the data and the call."""
 
 from collections.abc import Iterable
 from math import prod
 from textwrap import indent
 
-from .cells import Cell
+from .cases import Case
 from .draft import Draft
 
 _IMPORTS = """\
@@ -35,7 +35,7 @@ class Through(torch.autograd.Function):
 '''
 _GROWING = '''\
 class Growing:
-    """Another number of batches at every pass."""
+    """Data with a different number of batches in every pass."""
 
     def __init__(self, batches):
         self.batches, self.passes = batches, 0
@@ -46,7 +46,7 @@ class Growing:
 '''
 _POISSON = '''\
 class Poisson(Loss):
-    """A likelihood that curvlab does not know."""
+    """A likelihood that curvlab does not have."""
 
     name = "poisson"
 
@@ -88,14 +88,14 @@ _TARGETS = {
 }
 
 
-def source(cell: Cell) -> str:
+def source(case: Case) -> str:
     """Return a module with ``make()``, ``samples()``, ``data()`` and ``ask(model, given)``."""
-    return "\n\n".join([_IMPORTS, *_helpers(cell), _network(cell), _making(cell), _data(cell), _question(cell)])
+    return "\n\n".join([_IMPORTS, *_helpers(case), _network(case), _make_function(case), _data(case), _call(case)])
 
 
-def _helpers(cell: Cell) -> list[str]:
+def _helpers(case: Case) -> list[str]:
     written = {"Through": _THROUGH, "Growing": _GROWING, "poisson": _POISSON}
-    where = " ".join([*cell.draft().forward, cell.data, cell.loss])
+    where = " ".join([*case.draft().forward, case.data, case.loss])
     return [text for name, text in written.items() if name in where]
 
 
@@ -103,11 +103,11 @@ def _block(lines: Iterable[str], depth: int) -> str:
     return indent("\n".join(lines), depth * " ")
 
 
-def _network(cell: Cell) -> str:
-    draft = cell.draft()
+def _network(case: Case) -> str:
+    draft = case.draft()
     init, forward = ["super().__init__()", *draft.init], list(draft.forward)
-    if draft.shape != (cell.classes,):  # an average over positions, and a layer
-        init.append(f"self.head = nn.Linear({_features(draft)}, {cell.classes})")
+    if draft.shape != (case.classes,):  # average over positions, then a Linear layer
+        init.append(f"self.head = nn.Linear({_features(draft)}, {case.classes})")
         forward += ["x = x.to(self.head.weight.dtype)"] if draft.whole else []
         forward += ["x = x.flatten(2).mean(2)" if len(draft.shape) > 2 else "x = x.flatten(1)", "x = self.head(x)"]
     return f"""\
@@ -125,22 +125,24 @@ def _features(draft: Draft) -> int:
     return draft.shape[0] if len(draft.shape) > 2 else prod(draft.shape)
 
 
-def _making(cell: Cell) -> str:
-    draft, sizes = cell.draft(), ", ".join(map(str, cell.shape))
-    drawn = f"torch.randint(5, (count, {sizes}))" if cell.whole else f"torch.randn(count, {sizes})"
+def _make_function(case: Case) -> str:
+    draft, sizes = case.draft(), ", ".join(map(str, case.shape))
+    drawn = f"torch.randint(5, (count, {sizes}))" if case.whole else f"torch.randn(count, {sizes})"
     after = list(draft.after)
-    first = [after.pop(0)] if any("Lazy" in line for line in draft.init) else []  # it has no parameters before
+    first = (
+        [after.pop(0)] if any("Lazy" in line for line in draft.init) else []
+    )  # a lazy layer has no parameters before
     lines = [
-        f"torch.manual_seed({cell.seed % 2**31})",
-        f"torch.set_default_dtype(torch.{'float64' if cell.dtype == 'float64' else 'float32'})",
+        f"torch.manual_seed({case.seed % 2**31})",
+        f"torch.set_default_dtype(torch.{'float64' if case.dtype == 'float64' else 'float32'})",
         "model = Net().eval()",
         *first,
-        "with torch.no_grad():  # no parameter shall be zero or one",
+        "with torch.no_grad():  # no parameter should be exactly zero or one",
         "    for p in model.parameters():",
         "        p += 0.2 * torch.randn_like(p)",
         *after,
         "torch.set_default_dtype(torch.float32)",
-        f"return model.to(torch.{cell.dtype})",
+        f"return model.to(torch.{case.dtype})",
     ]
     return f"""\
 def inputs(count):
@@ -152,14 +154,14 @@ def make():
 """
 
 
-def _data(cell: Cell) -> str:
+def _data(case: Case) -> str:
     lines = [
-        f"torch.manual_seed({(cell.seed + 1) % 2**31})",
-        f"count = {cell.count}",
-        "x = inputs(count)" + ("" if cell.whole else f".to(torch.{cell.dtype})"),
-        "y = " + _TARGETS[cell.loss].format(classes=cell.classes),
-        *([] if cell.loss == "cross_entropy" else [f"y = y.to(torch.{cell.dtype})"]),
-        *([f"x, y = torch.cat([x] * {cell.repeats}), torch.cat([y] * {cell.repeats})"] if cell.repeats > 1 else []),
+        f"torch.manual_seed({(case.seed + 1) % 2**31})",
+        f"count = {case.count}",
+        "x = inputs(count)" + ("" if case.whole else f".to(torch.{case.dtype})"),
+        "y = " + _TARGETS[case.loss].format(classes=case.classes),
+        *([] if case.loss == "cross_entropy" else [f"y = y.to(torch.{case.dtype})"]),
+        *([f"x, y = torch.cat([x] * {case.repeats}), torch.cat([y] * {case.repeats})"] if case.repeats > 1 else []),
         "return x, y",
     ]
     return f"""\
@@ -169,18 +171,18 @@ def samples():
 
 def data():
     x, y = samples()
-    return {cell.data}
+    return {case.data}
 """
 
 
-def _question(cell: Cell) -> str:
-    problem = f"Problem(model, {cell.loss!r}, given)"
-    if cell.structure == "diagonality":
-        lines = [f"return diagonality({problem}, {cell.quantity!r})"]
+def _call(case: Case) -> str:
+    problem = f"Problem(model, {case.loss!r}, given)"
+    if case.structure == "diagonality":
+        lines = [f"return diagonality({problem}, {case.quantity!r})"]
     else:
-        options = {"backend": cell.backend, "params": cell.params, "batch_size": cell.batch_size}
+        options = {"backend": case.backend, "params": case.params, "batch_size": case.batch_size}
         given = "".join(f", {key}={value!r}" for key, value in options.items() if value not in (None, "auto"))
-        lines = [f"return estimate({problem}, {cell.quantity!r}, {cell.structure!r}{given})"]
-    if cell.around:
-        lines = [f"with {cell.around}:", *(f"    {line}" for line in lines)]
+        lines = [f"return estimate({problem}, {case.quantity!r}, {case.structure!r}{given})"]
+    if case.around:
+        lines = [f"with {case.around}:", *(f"    {line}" for line in lines)]
     return "def ask(model, given):\n" + _block(lines, 4) + "\n"

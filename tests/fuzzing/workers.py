@@ -1,4 +1,4 @@
-"""Judges cells in processes of their own: one that dies or hangs takes its cell with it, and not the run."""
+"""Worker processes that judge cases, so that a crash or a hang ends one case only."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from time import monotonic
 
 import torch
 
-from .cells import Cell
+from .cases import Case
 from .judge import Verdict, judge
 
-_SECONDS = 60.0  # that a cell may take
-_CONTEXT = multiprocessing.get_context("fork")  # torch is imported once
+_SECONDS = 60.0  # time limit of a case
+_CONTEXT = multiprocessing.get_context("fork")  # so that torch is imported only once
 
 
 class Worker:
-    """A process that judges one cell after another."""
+    """A process that judges one case after another."""
 
     def __init__(self) -> None:
         self._start()
@@ -26,23 +26,23 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def give(self, cell: Cell) -> None:
-        """Start on a cell."""
-        self.cell, self.deadline = cell, monotonic() + _SECONDS
-        self.connection.send(cell)
+    def give(self, case: Case) -> None:
+        """Send a case to the process."""
+        self.case, self.deadline = case, monotonic() + _SECONDS
+        self.connection.send(case)
 
     def take(self) -> Verdict:
-        """Wait for the verdict. A process that died, or has not answered in time, is replaced."""
-        told = f"no answer after {_SECONDS:.0f} s"
+        """Wait for the verdict; replace a process that has died or does not answer in time."""
+        reason = f"no answer after {_SECONDS:.0f} s"
         if self.connection.poll(max(0.0, self.deadline - monotonic())):
             try:
                 return self.connection.recv()
             except EOFError:
                 self.process.join()
-                told = f"the process dies: exit code {self.process.exitcode}"
+                reason = f"the process died with exit code {self.process.exitcode}"
         self.stop()
         self._start()
-        return Verdict("raw", told)
+        return Verdict("error", reason)
 
     def stop(self) -> None:
         """End the process."""
@@ -51,20 +51,20 @@ class Worker:
         self.connection.close()
 
 
-def verdicts(cells: Iterator[Cell], jobs: int) -> Iterator[tuple[Cell, Verdict]]:
-    """Yield cells with their verdicts, as they come."""
+def judge_all(cases: Iterator[Case], jobs: int) -> Iterator[tuple[Case, Verdict]]:
+    """Yield cases with their verdicts, in the order of completion."""
     workers = [Worker() for _ in range(jobs)]
     try:
-        for worker, cell in zip(workers, cells, strict=False):
-            worker.give(cell)
+        for worker, case in zip(workers, cases, strict=False):
+            worker.give(case)
         while True:
             left = min(worker.deadline for worker in workers) - monotonic()
             ready = wait([worker.connection for worker in workers], max(0.0, left))
             for worker in workers:
                 if worker.connection in ready or worker.deadline < monotonic():
-                    cell, verdict = worker.cell, worker.take()
-                    worker.give(next(cells))
-                    yield cell, verdict
+                    case, verdict = worker.case, worker.take()
+                    worker.give(next(cases))
+                    yield case, verdict
     finally:
         for worker in workers:
             worker.stop()
@@ -74,7 +74,7 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            cell = connection.recv()
-        except EOFError:  # the run is over
+            case = connection.recv()
+        except EOFError:  # the main process has ended
             return
-        connection.send(judge(cell))
+        connection.send(judge(case))

@@ -1,4 +1,4 @@
-"""One cell: a network, data, a loss, and what is asked for, all drawn from one seed."""
+"""Cases: a network, data, a loss and a combination of quantity, structure and backend, all drawn from one seed."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -14,27 +14,27 @@ MOST_PARAMETERS = 300
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell.
+class Case:
+    """A case.
 
     Attributes:
-        seed: It was drawn from.
-        shape: Of an input sample.
+        seed: Seed from which it was drawn.
+        shape: Shape of an input sample.
         whole: Whether inputs are indices.
-        steps: The recipe of the network.
+        steps: Steps of the network.
         classes: Number of outputs.
         count: Number of samples.
-        repeats: How often the data repeat them.
-        loss: By name.
-        quantity: In its string form.
-        structure: In its string form; ``diagonality`` for the table of that name.
-        backend: By name.
-        data: An expression of ``x`` and ``y``.
-        batch_size: The argument.
-        params: The argument: patterns, of which one is the name of a parameter by its number.
-        dtype: By name.
-        around: A context manager for the call; empty for none.
-        damping: An expression of ``size``, for ``solve``; empty for no call of it.
+        repeats: Number of times that the data repeat the samples.
+        loss: Name of the loss.
+        quantity: String form of the quantity.
+        structure: String form of the structure; ``diagonality`` for the table of that name.
+        backend: Name of the backend.
+        data: Expression in ``x`` and ``y``.
+        batch_size: Argument ``batch_size``.
+        params: Argument ``params``: a pattern, or None.
+        dtype: Name of the dtype.
+        around: Context manager around the call; empty for none.
+        damping: Expression in ``size``, the damping for ``solve``; empty if ``solve`` is not called.
     """
 
     seed: int
@@ -67,18 +67,18 @@ class Cell:
 
     @property
     def refusal(self) -> str | None:
-        """Why this has to be refused, if it has to."""
+        """Reason why this must be refused; None if it need not be."""
         if self.data.startswith("Growing"):
             return "the passes differ"
         return self.draft().refusal
 
     def kinds(self) -> list[str]:
-        """Return the kinds of steps that are in the network."""
+        """Return the kinds of the steps of the network."""
         return [step.kind for step in self.steps]
 
 
-def draw(seed: int) -> Cell:
-    """Return the cell of a seed."""
+def draw(seed: int) -> Case:
+    """Return the case of a seed."""
     r = Random(seed)
     whole = r.random() < 0.15
     sizes = {
@@ -89,20 +89,20 @@ def draw(seed: int) -> Cell:
     }
     shape = (r.randint(1, 3),) if whole else sizes[r.choices(list(sizes), [4, 4, 3, 0.5])[0]]
     count = r.randint(2, 12)
-    classes = r.choice([1, 2, 2, 3, 3, 4, count, count + 1])  # a batch of as many samples as there are rows
+    classes = r.choice([1, 2, 2, 3, 3, 4, count, count + 1])  # also as many outputs as samples
     steps = _draw_steps(r, shape, whole)
     loss = r.choices(["cross_entropy", "squared_error", "binary_cross_entropy", "poisson"], [5, 3, 2, 0.3])[0]
     dtype = r.choices(["float64", "float32", "bfloat16", "float16"], [9, 0.5, 0.4, 0.1])[0]
     backend = "auto" if r.random() < 0.75 else r.choice(list(BACKENDS))
-    quantity, structure = _draw_question(r, backend, count)
+    quantity, structure = _draw_combination(r, backend, count)
     if dtype != "float64":
         quantity = r.choice(["empirical_fisher", "fisher", "ggn"])
         structure, backend = r.choice(["diag", "diag", "dense", "block_diag"]), "auto"
-    if loss == "poisson" and r.random() < 0.5:  # what the reference knows nothing of
+    if loss == "poisson" and r.random() < 0.5:  # a loss that the reference does not know
         quantity, backend = "fisher", r.choice(["auto", "torch"])
-    # Sums that lose what is small beside them need hundreds of terms to be seen.
-    if quantity == "hessian":  # the oracle goes back through all samples for every parameter
+    if quantity == "hessian":  # the oracle runs a backward pass over all samples for every parameter
         count = min(count, 4)
+    # Sums that lose small terms are visible only with hundreds of terms.
     repeats = 400 // count if dtype in ("bfloat16", "float16") and r.random() < 0.25 else 1
     cut = r.randint(1, count - 1)
     order = f"generator=torch.Generator().manual_seed({r.randint(0, 99)})"
@@ -131,7 +131,7 @@ def draw(seed: int) -> Cell:
     )[0]
     if any(kind in ODD for kind, _, _ in steps):
         data = "(x, y)"
-    return Cell(
+    return Case(
         seed=seed,
         shape=shape,
         whole=whole,
@@ -185,17 +185,18 @@ def _draw_steps(r: Random, shape: tuple[int, ...], whole: bool) -> list[Step]:
     return steps
 
 
-def _draw_question(r: Random, backend: str, count: int) -> tuple[str, str]:
-    """Return a quantity and a structure that the backend, or any, says it has."""
+def _draw_combination(r: Random, backend: str, count: int) -> tuple[str, str]:
+    """Return a quantity and a structure that the backend has, or any backend for ``auto``."""
     if backend == "auto" and r.random() < 0.08:
         return r.choice(["fisher", "empirical_fisher", "ggn"]), "diagonality"
     backends = list(BACKENDS.values()) if backend == "auto" else [BACKENDS[backend]]
-    having: dict[str, set[str]] = {}
+    structures_by_quantity: dict[str, set[str]] = {}
     for each in backends:
         for kind, structures in each.structures.items():
-            having.setdefault(kind.name, set()).update(structures)
-    quantity = r.choice(sorted(having))
-    structure = r.choices(sorted(having[quantity]), [3 if s == "diag" else 1 for s in sorted(having[quantity])])[0]
+            structures_by_quantity.setdefault(kind.name, set()).update(structures)
+    quantity = r.choice(sorted(structures_by_quantity))
+    names = sorted(structures_by_quantity[quantity])
+    structure = r.choices(names, [3 if name == "diag" else 1 for name in names])[0]
     if quantity == "fisher":
         quantity = r.choice(["fisher", f"fisher:samples={r.randint(1, 3)},seed={r.randint(0, 9)}"])
     if quantity == "masq":
@@ -208,11 +209,11 @@ def _draw_question(r: Random, backend: str, count: int) -> tuple[str, str]:
     return quantity, structure
 
 
-def smaller(cell: Cell) -> list[Cell]:
-    """Return cells that have less in them, the smallest first."""
-    fewer = [replace(cell, steps=cell.steps[:i] + cell.steps[i + 1 :]) for i in range(len(cell.steps))]
+def make_smaller(case: Case) -> list[Case]:
+    """Return smaller variants of a case, those with fewer steps first."""
+    fewer = [replace(case, steps=case.steps[:i] + case.steps[i + 1 :]) for i in range(len(case.steps))]
     plainer = [
-        replace(cell, **{key: value})
+        replace(case, **{key: value})
         for key, value in (
             ("around", ""),
             ("params", None),
@@ -226,7 +227,7 @@ def smaller(cell: Cell) -> list[Cell]:
             ("classes", 2),
             ("dtype", "float64"),
         )
-        if getattr(cell, key) != value
+        if getattr(case, key) != value
     ]
-    less = [replace(cell, count=n) for n in (2, cell.count // 2) if 1 < n < cell.count]
+    less = [replace(case, count=n) for n in (2, case.count // 2) if 1 < n < case.count]
     return [*fewer, *plainer, *less]
