@@ -21,8 +21,8 @@ from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import KFACStructure, parse_structure
 
 ROWS = ("dense", "block_diag", "diag", "kfac")
-CELLS = [(q, s) for q in (EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN()) for s in ROWS]
-CELLS.append((Hessian(), "diag"))
+COMBINATIONS = [(q, s) for q in (EmpiricalFisher(), Fisher(), Fisher(samples=2, seed=1), GGN()) for s in ROWS]
+COMBINATIONS.append((Hessian(), "diag"))
 SECOND_ORDER = [(Fisher(), "diag"), (GGN(), "diag"), (Hessian(), "diag")]
 
 
@@ -155,7 +155,7 @@ class TestFactors:
         assert agree(images(*layers).problem, quantity, "kfac", params=["4.*", "6.*"])
 
 
-@pytest.mark.parametrize(("i", "quantity", "structure"), [(i, *cell) for i, cell in enumerate(CELLS)], ids=str)
+@pytest.mark.parametrize(("i", "quantity", "structure"), [(i, *pair) for i, pair in enumerate(COMBINATIONS)], ids=str)
 class TestBatches:
     def test_regrouped(self, quantity: Quantity, structure: str, i: int) -> None:
         assert agree(case("mlp").problem, quantity, structure, batch_size=4)

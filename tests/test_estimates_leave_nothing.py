@@ -15,7 +15,7 @@ from curvlab.problem import Problem
 from curvlab.quantities import QUANTITIES
 
 Y = torch.arange(5) % 3
-CELLS = [
+COMBINATIONS = [
     (b, q, s) for b, backend in BACKENDS.items() for q in QUANTITIES for s in backend.structures.get(QUANTITIES[q], ())
 ]
 
@@ -107,7 +107,7 @@ def test_nothing_is_left(name):
     weights, copied = deepcopy(model.state_dict()), copies(model)
     before, random, filters = attributes(model), torch.get_rng_state(), list(warnings.filters)
     done = 0
-    for backend, quantity, structure in CELLS:
+    for backend, quantity, structure in COMBINATIONS:
         try:
             matrix = estimate(problem, quantity, structure, backend=backend)
             if structure == "implicit":

@@ -1,8 +1,8 @@
-"""Every cell of the registry on every model: right to 1e-10, or refused by name; never a wrong number.
+"""Every combination of the registry on every model: correct to 1e-10, or refused by name; never a wrong number.
 
-What is right is made of the reference's rows, one sample at a time (``curvlab.estimators.torch_func``, which
-``test_estimators.py`` tests against plain loops), not of its matrices. The cells are those of ``BACKENDS``: one that is
-added there is tested here.
+The expected values are computed from the reference's rows, one sample at a time (``curvlab.estimators.torch_func``,
+which ``test_estimators.py`` tests against plain loops), not from its matrices. The combinations are those of
+``BACKENDS``: a new one there is tested here.
 """
 
 import random
@@ -43,7 +43,7 @@ VARIANTS = {
     "ekfac": ("ekfac", "ekfac:sharing=reduce"),
     "tkfac": ("tkfac", "tkfac:sharing=reduce", "tkfac:variant=rescaled"),
 }
-ROWS_OF_CELLS = [
+PAIRS = [
     pytest.param(backend.name, quantity, id=f"{backend.name}-{quantity}")
     for backend in BACKENDS.values()
     for kind in backend.structures
@@ -52,7 +52,7 @@ ROWS_OF_CELLS = [
 
 
 def structures(backend: str, quantity: Quantity, variants: bool = True) -> list[str]:
-    """The structures that a backend offers for a quantity, in all their variants or in one form each."""
+    """Return the structures that a backend has for a quantity, in all variants or in one form each."""
     names = BACKENDS[backend].structures[type(quantity)]
     return [form for name in names for form in VARIANTS.get(name, (name,))] if variants else list(names)
 
@@ -62,15 +62,15 @@ def is_kronecker(structure: str) -> bool:
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> bool:
-    """Equal relative to the largest entry."""
+    """Return whether tensors agree relative to the largest entry."""
     return actual.shape == expected.shape and bool((actual - expected).abs().max() <= rtol * expected.abs().max())
 
 
-# What is right -------------------------------------------------------------------------------------------------------
+# Expected results ----------------------------------------------------------------------------------------------------
 
 
 class Truth:
-    """What a case's matrices have to be, from the rows of a quantity."""
+    """Expected matrices of a case, from the rows of a quantity."""
 
     def __init__(self, whole: Case, quantity: Quantity) -> None:
         self.problem, self.quantity = whole.problem, quantity
@@ -83,7 +83,7 @@ class Truth:
             self.dense = self.rows.mT @ self.rows / self.problem.num_samples
 
     def index(self, matrix: CurvatureMatrix) -> Tensor:
-        """Where the parameters of a matrix are among all."""
+        """Return the indices of the parameters of a matrix among all parameters."""
         every = torch.arange(self.problem.space.total)
         return torch.cat([every[self.problem.space.slices[name]] for name in matrix.space.names])
 
@@ -117,7 +117,10 @@ class Truth:
         )
 
     def _is_eigenbasis(self, matrix: EKFAC, kfac: Mapping[str, Tensor]) -> bool:
-        """Whether it diagonalises K-FAC and holds the diagonal in that basis; bases are not unique, this is."""
+        """Return whether EK-FAC's basis diagonalises K-FAC and its values are the diagonal in this basis.
+
+        The basis is not unique, but this property is.
+        """
         rows = dict(zip(matrix.space.names, self._columns(matrix), strict=True))
         tensors = matrix.tensors()
         for name, layer in layers_of(matrix.space).items():
@@ -148,7 +151,7 @@ def truth(name: str, quantity: Quantity, loss: str | None = None, samples: int =
 def attempt(
     problem: Problem, quantity: Quantity, structure: str, backend: str, params: Sequence[str] | None = None
 ) -> CurvatureMatrix | None:
-    """Return the matrix, or None where the backend refuses, which it has to do by its name."""
+    """Return the matrix, or None if the backend refuses; the error must name the backend."""
     try:
         return estimate(problem, quantity, structure, backend=backend, params=params)
     except UnsupportedError as error:
@@ -157,16 +160,16 @@ def attempt(
     return None
 
 
-def check_cells(
+def check_structures(
     backend: str, quantity: Quantity, expected: Truth, problem: Problem, variants: bool = True
 ) -> dict[str, bool]:
-    """Check every structure on a problem; return which were not refused."""
+    """Check every structure on a problem; return for each whether it was computed."""
     done = {}
     problem.check()
-    problem.check = lambda: None  # once is enough
+    problem.check = lambda: None  # checked once is enough
     for structure in structures(backend, quantity, variants):
         if backend == "torch" and is_kronecker(structure):
-            continue  # itself: test_estimators.py has the definitions
+            continue  # the reference itself: test_estimators.py has the definitions
         names = expected.kronecker_names if is_kronecker(structure) else None
         if names == []:
             continue
@@ -176,7 +179,7 @@ def check_cells(
     return done
 
 
-# Cells x models x losses x batches -----------------------------------------------------------------------------------
+# Combinations x models x losses x batches ----------------------------------------------------------------------------
 
 
 Split = Callable[[Tensor, Tensor], BatchSource]
@@ -187,17 +190,17 @@ def at_once(x: Tensor, y: Tensor) -> BatchSource:
 
 
 def uneven(x: Tensor, y: Tensor) -> BatchSource:
-    """The last of the batches has one sample."""
+    """Return batches of which the last has one sample."""
     return list(zip(x.split(3), y.split(3), strict=True))
 
 
 def singles(x: Tensor, y: Tensor) -> BatchSource:
-    """Two batches of a sample each."""
+    """Return two batches of one sample each."""
     return list(zip(x[:2].split(1), y[:2].split(1), strict=True))
 
 
 def dropping(x: Tensor, y: Tensor) -> BatchSource:
-    """Leaves the last sample out, which ``len(loader.sampler)`` counts."""
+    """Return a loader that drops the last sample, which ``len(loader.sampler)`` counts."""
     return DataLoader(TensorDataset(x, y), batch_size=3, drop_last=True)
 
 
@@ -206,7 +209,7 @@ PLAIN = ("mlp", "mlp squared error", "mlp binary")
 
 
 def split_truth(name: str, quantity: Quantity, loss: str, split: Split, samples: int = 4) -> tuple[Truth, Problem]:
-    """What is right for the first samples of a case, 4 or 7, and the problem that has them in batches."""
+    """Return the expected results for the first samples of a case, 4 or 7, and the problem with them in batches."""
     expected = truth(name, quantity, loss, {singles: 2, dropping: samples - 1}.get(split, samples))
     if split is at_once:
         return expected, expected.problem
@@ -214,14 +217,14 @@ def split_truth(name: str, quantity: Quantity, loss: str, split: Split, samples:
     return expected, Problem(given.model, loss, split(given.inputs[:samples], given.targets[:samples]))
 
 
-def zoo_cells() -> Iterator[tuple[str, Quantity, str, str, Split]]:
-    """Every backend and quantity on every model; each of these three meets every loss and every split.
+def zoo_combinations() -> Iterator[tuple[str, Quantity, str, str, Split]]:
+    """Yield every backend and quantity on every model; each of these three is combined with every loss and every split.
 
-    Left out are the plain networks, of which another test asks more, the GGN, which is the Fisher, on most models,
-    and the dense Hessian of ResNet-20, which takes long.
+    The plain networks are left out, because another test covers them; also the GGN, which equals the Fisher, on most
+    models, and the dense Hessian of ResNet-20, which is slow.
     """
     for i, name in enumerate(name for name in ZOO if name not in PLAIN):
-        for backend, quantity in (p.values for p in ROWS_OF_CELLS):
+        for backend, quantity in (p.values for p in PAIRS):
             if isinstance(quantity, GGN) and name not in ("batch norm", "tokens", "residual"):
                 continue
             if isinstance(quantity, Hessian) and name == "resnet-20":
@@ -232,28 +235,28 @@ def zoo_cells() -> Iterator[tuple[str, Quantity, str, str, Split]]:
 
 @pytest.mark.parametrize(
     ("backend", "quantity", "name", "loss", "split"),
-    [pytest.param(*cell, id="-".join([*map(str, cell[:4]), cell[4].__name__])) for cell in zoo_cells()],
+    [pytest.param(*row, id="-".join([*map(str, row[:4]), row[4].__name__])) for row in zoo_combinations()],
 )
 def test_right_or_refused(backend: str, quantity: Quantity, name: str, loss: str, split: Split) -> None:
-    several = case(name).kronecker - case(name).linear  # where one has one position, sharing makes no difference
-    done = check_cells(backend, quantity, *split_truth(name, quantity, loss, split), variants=bool(several))
+    several = case(name).kronecker - case(name).linear  # with one position, sharing makes no difference
+    done = check_structures(backend, quantity, *split_truth(name, quantity, loss, split), variants=bool(several))
     if backend in ("torch", "hooks"):
-        assert all(done.values()), "our own refuse nothing"
+        assert all(done.values()), "curvlab's own backends refuse nothing"
 
 
-def test_every_pair_of_settings_is_among_the_cells() -> None:
-    cells = list(zoo_cells())
-    for setting in {cell[:2] for cell in cells if not isinstance(cell[1], GGN)} | {cell[2] for cell in cells}:
-        met = [cell[3:] for cell in cells if setting in (cell[:2], cell[2])]
-        assert {loss for loss, _ in met} == set(LOSSES)
-        assert {split for _, split in met} == set(SPLITS)
+def test_every_setting_is_combined_with_every_loss_and_split() -> None:
+    rows = list(zoo_combinations())
+    for setting in {row[:2] for row in rows if not isinstance(row[1], GGN)} | {row[2] for row in rows}:
+        found = [row[3:] for row in rows if setting in (row[:2], row[2])]
+        assert {loss for loss, _ in found} == set(LOSSES)
+        assert {split for _, split in found} == set(SPLITS)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
-def test_no_cell_refuses_a_plain_network(backend: str, quantity: Quantity, loss: str) -> None:
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
+def test_every_combination_supports_a_plain_network(backend: str, quantity: Quantity, loss: str) -> None:
     split = SPLITS[(LOSSES.index(loss) + QUANTITIES.index(quantity)) % len(SPLITS)]
-    assert all(check_cells(backend, quantity, *split_truth("mlp", quantity, loss, split, N)).values())
+    assert all(check_structures(backend, quantity, *split_truth("mlp", quantity, loss, split, N)).values())
 
 
 @cache
@@ -261,7 +264,7 @@ def reference(name: str, quantity: Quantity, structure: str, params: tuple[str, 
     return estimate(case(name).problem, quantity, structure, backend="torch", params=params)
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
 def test_selected_parameters(backend: str, quantity: Quantity) -> None:
     """Every structure with one selection, another with the next quantity."""
     whole, selections = case("mlp"), (("2.weight",), ("0.bias",), ("0.weight", "2.*"))
@@ -272,14 +275,14 @@ def test_selected_parameters(backend: str, quantity: Quantity) -> None:
         if matrix is None:
             continue
         assert matrix.space == part.space
-        if structure.startswith("ekfac"):  # here no factor has equal eigenvalues but zero, which has no effect
+        if structure.startswith("ekfac"):  # here no factor has equal non-zero eigenvalues
             assert close(matrix.trace(), part.trace())
             assert close(matrix.to_dense(), part.to_dense())
         else:
             assert close(matrix.to_dense(), part.to_dense())
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
 def test_float32(backend: str, quantity: Quantity) -> None:
     whole = case("mlp")
     single = Problem(deepcopy(whole.model).float(), whole.loss, (whole.inputs.float(), whole.targets))
@@ -312,11 +315,11 @@ def test_a_layer_whose_output_is_not_used(backend: str, structure: str) -> None:
     assert close(matrix.trace(), alone.trace())
 
 
-# Where an approximation is exact -------------------------------------------------------------------------------------
+# Exact approximations ------------------------------------------------------------------------------------------------
 
 
 def layer_blocks(expected: Truth, matrix: CurvatureMatrix) -> Tensor:
-    """The reference's dense matrix without what is between layers."""
+    """Return the reference's dense matrix without the entries between layers."""
     index = expected.index(matrix)
     layers = [n.rpartition(".")[0] for n in matrix.space.names]
     number = torch.tensor([layers.index(layer) for layer in layers]).repeat_interleave(torch.tensor(matrix.space.sizes))
@@ -325,7 +328,7 @@ def layer_blocks(expected: Truth, matrix: CurvatureMatrix) -> Tensor:
 
 
 def check_exact(whole: Case, quantity: Quantity, names: list[str], sharing: str = "expand") -> None:
-    """Every backend's K-FAC, EK-FAC and TK-FAC are the blocks of the layers."""
+    """Check that K-FAC, EK-FAC and TK-FAC of every backend are the blocks of the layers."""
     expected, accepted = Truth(whole, quantity), 0
     for backend in BACKENDS.values():
         for name in set(backend.structures.get(type(quantity), ())) & set(VARIANTS):
@@ -363,7 +366,7 @@ class TestExactness:
     @pytest.mark.parametrize("loss", LOSSES)
     @pytest.mark.parametrize("quantity", [Fisher(), Fisher(samples=2), EmpiricalFisher(), GGN()], ids=str)
     def test_one_sample(self, quantity: Quantity, loss: str) -> None:
-        """Rows of one sample share their input: ``sum_r g_r g_r' (x) a a'``, whatever the quantity."""
+        """Rows of one sample share their input: ``sum_r g_r g_r' (x) a a'``, for every quantity."""
         whole = case("mlp", loss=loss)
         one = replace(whole, inputs=whole.inputs[:1], targets=whole.targets[:1])
         check_exact(one, quantity, list(whole.problem.space.names))
@@ -403,7 +406,7 @@ class TestExactness:
     @pytest.mark.parametrize("backend", ["auto", "hooks", "torch"])
     @pytest.mark.parametrize("cancelling", ["inputs", "gradients"])
     def test_factors_that_cancel_over_the_positions(self, cancelling: str, backend: str, variant: str) -> None:
-        """With reduce there is nothing but rounding to be scaled to the trace."""
+        """With reduce, the factors consist of rounding errors, which must not be scaled to the trace."""
 
         class Centred(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
@@ -416,8 +419,8 @@ class TestExactness:
         expected = estimate(whole.problem, "empirical_fisher", "diag", backend="torch").trace()
         options = f"variant={variant},rest=diag"
         assert close(estimate(whole.problem, "empirical_fisher", f"tkfac:{options}", backend="hooks").trace(), expected)
-        told = rf"{1 * (cancelling == 'inputs')} \(Linear\) has no tkfac with sharing=reduce: .*sharing=expand"
-        with pytest.raises(CurvlabError, match=told):
+        message = rf"{1 * (cancelling == 'inputs')} \(Linear\) has no tkfac with sharing=reduce: .*sharing=expand"
+        with pytest.raises(CurvlabError, match=message):
             estimate(whole.problem, "empirical_fisher", f"tkfac:sharing=reduce,{options}", backend=backend)
 
 
@@ -425,7 +428,7 @@ class TestExactness:
 
 
 def assert_invariant(one: Problem, other: Problem, backend: str, quantity: Quantity) -> None:
-    """Every structure has the same diagonal and trace; EK-FAC, whose basis is not unique, the same trace."""
+    """Check that every structure gives the same matrix; for EK-FAC, whose basis is not unique, the same trace."""
     layers = kronecker_layers(one, one.space)[0].values()
     inside = [name for layer in layers for name in layer.parameters]
     for structure in structures(backend, quantity):
@@ -441,8 +444,8 @@ def assert_invariant(one: Problem, other: Problem, backend: str, quantity: Quant
             assert close(first.to_dense(), second.to_dense()), structure
 
 
-# Of our own backends: the others have been compared with them.
-OWN = [p for p in ROWS_OF_CELLS if not BACKENDS[p.values[0]].library]
+# Only curvlab's own backends: the others are compared with them above.
+OWN = [p for p in PAIRS if not BACKENDS[p.values[0]].library]
 OF_SAMPLES = (Fisher(), EmpiricalFisher(), GGN(), Hessian())
 
 
@@ -491,13 +494,13 @@ def test_pointwise_convolution_is_a_linear_layer(backend: str, quantity: Quantit
 
 @cache
 def saturated(loss: str, dtype: torch.dtype) -> Problem:
-    """Every sample has a probability that rounds to one in float32."""
+    """Return a problem in which every sample has a probability that rounds to one in float32."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        # Not further: the reference's own complement of such a probability has to be right in float64.
+        # Not larger: the reference must still compute the complement of the probability correctly in float64.
         model[-1].bias.copy_(torch.tensor([20.0, 0.0, -20.0]))
         model[-1].weight.mul_(0.2)
     x = torch.randn(N, 4, generator=generator)
@@ -512,9 +515,9 @@ def saturated_reference(loss: str, quantity: Quantity, structure: str) -> Tensor
     return estimate(saturated(loss, torch.float64), quantity, structure, backend="torch").to_dense()
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
 def test_saturated_outputs(backend: str, quantity: Quantity) -> None:
-    """The curvature is tiny, not zero, not NaN; every structure with one loss, the other with the next quantity."""
+    """The curvature is small, but not zero or NaN; one loss per structure, the other with the next quantity."""
     for i, structure in enumerate(structures(backend, quantity), start=QUANTITIES.index(quantity)):
         loss = ("cross_entropy", "binary_cross_entropy")[i % 2]
         matrix = attempt(saturated(loss, torch.float32), quantity, structure, backend)
@@ -524,11 +527,11 @@ def test_saturated_outputs(backend: str, quantity: Quantity) -> None:
             assert close(actual.double(), saturated_reference(loss, quantity, structure), rtol=1e-4), structure
 
 
-# Nothing of the user's is changed ------------------------------------------------------------------------------------
+# State of the user that must not change ------------------------------------------------------------------------------
 
 
 class Watched:
-    """A small network with all that could be disturbed, and a snapshot of it."""
+    """A small network with all state that could be changed, and a snapshot of this state."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -551,7 +554,7 @@ class Watched:
         )
 
     def __deepcopy__(self, memo: object) -> "Watched":
-        return self  # the hook of a copied model counts here, too
+        return self  # hooks of copied models count here, too
 
     def _count(self, *_: object) -> None:
         self.calls += 1
@@ -581,8 +584,8 @@ class Watched:
         )
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
-def test_nothing_of_the_users_is_changed(backend: str, quantity: Quantity) -> None:
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
+def test_state_is_unchanged(backend: str, quantity: Quantity) -> None:
     watched = Watched()
     before = watched.snapshot()
     names = ["0.weight", "3.*", "5.*"]
@@ -593,9 +596,9 @@ def test_nothing_of_the_users_is_changed(backend: str, quantity: Quantity) -> No
         assert watched.snapshot() == before, structure
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
-def test_nothing_is_changed_by_a_failure(backend: str, quantity: Quantity) -> None:
-    """Wherever it happens: at the first call of a layer, the fourth and so on; by an error and by Ctrl-C."""
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
+def test_state_is_unchanged_after_a_failure(backend: str, quantity: Quantity) -> None:
+    """The failure happens in the first call of a layer, the fourth and so on, by an error or by Ctrl-C."""
     watched = Watched()
     before = watched.snapshot()
     for i, structure in enumerate(structures(backend, quantity)):

@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 from models_under_test import CLASSES, Case, case
-from test_estimator_matrix import FORMS, QUANTITIES, ROWS_OF_CELLS, Truth, attempt, check_cells, close, is_kronecker
+from test_estimator_matrix import FORMS, PAIRS, QUANTITIES, Truth, attempt, check_structures, close, is_kronecker
 from torch import Tensor, nn
 
 from curvlab import EmpiricalFisher, Fisher, Hessian, Problem, diagonality, doctor, estimate, linearize, standard_error
@@ -108,7 +108,7 @@ def truth(name: str, quantity: Quantity, loss: str | None = None) -> Truth:
     [
         (*cell.values, name)
         for i, name in enumerate(CASES)
-        for cell in ROWS_OF_CELLS
+        for cell in PAIRS
         if cell.values[1] != GGN() and (i + QUANTITIES.index(cell.values[1])) % 2  # the GGN is the Fisher
     ],
 )
@@ -116,26 +116,26 @@ def test_right_or_refused(backend: str, quantity: Quantity, name: str) -> None:
     """Every model with every backend and half of the quantities, every quantity with half of the models."""
     expected = truth(name, quantity)
     several = name in ("rules", "convolutional", "tokens", "transformer encoder layer")
-    done = check_cells(backend, quantity, expected, expected.problem, variants=several)
+    done = check_structures(backend, quantity, expected, expected.problem, variants=several)
     if backend in ("torch", "hooks"):
         assert all(done.values()), "our own refuse nothing"
 
 
-@pytest.mark.parametrize(("backend", "quantity"), ROWS_OF_CELLS)
+@pytest.mark.parametrize(("backend", "quantity"), PAIRS)
 def test_losses(backend: str, quantity: Quantity) -> None:
     """One of two other losses with every quantity."""
     rules = QUANTITIES.index(quantity) % 2
     name, loss = ("rules", "squared_error") if rules else ("general", "binary_cross_entropy")
     expected = truth(name, quantity, loss)
-    check_cells(backend, quantity, expected, expected.problem)
+    check_structures(backend, quantity, expected, expected.problem)
 
 
 @pytest.mark.parametrize(
-    ("backend", "quantity"), [p for p in ROWS_OF_CELLS if p.values[0] != "backpack" and p.values[1] != Hessian()]
+    ("backend", "quantity"), [p for p in PAIRS if p.values[0] != "backpack" and p.values[1] != Hessian()]
 )
 def test_no_backend_refuses_a_plain_network(backend: str, quantity: Quantity) -> None:
     expected = truth("rules", quantity)
-    assert all(check_cells(backend, quantity, expected, expected.problem).values())
+    assert all(check_structures(backend, quantity, expected, expected.problem).values())
 
 
 # By hand -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rules are taken where they are right, of networks as people write them; what is rejected is told, and computed."""
+"""Rules are used only where they are correct; rejected ones are reported, and the result is still computed."""
 
 import contextlib
 import re
@@ -44,7 +44,7 @@ def test_diagonals(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", RIGHT)
 def test_kronecker_factors_or_the_diagonal(kind: str) -> None:
-    """EK-FAC's trace is that of the true block, layer by layer, and so is the diagonal's."""
+    """For each layer, the trace of EK-FAC is that of the true block, and so is the diagonal's."""
     problem = problem_of(RIGHT[kind])
     layers, reasons = kronecker_layers(problem, problem.space)
     assert sorted([*reasons, *(n for layer in layers.values() for n in layer.parameters)]) == sorted(
@@ -78,7 +78,7 @@ def patched() -> nn.Module:
     return model
 
 
-def test_what_is_rejected_is_told() -> None:
+def test_rejected_rules_are_reported() -> None:
     problem = problem_of(patched)
     matrix = estimate(problem, "fisher", "diag")
     assert matrix.info.backend == "hooks"
@@ -89,7 +89,7 @@ def test_what_is_rejected_is_told() -> None:
     assert estimate(problem_of(mlp), "fisher", "diag").info.rejected == ()
 
 
-def test_libraries_that_were_rejected_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_libraries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ValueError("no such kernel\nand a long explanation")
 
@@ -103,7 +103,7 @@ def test_libraries_that_were_rejected_are_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Gated(nn.Module):
-    """Some samples use the weight of a layer a second time, by no call of the layer."""
+    """Some samples use the weight of a layer a second time, without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Gated(nn.Module):
 
 
 def sixteen(model: nn.Module, *odd: int) -> tuple[Problem, Problem]:
-    """Return a problem in batches of two, some samples of which are odd, and the same in one batch."""
+    """Return a problem in batches of two, with some odd samples, and the same samples in one batch."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(16, 4, dtype=torch.float64), torch.arange(16) % CLASSES
     inputs[list(odd), 0] = 100.0
@@ -185,7 +185,7 @@ def test_a_replaced_forward_that_does_more_for_some_samples_only() -> None:
                 estimate(of, "empirical_fisher", "dense", backend=backend)
 
 
-def test_a_hook_that_changes_nothing_keeps_no_library_away() -> None:
+def test_a_hook_that_changes_nothing_does_not_exclude_libraries() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda _, __, output: seen.append(output))
@@ -196,7 +196,7 @@ def test_a_hook_that_changes_nothing_keeps_no_library_away() -> None:
 
 
 class InPlace(nn.Module):
-    """In a batch of one sample, the output of the layer is a view, on which a hook of a library is lost."""
+    """In a batch of one sample, the output of the layer is a view, and the hook of a library is lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None
 
 
 @pytest.mark.parametrize(
-    ("structure", "change", "told"),
+    ("structure", "change", "message"),
     [
         ("kfac", lambda t: t.pop("0|S"), r"'0\|S' is missing"),
         ("ekfac", lambda t: [t.pop(name) for name in list(t) if name.startswith("0|")], "bases|layers"),
@@ -228,7 +228,7 @@ def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None
         ("block_diag", lambda t: t.pop("0.weight"), "the blocks' names"),
     ],
 )
-def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_fit_are_rejected(structure, change, message, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(*arguments: object) -> BackendResult:
         tensors = dict(hooks.BACKEND.compute(*arguments).tensors)
         change(tensors)
@@ -239,7 +239,7 @@ def test_tensors_that_do_not_fit_are_not_believed(structure, change, told, monke
     problem = problem_of(mlp)
     matrix = estimate(problem, "fisher", structure)
     assert matrix.info.backend == "torch"
-    assert re.search(f"backend hooks: its tensors do not fit Sequential: .*{told}", matrix.info.rejected[0])
+    assert re.search(f"backend hooks: its tensors do not fit Sequential: .*{message}", matrix.info.rejected[0])
     with pytest.raises(UnsupportedError, match="backend hooks cannot: its tensors do not fit Sequential"):
         estimate(problem, "fisher", structure, backend="hooks")
 
@@ -268,7 +268,7 @@ def test_an_ekfac_of_a_library_that_is_wrong(change, monkeypatch: pytest.MonkeyP
 
 
 class Scaled(nn.Module):
-    """The factor S is a multiple of the identity, and the true block is no Kronecker product."""
+    """The factor S is a multiple of the identity, and the true block is not a Kronecker product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ def test_an_ekfac_of_a_library_in_another_basis_of_equal_eigenvalues(monkeypatch
 
 
 class BranchesByName(nn.Module):
-    """For some samples a layer has no part in the outputs."""
+    """For some samples, the outputs do not depend on a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class BranchesByName(nn.Module):
         return self.out(x if bool((x[:, 0] > 50).any()) else hidden)
 
 
-def test_a_layer_without_a_part_in_some_outputs() -> None:
+def test_a_layer_on_which_some_outputs_do_not_depend() -> None:
     problem, whole = sixteen(BranchesByName(), 4, 5)
     matrix = estimate(problem, "ggn", "diag")
     assert close(matrix.diagonal(), plainly(whole, "ggn").diagonal())
@@ -317,7 +317,7 @@ def test_a_layer_without_a_part_in_some_outputs() -> None:
 @pytest.mark.parametrize("structure", ["diag", "dense", "block_diag"])
 @pytest.mark.parametrize("split", [9, 4])
 def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: int) -> None:
-    """A rule of torch for vectorising is wrong there."""
+    """A batching rule of torch is wrong in this case."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 10)).double()
     inputs, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9)
@@ -328,7 +328,7 @@ def test_prelu_where_there_are_as_many_samples_as_rows(structure: str, split: in
     assert close(estimate(problem, "fisher", structure).to_dense(), expected)
 
 
-def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_batching_rule_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, CLASSES)).double()
     inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % CLASSES
@@ -339,7 +339,7 @@ def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.Monkey
     def wrong(function):
         def answer(*arguments):
             found = right(function)(*arguments)
-            if isinstance(found, dict):  # wrong for the batch alone, not for the samples of the verification
+            if isinstance(found, dict):  # wrong only for the batch, not for the samples of the verification
                 return {key: rows.roll(1, 0) if len(rows) == 8 else rows for key, rows in found.items()}
             return found.roll(1, 0) if len(found) == 8 else found
 
@@ -347,9 +347,9 @@ def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rules, "vmap", wrong)
     given, slopes = torch.randn(2, 8, 6, dtype=torch.float64)
-    alone = rule(make_layer(problem.space, "1", model[1]), given)
+    prelu = rule(make_layer(problem.space, "1", model[1]), given)
     with pytest.raises(WrongRuleError, match="torch vectorises PReLU wrongly over 8 samples"):
-        alone.add(slopes)
+        prelu.add(slopes)
     matrix = estimate(problem, "empirical_fisher", "diag")
     assert close(matrix.diagonal(), expected.diagonal())
     assert "1.weight has no rule that is right for every batch" in " ".join(matrix.info.rejected)
@@ -358,8 +358,8 @@ def test_a_vectorised_rule_that_is_wrong_is_not_taken(monkeypatch: pytest.Monkey
     assert close(rows.mT @ rows / 8, expected)
 
 
-def test_where_all_gradients_are_zero_the_weights_are_moved() -> None:
-    """Behind a last layer of zeros nothing can be compared: what is right stays right, what is wrong shows."""
+def test_weights_are_perturbed_if_all_gradients_are_zero() -> None:
+    """Before a last layer of zeros, all gradients are zero, and a wrong rule shows only with other weights."""
 
     def zeroed(build):
         def model() -> nn.Module:
@@ -374,8 +374,8 @@ def test_where_all_gradients_are_zero_the_weights_are_moved() -> None:
     assert set(kronecker_layers(bad, bad.space)[0]) == {"2"}
 
 
-def test_weights_and_biases_of_their_own() -> None:
-    """A bias is not left out for what is done with its weight, but Kronecker factors are of whole layers."""
+def test_weight_and_bias_are_verified_separately() -> None:
+    """A wrong rule for the weight does not exclude the bias, but Kronecker factors need the whole layer."""
 
     class AlsoElsewhere(nn.Module):
         def __init__(self) -> None:
@@ -398,7 +398,7 @@ def tied() -> nn.Sequential:
 
 
 def test_biases_beside_a_tied_weight() -> None:
-    """Where the weight is not asked for, either bias has factors; else neither has."""
+    """If the weight is not selected, both biases have factors; otherwise neither has."""
     problem = problem_of(tied)
     reasons = kronecker_layers(problem, problem.space)[1]
     assert (
@@ -435,7 +435,7 @@ def test_uses_of_parameters_in_a_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("structure", ["diag", "dense", "kfac", "ekfac", "tkfac", "implicit"])
-def test_half_precision_is_added_up_in_more(structure: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_summed_in_float32(structure: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = mlp().to(dtype)
     inputs, targets = torch.randn(300, 4).to(dtype), torch.randint(CLASSES, (300,))
@@ -450,7 +450,7 @@ def test_half_precision_is_added_up_in_more(structure: str, dtype: torch.dtype) 
     assert float((matrix @ vectors - expected).norm() / expected.norm()) < 0.01
 
 
-def test_long_sums_lose_nothing() -> None:
+def test_long_sums_are_accurate() -> None:
     problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.randn(100_000, 2), torch.zeros(100_000).long()))
     sums = Sums({"one": (1,), "tenth": (2, 2)}, problem)
     for _ in range(100_000):
@@ -464,7 +464,7 @@ def test_long_sums_lose_nothing() -> None:
 
 
 class Poisson(Loss):
-    """A likelihood that the reference does not know."""
+    """A likelihood that the reference does not have."""
 
     values = check = gradients = num_factors = factor_scales = some_factors = fisher_product = sample = None  # type: ignore[assignment]
 
@@ -479,7 +479,7 @@ def test_a_loss_that_the_reference_does_not_know_is_refused() -> None:
 
 
 class DeadOnMost(nn.Module):
-    """A layer whose output reaches the model's for few samples only, and is changed in place or replaced."""
+    """Few outputs depend on the layer, which is changed in place or has a replaced forward."""
 
     def __init__(self, build) -> None:
         super().__init__()
@@ -508,14 +508,14 @@ def doubled() -> nn.Linear:
 
 @pytest.mark.parametrize("build", [doubled, ViewInPlace])
 def test_layers_without_a_gradient_on_the_samples_of_the_verification(build) -> None:
-    """Zero and zero agree, which says nothing of a rule."""
+    """Two zero gradients agree, but this does not verify a rule."""
     problem, whole = sixteen(DeadOnMost(build), 5)
     matrix = estimate(problem, "empirical_fisher", "diag")
     assert close(matrix.diagonal(), plainly(whole, "empirical_fisher").diagonal())
 
 
 class SeldomTwice(nn.Module):
-    """Has a layer that some samples use twice, which are few."""
+    """Few samples use a layer twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ class SeldomTwice(nn.Module):
         return self.c(h.tanh())
 
 
-def test_a_layer_that_few_samples_use_twice_is_refused_in_one_sentence_with_a_way_out() -> None:
+def test_the_error_on_a_layer_that_few_samples_use_twice() -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 4, dtype=torch.float64).clamp(-3, 3)
     x[100, 0] = 9
@@ -540,10 +540,10 @@ def test_a_layer_that_few_samples_use_twice_is_refused_in_one_sentence_with_a_wa
         assert "backend" not in str(refused.value)
         with pytest.raises(UnsupportedError) as refused:
             estimate(problem, "fisher", structure, backend="torch")
-        assert "backend hooks can" not in str(refused.value), "which is not so"
+        assert "backend hooks can" not in str(refused.value), "hooks cannot"
     with pytest.raises(UnsupportedError, match=r"leave its parameters out with params="):
         diagonality(problem, "fisher")
-    # The ways out that are named.
+    # The alternatives in the messages work.
     assert estimate(problem, "fisher", "kfac", params="c.*").shape == (15, 15)
     assert list(diagonality(problem, "fisher", params="c.*").parameter) == ["c.weight", "c.bias"]
     assert estimate(problem, "fisher", "diag").shape == (35, 35)
@@ -553,28 +553,28 @@ TARGETS = torch.arange(200) % 3
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4)])
-def test_how_far_a_rule_is_from_other_gradients(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a Linear layer, whose weight is compared some rows at a time."""
+def test_distance_of_a_rule_from_other_gradients(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight of a Linear layer is compared some rows at a time."""
     monkeypatch.setattr(rules, "_BLOCK", 8)  # two rows of four
     torch.manual_seed(0)
     layer, inputs = nn.Linear(4, 5).double(), torch.randn(shape, dtype=torch.float64)
     slopes = torch.randn_like(layer(inputs))
     layer(inputs).backward(slopes)
     right = {"w": layer.weight.grad, "b": layer.bias.grad}
-    of_call = rules.rule(Layer("", layer, "w", "b"), inputs)
-    assert max(of_call.distances(slopes, right).values()) < 1e-12
+    linear = rules.rule(Layer("", layer, "w", "b"), inputs)
+    assert max(linear.distances(slopes, right).values()) < 1e-12
     other = {name: value.clone() for name, value in right.items()}
     other["w"][0, 0] += 3
     other["w"][4, 3] += 4  # in the last rows
     other["b"][4] += 2
-    assert of_call.distances(slopes, other) == pytest.approx({"w": 5.0, "b": 2.0})
+    assert linear.distances(slopes, other) == pytest.approx({"w": 5.0, "b": 2.0})
     other["w"][0, 0] = torch.nan
-    assert not rules.is_rounding(of_call.distances(slopes, other)["w"], torch.inf, 1.0, torch.float64)
+    assert not rules.is_rounding(linear.distances(slopes, other)["w"], torch.inf, 1.0, torch.float64)
 
 
 @pytest.mark.parametrize("backend", ["curvlinops", "nngeometry", "backpack", "hooks", "torch"])
 def test_a_patched_forward_that_leads_a_copy_back_to_the_model_leaves_its_gradients(backend: str) -> None:
-    """A library's copy then goes through the model's own weights."""
+    """The copy of a library then uses the model's own weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2)).double()
     model[0].forward = lambda *a, plain=model[0].forward: plain(*a).tanh()  # type: ignore[method-assign]
@@ -588,8 +588,8 @@ def test_a_patched_forward_that_leads_a_copy_back_to_the_model_leaves_its_gradie
         assert all(p.grad is not None for p in model.parameters())
 
 
-def test_samples_that_mix_by_less_than_half_precision_shows() -> None:
-    """They are compared in float32."""
+def test_mixed_samples_that_half_precision_does_not_show() -> None:
+    """Samples are compared in float32."""
 
     class Mixing(nn.Module):
         def __init__(self) -> None:
@@ -604,6 +604,6 @@ def test_samples_that_mix_by_less_than_half_precision_shows() -> None:
     problem = Problem(
         Mixing().bfloat16(), "squared_error", (torch.randn(4, 5).bfloat16(), torch.randn(4, 2).bfloat16())
     )
-    problem.check()  # where it does not show
+    problem.check()  # not visible in half precision
     with pytest.raises(UnsupportedError, match="depends on the other samples"):
         estimate(problem, "empirical_fisher", "diag")
