@@ -1,4 +1,4 @@
-"""BackPACK's adapter: right where it says so, refused by name elsewhere, and nothing left behind.
+"""Tests of the BackPACK backend: correct results or a refusal that names the module, and no changes of state.
 
 Losses, splits of the data and float32 are in test_estimator_matrix.py, for every backend.
 """
@@ -35,7 +35,7 @@ def silent(_: float = 1, /, *, note: str = "") -> None:
 
 
 def images(*layers: nn.Module, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> Case:
-    """A model of images, given flat, and data for it."""
+    """Return a model of images with flat inputs, and data for it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Unflatten(1, shape), *layers).double().eval()
@@ -128,7 +128,7 @@ class TestRight:
 class TestFactors:
     @pytest.mark.parametrize("bias", [True, False])
     def test_factors(self, bias: bool) -> None:
-        """The two factors each, not only their product, in closed form."""
+        """Each of the two factors, not only their product, in closed form."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, CLASSES, bias=bias)).double()
@@ -166,7 +166,7 @@ class TestBatches:
 
 
 class Sometimes(nn.Module):
-    """A layer that only some batches reach."""
+    """A layer that only some batches use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Scaled(nn.Module):
 
 
 class Reused(nn.Module):
-    """One activation, twice."""
+    """One activation that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Reused(nn.Module):
 
 
 class Overwritten(nn.Module):
-    """What an in-place activation overwrites is used again."""
+    """An in-place activation overwrites a tensor that is used again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class Overwritten(nn.Module):
 
 
 class Increment(nn.Module):
-    """An addition in place, of which no module tells."""
+    """An in-place addition that is not a module."""
 
     def __init__(self) -> None:
         super().__init__()

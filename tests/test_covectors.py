@@ -1,4 +1,4 @@
-"""Covectors: the same however they are asked for, in pieces of bounded memory; the output Fisher as a product."""
+"""Tests of covectors: the same for every way of access, with bounded memory; products with the output Fisher."""
 
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ def test_every_way_to_ask_gives_the_same(loss: str, quantity: Quantity, monkeypa
 @pytest.mark.parametrize("samples", [slice(0, 1), slice(1, 4), slice(4, 6)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_drawn_covectors_do_not_depend_on_the_batches(loss: str, samples: slice) -> None:
-    """The stream is used in the samples' order: what a batch draws is a part of what all draw."""
+    """The stream is used in the order of the samples: the draws of a batch are a part of all draws."""
     quantity = Fisher(samples=2, seed=4)
     outputs, targets = outputs_and_targets(loss)
     whole = output_covectors(get_loss(loss), quantity, outputs, targets, label_stream(quantity))[:]
@@ -73,7 +73,7 @@ def test_the_product_is_that_of_the_covectors(loss: str, quantity: Quantity) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_product_of_a_saturated_sample_keeps_its_precision(dtype: torch.dtype) -> None:
-    """A probability rounds to one: the entries are those of float64, each from its own exponential."""
+    """A probability rounds to one, but the entries agree with float64."""
     logits = torch.tensor([[60.0, -20, 0], [-30, 40, -10], [0, 0, 0.5]], dtype=torch.float64)
     vectors = torch.tensor([[3.0, 1, -2], [1, 1, 5], [1, 2, 3]], dtype=torch.float64)
     p = (logits - logits.logsumexp(dim=1, keepdim=True)).exp()
@@ -88,7 +88,7 @@ def test_the_product_of_a_saturated_sample_keeps_its_precision(dtype: torch.dtyp
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the size of the largest tensor that any operation makes."""
+    """Mode that records the size of the largest tensor that an operation creates."""
 
     bytes = 0
 
@@ -139,7 +139,7 @@ def test_one_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantity", "outputs", "told"),
+    ("quantity", "outputs", "start"),
     [
         (Fisher(), 101, "fisher takes 100 backward passes"),
         (GGN(), 4001, "ggn takes 4,000 backward passes"),
@@ -149,6 +149,6 @@ def test_one_class() -> None:
     ],
     ids=str,
 )
-def test_fewer_would_do(quantity: Quantity, outputs: int, told: str | None) -> None:
-    said = suggest_sampling(get_loss("cross_entropy"), quantity, outputs)
-    assert said is None if told is None else said is not None and said.startswith(told)
+def test_suggest_sampling(quantity: Quantity, outputs: int, start: str | None) -> None:
+    suggestion = suggest_sampling(get_loss("cross_entropy"), quantity, outputs)
+    assert suggestion is None if start is None else suggestion is not None and suggestion.startswith(start)

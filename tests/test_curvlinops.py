@@ -1,4 +1,4 @@
-"""The curvlinops backend: factors against per-sample gradients of the plainest kind, products against the reference."""
+"""Tests of the curvlinops backend: factors against plain per-sample gradients, products against the reference."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -76,7 +76,7 @@ def computed(
 
 
 def labels(problem: Problem, quantity: Quantity) -> list[list[tuple[float, Tensor]]]:
-    """For every sample, targets with their weights: the Fisher is the mean of the empirical Fishers at them."""
+    """Return weighted targets for every sample: the Fisher is the weighted mean of their empirical Fishers."""
     inputs, targets = next(problem.batches())
     outputs = problem.forward({}, inputs)
     if isinstance(quantity, EmpiricalFisher):
@@ -93,7 +93,7 @@ def labels(problem: Problem, quantity: Quantity) -> list[list[tuple[float, Tenso
 
 
 def positions(problem: Problem, quantity: Quantity, name: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """For every sample, a layer's inputs ``(T, d)`` and its output gradients ``(T, o)``, one a weighted label."""
+    """Return, for every sample, a layer's inputs ``(T, d)`` and one output gradient ``(T, o)`` per weighted label."""
     model = deepcopy(problem.model)
     module = model.get_submodule(name)
     seen: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ def positions(problem: Problem, quantity: Quantity, name: str) -> Iterator[tuple
 
 
 def factors(problem: Problem, quantity: Quantity, name: str, sharing: str) -> tuple[Tensor, Tensor]:
-    """K-FAC's ``A`` and ``S`` by their definition."""
+    """Return K-FAC's ``A`` and ``S`` by their definition."""
     a_total, s_total = torch.zeros(()), torch.zeros(())
     for a, gradients in positions(problem, quantity, name):
         if sharing == "reduce":
@@ -152,7 +152,7 @@ class TestFactors:
     @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
     @pytest.mark.parametrize("loss", LOSSES)
     def test_losses(self, loss: str, quantity: Quantity) -> None:
-        """Every loss with every quantity; the models and the sharings take turns."""
+        """Every loss with every quantity; models and sharings alternate."""
         k = LOSSES.index(loss) + QUANTITIES.index(quantity)
         name = ("mlp", "tokens", "same padding")[k % 3]
         self.check(case(name, loss=loss).problem, quantity, SHARINGS[k % 2])
@@ -168,7 +168,7 @@ class TestFactors:
 
     @pytest.mark.parametrize(("name", "sharing", "quantity"), MODELS)
     def test_ekfac(self, name: str, sharing: str, quantity: Quantity) -> None:
-        """The bases diagonalise K-FAC's factors; along them are the second moments of the true gradients."""
+        """The bases diagonalise K-FAC's factors, and the values are second moments of the true gradients in them."""
         problem = case(name).problem
         tensors = computed(problem, quantity, EKFACStructure(sharing))
         kfac = computed(problem, quantity, KFACStructure(sharing))
@@ -202,7 +202,7 @@ class TestFactors:
                 )
 
     def matrix(self, problem: Problem, quantity: Quantity, structure: Kronecker, size: int | None) -> Tensor:
-        """One layer's, which is not changed by a turn of the basis within an eigenspace."""
+        """The matrix of one layer, which does not depend on the basis within an eigenspace."""
         t = computed(problem, quantity, structure, size=size)
         if structure.name == "kfac":
             return torch.kron(t["out|S"], t["out|A"])
@@ -223,7 +223,7 @@ class TestFactors:
                 assert_same(tensor, expected[key])
 
     def test_low_rank_and_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where an eigensolver in float32 may not converge: none is used."""
+        """An eigensolver in float32 may not converge for these factors, so it is not used."""
         eigh = torch.linalg.eigh
 
         def in_double(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,7 @@ def test_products_with_some_parameters_for_each_loss(quantity: Quantity, loss: s
 
 @pytest.mark.parametrize("name", ["lstm", "attention"])
 def test_products_in_float32(name: str) -> None:
-    """Where the fused kernels have no derivative in forward mode."""
+    """The fused kernels have no forward-mode derivative."""
     whole = case(name)
     single = Problem(deepcopy(whole.model).float(), whole.loss, (whole.inputs.float(), whole.targets))
     actual = estimate(single, "fisher", "implicit", backend="curvlinops").to_dense()
@@ -294,7 +294,7 @@ def test_products_in_float32(name: str) -> None:
 
 
 class Failing(nn.Module):
-    """Breaks at the second batch."""
+    """A model that fails in the second batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -423,7 +423,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize("functional", [False, True])
 def test_an_embedding_with_a_padding_index_that_few_samples_do_not_show(functional: bool) -> None:
-    """Its row has no gradient, but the library's forward-mode derivative goes through it."""
+    """The row has no gradient, but the library's forward-mode derivative includes it."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

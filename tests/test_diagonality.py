@@ -1,4 +1,4 @@
-"""The diagonality statistics against their definitions on the dense matrix of the oracle."""
+"""Tests of the diagonality statistics against their definitions, with the dense matrix of the reference."""
 
 import copy
 import random
@@ -47,7 +47,7 @@ def mlp() -> Net:
 
 
 def dead_mlp() -> Net:
-    """Two inputs are always zero, the others often; one unit never fires, the others not always."""
+    """Return a network with two dead inputs, others that are often zero, a dead unit and others sometimes inactive."""
     model = settled(nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4)))
     with torch.no_grad():
         model[0].bias[3] = -100.0
@@ -63,7 +63,7 @@ def no_bias() -> Net:
 
 
 def wide() -> Net:
-    """More than four outputs an input in both layers: the blocks are grouped by input."""
+    """Return a network with more than four outputs per input in both layers: the blocks are grouped by input."""
     return (
         settled(nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Linear(9, 2), nn.ReLU(), nn.Linear(2, 9))),
         normal(N, 2),
@@ -118,7 +118,7 @@ class Reused(nn.Module):
 
 
 class Generated(nn.Module):
-    """A layer that makes the weights of the next from constants, as many as there are samples."""
+    """A layer that computes the weights of the next from constants, as many as there are samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Generated(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """No batching rule: its rows are made one at a time."""
+    """A module without a batching rule: its rows are computed one at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def check_row(row: pd.Series, matrix: np.ndarray, tolerance: float = 1e-10) -> N
 
 
 def rows_of_levels(problem: Problem) -> dict[str, list[str]]:
-    """Return what each row of the three levels covers, spelled out from the modules."""
+    """Return the parameters of each row of the three levels, written out from the modules."""
     trainable = [name for name, p in problem.model.named_parameters() if p.requires_grad]
     rows = {name: [name] for name in trainable}
     for path, module in problem.model.named_modules():
@@ -239,7 +239,7 @@ def check_table(problem: Problem, quantity: str, **options: float) -> None:
 
 
 def cuts(problem: Problem) -> np.ndarray:
-    """Return where the tensors after the first begin."""
+    """Return the start of every tensor after the first."""
     return np.cumsum([p.numel() for p in problem.model.parameters() if p.requires_grad])[:-1]
 
 
@@ -278,12 +278,12 @@ def test_other_losses(loss: str, quantity: str) -> None:
 
 @pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher"])
 def test_a_layer_that_is_not_called_on_samples(quantity: str) -> None:
-    """Its inputs have as many rows as there are samples, but they are not the samples'."""
+    """The inputs of the layer have as many rows as there are samples, but not one per sample."""
     check_table(problem_of((settled(Generated()), normal(N, 5), 3), "pair"), quantity)
 
 
 def test_many_rows_are_split_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that do not fit in memory come a few samples at a time."""
+    """Rows that do not fit in memory are yielded a few samples at a time."""
     from curvlab.estimators import rows
 
     monkeypatch.setattr(rows.row_batches, "__defaults__", (2000, no_progress))
@@ -353,7 +353,7 @@ def test_bounds_and_ratios(net: str, quantity: str) -> None:
 
 
 def test_masq_at_its_two_ends() -> None:
-    """One sample a batch is the empirical Fisher, all samples the square of the mean gradient."""
+    """One sample per batch gives the empirical Fisher, all samples the square of the mean gradient."""
     problem = problem_of(cnn())
     numbers = diagonality(problem).drop(columns=["parameter", "method"]).to_numpy(float)
     for norm in ("sumsq", "mean", "scaled"):
@@ -373,7 +373,7 @@ def test_masq_at_its_two_ends() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_a_shuffled_loader_is_read_in_one_order() -> None:
-    """MaSQ depends on the order, and there are many passes: each must see the same one."""
+    """MaSQ depends on the order of the samples, which must be the same in all passes."""
     model, inputs, classes = cnn()
     torch.manual_seed(3)
     loader = DataLoader(TensorDataset(inputs, labels(classes)), batch_size=4, shuffle=True)
@@ -428,7 +428,7 @@ def test_one_class_has_no_curvature(quantity: str, time_budget: float) -> None:
 
 
 class Partly(nn.Module):
-    """One scalar, one tensor that reaches nothing, one layer that is never called, one layer."""
+    """A scalar, a tensor on which no output depends, a layer that is never called, and a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ def test_a_scalar_and_what_no_gradient_reaches(quantity: str, time_budget: float
 
 
 def test_a_diagonal_block_has_infinite_mean_ratio() -> None:
-    """One-hot inputs and one output direction at a time: nothing off the diagonal."""
+    """One-hot inputs and one output direction per sample: all off-diagonal entries are zero."""
     problem = Problem(nn.Linear(4, 2).double(), "squared_error", (torch.eye(4), torch.zeros(4, 2)))
     row = diagonality(problem, "ggn", params="weight").iloc[0]
     assert (row["offdiag_abs_sum"], row["diag_share"], row["mean_ratio"]) == (0, 1, inf)
@@ -470,7 +470,7 @@ def test_a_diagonal_block_has_infinite_mean_ratio() -> None:
 
 @pytest.mark.parametrize("time_budget", [60, FORCE_SAMPLING])
 def test_opposite_inputs(time_budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All random directions of two places may miss such a block: it must still be drawn."""
+    """All random directions of two positions may miss such a block: it must still be drawn."""
     monkeypatch.setattr(sampling, "_FORMS", 2)
     x = normal(N, 1) * torch.tensor([[1.0, -1.0]])
     problem = Problem(nn.Linear(2, 1, bias=False).double(), "squared_error", (x, normal(N, 1, seed=1)))
@@ -648,7 +648,7 @@ def test_the_tiles_of_a_block(make_block: Callable[[int], tuple[Block, Tensor]],
     block, rows = make_block(repeats)
     block.diagonal()
     groups, width = block.groups, block.width
-    if isinstance(block, OuterBlock):  # its places are those that are ever active, rarest first
+    if isinstance(block, OuterBlock):  # its positions are those active on some sample, rarest first
         shape = (block.num_positions, groups) if block.transposed else (groups, block.num_positions)
         grouped = rows.unflatten(1, shape)
         grouped = (grouped.mT if block.transposed else grouped)[:, :, block._alive]

@@ -1,4 +1,4 @@
-"""Diagonality of networks as people write them: of the blocks that plain loops give, or refused."""
+"""Tests of diagonality for many kinds of networks: statistics of the blocks from plain loops, or refused."""
 
 from math import isnan
 
@@ -54,7 +54,7 @@ def test_refused(kind: str) -> None:
 
 
 class WithEmpty(nn.Module):
-    """Parameters without an entry, one of which is all of its layer."""
+    """Empty parameters, one of which is the only one of its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_an_empty_parameter(quantity: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """Six hundred equal terms a sample are added up in float32, to what the model's own rounding leaves."""
+    """Sums of six hundred equal terms are in float32, accurate up to the rounding of the model."""
     problem = problem_of(mlp)
     x, y = (tensor[:2].repeat(300, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
     double = Problem(mlp().double(), "cross_entropy", (x.to(dtype).double(), y))

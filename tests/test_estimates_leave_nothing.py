@@ -1,4 +1,4 @@
-"""An estimate leaves nothing behind: no draw from the random state, no filter of warnings, nothing on the model."""
+"""Tests that an estimate changes no state: not the random state, the warning filters or the model."""
 
 import warnings
 from copy import deepcopy
@@ -45,7 +45,7 @@ def parametrised():
 
 
 class Wrapped(nn.Module):
-    """What DataParallel makes of the names, without its devices."""
+    """Names of parameters as with DataParallel, without its devices."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Wrapped(nn.Module):
 
 
 class Failing(nn.Module):
-    """Works without gradients, and fails in the backward pass."""
+    """Function whose backward pass fails."""
 
     def forward(self, x):
         return _Fails.apply(x)
@@ -80,7 +80,7 @@ MODELS = {f.__name__: f for f in (pooled, hooked, pruned, parametrised, Wrapped,
 
 
 def attributes(model):
-    """Return what is on the modules and parameters of a model, but for the values of the latter."""
+    """Return all attributes of the modules and parameters of a model, except the values of the parameters."""
 
     def shown(value):
         if isinstance(value, torch.Tensor):  # what pruning sets at every call

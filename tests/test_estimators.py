@@ -1,4 +1,4 @@
-"""The reference estimator: against closed forms, definitions and plain loops, never against itself."""
+"""Tests of the reference estimator against closed forms, definitions and plain loops, never against itself."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -30,12 +30,12 @@ ALL = (*ROWS, MaSQ(3), Hessian())
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> bool:
-    """Equal relative to the largest entry."""
+    """Return whether tensors agree relative to the largest entry."""
     return actual.shape == expected.shape and bool((actual - expected).abs().max() <= rtol * expected.abs().max())
 
 
 def linear_model(loss: str) -> Case:
-    """A linear model, whose curvature is known in closed form."""
+    """Return a linear model, whose curvature is known in closed form."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Linear(4, CLASSES).double()
     inputs = torch.randn(N, 4, dtype=torch.float64, generator=generator)
@@ -57,7 +57,7 @@ def mlp_case(loss: str) -> Case:
 
 
 class TestLinearModel:
-    """With ``J_n = [I (x) x_n', I]`` (rows of the weight, then the bias) all is in closed form."""
+    """With ``J_n = [I (x) x_n', I]`` (rows of the weight, then the bias) all matrices have a closed form."""
 
     def jacobians(self, problem: Case) -> list[np.ndarray]:
         eye = np.eye(CLASSES)
@@ -105,7 +105,7 @@ class TestLinearModel:
 
 @pytest.mark.parametrize("loss", LOSSES)
 class TestDefinitions:
-    """On a small MLP, by other means than the estimator's."""
+    """A small MLP, with another computation than the estimator's."""
 
     def test_ggn_is_the_exact_fisher(self, loss: str) -> None:
         problem = mlp_case(loss)
@@ -285,7 +285,7 @@ class TestZoo:
 
 
 class LayerSample(NamedTuple):
-    """Of a layer in one sample: inputs ``(T, d)``, output gradients ``(R, T, o)``, weight gradients ``(R, o, d)``."""
+    """A layer for one sample: inputs ``(T, d)``, output gradients ``(R, T, o)``, weight gradients ``(R, o, d)``."""
 
     inputs: Tensor
     slopes: Tensor
@@ -293,7 +293,7 @@ class LayerSample(NamedTuple):
 
 
 def layer_samples(whole: Case, quantity: Quantity) -> dict[str, list[LayerSample]]:
-    """By plain automatic differentiation on a copy, one sample, position and row at a time.
+    """Return the factors by plain automatic differentiation on a copy, one sample, position and row at a time.
 
     The input at a position is the derivative of the first output channel there in that channel's weights.
     """
@@ -390,7 +390,7 @@ class TestKronecker:
     @pytest.mark.parametrize("loss", LOSSES)
     @pytest.mark.parametrize("name", ["mlp", "tokens", "batch norm"])
     def test_exact_expectations(self, name: str, loss: str, quantity: Quantity) -> None:
-        """Seeds in closed form, and not the eigenvectors that the GGN's rows are made of."""
+        """Covectors in closed form, not the eigenvectors from which the GGN's rows are computed."""
         whole = case(name, loss=loss)
         tensors, ekfac = (kronecker_tensors(whole, quantity, structure) for structure in ("kfac", "ekfac"))
         for layer, samples in layer_samples(whole, Fisher()).items():
@@ -486,7 +486,7 @@ class TestRefusals:
 
     def test_wrong_second_derivative(self) -> None:
         class Wrong(torch.autograd.Function):
-            """A product whose derivative forgets, at second order, that it depends on one factor."""
+            """A product whose second derivative omits the dependence on one factor."""
 
             @staticmethod
             def forward(ctx: object, x: Tensor, w: Tensor) -> Tensor:
@@ -520,7 +520,7 @@ class TestRefusals:
 
 
 class _WithUnused(nn.Module):
-    """A layer that takes no part: vectorised, the rows of its gradients are one zero spread out."""
+    """A layer on which the outputs do not depend: its vectorised rows are an expanded zero."""
 
     def __init__(self) -> None:
         super().__init__()

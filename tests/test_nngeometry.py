@@ -1,4 +1,4 @@
-"""NNGeometry's adapter: right where it says so, refused by name elsewhere, and nothing left behind.
+"""Tests of the NNGeometry backend: correct results or a refusal that names the module, and no changes of state.
 
 Losses, splits of the data and float32 are in test_estimator_matrix.py, for every backend.
 """
@@ -32,7 +32,7 @@ def silent(_: float = 1, /, *, note: str = "") -> None:
 
 
 def images(*layers: nn.Module, size: int = 18, loss: str = "cross_entropy", seed: int = 0) -> Case:
-    """A model of images ``(2, 3, 3)``, given flat, and data for it."""
+    """Return a model of images ``(2, 3, 3)`` with flat inputs, and data for it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Unflatten(1, (2, 3, 3)), *layers).double().eval()
@@ -88,10 +88,10 @@ class TestRight:
 
 
 class TestFactors:
-    """The two factors of a layer each, not only their product, against plain loops."""
+    """Each of the two factors of a layer, not only their product, against plain loops."""
 
     def by_loops(self, problem: Case, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """The exact Fisher's factors under cross-entropy."""
+        """Factors of the exact Fisher with cross-entropy."""
         a, s = 0, 0
         for x in problem.inputs.split(1):
             seen = []
@@ -162,7 +162,7 @@ def test_selected_parameters(params: list[str], structure: str) -> None:
 
 
 class Constants(nn.Module):
-    """Makes a tensor of the default dtype as it goes, and notes it where a list of its own would be emptied again."""
+    """Records the default dtype in the forward pass, outside the model, whose attributes are restored."""
 
     def __init__(self, seen: Callable[[torch.dtype], None]) -> None:
         super().__init__()

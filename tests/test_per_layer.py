@@ -1,4 +1,4 @@
-"""A matrix for each layer: the diagonal blocks of the whole."""
+"""Tests of ``per_layer``: matrices of the layers, the diagonal blocks of the whole matrix."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_names_and_order() -> None:
 
 
 def test_names_are_no_patterns() -> None:
-    """A parameter whose name reads like a pattern selects itself alone."""
+    """A parameter whose name looks like a pattern selects only itself."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:

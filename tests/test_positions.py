@@ -1,4 +1,4 @@
-"""Layers as one matrix at many positions: every way to the moments and gradients, against patches written out."""
+"""Tests of layers as one matrix at many positions: all methods for moments and gradients, against explicit patches."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ CONVOLUTIONS = {
 
 
 def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What each position multiplies, ``(N, T, d)``, with the bias's one: the layer applied to unit weights."""
+    """Return the vectors at each position, ``(N, T, d)``, with the one for the bias: the layer with unit weights."""
     weight, bias = layer.weight, layer.bias
     columns = []
     for i in range(weight[0].numel() + 1):
@@ -41,7 +41,7 @@ def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def given(layer: nn.Module, inputs: Tensor, has: str) -> tuple[Layer, Tensor, Tensor, Tensor]:
-    """The layer with some of its parameters, its rows ``a`` and gradients ``g`` ``(N, T, o)``, and the latter as is."""
+    """Return a layer with some parameters, its rows ``a``, its gradients ``g`` ``(N, T, o)``, and ``g`` unreshaped."""
     with torch.no_grad():
         gradient = torch.randn_like(layer(inputs))
     a = rows_of(layer, inputs)
@@ -104,7 +104,7 @@ def test_convolutions(name: str, channels: int, few: int, has: str, monkeypatch:
 def test_gradients_of_convolutions_either_way(
     name: str, has: str, unfolds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways to the per-sample gradients, whichever would be taken."""
+    """Both methods for the per-sample gradients, independent of the default choice."""
     monkeypatch.setattr(ConvPositions, "_unfolds", lambda *_: unfolds)
     monkeypatch.setattr(module, "_BYTES", 2000)
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_gram_matrices_in_panels(size: int) -> None:
 
 
 def test_more_outputs_than_positions() -> None:
-    """The other way to the moment of the gradients."""
+    """The other method for the moment of the gradients."""
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 300, 2).double()
     gradient = torch.randn(N, 300, 1, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The probe: a few samples from several places of the data, and what they show of a model."""
+"""Tests of ``Problem.probe``: a few samples from several places of the data, and what they show about a model."""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Y = torch.arange(N) % 3
 
 
 class Counted:
-    """Batches of given sizes, and how often they are gone through."""
+    """Batches of given sizes that count the passes."""
 
     def __init__(self, x: Tensor, sizes: list[int]) -> None:
         self.x, self.sizes, self.passes = x, sizes, 0
@@ -96,7 +96,7 @@ class TestPasses:
 
 
 class Running(nn.Module):
-    """Adds to a sample what came before it in the batch: nothing, for the first."""
+    """Adds to each sample the sum of the samples before it in the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Running(nn.Module):
 
 
 class Late(Running):
-    """Mixes samples only where an input is large, as none at the beginning is."""
+    """Mixes samples only if an input is large, which none at the beginning is."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x + x.mean() * (x > N / 3))
@@ -121,7 +121,7 @@ class Backwards(Running):
 
 
 class Sized(Running):
-    """Does with a batch of one what it does with no other."""
+    """Treats a batch of one sample differently."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x + (len(x) == 1))

@@ -1,4 +1,4 @@
-"""Implicit products: against the reference's dense matrices, over every model and quantity."""
+"""Tests of implicit products against the reference's dense matrices, for every model and quantity."""
 
 import gc
 import inspect
@@ -45,7 +45,7 @@ def vectors_of(problem: Problem, size: int, columns: int = 3) -> Tensor:
 
 
 def reference(problem: Problem, quantity: Quantity, params: list[str] | None = None) -> Tensor:
-    """The dense matrix times vectors."""
+    """Return the dense matrix times vectors."""
     space = ParameterSpace.of(problem.model, params)
     matrix = torch_func.compute(problem, quantity, DenseStructure(), space, None, no_progress).tensors["matrix"]
     return matrix @ vectors_of(problem, space.total)
@@ -54,7 +54,7 @@ def reference(problem: Problem, quantity: Quantity, params: list[str] | None = N
 def multiplied(
     problem: Problem, quantity: Quantity, params: list[str] | None = None, size: int | None = None
 ) -> Tensor:
-    """The products with the same vectors."""
+    """Return the products with the same vectors."""
     space = ParameterSpace.of(problem.model, params)
     return product(problem, quantity, space, size)(vectors_of(problem, space.total))
 
@@ -83,7 +83,7 @@ def test_products_are_those_of_the_reference(name: str, quantity: Quantity) -> N
 
 
 class Picked(nn.Module):
-    """Its features are taken without a gradient, which numbers with a dual part do not know of."""
+    """The features are computed without gradients, which forward mode does not respect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Cells(nn.Module):
 
 
 class Functional(nn.Module):
-    """The attention kernel itself, and functional activations."""
+    """The attention kernel and functional activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_other_models(name: str, quantity: Quantity) -> None:
 @pytest.mark.parametrize("quantity", [EmpiricalFisher(), GGN(), Hessian()], ids=str)
 @pytest.mark.parametrize("name", ["lstm", "attention", "tied", "embedding", "mlp binary"])
 def test_float32(name: str, quantity: Quantity) -> None:
-    """Where other kernels work: the fused ones of recurrent modules have no second derivative."""
+    """The fused kernels of recurrent modules have no second derivative; other kernels have one."""
     double = case(name)
     inputs = double.inputs.float() if double.inputs.is_floating_point() else double.inputs
     single = Problem(deepcopy(double.model).float(), double.loss, (inputs, double.targets))
@@ -178,7 +178,7 @@ def test_batches_do_not_matter(quantity: Quantity) -> None:
 
 @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
 def test_a_matrix_of_zeros(quantity: Quantity) -> None:
-    """No output depends on the parameter asked for."""
+    """No output depends on the selected parameter."""
     assert not multiplied(case("raw parameters").problem, quantity, ["unused"]).any()
 
 
@@ -287,7 +287,7 @@ class TestKeptGraphs:
     @pytest.mark.parametrize("quantity", QUANTITIES)
     @pytest.mark.parametrize("batches", [0, 1, 2])
     def test_some_batches_fit(self, quantity: str, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Batches of 3, 3 and 1, of which some are kept; the labels drawn are the same at every product."""
+        """Batches of 3, 3 and 1, of which some are kept; the drawn labels are the same in every product."""
         problem = case("mlp").problem
         whole = estimate(problem, quantity, "implicit", batch_size=3)
         whole.to_dense()
@@ -304,7 +304,7 @@ class TestKeptGraphs:
         assert len(kept_by(matrix)._kept) == batches
 
     def test_bytes(self) -> None:
-        """Of a Linear layer's graph: its input and its output, and the results; nothing twice."""
+        """The graph of a Linear layer: its input, its output and the results, each counted once."""
         x = torch.randn(10, 4)
         weight = torch.randn(3, 4, requires_grad=True)
         y = (x @ weight.T).tanh()
@@ -322,7 +322,7 @@ class TestKeptGraphs:
 
 
 def test_many_batches_add_up_in_float64() -> None:
-    """In float32 three thousand terms would cost two digits."""
+    """In float32, a sum of three thousand terms would lose two digits."""
     x = torch.rand(3000, 1)
     problem = Problem(nn.Linear(1, 1, bias=False), "squared_error", (x, torch.zeros(3000, 1)))
     found = estimate(problem, "ggn", "implicit", batch_size=1) @ torch.ones(1)
@@ -330,7 +330,7 @@ def test_many_batches_add_up_in_float64() -> None:
 
 
 def kept_by(matrix: CurvatureMatrix) -> products._Passes:
-    """Return what holds the graphs of an implicit matrix."""
+    """Return the object that keeps the graphs of an implicit matrix."""
     assert isinstance(matrix, Implicit)
     cells = inspect.getclosurevars(matrix._product).nonlocals
     passes = cells["passes"].__self__
@@ -339,7 +339,7 @@ def kept_by(matrix: CurvatureMatrix) -> products._Passes:
 
 
 class Once(Function):
-    """Has a first derivative only."""
+    """Function with a first derivative only."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -353,7 +353,7 @@ class Once(Function):
 
 
 class Skewed(Function):
-    """Has a derivative that is not that of its backward pass."""
+    """Function whose forward-mode derivative differs from its backward pass."""
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -414,7 +414,7 @@ class TestRefusals:
     @pytest.mark.parametrize("norm", [parametrizations.weight_norm, older_weight_norm])
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     def test_weight_norm(self, norm: Callable[[nn.Module], nn.Module]) -> None:
-        """Torch's double backward of it is wrong; what does not need it is right."""
+        """Torch's double backward is wrong; quantities that do not need it are correct."""
         problem = problem_of(nn.Sequential(norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, CLASSES)).double())
         problem.forward({}, next(problem.batches())[0])  # the older one holds a tensor that it computed
         with pytest.raises(UnsupportedError, match=r"not symmetric.*weight_norm's fused kernel, in 0, is known"):
@@ -427,7 +427,7 @@ class TestRefusals:
 
 @pytest.mark.parametrize("quantity", [Fisher(samples=1), MaSQ(2)], ids=str)
 def test_a_shuffled_loader_gives_one_matrix(quantity: Quantity) -> None:
-    """Whatever was drawn between two products."""
+    """Random numbers drawn between two products do not matter."""
     whole = case("mlp")
     loader = DataLoader(TensorDataset(whole.inputs, whole.targets), batch_size=3, shuffle=True)
     problem = Problem(whole.model, whole.loss, loader)

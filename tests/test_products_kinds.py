@@ -1,4 +1,4 @@
-"""Implicit products of networks as people write them: those of plain loops over the model itself, or refused."""
+"""Tests of implicit products for many kinds of networks: equal to plain loops over the model, or refused."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def train_on(model: nn.Module) -> None:
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("kind", RIGHT)
 def test_right_and_it_stays_so(kind: str, quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With graphs that are kept and with new ones, while the model trains on."""
+    """With kept and new graphs, while the model is trained further."""
     problem = problem_of(RIGHT[kind])
     vectors = vectors_of(problem)
     if kind == "weight_norm" and quantity == "hessian":
@@ -71,7 +71,7 @@ def test_what_can_be_copied_is(kind: str) -> None:
 
 
 def test_a_copy_that_uses_a_frozen_part_of_the_original() -> None:
-    """No gradient shows it; other values of its parameters and buffers do."""
+    """Gradients do not show it, but other values of parameters and buffers do."""
     for frozen in (nn.Linear(4, 5), nn.BatchNorm1d(4, affine=False).eval()):
         model = mlp()
         model.add_module("frozen", nn.Identity())
@@ -86,7 +86,7 @@ def test_a_copy_that_uses_a_frozen_part_of_the_original() -> None:
 
 
 def test_a_copy_that_uses_a_part_that_is_zero_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other values near these show it, but the graph does."""
+    """Other values close to these do not show it, but the graph does."""
     monkeypatch.setattr(products, "_KEPT_BYTES", 0)
     problem = problem_of(RIGHT["a low rank by a closure"])
     matrix = estimate(problem, "ggn", "implicit", params="2.weight")
@@ -136,7 +136,7 @@ def test_some_parameters(kind: str) -> None:
 class TestWhatCannotBeHeld:
     @pytest.mark.parametrize("kept", [True, False])
     def test_a_module_outside(self, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is no part of the model: the products stay what they are, or say that it has changed."""
+        """It does not belong to the model: the products stay the same, or an error says that it has changed."""
         outside = nn.Linear(4, 4).double()
         model = mlp()
         model[0].register_forward_pre_hook(lambda _, given: outside(given[0]))
@@ -225,7 +225,7 @@ class TestHalfPrecision:
     @pytest.mark.parametrize("kind", ["plain", "a forward patched by a closure", "checkpoint"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_products_are_those_of_the_weights(self, dtype: torch.dtype, kind: str, quantity: str) -> None:
-        """In float32, and so linear: systems can be solved, and all entries are had."""
+        """Products are in float32 and linear: systems can be solved, and all entries computed."""
         problem = problem_of(mlp if kind == "plain" else RIGHT[kind])
         half = Problem(problem.model.to(dtype), "cross_entropy", problem.data)
         matrix = estimate(half, quantity, "implicit", batch_size=4)
@@ -239,7 +239,7 @@ class TestHalfPrecision:
 
     @pytest.mark.parametrize("quantity", ["ggn", "masq:batch_size=1"])
     def test_a_model_that_asks_for_its_own_dtype(self, quantity: str) -> None:
-        """As near as its rounding allows, also where three hundred equal terms are added up."""
+        """Accurate up to rounding, also for a sum of three hundred equal terms."""
         problem = problem_of(AsksForItsOwn)
         x, y = (tensor[:2].repeat(150, *[1] * (tensor.ndim - 1)) for tensor in problem.data)
         half = Problem(problem.model.to(torch.bfloat16), "cross_entropy", (x, y))
@@ -251,7 +251,7 @@ class TestHalfPrecision:
 
 
 class BeforeNormalisation(nn.Module):
-    """Has biases on which the outputs do not depend: what is in front of a normalisation, and an attention's key."""
+    """Network with biases on which the outputs do not depend: before a normalisation, and an attention's key."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rows, many samples at a time: equal to the reference's, one sample at a time, for every model and quantity."""
+"""Tests of vectorised rows: equal to the reference's, one sample at a time, for every model and quantity."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def reference(problem: Problem, quantity: Quantity, names: list[str]) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor, quantity: Quantity) -> None:
-    """Row by row; where the factor is not unique, the matrix that the rows make."""
+    """Compare row by row, or, if the rows are not unique, their Gram matrix."""
     if isinstance(quantity, GGN) or quantity == Fisher():
         actual, expected = actual.mT @ actual, expected.mT @ expected
     assert actual.shape == expected.shape
@@ -66,7 +66,7 @@ def _trainable(name: str) -> set[str]:
 
 
 def test_a_second_use_shows_also_where_the_model_fits_its_targets() -> None:
-    """There the loss's own gradients vanish."""
+    """There the gradients of the loss are zero."""
     problem = case("also functional")
     fitted = Problem(problem.model, problem.loss, (problem.inputs, problem.model(problem.inputs).detach()))
     assert set(linear_layers(fitted)) == {"out"}
@@ -75,7 +75,7 @@ def test_a_second_use_shows_also_where_the_model_fits_its_targets() -> None:
 @pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
 @pytest.mark.parametrize("memory", [1.0, 5000.0])
 def test_rows_of_some_parameters_in_small_pieces(quantity: Quantity, memory: float) -> None:
-    """The order is that asked for; neither the memory nor the batches matter."""
+    """The parameters have the requested order; memory limit and batches do not matter."""
     whole = case("mlp")
     split = [3, 1, 3]
     problem = Problem(
@@ -99,7 +99,7 @@ def test_factors_over_several_batches_draw_the_same_labels() -> None:
 
 
 class Sometimes(nn.Module):
-    """Calls its layer a second time where the inputs are large."""
+    """Network that calls its layer a second time for large inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_where_gradients_are_switched_off() -> None:
 
 
 def test_float32_rows_of_a_saturated_model() -> None:
-    """Where the probabilities round to zero and one, the rows are those of float64."""
+    """If the probabilities round to zero and one, the rows still agree with float64."""
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[60.0, 0], [0, 60], [30, 30]]))

@@ -1,4 +1,4 @@
-"""The sampled absolute sum: unbiased, covered by its interval, and honest about what it does not know."""
+"""Tests of the sampled absolute sum: it is unbiased, and its interval has the stated coverage."""
 
 import importlib
 from collections.abc import Callable
@@ -34,7 +34,7 @@ Made = tuple[Block, Tensor]
 
 
 def outer(repeats: int) -> Made:
-    """Scales over two decades, units that are often off, a dead unit and dead inputs."""
+    """Return a layer with scales over two decades, units that are often inactive, a dead unit and dead inputs."""
     left = normal(N, repeats, 7, seed=1).relu() * torch.logspace(-1, 0, 7)
     right = normal(N, 40, seed=2).relu() * torch.logspace(-2, 0, 40)
     left[:, :, 2] = 0
@@ -51,7 +51,7 @@ def transposed() -> Made:
 
 
 def streamed() -> Made:
-    """Seven groups, the last one padded, and a dead parameter."""
+    """Return a block of seven groups, the last one padded, with a dead parameter."""
     rows = normal(N, 203, seed=3).relu() * torch.logspace(-1.5, 0, 203).roll(50)
     rows[:, 20] = 0
     return StreamedBlock(lambda: iter(rows.split(11)), 203, max_bytes=1e6), rows
@@ -67,7 +67,7 @@ MAKES: dict[str, Callable[[], Made]] = {
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips that hold a part of a tile only, and few draws."""
+    """Use strips that are only a part of a tile, and few draws."""
     monkeypatch.setattr(StreamedBlock, "_WIDTH", 32)
     for name, value in {"_FORMS": 8, "_PILOT": 30, "_ROUND": 100, "_MIN_DRAWS": 100, "_STRIP": 10}.items():
         monkeypatch.setattr(sampling, name, value)
@@ -111,7 +111,7 @@ def test_unbiased_and_covered(name: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_covered_where_the_precision_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To stop as soon as the interval is short favours short intervals, but not by much."""
+    """Stopping when the interval is short favours short intervals, but only slightly."""
     monkeypatch.setattr(sampling, "_ROUND", 40)
     monkeypatch.setattr(sampling, "_MIN_DRAWS", 80)
     block, rows = outer(1)
@@ -161,7 +161,7 @@ def strip_sampler(scales: Tensor, size: int, monkeypatch: pytest.MonkeyPatch) ->
     return sampling._StripSampler(scales, np.random.default_rng(0))
 
 
-def test_places_are_drawn_with_their_inclusion_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_are_drawn_with_their_inclusion_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     scales = normal(60, seed=0).abs() + 0.05
     scales[[3, 17]] = 0
     scales[[8, 40]] = 50.0
@@ -185,7 +185,7 @@ def test_places_are_drawn_with_their_inclusion_probabilities(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("alive", [0, 1, 7, 12])
-def test_no_more_places_than_a_strip_holds_are_all_taken(alive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_positions_are_taken_if_they_fit_in_a_strip(alive: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scales = torch.zeros(20, dtype=torch.float64)
     scales[4 : 4 + alive] = normal(alive, seed=1).abs() + 0.01
     sampler = strip_sampler(scales, 12, monkeypatch)
@@ -205,7 +205,7 @@ def record(block: Block, max_operations: float = ONE_ROUND, seed: int = 0) -> di
 
 @pytest.mark.parametrize("name", MAKES)
 def test_a_sampled_record_agrees_with_the_exact_one(name: str) -> None:
-    """With the default constants. What is not sampled is the same; what is lies within its error (z < 4)."""
+    """With the default constants: exact numbers are the same, and sampled ones within their error (z < 4)."""
     block, rows = MAKES[name]()
     sampled, whole = record(block), record(block, 1e18)
     assert (sampled["method"], whole["method"]) == ("sampled", "exact")
@@ -226,7 +226,7 @@ def test_a_sampled_record_agrees_with_the_exact_one(name: str) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["outer", "streamed"])
 def test_the_interval_of_the_frobenius_norm(name: str) -> None:
-    """The squares' interval, which is covered (above), seen through the root."""
+    """The interval of the squares, tested above, transformed by the square root."""
     block, rows = MAKES[name]()
     got = record(block, seed=3)
     squares = sample_off_diagonal(block, 1e-9, ONE_ROUND, 3, ignore)
@@ -239,7 +239,7 @@ def test_the_interval_of_the_frobenius_norm(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["outer", "several rows a sample", "transposed"])
 def test_the_gram_matrix_gives_the_frobenius_norm(name: str) -> None:
-    """Where it costs less than the budget, the norm of a sampled block is exact."""
+    """If it costs less than the budget, the norm of a sampled block is exact."""
     block, rows = MAKES[name]()
     n, r, o = block.left.shape
     affordable = n**2 * (block.width + r**2 * o)
@@ -253,7 +253,7 @@ def test_the_gram_matrix_gives_the_frobenius_norm(name: str) -> None:
 
 
 def test_the_gram_matrix_a_strip_of_samples_at_a_time() -> None:
-    """More samples than one strip takes."""
+    """More samples than one strip has."""
     left, right = normal(4600, 1, 2, seed=1), normal(4600, 3, seed=2)
     rows = torch.einsum("no,ni->noi", left[:, 0], right).reshape(4600, 6)
     block = OuterBlock.of_weight(LinearFactors(right, left))
@@ -262,7 +262,7 @@ def test_the_gram_matrix_a_strip_of_samples_at_a_time() -> None:
 
 @cache
 def many_parameters() -> Tensor:
-    """More parameters than are looked at all at once, of one size, so that none can be left out."""
+    """More parameters than are searched at once, all of the same size, so that none can be excluded."""
     return nn.functional.normalize(normal(8, 4200, seed=5).float(), dim=0)
 
 
@@ -313,7 +313,7 @@ def test_a_block_with_one_active_parameter(columns: int, make: Callable[[Tensor]
 
 @pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher", "masq:batch_size=3"])
 def test_a_budget_too_short_for_everything(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small tensors stay exact, the large ones are sampled to the precision asked for."""
+    """Small tensors stay exact, large ones are sampled to the requested precision."""
     monkeypatch.setattr(importlib.import_module("curvlab.diagonality"), "OPERATIONS_PER_SECOND", 1.0)
     for name, value in {"_STRIP": 4, "_ROUND": 50, "_MIN_DRAWS": 100}.items():
         monkeypatch.setattr(sampling, name, value)

@@ -1,4 +1,4 @@
-"""The standard error of Monte Carlo Fishers: by the spread of many, and in closed form."""
+"""Tests of the standard error of Monte Carlo Fishers: against the spread of many estimates, and in closed form."""
 
 from copy import deepcopy
 from functools import partial
@@ -55,7 +55,7 @@ def test_the_spread_over_seeds(samples: int, loss: str) -> None:
 
 
 def test_closed_form_of_many_draws() -> None:
-    """Of one sample through a linear model, the variance over all labels is a finite sum."""
+    """For one sample and a linear model, the variance over all labels is a finite sum."""
     model = nn.Linear(2, CLASSES).double()
     x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     problem = Problem(model, "cross_entropy", (x, torch.tensor([0])))
@@ -120,7 +120,7 @@ def test_refusals() -> None:
 
 
 def test_the_rows_of_a_sample_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they do where they take more than the memory of a batch of rows."""
+    """The rows of one sample come in several batches, as for large models."""
     problem = case("mlp").problem
     whole = standard_error(problem, Fisher(5))
     row = problem.space.total * 8
@@ -131,7 +131,7 @@ def test_the_rows_of_a_sample_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch
 
 
 def test_half_precision() -> None:
-    """The errors are in float64, of the rows that the model's own rounding gives."""
+    """The errors are computed in float64 from the rounded rows of the model."""
     model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     half = standard_error(Problem(deepcopy(model).bfloat16(), "cross_entropy", (x, y)), Fisher(50))
     single = standard_error(Problem(model, "cross_entropy", (x, y)), Fisher(50))

@@ -1,4 +1,4 @@
-"""Where BackPACK and NNGeometry, called directly, are wrong or fail: beside it, ours is right or says why not.
+"""Errors of BackPACK and NNGeometry when called directly; curvlab is correct or refuses with the reason.
 
 BackPACK 1.7.1 and NNGeometry 0.4. Should a later version mend one of these, its test here fails, and the adapter can
 let it through.
@@ -42,7 +42,7 @@ def truth(problem: Problem, quantity: str, structure: str = "diag") -> Tensor:
 
 
 def logits(values: list[float], dtype: torch.dtype) -> Problem:
-    """A linear model that gives these logits, about, for every sample."""
+    """Return a linear model with approximately these logits for every sample."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Linear(2, len(values))
@@ -186,7 +186,7 @@ class TestModulesOfNNGeometry:
         assert close(ours, truth(whole.problem, "fisher").trace())
 
     def test_rank_deficient_factors_in_float32(self) -> None:  # M19
-        """Its EK-FAC decomposes them in float32, which converges or not, by the number of threads; ours in float64."""
+        """Its EK-FAC decomposes them in float32, which may not converge, depending on threads; curvlab uses float64."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(300, 4), nn.ReLU(), nn.Linear(4, CLASSES))
@@ -203,7 +203,7 @@ class TestModulesOfNNGeometry:
 def through_backpack(
     model: nn.Module, loss: nn.Module, extension: BackpropExtension, x: Tensor, y: Tensor
 ) -> dict[str, Tensor]:
-    """What the library leaves on the parameters of a copy."""
+    """Return the attributes that the library stores on the parameters of a copy."""
     model, loss = extend(deepcopy(model)), extend(loss)
     with backpack(extension), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")

@@ -1,4 +1,4 @@
-"""What curvlinops and torch themselves get wrong without a word, beside ours: right, or refused by name."""
+"""Silent errors of curvlinops and torch; curvlab is correct or refuses with the name of the module."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def drawn(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model in float64 and in evaluation mode with weights from a seed, inputs and labels."""
+    """Return the model in float64 and eval mode with weights from a seed, inputs and labels."""
     generator = torch.Generator().manual_seed(0)
     model = model.double().eval()
     with torch.no_grad():
@@ -34,7 +34,7 @@ def drawn(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def differences(problem: Problem, step: float = 1e-5) -> Tensor:
-    """The Hessian of the mean loss by central differences of its gradient."""
+    """Return the Hessian of the mean loss by central differences of its gradient."""
     space = problem.space
     at = space.flatten(problem.parameters())
 
@@ -50,7 +50,7 @@ def differences(problem: Problem, step: float = 1e-5) -> Tensor:
 
 
 class TestMeanSquaredError:
-    """M10: the library's is of a mean over outputs without the 1/2, ours of the Gaussian's log-likelihood."""
+    """M10: the library's GGN uses a mean over outputs without the 1/2, curvlab's the Gaussian log-likelihood."""
 
     def test_ggn(self) -> None:
         whole = case("mlp squared error")
@@ -106,7 +106,7 @@ class TestModules:
             estimate(Problem(model, "cross_entropy", (x, y)), "ggn", "implicit", backend="curvlinops")
 
     def test_batch_norm_in_evaluation_mode(self) -> None:
-        """The library refuses the model; the layers around it have their factors all the same."""
+        """The library refuses the model; in curvlab the other layers still have factors."""
         model, x, y = self.normed()
         with pytest.raises(NotImplementedError, match="un-supported layers"):
             self.kfac(model, x, y)
@@ -121,7 +121,7 @@ class TestModules:
         assert relative(ours, reference) < 1e-10
 
     def test_a_tied_layer(self) -> None:
-        """Twice in the network, the layer's factors mix what is given to it in both places."""
+        """A layer is used twice: its factors mix the inputs of both uses."""
         shared = nn.Linear(4, 4)
         model, x, y = drawn(nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(4, CLASSES)), 4)
         wrong = matrix_of(self.kfac(model, x, y))
@@ -133,7 +133,7 @@ class TestModules:
         assert relative(estimate(problem, "fisher", "implicit").to_dense(), exact) < 1e-10
 
     def test_circular_padding(self) -> None:
-        """One position a sample and one sample: K-FAC is exact, but for an input that is taken to be zero outside."""
+        """With one position and one sample K-FAC is exact, but the library assumes zeros outside the input."""
         conv = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", stride=4)
         model, x, y = drawn(nn.Sequential(nn.Unflatten(1, (1, 4, 4)), conv, nn.Flatten(), nn.Linear(1, CLASSES)), 16)
         x, y = x[:1], y[:1]
@@ -145,7 +145,7 @@ class TestModules:
             estimate(problem, "fisher", "kfac", backend="curvlinops")
 
     def test_groups(self) -> None:
-        """Its A is of inputs averaged over the groups."""
+        """The library's A uses inputs averaged over the groups."""
         model, x, y = drawn(
             nn.Sequential(
                 nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 2, 2, groups=2), nn.Flatten(), nn.Linear(2, CLASSES)

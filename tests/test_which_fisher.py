@@ -1,4 +1,4 @@
-"""Which Fisher is that? What other codes compute, as formulas, beside the quantities that they are or are near to.
+"""Formulas of other libraries, compared with the quantities that they equal or approximate.
 
 Each formula is written out here in a few lines of plain PyTorch; the table of docs/concepts/which-fisher.md states the
 factors that are tested.
@@ -87,7 +87,7 @@ def whole() -> Case:
 
 @pytest.fixture(scope="module")
 def trained() -> Case:
-    """Nearly at a minimum, where the mean gradient is small: what continual learners take their Fisher of."""
+    """Return a network close to a minimum, where the mean gradient is small, as at the end of a task."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 4, dtype=torch.float64, generator=generator)
     y = (x @ torch.randn(4, CLASSES, dtype=torch.float64, generator=generator)).argmax(dim=1)
@@ -114,7 +114,7 @@ def test_avalanche_is_masq(whole: Case, batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [16, 64])
 def test_avalanche_near_a_minimum_is_the_fisher_over_the_batch_size(trained: Case, batch_size: int) -> None:
-    """A strength that was tuned with it means another one at another batch size."""
+    """The meaning of a strength depends on the batch size with which it was tuned."""
     theirs = avalanche_importances(trained.model, trained.inputs, trained.targets, batch_size)
     ratio = float(theirs.sum() / diagonal(trained, EmpiricalFisher()).sum())
     assert 0.7 < ratio * batch_size < 1.3
@@ -162,7 +162,7 @@ def test_mammoth_in_train_mode_is_random(whole: Case) -> None:
 
 
 def test_pyhessian_stops_early(trained: Case) -> None:
-    """Its tolerance is 1e-3; its error is that of a few draws, whatever the tolerance."""
+    """The tolerance is 1e-3, but the error is that of a few draws."""
     hessian = estimate(trained.problem, "hessian", "dense").to_dense()
     trace = float(hessian.trace())
     runs = [pyhessian_trace(hessian, seed) for seed in range(100)]
