@@ -342,7 +342,7 @@ class TestRefusals:
 
     def test_factors_on_tokens(self) -> None:
         problem = images(nn.Linear(3, 2), nn.Flatten(), nn.Linear(4, CLASSES), shape=(2, 3)).problem
-        with pytest.raises(UnsupportedError, match=r"factors of Linear \(1\) are for inputs \(N, d\)"):
+        with pytest.raises(UnsupportedError, match=r"factors of Linear \(1\) need inputs \(N, d\)"):
             estimate(problem, "fisher", "kfac", backend="backpack")
         assert agree(problem, "fisher", "diag")
 

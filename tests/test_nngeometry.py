@@ -227,8 +227,8 @@ class TestRefusals:
             ("linear subclass", r"no rule for Doubling \(0\)"),
             ("keyword argument", "it fails on Keyword"),
             ("hypernetwork", "maker.weight belongs to Linear maker, which mixes the samples of a batch"),
-            ("same padding", r"zero padding of a given width, not for 'same' \(1\)"),
-            ("circular padding", r"zero padding of a given width, not for 'circular' \(1\)"),
+            ("same padding", r"zero padding of a given width, not 'same' \(1\)"),
+            ("circular padding", r"zero padding of a given width, not 'circular' \(1\)"),
             ("conv3d", r"no rule for Conv3d \(1\)"),
             ("transposed convolution", r"no rule for ConvTranspose2d \(1\)"),
         ],
@@ -243,7 +243,7 @@ class TestRefusals:
         [
             (nn.Linear(3, 3), r"Linear needs inputs of 2 dimensions, not 4 \(1\)"),
             (nn.LayerNorm(3), r"LayerNorm needs inputs of 2 dimensions, not 4 \(1\)"),
-            (nn.Conv2d(2, 2, 1, padding="valid"), r"not for 'valid' \(1\)"),
+            (nn.Conv2d(2, 2, 1, padding="valid"), r"not 'valid' \(1\)"),
         ],
     )
     def test_inputs(self, layer: nn.Module, told: str) -> None:

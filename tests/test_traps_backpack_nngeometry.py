@@ -127,7 +127,7 @@ class TestModulesOfNNGeometry:
         )
         theirs = FIM(deepcopy(problem.model), loader(problem), PMatDiag).get_diag()
         assert not close(theirs, truth(problem, "fisher").diagonal(), rtol=0.05)
-        self.refused(problem, r"not for 'circular' \(0\)")
+        self.refused(problem, r"not 'circular' \(0\)")
 
     def test_groups(self) -> None:  # M7
         problem = image_case(nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(16, CLASSES))
@@ -139,7 +139,7 @@ class TestModulesOfNNGeometry:
         problem = image_case(nn.Conv2d(2, 2, 3, padding="same"), nn.Flatten(), nn.Linear(18, CLASSES))
         with pytest.raises(TypeError):
             FIM(deepcopy(problem.model), loader(problem), PMatDiag)
-        self.refused(problem, r"not for 'same' \(0\)")
+        self.refused(problem, r"not 'same' \(0\)")
 
     def test_a_raw_parameter(self) -> None:  # M7
         class Scaled(nn.Module):
@@ -163,7 +163,7 @@ class TestModulesOfNNGeometry:
         with pytest.raises(RuntimeError):
             FIM(deepcopy(model), loader(problem), PMatKFAC)
         self.refused(problem, r"Linear needs inputs of 2 dimensions, not 3 \(0\)", "kfac")
-        with pytest.raises(UnsupportedError, match=r"factors of Linear \(0\) are for inputs \(N, d\)"):
+        with pytest.raises(UnsupportedError, match=r"factors of Linear \(0\) need inputs \(N, d\)"):
             estimate(problem, "fisher", "kfac", backend="backpack")
 
     def test_hooks_after_an_exception(self) -> None:  # M20
