@@ -379,12 +379,12 @@ class TestRefusals:
         [
             (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), r"Conv2d \(1\) assume zero.*circular"),
             (nn.Conv2d(2, 2, 2, padding="same"), r"Unequal padding"),
-            (nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 2, 3)), r"Linear and Conv2d layers only, not of Conv1d \(1.1\)"),
+            (nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 2, 3)), r"Linear and Conv2d layers only, not for Conv1d \(1.1\)"),
             (
                 nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Conv3d(2, 2, 2)),
-                r"Linear and Conv2d layers only, not of Conv3d \(1.1\)",
+                r"Linear and Conv2d layers only, not for Conv3d \(1.1\)",
             ),
-            (nn.Conv2d(2, 2, 2, groups=2), r"1\.(weight|bias) belongs to a grouped Conv2d \(1\)"),
+            (nn.Conv2d(2, 2, 2, groups=2), r"1\.(weight|bias) belongs to grouped Conv2d \(1\)"),
         ],
         ids=["circular", "even same", "conv1d", "conv3d", "groups"],
     )
@@ -397,13 +397,13 @@ class TestRefusals:
         [
             ("module used twice", r"shared.weight belongs to Linear shared, which is called 2 times"),
             ("tied", r"first.weight is shared with second \(a tied weight\)"),
-            ("raw parameters", r"scale belongs to a Raw"),
+            ("raw parameters", r"scale belongs to Raw"),
             ("also functional", r"fc.weight belongs to Linear fc, but is also used elsewhere"),
-            ("lstm", r"lstm.weight_ih_l0 belongs to a LSTM"),
-            ("attention", r"attention.in_proj_weight belongs to a MultiheadAttention"),
-            ("embedding", r"0.weight belongs to a Embedding"),
-            ("batch norm", r"2.weight belongs to a BatchNorm2d"),
-            ("group norm, layer norm", r"2.weight belongs to a GroupNorm"),
+            ("lstm", r"lstm.weight_ih_l0 belongs to LSTM"),
+            ("attention", r"attention.in_proj_weight belongs to MultiheadAttention"),
+            ("embedding", r"0.weight belongs to Embedding"),
+            ("batch norm", r"2.weight belongs to BatchNorm2d"),
+            ("group norm, layer norm", r"2.weight belongs to GroupNorm"),
         ],
     )
     def test_a_module(self, name: str, message: str) -> None:

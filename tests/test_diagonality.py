@@ -561,7 +561,7 @@ def test_what_overflows_is_named(quantity: str, time_budget: float) -> None:
 
 def test_the_hessian_of_a_large_tensor_is_refused() -> None:
     problem = Problem(nn.Linear(1001, 4), "cross_entropy", (torch.ones(2, 1001), torch.zeros(2, dtype=torch.long)))
-    with pytest.raises(UnsupportedError, match=r"the Hessian of weight has 4,004 parameters.*params, or take the ggn"):
+    with pytest.raises(UnsupportedError, match=r"the Hessian of weight, with 4,004 parameters.*params, or use the ggn"):
         diagonality(problem, "hessian")
     assert list(diagonality(problem, "hessian", params="bias")["size"]) == [4]
 

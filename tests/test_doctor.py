@@ -123,7 +123,7 @@ class TestFindings:
             "frozen (requires_grad=False) and left out: 0.weight, 2.weight, 2.bias",
         )
         assert doctor(case("group norm, layer norm").problem, "empirical_fisher", params=["2.*"]).findings == (
-            "no Kronecker factors for 2.weight, 2.bias: each belongs to a GroupNorm (2)",
+            "no Kronecker factors for 2.weight, 2.bias: each belongs to GroupNorm (2)",
         )
 
     def test_a_wrong_request_is_raised(self):

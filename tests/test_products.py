@@ -397,7 +397,7 @@ class TestRefusals:
         assert_same(multiplied(problem, quantity, ["out.*"]), reference(problem, quantity, ["out.*"]))
 
     def test_a_wrong_derivative_in_the_jacobian(self) -> None:
-        with pytest.raises(UnsupportedError, match="Custom: its derivatives are not adjoint"):
+        with pytest.raises(UnsupportedError, match="Custom: its forward and backward derivatives are not adjoint"):
             multiplied(problem_of(Custom(Skewed).double()), Fisher())
 
     def test_a_wrong_second_derivative(self) -> None:

@@ -188,7 +188,7 @@ def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[s
     """Return the layers with Kronecker factors by module name, and for every other parameter the reason.
 
     Every parameter of the space is either in one of the layers or among the reasons. A reason is a phrase that follows
-    the parameter's name: ``belongs to a LayerNorm (norm1)``.
+    the parameter's name: ``belongs to LayerNorm (norm1)``.
     """
     verified = verify_factors(problem, space)
     return verified.layers, verified.reasons
@@ -250,7 +250,7 @@ def _find_shared(model: nn.Module) -> dict[str, list[str]]:
 
 def _describe_module(layer: Layer) -> str:
     grouped = "grouped " if getattr(layer.module, "groups", 1) != 1 else ""
-    return f"belongs to a {grouped}{type(layer.module).__name__} ({layer.name or 'the model'})"
+    return f"belongs to {grouped}{type(layer.module).__name__} ({layer.name or 'the model'})"
 
 
 def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Verification:
