@@ -141,8 +141,8 @@ def test_one_class() -> None:
 @pytest.mark.parametrize(
     ("quantity", "outputs", "start"),
     [
-        (Fisher(), 101, "fisher takes 100 backward passes"),
-        (GGN(), 4001, "ggn takes 4,000 backward passes"),
+        (Fisher(), 101, "fisher needs 100 backward passes"),
+        (GGN(), 4001, "ggn needs 4,000 backward passes"),
         (Fisher(), 100, None),
         (Fisher(samples=200), 1000, None),
         (EmpiricalFisher(), 1000, None),

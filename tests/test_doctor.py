@@ -355,8 +355,8 @@ def test_many_classes(two_backends, monkeypatch, loss, rows):
     targets = Y if loss == "cross_entropy" else torch.zeros(9, 1300)
     subject = Problem(nn.Linear(4, 1300), loss, (X, targets))
     assert doctor(subject, ["fisher", "ggn", "fisher:samples=2", "empirical_fisher", "hessian"]).findings == (
-        f"fisher takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
-        f"ggn takes {rows:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one",
+        f"fisher needs {rows:,} backward passes per batch; fisher:samples=1, which is unbiased, needs one",
+        f"ggn needs {rows:,} backward passes per batch; fisher:samples=1, which is unbiased, needs one",
     )
 
 

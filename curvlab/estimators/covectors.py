@@ -148,7 +148,7 @@ def suggest_sampling(loss: Loss, quantity: Quantity, num_outputs: int) -> str | 
     Examples:
         >>> from curvlab.losses import get_loss
         >>> suggest_sampling(get_loss("cross_entropy"), Fisher(), 1000)
-        'fisher takes 999 backward passes a batch, and fisher:samples=1, which is unbiased, takes one'
+        'fisher needs 999 backward passes per batch; fisher:samples=1, which is unbiased, needs one'
         >>> suggest_sampling(get_loss("cross_entropy"), Fisher(), 10) is None
         True
     """
@@ -156,7 +156,7 @@ def suggest_sampling(loss: Loss, quantity: Quantity, num_outputs: int) -> str | 
     count = loss.num_factors(num_outputs)
     if not exact or count < _MANY:
         return None
-    return f"{quantity} takes {count:,} backward passes a batch, and fisher:samples=1, which is unbiased, takes one"
+    return f"{quantity} needs {count:,} backward passes per batch; fisher:samples=1, which is unbiased, needs one"
 
 
 def _slice(part: range) -> slice:
