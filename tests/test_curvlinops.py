@@ -379,7 +379,7 @@ class TestRefusals:
         [
             (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), r"Conv2d \(1\) assume zero.*circular"),
             (nn.Conv2d(2, 2, 2, padding="same"), r"Unequal padding"),
-            (nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 2, 3)), r"Linear and Conv2d layers only, not for Conv1d \(1.1\)"),
+            (nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 2, 3)), r"Conv2d layers only, not for Conv1d \(1.1\)"),
             (
                 nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Conv3d(2, 2, 2)),
                 r"Linear and Conv2d layers only, not for Conv3d \(1.1\)",

@@ -185,7 +185,7 @@ def test_a_basis_where_float32_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("piece", [1, 3, 100])
 def test_pieces_are_the_batch(piece: int) -> None:
     batches = [(torch.arange(7), torch.arange(7) + 1), (torch.arange(2), torch.arange(2))]
-    pieces = list(hooks._pieces(batches, piece))
+    pieces = list(hooks._split_batches(batches, piece))
     assert max(len(x) for x, _ in pieces) <= piece
     assert piece > 3 or len(pieces[0][0]) == min(piece, 3)  # 3, 3 and 1 of seven
     for index in (0, 1):
@@ -193,7 +193,7 @@ def test_pieces_are_the_batch(piece: int) -> None:
 
 
 def test_pieces_are_equal_parts() -> None:
-    pieces = hooks._pieces([(torch.arange(250), torch.arange(250))], 79)
+    pieces = hooks._split_batches([(torch.arange(250), torch.arange(250))], 79)
     assert [len(x) for x, _ in pieces] == [63, 63, 63, 61]
 
 
@@ -210,7 +210,7 @@ def test_pieces_are_equal_parts() -> None:
 def test_the_size_of_a_piece(sizes: dict[str, int], entries: int, piece: int) -> None:
     problem = Problem(nn.Linear(2, 2), "squared_error", (torch.zeros(3, 2), torch.zeros(3, 2)))
     layers = {name: Layer(name, problem.model, "weight", "bias") for name in sizes}
-    assert hooks._piece(problem, Verification(layers, {}, (), (), sizes), entries) == piece
+    assert hooks._chunk_size(problem, Verification(layers, {}, (), (), sizes), entries) == piece
 
 
 def test_what_is_taken_at_once_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +221,6 @@ def test_what_is_taken_at_once_does_not_change_the_result(monkeypatch: pytest.Mo
         for structure in ("diag", "kfac", "ekfac"):
             with monkeypatch.context() as patched:
                 whole = estimate(problem, quantity, structure, backend="hooks")
-                patched.setattr(hooks, "_piece", lambda *_: 3)
+                patched.setattr(hooks, "_chunk_size", lambda *_: 3)
                 parts = estimate(problem, quantity, structure, backend="hooks")
             assert torch.allclose(parts.diagonal(), whole.diagonal(), rtol=1e-11, atol=1e-13)

@@ -263,7 +263,7 @@ class TestBothWaysToMultiplyWithTheJacobian:
     @pytest.mark.parametrize("name", ["mlp", "lstm", "attention", "embedding", "tied"])
     @pytest.mark.parametrize("way", [products._forward_mode, products._double_backward])
     def test_are_right(self, way: Callable[..., products.Push], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(products, "_right_pushings", lambda *_: (way, way))
+        monkeypatch.setattr(products, "_select_pushforwards", lambda *_: (way, way))
         problem = case(name).problem
         assert_same(multiplied(problem, Fisher()), reference(problem, Fisher()))
 
@@ -277,7 +277,7 @@ class TestBothWaysToMultiplyWithTheJacobian:
         ids=["plain", "no_grad within", "weight_norm"],
     )
     def test_the_right_ones_are_taken(self, problem: Problem, rebuilt: products.Pushing) -> None:
-        found = products._right_pushings(problem, problem.space)
+        found = products._select_pushforwards(problem, problem.space)
         assert found == (products._double_backward, rebuilt)
 
 
