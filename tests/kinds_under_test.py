@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "parameters in a list": (InAList, "InAList uses its parameter w0 through a tensor"),
     "a weight computed once": (Remembers, r"Remembers uses its parameter net\.0\.weight through a tensor"),
-    "its own backward passes": (Reversible, "backward pass of Reversible adds to its parameters' grad by itself"),
+    "its own backward passes": (Reversible, "backward pass of Reversible adds to its parameters' grad itself"),
     "re-entrant checkpoint": (
         lambda: Checkpointed(reentrant=True),
         "torch cannot differentiate Checkpointed: When use_reentrant=True",

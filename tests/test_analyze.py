@@ -185,7 +185,7 @@ def test_help_has_every_option_with_its_default(call, monkeypatch):
         ("--validation 1437", "cannot hold out 1437"),
         ("--data digts", "did you mean 'digits'?"),
         ("--data mnist --offline", "mnist is incomplete on disk"),
-        ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight has 6,400 parameters"),
+        ("--quantity hessian --hidden 100 --steps 1", "the Hessian of fc1.weight, with 6,400 parameters"),
         (f"--hidden {10**30}", "--hidden should be less than 2**63, not ['1000"),
         ("--hidden 9000000000000000", "not enough memory for an array of 2304000000000000000 bytes; use a"),
         ("--jobs 0", "--jobs should be greater than or equal to 1, not '0'"),
