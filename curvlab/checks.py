@@ -26,7 +26,7 @@ def real_number(value: object, what: str) -> float:
     except OverflowError:  # a whole number above 1e308
         number = math.inf
     if number is None or not math.isfinite(number):
-        raise CurvlabError(f"{what} must be a finite real number, not {shown(value)}")
+        raise CurvlabError(f"{what} must be a finite real number, not {describe_value(value)}")
     return number
 
 
@@ -43,7 +43,7 @@ def whole_number(value: object, what: str, least: int = 0) -> int:
     """
     plain = _plain(value)
     if not isinstance(plain, Integral) or isinstance(plain, bool) or plain < least:
-        raise CurvlabError(f"{what} must be a whole number from {least}, not {shown(value)}")
+        raise CurvlabError(f"{what} must be a whole number from {least}, not {describe_value(value)}")
     return index(plain)
 
 
@@ -56,7 +56,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describe a value in an error message: its short ``repr``, or the dtype and shape of a tensor or array."""
     if isinstance(value, Tensor):
         return f"a {value.layout} tensor of {value.dtype} and shape {tuple(value.shape)}"

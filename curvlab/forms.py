@@ -5,7 +5,7 @@ from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
 
 
@@ -22,7 +22,7 @@ class Named(Protocol):
 T = TypeVar("T")
 
 
-def form(value: Named) -> str:
+def string_form(value: Named) -> str:
     """Return the string form of a value; options with their default values are left out."""
     options = [f"{f.name}={getattr(value, f.name)}" for f in _options(value) if getattr(value, f.name) != f.default]
     return f"{value.name}:{','.join(options)}" if options else value.name
@@ -40,10 +40,10 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
         CurvlabError: The name or an option is unknown, an option is given twice, or a value is not valid.
     """
     if not isinstance(text, str):
-        raise CurvlabError(f"a {what} is a name, such as {next(iter(kinds))!r}, not {shown(text)}")
+        raise CurvlabError(f"a {what} is a name, such as {next(iter(kinds))!r}, not {describe_value(text)}")
     name, _, rest = text.partition(":")
     if name not in kinds:
-        raise CurvlabError(unknown(what, name, kinds))
+        raise CurvlabError(unknown_name_message(what, name, kinds))
     known = {f.name: f for f in _options(kinds[name])}
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -63,7 +63,7 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
     return kinds[name](**options)
 
 
-def unknown(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
+def unknown_name_message(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
     """Return the error message for an unknown name, with the most similar known name and the list of all names."""
     near = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? Available" if near else "available"

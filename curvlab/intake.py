@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from curvlab.errors import CurvlabError, type_and_line
-from curvlab.randomness import holders_of, random_state, with_own_randomness
+from curvlab.randomness import generator_holders, iterate_with_own_randomness, save_random_state
 
 Pair = tuple[Tensor, Tensor]
 
@@ -26,7 +26,7 @@ class BatchSource(Protocol):
         """Iterate from the first batch."""
 
 
-class Intake:
+class RepeatableData:
     """Data that can be iterated any number of times and are checked to be the same every time.
 
     Args:
@@ -50,7 +50,7 @@ class Intake:
         elif isinstance(data, Iterator):
             raise CurvlabError("the data can be iterated only once: give a DataLoader or a list of batches")
         self._data = data
-        self._start = random_state(holders_of(data))  # the state from which every pass starts
+        self._start = save_random_state(generator_holders(data))  # the state from which every pass starts
         self._first: _Record | None = None
 
     def batches(self, size: int | None = None) -> Iterator[Pair]:
@@ -100,14 +100,14 @@ class Intake:
                 yield from zip(*parts, strict=True)
             return
         index = -1
-        for index, batch in enumerate(self._drawn()):
+        for index, batch in enumerate(self._iterate()):
             if not _is_pair(batch):
                 raise CurvlabError(
                     f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_describe(batch)}"
                     + (_AS_TENSORS if _could_be_pair(batch) else "")
-                    + self._unbatched()
+                    + self._batch_size_hint()
                 )
-            _check_pair(batch, f"batch {index}", f"batch {index} has", self._unbatched())
+            _check_pair(batch, f"batch {index}", f"batch {index} has", self._batch_size_hint())
             if len(batch[0]):
                 yield batch[0], batch[1]
         expected = _expected_batches(self._data)
@@ -117,10 +117,10 @@ class Intake:
                 "raises ends it silently"
             )
 
-    def _drawn(self) -> Iterator[Any]:
+    def _iterate(self) -> Iterator[Any]:
         # A list holds its batches; other data may draw random numbers.
         held = isinstance(self._data, (list, tuple))
-        batches = iter(self._data if held else with_own_randomness(self._data, self._start))
+        batches = iter(self._data if held else iterate_with_own_randomness(self._data, self._start))
         index = 0
         while True:
             try:
@@ -134,7 +134,7 @@ class Intake:
             yield batch
             index += 1
 
-    def _unbatched(self) -> str:
+    def _batch_size_hint(self) -> str:
         if isinstance(self._data, DataLoader) and self._data.batch_size is None and self._data.batch_sampler is None:
             return "; a DataLoader with batch_size=None gives single samples: set its batch_size"
         return ""
@@ -207,7 +207,7 @@ class _Record:
         return [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups.values()]
 
 
-def numbers(tensor: Tensor) -> Tensor:
+def plain_entries(tensor: Tensor) -> Tensor:
     """Return the entries of a sparse, quantized or 8-bit float tensor as an ordinary tensor; else the tensor."""
     if tensor.layout != torch.strided:
         tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -218,14 +218,14 @@ def numbers(tensor: Tensor) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every entry is finite."""
-    tensor = numbers(tensor)
+    tensor = plain_entries(tensor)
     # A sum is faster than a mask. It is not finite if an entry is not finite, but it may also overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors with finite entries and the same shape and dtype are equal."""
-    one, other = numbers(one.detach()), numbers(other.detach())
+    one, other = plain_entries(one.detach()), plain_entries(other.detach())
     # NumPy compares words five times as fast as torch compares entries. Words differ for 0.0 and -0.0, hence the rest.
     if all(_is_plain(tensor) and tensor.nbytes % 8 == 0 for tensor in (one, other)):
         words, others = (tensor.reshape(-1).view(torch.uint8).numpy().view("int64") for tensor in (one, other))

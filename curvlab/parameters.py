@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
 
 Vectors = Tensor | Mapping[str, Tensor]
@@ -51,7 +51,9 @@ class ParameterSpace:
                 [select] if isinstance(select, str) else list(select) if isinstance(select, Iterable) else [select]
             )
             if not all(isinstance(pattern, str) for pattern in patterns):
-                raise CurvlabError(f"params must be patterns of names, such as 'fc*.weight', not {shown(select)}")
+                raise CurvlabError(
+                    f"params must be patterns of names, such as 'fc*.weight', not {describe_value(select)}"
+                )
             if not patterns:
                 raise CurvlabError("params is empty: give at least one pattern of parameter names")
             for pattern in patterns:

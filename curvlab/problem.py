@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, UnsupportedError, type_and_line
-from curvlab.intake import BatchSource, Intake, Pair, are_equal, is_finite, numbers
+from curvlab.intake import BatchSource, Pair, RepeatableData, are_equal, is_finite, plain_entries
 from curvlab.losses import Loss, LossName, get_loss
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import preserved_random_state, watched
-from curvlab.stateless import attributes_copied, call, check_dtype, check_module, leaves, refuse_memory, writes
+from curvlab.randomness import preserve_random_state, watch_randomness
+from curvlab.stateless import (
+    call,
+    check_dtype,
+    check_module,
+    check_not_cached,
+    copy_attributes,
+    graph_leaves,
+    parameter_write_message,
+)
 
 __all__ = ["BatchSource", "Pair", "Problem", "is_stochastic"]
 
@@ -48,7 +56,7 @@ class Problem:
         self.loss: Loss = get_loss(loss)
         self.data = data
         self.space = ParameterSpace.of(model)
-        self._intake = Intake(data)
+        self._intake = RepeatableData(data)
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
@@ -176,11 +184,11 @@ class Problem:
         _import_what_warns()
         for name, parameter in self.model.named_parameters():
             if not is_finite(parameter):
-                bad = int((~numbers(parameter).isfinite()).sum())
+                bad = int((~plain_entries(parameter).isfinite()).sum())
                 raise CurvlabError(f"the parameter {name} of the model holds {bad} NaN or infinite values")
         for name, buffer in self.model.named_buffers():
             # Infinite values are allowed: attention masks hold minus infinity.
-            if bad := int(numbers(buffer).isnan().sum()):
+            if bad := int(plain_entries(buffer).isnan().sum()):
                 raise CurvlabError(f"the buffer {name} of the model holds {bad} NaN values")
         for name, module in self.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
@@ -205,20 +213,20 @@ class Problem:
                 {name: p.clone().requires_grad_(trained) for name, (p, trained) in own.items()} for _ in range(2)
             )
             outputs: Tensor | None = None
-            with attributes_copied(self.model) as unchanged:
+            with copy_attributes(self.model) as check_attributes:
                 for inputs, targets in self.batches():
                     if outputs is None:
-                        with preserved_random_state(self.model.modules()):
-                            outputs = self._tried(copies, inputs[:1])
+                        with preserve_random_state(self.model.modules()):
+                            outputs = self._checked_outputs(copies, inputs[:1])
                     self.loss.check(outputs.expand(len(targets), -1), targets)
                 # With other tensors, so that a tensor cached by the first pass is noticed.
                 self.check_samples(others, outputs)
-                unchanged()
+                check_attributes()
             for name, (p, _) in own.items():
                 if not (are_equal(copies[name], p) and are_equal(others[name], p)):
-                    raise UnsupportedError(writes(self.model, name))
+                    raise UnsupportedError(parameter_write_message(self.model, name))
 
-    def _tried(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    def _checked_outputs(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the outputs for a few inputs; check that they depend on the given parameters and no others."""
         name = type(self.model).__name__
         try:
@@ -227,10 +235,10 @@ class Problem:
             raise
         except Exception as error:
             reason = type_and_line(error)
-            if not inputs.is_floating_point() and self._takes(parameters, inputs.to(self.dtype)):
+            if not inputs.is_floating_point() and self._accepts(parameters, inputs.to(self.dtype)):
                 reason = f"the inputs are {inputs.dtype}, not floating: use x.float(), or x.float() / 255 for images"
             raise UnsupportedError(f"{name} raises an error on the first samples of the data: {reason}") from error
-        reached = leaves(outputs)
+        reached = graph_leaves(outputs)
         for parameter, own in self.model.named_parameters():
             if id(own) in reached:
                 raise UnsupportedError(
@@ -240,7 +248,7 @@ class Problem:
         given = {id(tensor) for tensor in parameters.values()}
         for key, end in reached.items():
             if key not in given:
-                refuse_memory(end, {one: parameters[one] for one in self.space.names})
+                check_not_cached(end, {one: parameters[one] for one in self.space.names})
         if not any(id(parameters[parameter]) in reached for parameter in self.space.names):
             raise UnsupportedError(
                 f"the outputs of {name} do not depend on its trainable parameters according to torch's autograd graph: "
@@ -248,7 +256,7 @@ class Problem:
             )
         return outputs.detach()
 
-    def _takes(self, parameters: dict[str, Tensor], inputs: Tensor) -> bool:
+    def _accepts(self, parameters: dict[str, Tensor], inputs: Tensor) -> bool:
         try:
             self.forward(parameters, inputs)
         except Exception:
@@ -272,12 +280,12 @@ class Problem:
             self._check_batch(parameters, inputs, first if index == 0 else None)
 
     def _check_batch(self, parameters: dict[str, Tensor], inputs: Tensor, first: Tensor | None) -> None:
-        with watched(self.model) as watch:
-            outputs = self._tried(parameters, inputs)
-            alone = self._tried(parameters, inputs[:1]) if first is None else first
+        with watch_randomness(self.model) as watch:
+            outputs = self._checked_outputs(parameters, inputs)
+            alone = self._checked_outputs(parameters, inputs[:1]) if first is None else first
             parts = [(slice(0, 1), alone)]
             if len(inputs) > 1:
-                parts.append((slice(1, None, 2), self._tried(parameters, inputs[1::2])))
+                parts.append((slice(1, None, 2), self._checked_outputs(parameters, inputs[1::2])))
         if watch.drawing:
             raise UnsupportedError(
                 f"{watch.drawing}, so that the output of a sample is random: call model.eval() first, or draw no "

@@ -7,7 +7,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from curvlab.text import readable
+from curvlab.text import to_printable
 
 
 class Advance(Protocol):
@@ -44,9 +44,9 @@ def progress(description: str, total: float | None, enabled: bool = True) -> Ite
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(readable(description), total=total, note="")
+        task = bar.add_task(to_printable(description), total=total, note="")
 
         def advance(steps: float = 1, /, *, note: str = "") -> None:
-            bar.update(task, advance=steps, note=readable(note))
+            bar.update(task, advance=steps, note=to_printable(note))
 
         yield advance

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError
-from curvlab.forms import form, parse_form
+from curvlab.forms import parse_form, string_form
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Quantity:
 
     def __str__(self) -> str:
         """Return the string form; options with their default values are left out."""
-        return form(self)
+        return string_form(self)
 
 
 @dataclass(frozen=True)

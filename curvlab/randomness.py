@@ -21,16 +21,16 @@ _Source = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 
 @contextmanager
-def preserved_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
+def preserve_random_state(holders: Iterable[object] = ()) -> Iterator[None]:
     """Restore the global random states of Python, NumPy and torch, and of generators held by objects, on exit."""
-    restore = random_state(holders)
+    restore = save_random_state(holders)
     try:
         yield
     finally:
         restore()
 
 
-def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
+def save_random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
     """Return a function that restores the present global random states and those of generators held by objects."""
     states = [(put, get()) for _, get, put in _sources(holders)]
 
@@ -42,7 +42,7 @@ def random_state(holders: Iterable[object] = ()) -> Callable[[], None]:
 
 
 @contextmanager
-def random_state_restored(device: torch.device, seed: int | None = None) -> Iterator[None]:
+def fork_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Restore torch's global random state of the CPU and of ``device`` on exit; inside, start from ``seed``."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if seed is not None:
@@ -54,18 +54,18 @@ def random_state_restored(device: torch.device, seed: int | None = None) -> Iter
         yield
 
 
-def derived_seed(seed: int, *stream: int) -> int:
+def derive_seed(seed: int, *stream: int) -> int:
     """Return a seed for one of the independent random streams that belong to ``seed``."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0])
 
 
-def holders_of(data: object) -> list[object]:
+def generator_holders(data: object) -> list[object]:
     """Return the objects that may hold a generator of the data: a DataLoader, its samplers and its data set."""
     sampler, batch_sampler = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
     return [data, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
 
 
-def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
+def iterate_with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Iterator[Any]:
     """Iterate data with a random state of their own, so that their draws do not change the global random state.
 
     The outer state is restored after every batch, not at the end: an unfinished generator that a traceback keeps alive
@@ -75,12 +75,12 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
         data: A DataLoader or another iterable.
         start: A function that sets the random state from which the data start.
     """
-    holders = holders_of(data)
+    holders = generator_holders(data)
     # Persistent workers have one shared iterator; ``iter`` would reset it for another loop that is using it.
     iterator: Iterator[Any] | None = None
     within = start
     while True:
-        restore = random_state(holders)
+        restore = save_random_state(holders)
         within()
         try:
             if iterator is None:
@@ -90,19 +90,19 @@ def with_own_randomness(data: Iterable[Any], start: Callable[[], None]) -> Itera
         except StopIteration:
             return
         finally:
-            within = random_state(holders)
+            within = save_random_state(holders)
             restore()
         yield batch
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator["Watch"]:
+def watch_randomness(model: nn.Module) -> Iterator["RandomnessWatch"]:
     """Detect draws of random numbers inside the block, and restore the states that they changed.
 
     Random operations of torch are detected by their tag. Other draws are detected by a changed state: of Python's,
     NumPy's and torch's global generators, and of generators held by the modules.
     """
-    watch = Watch(model)
+    watch = RandomnessWatch(model)
     sources = _sources(model.modules())
     before = [get() for _, get, _ in sources]
     try:
@@ -117,7 +117,7 @@ def watched(model: nn.Module) -> Iterator["Watch"]:
                 put(state)
 
 
-class Watch(TorchDispatchMode):
+class RandomnessWatch(TorchDispatchMode):
     """A dispatch mode that records random draws and precision of torch operations.
 
     Attributes:

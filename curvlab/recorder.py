@@ -10,16 +10,16 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.estimators.per_layer import patterns_by_module
-from curvlab.forms import unknown
+from curvlab.forms import unknown_name_message
 from curvlab.losses import get_loss
 from curvlab.matrices import CurvatureMatrix
 from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import Quantity, parse_quantity
-from curvlab.spectrum.arguments import choice, real, whole
+from curvlab.spectrum.arguments import check_choice, check_real, check_whole
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
 from curvlab.spectrum.eigenvalues import EigenResult, Stop, Which, top_eigenvalues
 
@@ -80,17 +80,17 @@ class EigenvalueOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choice("which", self.which, get_args(Which))
-        choice("per", self.per, get_args(CurveLevel))
+        check_choice("which", self.which, get_args(Which))
+        check_choice("per", self.per, get_args(CurveLevel))
         probes, steps = check_probes(self.density_probes, self.density_steps)
         # Checkpoints keep Python's own numbers, not NumPy's.
         checked: dict[str, Any] = {
-            "k": whole("k", self.k, 1),
-            "tol": real("tol", self.tol, above=0),
-            "max_matvecs": None if self.max_matvecs is None else whole("max_matvecs", self.max_matvecs, 1),
+            "k": check_whole("k", self.k, 1),
+            "tol": check_real("tol", self.tol, above=0),
+            "max_matvecs": None if self.max_matvecs is None else check_whole("max_matvecs", self.max_matvecs, 1),
             "density_probes": probes,
             "density_steps": steps,
-            "seed": whole("seed", self.seed, 0),
+            "seed": check_whole("seed", self.seed, 0),
         }
         if self.params is not None and not isinstance(self.params, str):
             checked["params"] = tuple(self.params)
@@ -170,7 +170,7 @@ class EigenvalueRecorder:
         if isinstance(quantities, (str, Quantity)) or not quantities:
             raise CurvlabError("quantities must be a list of at least one, such as ['fisher', 'hessian']")
         self._options = _combine(options, changes)
-        self._every = whole("every", every, 1)
+        self._every = check_whole("every", every, 1)
         if not callable(data):
             get_loss(loss)
         self._problem: Callable[[nn.Module], Problem] = (
@@ -297,11 +297,11 @@ def _combine(options: EigenvalueOptions, changes: EigenvalueChanges) -> Eigenval
         CurvlabError: An option is unknown or out of its range, or ``options`` is not an ``EigenvalueOptions``.
     """
     if not isinstance(options, EigenvalueOptions):
-        raise CurvlabError(f"options must be a curvlab.recorder.EigenvalueOptions, not {shown(options)}")
+        raise CurvlabError(f"options must be a curvlab.recorder.EigenvalueOptions, not {describe_value(options)}")
     names = tuple(field.name for field in fields(EigenvalueOptions))
     for name in changes:
         if name not in names:
-            raise CurvlabError(unknown("option of the recorder", name, names))
+            raise CurvlabError(unknown_name_message("option of the recorder", name, names))
     return replace(options, **changes)
 
 

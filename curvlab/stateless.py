@@ -98,7 +98,7 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
                     given = parameters.get(slot)
                     used[id(tensor)] = tensor.clone() if given is None else given
                 slots[slot] = used[id(tensor)]
-    with attributes_restored([module for _, module in modules]), parametrizations_computed():
+    with restore_attributes([module for _, module in modules]), disable_parametrization_cache():
         for _, module in modules:
             if "_orig_mod" in module._modules:  # made by torch.compile
                 vars(module)["forward"] = module._modules["_orig_mod"]
@@ -108,11 +108,11 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
         outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
     for slot, version in versions.items():
         if slots[slot]._version != version:
-            raise UnsupportedError(writes(model, slot))
+            raise UnsupportedError(parameter_write_message(model, slot))
     return outputs
 
 
-def writes(model: nn.Module, name: str) -> str:
+def parameter_write_message(model: nn.Module, name: str) -> str:
     """Return the error message for a model that writes into a parameter."""
     module = model.get_submodule(name.rpartition(".")[0])
     way_out = "write it once, before the curvature is computed, and not in the forward pass"
@@ -124,13 +124,13 @@ def writes(model: nn.Module, name: str) -> str:
     )
 
 
-def leaves(outputs: Tensor) -> dict[int, Tensor]:
+def graph_leaves(outputs: Tensor) -> dict[int, Tensor]:
     """Return the leaf tensors with gradients in the graph of the outputs, by their ``id``."""
     variables = (getattr(node, "variable", None) for node, _ in walk([outputs]))
     return {id(variable): variable for variable in variables if variable is not None}
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, including tensors that its modules have computed.
 
     ``deepcopy`` fails for sparse rows and for tensors that are not leaves, which pruning and the older ``weight_norm``
@@ -149,7 +149,7 @@ def copied(model: nn.Module) -> nn.Module:
         raise UnsupportedError(f"{type(model).__name__} cannot be copied ({reason})") from error
 
 
-def refuse_memory(end: Tensor, parameters: Mapping[str, Tensor]) -> None:
+def check_not_cached(end: Tensor, parameters: Mapping[str, Tensor]) -> None:
     """Check that a leaf of the graph is not a parameter of an earlier forward pass.
 
     A leaf that equals a given parameter but is another tensor comes from an earlier pass: the model caches a result.
@@ -197,7 +197,7 @@ def _restore(container: Any, before: Any) -> None:
 
 
 @contextmanager
-def gradients_restored(model: nn.Module) -> Iterator[None]:
+def restore_gradients(model: nn.Module) -> Iterator[None]:
     """Remove the gradients of a model inside the block, and restore the same tensors on exit."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
@@ -210,14 +210,14 @@ def gradients_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
+def copy_attributes(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Replace tensors that modules hold as plain attributes by copies; yield a function that checks these copies.
 
     Raises:
         UnsupportedError: Raised by the yielded function if the model has written into a copy.
     """
     copies: list[tuple[str, Tensor, int]] = []
-    with attributes_restored(list(model.modules())):
+    with restore_attributes(list(model.modules())):
         for prefix, module in model.named_modules():
             for key, tensor in vars(module).items():
                 if isinstance(tensor, Tensor) and not tensor.is_inference():
@@ -236,7 +236,7 @@ def attributes_copied(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+def restore_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the attributes, parameters, buffers and submodules of modules on exit.
 
     This includes the contents of dicts, lists and similar containers that are attributes.
@@ -253,7 +253,7 @@ def attributes_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def parametrizations_computed() -> Iterator[None]:
+def disable_parametrization_cache() -> Iterator[None]:
     """Turn off the cache of ``torch.nn.utils.parametrize``, which may hold weights of other parameters."""
     enabled, cache = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}

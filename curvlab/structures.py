@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from curvlab.errors import CurvlabError
-from curvlab.forms import form, parse_form
+from curvlab.forms import parse_form, string_form
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Structure:
 
     def __str__(self) -> str:
         """Return the string form; options with their default values are left out."""
-        return form(self)
+        return string_form(self)
 
     def entries(self, sizes: Sequence[int]) -> int:
         """Return the number of stored entries for parameter tensors of the given sizes.

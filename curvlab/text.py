@@ -6,16 +6,16 @@ from typing import Any
 
 MISSING = "–"
 
-_FORMULA = tuple("=+-@＝＋－＠")  # first characters of a text that spreadsheets evaluate as a formula
+_FORMULA_STARTS = tuple("=+-@＝＋－＠")  # first characters of a text that spreadsheets evaluate as a formula
 
 
-def readable(text: str) -> str:
+def to_printable(text: str) -> str:
     r"""Return a text as one line without control characters, which could move the cursor or colour the terminal.
 
     Line ends, tabs and other white space become spaces; other characters that cannot be printed are escaped.
 
     Examples:
-        >>> readable("fc\t1.\x1b[31mweight\n")
+        >>> to_printable("fc\t1.\x1b[31mweight\n")
         'fc 1.\\x1b[31mweight '
     """
     if text.isprintable():
@@ -27,17 +27,17 @@ def quote_formula(value: Any) -> Any:
     """Return a text that spreadsheets do not evaluate as a formula; other values are returned unchanged."""
     if not isinstance(value, str):
         return value
-    text = readable(value)
-    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
+    text = to_printable(value)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA_STARTS) else text
 
 
-def significant(value: Any, digits: int = 4) -> str:
+def format_number(value: Any, digits: int = 4) -> str:
     """Format a number with significant digits; a missing value (None, NaN) is a dash.
 
     Integers are exact, with thousands separators. Numbers from 0.0001 to below a million have no exponent, others do.
 
     Examples:
-        >>> [significant(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
+        >>> [format_number(x) for x in (0.5, 1234.5678, 3.14159e-9, 23520, None)]
         ['0.5000', '1,235', '3.142e-9', '23,520', '–']
     """
     if value is None or (isinstance(value, Real) and math.isnan(value)):
@@ -66,9 +66,9 @@ def plus_minus(mean: float | None, deviation: float | None) -> str:
         ('0.1235 ± 0.0042', '(3.142 ± 0.020)e-9', '0.00 ± 0.10', '0.5000')
     """
     if mean is None or deviation is None or not math.isfinite(mean) or not math.isfinite(deviation):
-        return significant(mean)
+        return format_number(mean)
     if deviation == 0:
-        return f"{significant(mean)} ± 0"
+        return f"{format_number(mean)} ± 0"
     top = _exponent(max(abs(mean), deviation))
     if -4 <= top < 6:
         decimals = max(1 - _exponent(deviation), 0)

@@ -25,7 +25,7 @@ from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, Lin
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.training import Training
-from curvlab.training.state import derived_seed
+from curvlab.training.state import derive_seed
 
 CLASSES = 6
 
@@ -67,7 +67,7 @@ def learn(stream: Sequence[Task], model: nn.Module, strategy: Strategy | None = 
 
 
 def order(seed: int, task: int, epoch: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(seed, task, 0, epoch)))
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, task, 0, epoch)))
 
 
 def by_hand(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -125,7 +125,7 @@ def test_naive_is_a_plain_loop_to_the_bit(options: dict[str, Any]) -> None:
     accuracy = torch.full((3, 3), torch.nan, dtype=torch.float64)
     initial = [by_hand(plain, *task.test) for task in stream]
     for t, task in enumerate(stream):
-        torch.manual_seed(derived_seed(seed, t, 1))
+        torch.manual_seed(derive_seed(seed, t, 1))
         lr = max(options.get("lr", 0.1) * options.get("lr_decay", 1.0) ** t, options.get("min_lr", 0.0))
         decay = options.get("weight_decay", 0.0)
         optimizer: torch.optim.Optimizer

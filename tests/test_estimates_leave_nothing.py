@@ -82,12 +82,12 @@ MODELS = {f.__name__: f for f in (pooled, hooked, pruned, parametrised, Wrapped,
 def attributes(model):
     """Return all attributes of the modules and parameters of a model, except the values of the parameters."""
 
-    def shown(value):
+    def describe_value(value):
         if isinstance(value, torch.Tensor):  # what pruning sets at every call
             return value.is_leaf, value.requires_grad
         return dict(value) if isinstance(value, dict) else value
 
-    found = {name: {k: shown(v) for k, v in vars(module).items()} for name, module in model.named_modules()}
+    found = {name: {k: describe_value(v) for k, v in vars(module).items()} for name, module in model.named_modules()}
     own = {name: (id(p), sorted(vars(p)), p.requires_grad, p.grad) for name, p in model.named_parameters()}
     return found, own
 

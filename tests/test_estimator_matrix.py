@@ -25,7 +25,7 @@ from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.torch_func import per_sample_rows
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.matrices import EKFAC, CurvatureMatrix
-from curvlab.matrices.layers import layers_of
+from curvlab.matrices.layers import group_layers
 from curvlab.problem import BatchSource, Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
 
@@ -123,7 +123,7 @@ class Truth:
         """
         rows = dict(zip(matrix.space.names, self._columns(matrix), strict=True))
         tensors = matrix.tensors()
-        for name, layer in layers_of(matrix.space).items():
+        for name, layer in group_layers(matrix.space).items():
             of_inputs, of_slopes = tensors[f"{name}|U_A"], tensors[f"{name}|U_S"]
             for vectors, factor in ((of_inputs, kfac[f"{name}|A"][0]), (of_slopes, kfac[f"{name}|S"][0])):
                 rotated = vectors.mT @ factor @ vectors

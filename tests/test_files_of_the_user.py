@@ -18,7 +18,7 @@ from curvlab.errors import CurvlabError
 from curvlab.grid.report import write_csv
 from curvlab.results import Column, open_run, render, write_tables
 from curvlab.results.tables import to_csv, to_latex, to_markdown
-from curvlab.text import readable
+from curvlab.text import to_printable
 
 CONFIG = {"lr": 1e-9, "hidden": (30, 30)}
 
@@ -264,7 +264,7 @@ def test_a_spreadsheet_computes_no_name():
     rows = list(csv.reader(io.StringIO(text, newline="")))
     for name, row in zip(NAMES, rows[1:], strict=True):
         cell = dict(zip(rows[0], row, strict=True))
-        shown = readable(name)
+        shown = to_printable(name)
         safe = f"'{shown}" if shown.strip().startswith(("=", "+", "-", "@")) else shown
         assert cell["name"] == safe
         assert safe in rows[0]
@@ -295,5 +295,5 @@ def test_every_name_is_in_every_file(tmp_path):
 
 
 def test_readable():
-    assert readable("fc1.weight é 中") == "fc1.weight é 中"
-    assert readable("a\tb\n\x1b\x00\x7f\u202e\ud800\u00a0") == r"a b \x1b\x00\x7f\u202e\ud800 "
+    assert to_printable("fc1.weight é 中") == "fc1.weight é 中"
+    assert to_printable("a\tb\n\x1b\x00\x7f\u202e\ud800\u00a0") == r"a b \x1b\x00\x7f\u202e\ud800 "

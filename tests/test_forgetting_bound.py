@@ -30,7 +30,7 @@ from curvlab.grid import Place
 from curvlab.models import build, mlp
 from curvlab.problem import Problem
 from curvlab.training import evaluate, fit
-from curvlab.training.state import derived_seed
+from curvlab.training.state import derive_seed
 
 CPU = PRESETS["cpu"].config
 MNIST = Subject("mnist", (1, 28, 28), 10, 60_000, 10_000)
@@ -176,7 +176,7 @@ def test_the_networks_learn_one_task_after_another(tmp_path):
     for number, task in enumerate(tasks, start=1):
         x, y = (part[:100] for part in task.train)
         common = {"optimizer": "sgd", "momentum": 0.8, "epochs": 2, "batch_size": 16}
-        fit(model, (x, y), lr=0.1, seed=derived_seed(3, number), **common)
+        fit(model, (x, y), lr=0.1, seed=derive_seed(3, number), **common)
         model.eval()
         for i, old in enumerate(tasks[:number], start=1):
             (seen,) = [r["accuracy"] for r in accuracies if (r["after"], r["task"]) == (number, i)]

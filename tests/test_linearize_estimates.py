@@ -16,7 +16,7 @@ from curvlab import EmpiricalFisher, Fisher, Hessian, Problem, diagonality, doct
 from curvlab.diagonality import _Blocks, submatrix
 from curvlab.estimators import per_layer
 from curvlab.estimators.torch_func import per_sample_rows
-from curvlab.linearize import first_order
+from curvlab.linearize import first_order_model
 from curvlab.models import ResNet20, mlp
 from curvlab.parameters import ParameterSpace
 from curvlab.quantities import GGN, Quantity
@@ -292,9 +292,9 @@ def test_estimates_follow_the_model() -> None:
 
 def test_first_order_leaves_other_models_alone() -> None:
     model = mlp(4, (5,), 3)
-    assert first_order(model) is model
-    once = first_order(linearize(model))
-    assert first_order(once) is once
+    assert first_order_model(model) is model
+    once = first_order_model(linearize(model))
+    assert first_order_model(once) is once
 
 
 def test_resnet20() -> None:

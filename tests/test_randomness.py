@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 from curvlab.errors import UnsupportedError
 from curvlab.problem import Problem
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 
 X = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(9) % 3
@@ -161,6 +161,6 @@ def test_half_precision_inside() -> None:
 
 def test_preserved() -> None:
     before = states()
-    with preserved_random_state():
+    with preserve_random_state():
         random.random(), np.random.rand(), torch.rand(2)  # noqa: NPY002
     assert states() == before

@@ -25,19 +25,19 @@ from curvlab.results import (
     Stopwatch,
     aggregate,
     collect,
+    format_number,
     judge,
     open_run,
     plus_minus,
     render,
     render_claims,
-    significant,
     write_tables,
 )
 
 CONFIG = {"lr": 1e-9, "hidden": (30, 30), "classes": None, "data": Path("digits")}
 
 
-def shown(table: object) -> str:
+def describe_value(table: object) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(table)
     return console.file.getvalue()
@@ -228,7 +228,7 @@ def test_figures_are_written_as_png_and_pdf(tmp_path: Path) -> None:
     ],
 )
 def test_significant(value: object, text: str) -> None:
-    assert significant(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_latex_of_special_characters_and_exponents(tmp_path: Path) -> None:
 
 
 def test_console_table_shows_brackets_as_they_are() -> None:
-    text = shown(render(RECORDS, COLUMNS))
+    text = describe_value(render(RECORDS, COLUMNS))
     assert "[x]" in text
     assert "0.333 ± 0.010" in text
 
@@ -331,7 +331,7 @@ def test_judge() -> None:
 
 
 def test_claims_on_the_console() -> None:
-    text = shown(render_claims([Claim("[W1] is diagonal", "Table 2", "–", 0.123456, 0.0042, "reproduced")]))
+    text = describe_value(render_claims([Claim("[W1] is diagonal", "Table 2", "–", 0.123456, 0.0042, "reproduced")]))
     for part in ("[W1] is diagonal", "Table 2", "0.1235 ± 0.0042", "reproduced"):
         assert part in text
 

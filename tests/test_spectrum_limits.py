@@ -615,5 +615,5 @@ def test_how_far_a_hidden_eigenvalue_may_be() -> None:
     """The residual for the overlap of a random vector, else times the overlap over an eigenvector's share."""
     search = _Search(Products(By(lambda v: v, 10_000)), "LA", 1e-3, "residual", np.random.default_rng(0))
     overlaps = np.array([0.0, -0.03, 0.05, -1.0])
-    assert search.hidden(overlaps, 1.0) == pytest.approx([1, 1, 5, 100])
-    assert search.hidden(overlaps, 0.25) == pytest.approx([1, 1, 20, 400])
+    assert search.hidden_factor(overlaps, 1.0) == pytest.approx([1, 1, 5, 100])
+    assert search.hidden_factor(overlaps, 0.25) == pytest.approx([1, 1, 20, 400])

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from curvlab import estimate
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.problem import Problem
-from curvlab.stateless import copied
+from curvlab.stateless import copy_model
 
 N = 8
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
@@ -257,15 +257,15 @@ class TestNothingStays:
         prune.l1_unstructured(model[0], "weight", 0.3)
         with pytest.raises(RuntimeError, match="deepcopy"):
             copy.deepcopy(model)
-        torch.testing.assert_close(copied(model)(X), model(X))
+        torch.testing.assert_close(copy_model(model)(X), model(X))
 
     def test_a_copy_that_cannot_be_made(self) -> None:
         model = mlp()
         model.register_buffer("graph", torch.eye(3).to_sparse_csr())
-        assert copied(model).graph is not model.graph
+        assert copy_model(model).graph is not model.graph
         model.held = (value for value in [1])
         with pytest.raises(UnsupportedError, match=r"Sequential cannot be copied .*generator"):
-            copied(model)
+            copy_model(model)
 
     def test_filters_of_warnings(self) -> None:
         before = list(warnings.filters)

@@ -19,7 +19,7 @@ from curvlab.continual.strategies.agem import project_
 from curvlab.data import load
 from curvlab.errors import CurvlabError
 from curvlab.models import build
-from curvlab.training.state import derived_seed
+from curvlab.training.state import derive_seed
 
 
 def listening(strategy: Strategy, note: Callable[[Any, Learner, Batch], None]) -> Strategy:
@@ -137,7 +137,7 @@ def test_lwf_is_distillation_written_out(head: Any, loss: Any) -> None:
     model, plain = (network(dropout=0.3, norm=True).double() for _ in range(2))
     learn(stream, model, LwF(strength, temperature=temperature), head=head, loss=loss, lr=0.05)
     for t, task in enumerate(stream):
-        torch.manual_seed(derived_seed(0, t, 1))
+        torch.manual_seed(derive_seed(0, t, 1))
         old = deepcopy(plain).eval()
         optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
         if head in ("masked", "multi"):

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from curvlab.text import readable
+from curvlab.text import to_printable
 
 _PIPE_WIDTH = 150  # characters; a pipe has no width, and the widest table needs this many
 
@@ -24,7 +24,7 @@ class _Console(Console):
 
     def render_str(self, text: str, **how: Any) -> Text:
         """Return the text of a string, with control characters escaped."""
-        return super().render_str("\n".join(map(readable, text.split("\n"))), **how)
+        return super().render_str("\n".join(map(to_printable, text.split("\n"))), **how)
 
     def on_broken_pipe(self) -> None:
         """Raise ``BrokenPipeError``, as ``print`` does."""

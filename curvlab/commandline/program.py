@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from curvlab.errors import CurvlabError
 from curvlab.startup import restore_interrupt
-from curvlab.text import readable
+from curvlab.text import to_printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -69,9 +69,9 @@ def report_errors(action: Callable[[], int | None], debug: bool) -> int:
     except CurvlabError as error:
         if debug:
             traceback.print_exc()
-        print("error:", readable(" ".join(str(error).split())), file=sys.stderr)
+        print("error:", to_printable(" ".join(str(error).split())), file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
-            print(readable(note), file=sys.stderr)
+            print(to_printable(note), file=sys.stderr)
         return 1 if isinstance(error, RunsFailed) else 2
     except (MemoryError, RuntimeError) as error:
         # On the CPU torch raises a plain RuntimeError when memory runs out.

@@ -13,7 +13,7 @@ from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.task import Part, Task
 from curvlab.errors import CurvlabError
 from curvlab.training.samples import check_weights, reference, require_module, take, translate_model_errors
-from curvlab.training.state import random_state_restored, restore_modes
+from curvlab.training.state import fork_random_state, restore_modes
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ def check_model(model: nn.Module, stream: Sequence[Task]) -> int:
     check_weights(model, "at the start of the run")
     with (
         restore_modes(model),
-        random_state_restored(reference(model).device),
+        fork_random_state(reference(model).device),
         torch.no_grad(),
         translate_model_errors("cannot take the samples"),
     ):

@@ -26,13 +26,13 @@ from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
 from curvlab.progress import Advance
 from curvlab.progress import progress as progress_bar
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 from curvlab.training.checkpoint import CheckpointFile, fingerprint, model_tensors
 from curvlab.training.lengths import count_steps, get_batch_size, split_by_task
 from curvlab.training.observers import require_unchanged
 from curvlab.training.options import Training, TrainingChanges, combine
 from curvlab.training.samples import check_weights, reference
-from curvlab.training.state import derived_seed, gradients_restored, random_state_restored, restore_modes
+from curvlab.training.state import derive_seed, fork_random_state, restore_gradients, restore_modes
 
 Record = dict[str, Any]
 Observe = Callable[[Learner], Mapping[str, Any]]
@@ -177,8 +177,8 @@ class _Run:
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         with (
             restore_modes(model),
-            gradients_restored(model),
-            random_state_restored(learner.device),
+            restore_gradients(model),
+            fork_random_state(learner.device),
             torch.enable_grad(),
             progress_bar("learning", tasks, enabled=progress) as advance,
         ):
@@ -208,8 +208,8 @@ class _Run:
             states = checkpoints.read(self.file, self.began)
             if states is None:
                 make_writable_folder(self.file.path.parent)
-        learner.generator.manual_seed(derived_seed(seed, tasks, STRATEGY))
-        with random_state_restored(learner.device, derived_seed(seed, tasks, DROPOUT)):
+        learner.generator.manual_seed(derive_seed(seed, tasks, STRATEGY))
+        with fork_random_state(learner.device, derive_seed(seed, tasks, DROPOUT)):
             self.strategy.start(learner)
         if states is not None:
             self._restore(states)
@@ -228,7 +228,7 @@ class _Run:
             record["evaluation_seconds"] += time.perf_counter() - started
         record["bytes"] = checkpoints.count_bytes(self.strategy.state())
         if self.observe is not None:
-            with require_unchanged(model), preserved_random_state(), gradients_restored(model), restore_modes(model):
+            with require_unchanged(model), preserve_random_state(), restore_gradients(model), restore_modes(model):
                 model.eval()
                 seen = self.observe(learner)
             if not isinstance(seen, Mapping):
@@ -247,9 +247,9 @@ class _Run:
         # Only tasks with training steps count: joint training starts with the initial rate at the last task.
         decay = training.lr_decay ** sum(record["steps"] > 0 for record in self.result.tasks)
         learner.lr, learner.batch_size = max(training.lr * decay, training.min_lr), get_batch_size(training)
-        learner.generator.manual_seed(derived_seed(training.seed, task, STRATEGY))
+        learner.generator.manual_seed(derive_seed(training.seed, task, STRATEGY))
         learner.step, learner.steps, learner.epoch_steps = 0, 0, 1
-        with random_state_restored(learner.device, derived_seed(training.seed, task, DROPOUT)):
+        with fork_random_state(learner.device, derive_seed(training.seed, task, DROPOUT)):
             # A run that continues here from a checkpoint starts in the same state.
             learner.model.train()
             learner.model.zero_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from curvlab.continual.learner import Learner
 from curvlab.continual.task import Part
 from curvlab.training.samples import reference, take, translate_model_errors
-from curvlab.training.state import random_state_restored, restore_modes
+from curvlab.training.state import fork_random_state, restore_modes
 
 _BATCH = 1000
 
@@ -28,7 +28,7 @@ def measure_accuracies(learner: Learner, tasks: Iterable[int], part: Part) -> Te
     known: dict[int, float] = {}
     with (
         restore_modes(model),
-        random_state_restored(learner.device),
+        fork_random_state(learner.device),
         torch.no_grad(),
         translate_model_errors("fails in evaluation"),
     ):

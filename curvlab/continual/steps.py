@@ -15,7 +15,7 @@ from curvlab.progress import Advance
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.options import Training
 from curvlab.training.samples import MODEL_ERRORS, make_model_error
-from curvlab.training.state import derived_seed
+from curvlab.training.state import derive_seed
 
 _SHOW_EVERY = 0.1  # seconds
 _CHECK_EVERY = 500  # steps between two checks of the losses; each check synchronises with the device
@@ -95,7 +95,7 @@ def do_steps(
 def _batches(learner: Learner, source: Source, seed: int) -> Iterator[Batch]:
     epoch_steps = learner.epoch_steps
     for epoch in range(math.ceil(learner.steps / epoch_steps)):
-        generator = torch.Generator().manual_seed(derived_seed(seed, learner.task, ORDER, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(seed, learner.task, ORDER, epoch))
         order = torch.randperm(len(source), generator=generator)
         left = learner.steps - epoch * epoch_steps
         yield from source.batches(order[: left * learner.batch_size], learner.batch_size)

@@ -10,7 +10,7 @@ from curvlab.data.archive import read_archive
 from curvlab.data.arrays import Array, from_arrays
 from curvlab.data.dataset import Dataset
 from curvlab.errors import CurvlabError
-from curvlab.forms import unknown
+from curvlab.forms import unknown_name_message
 
 NAMES = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100")
 
@@ -99,4 +99,4 @@ def _find_reader(
         return str(path), partial(read_archive, path)
     if isinstance(name, Path) or path.suffix == ".npz" or len(path.parts) > 1:
         raise CurvlabError(f"{path}: no such file or folder; check the path")
-    raise CurvlabError(f"{unknown('data set', name, NAMES)}, and paths of .npz files and image folders")
+    raise CurvlabError(f"{unknown_name_message('data set', name, NAMES)}, and paths of .npz files and image folders")

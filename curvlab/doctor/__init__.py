@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.doctor.model import find_faults, find_layers_without_factors, find_remarks
 from curvlab.doctor.probe import Probe, make_row, summarise
 from curvlab.doctor.text import write_lines
@@ -20,7 +20,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import progress
 from curvlab.quantities import Quantity, parse_quantity
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 from curvlab.structures import STRUCTURES, Kronecker, parse_structure
 
 __all__ = ["Diagnosis", "doctor"]
@@ -95,7 +95,8 @@ def doctor(
     given = [quantity] if isinstance(quantity, (str, Quantity)) else quantity
     if not isinstance(given, Sequence) or not given:
         raise CurvlabError(
-            f"quantity must be one quantity or several, such as 'fisher' or ['fisher', 'ggn'], not {shown(quantity)}"
+            "quantity must be one quantity or several, such as 'fisher' or ['fisher', 'ggn'], not "
+            f"{describe_value(quantity)}"
         )
     quantities = [parse_quantity(q) for q in given]
     space = ParameterSpace.of(problem.model, params)
@@ -104,7 +105,7 @@ def doctor(
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            preserved_random_state(),
+            preserve_random_state(),
             warnings.catch_warnings(),  # a library may change the filters
         ):
             problem.check()

@@ -7,7 +7,7 @@ from operator import itemgetter
 from textwrap import fill
 from typing import Any
 
-from curvlab.text import readable
+from curvlab.text import to_printable
 
 _LINE = 120  # characters
 
@@ -51,7 +51,7 @@ def _write_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _wrap(text: str, indent: str) -> str:
-    return fill(readable(text), _LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return fill(to_printable(text), _LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def format_seconds(seconds: float) -> str:

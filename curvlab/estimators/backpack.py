@@ -29,8 +29,8 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
-from curvlab.randomness import preserved_random_state
-from curvlab.stateless import copied
+from curvlab.randomness import preserve_random_state
+from curvlab.stateless import copy_model
 from curvlab.structures import Kronecker, Structure
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -62,7 +62,7 @@ def compute(
     """See ``curvlab.estimators.backend.Compute``."""
     hooks = len(CTX.hook_handles)
     try:
-        with preserved_random_state():  # the library's pooling rule creates layers with random weights
+        with preserve_random_state():  # the library's pooling rule creates layers with random weights
             means = _means(problem, quantity, structure, space, batch_size, advance)
     finally:
         del CTX.hook_handles[hooks:]  # the library would keep these for the rest of the process
@@ -108,7 +108,7 @@ def _copy(problem: Problem, space: ParameterSpace) -> Problem:
 
     A copy, because the library's hooks stay on the model and make ``torch.func`` fail.
     """
-    model = copied(problem.model)
+    model = copy_model(problem.model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in space.names)
     for module in model.modules():

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlab.graph import walk
 from curvlab.problem import Problem
-from curvlab.stateless import refuse_memory
+from curvlab.stateless import check_not_cached
 
 Leaves = Mapping[str, Tensor]
 
@@ -189,7 +189,7 @@ def inspect_graph(outputs: Tensor, leaves: Leaves) -> Graph:
     """Return the graph of the outputs of a ``forward`` call with these leaves.
 
     Raises:
-        UnsupportedError: The graph reaches into an earlier forward pass (see ``curvlab.stateless.refuse_memory``).
+        UnsupportedError: The graph reaches into an earlier forward pass (see ``curvlab.stateless.check_not_cached``).
     """
     names = {id(leaf): name for name, leaf in leaves.items()}
     uses = dict.fromkeys(leaves, 0)
@@ -201,7 +201,7 @@ def inspect_graph(outputs: Tensor, leaves: Leaves) -> Graph:
             end = getattr(node, "variable", None)
             ends[node] = names.get(id(end))
             if end is not None and ends[node] is None:
-                refuse_memory(end, leaves)
+                check_not_cached(end, leaves)
 
     def origin(node: object) -> str | None:
         """Return the leaf that a node passes on, unchanged or as a view or copy; else None."""

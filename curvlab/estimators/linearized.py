@@ -1,6 +1,6 @@
 """Conversion of linearized models for the estimators."""
 
-from curvlab.linearize import first_order
+from curvlab.linearize import first_order_model
 from curvlab.problem import Problem
 
 
@@ -9,7 +9,7 @@ def to_first_order(problem: Problem) -> Problem:
 
     All quantities except the Hessian are the same for both. If nothing is linearized, the problem itself is returned.
     """
-    model = first_order(problem.model)
+    model = first_order_model(problem.model)
     if model is problem.model:
         return problem
     return problem.with_model(model)

@@ -28,7 +28,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Quantity
-from curvlab.stateless import copied
+from curvlab.stateless import copy_model
 from curvlab.structures import Kronecker, Structure
 
 _KRONECKER_RULES = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -100,7 +100,7 @@ def _mean(
 ) -> dict[str, Tensor]:
     """Return the mean over samples of what ``generate`` returns as a mean over each batch."""
     # A copy, because the library's hooks stay on the model after an exception.
-    copy = problem.with_model(copied(problem.model))
+    copy = problem.with_model(copy_model(problem.model))
     collection = _collection(copy.model, space)
     jacobians = TorchHooksJacobianBackend(copy.model, _Rows(copy, quantity), layer_collection=collection)
     working_dtype = torch.promote_types(problem.dtype, torch.get_default_dtype())

@@ -23,14 +23,14 @@ from curvlab.estimators.verification import (
     kronecker_layers,
     verify_rules,
 )
-from curvlab.forms import unknown
+from curvlab.forms import unknown_name_message
 from curvlab.intake import is_finite
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress, progress
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
-from curvlab.stateless import attributes_restored, gradients_restored, parametrizations_computed
+from curvlab.stateless import disable_parametrization_cache, restore_attributes, restore_gradients
 from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
 
 #: Backends by name, the fastest first (measured by benchmarks/estimators.py): ``auto`` uses the first that can.
@@ -81,7 +81,7 @@ def estimate(
     """
     quantity, structure = parse_quantity(quantity), parse_structure(structure)
     if backend not in ("auto", *BACKENDS):
-        raise CurvlabError(unknown("backend", str(backend), ("auto", *BACKENDS)))
+        raise CurvlabError(unknown_name_message("backend", str(backend), ("auto", *BACKENDS)))
     if batch_size is not None:
         batch_size = whole_number(batch_size, "batch_size", 1)
     space = ParameterSpace.of(problem.model, params)
@@ -95,9 +95,9 @@ def estimate(
         torch.inference_mode(False),
         torch.enable_grad(),
         ignore_torch_warnings(),  # also removes warning filters that are added by imports at the first use
-        attributes_restored(problem.model.modules()),  # also those that a checkpoint sets in a backward pass
-        parametrizations_computed(),  # also in a backward pass
-        gradients_restored(problem.model),  # a patched forward may call the original model from a copy
+        restore_attributes(problem.model.modules()),  # also those that a checkpoint sets in a backward pass
+        disable_parametrization_cache(),  # also in a backward pass
+        restore_gradients(problem.model),  # a patched forward may call the original model from a copy
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure

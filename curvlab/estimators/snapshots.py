@@ -20,7 +20,7 @@ from curvlab.estimators.capture import gradients, ignore_torch_warnings, working
 from curvlab.estimators.rules import random_like
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 
 Values = Mapping[str, Tensor]
 
@@ -51,7 +51,7 @@ def copy_problem(problem: Problem, space: ParameterSpace) -> Problem | None:
     In the copy, batch norms in eval mode are computed by plain products.
     """
     try:
-        copy = problem.with_model(stateless.copied(problem.model))
+        copy = problem.with_model(stateless.copy_model(problem.model))
         for name, parameter in copy.model.named_parameters():
             # As for the leaves that replace them: a checkpoint computes with the parameters again.
             parameter.requires_grad_(name in space.names)
@@ -68,7 +68,7 @@ def copy_problem(problem: Problem, space: ParameterSpace) -> Problem | None:
 
 
 def _convert(problem: Problem, dtype: torch.dtype) -> Problem:
-    other = problem.with_model(stateless.copied(problem.model).to(dtype))
+    other = problem.with_model(stateless.copy_model(problem.model).to(dtype))
     other.space, other.dtype = problem.space, dtype
     return other
 
@@ -183,12 +183,12 @@ def compute_response(
     found: list[Tensor] = []
     others = () if original is None else original.parameters()
     foreign = {id(parameter) for parameter in others}
-    with preserved_random_state(), torch.enable_grad(), forbid_gradients(problem.model):
+    with preserve_random_state(), torch.enable_grad(), forbid_gradients(problem.model):
         for inputs, _ in problem.probe():
             given = _clone((problem.parameters() | dict(values)).items())
             leaves = {name: given[name].requires_grad_() for name in space.names}
             outputs = problem.forward(given, inputs)
-            if foreign & stateless.leaves(outputs).keys():
+            if foreign & stateless.graph_leaves(outputs).keys():
                 raise UnsupportedError(f"the copy of {type(problem.model).__name__} uses parameters of the original")
             along = random_like(outputs, tuple(outputs.shape))
             found += [outputs.detach(), *gradients(outputs, (), list(leaves.values()), along, keep=False)[1]]
@@ -198,7 +198,7 @@ def compute_response(
 @contextmanager
 def forbid_gradients(model: nn.Module) -> Iterator[None]:
     """Raise an error if a backward pass in the block sets the parameters' ``grad``; restore the values before."""
-    with stateless.gradients_restored(model):
+    with stateless.restore_gradients(model):
         yield
         if any(p.grad is not None for p in model.parameters()):
             raise UnsupportedError(

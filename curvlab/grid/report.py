@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 from curvlab.files import write_whole
 from curvlab.grid.running import run_folder
 from curvlab.grid.store import Store
-from curvlab.text import quote_formula, significant
+from curvlab.text import format_number, quote_formula
 
 _HOUR = 3600
 
@@ -69,7 +69,7 @@ def print_failure(console: Console, store: Store, key: str) -> None:
     _print(
         console,
         f"{run['key']}  {run['kind']}: {run['error']}",
-        f"on {run['host']}, after {significant(run['seconds'])} seconds, in attempt {run['attempts']}",
+        f"on {run['host']}, after {format_number(run['seconds'])} seconds, in attempt {run['attempts']}",
         json.dumps(run["config"], ensure_ascii=False),
         *([f"Its files are in {folder}."] if folder.is_dir() else []),
         run["traceback"] or "There is no traceback.",

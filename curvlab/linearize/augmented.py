@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlab.linearize.point import value_at
+from curvlab.linearize.point import point_value
 from curvlab.linearize.pushforward import rounds
 from curvlab.models import BasicBlock, FrozenBatchNorm2d, ResNet20
 
@@ -139,7 +139,7 @@ def _resnet20(model: ResNet20, x: Tensor, t: Tangent) -> Pair:
 def _values(module: Any) -> tuple[Any, Any]:
     """Return the weight and bias at the point of linearization; constants keep their value."""
     return tuple(
-        value if (at := value_at(module, key)) is None else at
+        value if (at := point_value(module, key)) is None else at
         for key, value in (("weight", module.weight), ("bias", module.bias))
     )  # type: ignore[return-value]
 
@@ -150,7 +150,7 @@ def _moved_bias(module: Any, bias: Tangent) -> Tangent:
 
 def _displaced(module: nn.Module) -> bool:
     """Return whether a parameter of the module can differ from its value at the point of linearization."""
-    return any(value_at(module, key) is not None for key in ("weight", "bias"))
+    return any(point_value(module, key) is not None for key in ("weight", "bias"))
 
 
 def _add(one: Tangent, other: Tensor) -> Tensor:

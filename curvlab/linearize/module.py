@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.linearize import augmented, pushforward, verification
-from curvlab.linearize.point import move_to, parameters_of, place, value_at
+from curvlab.linearize.point import iterate_parameters, point_value, reset_to_point, store_point
 from curvlab.linearize.pushforward import Arguments, Keywords
 from curvlab.linearize.verification import Origin
 from curvlab.parameters import ParameterSpace
-from curvlab.randomness import preserved_random_state
-from curvlab.stateless import check_module, copied
+from curvlab.randomness import preserve_random_state
+from curvlab.stateless import check_module, copy_model
 
 
 def linearize(
@@ -64,17 +64,17 @@ def linearize(
     """
     check_module(model)
     origin = Origin(model)
-    model = copied(model)
+    model = copy_model(model)
     if at is not None:
-        _set(model, at)
+        _set_parameters(model, at)
     outside = set() if head is None else _parameters_of_head(model, head)
     points: dict[int, Tensor] = {}  # one per parameter, also if it is shared
-    for name, module, key, parameter in list(parameters_of(model)):
+    for name, module, key, parameter in list(iterate_parameters(model)):
         if not parameter.requires_grad or id(parameter) in outside:
             continue
-        if value_at(module, key) is not None:
+        if point_value(module, key) is not None:
             raise CurvlabError(f"{name} belongs to a model that is already linearized: linearize the original model")
-        place(module, key, points.setdefault(id(parameter), parameter.detach().clone()))
+        store_point(module, key, points.setdefault(id(parameter), parameter.detach().clone()))
     if not points:
         but = f" outside of {head}" if head else ""
         raise CurvlabError(f"{type(model).__name__} has no trainable parameter{but}: set requires_grad on one")
@@ -93,9 +93,9 @@ class Linearized(nn.Module):
         self.training = model.training
         self._model = (model,)  # in a tuple, so that it is not a submodule
         # Whether rules are used, and the number of hooks, at the last check. A list, because attributes are restored.
-        self._tried: list[tuple[bool, int]] = []
+        self._checked_methods: list[tuple[bool, int]] = []
         self._origin = origin
-        self._original: tuple[Linearized, ...] = ()  # set by ``first_order``
+        self._original: tuple[Linearized, ...] = ()  # set by ``first_order_model``
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """Return the outputs of the linearized model.
@@ -122,9 +122,9 @@ class Linearized(nn.Module):
         _check(model)
         ruled = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not keywords and augmented.has_rule(model)
         way = ruled, _hooks(model)
-        if self._tried != [way] and self._try(model, inputs, keywords, ruled):
-            self._tried[:] = [way]
-        return (_ruled if ruled else pushforward.push)(model, inputs, keywords)
+        if self._checked_methods != [way] and self._run_checks(model, inputs, keywords, ruled):
+            self._checked_methods[:] = [way]
+        return (_push_by_rules if ruled else pushforward.push)(model, inputs, keywords)
 
     def _features(self) -> nn.Module:
         """Return the model without its head."""
@@ -132,26 +132,26 @@ class Linearized(nn.Module):
         model.training = self.training
         return model if self._head is None else _without(model, self._head)
 
-    def _try(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> bool:
+    def _run_checks(self, model: nn.Module, inputs: Arguments, keywords: Keywords, ruled: bool) -> bool:
         """Run the checks that need inputs, at the first call of each method; return whether they could run."""
         # The values of tensors wrapped by torch.func cannot be read; a later call may be outside of torch.func.
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in inputs if isinstance(x, Tensor)):
             return False
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), preserve_random_state():
             # Torch itself raises this warning when dual numbers are first used.
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
             if self._head is not None:
                 _check_head(self._model[0], self._head, inputs, keywords)
-            push = _ruled if ruled else pushforward.push
+            push = _push_by_rules if ruled else pushforward.push
             verification.check(model, inputs, keywords, push, self._origin)
         return True
 
 
-def _ruled(model: nn.Module, inputs: Arguments, _: Keywords) -> tuple[Tensor, Tensor]:
+def _push_by_rules(model: nn.Module, inputs: Arguments, _: Keywords) -> tuple[Tensor, Tensor]:
     return augmented.push(model, inputs[0])
 
 
-def first_order(model: nn.Module) -> nn.Module:
+def first_order_model(model: nn.Module) -> nn.Module:
     """Return a model with the same outputs and the same Jacobian that calls its layers as usual.
 
     A linearized model does not call its layers with its parameters, so that methods which use the inputs and output
@@ -162,12 +162,12 @@ def first_order(model: nn.Module) -> nn.Module:
     Args:
         model: Any module. If one of its modules is linearized, a copy is returned, else the model itself.
     """
-    if not any(map(_to_replace, model.modules())):
+    if not any(map(_is_linearized, model.modules())):
         return model
     model = deepcopy(model)
-    for module in filter(_to_replace, model.modules()):
+    for module in filter(_is_linearized, model.modules()):
         module._original = (deepcopy(module).requires_grad_(False),)
-        move_to(module)
+        reset_to_point(module)
     return model
 
 
@@ -184,11 +184,11 @@ def outputs_at_point(model: nn.Module, inputs: Tensor) -> Tensor:
     return pushforward.outputs(model, (inputs,), {})
 
 
-def _to_replace(module: nn.Module) -> TypeGuard[Linearized]:
+def _is_linearized(module: nn.Module) -> TypeGuard[Linearized]:
     return isinstance(module, Linearized) and not module._original
 
 
-def _set(model: nn.Module, at: Tensor | Mapping[str, Tensor]) -> None:
+def _set_parameters(model: nn.Module, at: Tensor | Mapping[str, Tensor]) -> None:
     space = ParameterSpace.of(model)
     if isinstance(at, Tensor):
         if at.shape != (space.total,):
@@ -219,7 +219,7 @@ def _parameters_of_head(model: nn.Module, head: str) -> set[int]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise CurvlabError(f"{type(model).__name__} has no module {head!r} for the head{hint}")
     inside = {id(parameter) for parameter in modules[head].parameters()}
-    for name, _, _, parameter in parameters_of(_without(model, head)):
+    for name, _, _, parameter in iterate_parameters(_without(model, head)):
         if id(parameter) in inside:
             raise CurvlabError(f"{name} is shared with the head {head}, which is not linearized: untie them")
     return inside
@@ -254,7 +254,7 @@ def _check(model: nn.Module) -> None:
                 "convolution with merge_batch_norm"
             )
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and value_at(module, key) is None:
+            if parameter is not None and parameter.requires_grad and point_value(module, key) is None:
                 raise CurvlabError(
                     f"{name}.{key}".removeprefix(".")
                     + " is trainable, but was frozen or absent when the model was linearized: linearize it again"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 _SUFFIX = "_at"
 
 
-def place(module: nn.Module, key: str, value: Tensor) -> None:
+def store_point(module: nn.Module, key: str, value: Tensor) -> None:
     """Store the value of a parameter at the point of linearization.
 
     Raises:
@@ -16,20 +16,20 @@ def place(module: nn.Module, key: str, value: Tensor) -> None:
     module.register_buffer(key + _SUFFIX, value)
 
 
-def value_at(module: nn.Module, key: str) -> Tensor | None:
+def point_value(module: nn.Module, key: str) -> Tensor | None:
     """Return the value of a parameter at the point of linearization, or None if the parameter is a constant."""
     return module._buffers.get(key + _SUFFIX)
 
 
-def move_to(model: nn.Module) -> None:
+def reset_to_point(model: nn.Module) -> None:
     """Set every parameter to its value at the point of linearization, and remove the stored point."""
-    for _, module, key, parameter in parameters_of(model):
+    for _, module, key, parameter in iterate_parameters(model):
         at = module._buffers.pop(key + _SUFFIX, None)
         if at is not None:
             parameter.data = at.clone()
 
 
-def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def iterate_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield full name, module, name in the module and tensor of every parameter; shared ones are repeated."""
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -37,7 +37,7 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
                 yield f"{prefix}.{key}".removeprefix("."), module, key, parameter
 
 
-def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iterate_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the full name and the tensor of every buffer that does not store the point of linearization."""
     for prefix, module in model.named_modules():
         for key, buffer in module._buffers.items():

@@ -11,8 +11,8 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.errors import UnsupportedError, first_line
-from curvlab.linearize.point import buffers_of, parameters_of, value_at
-from curvlab.stateless import attributes_restored, parametrizations_computed
+from curvlab.linearize.point import iterate_buffers, iterate_parameters, point_value
+from curvlab.stateless import disable_parametrization_cache, restore_attributes
 
 Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]
@@ -41,8 +41,8 @@ def function(
     constants: dict[str, Tensor] = {}
     at: dict[str, Tensor] = {}
     displacement: dict[str, Tensor] = {}
-    for name, module, key, parameter in parameters_of(model):
-        value = value_at(module, key)
+    for name, module, key, parameter in iterate_parameters(model):
+        value = point_value(module, key)
         if value is None:
             constants[name] = parameter
         else:
@@ -51,11 +51,11 @@ def function(
     def call(parameters: dict[str, Tensor]) -> Tensor:
         # Copies, because under torch.func a model must not change outer tensors in place; this also protects the
         # caller's tensors.
-        buffers = {name: buffer.clone() for name, buffer in buffers_of(model)}
+        buffers = {name: buffer.clone() for name, buffer in iterate_buffers(model)}
         given = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
         # Ties are resolved; tie_weights would permanently replace the parameters of a module with two names.
         slots = {**parameters, **constants, **buffers}
-        with attributes_restored(list(model.modules())), parametrizations_computed():
+        with restore_attributes(list(model.modules())), disable_parametrization_cache():
             outputs: Tensor = functional_call(model, slots, given, dict(keywords), tie_weights=False)
         return outputs
 
@@ -69,7 +69,7 @@ def _jvp(
     along: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     try:
-        with _differentiable_kernels(model):
+        with _use_differentiable_kernels(model):
             outputs, change = jvp(call, (at,), (along,))[:2]
     except torch.OutOfMemoryError:
         raise
@@ -107,9 +107,9 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 
 
 @contextmanager
-def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
+def _use_differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Make torch use kernels that have a forward derivative."""
-    with random_as_in_forward_mode(model), ExitStack() as settings:
+    with use_forward_mode_kernels(model), ExitStack() as settings:
         attention = torch.backends.mha
         settings.callback(attention.set_fastpath_enabled, attention.get_fastpath_enabled())
         attention.set_fastpath_enabled(False)
@@ -117,7 +117,7 @@ def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_as_in_forward_mode(model: nn.Module) -> Iterator[None]:
+def use_forward_mode_kernels(model: nn.Module) -> Iterator[None]:
     """Make torch use kernels with the same random draws and rounding as those with a forward derivative."""
     with ExitStack() as settings:
         settings.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.linearize import pushforward
-from curvlab.linearize.point import parameters_of, value_at
+from curvlab.linearize.point import iterate_parameters, point_value
 from curvlab.linearize.pushforward import Arguments, Keywords
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 
 Push = Callable[[nn.Module, Arguments, Keywords], tuple[Tensor, Tensor]]
 
@@ -79,7 +79,7 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
     def random(like: Tensor) -> Tensor:
         return torch.from_numpy(generator.standard_normal(tuple(like.shape))).to(like)
 
-    with preserved_random_state(), pushforward.random_as_in_forward_mode(model), _used(model, origin) as foreign:
+    with preserve_random_state(), pushforward.use_forward_mode_kernels(model), _record_uses(model, origin) as foreign:
         leaves = {key: value.detach().clone().requires_grad_() for key, value in at.items()}
         outputs = function(leaves)
     if foreign:
@@ -90,13 +90,13 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
         )
     pushforward.require_tensor(model, outputs)
     along = random(outputs)
-    with preserved_random_state(), _differentiated(name):
+    with preserve_random_state(), _convert_errors(name):
         plain = _gradients(outputs, leaves, along)
-    moved = {key: (at[key] + _part(at[key]) * random(at[key])).detach().requires_grad_() for key in at}
+    moved = {key: (at[key] + _displacement_scale(at[key]) * random(at[key])).detach().requires_grad_() for key in at}
     slots = {f"model.{key}": value for key, value in moved.items()}
-    with preserved_random_state():
-        point, change = functional_call(_Pushed(model, push), slots, (inputs, keywords), tie_weights=False)
-    with preserved_random_state(), _differentiated(name):
+    with preserve_random_state():
+        point, change = functional_call(_PushModule(model, push), slots, (inputs, keywords), tie_weights=False)
+    with preserve_random_state(), _convert_errors(name):
         linear = _gradients(change, moved, along)
     outputs, point, change = outputs.detach(), point.detach(), change.detach()
     eps = _precision(outputs)
@@ -106,12 +106,12 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
     wrong = [
         key
         for key in plain
-        if not _close(linear[key], plain[key], 10 * eps**0.5 * float(plain[key].norm()) + 100 * eps * largest)
+        if not _is_close(linear[key], plain[key], 10 * eps**0.5 * float(plain[key].norm()) + 100 * eps * largest)
     ]
     pairs = [(along, change), *((plain[key], displacement[key]) for key in plain)]
     pushed, *pulled = (float((a.double() * b.double()).sum()) for a, b in pairs)
     size = sum(float(a.double().norm() * b.double().norm()) for a, b in pairs)
-    if not _close(point, outputs, 10 * eps**0.5 * float(outputs.norm())):
+    if not _is_close(point, outputs, 10 * eps**0.5 * float(outputs.norm())):
         raise UnsupportedError(
             f"{name} cannot be linearized: its outputs differ between a differentiated call and a plain call, as those "
             "of a frozen TransformerEncoder do at masked positions; call its encoder with enable_nested_tensor=False "
@@ -126,7 +126,7 @@ def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, o
         )
 
 
-class _Pushed(nn.Module):
+class _PushModule(nn.Module):
     """The function for the outputs at the point and their change, as a module."""
 
     def __init__(self, model: nn.Module, push: Push) -> None:
@@ -154,7 +154,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _used(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
+def _record_uses(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
     """Yield a list of parameter names of the original or the model that are used inside the block.
 
     The block calls the model with other leaves in place of its parameters; a use of the parameters themselves would
@@ -162,15 +162,15 @@ def _used(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
     """
     own = {
         _address(parameter): name
-        for name, module, key, parameter in parameters_of(model)
-        if value_at(module, key) is not None
+        for name, module, key, parameter in iterate_parameters(model)
+        if point_value(module, key) is not None
     }
     with _Watch({address: name for address, name in (origin.storages() | own).items() if address}) as watch:
         yield watch.used
 
 
 @contextmanager
-def _differentiated(name: str) -> Iterator[None]:
+def _convert_errors(name: str) -> Iterator[None]:
     """Convert an error of torch in a backward pass to an error message of one sentence."""
     try:
         with warnings.catch_warnings():
@@ -193,7 +193,7 @@ def _gradients(outputs: Tensor, leaves: Mapping[str, Tensor], along: Tensor) -> 
     return dict(zip(leaves, dense, strict=True))
 
 
-def _part(value: Tensor) -> float:
+def _displacement_scale(value: Tensor) -> float:
     """Return the displacement of a parameter: about its own magnitude, so that no digits are lost."""
     return max(float(value.norm()) / sqrt(max(value.numel(), 1)), 0.01)
 
@@ -204,7 +204,7 @@ def _precision(outputs: Tensor) -> float:
     return eps
 
 
-def _close(one: Tensor, other: Tensor, bound: float) -> bool:
+def _is_close(one: Tensor, other: Tensor, bound: float) -> bool:
     same = one.isfinite() == other.isfinite()
     difference = torch.where(one.isfinite() & other.isfinite(), one.double() - other.double(), 0)
     return one.shape == other.shape and bool(same.all()) and float(difference.norm()) <= bound

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlab.checks import real_number, shown, whole_number
+from curvlab.checks import describe_value, real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.files import to_path
 from curvlab.matrices.damping import Damping, DampingLike
@@ -113,7 +113,8 @@ class CurvatureMatrix(ABC):
         tensors = vectors.values() if isinstance(vectors, Mapping) else [vectors]
         if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             raise CurvlabError(
-                f"a vector must be a dense tensor or a dict of dense tensors by parameter name, not {shown(vectors)}"
+                "a vector must be a dense tensor or a dict of dense tensors by parameter name, not "
+                f"{describe_value(vectors)}"
             )
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             raise CurvlabError("the tensors of the vector have different dtypes or devices: move them with to()")
@@ -184,7 +185,7 @@ class CurvatureMatrix(ABC):
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of the parameters of this space, checked."""
         if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise CurvlabError(f"expected a dict of tensors by parameter name, not {shown(tensors)}")
+            raise CurvlabError(f"expected a dict of tensors by parameter name, not {describe_value(tensors)}")
         missing = [name for name in self.space.names if name not in tensors]
         if missing:
             raise CurvlabError(f"tensors are missing for parameters of the matrix: {', '.join(missing)}")
@@ -368,7 +369,7 @@ class CurvatureMatrix(ABC):
     def _sum(self, other: "CurvatureMatrix", sign: str) -> Self:
         if not isinstance(other, CurvatureMatrix):
             raise CurvlabError(
-                f"a matrix can be added to a matrix only, not to {shown(other)}: use the damping of solve for "
+                f"a matrix can be added to a matrix only, not to {describe_value(other)}: use the damping of solve for "
                 "the diagonal, and sum(matrices[1:], matrices[0]) for a sum of matrices"
             )
         if self.space != other.space:

@@ -11,11 +11,11 @@ from curvlab.errors import CurvlabError
 from curvlab.matrices.damping import Damping
 from curvlab.matrices.entries import at_least_float32, check_tensors, frobenius
 from curvlab.matrices.info import Info
-from curvlab.matrices.kronecker import Eigenbasis, Layered
+from curvlab.matrices.kronecker import Eigenbasis, LayerwiseMatrix
 from curvlab.parameters import ParameterSpace
 
 
-class EKFAC(Layered):
+class EKFAC(LayerwiseMatrix):
     """Eigenvalue-corrected K-FAC: ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'`` per layer (George et al., 2018).
 
     Args:

@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError, first_line
 
 #: PRECISE: the dtypes that support eigenvalues and inverses. DTYPES: all dtypes of entries; half precision supports
@@ -25,7 +25,9 @@ def check_tensors(tensors: Iterable[object]) -> None:
     kinds = set()
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-            raise CurvlabError(f"a matrix needs dense tensors in {', '.join(map(str, DTYPES))}, not {shown(tensor)}")
+            raise CurvlabError(
+                f"a matrix needs dense tensors in {', '.join(map(str, DTYPES))}, not {describe_value(tensor)}"
+            )
         kinds.add((tensor.dtype, tensor.device))
     if len(kinds) > 1:
         raise CurvlabError("the tensors of a matrix have different dtypes or devices: move them with to()")

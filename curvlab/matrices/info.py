@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from curvlab.checks import shown
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
 
 
@@ -42,7 +42,7 @@ class Info:
             CurvlabError: A field has a wrong type, is negative or is not finite.
         """
         if not isinstance(self.rejected, (tuple, list)) or not all(isinstance(reason, str) for reason in self.rejected):
-            raise CurvlabError(f"rejected of a matrix's info cannot be {shown(self.rejected)}")
+            raise CurvlabError(f"rejected of a matrix's info cannot be {describe_value(self.rejected)}")
         object.__setattr__(self, "rejected", tuple(self.rejected))  # JSON has lists only
         for field in fields(self)[:-1]:
             value = getattr(self, field.name)
@@ -53,4 +53,4 @@ class Info:
                 or isinstance(value, bool)
                 or (number and not (value >= 0 and math.isfinite(value)))
             ):
-                raise CurvlabError(f"{field.name} of a matrix's info cannot be {shown(value)}")
+                raise CurvlabError(f"{field.name} of a matrix's info cannot be {describe_value(value)}")

@@ -36,7 +36,7 @@ def solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tenso
 def _solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tensor:
     products = 0
 
-    def counted(vectors: Tensor) -> Tensor:
+    def count_and_multiply(vectors: Tensor) -> Tensor:
         nonlocal products
         products += 1
         return multiply(vectors)
@@ -44,12 +44,12 @@ def _solve(multiply: Multiply, b: Tensor, tol: float, max_products: int) -> Tens
     size = _dots(b, b).sqrt()
     x, residual, error, method = torch.zeros_like(b), b, 1.0, _conjugate_gradients
     while bool(size.any()) and not error <= tol:
-        correction = method(counted, residual, tol * size / 2, max_products - products)
+        correction = method(count_and_multiply, residual, tol * size / 2, max_products - products)
         if correction is None:
             method = _minres
             continue
         x = x + correction
-        residual, previous = b - counted(x), error
+        residual, previous = b - count_and_multiply(x), error
         error = float((_dots(residual, residual).sqrt() / size)[size != 0].max())
         # Solve again for the residual, as long as it decreases by half.
         if not error <= tol and not error < previous / 2:

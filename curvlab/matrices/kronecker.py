@@ -8,20 +8,20 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from curvlab.checks import real_number, shown
+from curvlab.checks import describe_value, real_number
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.damping import Damping
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.matrices.entries import at_least_float32, check_tensors, frobenius
 from curvlab.matrices.info import Info
-from curvlab.matrices.layers import HomogeneousWeight, layers_of
+from curvlab.matrices.layers import HomogeneousWeight, group_layers
 from curvlab.parameters import ParameterSpace
 
 _LARGEST_DENSE_BLOCK = 5_000  # rows; its eigenvectors in float64 take 200 MB and minutes
 
 
-class Layered(CurvatureMatrix):
+class LayerwiseMatrix(CurvatureMatrix):
     """Base class of the structures with one block per layer, over the homogeneous weight ``(o, d)`` of the layer.
 
     The names of the parameters determine the layers; the bias is the last column (``curvlab.matrices.layers``).
@@ -29,7 +29,7 @@ class Layered(CurvatureMatrix):
 
     def __init__(self, space: ParameterSpace, info: Info) -> None:
         super().__init__(space, info)
-        self.layers = layers_of(space)
+        self.layers = group_layers(space)
 
     @abstractmethod
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Factors(NamedTuple):
         return zip(self.A, self.S, strict=True)
 
 
-class KFAC(Layered):
+class KFAC(LayerwiseMatrix):
     """Kronecker-factored curvature: a block ``sum_k S_k (x) A_k`` per layer (Martens and Grosse, 2015).
 
     An estimate has one pair of factors. A sum of two matrices keeps both pairs, because a sum of Kronecker products is
@@ -242,19 +242,21 @@ class KFAC(Layered):
         def merge(factors: Factors) -> Factors:
             a, s = factors
             if weights is not None and not isinstance(weights, Sized):
-                raise CurvlabError(f"weights must be a sequence of numbers, not {shown(weights)}")
+                raise CurvlabError(f"weights must be a sequence of numbers, not {describe_value(weights)}")
             if weights is not None and len(weights) != len(a):
                 raise CurvlabError(
                     f"weights must have one number for each of the {len(a)} pairs of factors, not {len(weights)}"
                 )
             of_pairs = [1.0] * len(a) if weights is None else [real_number(w, "a weight of a pair") for w in weights]
             if min(of_pairs) < 0 or not sum(of_pairs):
-                raise CurvlabError(f"weights must not be negative, and not all zero; these are {shown(weights)}")
+                raise CurvlabError(
+                    f"weights must not be negative, and not all zero; these are {describe_value(weights)}"
+                )
             shares = a.new_tensor(of_pairs)
             mean = torch.tensordot(shares / shares.sum(), a, dims=1)
             return Factors(mean.unsqueeze(0), s.sum(dim=0, keepdim=True))
 
-        return self._merged(merge)
+        return self._merge_pairs(merge)
 
     def nearest(self) -> Self:
         """Merge the pairs of each layer into the one pair that is nearest to their sum in Frobenius norm.
@@ -264,9 +266,9 @@ class KFAC(Layered):
         factors are. Some continual-learning papers use the same name for another rule, which adds the factors of two
         products, balanced by their traces.
         """
-        return self._merged(_nearest)
+        return self._merge_pairs(_nearest)
 
-    def _merged(self, merge: Callable[[Factors], Factors]) -> Self:
+    def _merge_pairs(self, merge: Callable[[Factors], Factors]) -> Self:
         return self._with({name: f if len(f.A) == 1 else merge(f) for name, f in self.factors.items()})
 
 
@@ -278,14 +280,14 @@ class TKFAC(KFAC):
 
     kind: ClassVar[str] = "tkfac"
 
-    def _merged(self, merge: Callable[[Factors], Factors]) -> Self:
-        def restricted(factors: Factors) -> Factors:
+    def _merge_pairs(self, merge: Callable[[Factors], Factors]) -> Self:
+        def merge_with_trace(factors: Factors) -> Factors:
             a, s = merge(factors)
             merged = _traces(a) @ _traces(s)
             ratio = _traces(factors.A) @ _traces(factors.S) / merged if bool(merged) else merged
             return Factors(a, s * ratio)
 
-        return super()._merged(restricted)
+        return super()._merge_pairs(merge_with_trace)
 
 
 def _add_pair_(

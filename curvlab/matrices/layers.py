@@ -42,14 +42,14 @@ class HomogeneousWeight:
         return {name: part.flatten(1).mT for name, part in parts.items() if name is not None}
 
 
-def layers_of(space: ParameterSpace) -> dict[str, HomogeneousWeight]:
+def group_layers(space: ParameterSpace) -> dict[str, HomogeneousWeight]:
     """Group the parameters of a space into layers by module name.
 
     Raises:
         CurvlabError: A parameter is neither the weight of a layer (two or more dimensions) nor its bias.
 
     Examples:
-        >>> layers_of(ParameterSpace(("weight", "fc.weight", "fc.bias"), ((4, 3), (2, 4), (2,))))["fc"]
+        >>> group_layers(ParameterSpace(("weight", "fc.weight", "fc.bias"), ((4, 3), (2, 4), (2,))))["fc"]
         HomogeneousWeight(weight='fc.weight', bias='fc.bias', shape=(2, 5))
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}

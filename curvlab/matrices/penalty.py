@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvlab.checks import real_number, shown
+from curvlab.checks import describe_value, real_number
 from curvlab.errors import CurvlabError
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.entries import PRECISE
@@ -80,8 +80,10 @@ class Penalty:
             CurvlabError: The anchor does not have the space, dtype and device of the matrix, or is not finite.
         """
         if not isinstance(matrix, CurvatureMatrix):
-            raise CurvlabError(f"a penalty needs a curvature matrix, not {shown(matrix)}")
-        vector = matrix._flat(_widened(matrix, anchor) if isinstance(anchor, Tensor) else _named(matrix, anchor))
+            raise CurvlabError(f"a penalty needs a curvature matrix, not {describe_value(matrix)}")
+        vector = matrix._flat(
+            _to_matrix_dtype(matrix, anchor) if isinstance(anchor, Tensor) else _named(matrix, anchor)
+        )
         vector = vector.detach().clone()
         if vector.ndim != 1:
             raise CurvlabError(f"an anchor must be one vector, not a tensor of shape {tuple(vector.shape)}")
@@ -158,11 +160,11 @@ def _named(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[st
     """
     if isinstance(parameters, Mapping):
         names = set(matrix.space.names)
-        parameters = {n: _widened(matrix, value) if n in names else value for n, value in parameters.items()}
+        parameters = {n: _to_matrix_dtype(matrix, value) if n in names else value for n, value in parameters.items()}
     return matrix._named(parameters)
 
 
-def _widened(matrix: CurvatureMatrix, tensor: Tensor) -> Tensor:
+def _to_matrix_dtype(matrix: CurvatureMatrix, tensor: Tensor) -> Tensor:
     half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.to(matrix.dtype) if half and matrix.dtype in PRECISE else tensor
 

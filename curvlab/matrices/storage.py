@@ -35,13 +35,13 @@ def load(path: str | Path) -> CurvatureMatrix:
         raise CurvlabError(f"{file} is a safetensors file, but not a matrix saved by curvlab")
     try:
         description = json.loads(metadata["curvlab"])
-        newer = _newer(description)
-        matrix = None if newer else _checked(description, tensors)
+        newer = _unknown_part(description)
+        matrix = None if newer else _create_checked(description, tensors)
     except (CurvlabError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, CurvlabError) else repr(error)
-        raise CurvlabError(f"the content of {file} is not a valid matrix ({_line(reason)})") from error
+        raise CurvlabError(f"the content of {file} is not a valid matrix ({_to_printable_line(reason)})") from error
     if matrix is None:
-        raise CurvlabError(f"{file} was saved by a newer curvlab ({_line(newer)}): update curvlab")
+        raise CurvlabError(f"{file} was saved by a newer curvlab ({_to_printable_line(newer)}): update curvlab")
     return matrix
 
 
@@ -58,7 +58,7 @@ def _read(file: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
         raise CurvlabError(f"{file} is not a complete safetensors file ({error})") from error
 
 
-def _newer(description: Mapping[str, Any]) -> str:
+def _unknown_part(description: Mapping[str, Any]) -> str:
     """Return the part of a description that this version of curvlab does not know, or an empty text."""
     version = description["format"]
     _require(type(version) is int and version >= 1, "the format is not a whole number from 1")
@@ -73,7 +73,7 @@ def _kinds(description: Mapping[str, Any]) -> set[str]:
     return {description["kind"]}.union(*(_kinds(part) for part in description.get("parts", ())))
 
 
-def _checked(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> CurvatureMatrix:
+def _create_checked(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> CurvatureMatrix:
     """Create the matrix of a file after checking the checksum and that the entries are finite."""
     if description["format"] > 1:
         written = description.pop("checksum")
@@ -112,7 +112,7 @@ def _space(names: Any, shapes: Any) -> ParameterSpace:
     return ParameterSpace(tuple(names), tuple(map(tuple, shapes)))
 
 
-def _line(text: str) -> str:
+def _to_printable_line(text: str) -> str:
     """Return one printable line, because the names in a file may contain any character."""
     return " ".join(text[:1000].encode("utf-8", "backslashreplace").decode().split())
 

@@ -4,7 +4,7 @@ from curvlab.results.claims import Claim, Gate, Identity, Verdict, judge, render
 from curvlab.results.provenance import Stopwatch, collect
 from curvlab.results.run_directory import RunDirectory, open_run
 from curvlab.results.tables import Column, aggregate, mean_column, render, write_tables
-from curvlab.text import plus_minus, significant
+from curvlab.text import format_number, plus_minus
 
 __all__ = [
     "Claim",
@@ -16,6 +16,7 @@ __all__ = [
     "Verdict",
     "aggregate",
     "collect",
+    "format_number",
     "judge",
     "mean_column",
     "open_run",
@@ -24,6 +25,5 @@ __all__ = [
     "render_claims",
     "require",
     "require_direction",
-    "significant",
     "write_tables",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from rich.table import Table
 from rich.text import Text
 
-from curvlab.text import plus_minus, significant
+from curvlab.text import format_number, plus_minus
 
 Verdict = Literal["reproduced", "not reproduced", "not tested"]
 
@@ -90,7 +90,7 @@ def _word(value: Any) -> str:
         return "none"
     if isinstance(value, list | tuple):
         return " ".join(map(_word, value))
-    return f"{value:g}" if isinstance(value, float) else significant(value)
+    return f"{value:g}" if isinstance(value, float) else format_number(value)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Identity:
 
 def format_published(published: float | str | None) -> str:
     """Return a published number with the published digits, or the published text."""
-    return f"{published:g}" if isinstance(published, float) else significant(published)
+    return f"{published:g}" if isinstance(published, float) else format_number(published)
 
 
 def sort_claims(claims: Sequence[Claim]) -> tuple[list[tuple[Claim, str]], list[str]]:

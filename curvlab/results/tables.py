@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvlab.results.run_directory import RunDirectory
-from curvlab.text import MISSING, plus_minus, quote_formula, readable, significant
+from curvlab.text import MISSING, format_number, plus_minus, quote_formula, to_printable
 
 Record = Mapping[str, Any]
 
@@ -35,12 +35,12 @@ class Column:
 
     key: str
     header: str
-    format: Callable[[Any], str] = significant
+    format: Callable[[Any], str] = format_number
     spread: str | None = None
 
     def cell(self, record: Record) -> str:
         """Return the text of a cell, one line; a dash if the record lacks the key."""
-        return readable(self._text(record))
+        return to_printable(self._text(record))
 
     def _text(self, record: Record) -> str:
         value = record.get(self.key)
@@ -61,9 +61,9 @@ def mean_column(key: str, header: str) -> Column:
 def render(records: Sequence[Record], columns: Sequence[Column], title: str | None = None) -> Table:
     """Return the records as a table for the console."""
     # Without outer edges, the widest table fits a terminal of 80 characters.
-    table = Table(title=None if title is None else Text(readable(title)), show_edge=False, pad_edge=False)
+    table = Table(title=None if title is None else Text(to_printable(title)), show_edge=False, pad_edge=False)
     for column in columns:
-        header = readable(column.header)
+        header = to_printable(column.header)
         cells = [column.cell(record) for record in records]
         # A narrow terminal must wrap between words: a number cut before its exponent would be wrong.
         words = [word for text in (header, *cells) for word in text.split()]
@@ -115,7 +115,7 @@ def to_csv(records: Sequence[Record]) -> str:
 def to_markdown(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """Return a Markdown table."""
     rows = [
-        [_markdown(readable(column.header)) for column in columns],
+        [_markdown(to_printable(column.header)) for column in columns],
         [":---" if column.is_text(records) else "---:" for column in columns],
         *([_markdown(column.cell(record)) for column in columns] for record in records),
     ]
@@ -128,7 +128,7 @@ def to_latex(records: Sequence[Record], columns: Sequence[Column]) -> str:
     Letters of other scripts are UTF-8, and need an engine and a font that support them.
     """
     rules = "".join("l" if column.is_text(records) else "r" for column in columns)
-    head = _latex_row([readable(column.header) for column in columns])
+    head = _latex_row([to_printable(column.header) for column in columns])
     body = [_latex_row([column.cell(record) for column in columns]) for record in records]
     return "\n".join(
         [

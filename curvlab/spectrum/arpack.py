@@ -8,7 +8,7 @@ from curvlab.errors import CurvlabError, first_line
 from curvlab.spectrum.operator import Products
 
 
-def by_arpack(
+def arpack_eigenpairs(
     products: Products, k: int, which: str, tol: float, start: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return values ``(k,)``, vectors ``(P, k)`` and residuals ``(k,)``; the residuals take ``k`` further products.

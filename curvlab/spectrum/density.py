@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.progress import Advance, no_progress, progress
-from curvlab.spectrum.arguments import generator_of, real, real_tensor, whole
+from curvlab.spectrum.arguments import check_real, check_real_tensor, check_whole, make_generator
 from curvlab.spectrum.estimate import mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Operator, Products
@@ -80,7 +80,7 @@ class SpectralDensity:
         Raises:
             CurvlabError: The width is not positive, ``points`` is not a tensor, or a point is zero with ``log``.
         """
-        points, width = real_tensor("points", points).to(self.nodes), real("width", width, above=0)
+        points, width = check_real_tensor("points", points).to(self.nodes), check_real("width", width, above=0)
         if log and not bool(points.all()):
             raise CurvlabError("points must not contain zero on a logarithmic scale")
 
@@ -98,7 +98,7 @@ class SpectralDensity:
         Raises:
             CurvlabError: ``points`` is not a real tensor.
         """
-        at = real_tensor("points", points).to(self.nodes).view(-1, 1, 1)
+        at = check_real_tensor("points", points).to(self.nodes).view(-1, 1, 1)
         return self.expectation(lambda nodes: (nodes <= at).to(nodes))
 
     def wasserstein(self, eigenvalues: Tensor) -> tuple[float, float]:
@@ -111,7 +111,7 @@ class SpectralDensity:
         Raises:
             CurvlabError: ``eigenvalues`` is not a real tensor.
         """
-        eigenvalues = real_tensor("eigenvalues", eigenvalues)
+        eigenvalues = check_real_tensor("eigenvalues", eigenvalues)
         from scipy.stats import wasserstein_distance  # half a second, too slow for the start of every command
 
         nodes, weights = self.nodes.flatten().numpy(), self.weights.flatten().numpy()
@@ -153,17 +153,17 @@ def spectral_density(
         >>> bool(abs(mean - 0.5) < 3 * error + 1e-6)
         True
     """
-    products, generator = Products(operator), generator_of(seed)
+    products, generator = Products(operator), make_generator(seed)
     probes, steps = check_probes(probes, steps)
-    if small(products, probes, steps):
-        nodes = eigenvalues_of_formed(products)[0].unsqueeze(0)
+    if is_small(products, probes, steps):
+        nodes = exact_eigenvalues(products)[0].unsqueeze(0)
         weights = torch.full_like(nodes, 1 / products.size)
         return SpectralDensity(nodes, weights, products.size, True, products.count, 0.0)
     rules = []
     with _bar("spectral density", probes * steps, progress) as advance:
-        for lanczos in quadratures(products, probes, steps, generator, advance):
-            found, shares = gauss(lanczos.matrix)
-            rules.append((products.restored(found), shares, exhausted(lanczos, products)))
+        for lanczos in iterate_quadratures(products, probes, steps, generator, advance):
+            found, shares = gauss_rule(lanczos.matrix)
+            rules.append((products.unscale(found), shares, is_exhausted(lanczos, products)))
     longest = max(len(nodes) for nodes, _, _ in rules)
     padded_nodes = [np.pad(nodes, (0, longest - len(nodes)), mode="edge") for nodes, _, _ in rules]
     padded_weights = [np.pad(weights, (0, longest - len(weights))) for _, weights, _ in rules]
@@ -188,24 +188,24 @@ def check_probes(probes: int, steps: int) -> tuple[int, int]:
     Raises:
         CurvlabError: They are not whole numbers, or there are fewer than two probes or no steps.
     """
-    probes = whole("probes", probes, 0)
+    probes = check_whole("probes", probes, 0)
     if probes < 2:
         raise CurvlabError(f"probes must be at least 2, not {probes}: one probe gives no standard error")
-    return probes, whole("steps", steps, 1)
+    return probes, check_whole("steps", steps, 1)
 
 
-def small(products: Products, probes: int, steps: int) -> bool:
+def is_small(products: Products, probes: int, steps: int) -> bool:
     """Return whether forming the matrix takes no more products than the probes, and little memory."""
     return products.size <= min(probes * steps, _LARGEST_FORMED)
 
 
-def eigenvalues_of_formed(products: Products) -> tuple[Tensor, float]:
+def exact_eigenvalues(products: Products) -> tuple[Tensor, float]:
     """Return all eigenvalues ``(P,)`` in float64, and the largest asymmetry of the products.
 
     Raises:
         CurvlabError: The matrix is not symmetric.
     """
-    matrix = torch.stack([column.double().cpu() for column in columns(products)])
+    matrix = torch.stack([column.double().cpu() for column in iterate_columns(products)])
     noise, largest = float((matrix - matrix.mT).abs().max()), float(matrix.abs().max())
     if noise > 10 * sqrt(products.eps) * largest:
         raise CurvlabError(
@@ -215,13 +215,13 @@ def eigenvalues_of_formed(products: Products) -> tuple[Tensor, float]:
     return torch.linalg.eigvalsh(matrix / 2 + matrix.mT / 2), noise
 
 
-def columns(products: Products) -> Iterator[Tensor]:
+def iterate_columns(products: Products) -> Iterator[Tensor]:
     """Yield the columns of the matrix, ``(P,)`` each, as products with unit vectors."""
     for i in range(products.size):
         yield products.column(i)
 
 
-def quadratures(
+def iterate_quadratures(
     products: Products, probes: int, steps: int, generator: np.random.Generator, advance: Advance = no_progress
 ) -> Iterator[Lanczos]:
     """Yield a Lanczos basis for each probe, with ``steps`` steps or until its Krylov space is exhausted."""
@@ -231,19 +231,19 @@ def quadratures(
             lanczos.step()
             advance()
             # After the Krylov space is exhausted, the basis would continue with directions outside of it.
-            if lanczos.full or exhausted(lanczos, products):
+            if lanczos.full or is_exhausted(lanczos, products):
                 break
         advance(steps - lanczos.size)
         yield lanczos
 
 
-def exhausted(lanczos: Lanczos, products: Products) -> bool:
+def is_exhausted(lanczos: Lanczos, products: Products) -> bool:
     """Return whether the last product has only rounding errors outside the basis."""
     rounding = 50 * torch.finfo(products.dtype).eps * float(np.abs(lanczos.matrix).max())
     return lanczos.beta <= rounding
 
 
-def gauss(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gauss_rule(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the nodes and weights of the Gauss quadrature of a Lanczos matrix (Golub and Welsch, 1969)."""
     nodes, vectors = np.linalg.eigh(matrix)
     return nodes, vectors[0] ** 2

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.spectrum.arguments import choice, generator_of, real, real_tensor, whole
-from curvlab.spectrum.arpack import by_arpack
+from curvlab.spectrum.arguments import check_choice, check_real, check_real_tensor, check_whole, make_generator
+from curvlab.spectrum.arpack import arpack_eigenpairs
 from curvlab.spectrum.lanczos import Lanczos
 from curvlab.spectrum.operator import Operator, Products, norm
 
@@ -105,32 +105,32 @@ def top_eigenvalues(
         (1.5, True)
     """
     for name, value, kinds in (("which", which, Which), ("stop", stop, Stop), ("method", method, Method)):
-        choice(name, value, get_args(kinds))
-    k, tol, generator = whole("k", k, 0), real("tol", tol, above=0), generator_of(seed)
+        check_choice(name, value, get_args(kinds))
+    k, tol, generator = check_whole("k", k, 0), check_real("tol", tol, above=0), make_generator(seed)
     products = Products(operator, max(1_000, 20 * k) if max_matvecs is None else max_matvecs)
-    k = number_of(k, products.size)
+    k = check_eigenvalue_count(k, products.size)
     if max_matvecs is not None and max_matvecs < k:
         raise CurvlabError(f"{k} eigenvalues need at least {k} products: increase max_matvecs, which is {max_matvecs}")
     first, part = products.gaussian(generator), 1.0
     if start is not None:
         part = _RANDOM_PART / hypot(1.0, _RANDOM_PART)
-        first = _combined(start, products) + first * (_RANDOM_PART / norm(first))
+        first = _combine_starts(start, products) + first * (_RANDOM_PART / norm(first))
     search = _Search(products, which, tol, stop, generator)
     if method == "eigsh":
-        values, vectors, residuals = by_arpack(products, k, which, tol, first)
+        values, vectors, residuals = arpack_eigenpairs(products, k, which, tol, first)
         order = np.argsort(-search.extremity(values), kind="stable")
         products.largest = float(np.abs(values).max())
-        converged = bool((residuals[order] <= search.allowed(values[order])).all())
-        found = _Found(values[order], products.tensor(vectors.T[order]), residuals[order], converged, False)
+        converged = bool((residuals[order] <= search.error_bounds(values[order])).all())
+        found = _EigenPairs(values[order], products.tensor(vectors.T[order]), residuals[order], converged, False)
     else:
         found = search.run(k, first, part)
     # A Krylov space contains one vector of a multiple eigenvalue; ARPACK finds others only through rounding errors.
     if k > 1 and not found.whole:
         found = search.complete(found)
     return EigenResult(
-        products.restored_tensor(found.values),
+        products.unscale_tensor(found.values),
         found.rows.mT,
-        products.restored_tensor(found.residuals),
+        products.unscale_tensor(found.residuals),
         products.count,
         bool(found.converged),
         "residual" if method == "eigsh" else stop,
@@ -138,7 +138,7 @@ def top_eigenvalues(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _EigenPairs:
     values: np.ndarray  # (k,), the most extreme first
     rows: Tensor  # (k, P)
     residuals: np.ndarray  # (k,)
@@ -156,7 +156,7 @@ class _Search:
 
     def run(
         self, k: int, start: Tensor, part: float = 1.0, against: Tensor | None = None, above: float = np.inf
-    ) -> _Found:
+    ) -> _EigenPairs:
         """Search until ``k`` Ritz pairs converge, or until an eigenvalue as extreme as ``above`` is excluded.
 
         Args:
@@ -180,22 +180,22 @@ class _Search:
             trusted = self.stop == "gap" and part < 1  # a given start
             # After this many products, another eigenvalue has become visible.
             early = products.count - taken < _CAPACITY
-            times = self.hidden(vectors[0, :k], part) if early and not trusted else 1.0
+            times = self.hidden_factor(vectors[0, :k], part) if early and not trusted else 1.0
             shown = np.hypot(outside * times, basis.noise)
             if basis.size >= k and (basis.complete or products.exhausted or products.size > _CAPACITY):
                 before, gaps = gaps, _gaps(values, k)
-                converged = bool((self.errors(shown, gaps, before) <= self.allowed(values[:k])).all())
-                beaten = self.beaten(basis, values, above)
+                converged = bool((self.errors(shown, gaps, before) <= self.error_bounds(values[:k])).all())
+                beaten = self.is_out_of_reach(basis, values, above)
                 stuck = bool((shown <= 2 * basis.noise).all())
                 if converged or beaten or stuck or products.exhausted:
                     rows = basis.combine(vectors[:, :k])
                     rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
-                    return _Found(values[:k], rows, residuals, converged or beaten, basis.complete)
+                    return _EigenPairs(values[:k], rows, residuals, converged or beaten, basis.complete)
             if basis.full:
                 keep = (k + basis.capacity) // 2
                 basis.restart(vectors[:, :keep], values[:keep])
 
-    def complete(self, found: _Found) -> _Found:
+    def complete(self, found: _EigenPairs) -> _EigenPairs:
         """Search the orthogonal complement of the found vectors for eigenvalues more extreme than the last one."""
         k = len(found.values)
         while k < self.products.size:
@@ -205,7 +205,7 @@ class _Search:
             start = self.products.gaussian(self.generator)
             more = self.run(1, start, against=found.rows, above=last)
             converged = found.converged and more.converged
-            if self.extremity(more.values)[0] <= last + self.allowed(found.values)[-1]:
+            if self.extremity(more.values)[0] <= last + self.error_bounds(found.values)[-1]:
                 return replace(found, converged=converged)
             values = np.concatenate([found.values, more.values])
             order = np.argsort(-self.extremity(values), kind="stable")[:k]
@@ -214,7 +214,7 @@ class _Search:
             found = replace(found, values=values[order], rows=rows, residuals=residuals, converged=converged)
         return found
 
-    def hidden(self, overlaps: np.ndarray, part: float) -> np.ndarray:
+    def hidden_factor(self, overlaps: np.ndarray, part: float) -> np.ndarray:
         """Return the factor by which a hidden eigenvalue can be farther away than the residual, ``(k,)``.
 
         A missed eigenvector has a component of about ``part / sqrt(P)`` in the start. It adds that share of the
@@ -230,7 +230,7 @@ class _Search:
         known = np.abs(overlaps) * self.products.size**0.5
         return np.where(known > _OVERLAP, np.maximum(known / part, 1.0), 1.0)
 
-    def beaten(self, basis: Lanczos, values: np.ndarray, above: float) -> bool:
+    def is_out_of_reach(self, basis: Lanczos, values: np.ndarray, above: float) -> bool:
         """Return whether, after the products taken from a random start, no eigenvalue can be as extreme as ``above``.
 
         After ``m`` products, the probability that the largest Ritz value is below the largest eigenvalue by more than a
@@ -253,7 +253,7 @@ class _Search:
         quadratic = np.maximum(residuals**2 / np.maximum(gaps, _TINY), residuals / _GAP_RESIDUAL)
         return np.where(settled, np.minimum(residuals, quadratic), residuals)
 
-    def allowed(self, values: np.ndarray) -> np.ndarray:
+    def error_bounds(self, values: np.ndarray) -> np.ndarray:
         # Below this share of the largest magnitude, an eigenvalue counts as zero.
         resolution = self.products.eps**0.5
         zero = max(resolution * self.products.largest, _TINY)
@@ -277,9 +277,9 @@ def _gaps(values: np.ndarray, k: int) -> np.ndarray:
     return nearest
 
 
-def _combined(start: Tensor, products: Products) -> Tensor:
+def _combine_starts(start: Tensor, products: Products) -> Tensor:
     """Return the normalised sum of the given vectors, whose Krylov space soon contains all of them."""
-    start = real_tensor("start", start)
+    start = check_real_tensor("start", start)
     if start.ndim not in (1, 2) or len(start) != products.size:
         raise CurvlabError(
             f"start must have shape ({products.size},) or ({products.size}, j), not {tuple(start.shape)}"
@@ -292,13 +292,13 @@ def _combined(start: Tensor, products: Products) -> Tensor:
     return combined / norm(combined)
 
 
-def number_of(k: int, size: int) -> int:
+def check_eigenvalue_count(k: int, size: int) -> int:
     """Check the number of eigenvalues ``k`` for a matrix of dimension ``size``.
 
     Raises:
         CurvlabError: ``k`` is not a whole number from 1 to ``size``.
     """
-    k = whole("k", k, 0)
+    k = check_whole("k", k, 0)
     if not 1 <= k <= size:
         raise CurvlabError(f"k must be from 1 to the dimension {size}, not {k}")
     return k

@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.spectrum.arguments import generator_of, real
-from curvlab.spectrum.density import check_probes, eigenvalues_of_formed, exhausted, gauss, quadratures, small
+from curvlab.spectrum.arguments import check_real, make_generator
+from curvlab.spectrum.density import (
+    check_probes,
+    exact_eigenvalues,
+    gauss_rule,
+    is_exhausted,
+    is_small,
+    iterate_quadratures,
+)
 from curvlab.spectrum.eigenvalues import Which, top_eigenvalues
 from curvlab.spectrum.estimate import Estimate, mean_and_error
 from curvlab.spectrum.lanczos import Lanczos
-from curvlab.spectrum.operator import Operator, Products, product_of
+from curvlab.spectrum.operator import Operator, Products, checked_product
 
 _FORMED = 100  # up to this dimension, forming the matrix takes no more products than its extreme eigenvalues
 _ENDS: tuple[Which, Which] = ("SA", "LA")
@@ -47,8 +54,8 @@ def condition_number(
         >>> condition_number(matrix), round(condition_number(matrix, damping=1.0))
         (inf, 100)
     """
-    damping, tol = real("damping", damping), real("tol", tol, above=0)
-    generator_of(seed)
+    damping, tol = check_real("damping", damping), check_real("tol", tol, above=0)
+    make_generator(seed)
     Products(operator, max_matvecs)  # checks both arguments
     low, high, rounding = _ends(_Shifted(operator, damping), tol, max_matvecs, seed)
     near, far = sorted((abs(low), abs(high)))
@@ -70,7 +77,7 @@ def _ends(operator: Operator, tol: float, max_matvecs: int | None, seed: int) ->
     """
     products = Products(operator)
     if products.size <= (_FORMED if max_matvecs is None else min(_FORMED, max_matvecs)):
-        values, noise = eigenvalues_of_formed(products)
+        values, noise = exact_eigenvalues(products)
         return float(values[0]), float(values[-1]), noise + products.eps * float(values.abs().max())
     # Stop by residuals, because gaps are unreliable before the search has found the outermost eigenvalue.
     results = [top_eigenvalues(operator, 1, which, tol, max_matvecs, seed=seed, stop="residual") for which in _ENDS]
@@ -125,19 +132,19 @@ def effective_dimension(
         >>> float(effective_dimension(Diagonal(torch.tensor([9.0, 1.0, 0.0, 0.0]), space, info), damping=1.0).value)
         1.4
     """
-    products, generator = Products(operator), generator_of(seed)
+    products, generator = Products(operator), make_generator(seed)
     probes, steps = check_probes(probes, steps)
-    damping = real("damping", damping)
+    damping = check_real("damping", damping)
     if damping <= 0:
         raise CurvlabError(
             f"damping must be above 0, not {damping}: without damping the effective dimension is the rank"
         )
-    if small(products, probes, steps):
-        values, noise = eigenvalues_of_formed(products)
+    if is_small(products, probes, steps):
+        values, noise = exact_eigenvalues(products)
         clamped = _clamp(values.numpy(), noise, products, damping)
         value = torch.tensor((clamped / (clamped + damping)).sum())
         return Estimate(value, torch.zeros_like(value), products.count, True, products.size)
-    rules = [_bounds(lanczos, products, damping) for lanczos in quadratures(products, probes, steps, generator)]
+    rules = [_bounds(lanczos, products, damping) for lanczos in iterate_quadratures(products, probes, steps, generator)]
     bounds = products.size * torch.tensor(rules, dtype=torch.float64)
     value, error = mean_and_error(bounds.mean(dim=1))
     gap = (bounds[:, 1] - bounds[:, 0]).mean().clamp(min=0.0) / 2
@@ -165,7 +172,7 @@ class _Shifted:
 
     def matvec(self, vector: Tensor) -> Tensor:
         added = self.shift * vector  # first, because the operator may write into the vector
-        return product_of(self.operator, vector) + added
+        return checked_product(self.operator, vector) + added
 
 
 def _clamp(values: np.ndarray, noise: float, products: Products, damping: float) -> np.ndarray:
@@ -192,14 +199,14 @@ def _bounds(lanczos: Lanczos, products: Products, damping: float) -> tuple[float
     """Return the Gauss-Radau rule (lower bound) and the Gauss rule (upper bound) of ``x / (x + damping)``."""
 
     def average(matrix: np.ndarray) -> float:
-        nodes, weights = gauss(matrix)
-        noise = float(products.restored(np.array(lanczos.noise)))
-        clamped = _clamp(products.restored(nodes), noise, products, damping)
+        nodes, weights = gauss_rule(matrix)
+        noise = float(products.unscale(np.array(lanczos.noise)))
+        clamped = _clamp(products.unscale(nodes), noise, products, damping)
         return float(weights @ (clamped / (clamped + damping)))
 
     matrix, beta = lanczos.matrix, lanczos.beta
     above = average(matrix)
-    if exhausted(lanczos, products):
+    if is_exhausted(lanczos, products):
         return above, above
     # Add a row whose diagonal entry gives an eigenvalue at zero, or just below a node that rounding made negative.
     nodes, vectors = np.linalg.eigh(matrix)

@@ -92,7 +92,7 @@ class Lanczos:
         column = rest.double().cpu().numpy() + np.append(self._coupling, along)
         left = norm(product)
         if not isfinite(along + left):
-            raise self._products.too_large()
+            raise self._products.overflow_error()
         length = hypot(float(np.linalg.norm(column)), left)
         self._check(column, length)
         self._matrix[: m + 1, m] = self._matrix[m, : m + 1] = column

@@ -3,7 +3,7 @@
 Eigenvalues may be from 1e-300 to 1e300, but the computations need squares. ``Products`` therefore multiplies with
 ``2^-exponent A``. The exponent is zero unless the first product shows that lengths exceed a quarter of the exponent
 range of the dtype. Powers of two are exact; half of them scales the vector and half the product, so that neither
-underflows or overflows. ``Products.restored`` converts results back to the unit of the matrix.
+underflows or overflows. ``Products.unscale`` converts results back to the unit of the matrix.
 """
 
 from math import frexp
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.spectrum.arguments import whole
+from curvlab.spectrum.arguments import check_whole
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +62,7 @@ class Products:
     def __init__(self, operator: Operator, limit: int | None = None) -> None:
         self.size, self._given, self.device = _describe(operator)
         self._operator = operator
-        self._limit = None if limit is None else whole("max_matvecs", limit, 1)
+        self._limit = None if limit is None else check_whole("max_matvecs", limit, 1)
         self.dtype = torch.promote_types(self._given, torch.float32)
         self.eps: float = torch.finfo(self._given).eps
         self.exponent = 0
@@ -99,7 +99,7 @@ class Products:
         unit[i] = 1
         return self._finite(self._multiply(unit, exponent=0), self.count)
 
-    def restored(self, values: np.ndarray) -> np.ndarray:
+    def unscale(self, values: np.ndarray) -> np.ndarray:
         """Convert numbers from the unit of ``2^-exponent A`` to the unit of ``A``, in float64.
 
         Raises:
@@ -108,21 +108,21 @@ class Products:
         with np.errstate(over="ignore", under="ignore"):
             restored: np.ndarray = np.ldexp(np.asarray(values, dtype=np.float64), self.exponent)
         if not np.isfinite(restored).all():
-            raise self.too_large()
+            raise self.overflow_error()
         return restored
 
-    def restored_tensor(self, values: np.ndarray) -> Tensor:
-        """Return ``restored`` as a tensor with the dtype and device of the vectors.
+    def unscale_tensor(self, values: np.ndarray) -> Tensor:
+        """Return ``unscale`` as a tensor with the dtype and device of the vectors.
 
         Raises:
             CurvlabError: The numbers overflow.
         """
-        restored = self.tensor(self.restored(values))
+        restored = self.tensor(self.unscale(values))
         if not bool(restored.isfinite().all()):
-            raise self.too_large()
+            raise self.overflow_error()
         return restored
 
-    def too_large(self) -> CurvlabError:
+    def overflow_error(self) -> CurvlabError:
         """Return the error for numbers that overflow the dtype."""
         wider = "multiply the operator by a small number" if self.dtype == torch.float64 else "use float64"
         return CurvlabError(f"the operator's products or eigenvalues are too large for {_name(self.dtype)}: {wider}")
@@ -145,7 +145,7 @@ class Products:
         half = 2.0 ** (-exponent // 2)
         # Copies, because an operator may overwrite its input and reuse its output buffer.
         sent = (vector * half if exponent else vector).to(self._given, copy=True)
-        product = product_of(self._operator, sent)
+        product = checked_product(self._operator, sent)
         self.eps = max(self.eps, torch.finfo(product.dtype).eps)
         product = product.to(self.dtype, copy=True)
         return product.mul_(half) if exponent else product
@@ -172,7 +172,7 @@ class Products:
         return product
 
 
-def product_of(operator: Operator, vector: Tensor) -> Tensor:
+def checked_product(operator: Operator, vector: Tensor) -> Tensor:
     """Return the product of an operator with a vector, checked but not copied.
 
     Raises:

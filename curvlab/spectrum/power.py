@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.spectrum.arguments import generator_of, whole
-from curvlab.spectrum.eigenvalues import EigenResult, number_of
+from curvlab.spectrum.arguments import check_whole, make_generator
+from curvlab.spectrum.eigenvalues import EigenResult, check_eigenvalue_count
 from curvlab.spectrum.operator import Operator, Products, norm
 
 
@@ -32,8 +32,8 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
     Raises:
         CurvlabError: An argument is not valid, or a product is not finite.
     """
-    products, generator = Products(operator), generator_of(seed)
-    k, steps = number_of(k, products.size), whole("steps", steps, 1)
+    products, generator = Products(operator), make_generator(seed)
+    k, steps = check_eigenvalue_count(k, products.size), check_whole("steps", steps, 1)
     rows = torch.zeros(k, products.size, dtype=products.dtype, device=products.device)
     values, residuals = np.zeros(k), np.zeros(k)
     largest, ended = 0.0, 0
@@ -41,7 +41,7 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
         found = rows[:i]
         following = products.gaussian(generator)
         for step in range(steps):
-            left = _without(following, found)
+            left = _orthogonalise(following, found)
             length = norm(left)
             # If only rounding errors remain, the matrix is zero on the complement of the vectors found so far.
             if step and length <= 10 * torch.finfo(products.dtype).eps * largest:
@@ -52,18 +52,18 @@ def deflated_power_iteration(operator: Operator, k: int = 3, steps: int = 18, se
             before = values[i]
             following = products(rows[i])
             if not isfinite(norm(following)):
-                raise products.too_large()
+                raise products.overflow_error()
             values[i] = float(rows[i] @ following)
             residuals[i] = norm(following - values[i] * rows[i])
             largest = max(largest, norm(following))
             if step and abs(values[i] - before) <= 1e-5 * abs(values[i]):
                 ended += 1
                 break
-    errors = products.restored_tensor(residuals)
-    return EigenResult(products.restored_tensor(values), rows.mT, errors, products.count, ended == k, "residual")
+    errors = products.unscale_tensor(residuals)
+    return EigenResult(products.unscale_tensor(values), rows.mT, errors, products.count, ended == k, "residual")
 
 
-def _without(vector: Tensor, found: Tensor) -> Tensor:
+def _orthogonalise(vector: Tensor, found: Tensor) -> Tensor:
     for _ in range(2):  # twice, because rounding errors of the first pass are large compared with a small remainder
         vector = vector - found.mT @ (found @ vector)
     return vector

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.spectrum.arguments import choice, generator_of, real, whole
-from curvlab.spectrum.density import columns
+from curvlab.spectrum.arguments import check_choice, check_real, check_whole, make_generator
+from curvlab.spectrum.density import iterate_columns
 from curvlab.spectrum.estimate import Estimate
 from curvlab.spectrum.operator import Operator, Products
 from curvlab.spectrum.sketch import LeftOut, Sketch, as_array
@@ -72,12 +72,12 @@ def trace(
         "hutch++": _HutchPlusPlus,
         "hutchinson": _Hutchinson,
     }
-    choice("method", method, tuple(methods))
-    estimator = methods[method](Products(operator), generator_of(seed))
+    check_choice("method", method, tuple(methods))
+    estimator = methods[method](Products(operator), make_generator(seed))
     estimate = _estimate(estimator, precision, max_matvecs)
     value = estimate.value.sum().cpu()
     if not bool(value.isfinite()):
-        raise estimator.products.too_large()
+        raise estimator.products.overflow_error()
     return replace(estimate, value=value, standard_error=estimate.standard_error.sum().cpu())
 
 
@@ -113,8 +113,8 @@ def diagonal(
         [1.0, 2.0, 3.0]
     """
     methods: dict[str, type[_Method]] = {"xdiag": _XDiag, "hutchinson": _HutchinsonDiagonal}
-    choice("method", method, tuple(methods))
-    return _estimate(methods[method](Products(operator), generator_of(seed)), precision, max_matvecs)
+    check_choice("method", method, tuple(methods))
+    return _estimate(methods[method](Products(operator), make_generator(seed)), precision, max_matvecs)
 
 
 class _Method(Protocol):
@@ -135,29 +135,29 @@ class _Method(Protocol):
 def _estimate(method: _Method, precision: float | None, max_matvecs: int) -> Estimate:
     """Run a method until the precision or the limit of products is reached; an exact result is the diagonal."""
     products, size = method.products, method.products.size
-    precision = None if precision is None else real("precision", precision, above=0)
-    max_matvecs = whole("max_matvecs", max_matvecs, min(_FEWEST, size))
+    precision = None if precision is None else check_real("precision", precision, above=0)
+    max_matvecs = check_whole("max_matvecs", max_matvecs, min(_FEWEST, size))
     batch = max_matvecs if precision is None else min(_FIRST, max_matvecs)
     while True:
         left = max_matvecs - products.count
         # Compute the exact value while the limit still allows it.
         if size <= left and (size <= batch or left - batch < size):
-            entries = torch.stack([column[i].double() for i, column in enumerate(columns(products))])
+            entries = torch.stack([column[i].double() for i, column in enumerate(iterate_columns(products))])
             return Estimate(entries, torch.zeros_like(entries), products.count, True, size)
         method.extend(batch)
         estimate = method.estimate()
         if precision is None or estimate.precision <= precision:
-            return _restored(estimate, products)
+            return _unscale(estimate, products)
         # Doubled: if the precision were checked after each product, it would often be reached by chance.
         batch = min(products.count, max_matvecs - products.count)
         if batch < _FEWEST:
-            return _restored(replace(estimate, converged=False), products)
+            return _unscale(replace(estimate, converged=False), products)
 
 
-def _restored(estimate: Estimate, products: Products) -> Estimate:
+def _unscale(estimate: Estimate, products: Products) -> Estimate:
     """Convert an estimate to the unit of the matrix."""
     value, error = (
-        torch.as_tensor(products.restored(of.cpu().numpy()), device=of.device)
+        torch.as_tensor(products.unscale(of.cpu().numpy()), device=of.device)
         for of in (estimate.value, estimate.standard_error)
     )
     return replace(estimate, value=value, standard_error=error)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss, get_loss
 from curvlab.training.samples import Samples, check_samples, reference, require_module, take, translate_model_errors
-from curvlab.training.state import random_state_restored, restore_modes
+from curvlab.training.state import fork_random_state, restore_modes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000)
     size = len(data[0])
     with (
         restore_modes(model),
-        random_state_restored(like.device),
+        fork_random_state(like.device),
         torch.no_grad(),
         translate_model_errors("fails in evaluation"),
     ):

@@ -20,9 +20,9 @@ from curvlab.training.run import Record, Run
 from curvlab.training.samples import Samples
 from curvlab.training.state import (
     defer_interrupts,
-    derived_seed,
-    gradients_restored,
-    random_state_restored,
+    derive_seed,
+    fork_random_state,
+    restore_gradients,
     restore_modes,
 )
 
@@ -118,8 +118,8 @@ def fit(
     run = Run(plan, model, observer_list, file)
     with (
         restore_modes(model),
-        gradients_restored(model),
-        random_state_restored(run.device, derived_seed(training.seed, 0)),
+        restore_gradients(model),
+        fork_random_state(run.device, derive_seed(training.seed, 0)),
         torch.enable_grad(),
         defer_interrupts() as guard,
         progress_bar("training", plan.steps, enabled=progress) as advance,

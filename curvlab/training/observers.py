@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from curvlab.errors import CurvlabError
-from curvlab.randomness import preserved_random_state
-from curvlab.training.state import StepGuard, gradients_restored, restore_modes
+from curvlab.randomness import preserve_random_state
+from curvlab.training.state import StepGuard, restore_gradients, restore_modes
 
 
 class Observer(Protocol):
@@ -80,8 +80,8 @@ class Observers:
             try:
                 with (
                     require_unchanged(model),
-                    preserved_random_state(),
-                    gradients_restored(model),
+                    preserve_random_state(),
+                    restore_gradients(model),
                     restore_modes(model),
                 ):
                     model.eval()

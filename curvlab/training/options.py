@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
-from curvlab.checks import real_number, shown, whole_number
+from curvlab.checks import describe_value, real_number, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.forms import unknown
+from curvlab.forms import unknown_name_message
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "linear", "cosine", "step", "exponential"]
@@ -140,10 +140,10 @@ def combine(training: Training, changes: TrainingChanges) -> Training:
         CurvlabError: An option is unknown or out of its range, or ``training`` is not a ``Training``.
     """
     if not isinstance(training, Training):
-        raise CurvlabError(f"training must be a curvlab.training.Training, not {shown(training)}")
+        raise CurvlabError(f"training must be a curvlab.training.Training, not {describe_value(training)}")
     for name in changes:
         if name not in DEFAULTS:
-            raise CurvlabError(unknown("training option", name, tuple(DEFAULTS)))
+            raise CurvlabError(unknown_name_message("training option", name, tuple(DEFAULTS)))
     if changes.get("steps") is not None and "epochs" not in changes:
         training = replace(training, epochs=None)
     if changes.get("epochs") is not None and "steps" not in changes:
@@ -157,17 +157,17 @@ def _number(name: str, value: object, text: str, test: Callable[[float], bool]) 
     except CurvlabError:
         number = None
     if number is None or not test(number):
-        raise CurvlabError(f"{name} must be {text}, not {shown(value)}")
+        raise CurvlabError(f"{name} must be {text}, not {describe_value(value)}")
     return number
 
 
 def _fractions(values: object) -> tuple[float, ...]:
     text = "increasing fractions of the steps, above 0 and below 1"
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise CurvlabError(f"schedule_drops must be {text}, not {shown(values)}")
+        raise CurvlabError(f"schedule_drops must be {text}, not {describe_value(values)}")
     numbers = tuple(_number("schedule_drops", value, text, lambda number: 0 < number < 1) for value in values)
     if list(numbers) != sorted(set(numbers)):
-        raise CurvlabError(f"schedule_drops must be {text}, not {shown(values)}")
+        raise CurvlabError(f"schedule_drops must be {text}, not {describe_value(values)}")
     return numbers
 
 

@@ -12,7 +12,7 @@ from curvlab.losses import Loss
 from curvlab.training.lengths import check_one_task, count_steps, get_batch_size
 from curvlab.training.options import Training
 from curvlab.training.samples import Samples, check_samples, check_weights, reference, require_module
-from curvlab.training.state import random_state_restored, restore_modes
+from curvlab.training.state import fork_random_state, restore_modes
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise CurvlabError("the model has no trainable parameters; set requires_grad=True for at least one")
         check_weights(model, "at the start of training")
-        with restore_modes(model), random_state_restored(reference(model).device):
+        with restore_modes(model), fork_random_state(reference(model).device):
             model.eval()
             check_samples(model, self.data, self.loss, "training")
             if self.evaluation is not None:

@@ -17,7 +17,7 @@ from curvlab.training.observers import Observers
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.plan import Plan
 from curvlab.training.samples import Samples, check_weights, reference, take, translate_model_errors
-from curvlab.training.state import StepGuard, derived_seed
+from curvlab.training.state import StepGuard, derive_seed
 
 Record = dict[str, float | int | None]
 
@@ -238,4 +238,4 @@ class Run:
 
 def _order(size: int, seed: int, epoch: int) -> Tensor:
     """Return the order of the samples in an epoch; it depends on the arguments only, so any epoch can be resumed."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(seed, 1, epoch)))
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, 1, epoch)))

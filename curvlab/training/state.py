@@ -8,15 +8,15 @@ from types import FrameType, TracebackType
 
 from torch import nn
 
-from curvlab.randomness import derived_seed, random_state_restored
-from curvlab.stateless import gradients_restored
+from curvlab.randomness import derive_seed, fork_random_state
+from curvlab.stateless import restore_gradients
 
 __all__ = [
     "StepGuard",
     "defer_interrupts",
-    "derived_seed",
-    "gradients_restored",
-    "random_state_restored",
+    "derive_seed",
+    "fork_random_state",
+    "restore_gradients",
     "restore_modes",
 ]
 

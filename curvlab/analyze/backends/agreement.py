@@ -26,7 +26,7 @@ from curvlab.matrices import CurvatureMatrix
 from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
-from curvlab.results import Column, aggregate, mean_column, significant
+from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.structures import parse_structure
 
 REFERENCE = "torch"
@@ -60,8 +60,8 @@ _COLUMNS = (
     Column("backend", "backend"),
     mean_column("seconds", "seconds"),
     mean_column("peak_mb", "peak MB"),
-    Column("reference_difference", f"difference from {REFERENCE}", lambda value: significant(value, 2)),
-    Column("reference_trace_difference", "difference of trace", lambda value: significant(value, 2)),
+    Column("reference_difference", f"difference from {REFERENCE}", lambda value: format_number(value, 2)),
+    Column("reference_trace_difference", "difference of trace", lambda value: format_number(value, 2)),
 )
 _KEYS = ("quantity", "structure", "backend")
 

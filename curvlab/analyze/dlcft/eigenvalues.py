@@ -26,7 +26,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 from curvlab.problem import Problem
-from curvlab.results import significant
+from curvlab.results import format_number
 
 # The runs -------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ def _describe_trainings(results: Results[EigenvaluesConfig], loss: str) -> str:
     trained, recorded = (sum(one[key] for one in trainings) for key in ("training_seconds", "observer_seconds"))
     return (
         f"{published.LOSSES[loss]}: learning rate {trainings[0]['lr']:g}; test accuracy {min(accuracies):.1%} to "
-        f"{max(accuracies):.1%}; {significant(trained, 3)} s of training and {significant(recorded, 3)} s of "
+        f"{max(accuracies):.1%}; {format_number(trained, 3)} s of training and {format_number(recorded, 3)} s of "
         f"recording ({recorded / trained:.1f} times the training)."
     )
 

@@ -20,20 +20,20 @@ from curvlab.estimators import estimate
 from curvlab.losses import get_loss
 from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
-from curvlab.results import Column, aggregate, mean_column, significant
+from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import fit
 
 _FIRST = 0.5  # 1 - p_t of the first random logits; divided by ten from one record to the next
 
 _LOGITS = (
-    Column("complement", "1 - p_t", lambda value: significant(value, 2)),
+    Column("complement", "1 - p_t", lambda value: format_number(value, 2)),
     Column("lower", "p_t (1 - p_t)"),
     mean_column("lambda_max", "largest eigenvalue"),
     Column("trace", "1 - |p|²"),
     Column("upper", "2 (1 - p_t)"),
-    Column("autograd", "autograd, rel. difference", lambda value: significant(value, 2)),
-    Column("factors", "output factors, rel. difference", lambda value: significant(value, 2)),
+    Column("autograd", "autograd, rel. difference", lambda value: format_number(value, 2)),
+    Column("factors", "output factors, rel. difference", lambda value: format_number(value, 2)),
 )
 _NETWORK = (
     Column("step", "step"),

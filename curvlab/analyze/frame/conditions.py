@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from curvlab.results import significant
+from curvlab.results import format_number
 
 
 def describe_differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:
@@ -25,4 +25,4 @@ def describe_choice(values: Sequence[float]) -> str:
 def _word(value: object) -> str:
     if value is None:
         return "none"
-    return f"{value:g}" if isinstance(value, float) else significant(value)
+    return f"{value:g}" if isinstance(value, float) else format_number(value)

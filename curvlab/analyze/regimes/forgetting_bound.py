@@ -22,7 +22,7 @@ from curvlab.plots import bound_scatter
 from curvlab.problem import Problem
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column
 from curvlab.training import evaluate, fit
-from curvlab.training.state import derived_seed
+from curvlab.training.state import derive_seed
 
 
 class ForgettingBoundConfig(RegimesConfig):
@@ -89,7 +89,7 @@ def measure(config: ForgettingBoundConfig, dataset: Dataset, workspace: Workspac
             momentum=config.momentum,
             epochs=config.epochs,
             batch_size=regime.batch_size,
-            seed=derived_seed(seed, number),
+            seed=derive_seed(seed, number),
             checkpoint=workspace.folder / f"task-{number}.pt",
             progress=False,
         )

@@ -9,7 +9,7 @@ from curvlab.continual.options import check_whole
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.registry import find_backends
-from curvlab.forms import unknown
+from curvlab.forms import unknown_name_message
 from curvlab.matrices import CurvatureMatrix, Diagonal, Info, Penalty
 from curvlab.parameters import ParameterSpace
 from curvlab.quantities import Quantity, parse_quantity
@@ -53,7 +53,7 @@ def curvature_options(
     if adds and structure.name == "ekfac":
         raise CurvlabError("the sum of two ekfac matrices is not an ekfac matrix: use kfac, whose sums are exact")
     if backend not in ("auto", *BACKENDS):
-        raise CurvlabError(unknown("backend", backend, ("auto", *BACKENDS)))
+        raise CurvlabError(unknown_name_message("backend", backend, ("auto", *BACKENDS)))
     find_backends(quantity, structure, backend)
     if samples is not None:
         check_whole("samples", samples)
