@@ -21,7 +21,7 @@ from curvlab import linearize
 from curvlab.continual import Regime, Result, Strategy, Task, disjoint, permuted, run, split_classes, split_data
 from curvlab.continual.learner import Batch, Learner
 from curvlab.continual.outputs import Outputs, mean_loss
-from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive
+from curvlab.continual.strategies import AGEM, DER, ER, EWC, IMM, SI, Joint, LinearProbe, LwF, Naive, Oracle
 from curvlab.data import Dataset, load
 from curvlab.errors import CurvlabError
 from curvlab.training import Training
@@ -429,6 +429,7 @@ METHODS: dict[str, Strategy] = {
     "naive": Naive(),
     "joint": Joint(),
     "linear probe": LinearProbe(),
+    "oracle": Oracle(),
     "lwf": LwF(),
     "er": ER(12),
     "er ring": ER(25, buffer="ring", batch_size=3),

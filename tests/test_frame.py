@@ -39,6 +39,9 @@ SMALL = {
     "softmax_hessian": "--hidden 4 --steps 6 --points 3 --samples 30 --draws 4 --decades 3",
     "forgetting_bound": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",
     "training_regimes": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --regimes stable plastic",
+    "forgetting_forecast": "--hidden 5 --epochs 1 --tasks 3 --task-samples 60 --samples 30 --methods naive ewc",
+    "lr_schedules": "--hidden 5 --source-steps 3 --steps 4 --every 2 --validation 40 --samples 30 --lrs 0.01 0.1 "
+    "--decays 0.5 --schedules constant step",
     "methods": "--hidden 5 --epochs 1 --tasks 2 --task-samples 60 --validation 20 --samples 20 --trials 1 "
     "--methods naive ewc stable",
     "dlcft": "--hidden 5 --steps 3 --long-steps 2 --source-steps 3 --stream-samples 120 --validation 30 "
@@ -47,7 +50,7 @@ SMALL = {
 }
 
 #: Those whose records have seconds.
-TIMED = {"agreement", "methods", "dlcft", "eigenvalues"}
+TIMED = {"agreement", "forgetting_forecast", "methods", "dlcft", "eigenvalues"}
 
 GRIDS = [name for name in ANALYSES if isinstance(load_analysis(name), Analysis)]
 

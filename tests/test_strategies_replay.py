@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from curvlab import linearize
 from curvlab.continual import Strategy, Task, permuted, split_classes, split_data
 from curvlab.continual.learner import Batch, Learner
-from curvlab.continual.strategies import AGEM, DER, ER, Joint, LinearProbe, LwF, Naive
+from curvlab.continual.strategies import AGEM, DER, ER, Joint, LinearProbe, LwF, Naive, Oracle
+from curvlab.continual.strategies import oracle as oracle_module
 from curvlab.continual.strategies.agem import project_
 from curvlab.data import load
 from curvlab.errors import CurvlabError
@@ -54,6 +55,47 @@ def test_joint_training_of_one_task_is_naive_to_the_bit() -> None:
     for model, method in zip(models, (Joint(), Naive()), strict=True):
         learn(permuted(blobs(), tasks=1), model, method, epochs=2)
     assert equal(values(models[0]), values(models[1]))
+
+
+# The oracle -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_of_one_task_is_naive_to_the_bit() -> None:
+    models = [network(dropout=0.4) for _ in range(2)]
+    for model, method in zip(models, (Oracle(), Naive()), strict=True):
+        learn(permuted(blobs(), tasks=1), model, method, epochs=2)
+    assert equal(values(models[0]), values(models[1]))
+
+
+@pytest.mark.parametrize("head", ["masked", "growing"])
+def test_the_oracle_takes_the_mean_loss_of_a_batch_of_each_task(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, drawn, losses = two_by_two(), [], []
+    draw = oracle_module._draw
+
+    def note(learner: Learner, task: int) -> Batch:
+        drawn.append(draw(learner, task))
+        return drawn[-1]
+
+    monkeypatch.setattr(oracle_module, "_draw", note)
+
+    class Checked(Oracle):
+        def loss(self, learner: Learner, batch: Batch) -> Tensor:
+            drawn.clear()
+            loss = super().loss(learner, batch)
+            batches = [batch, *drawn]
+            assert [one.task for one in batches] == [learner.task, *range(learner.task)]
+            assert all(len(one.x) == learner.batch_size for one in drawn)
+            for one in drawn:  # they are samples of that task
+                own = learner.batch(*stream[one.task].train, one.task)
+                assert all((own.x == x).flatten(1).all(1).any() for x in one.x)
+            expected = sum(learner.loss(learner.model(one.x), one.y, one.task) for one in batches) / len(batches)
+            losses.append((loss.item(), expected.item()))
+            return loss
+
+    learn(stream, network(), Checked(), head=head, epochs=1)
+    assert losses
+    for loss, expected in losses:
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 # Linear probing -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The analysis ``training_regimes``: what is measured after each task, its claims and figure."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from curvlab.analyze.frame.analysis import Results
 from curvlab.analyze.frame.subject import Subject, load_dataset
 from curvlab.analyze.regimes import training_regimes as analysis
+from curvlab.analyze.regimes.observer import count_above
 from curvlab.analyze.regimes.options import RegimesConfig
 from curvlab.analyze.regimes.training_regimes import (
     ANALYSIS,
@@ -22,7 +25,9 @@ from curvlab.continual.strategies import Naive
 from curvlab.data import load
 from curvlab.estimators import estimate
 from curvlab.grid import Place
+from curvlab.matrices import Diagonal, Info
 from curvlab.models import build
+from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 
 CPU = PRESETS["cpu"].config
@@ -50,12 +55,25 @@ def test_a_regime_is_what_the_loop_is_given():
     assert seen[-1] == 5e-5
 
 
+def test_batches_of_a_shrinking_regime_become_smaller():
+    config = tiny(stable_batch_size=32, batch_decay=0.5)
+    shrinking, stable = (Regime.of(config, name) for name in ("stable+shrinking", "stable"))
+    assert [shrinking.size(task) for task in (1, 2, 3, 7)] == [32, 16, 8, 1]
+    assert [stable.size(task) for task in (1, 7)] == [32, 32]
+    seen = []
+    stream = permuted(load("digits"), tasks=3, samples=64)
+    model = build("mlp", (1, 8, 8), 10, hidden=(4,))
+    run(stream, model, Naive(), **shrinking.options(3), observe=lambda learner: seen.append(learner.steps) or {})
+    assert seen == [2, 4, 8]
+
+
 @pytest.mark.parametrize("name", ["stable", "plastic+dropout"])
 def test_every_point_is_that_of_dense_matrices(tmp_path, name):
-    config = tiny(regimes=(name,), seeds=(3,), dtype="float64", tol=1e-8, stable_lr=0.5)
+    config = tiny(regimes=(name,), seeds=(3,), dtype="float64", tol=1e-8, stable_lr=0.5, top=2, fixed_step=0.2)
     network, *records = measure(config, tmp_path)
     points = [record for record in records if "matvecs" in record]
     accuracies = [record for record in records if "accuracy" in record]
+    spectra = json.loads((tmp_path / "spectra.json").read_text())
 
     regime = Regime.of(config, name)
     stream = permuted(load_dataset(config, Place(tmp_path)), tasks=3, seed=3, samples=64)
@@ -86,12 +104,19 @@ def test_every_point_is_that_of_dense_matrices(tmp_path, name):
         dense = estimate(problem(t, t), "hessian", "dense", backend="torch").to_dense()
         assert point["lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
         assert point["task_loss"] == pytest.approx(loss(t, t), rel=1e-10)
+        largest = [r["eigenvalue"] for r in records if "eigenvalue" in r and r["task"] == t + 1]
+        assert largest == pytest.approx(torch.linalg.eigvalsh(dense).flip(0)[:2].tolist(), rel=1e-6)
+        assert (spectra[t]["task"], spectra[t]["values"][-1]) == (t + 1, pytest.approx(point["lambda_max"]))
         if t == 0:
             assert (point["distance"], point["loss_forgetting"]) == (None, None)
             continue
         moved = torch.cat([(after[t][key] - after[t - 1][key]).flatten() for key in after[t]])
         assert point["distance"] == pytest.approx(float(moved.norm()), rel=1e-10)
         assert point["loss_forgetting"] == pytest.approx(loss(t, t - 1) - loss(t - 1, t - 1), rel=1e-8)
+        start = {key: after[t - 1][key] for key in after[t]}
+        after.append({key: start[key] + 0.2 * (after[t][key] - start[key]) / moved.norm() for key in start})
+        assert point["fixed_forgetting"] == pytest.approx(loss(-1, t - 1) - loss(t - 1, t - 1), rel=1e-6)
+        after.pop()
     summary = metrics.summary(result.accuracy)
     assert all(network[key] == summary[key] for key in ("acc", "forgetting", "learning_accuracy", "bwt"))
     assert network["lambda_max"] == pytest.approx(np.mean([point["lambda_max"] for point in points]))
@@ -99,6 +124,17 @@ def test_every_point_is_that_of_dense_matrices(tmp_path, name):
     matrix = result.accuracy.tolist()
     assert [(r["after"], r["task"]) for r in accuracies] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
     assert all(r["accuracy"] == matrix[r["after"] - 1][r["task"] - 1] for r in accuracies)
+
+
+def test_eigenvalues_above_a_value_are_counted():
+    space, info = ParameterSpace(("w",), ((6,),)), Info("hessian", "diag", "", "", 1)
+    values = torch.tensor([-1.0, 0.0, 1e-3, 0.05, 0.05, 2.0], dtype=torch.float64)
+    found = count_above(Diagonal(values, space, info), 2.0)
+    above = dict(zip(found["values"], found["above"], strict=True))
+    assert found["values"][0] == pytest.approx(2e-4)
+    assert found["above"][0] == pytest.approx(4)
+    assert [round(above[value]) for value in above if 1.1e-3 < value < 0.049] == [3] * 16
+    assert found["above"][-1] == pytest.approx(0)
 
 
 def test_measuring_does_not_change_the_training(tmp_path):
@@ -129,7 +165,8 @@ def test_a_run_continues_after_the_last_finished_task(tmp_path, monkeypatch):
     monkeypatch.setattr(Naive, "loss", lambda *given: (steps.append(1), real(*given))[1])
     assert measure(config, tmp_path / "stopped") == whole
     assert len(steps) == 4
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # what was in them is in the records
+    left_over = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left_over == {"spectra.json"}  # what was in the others is in the records
 
 
 def test_the_two_solvers(tmp_path):
@@ -146,13 +183,13 @@ def test_the_two_solvers(tmp_path):
 
 
 def networks(**changes):
-    """Three seeds, two streams, both regimes: the plastic one has three times everything but accuracy."""
+    """Three seeds, two streams: the plastic regime has three times all but accuracy, the shrinking one half of it."""
     return [
         {"stream": stream, "regime": regime, "seed": seed, "acc": 0.9, "learning_accuracy": 0.9, "loss_forgetting": 1.0}
         | dict.fromkeys(("forgetting", "lambda_max", "distance"), scale * (0.1 + 0.01 * seed))
         | changes.get(f"{stream}/{regime}", {})
         for stream in ("rotated", "permuted")
-        for regime, scale in (("stable", 1.0), ("plastic", 3.0))
+        for regime, scale in (("stable", 1.0), ("plastic", 3.0), ("stable+shrinking", 0.5))
         for seed in range(3)
     ]
 
@@ -161,6 +198,7 @@ def points(**changes):
     return [
         {"stream": stream, "regime": regime, "seed": seed, "task": task, "matvecs": 5}
         | {"lambda_max": scale * task, "distance": None if task == 1 else scale * 0.5}
+        | {"fixed_forgetting": None if task == 1 else scale * (task - 1) * 0.01}
         | changes.get(f"{stream}/{regime}/{task}", {})
         for stream in ("rotated", "permuted")
         for regime, scale in (("stable", 1.0), ("plastic", 3.0))
@@ -171,11 +209,13 @@ def points(**changes):
 
 CLAIMS = (
     "wider minima are closer",
+    "a step of length 1 costs",
     "forgets less",
     "eigenvalue is smaller",
     "move less",
     "costs little",
     "after every task",
+    "smaller batches",
 )
 
 
@@ -187,7 +227,7 @@ def test_all_claims_are_reproduced_by_records_that_are_as_they_say():
     good = judge(networks(), points())
     assert [claim.verdict for claim in good] == ["reproduced"] * len(CLAIMS)
     assert all(words in claim.text for words, claim in zip(CLAIMS, good, strict=True))
-    assert [claim.ours for claim in good[1:3]] == pytest.approx([-0.22, 1 / 3])
+    assert [claim.ours for claim in good[2:4]] == pytest.approx([-0.22, 1 / 3])
     assert {claim.scope for claim in good} == {"direction, at training samples a task 10,000, seeds 3"}
 
 
@@ -199,11 +239,21 @@ def test_all_claims_are_reproduced_by_records_that_are_as_they_say():
             {},
             {"rotated/plastic/2": {"distance": 0.1}, "rotated/plastic/3": {"distance": 0.1}},
         ),
-        ("forgets less", {"rotated/stable": {"forgetting": 0.5}}, {}),
+        (
+            "a step of length 1 costs",
+            {},
+            {f"rotated/stable/{t}": {"fixed_forgetting": 1.0 / t} for t in (2, 3)},
+        ),
+        ("forgets less", {"rotated/stable": {"forgetting": 0.5}, "rotated/stable+shrinking": {"forgetting": 0.4}}, {}),
+        ("smaller batches", {"rotated/stable+shrinking": {"forgetting": 0.13}}, {}),
         ("eigenvalue is smaller", {"rotated/stable": {"lambda_max": 0.5}}, {}),
         ("move less", {"rotated/stable": {"distance": 0.5}}, {}),
         ("costs little", {"rotated/stable": {"learning_accuracy": 0.83}}, {}),
-        ("after every task", {}, {"rotated/stable/1": {"lambda_max": 9.5}}),
+        (
+            "after every task",
+            {},
+            {"rotated/stable/1": {"lambda_max": 3.5}, "rotated/stable/2": {"fixed_forgetting": 0.035}},
+        ),
     ],
 )
 def test_a_claim_is_not_reproduced(words, network, point):
@@ -222,14 +272,14 @@ def test_claims_are_not_tested_on_other_data():
 def test_claims_where_something_is_missing():
     alone = [record for record in networks() if record["regime"] == "stable"]
     found = judge(alone, [point for point in points() if point["regime"] == "stable"])
-    assert {claim.verdict for claim in found[1:]} == {"not tested"}
+    assert {claim.verdict for claim in found[2:]} == {"not tested"}
 
     def without(records):
         return [r for r in records if (r["stream"], r["regime"], r["seed"]) != ("rotated", "stable", 1)]
 
     found = analysis.claims(without(networks()), without(points()), CPU, MNIST)
-    assert [claim.verdict for claim in found] == ["not tested"] * 6 + ["reproduced"] * 6
-    assert [row["seeds"] for row in summarise(without(networks()))] == [2, 3, 3, 3]
+    assert [claim.verdict for claim in found] == ["not tested"] * 8 + ["reproduced"] * 8
+    assert [row["seeds"] for row in summarise(without(networks()))] == [2, 3, 3, 3, 3, 3]
 
 
 def test_correlations_are_of_steps_and_where_they_end():
@@ -271,6 +321,24 @@ def test_figure():
     np.testing.assert_allclose(thick[eigenvalue][1].get_xydata(), [[1, 3], [2, 6], [3, 9]])
     np.testing.assert_allclose(thick[distance][0].get_xydata(), [[2, 0.5], [3, 0.5]])
     assert [text.get_text() for text in drawn.legends[0].get_texts()][:2] == ["stable", "plastic"]
+
+
+def test_figures_of_minima_and_spectra():
+    spectra = [
+        [{"stream": "permuted", "regime": regime, "seed": 0, "task": task, "values": [0.1, 1.0], "above": [9.0, 1.0]}]
+        for regime in ("stable", "plastic")
+        for task in (1, 2, 3)
+    ]
+    records = {"table": networks(), "points": points(), "accuracies": []}
+    made = report(Results(CPU, MNIST, records, artifacts={"spectra": spectra}))
+    minima, steps = made.figures["minima"](), made.figures["spectra"]()
+    assert len(minima.axes) == 4
+    assert [axes.get_title() for axes in steps.axes] == ["permuted, after task 1", "permuted, after task 3"]
+    assert len(steps.axes[0].lines) == 2
+    x, y = minima.axes[0].collections[0].get_offsets().T  # of the stable regime: a step starts from the task before
+    np.testing.assert_allclose(sorted(set(x.tolist())), [1, 2])
+    np.testing.assert_allclose(sorted(set(y.tolist())), [0.01, 0.02])
+    assert "spectra" not in report(Results(CPU, MNIST, records)).figures
 
 
 def test_presets_are_the_papers_regimes():

@@ -21,6 +21,7 @@ ROOMS = {
     "learning with deep neural networks",
     "regimes": "Mirzadeh et al. (2020): Understanding the role of training regimes in continual learning",
     "dlcft": "Shon et al. (2022): DLCFT, deep linear continual fine-tuning for general incremental learning",
+    "transfer": "Hwang and Shin: Effect of learning rate scheduling in transfer learning (project slides)",
     "lecture": "Carta: Continual learning, regularization priors (lecture slides)",
 }
 
@@ -51,6 +52,13 @@ ANALYSES = {
     "training_regimes": Entry(
         "regimes",
         "What does stable training change? Forgetting, curvature and distance, compared with plastic training.",
+    ),
+    "forgetting_forecast": Entry(
+        "regimes",
+        "Does stored curvature forecast forgetting? Diagonal, K-FAC, EK-FAC and exact products at their cost.",
+    ),
+    "lr_schedules": Entry(
+        "transfer", "Does the schedule matter in transfer learning? Speed, accuracy and curvature of six schedules."
     ),
     "methods": Entry(
         "regimes", "Which method forgets least? Naive, EWC, A-GEM, ER, Stable SGD and joint training, each tuned."

@@ -2,9 +2,12 @@
 
 from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
 from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots
+from curvlab.plots.forecasts import forecast_scatter, forecast_value
 from curvlab.plots.heat_maps import block_heat_map, difference_maps
 from curvlab.plots.histograms import log_bins, log_histogram
+from curvlab.plots.minima import minimum_scatter, spectrum_steps
 from curvlab.plots.scatter import bound_scatter, vanishing_curvature
+from curvlab.plots.schedules import rate_curves, schedule_curves
 from curvlab.plots.spectra import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
 __all__ = [
@@ -16,12 +19,18 @@ __all__ = [
     "diagonality_dots",
     "difference_maps",
     "eigenvalue_curves",
+    "forecast_scatter",
+    "forecast_value",
     "layer_curves",
     "log_bins",
     "log_histogram",
     "method_dots",
+    "minimum_scatter",
     "normalised_curves",
+    "rate_curves",
     "regime_curves",
+    "schedule_curves",
     "setting_curves",
+    "spectrum_steps",
     "vanishing_curvature",
 ]

@@ -11,6 +11,14 @@ from curvlab.training.options import OptimizerName, ScheduleName, Training
 
 __all__ = ["OptimizerName", "ScheduleName", "make_optimizer", "make_schedule"]
 
+_PEAK = 0.3  # fraction of the steps at which one_cycle is highest
+
+
+def _follow_cosine(first: float, last: float, fraction: float) -> float:
+    """Return the value of half a cosine from ``first`` to ``last`` at a fraction of the way."""
+    return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
 # Factor on the learning rate at a fraction of the training, from 0 at the first step to 1 after the last.
 # None for a constant rate, which then needs no scheduler.
 _FACTORS: dict[ScheduleName, Callable[[Training, float], float] | None] = {
@@ -21,6 +29,11 @@ _FACTORS: dict[ScheduleName, Callable[[Training, float], float] | None] = {
         training.schedule_factor ** sum(drop <= fraction for drop in training.schedule_drops)
     ),
     "exponential": lambda training, fraction: training.schedule_factor**fraction,
+    "one_cycle": lambda _, fraction: (
+        _follow_cosine(1 / 25, 1.0, fraction / _PEAK)
+        if fraction < _PEAK
+        else _follow_cosine(1.0, 0.0, (fraction - _PEAK) / (1 - _PEAK))
+    ),
 }
 
 

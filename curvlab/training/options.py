@@ -9,7 +9,7 @@ from curvlab.errors import CurvlabError
 from curvlab.forms import unknown_name_message
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
-ScheduleName = Literal["constant", "linear", "cosine", "step", "exponential"]
+ScheduleName = Literal["constant", "linear", "cosine", "step", "exponential", "one_cycle"]
 
 
 class TrainingChanges(TypedDict, total=False):
@@ -46,7 +46,8 @@ class Training:
         weight_decay: Weight decay as defined by the optimizer in ``torch.optim``.
         schedule: Learning rate at the fraction f of the steps (of one task, in ``continual.run``): ``constant``;
             ``linear`` or ``cosine``, which end at 0; ``step``, which multiplies the rate by ``schedule_factor`` at each
-            of ``schedule_drops``; ``exponential``, ``lr * schedule_factor ** f``.
+            of ``schedule_drops``; ``exponential``, ``lr * schedule_factor ** f``; ``one_cycle``, from ``lr / 25`` up to
+            ``lr`` at f = 0.3 and down to 0 along cosines (Smith and Topin 2019).
         schedule_factor: Factor for ``step`` and ``exponential``; above 0 and at most 1.
         schedule_drops: Increasing fractions of the steps for ``step``, above 0 and below 1.
         clip_norm: Upper bound of the gradient norm, including what a continual learning method adds to the gradient;

@@ -11,7 +11,7 @@ from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
 from curvlab.analyze.frame.values import list_by_seed, where
-from curvlab.analyze.regimes.options import Record, RegimesConfig
+from curvlab.analyze.regimes.options import Record, StreamsConfig
 from curvlab.continual.regimes import Regime
 from curvlab.results import Claim, Gate, require_direction
 
@@ -21,7 +21,7 @@ CORRELATED = 0.5
 _COST = 0.06
 
 
-def conditions(config: RegimesConfig, data: Subject, stream: str) -> dict[str, Any]:
+def conditions(config: StreamsConfig, data: Subject, stream: str) -> dict[str, Any]:
     """Return the conditions of a run, with the names used in ``published.yaml``.
 
     Args:
@@ -47,13 +47,13 @@ def _describe(regime: Regime) -> str:
     return f"lr {regime.lr:g}, decay {regime.decay:g}, batch size {regime.batch_size:g}, dropout {regime.dropout:g}"
 
 
-def gate(config: RegimesConfig, data: Subject, stream: str, table: str) -> Gate:
+def gate(config: StreamsConfig, data: Subject, stream: str, table: str) -> Gate:
     """Return the gate for judging a direction of a published table."""
     known = read_published("regimes")[table]
     return require_direction(conditions(config, data, stream), known["conditions"][stream], known["direction"][stream])
 
 
-def deviations(config: RegimesConfig, data: Subject) -> list[str]:
+def deviations(config: StreamsConfig, data: Subject) -> list[str]:
     """Return the differences of a run on the published data, with the published values in brackets."""
     lines = []
     for stream in config.streams:

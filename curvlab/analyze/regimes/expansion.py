@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from curvlab.continual.forecast import loss_and_gradient
 from curvlab.estimators import estimate
 from curvlab.matrices import CurvatureMatrix
 from curvlab.problem import Problem
@@ -42,8 +43,8 @@ def expansion(
     largest = float(top.values[0])
     weights = dict(new.named_parameters())
     d = old.space.flatten({name: weights[name].detach() - w for name, w in old.parameters().items()})
-    before, gradient = _loss_and_gradient(old)
-    after, _ = _loss_and_gradient(Problem(new, old.loss.name, old.data))
+    before, gradient = loss_and_gradient(old)
+    after, _ = loss_and_gradient(Problem(new, old.loss.name, old.data))
     wide = d.double()
     distance = float(wide.norm())
     quadratic = 0.5 * float(wide @ hessian.matvec(d).double())
@@ -62,19 +63,6 @@ def expansion(
         "tightness": quadratic / bound if bound else None,
         "loss": before,
     }
-
-
-def _loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
-    """Return the mean loss and its gradient ``(P,)``."""
-    leaves = {name: value.requires_grad_() for name, value in problem.parameters().items()}
-    loss, gradient = 0.0, torch.zeros(problem.space.total, dtype=torch.float64, device=problem.device)
-    for inputs, targets in problem.batches():
-        with torch.enable_grad():
-            values = problem.loss.values(problem.forward(leaves, inputs), targets)
-            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
-        loss += float(values.detach().sum(dtype=torch.float64))
-        gradient += torch.cat([slope.flatten() for slope in slopes])
-    return loss / problem.num_samples, gradient / problem.num_samples
 
 
 def quadratic_difference(seed: int) -> float:

@@ -1,6 +1,6 @@
 """Options, runs, tasks and networks of the analyses of training regimes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -27,17 +27,19 @@ RegimeName = Literal[
     "plastic+decay",
     "plastic+batch_size",
     "plastic+dropout",
+    "stable+shrinking",
+    "plastic+shrinking",
 ]
 
 
-class RegimesConfig(SubjectConfig):
-    """Train a network on a sequence of tasks under several regimes."""
+class StreamsConfig(SubjectConfig):
+    """Train a network on streams of tasks, with the options of a stable and of a plastic regime."""
 
     titles: ClassVar[Mapping[str, str]] = {
         **SubjectConfig.titles,
         "streams": "tasks",
-        "regimes": "training",
-        "solver": "curvature",
+        "epochs": "training",
+        "seeds": "seeds",
     }
 
     samples: int | None = Field(default=None, ge=1)
@@ -50,9 +52,6 @@ class RegimesConfig(SubjectConfig):
     """rotated: difference of the angles of consecutive tasks, in degrees."""
     task_samples: int | None = Field(default=None, ge=1)
     """Number of training samples per task, drawn at random, the same images in every task; none means all."""
-    regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
-    """stable and plastic are defined by the options below; stable-X is stable with the X of plastic, plastic+X is
-    plastic with the X of stable."""
     epochs: int = Field(default=5, ge=1)
     """Passes over the samples of each task."""
     momentum: float = Field(default=0.8, ge=0, lt=1)
@@ -73,12 +72,36 @@ class RegimesConfig(SubjectConfig):
     """See stable_batch_size."""
     plastic_dropout: float = Field(default=0.0, ge=0, lt=1)
     """See stable_dropout."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
+    """Tasks are drawn and one network is trained per seed; the table has mean and standard deviation."""
+
+
+class RegimesConfig(StreamsConfig):
+    """Train a network on a sequence of tasks under several regimes."""
+
+    titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "regimes": "regimes", "solver": "curvature"}
+
+    regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
+    """stable and plastic are defined by the options above; stable-X is stable with the X of plastic, plastic+X is
+    plastic with the X of stable; stable+shrinking and plastic+shrinking decrease the batch size from task to task."""
+    batch_decay: float = Field(default=0.7, gt=0, le=1)
+    """Factor on the batch size of a shrinking regime from one task to the next; a batch has at least one sample."""
     solver: Literal["lanczos", "power_iteration"] = "lanczos"
     """Method for the largest eigenvalue; power_iteration is the published one: 18 products, largest in magnitude."""
     tol: float = Field(default=1e-3, gt=0, lt=1)
     """Relative tolerance of the largest eigenvalue, for lanczos."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Tasks are drawn and one network is trained per seed; the table has mean and standard deviation."""
+
+
+class ObservedConfig(RegimesConfig):
+    """Train a network under several regimes, and measure curvature and weight change from task to task."""
+
+    regimes: tuple[RegimeName, ...] = (*RegimesConfig.model_fields["regimes"].default, "stable+shrinking")
+    """stable and plastic are defined by the options above; stable-X is stable with the X of plastic, plastic+X is
+    plastic with the X of stable; stable+shrinking and plastic+shrinking decrease the batch size from task to task."""
+    top: int = Field(default=3, ge=1)
+    """Number of the largest eigenvalues that are computed after each task."""
+    fixed_step: float = Field(default=1.0, gt=0)
+    """Distance from the solution of a task towards the next one at which the regimes' losses are compared."""
 
 
 C = TypeVar("C", bound=RegimesConfig)
@@ -90,12 +113,27 @@ def check(config: RegimesConfig, dataset: Dataset) -> None:
     Raises:
         CurvlabError: One of them is invalid.
     """
-    subject.check_distinct(streams=config.streams, regimes=config.regimes)
+    subject.check_distinct(regimes=config.regimes)
+    check_streams(config, dataset, config.regimes)
+
+
+def check_streams(config: StreamsConfig, dataset: Dataset, names: Sequence[str]) -> None:
+    """Check the data, the network and the streams.
+
+    Args:
+        config: The configuration.
+        dataset: The data.
+        names: Names of the regimes.
+
+    Raises:
+        CurvlabError: One of them is invalid, or a network without dropout has a regime with it.
+    """
+    subject.check_distinct(streams=config.streams)
     subject.check_subject(config, subject.take(dataset, config.task_samples))
-    if config.model != "mlp" and any(Regime.of(config, regime).dropout for regime in config.regimes):
+    if config.model != "mlp" and any(Regime.of(config, name).dropout for name in names):
         raise CurvlabError(f"only the mlp has dropout: with {config.model} set stable_dropout and plastic_dropout to 0")
-    for regime in config.regimes:
-        model = make_network(config, dataset, Regime.of(config, regime))
+    for name in names:
+        model = make_network(config, dataset, Regime.of(config, name))
     for stream in config.streams:
         first = make_tasks(config, dataset, stream)[0]
         problem = Problem(model, "cross_entropy", take_samples(config, first))
@@ -112,7 +150,7 @@ def parts(config: C) -> list[C]:
     ]
 
 
-def make_tasks(config: RegimesConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:
+def make_tasks(config: StreamsConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:
     """Return the tasks of a stream, for the first seed.
 
     Raises:
@@ -124,12 +162,12 @@ def make_tasks(config: RegimesConfig, dataset: Dataset, stream: str) -> tuple[Ta
     return permuted(data, tasks=config.tasks, seed=config.seeds[0])
 
 
-def make_network(config: RegimesConfig, dataset: Dataset, regime: Regime) -> nn.Module:
+def make_network(config: StreamsConfig, dataset: Dataset, regime: Regime) -> nn.Module:
     """Return the network with initial or loaded weights and the dropout of the regime, in eval mode."""
     return subject.network(config, dataset, config.seeds[0], dropout=regime.dropout)
 
 
-def take_samples(config: RegimesConfig, task: Task) -> tuple[Tensor, Tensor]:
+def take_samples(config: StreamsConfig, task: Task) -> tuple[Tensor, Tensor]:
     """Return the training samples of a task for losses and curvature."""
     x, y = task.train
     return x[: config.samples], y[: config.samples]

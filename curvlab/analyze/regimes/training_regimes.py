@@ -1,33 +1,27 @@
 """What does stable training change? Mirzadeh et al. (2020): stable and plastic training on streams of tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import torch
 
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
+from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import list_by_seed, where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
-from curvlab.analyze.regimes.options import Record, RegimesConfig
+from curvlab.analyze.regimes.observer import Observer
+from curvlab.analyze.regimes.options import ObservedConfig, Record
 from curvlab.continual import Regime, metrics
 from curvlab.continual import run as learn
-from curvlab.continual.learner import Learner
 from curvlab.continual.regimes import describe_regime
 from curvlab.continual.strategies import Naive
 from curvlab.data import Dataset
-from curvlab.estimators import estimate
-from curvlab.plots import regime_curves
-from curvlab.results import Claim, Column, aggregate, mean_column
-from curvlab.spectrum import deflated_power_iteration, top_eigenvalues
-from curvlab.training import evaluate
+from curvlab.plots import minimum_scatter, regime_curves, spectrum_steps
+from curvlab.results import Claim, Column, Gate, aggregate, mean_column
 
 
-class TrainingRegimesConfig(RegimesConfig):
+class TrainingRegimesConfig(ObservedConfig):
     """Train a network on a sequence of tasks under several regimes, and record its curvature and weight changes."""
 
 
@@ -36,7 +30,7 @@ PRESETS = {
     "default": Preset(TrainingRegimesConfig(hidden=(100, 100), tasks=5, epochs=10, plastic_lr=0.05), minutes=2),
     "cpu": Preset(
         TrainingRegimesConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
-        minutes=8,
+        minutes=6,
         needs=("mnist",),
     ),
     "paper": Preset(
@@ -61,18 +55,19 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
     """Train the network of one stream, regime and seed, and yield records.
 
     The record with ``acc`` summarises the run; records with ``matvecs`` describe the network after each task; records
-    with ``accuracy`` have the accuracy on a ``task`` ``after`` another one. Tasks in the checkpoint are not repeated.
+    with ``eigenvalue`` have one of the largest eigenvalues after a task; records with ``accuracy`` have the accuracy on a
+    ``task`` ``after`` another one. Tasks in the checkpoint are not repeated.
     """
     (stream,), (name,), (seed,) = config.streams, config.regimes, config.seeds
     checkpoint = workspace.folder / "checkpoint.pt"
-    observer = _Observer(config, checkpoint)
+    observer = Observer(config, checkpoint)
     keys = {"stream": stream, "regime": name, "seed": seed}
     regime = Regime.of(config, name)
     result = learn(
         regimes.make_tasks(config, dataset, stream),
         regimes.make_network(config, dataset, regime),
         Naive(),
-        **regime.options(),
+        **regime.options(config.tasks),
         momentum=config.momentum,
         epochs=config.epochs,
         seed=seed,
@@ -82,50 +77,19 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
     )
     for file in (checkpoint, *map(observer.file, range(config.tasks))):
         file.unlink()  # the records replace it
-    observed = ("lambda_max", "residual", "matvecs", "task_loss", "distance", "loss_forgetting")
+    observed = ("lambda_max", "residual", "matvecs", "task_loss", "distance", "loss_forgetting", "fixed_forgetting")
     points = [{**keys, "task": t, **{key: r[key] for key in observed}} for t, r in enumerate(result.tasks, start=1)]
+    workspace.save("spectra", [{**keys, "task": t, **r["spectrum"]} for t, r in enumerate(result.tasks, start=1)])
     summary = metrics.summary(result.accuracy)
     network = {**keys, **{key: summary[key] for key in ("acc", "forgetting", "learning_accuracy", "bwt")}}
     network["lambda_max"] = fmean(point["lambda_max"] for point in points)
     yield network | {key: fmean(point[key] for point in points[1:]) for key in ("distance", "loss_forgetting")}
     yield from points
+    for t, r in enumerate(result.tasks, start=1):
+        yield from ({**keys, "task": t, "place": n, "eigenvalue": value} for n, value in enumerate(r["top"], start=1))
     for after, row in enumerate(result.accuracy.tolist(), start=1):
         for task, accuracy in enumerate(row[:after], start=1):
             yield {**keys, "after": after, "task": task, "accuracy": accuracy}
-
-
-class _Observer:
-    """Measures the network after each task: curvature, weight change, and loss increase on the previous task.
-
-    The values that the next measurement needs are in a file, which is written before the checkpoint of the task.
-    """
-
-    def __init__(self, config: TrainingRegimesConfig, checkpoint: Path) -> None:
-        self._config, self._checkpoint = config, checkpoint
-
-    def file(self, task: int) -> Path:
-        """Return the file of a task, counted from 0."""
-        return self._checkpoint.with_stem(f"{self._checkpoint.stem}-{task}")
-
-    def __call__(self, learner: Learner) -> Mapping[str, Any]:
-        config, task = self._config, learner.task
-        samples = [regimes.take_samples(config, learner.stream[t]) for t in range(max(task - 1, 0), task + 1)]
-        losses = [evaluate(learner.model, *xy).loss for xy in samples]
-        with learner.problem(learner.batch(*samples[-1], task)) as problem:
-            hessian = estimate(problem, "hessian", "implicit")
-            lanczos = config.solver == "lanczos"
-            top = top_eigenvalues(hessian, tol=config.tol) if lanczos else deflated_power_iteration(hessian)
-            weights = problem.space.flatten(problem.parameters()).double()
-        before = torch.load(self.file(task - 1)) if task else None
-        torch.save({"weights": weights, "loss": losses[-1]}, self.file(task))
-        return {
-            "lambda_max": float(top.values[0]),
-            "residual": float(top.residuals[0]),
-            "matvecs": top.matvecs,
-            "task_loss": losses[-1],
-            "distance": None if before is None else float((weights - before["weights"]).norm()),
-            "loss_forgetting": None if before is None else losses[0] - before["loss"],
-        }
 
 
 # Summaries of the records ---------------------------------------------------------------------------------------------
@@ -141,9 +105,10 @@ def summarise(found: Sequence[Record]) -> list[Record]:
 
 
 def correlate(points: Sequence[Record]) -> list[Record]:
-    """Return the rank correlation of weight change and eigenvalue after a task, one record per stream and seed.
+    """Return rank correlations with the largest eigenvalue, one record per stream and seed, over regimes and tasks.
 
-    The correlation is over regimes and the tasks after the first; ``width`` is None for fewer than three points.
+    Keys: ``width``, of the weight change and the eigenvalue after it; ``fixed``, of the loss increase by a step of fixed
+    length and the eigenvalue before it. They are None for fewer than three points.
 
     Args:
         points: Records of ``points.json``.
@@ -151,9 +116,24 @@ def correlate(points: Sequence[Record]) -> list[Record]:
     groups = dict.fromkeys((point["stream"], point["seed"]) for point in points)
     return [
         {"stream": stream, "seed": seed, "points": len(steps)}
-        | {"width": published.rank_correlation([p["distance"] for p in steps], [p["lambda_max"] for p in steps])}
+        | {
+            "width": published.rank_correlation([p["distance"] for p in steps], [p["lambda_max"] for p in steps]),
+            "fixed": published.rank_correlation(
+                [p["fixed_forgetting"] for p in steps], [p["width_before"] for p in steps]
+            ),
+        }
         for stream, seed in groups
-        for steps in [[p for p in where(points, stream=stream, seed=seed) if p["distance"] is not None]]
+        for steps in [add_width_before(where(points, stream=stream, seed=seed))]
+    ]
+
+
+def add_width_before(points: Sequence[Record]) -> list[Record]:
+    """Return the points after the first task, with ``width_before``, the largest eigenvalue after the task before."""
+    before = {(p["stream"], p["regime"], p["seed"], p["task"]): p["lambda_max"] for p in points}
+    return [
+        {**p, "width_before": before[p["stream"], p["regime"], p["seed"], p["task"] - 1]}
+        for p in points
+        if p["distance"] is not None
     ]
 
 
@@ -171,7 +151,7 @@ def claims(
 
     def judge(stream: str, networks: Sequence[Record], points: Sequence[Record]) -> list[Claim]:
         seeds = published.list_seeds(networks)
-        ranks = {row["seed"]: row["width"] for row in correlate(points)}
+        ranks = {row["seed"]: row for row in correlate(points)}
         gate = partial(published.gate, config, data, stream)
 
         def value(metric: str, seed: int, regime: str) -> float:
@@ -195,24 +175,58 @@ def claims(
             "wider minima are closer to the previous one (rank correlation of |dw| and λmax",
             stream,
             points,
-            ranks.__getitem__,
+            lambda seed: ranks[seed]["width"],
             gate("hypothesis"),
         )
-        return [width, *stability.values(), each]
+        fixed = published.judge_correlation(
+            f"a step of length {config.fixed_step:g} costs less in wider minima (rank correlation of its cost and λmax",
+            stream,
+            points,
+            lambda seed: ranks[seed]["fixed"],
+            gate("hypothesis"),
+        )
+        return [width, fixed, *stability.values(), each, *_judge_shrinking(stream, networks, gate("shrinking"))]
 
     return published.judge_streams(judge, found, points)
+
+
+def _judge_shrinking(stream: str, networks: Sequence[Record], gate: Gate) -> list[Claim]:
+    """Return the claims that shrinking batches lower forgetting, one per regime that was run with and without them."""
+    run = {record["regime"] for record in networks}
+    statement = read_published("regimes")["shrinking"]
+
+    def difference(seed: int, regime: str) -> float:
+        values = [where(networks, seed=seed, regime=name)[0]["forgetting"] for name in (f"{regime}+shrinking", regime)]
+        return float(values[0] - values[1])
+
+    return [
+        Claim.of(
+            f"{stream}: {statement['rows']['text']}, {regime} regime (difference of forgetting in accuracy)",
+            statement["source"],
+            list_by_seed(networks, published.list_seeds(networks), partial(difference, regime=regime)),
+            lambda value: value < 0,
+            gate=gate,
+        )
+        for regime in ("stable", "plastic")
+        if {regime, f"{regime}+shrinking"} <= run
+    ]
 
 
 def report(results: Results[TrainingRegimesConfig]) -> Report:
     """Return the table, the claims, and the curves over the tasks."""
     config, found = results.config, results.records["table"]
     points, accuracies = results.records["points"], results.records["accuracies"]
+    spectra = [record for records in results.artifacts.get("spectra", ()) for record in records]
     what = f"{config.tasks} tasks of {results.subject.data}"
     labels: dict[str, str] = {regime: describe_regime(regime) for regime in config.regimes}
     return Report(
         Table(f"Training regimes after {what}; {results.spread}", _TABLE, summarise(found)),
         claims=claims(found, points, config, results.subject),
-        figures={"regime_curves": lambda: regime_curves(points, accuracies, labels, what)},
+        figures={
+            "regime_curves": lambda: regime_curves(points, accuracies, labels, what),
+            "minima": lambda: minimum_scatter(add_width_before(points), labels, config.fixed_step, what),
+            **({"spectra": lambda: spectrum_steps(spectra, labels, what)} if spectra else {}),
+        },
         files={"correlations": correlate(points)},
         deviations=published.deviations(config, results.subject),
         notes=[
@@ -233,6 +247,8 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     parts=regimes.parts,
-    kinds={"table": "acc", "points": "matvecs", "accuracies": "accuracy"},
-    items=("Fig. 3",),
+    kinds={"table": "acc", "points": "matvecs", "eigenvalues": "eigenvalue", "accuracies": "accuracy"},
+    artifacts=("spectra",),
+    items=("Fig. 3", "cartoons (a) and (b)", "batch size"),
+    version=2,
 )

@@ -15,6 +15,7 @@ from curvlab.continual.strategies.linear_probe import LinearProbe
 from curvlab.continual.strategies.lwf import LwF
 from curvlab.continual.strategies.mas import MAS
 from curvlab.continual.strategies.naive import Naive
+from curvlab.continual.strategies.oracle import Oracle
 from curvlab.continual.strategies.osla import OSLA
 from curvlab.continual.strategies.si import SI
 
@@ -32,5 +33,6 @@ __all__ = [
     "LinearProbe",
     "LwF",
     "Naive",
+    "Oracle",
     "Strategy",
 ]

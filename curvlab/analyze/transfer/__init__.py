@@ -1,0 +1,1 @@
+"""Hwang and Shin, project on learning-rate schedules in transfer learning."""

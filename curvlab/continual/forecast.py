@@ -1,0 +1,108 @@
+"""Forecast the loss of a past task from its gradient and curvature, as the weights move away from its solution.
+
+To second order ``L(w) - L(w0) = g'd + 1/2 d'C d`` with ``d = w - w0``, and the gradient ``g`` and curvature ``C`` of
+the loss at ``w0``. Elastic weight consolidation and its kin minimise it without ``g'd``; Mirzadeh et al. (2020) bound
+forgetting by it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from curvlab.estimators import estimate
+from curvlab.files import write_whole
+from curvlab.matrices import CurvatureMatrix, load
+from curvlab.problem import Problem
+
+_VECTORS = "expansion.pt"
+
+
+@dataclass(frozen=True)
+class LossExpansion:
+    """Second-order expansions of a loss around the same weights, one for each curvature matrix.
+
+    Attributes:
+        loss: The mean loss over the samples, in nats.
+        weights: The weights ``w0``, ``(P,)``.
+        gradient: The gradient of the loss there, ``(P,)``, float64.
+        matrices: Curvature matrices of the loss there, by name.
+
+    Examples:
+        >>> import torch
+        >>> from curvlab import Problem
+        >>> x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> model = torch.nn.Linear(3, 2, dtype=torch.float64)
+        >>> problem = Problem(model, "squared_error", (x, x[:, :2]))
+        >>> expansion = expand_loss(problem, ["dense"])
+        >>> moved = expansion.weights + 1
+        >>> forecast = expansion.forecast(moved)
+        >>> torch.nn.utils.vector_to_parameters(moved, model.parameters())
+        >>> change = loss_and_gradient(problem)[0] - expansion.loss
+        >>> abs(forecast["gradient"] + forecast["dense"] - change) < 1e-10  # the loss is quadratic
+        True
+    """
+
+    loss: float
+    weights: Tensor
+    gradient: Tensor
+    matrices: Mapping[str, CurvatureMatrix]
+
+    def forecast(self, weights: Tensor) -> dict[str, float]:
+        """Return the terms of the expansions at other weights: ``g'd`` as ``gradient``, and ``1/2 d'C d`` by name.
+
+        Args:
+            weights: ``(P,)``.
+        """
+        step = weights - self.weights
+        terms = {name: 0.5 * float(matrix.quadratic_form(step)) for name, matrix in self.matrices.items()}
+        return {"gradient": float(step.double() @ self.gradient), **terms}
+
+    def save(self, folder: Path) -> None:
+        """Write the expansion into a folder, which is made; ``load_expansion`` reads it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, matrix in self.matrices.items():
+            matrix.save(folder / f"{name}.safetensors")
+        file = BytesIO()
+        vectors = {"loss": self.loss, "weights": self.weights, "gradient": self.gradient, "names": [*self.matrices]}
+        torch.save(vectors, file)
+        write_whole(folder / _VECTORS, file.getvalue())
+
+
+def load_expansion(folder: Path) -> LossExpansion:
+    """Return the expansion that ``LossExpansion.save`` has written into a folder."""
+    vectors = torch.load(folder / _VECTORS)
+    matrices = {name: load(folder / f"{name}.safetensors") for name in vectors.pop("names")}
+    return LossExpansion(**vectors, matrices=matrices)
+
+
+def expand_loss(problem: Problem, structures: Sequence[str], quantity: str = "fisher") -> LossExpansion:
+    """Return the second-order expansions of a problem's loss around its present weights.
+
+    Args:
+        problem: Model, loss and data.
+        structures: Structures of the curvature that ``curvlab.estimate`` stores, such as ``diag`` and ``kfac``.
+        quantity: Quantity that ``curvlab.estimate`` computes.
+
+    Raises:
+        CurvlabError: ``curvlab.estimate`` cannot compute one of them.
+    """
+    loss, gradient = loss_and_gradient(problem)
+    weights = problem.space.flatten(problem.parameters()).detach().clone()
+    return LossExpansion(loss, weights, gradient, {name: estimate(problem, quantity, name) for name in structures})
+
+
+def loss_and_gradient(problem: Problem) -> tuple[float, Tensor]:
+    """Return the mean loss of a problem in nats and its gradient, ``(P,)`` in float64."""
+    leaves = {name: value.requires_grad_() for name, value in problem.parameters().items()}
+    loss, gradient = 0.0, torch.zeros(problem.space.total, dtype=torch.float64, device=problem.device)
+    for inputs, targets in problem.batches():
+        with torch.enable_grad():
+            values = problem.loss.values(problem.forward(leaves, inputs), targets)
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
+        loss += float(values.detach().sum(dtype=torch.float64))
+        gradient += torch.cat([slope.flatten() for slope in slopes])
+    return loss / problem.num_samples, gradient / problem.num_samples
