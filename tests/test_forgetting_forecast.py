@@ -168,7 +168,7 @@ def test_what_was_not_run_is_not_tested():
     points = make_points()
     config = CPU.model_copy(update={"structures": ("diag",)})
     claim = find_claim(points, ": K-FAC forecasts", config)
-    assert (claim.verdict, claim.reason) == ("not tested", "what it compares was not run")
+    assert (claim.verdict, claim.reason) == ("not tested", "the runs that the claim compares are missing")
     assert find_claim(make_points(seeds=(0, 1)), "exact Hessian").reason == "2 of at least 3 seeds"
 
 

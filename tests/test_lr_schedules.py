@@ -67,7 +67,7 @@ def test_networks_that_are_pre_trained_twice_or_not_are_refused(config):
     bare = config.model_copy(update={"source_classes": ()})
     with pytest.raises(CurvlabError, match="set either weights or source_classes"):
         check(bare, load_data(bare, RunOptions(offline=True)))
-    with pytest.raises(CurvlabError, match="lrs needs one value or several different ones"):
+    with pytest.raises(CurvlabError, match="lrs needs one or more different values"):
         check(config.model_copy(update={"lrs": (0.1, 0.1)}), data)
 
 

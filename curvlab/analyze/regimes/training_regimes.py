@@ -55,8 +55,8 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
     """Train the network of one stream, regime and seed, and yield records.
 
     The record with ``acc`` summarises the run; records with ``matvecs`` describe the network after each task; records
-    with ``eigenvalue`` have one of the largest eigenvalues after a task; records with ``accuracy`` have the accuracy on a
-    ``task`` ``after`` another one. Tasks in the checkpoint are not repeated.
+    with ``eigenvalue`` have one of the largest eigenvalues after a task; records with ``accuracy`` have the accuracy on
+    a ``task`` ``after`` another one. Tasks in the checkpoint are not repeated.
     """
     (stream,), (name,), (seed,) = config.streams, config.regimes, config.seeds
     checkpoint = workspace.folder / "checkpoint.pt"
@@ -107,8 +107,8 @@ def summarise(found: Sequence[Record]) -> list[Record]:
 def correlate(points: Sequence[Record]) -> list[Record]:
     """Return rank correlations with the largest eigenvalue, one record per stream and seed, over regimes and tasks.
 
-    Keys: ``width``, of the weight change and the eigenvalue after it; ``fixed``, of the loss increase by a step of fixed
-    length and the eigenvalue before it. They are None for fewer than three points.
+    Keys: ``width``, of the weight change and the eigenvalue after it; ``fixed``, of the loss increase by a step of
+    fixed length and the eigenvalue before it. They are None for fewer than three points.
 
     Args:
         points: Records of ``points.json``.
