@@ -88,7 +88,7 @@ def measure(config: ForgettingBoundConfig, dataset: Dataset, workspace: Workspac
             lr=regime.rate(number),
             momentum=config.momentum,
             epochs=config.epochs,
-            batch_size=regime.batch_size,
+            batch_size=regime.size(number),
             seed=derive_seed(seed, number),
             checkpoint=workspace.folder / f"task-{number}.pt",
             progress=False,

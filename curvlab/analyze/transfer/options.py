@@ -16,7 +16,7 @@ from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
-from curvlab.randomness import preserved_random_state
+from curvlab.randomness import preserve_random_state
 from curvlab.training import fit
 from curvlab.training.options import ScheduleName
 
@@ -196,7 +196,7 @@ def pretrain(config: LrSchedulesConfig, dataset: TransferData, seed: int, *, ste
     samples = dataset.source.x_train, dataset.source.y_train
     fit(model, samples, lr=1e-3, batch_size=config.batch_size, steps=steps, seed=seed, progress=False)
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    with preserved_random_state():
+    with preserve_random_state():
         torch.manual_seed(seed)
         head.reset_parameters()
     return model.eval()
