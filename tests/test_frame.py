@@ -393,6 +393,16 @@ def test_kept_results(toy):
     assert "`python -m curvlab.analyze test_frame --preset other`" in readme
     assert "| It is positive | ours | – | 0.4000 ± 0 | reproduced |" in readme
     assert "| Gepperth and Wiech (2019) | test_frame, other |" in render_index(Path("analyses"))
+    old = json.loads(file.read_text()) | {"version": 7}
+    file.write_text(json.dumps(old))
+    with pytest.raises(
+        CurvlabError, match=r"other\.json was created by version 7 of test_frame, and this is version 1"
+    ):
+        read_results(Path("analyses"), "masq")
+    origin = json.loads(Path("run/provenance.json").read_text())
+    Path("run/provenance.json").write_text(json.dumps(origin | {"version": 7}))
+    with pytest.raises(CurvlabError, match="run was created by version 7 of test_frame"):
+        keep_result(Path("run"), Path("analyses"))
     file.write_text("{}")
     with pytest.raises(CurvlabError, match=r"test_frame\.other\.json is not a kept result"):
         read_results(Path("analyses"), "masq")

@@ -96,7 +96,7 @@ _CIFAR = EigenvaluesConfig(
 )
 PRESETS = {
     "default": Preset(EigenvaluesConfig(), minutes=2),
-    "cpu": Preset(_MNIST, needs=("mnist",)),
+    "cpu": Preset(_MNIST, minutes=12, needs=("mnist",)),
     "cpu-resnet20": Preset(_CIFAR, needs=("cifar100", "weights")),
     "paper": Preset(
         _MNIST.model_copy(

@@ -60,7 +60,7 @@ def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console
         report = analysis.report(finished)
         with clock("figures"):
             _write(analysis, finished, report, directory)
-        _write_provenance(directory, finished, data_hash, clock)
+        _write_provenance(directory, finished, analysis.version, data_hash, clock)
         _print(analysis, finished, report, console)
         _print_saved(directory, console)
         _report_failures(directory, console)
@@ -70,7 +70,7 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
     """Read the results of a finished run directory.
 
     Raises:
-        CurvlabError: The folder is not a finished run directory of this analysis.
+        CurvlabError: The folder is not a finished run directory of this analysis, or of another version of it.
     """
     try:
         config = analysis.config(**yaml_file.loads((folder / "config.yaml").read_text()))
@@ -83,6 +83,7 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
         subject = Subject(**{**origin["subject"], "sample_shape": tuple(origin["subject"]["sample_shape"])})
     except (OSError, ValueError, KeyError, CurvlabError) as error:
         raise CurvlabError(f"{folder} is not a finished run of {analysis.name}: {error}") from error
+    check_version(analysis, origin, folder)
     return Results(
         config,
         subject,
@@ -92,6 +93,25 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
         origin["failed"],
         origin["runs"],
     )
+
+
+def check_version(analysis: Analysis[Any], saved: Mapping[str, Any], where: Path) -> None:
+    """Check that saved records are of the present version of an analysis.
+
+    Args:
+        analysis: The analysis.
+        saved: The saved description, with ``version``; 1 without it.
+        where: The file or folder, for the message.
+
+    Raises:
+        CurvlabError: They are of another version.
+    """
+    version = saved.get("version", 1)
+    if version != analysis.version:
+        raise CurvlabError(
+            f"{where} was created by version {version} of {analysis.name}, and this is version {analysis.version}: "
+            "run the analysis again"
+        )
 
 
 # The runs -------------------------------------------------------------------------------------------------------------
@@ -241,7 +261,9 @@ def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
     return figure
 
 
-def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash: str, clock: Stopwatch) -> None:
+def _write_provenance(
+    directory: RunDirectory, finished: Results[Any], version: int, data_hash: str, clock: Stopwatch
+) -> None:
     """Write the provenance, after everything else; keep the old file if no run has changed."""
     file = directory.path / PROVENANCE
     with grid.read_store(directory.path / STORE) as store:
@@ -253,6 +275,7 @@ def _write_provenance(directory: RunDirectory, finished: Results[Any], data_hash
         seeds=finished.seeds, data_hash=data_hash, stages=clock.seconds, started=clock.started, device=device
     )
     more = {
+        "version": version,
         "continued": directory.resumed,
         "runs_by_status": tally,
         "subject": asdict(finished.subject),

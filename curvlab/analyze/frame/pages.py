@@ -1,9 +1,11 @@
 """Pages generated from kept results: one README per paper, and one page that starts with the failed claims."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from curvlab.analyze import ANALYSES, ROOMS
+from curvlab.analyze import ANALYSES, ROOMS, load_analysis
+from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.results import Result, read_results
 from curvlab.results import Claim, Column, plus_minus
 from curvlab.results.claims import format_published, sort_claims
@@ -46,7 +48,7 @@ def _render_result(result: Result) -> str:
     versions = ", ".join(f"{name} {origin['versions'][name]}" for name in ("curvlab", "torch"))
     parts = [
         f"### {result.preset or 'another configuration'}",
-        f"`{command}`: {result.minutes:.1f} minutes on {device} ({versions}).",
+        f"`{command}`: {_describe_cost(result)} on {device} ({versions}).",
     ]
     if report.claims:
         parts.append(_table(report.claims))
@@ -62,6 +64,14 @@ def _render_result(result: Result) -> str:
     pictures = sorted(result.file.parent.glob(f"{result.file.stem}.*.png"))
     parts += [f"![{file.stem.rpartition('.')[2]}](results/{file.name})" for file in pictures]
     return "\n\n".join(parts)
+
+
+def _describe_cost(result: Result) -> str:
+    """Return the wall time of a result, with that of its preset, as other programs may have slowed the run down."""
+    presets: Mapping[str, Preset[Any]] = load_analysis(result.name).presets
+    preset = presets.get(result.preset)
+    measured = f"this run took {result.minutes:.1f} min"
+    return measured if preset is None or preset.minutes is None else f"about {preset.minutes:g} min; {measured}"
 
 
 def _table(claims: Sequence[Claim]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from curvlab.analyze import ANALYSES, load_analysis
 from curvlab.analyze.frame.analysis import Analysis, Report, Results
-from curvlab.analyze.frame.driver import PROVENANCE, read_run
+from curvlab.analyze.frame.driver import PROVENANCE, check_version, read_run
 from curvlab.analyze.frame.subject import Subject
 from curvlab.errors import CurvlabError
 from curvlab.files import write_whole
@@ -80,6 +80,7 @@ def keep_result(folder: Path, root: Path) -> Path:
     origin = json.loads((folder / PROVENANCE).read_text())
     kept = {
         "analysis": name,
+        "version": analysis.version,
         "config": results.config.model_dump(mode="json"),
         "subject": asdict(results.subject),
         "records": results.records,
@@ -113,6 +114,7 @@ def _read(file: Path) -> Result:
     try:
         kept = json.loads(file.read_text())
         analysis: Analysis[Any] = load_analysis(kept["analysis"])
+        check_version(analysis, kept, file)
         config = analysis.config(**kept["config"])
         subject = Subject(**{**kept["subject"], "sample_shape": tuple(kept["subject"]["sample_shape"])})
         records = {name: kept["records"].get(name, []) for name in analysis.kinds}
