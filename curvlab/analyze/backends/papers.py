@@ -1,14 +1,13 @@
 """Which published items have a command, and what are the verdicts on their claims? From the kept results."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from curvlab.analyze import ANALYSES, ROOMS, load_analysis
-from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Tool
-from curvlab.analyze.frame.pages import VERDICTS, write_pages
-from curvlab.analyze.frame.results import Result, keep_result, read_results
+from curvlab.analyze.frame.analysis import Preset, Record, Tool
+from curvlab.analyze.frame.pages import VERDICTS, list_items, write_pages
+from curvlab.analyze.frame.results import keep_result
 from curvlab.commandline.config import Config
 from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
@@ -26,14 +25,18 @@ class PapersConfig(Config):
     """Write the README of every paper, and docs/papers."""
 
 
-_COLUMNS = (
-    Column("paper", "paper"),
-    Column("items", "item"),
+_ITEMS = (
+    Column("number", "no."),
+    Column("room", "paper"),
+    Column("item", "item"),
+    Column("command", "command"),
+    Column("kept", "reproduced claims of the kept result"),
+)
+_PRESETS = (
     Column("command", "analysis"),
     Column("preset", "preset"),
     Column("minutes", "minutes", format=lambda value: f"{value:g}"),
     Column("needs", "needs"),
-    *(Column(verdict, verdict) for verdict in VERDICTS),
 )
 
 
@@ -51,42 +54,32 @@ def run(config: PapersConfig, options: RunOptions, console: Console) -> None:
     if config.write:
         for page in write_pages(config.root, config.root.parent / "docs"):
             console.print(str(page), soft_wrap=True)
-    console.print(render(_list(config.root), _COLUMNS, "Published items and their analyses"), crop=False)
+    title = "Published items, with the verdicts of the kept results"
+    console.print(render([_shorten(row) for row in list_items(config.root)], _ITEMS, title), crop=False)
+    console.print(render(_list_presets(), _PRESETS, "Presets"), crop=False)
 
 
-def _list(root: Path) -> list[Record]:
-    rows: list[Record] = []
-    for name, entry in ANALYSES.items():
-        if entry.room not in ROOMS:
-            continue
-        analysis: Analysis[Any] = load_analysis(name)
-        kept = {result.preset: result for result in read_results(root, entry.room) if result.name == name}
-        for preset, one in analysis.presets.items():
-            rows.append(
-                {
-                    "paper": ROOMS[entry.room].partition(":")[0],
-                    "items": ", ".join(analysis.items),
-                    "command": name,
-                    "preset": preset,
-                    "minutes": one.minutes,
-                    "needs": ", ".join(one.needs) or None,
-                    **_counts(kept.get(preset)),
-                }
-            )
-    return rows
+def _shorten(row: Record) -> Record:
+    """Return a record of ``list_items`` for the width of a terminal."""
+    if "preset" not in row:
+        return row
+    tested = row["reproduced"] + row["not reproduced"]
+    return {**row, "kept": f"{row['preset']}: {row['reproduced']} of {tested}"}
 
 
-def _counts(result: Result | None) -> Record:
-    if result is None:
-        return {}
-    verdicts = [claim.verdict for claim in result.report.claims]
-    return {verdict: sum(one == verdict for one in verdicts) for verdict in VERDICTS}
+def _list_presets() -> list[Record]:
+    return [
+        {"command": name, "preset": preset, "minutes": one.minutes, "needs": ", ".join(one.needs) or None}
+        for name, entry in ANALYSES.items()
+        if entry.room in ROOMS
+        for preset, one in load_analysis(name).presets.items()
+    ]
 
 
 ANALYSIS = Tool(
     config=PapersConfig,
     question="Which published items have a command, what does it cost, and what are the verdicts on the claims? Prints "
-    "one row per analysis and preset, with the verdicts of the kept results.",
+    "one row per item, with the verdicts of the kept results, and one row per analysis and preset.",
     presets={"default": Preset(PapersConfig())},
     run=run,
 )

@@ -346,5 +346,4 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "acc", "curves": "after"},
-    items=("Table 5", "Table 6", "poster, data-IL", "poster, replay", "poster, ablation"),
 )

@@ -182,5 +182,4 @@ ANALYSIS = Analysis(
     ),
     kinds={"table": "step", "trainings": "test_accuracy"},
     artifacts=("densities",),
-    items=("poster (a) and (b)", "supplement Fig. 7"),
 )

@@ -288,5 +288,4 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     kinds={"table": "lambda_max", "network": "step"},
-    items=("supplement Appendix A",),
 )

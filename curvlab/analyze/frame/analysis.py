@@ -150,7 +150,6 @@ class Analysis(Generic[C]):
         search: The hyper-parameter search; None if there is none.
         kinds: File name of each kind of records -> a key that only these records have; includes ``table``.
         artifacts: Names of the values that a run saves with ``Workspace.save``.
-        items: The tables and figures of the paper that the analysis reproduces.
         version: Version of ``measure``, raised when its numbers change, so that a store never mixes old and new ones.
     """
 
@@ -165,7 +164,6 @@ class Analysis(Generic[C]):
     search: Search[C] | None = None
     kinds: Mapping[str, str] = field(default_factory=lambda: {"table": "seed"})
     artifacts: Sequence[str] = ()
-    items: Sequence[str] = ()
     version: int = 1
 
     @property

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from curvlab.analyze import ANALYSES, ROOMS, load_analysis
-from curvlab.analyze.frame.analysis import Preset
+from curvlab.analyze.frame.analysis import Preset, Record
+from curvlab.analyze.frame.items import read_items
 from curvlab.analyze.frame.results import Result, read_results
 from curvlab.results import Claim, Column, plus_minus
 from curvlab.results.claims import format_published, sort_claims
@@ -90,6 +91,35 @@ def _table(claims: Sequence[Claim]) -> str:
     return "\n".join([to_markdown(rows, _CLAIMS), *(f"{reason}\n" for reason in reasons)]).rstrip()
 
 
+def list_items(root: Path) -> list[Record]:
+    """Return one record per item of the sources and kept result, in the order of the items.
+
+    Keys: ``number``, ``room``, ``paper``, ``item``, ``command`` (the analysis, or the call of the library), ``test`` of
+    a call, ``preset`` and ``minutes`` of the kept result, and the number of its claims for each verdict.
+
+    Args:
+        root: The folder ``analyses`` of the repository.
+    """
+    kept = [result for room in ROOMS for result in read_results(root, room)]
+    rows: list[Record] = []
+    for one in read_items():
+        what = {"number": one.number, "room": one.paper, "paper": ROOMS[one.paper].partition(":")[0], "item": one.item}
+        if one.call:
+            rows.append({**what, "command": one.call, "test": one.test})
+        for name in one.analyses:
+            mine = [result for result in kept if result.name == name]
+            rows += [{**what, "command": name, **_describe_kept(result)} for result in mine]
+            if not mine:
+                rows.append({**what, "command": name})
+    return rows
+
+
+def _describe_kept(result: Result) -> Record:
+    claims = result.report.claims
+    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
+    return {"preset": result.preset or "another configuration", "minutes": result.minutes, **counts}
+
+
 def render_index(root: Path) -> str:
     """Return the page of all papers: first the claims that were not reproduced, then one line per result.
 
@@ -112,8 +142,7 @@ def render_index(root: Path) -> str:
                 for claim in claims
                 if claim.verdict == "not reproduced"
             ]
-            counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
-            rows.append({"paper": citation.partition(":")[0], "at": at, "minutes": result.minutes, **counts})
+            rows.append({"paper": citation.partition(":")[0], "at": at, **_describe_kept(result)})
     claim_columns = (
         Column("paper", "paper"),
         Column("text", "claim"),
@@ -127,6 +156,15 @@ def render_index(root: Path) -> str:
         Column("minutes", "minutes", format=lambda value: f"{value:.1f}"),
         *(Column(verdict, verdict) for verdict in VERDICTS),
     )
+    item_columns = (
+        Column("number", "no."),
+        Column("paper", "paper"),
+        Column("item", "item"),
+        Column("command", "analysis, or call of the library"),
+        Column("test", "test of the call"),
+        Column("preset", "kept preset"),
+        *result_columns[2:],
+    )
     return (
         "\n\n".join(
             [
@@ -137,6 +175,10 @@ def render_index(root: Path) -> str:
                 "## All results",
                 "`analyses/PAPER/README.md` has the claims, tables and deviations of each paper.",
                 to_markdown(rows, result_columns).rstrip(),
+                "## All items",
+                "What the sources publish or state, with the analysis that regenerates it, or the call of the library "
+                "and its test.",
+                to_markdown(list_items(root), item_columns).rstrip(),
             ]
         )
         + "\n"

@@ -100,5 +100,4 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     kinds={"table": "size", "histogram": "count"},
-    items=("slide Training Stability",),
 )

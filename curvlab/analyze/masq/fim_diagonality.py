@@ -177,5 +177,4 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     artifacts=("heat_map",),
-    items=("Table 2",),
 )

@@ -265,5 +265,4 @@ ANALYSIS = Analysis(
     report=report,
     parts=regimes.parts,
     kinds={"table": "forgetting", "accuracies": "accuracy"},
-    items=("main hypothesis", "bound on forgetting"),
 )

@@ -355,5 +355,4 @@ ANALYSIS = Analysis(
     report=report,
     parts=parts,
     kinds={"table": "forgetting", "costs": "bytes"},
-    items=("main hypothesis",),
 )

@@ -262,5 +262,4 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "acc", "accuracies": "accuracy"},
-    items=("Table 2", "Fig. 4"),
 )

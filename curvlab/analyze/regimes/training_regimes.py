@@ -249,6 +249,5 @@ ANALYSIS = Analysis(
     parts=regimes.parts,
     kinds={"table": "acc", "points": "matvecs", "eigenvalues": "eigenvalue", "accuracies": "accuracy"},
     artifacts=("spectra",),
-    items=("Fig. 3", "cartoons (a) and (b)", "batch size"),
     version=2,
 )

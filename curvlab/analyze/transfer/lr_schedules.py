@@ -237,5 +237,4 @@ ANALYSIS = Analysis(
     report=report,
     parts=parts,
     kinds={"table": "reached", "curves": "step"},
-    items=("project on schedules",),
 )
