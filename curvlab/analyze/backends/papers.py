@@ -6,7 +6,7 @@ from rich.console import Console
 
 from curvlab.analyze import ANALYSES, ROOMS, load_analysis
 from curvlab.analyze.frame.analysis import Preset, Record, Tool
-from curvlab.analyze.frame.pages import VERDICTS, list_items, write_pages
+from curvlab.analyze.frame.pages import list_items, write_pages
 from curvlab.analyze.frame.results import keep_result
 from curvlab.commandline.config import Config
 from curvlab.commandline.options import RunOptions
