@@ -85,7 +85,7 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"just a text", "is not the configuration of a run"),
+        (b"just a text", "is not a configuration; choose another --out"),
         (b"defaults:\n- model\n", r"another configuration \(lr is absent there and 1e-09 here\)"),
         (b"lr: 2020-13-45", "another configuration"),
         (b"lr: !!bool abc", "is not YAML: .*; choose another --out"),

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from curvlab.analyze import ANALYSES, ROOMS
+from curvlab.analyze.frame import pages
 from curvlab.analyze.frame.items import read_items
 from curvlab.analyze.frame.pages import list_items
-from tests.test_frame import ROOT
 
+ROOT = Path(pages.__file__).parents[3]
 ITEMS = read_items()
 
 

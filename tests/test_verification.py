@@ -225,7 +225,7 @@ def test_outputs_that_are_views_in_some_batches(structure: str, size: int | None
         ("ekfac", lambda t: [t.pop(name) for name in list(t) if name.startswith("0|")], "bases|layers"),
         ("diag", lambda t: t.update(entries=t["entries"][1:]), "shape"),
         ("dense", lambda t: t.update(matrix=t["matrix"][1:]), "shape"),
-        ("block_diag", lambda t: t.pop("0.weight"), "the blocks' names"),
+        ("block_diag", lambda t: t.pop("0.weight"), "the names and shapes of the blocks"),
     ],
 )
 def test_tensors_that_do_not_fit_are_rejected(structure, change, message, monkeypatch: pytest.MonkeyPatch) -> None:
