@@ -33,6 +33,14 @@ SMALL = {
     "agreement": "--hidden 4 --steps 3 --samples 20 --quantities fisher:samples=1 --structures diag "
     "--backends hooks torch",
     "fim_diagonality": "--hidden 4 --steps 3 --samples 40",
+    "ewc_grid": "--nets 5 4-3 --steps 3 --every 2 --samples 40 --train-samples 700 --test-samples 200 --rates 0.001 "
+    "--strengths 100",
+    "masq_vs_fim": "--hidden 4 --steps 3 --streams D5-5 --parts values masq fim --points 0 2 --batch-sizes 1 20 "
+    "--partition-samples 40 --partitions 2 --samples 60 --masq-batch-size 20",
+    "imm_masq": "--hidden 4 --steps 3 --streams D9-1 --samples 40 --train-samples 300 --test-samples 60 "
+    "--alphas 0.5 0.9",
+    "fisher_variants": "--hidden 4 --steps 3 --streams D9-1 --samples 40 --train-samples 300 --test-samples 60 "
+    "--quantities fisher empirical_fisher --subsets 10 --strengths 1 100",
     "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
     "--lr-squared-error 0.003",
@@ -50,7 +58,7 @@ SMALL = {
 }
 
 #: Those whose records have seconds.
-TIMED = {"agreement", "forgetting_forecast", "methods", "dlcft", "eigenvalues"}
+TIMED = {"agreement", "masq_vs_fim", "forgetting_forecast", "methods", "dlcft", "eigenvalues"}
 
 GRIDS = [name for name in ANALYSES if isinstance(load_analysis(name), Analysis)]
 

@@ -1,10 +1,16 @@
 """Table 2 of Gepperth and Wiech: which claims are judged, and when."""
 
 import pytest
+import torch
 
+from curvlab.analyze.frame.analysis import Results
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.masq import table2
+from curvlab.analyze.frame.workspace import Workspace
+from curvlab.analyze.masq import streams, table2
+from curvlab.analyze.masq.fim_diagonality import ANALYSIS
 from curvlab.analyze.masq.fim_diagonality_options import PRESETS, FimDiagonalityConfig
+from curvlab.commandline.options import RunOptions
+from curvlab.grid import Place
 
 MNIST = Subject("mnist", (1, 28, 28), 10, 28000, 10000)
 NAMES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias")
@@ -77,3 +83,46 @@ def test_identities_have_numbers_and_no_verdict():
 def test_published_numbers_stand_beside_ours():
     (row,) = table2.add_published([{"parameter": "fc3.bias"}, {"parameter": "other"}])
     assert row["published_diag_sum"] == 0.004
+
+
+# Several streams ------------------------------------------------------------------------------------------------------
+
+
+def test_the_classes_of_a_stream_are_those_of_its_first_task():
+    options = RunOptions()
+    digits = {s: ANALYSIS.load(FimDiagonalityConfig(streams=(s,)), options) for s in streams.ALL}
+    assert {s: sorted(set(data.y_train.tolist())) for s, data in digits.items()} == {
+        "D5-5": [0, 1, 2, 3, 4],
+        "D9-1": [*range(9)],
+        "DP10-10": [*range(10)],
+    }
+    plain = ANALYSIS.load(FimDiagonalityConfig(), options)
+    assert torch.equal(digits["D5-5"].x_train, plain.x_train)
+
+
+def test_a_run_of_a_stream_is_that_of_its_classes_but_for_a_key(tmp_path):
+    config = FimDiagonalityConfig(hidden=(4,), steps=2, samples=20, seeds=(1,))
+    data = ANALYSIS.load(config, RunOptions())
+    plain = list(ANALYSIS.measure(config, data, Workspace(Place(tmp_path / "a"))))
+    (one,) = ANALYSIS.parts(config.model_copy(update={"streams": ("D5-5",)}))
+    mine = list(ANALYSIS.measure(one, data, Workspace(Place(tmp_path / "b"))))
+    assert [{**record, "stream": "D5-5"} for record in plain] == mine
+    assert ANALYSIS.parts(config) == [config]
+
+
+def test_published_numbers_are_for_one_stream_and_every_stream_has_verdicts():
+    config = PRESETS["streams"].config
+    extra = {"size": 9, "samples": 100, "test_accuracy": 0.9, "method": "exact", "ci95": 0.0} | dict.fromkeys(
+        ("diag_sum", "diag_mean", "offdiag_abs_sum", "offdiag_abs_mean", "diag_share", "zero_fraction"), 0.5
+    )
+    extra |= {"paper_diag_mean": 0.5, "paper_offdiag_mean": 0.5}
+    table = [{"stream": stream, **row, **extra} for stream in config.streams for row in found()]
+    heat = [{"stream": "D9-1", "seed": 0, "zero_rows": 0, "names": ["a"], "counts": [1], "matrix": [[1.0]]}]
+    made = ANALYSIS.report(Results(config, MNIST, {"table": table}, artifacts={"heat_map": heat}))
+    assert len(made.tables) == 2 * 3 + 1
+    assert [claim.text[:4] for claim in made.claims] == ["D5-5"] * 10 + ["D9-1"] * 7 + ["DP10"] * 7
+    assert {claim.published for claim in made.claims[10:]} == {None}
+    assert {claim.verdict for claim in made.claims if "exceeds" in claim.text} == {"reproduced"}
+    assert {claim.verdict for claim in made.claims if "several" in claim.text} == {"not reproduced"}
+    assert set(made.figures) == {*(f"sums_and_means_{stream}" for stream in config.streams), "heat_map_D9-1"}
+    assert made.summary.columns[0].key == "stream"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab import estimate, linearize
+from curvlab.continual.drop_transfer import drop_transfer
 from curvlab.continual.learner import Learner
 from curvlab.continual.loop import Result, run
 from curvlab.continual.outputs import Head, Outputs
@@ -628,6 +629,42 @@ class TestIMM:
         plain(stream, theirs, consolidate)
         torch.testing.assert_close(flat(mine.parameters()), sum(solutions) / 2, rtol=1e-10, atol=1e-12)
 
+    def test_drop_transfer_drops_inputs_to_earlier_weights(self) -> None:
+        layer, earlier, x = nn.Linear(5, 3).double(), torch.randn(3, 5).double(), torch.randn(7, 5).double()
+        with drop_transfer(layer, {"weight": earlier}, 0.3):
+            torch.manual_seed(1)
+            found = layer(x)
+            layer.eval()
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer.train()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # the hooks are gone
+        torch.manual_seed(1)
+        kept = F.dropout(torch.ones(7, 5).double(), 0.3) > 0
+        for row, mask, output in zip(x, kept, found, strict=True):
+            weight = torch.where(mask, (layer.weight - 0.3 * earlier) / 0.7, earlier)
+            torch.testing.assert_close(output, weight @ row + layer.bias, rtol=1e-12, atol=1e-12)
+
+    def test_drop_transfer_changes_the_second_task_alone(self) -> None:
+        ends: list[list[Tensor]] = []
+        for drop in (0.0, 0.5):
+            seen: list[Tensor] = []
+
+            def see(learner: Learner, seen: list[Tensor] = seen) -> dict[str, Any]:
+                seen.append(flat(learner.model.parameters()).clone())
+                return {}
+
+            full_batch(tasks(2), mlp(), IMM("mean", drop=drop), observe=see)
+            ends.append(seen)
+        assert torch.equal(ends[0][0], ends[1][0])
+        assert not torch.equal(ends[0][1], ends[1][1])
+
+    def test_drop_transfer_needs_a_linear_layer(self) -> None:
+        with (
+            pytest.raises(CurvlabError, match="drop-transfer is for linear layers"),
+            drop_transfer(nn.Conv1d(1, 1, 1), {"weight": torch.ones(1, 1, 1)}, 0.5),
+        ):
+            pass
+
     def test_heads_that_are_not_merged_stay(self) -> None:
         mine, theirs, stream = mlp(4), mlp(4), split(2)
         full_batch(stream, mine, IMM("mean", params="0.*"), head="multi")
@@ -653,6 +690,7 @@ ALL: dict[str, Strategy] = {
     "mas": MAS(0.1, samples=9),
     "imm mean": IMM("mean", l2=0.01),
     "imm mode": IMM("mode"),
+    "imm drop": IMM("mode", drop=0.3),
     "osla": OSLA(1.0),
     "osla average": OSLA(1.0, merge="average"),
     "osla nearest": OSLA(1.0, structure="tkfac", merge="nearest"),
@@ -858,6 +896,7 @@ class TestRefusals:
             (lambda: MAS(1.0, samples=-3), "samples must be a whole number from 1"),
             (lambda: IMM("median"), "mode must be mean or mode, not 'median'"),
             (lambda: IMM(l2=-1.0), "l2 must be a number of at least 0"),
+            (lambda: IMM(drop=1.0), "drop must be below 1, not 1.0"),
         ],
     )
     def test_invalid_options(self, make: Callable[[], Strategy], message: str) -> None:

@@ -30,6 +30,18 @@ ANALYSES = {
     "fim_diagonality": Entry(
         "masq", "How diagonal is the Fisher? Sums and means on and off the diagonal, one row per parameter tensor."
     ),
+    "ewc_grid": Entry(
+        "masq", "Does EWC with MaSQ forget as little as with the FIM? A grid over three streams of two tasks."
+    ),
+    "masq_vs_fim": Entry(
+        "masq", "How do MaSQ and FIM differ? Largest entries, batch sizes, correlation during training, cost."
+    ),
+    "imm_masq": Entry(
+        "masq", "Does IMM work with MaSQ instead of the FIM? Mean-IMM and mode-IMM on three streams of two tasks."
+    ),
+    "fisher_variants": Entry(
+        "masq", "Does the kind of Fisher matter for EWC? Accuracy over the strength, as estimated and at one trace."
+    ),
     "doctor": Entry(
         "backends", "What can each backend compute for this network, and at what cost? A check before the computation."
     ),

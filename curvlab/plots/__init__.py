@@ -6,11 +6,14 @@ from curvlab.plots.forecasts import forecast_scatter, forecast_value
 from curvlab.plots.heat_maps import block_heat_map, difference_maps
 from curvlab.plots.histograms import log_bins, log_histogram
 from curvlab.plots.minima import minimum_scatter, spectrum_steps
+from curvlab.plots.panels import Panel, draw_panels
+from curvlab.plots.retraining import retraining_curves
 from curvlab.plots.scatter import bound_scatter, vanishing_curvature
 from curvlab.plots.schedules import rate_curves, schedule_curves
 from curvlab.plots.spectra import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 
 __all__ = [
+    "Panel",
     "accuracy_curves",
     "accuracy_points",
     "block_heat_map",
@@ -18,6 +21,7 @@ __all__ = [
     "density_curves",
     "diagonality_dots",
     "difference_maps",
+    "draw_panels",
     "eigenvalue_curves",
     "forecast_scatter",
     "forecast_value",
@@ -29,6 +33,7 @@ __all__ = [
     "normalised_curves",
     "rate_curves",
     "regime_curves",
+    "retraining_curves",
     "schedule_curves",
     "setting_curves",
     "spectrum_steps",

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
-from curvlab.analyze.backends.memory import Peak
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.memory import Peak
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, type_and_line

@@ -1,6 +1,8 @@
 """How diagonal is the Fisher? Table 2 of Gepperth and Wiech (2019), with every entry counted."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,11 +11,15 @@ from matplotlib.figure import Figure
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.values import where
 from curvlab.analyze.masq import table2
 from curvlab.analyze.masq.fim_diagonality_options import PRESETS, FimDiagonalityConfig
+from curvlab.analyze.masq.streams import first_classes
+from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
 from curvlab.diagonality import Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
+from curvlab.grid import Place
 from curvlab.plots import block_heat_map, diagonality_dots
 from curvlab.results import Column, aggregate, mean_column
 
@@ -58,14 +64,30 @@ def check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
         CurvlabError: One of them is invalid.
     """
     subject.check_distinct(per=config.per)
+    if config.streams:
+        subject.check_distinct(streams=config.streams)
     subject.check_subject(config, dataset)
     problem = subject.problem(config, dataset, subject.network(config, dataset, config.seeds[0]))
     records(problem, config.quantity, per=config.per)  # the call checks its arguments and computes no row
 
 
+def load_dataset(config: FimDiagonalityConfig, options: RunOptions | Place) -> Dataset:
+    """Return the samples of the classes, or of the first task of a single stream; all samples for several streams."""
+    if not config.streams:
+        return subject.load_dataset(config, options)
+    whole = subject.load_dataset(config.model_copy(update={"classes": "all"}), options)
+    return whole.select(first_classes(config.streams[0], whole.num_classes)) if len(config.streams) == 1 else whole
+
+
+def split(config: FimDiagonalityConfig) -> list[FimDiagonalityConfig]:
+    """Return one configuration per stream; the configuration itself without streams."""
+    return [config.model_copy(update={"streams": (stream,)}) for stream in config.streams] or [config]
+
+
 def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
     """Train the network of one seed, and yield one record per row of the table."""
     (seed,) = config.seeds
+    stream = {"stream": config.streams[0]} if config.streams else {}
     model, accuracy = subject.train_network(config, dataset, seed, workspace.folder / "checkpoint.pt")
     problem = subject.problem(config, dataset, model)
     for row in records(
@@ -82,6 +104,7 @@ def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace
             "paper_diag_mean": row["diag_sum"] / n**2,
             "paper_offdiag_mean": row["offdiag_abs_sum"] / n**4,
             "paper_mean_ratio": n**2 / row["sum_ratio"] if row["sum_ratio"] else None,
+            **stream,
             "seed": seed,
             "samples": problem.num_samples,
             "test_accuracy": accuracy,
@@ -93,7 +116,7 @@ def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace
     except UnsupportedError:
         return  # the Hessian of a large network has no backend that gives single rows
     if bool(part.matrix.any()):  # with a single class, all entries may be zero
-        workspace.save("heat_map", {"seed": seed, **_without_zeros(part)})
+        workspace.save("heat_map", {**stream, "seed": seed, **_without_zeros(part)})
 
 
 def _without_zeros(part: Submatrix) -> Record:
@@ -130,28 +153,52 @@ def summarise(found: Sequence[Record]) -> list[Record]:
 
 
 def report(results: Results[FimDiagonalityConfig]) -> Report:
-    """Return the tables, the claims of Table 2, and the figures."""
-    found, config = results.records["table"], results.config
+    """Return the tables, the claims of Table 2, and the figures, for each stream if there are several."""
+    streams, kept = results.config.streams, results.artifacts["heat_map"]
+    if not streams:
+        return _report(results, results.records["table"], kept)
+    named = []
+    for stream in streams:
+        classes = tuple(first_classes(stream, results.subject.num_classes))
+        one = replace(results, config=results.config.model_copy(update={"classes": classes}))
+        found = where(results.records["table"], stream=stream)
+        if found:  # empty if every run of the stream failed
+            named.append((stream, _report(one, found, where(kept, stream=stream), stream == "D5-5")))
+    rows = [{"stream": stream, **row} for stream, part in named for row in part.summary.records]
+    tables = [replace(t, title=f"{stream}: {t.title}") for stream, part in named for t in part.tables or ()]
+    return Report(
+        Table(f"{_title(results)}; {results.spread}", (Column("stream", "tasks"), *_TABLE), rows),
+        tables,
+        [claim for stream, part in named for claim in table2.claims_of_stream(stream, part.claims)],
+        [replace(one, text=f"{stream}, {one.text}") for stream, part in named for one in part.identities],
+        {f"{name}_{stream}": draw for stream, part in named for name, draw in part.figures.items()},
+        deviations=[line for stream, part in named for line in part.deviations if stream == "D5-5"],
+        notes=[f"{stream}: {note}" for stream, part in named for note in part.notes],
+    )
+
+
+def _title(results: Results[FimDiagonalityConfig]) -> str:
+    return f"{subject.describe(results.config, results.subject, results.config.quantity)} on {results.subject.data}"
+
+
+def _report(
+    results: Results[FimDiagonalityConfig], found: Sequence[Record], heat_maps: Sequence[Any], published: bool = True
+) -> Report:
+    """Return the report for one set of classes, with the published numbers of Table 2 if ``published``."""
     table = summarise(found)
-    conditions = table2.conditions(config, results.subject)
-    title = f"{subject.describe(config, results.subject, config.quantity)} on {results.subject.data}"
+    conditions = table2.conditions(results.config, results.subject)
+    title = _title(results)
     tables = [
         Table(f"{title}, {found[0]['samples']:,} samples; {results.spread}", _SUMS, table),
         Table("Means of the entries, and means with the paper's denominators", _MEANS, table),
     ]
-    is_paper = table2.has_network(conditions)
+    is_paper = table2.has_network(conditions) and published
     if is_paper:
         tables.append(Table(f"{table2.source()}, and our values", table2.COLUMNS, table2.add_published(table)))
 
     def dots() -> Figure:
         tensors = [row for row in table if "." in row["parameter"]]
         return diagonality_dots(tensors, title, table2.published_rows() if is_paper else None)
-
-    def heat_map() -> Figure:
-        part: dict[str, Any] = results.artifacts["heat_map"][0]
-        zeros = f"; {part['zero_rows']} zero rows left out" if part["zero_rows"] else ""
-        above = f"{title}\nrows of evenly spaced parameters, seed {part['seed']}{zeros}"
-        return block_heat_map(part["matrix"], part["names"], part["counts"], above)
 
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     notes = []
@@ -162,10 +209,16 @@ def report(results: Results[FimDiagonalityConfig]) -> Report:
         tables,
         table2.claims(found, conditions),
         table2.identities(found, conditions),
-        {"sums_and_means": dots} | ({"heat_map": heat_map} if results.artifacts["heat_map"] else {}),
+        {"sums_and_means": dots} | ({"heat_map": partial(_draw_heat_map, heat_maps[0], title)} if heat_maps else {}),
         deviations=table2.deviations(conditions) if is_paper else [],
         notes=notes,
     )
+
+
+def _draw_heat_map(part: Record, title: str) -> Figure:
+    zeros = f"; {part['zero_rows']} zero rows left out" if part["zero_rows"] else ""
+    above = f"{title}\nrows of evenly spaced parameters, seed {part['seed']}{zeros}"
+    return block_heat_map(part["matrix"], part["names"], part["counts"], above)
 
 
 ANALYSIS = Analysis(
@@ -174,7 +227,9 @@ ANALYSIS = Analysis(
     "per parameter tensor, from all entries (or from a sample of them, with a confidence interval, for large tensors).",
     presets=PRESETS,
     check=check,
+    load=load_dataset,
     measure=measure,
     report=report,
+    parts=split,
     artifacts=("heat_map",),
 )

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.analyze.masq.streams import ALL, Stream
 from curvlab.diagonality import Level
 
 
@@ -16,6 +17,9 @@ class FimDiagonalityConfig(TrainedSubjectConfig):
 
     classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
     """Class indices to train on, or all. The network always has one output per class of the data set."""
+    streams: tuple[Stream, ...] = ()
+    """Train one network per stream on the classes of its first task, instead of classes: D5-5 (first half of the
+    classes), D9-1 (all but the last), DP10-10 (all)."""
     quantity: str = "empirical_fisher"
     """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B,norm=sumsq, ggn or hessian."""
     per: tuple[Level, ...] = ("tensor",)
@@ -36,4 +40,7 @@ PRESETS = {
         FimDiagonalityConfig(data="mnist", validation=5000, steps=1000, samples=5000), minutes=1, needs=("mnist",)
     ),
     "paper": Preset(FimDiagonalityConfig(data="mnist", validation=5000, steps=5000), minutes=8, needs=("mnist",)),
+    "streams": Preset(
+        FimDiagonalityConfig(data="mnist", validation=5000, steps=5000, streams=ALL), minutes=30, needs=("mnist",)
+    ),
 }

@@ -1,6 +1,7 @@
 """Gepperth and Wiech (2019), Table 2: the published numbers, and the verdicts on the claims."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from curvlab.analyze.frame.conditions import describe_differences
@@ -141,6 +142,22 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
             )
         )
     return answers
+
+
+def claims_of_stream(stream: str, found: Sequence[Claim]) -> list[Claim]:
+    """Return the claims for a stream; Table 2 has numbers for D5-5 only, the text states the claims for all streams.
+
+    Args:
+        stream: D5-5, D9-1 or DP10-10.
+        found: Claims from ``claims``.
+    """
+    if stream == "D5-5":
+        return [replace(claim, text=f"{stream}, {claim.text}") for claim in found]
+    return [
+        replace(claim, text=f"{stream}, {claim.text}", source='section 3.3, "for all SLTs"', published=None)
+        for claim in found
+        if "caption" not in claim.source
+    ]
 
 
 def identities(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Identity]:

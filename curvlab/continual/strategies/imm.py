@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from curvlab.continual.drop_transfer import drop_transfer
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import curvature_options, estimate_curvature, try_curvature
@@ -15,7 +16,7 @@ from curvlab.quantities import Quantity
 from curvlab.structures import Structure
 
 if TYPE_CHECKING:
-    from curvlab.continual.learner import Learner
+    from curvlab.continual.learner import Batch, Learner
 
 _FLOOR = 1e-8  # added to the curvature, as in the authors' code; parameters without curvature are averaged
 
@@ -27,8 +28,9 @@ class IMM(Strategy):
     ``mode`` is the mean weighted by the diagonal curvature of each solution, ``sum_t F_t theta_t / sum_t F_t`` with
     1e-8 added to all entries of ``F_t`` (mode-IMM, and the authors' code). Every task has the same weight. Training
     continues from the last task's own solution (weight-transfer in the paper), with the penalty
-    ``l2 * ||theta - theta_{t-1}||^2`` (L2-transfer; no factor 1/2). Drop-transfer is not implemented. Buffers, such as
-    the statistics of BatchNorm, are not merged: they are those of the last task.
+    ``l2 * ||theta - theta_{t-1}||^2`` (L2-transfer; no factor 1/2) and with drop-transfer in linear layers
+    (``curvlab.continual.drop_transfer``). Buffers, such as the statistics of BatchNorm, are not merged: they are those
+    of the last task.
 
     Curves within a task (``evaluate_every``) show the network in training, not a merged one.
 
@@ -44,6 +46,7 @@ class IMM(Strategy):
             heads.
         samples: For ``mode``: number of training samples of a task for the curvature; None for all.
         l2: Strength of the L2-transfer.
+        drop: Dropout probability of drop-transfer, at least 0 and below 1; 0 for none.
 
     Raises:
         CurvlabError: An option is invalid, or no backend computes the curvature.
@@ -59,11 +62,15 @@ class IMM(Strategy):
         params: Sequence[str] | str | None = None,
         samples: int | None = None,
         l2: float = 0.0,
+        drop: float = 0.0,
     ) -> None:
         if mode not in ("mean", "mode"):
             raise CurvlabError(f"mode must be mean or mode, not {mode!r}")
         check_number("l2", l2)
-        self.mode, self.l2 = mode, l2
+        check_number("drop", drop)
+        if drop >= 1:
+            raise CurvlabError(f"drop must be below 1, not {drop!r}")
+        self.mode, self.l2, self.drop = mode, l2, drop
         self.curvature = curvature_options(quantity, structure, backend, params, samples, adds=False)
 
     def start(self, learner: "Learner") -> None:
@@ -79,6 +86,13 @@ class IMM(Strategy):
         """Implement the hook of ``Strategy``."""
         if self.own is not None:
             self._load(learner, self.own)
+
+    def loss(self, learner: "Learner", batch: "Batch") -> Tensor:
+        """Implement the hook of ``Strategy``."""
+        if self.drop == 0 or self.own is None:
+            return super().loss(learner, batch)
+        with drop_transfer(learner.model, self.space.unflatten(self.own), self.drop):
+            return super().loss(learner, batch)
 
     def after_backward(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""
