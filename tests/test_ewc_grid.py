@@ -78,9 +78,9 @@ def test_parts_and_nets():
     ("changed", "words"),
     [
         ({"model": "cnn"}, "leave model and weights as they are"),
-        ({"nets": ("5", "5")}, "nets needs one value or several different ones"),
+        ({"nets": ("5", "5")}, "nets needs one or more different values"),
         ({"samples": 650}, "samples is 650, but the first task of D5-5 has"),
-        ({"train_samples": 10_000}, "10,000 training samples were asked for"),
+        ({"train_samples": 10_000}, "10,000 training samples requested"),
     ],
 )
 def test_what_is_refused(changed, words):
