@@ -165,5 +165,4 @@ ANALYSIS = Analysis(
     parts=split,
     kinds={"table": "importance"},
     artifacts=("curves",),
-    items=("Table 1", "Fig. 1", "Fig. 2", "Fig. 3", "Fig. 4", "Fig. 5"),
 )

@@ -279,5 +279,4 @@ ANALYSIS = Analysis(
     report=report,
     parts=streams.parts,
     kinds={"table": "merge"},
-    items=("section 5, IMM with MaSQ",),
 )

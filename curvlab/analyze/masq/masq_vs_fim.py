@@ -194,5 +194,4 @@ ANALYSIS = Analysis(
         "costs": "method",
         "cancelling": "zero_share",
     },
-    items=("Fig. 6", "Fig. 7", "Fig. 8", "cost of MaSQ and FIM", "Jensen example"),
 )
