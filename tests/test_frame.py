@@ -42,6 +42,7 @@ SMALL = {
     "fisher_variants": "--hidden 4 --steps 3 --streams D9-1 --samples 40 --train-samples 300 --test-samples 60 "
     "--quantities fisher empirical_fisher --subsets 10 --strengths 1 100",
     "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
+    "kl_gaussians": "--starts 2 --hidden 2 --points 5",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
     "--lr-squared-error 0.003",
     "softmax_hessian": "--hidden 4 --steps 6 --points 3 --samples 30 --draws 4 --decades 3",
@@ -61,6 +62,9 @@ SMALL = {
 TIMED = {"agreement", "masq_vs_fim", "forgetting_forecast", "methods", "dlcft", "eigenvalues"}
 
 GRIDS = [name for name in ANALYSES if isinstance(load_analysis(name), Analysis)]
+
+#: Those of toy problems, which have no options of data, network and device.
+WITHOUT_DATA = [name for name in GRIDS if "data" not in load_analysis(name).config.model_fields]
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +147,9 @@ def test_bad_words(call, name, line, fragment):
     ],
 )
 def test_bad_values(call, name, line, fragment):
+    option = line.split()[0]
+    if name in WITHOUT_DATA and option in ("--data", "--weights", "--device", "--samples"):
+        fragment = f"there is no option {option}"
     code, out, err = call(f"{name} {SMALL[name]} {line} --out run")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -167,11 +174,13 @@ def test_a_run_the_same_again_and_its_report(call, name, tmp_path):
 
     analysis = load_analysis(name)
     claims = json.loads(Path("run/claims.json").read_text())
-    for claim in claims:  # of digits no number of a paper is tested
+    for claim in claims:  # on digits no number of a paper is tested
         assert claim["reason"] if claim["verdict"] == "not tested" else not claim["reason"]
     finished = driver.read_run(analysis, Path("run"))
     report = analysis.report(finished)
     assert [claim.verdict for claim in report.claims] == [claim["verdict"] for claim in claims]
+    assert finished.subject.data == ("" if name in WITHOUT_DATA else "digits")
+    assert (json.loads(Path("run/provenance.json").read_text())["data_hash"] is None) == (name in WITHOUT_DATA)
     assert {Path(file).stem for file in before if file.endswith(".png")} == set(report.figures)
     for table in report.tables or [report.summary]:
         assert len(table.records) > 0
@@ -220,7 +229,7 @@ def test_only_what_failed_is_repeated(call, name, monkeypatch):
 @pytest.mark.parametrize("name", GRIDS)
 def test_presets_say_what_they_need(name):
     for preset in load_analysis(name).presets.values():
-        data = {"mnist", "cifar100"} & {preset.config.data}
+        data = {"mnist", "cifar100"} & {getattr(preset.config, "data", None)}
         assert data <= set(preset.needs)
     assert find_preset(load_analysis(name), load_analysis(name).presets["default"].config) == "default"
 
@@ -444,7 +453,9 @@ def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
     assert math.isfinite(float(take(whole).x_test.sum()))
 
 
-@pytest.mark.parametrize("name", sorted(set(GRIDS) - {"dlcft", "methods", "training_regimes", "forgetting_bound"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(GRIDS) - {*WITHOUT_DATA, "dlcft", "methods", "training_regimes", "forgetting_bound"})
+)
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_labels_that_are_all_the_same(call, name, with_figures):
     """Its loss has no curvature; the tables say so, and what there is none of is not drawn."""

@@ -58,6 +58,9 @@ ANALYSES = {
     "fisher_histogram": Entry(
         "lecture", "How skewed is the Fisher? The distribution of its exact diagonal after a task."
     ),
+    "kl_gaussians": Entry(
+        "lecture", "What does a step in the parameters do to a distribution? KL divergences, their fits, the Fisher."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),

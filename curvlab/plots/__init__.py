@@ -1,6 +1,7 @@
 """Figures from flat records, sized for the width of a page: one module per kind of figure, and one style."""
 
 from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
+from curvlab.plots.densities import density_pairs, divergence_fits
 from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots
 from curvlab.plots.forecasts import forecast_scatter, forecast_value
 from curvlab.plots.heat_maps import block_heat_map, difference_maps
@@ -19,8 +20,10 @@ __all__ = [
     "block_heat_map",
     "bound_scatter",
     "density_curves",
+    "density_pairs",
     "diagonality_dots",
     "difference_maps",
+    "divergence_fits",
     "draw_panels",
     "eigenvalue_curves",
     "forecast_scatter",

@@ -11,6 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 TITLE, LABEL, TICK = 10, 9, 8  # points
 WIDTH = 7.2  # inches, width of the text on a page
+ONE_COLUMN, TWO_COLUMNS = 3.3, 6.8  # inches, widths of a figure in a two-column paper
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0b559f", "#e07b39", "#3a8f5c", "#8e5ea2", "#767676"
 RED, SKY, BROWN, PINK, INK, BLACK = "#c0394b", "#4fa3c7", "#a0742b", "#d67fb0", "#222222", "black"

@@ -42,7 +42,7 @@ class Results(Generic[C]):
 
     Attributes:
         config: The configuration.
-        subject: Description of the data.
+        subject: Description of the data; empty for an analysis without a data set.
         records: Records by kind; the names are those of the ``kinds`` of the analysis.
         selection: One record per candidate of a hyper-parameter search, see ``curvlab.analyze.frame.search.select``.
         artifacts: Values that the runs saved, by name; failed runs have none.
@@ -130,7 +130,7 @@ class Tool(Generic[C]):
     run: Callable[[C, RunOptions, Console], None]
 
 
-def _accept(config: Any, dataset: Dataset) -> None:
+def _accept(config: Any, dataset: Any) -> None:
     """Accept every configuration."""
 
 
@@ -145,7 +145,8 @@ class Analysis(Generic[C]):
         measure: Function of one run with a single seed; returns flat records.
         report: Pure function that makes tables, claims and figures from records.
         check: Function that raises ``CurvlabError`` for an invalid configuration, before anything is written.
-        load: Function that loads the data set of a configuration.
+        load: Function that loads the data set of a configuration; ``subject.no_data`` for an analysis without one, whose
+            ``measure`` and ``check`` are called with None in its place.
         parts: Function that splits a configuration into its runs; None for one run per seed.
         search: The hyper-parameter search; None if there is none.
         kinds: File name of each kind of records -> a key that only these records have; includes ``table``.
@@ -156,10 +157,10 @@ class Analysis(Generic[C]):
     config: type[C]
     question: str
     presets: Mapping[str, Preset[C]]
-    measure: Callable[[C, Dataset, Workspace], Iterable[Record]]
+    measure: Callable[[C, Any, Workspace], Iterable[Record]]  # the second argument is what ``load`` returns
     report: Callable[[Results[C]], Report]
-    check: Callable[[C, Dataset], None] = _accept
-    load: Callable[[Any, RunOptions | Place], Dataset] = load_dataset
+    check: Callable[[C, Any], None] = _accept
+    load: Callable[[Any, RunOptions | Place], Dataset | None] = load_dataset
     parts: Callable[[C], Sequence[C]] | None = None
     search: Search[C] | None = None
     kinds: Mapping[str, str] = field(default_factory=lambda: {"table": "seed"})
@@ -235,7 +236,7 @@ class Analysis(Generic[C]):
         config, dataset = self._prepare(values, place)
         return [run_trial(self.search, self.measure, Trial(group, candidate, config), dataset, Workspace(place))]
 
-    def _prepare(self, values: Mapping[str, Any], place: Place) -> tuple[C, Dataset]:
+    def _prepare(self, values: Mapping[str, Any], place: Place) -> tuple[C, Dataset | None]:
         config = locate_weights(self.config(**values), place)
         dataset = self.load(config, place)
         self.check(config, dataset)

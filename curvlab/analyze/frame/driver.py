@@ -51,7 +51,7 @@ def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console
     clock = Stopwatch()
     with clock("data"):
         dataset = analysis.load(config, options)
-        data_hash = dataset.fingerprint()
+        data_hash = None if dataset is None else dataset.fingerprint()
     check_distinct(seeds=config.seeds)  # type: ignore[attr-defined]
     analysis.check(locate_weights(config, options), dataset)
     with _open(analysis, config, options) as directory:
@@ -184,7 +184,7 @@ def _do_runs(
     with grid.read_store(directory.path / STORE) as store:
         total = sum(store.tally().values())
     seen = [{"seed": one["seed"], "error": one["error"]} for one in failed]
-    return Results(config, Subject("", (), 0, 0, 0), records, selection, artifacts, seen, total)
+    return Results(config, Subject.of(None), records, selection, artifacts, seen, total)
 
 
 def _read_trials(specs: Sequence[RunSpec], directory: RunDirectory) -> list[Record] | None:
@@ -262,7 +262,7 @@ def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
 
 
 def _write_provenance(
-    directory: RunDirectory, finished: Results[Any], version: int, data_hash: str, clock: Stopwatch
+    directory: RunDirectory, finished: Results[Any], version: int, data_hash: str | None, clock: Stopwatch
 ) -> None:
     """Write the provenance, after everything else; keep the old file if no run has changed."""
     file = directory.path / PROVENANCE

@@ -36,7 +36,8 @@ def render_readme(root: Path, room: str) -> str:
         parts.append(f"## {name}\n\n{ANALYSES[name].question}")
         mine = [result for result in results if result.name == name]
         if not mine:
-            parts.append(f"No result is kept yet. To compute one: `python -m curvlab.analyze {name} --preset cpu`.")
+            preset = " --preset cpu" if "cpu" in load_analysis(name).presets else ""
+            parts.append(f"No result is kept yet. To compute one: `python -m curvlab.analyze {name}{preset}`.")
         parts += [_render_result(result) for result in mine]
     return "\n\n".join(parts) + "\n"
 

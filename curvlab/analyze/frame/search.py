@@ -7,7 +7,6 @@ from typing import Any, Generic
 from curvlab.analyze.frame.subject import check_distinct
 from curvlab.analyze.frame.workspace import Record, Workspace
 from curvlab.commandline.config import C
-from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.results import Column, aggregate
 
@@ -123,7 +122,7 @@ def check_selection_seeds(config: Any) -> None:
         )
 
 
-def run_trial(search: Search[C], measure: Measure[C], trial: Trial[C], dataset: Dataset, at: Workspace) -> Record:
+def run_trial(search: Search[C], measure: Measure[C], trial: Trial[C], dataset: Any, at: Workspace) -> Record:
     """Execute a trial and return its record; if it diverges, the value is None and ``note`` has the reason."""
     names: Record = {**trial.group, **trial.candidate, "seed": trial.config.seeds[0]}  # type: ignore[attr-defined]
     try:

@@ -74,8 +74,10 @@ class Subject:
     test: int
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "Subject":
-        """Return the description of a data set."""
+    def of(cls, dataset: Dataset | None) -> "Subject":
+        """Return the description of a data set; an empty one for None."""
+        if dataset is None:
+            return cls("", (), 0, 0, 0)
         shape, outputs = dataset.sample_shape, dataset.num_classes
         return cls(Path(dataset.name).name, shape, outputs, len(dataset.y_train), len(dataset.y_test))
 
@@ -110,6 +112,11 @@ class SubjectData(Dataset):
     """
 
     held_out: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+
+def no_data(config: Config, options: RunOptions | Place) -> None:
+    """Return None: the analysis has no data set."""
+    del config, options
 
 
 def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectData:
