@@ -61,6 +61,9 @@ ANALYSES = {
     "kl_gaussians": Entry(
         "lecture", "What does a step in the parameters do to a distribution? KL divergences, their fits, the Fisher."
     ),
+    "empirical_fisher_field": Entry(
+        "lecture", "Does the empirical Fisher precondition as the Fisher does? Three fields of a linear regression."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),

@@ -3,6 +3,7 @@
 from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
 from curvlab.plots.densities import density_pairs, divergence_fits
 from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots
+from curvlab.plots.fields import preconditioned_fields
 from curvlab.plots.forecasts import forecast_scatter, forecast_value
 from curvlab.plots.heat_maps import block_heat_map, difference_maps
 from curvlab.plots.histograms import log_bins, log_histogram
@@ -34,6 +35,7 @@ __all__ = [
     "method_dots",
     "minimum_scatter",
     "normalised_curves",
+    "preconditioned_fields",
     "rate_curves",
     "regime_curves",
     "retraining_curves",
