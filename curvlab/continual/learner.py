@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from curvlab.continual.outputs import Outputs, TaskLoss, mean_loss, one_hot
 from curvlab.continual.task import Task
+from curvlab.errors import UnsupportedError
 from curvlab.problem import Problem
 from curvlab.training.samples import reference, take
 from curvlab.training.state import restore_modes
@@ -130,14 +131,19 @@ class Learner:
         Inside the context, the network is in eval mode and returns only these outputs.
 
         Args:
-            samples: Samples of one task; None for all training samples of the current task.
+            samples: Samples of tasks with the same outputs; None for all training samples of the current task.
 
         Raises:
-            CurvlabError: ``Problem`` does not accept the model or the samples.
+            CurvlabError: ``Problem`` does not accept the model or the samples, or the samples are of several tasks that
+                have different outputs.
         """
         samples = self.samples() if samples is None else samples
-        assert isinstance(samples.task, int)
         active = self.outputs.active_mask(samples.task, self.task)
+        if active is not None and active.ndim > 1:
+            raise UnsupportedError(
+                f"the samples are of several tasks with different outputs (head {self.outputs.head!r}), which have no "
+                "common curvature: use head='single' or head='growing', or samples of one task"
+            )
         y: Any = samples.y
         handle = None
         columns = torch.arange(self.outputs.count, device=y.device)

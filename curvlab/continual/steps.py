@@ -12,6 +12,7 @@ from curvlab.continual.source import Source
 from curvlab.continual.strategies.base import Strategy
 from curvlab.errors import CurvlabError
 from curvlab.progress import Advance
+from curvlab.training.natural_gradient import precondition_gradients
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.options import Training
 from curvlab.training.samples import MODEL_ERRORS, make_model_error
@@ -71,6 +72,9 @@ def do_steps(
             after_backward(learner)
         if clip is not None:
             nn.utils.clip_grad_norm_(parameters, clip)
+        if training.optimizer == "ngd":
+            with learner.problem(batch) as problem:
+                precondition_gradients(problem, training)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

@@ -40,14 +40,14 @@ _FACTORS: dict[ScheduleName, Callable[[Training, float], float] | None] = {
 def make_optimizer(
     name: OptimizerName, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> Optimizer:
-    """Return an optimizer for these parameters.
+    """Return an optimizer for these parameters; for ``ngd`` it takes the natural gradients as gradients.
 
     Raises:
         CurvlabError: The name is unknown, a value is out of its range, or ``momentum`` is set for an optimizer other
             than ``sgd``.
     """
     training = Training(optimizer=name, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if name == "sgd":
+    if name in ("sgd", "ngd"):
         return SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     return (Adam if name == "adam" else AdamW)(parameters, lr=training.lr, weight_decay=training.weight_decay)
 

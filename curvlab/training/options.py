@@ -7,8 +7,10 @@ from typing import Any, Literal, TypedDict, get_args
 from curvlab.checks import describe_value, real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.forms import unknown_name_message
+from curvlab.structures import parse_structure
 
-OptimizerName = Literal["adam", "adamw", "sgd"]
+FirstOrderName = Literal["adam", "adamw", "sgd"]
+OptimizerName = Literal[FirstOrderName, "ngd"]
 ScheduleName = Literal["constant", "linear", "cosine", "step", "exponential", "one_cycle"]
 
 
@@ -21,6 +23,8 @@ class TrainingChanges(TypedDict, total=False):
     min_lr: float
     momentum: float
     weight_decay: float
+    structure: str
+    damping: float
     schedule: ScheduleName
     schedule_factor: float
     schedule_drops: Sequence[float]
@@ -38,12 +42,18 @@ class Training:
     NumPy numbers are converted to Python numbers, and sequences to tuples.
 
     Attributes:
-        optimizer: ``adam``, ``adamw`` or ``sgd``; ``continual.run`` creates a new optimizer for every task.
+        optimizer: ``adam``, ``adamw``, ``sgd`` or ``ngd``; ``continual.run`` creates a new optimizer for every task.
+            ``ngd`` is natural gradient descent, ``theta <- theta - lr ((F + damping I)^-1 g + weight_decay theta)``.
+            ``F`` is the exact Fisher of the samples of the step, with the model in eval mode; ``g`` is the gradient of
+            the whole loss.
         lr: Learning rate at the first step (of the first task).
         lr_decay: Factor on the learning rate from one task to the next (Mirzadeh et al. 2020); for ``continual.run``.
         min_lr: Lower bound of the learning rate under ``lr_decay``; for ``continual.run``.
         momentum: Momentum of ``sgd``.
         weight_decay: Weight decay as defined by the optimizer in ``torch.optim``.
+        structure: Structure of the Fisher of ``ngd``, as for ``curvlab.estimate``: ``dense`` and ``implicit``
+            (conjugate gradients) are exact; ``kfac``, ``diag`` and others are approximations.
+        damping: Number that ``ngd`` adds to the diagonal of the Fisher; at least 0.
         schedule: Learning rate at the fraction f of the steps (of one task, in ``continual.run``): ``constant``;
             ``linear`` or ``cosine``, which end at 0; ``step``, which multiplies the rate by ``schedule_factor`` at each
             of ``schedule_drops``; ``exponential``, ``lr * schedule_factor ** f``; ``one_cycle``, from ``lr / 25`` up to
@@ -67,7 +77,7 @@ class Training:
         (0.5, 0.75)
         >>> replace(training, optimizer="adam")
         Traceback (most recent call last):
-        curvlab.errors.CurvlabError: momentum belongs to sgd, not to adam; leave momentum at 0
+        curvlab.errors.CurvlabError: momentum belongs to sgd, not to adam; leave momentum at 0.0
     """
 
     optimizer: OptimizerName = "adam"
@@ -76,6 +86,8 @@ class Training:
     min_lr: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    structure: str = "kfac"
+    damping: float = 1e-3
     schedule: ScheduleName = "constant"
     schedule_factor: float = 0.1
     schedule_drops: Sequence[float] = (0.5, 0.75)
@@ -100,8 +112,10 @@ class Training:
                 self._set(name, _whole(name, value))
         if self.epochs is not None and self.steps is not None:
             raise CurvlabError("give either epochs or steps, not both")
-        if self.momentum and self.optimizer != "sgd":
-            raise CurvlabError(f"momentum belongs to sgd, not to {self.optimizer}; leave momentum at 0")
+        self._set("structure", str(parse_structure(self.structure)))
+        for name, optimizer in _OPTIMIZER_WITH.items():
+            if self.optimizer != optimizer and getattr(self, name) != (default := DEFAULTS[name]):
+                raise CurvlabError(f"{name} belongs to {optimizer}, not to {self.optimizer}; leave {name} at {default}")
         for name, schedules in _SCHEDULES_WITH.items():
             if self.schedule not in schedules and getattr(self, name) != (default := DEFAULTS[name]):
                 raise CurvlabError(f"{name} belongs to schedule {' and '.join(schedules)}; leave it at {default}")
@@ -110,13 +124,17 @@ class Training:
         object.__setattr__(self, name, value)  # the class is frozen
 
     def describe(self) -> dict[str, Any]:
-        """Return the options by name, without those of other schedules."""
-        names = (field.name for field in fields(self))
+        """Return the options by name, without those of other schedules, and those of ``ngd`` only if it is used."""
+        names = [field.name for field in fields(self) if self.optimizer == "ngd" or field.name not in _NATURAL]
         return {n: getattr(self, n) for n in names if self.schedule in _SCHEDULES_WITH.get(n, (self.schedule,))}
 
 
 #: Default of every option.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Training)}
+
+#: Options that only one optimizer has.
+_NATURAL = ("structure", "damping")
+_OPTIMIZER_WITH = {"momentum": "sgd", **dict.fromkeys(_NATURAL, "ngd")}
 
 #: Options that only some schedules have.
 _SCHEDULES_WITH = {"schedule_factor": ("step", "exponential"), "schedule_drops": ("step",)}
@@ -127,6 +145,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "min_lr": ("a number of at least 0", lambda value: value >= 0),
     "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
     "weight_decay": ("at least 0", lambda value: value >= 0),
+    "damping": ("at least 0", lambda value: value >= 0),
     "schedule_factor": ("above 0 and at most 1", lambda value: 0 < value <= 1),
     "clip_norm": ("a positive number", lambda value: value > 0),
 }

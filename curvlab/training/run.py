@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
+from curvlab.problem import Problem
 from curvlab.progress import Advance
 from curvlab.training.checkpoint import CheckpointFile, model_tensors
 from curvlab.training.evaluation import Evaluation, measure
 from curvlab.training.lengths import get_batch_size
+from curvlab.training.natural_gradient import precondition_gradients
 from curvlab.training.observers import Observers
 from curvlab.training.optimization import make_optimizer, make_schedule
 from curvlab.training.plan import Plan
 from curvlab.training.samples import Samples, check_weights, reference, take, translate_model_errors
-from curvlab.training.state import StepGuard, derive_seed
+from curvlab.training.state import StepGuard, derive_seed, restore_modes
 
 Record = dict[str, float | int | None]
 
@@ -160,6 +162,10 @@ class Run:
         mean.backward()
         if self.plan.training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.plan.training.clip_norm)
+        if self.plan.training.optimizer == "ngd":
+            with restore_modes(self.model):
+                problem = Problem(self.model.eval(), self.plan.loss.name, (inputs, targets))
+                precondition_gradients(problem, self.plan.training)
         self.optimizer.step()
         self.step += 1
         self.recent.append(mean.detach())

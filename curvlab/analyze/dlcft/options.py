@@ -8,7 +8,7 @@ from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.subject import SubjectConfig
-from curvlab.training.optimization import OptimizerName, ScheduleName
+from curvlab.training.options import FirstOrderName, ScheduleName
 
 Positive = Annotated[float, Field(gt=0)]
 Label = Annotated[int, Field(ge=0)]
@@ -115,9 +115,9 @@ class DlcftConfig(SubjectConfig):
     """Weight decay, as defined by the optimizer in torch.optim."""
     clip_norm: Positive | None = None
     """Maximal gradient norm; none means no clipping."""
-    nonlinear_optimizer: OptimizerName = "adam"
+    nonlinear_optimizer: FirstOrderName = "adam"
     """Optimizer of methods with the original (non-linear) network; sgd has a momentum of 0.9."""
-    linear_optimizer: OptimizerName = "adam"
+    linear_optimizer: FirstOrderName = "adam"
     """Optimizer of methods with the linearized network."""
     target_scale: Positive = 15.0
     """Scale of the one-hot targets of squared error."""

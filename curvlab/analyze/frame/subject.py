@@ -20,7 +20,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.training import Training, fit
-from curvlab.training.options import OptimizerName, ScheduleName
+from curvlab.training.options import FirstOrderName, ScheduleName
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation per channel
 
@@ -87,7 +87,7 @@ class TrainedSubjectConfig(SubjectConfig):
 
     titles: ClassVar[Mapping[str, str]] = {**SubjectConfig.titles, "optimizer": "training"}
 
-    optimizer: OptimizerName = "adam"
+    optimizer: FirstOrderName = "adam"
     """Optimizer of the training."""
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate."""

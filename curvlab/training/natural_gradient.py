@@ -1,0 +1,30 @@
+"""The natural gradient: the gradient times the inverse of the Fisher of a step's batch."""
+
+import torch
+
+from curvlab.estimators import estimate
+from curvlab.problem import Problem
+from curvlab.training.options import Training
+
+
+def precondition_gradients(problem: Problem, training: Training) -> None:
+    """Replace the gradients ``g`` of a problem's model by ``(F + damping I)^-1 g`` (Amari 1998).
+
+    ``F`` is the exact Fisher of the problem's samples, at the model in the mode that it is in. A parameter without a
+    gradient counts as one whose gradient is zero, and keeps none.
+
+    Args:
+        problem: The model, whose parameters have their gradients, with the samples of the step.
+        training: Its ``structure`` and ``damping``.
+
+    Raises:
+        CurvlabError: The Fisher does not have that structure for this model, or the damped Fisher is singular.
+    """
+    fisher = estimate(problem, "fisher", training.structure)
+    named = dict(problem.model.named_parameters())
+    parameters = {name: named[name] for name in fisher.space.names}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    natural = fisher.solve(fisher.space.flatten(gradients).to(fisher.dtype), training.damping)
+    for name, part in fisher.space.unflatten(natural).items():
+        if (gradient := parameters[name].grad) is not None:
+            gradient.copy_(part)
