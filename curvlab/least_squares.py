@@ -47,6 +47,11 @@ class LeastSquares:
         prior = self.precision / (2 * len(self.x)) * theta.square().sum(-1)
         return self._residuals(theta).square().mean(-1) / 2 + prior
 
+    def excess(self, theta: Tensor) -> Tensor:
+        """Return the loss ``(...)`` above the smallest one, from the distance to the solution: without cancellation."""
+        off = theta - self.solution
+        return ((off @ self.hessian) * off).sum(-1) / 2
+
     def gradient(self, theta: Tensor) -> Tensor:
         """Return the gradient ``(..., P)`` of the loss at parameters ``(..., P)``."""
         return (self._residuals(theta) @ self.x + self.precision * theta) / len(self.x)

@@ -43,6 +43,9 @@ SMALL = {
     "--quantities fisher empirical_fisher --subsets 10 --strengths 1 100",
     "fisher_histogram": "--hidden 6 --steps 3 --samples 30",
     "empirical_fisher_field": "--samples 20 --steps 30",
+    "natural_gradient": "--hidden 3 --steps 3 --every 3 --samples 60 --validation 20 --batch-size 30 "
+    "--methods sgd diag --sgd-lrs 0.1 --natural-lrs 0.1 --dampings 0.1 "
+    "--regression-samples 20 --regression-steps 3",
     "kl_gaussians": "--starts 2 --hidden 2 --points 5",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
     "--lr-squared-error 0.003",
@@ -60,7 +63,7 @@ SMALL = {
 }
 
 #: Those whose records have seconds.
-TIMED = {"agreement", "masq_vs_fim", "forgetting_forecast", "methods", "dlcft", "eigenvalues"}
+TIMED = {"agreement", "masq_vs_fim", "forgetting_forecast", "methods", "dlcft", "eigenvalues", "natural_gradient"}
 
 GRIDS = [name for name in ANALYSES if isinstance(load_analysis(name), Analysis)]
 

@@ -77,9 +77,9 @@ def test_a_step_is_the_formula(structure: str) -> None:
         expected = torch.linalg.solve(matrix + damping * torch.eye(len(matrix), dtype=x.dtype), natural)
     options: dict[str, Any] = {"optimizer": "ngd", "lr": lr, "weight_decay": decay, "structure": structure}
     fit(model, (x, y), steps=1, batch_size=len(x), damping=damping, progress=False, **options)
-    after = before - lr * decay * before
+    after, close = before - lr * decay * before, 1e-4 if structure == "implicit" else 1e-8
     torch.testing.assert_close(
-        flat(model)[-len(expected) :], (after[-len(expected) :] - lr * expected), atol=1e-8, rtol=1e-8
+        flat(model)[-len(expected) :], (after[-len(expected) :] - lr * expected), atol=close, rtol=close
     )
 
 

@@ -64,6 +64,9 @@ ANALYSES = {
     "empirical_fisher_field": Entry(
         "lecture", "Does the empirical Fisher precondition as the Fisher does? Three fields of a linear regression."
     ),
+    "natural_gradient": Entry(
+        "lecture", "Does the natural gradient converge faster? A linear regression, and a network by three Fishers."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),

@@ -2,6 +2,7 @@
 
 from curvlab.plots.accuracies import accuracy_curves, regime_curves, setting_curves
 from curvlab.plots.densities import density_pairs, divergence_fits
+from curvlab.plots.descents import descent_panels, loss_curves
 from curvlab.plots.dots import accuracy_points, diagonality_dots, method_dots
 from curvlab.plots.fields import preconditioned_fields
 from curvlab.plots.forecasts import forecast_scatter, forecast_value
@@ -22,6 +23,7 @@ __all__ = [
     "bound_scatter",
     "density_curves",
     "density_pairs",
+    "descent_panels",
     "diagonality_dots",
     "difference_maps",
     "divergence_fits",
@@ -32,6 +34,7 @@ __all__ = [
     "layer_curves",
     "log_bins",
     "log_histogram",
+    "loss_curves",
     "method_dots",
     "minimum_scatter",
     "normalised_curves",

@@ -145,8 +145,8 @@ class Analysis(Generic[C]):
         measure: Function of one run with a single seed; returns flat records.
         report: Pure function that makes tables, claims and figures from records.
         check: Function that raises ``CurvlabError`` for an invalid configuration, before anything is written.
-        load: Function that loads the data set of a configuration; ``subject.no_data`` for an analysis without one, whose
-            ``measure`` and ``check`` are called with None in its place.
+        load: Function that loads the data set of a configuration; ``subject.no_data`` for an analysis without one:
+            ``measure`` and ``check`` then get None in its place.
         parts: Function that splits a configuration into its runs; None for one run per seed.
         search: The hyper-parameter search; None if there is none.
         kinds: File name of each kind of records -> a key that only these records have; includes ``table``.

@@ -1,0 +1,376 @@
+"""Does the natural gradient converge faster? Carta's lecture on regularization priors, the slides on NGD."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import Tensor
+
+from curvlab.analyze.frame import subject
+from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.published import read_published
+from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
+from curvlab.analyze.frame.values import by_seed, number, where
+from curvlab.errors import CurvlabError
+from curvlab.least_squares import Field as VectorField
+from curvlab.least_squares import LeastSquares, descend
+from curvlab.plots import descent_panels, loss_curves
+from curvlab.results import Claim, Column, Identity, aggregate, require, require_direction
+from curvlab.training import Training, evaluate, fit
+
+Problem = Literal["regression", "network"]
+Method = Literal["sgd", "adam", "exact", "kfac", "diag"]
+
+#: Structures of the Fisher of the methods that take natural gradients.
+STRUCTURES = {"exact": "implicit", "kfac": "kfac", "diag": "diag"}
+LABELS = {
+    "gd": "gradient descent",
+    "ngd": "natural gradient",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "exact": "natural gradient, exact Fisher",
+    "kfac": "natural gradient, K-FAC",
+    "diag": "natural gradient, diagonal",
+}
+_START = (0.0, 5.0)  # weight and bias: the error lies mainly along the slow direction
+_SGD_BATCH = 50
+
+
+class NaturalGradientConfig(subject.SubjectConfig):
+    """Natural gradients against gradient descent on a linear regression, and against SGD and Adam on a network."""
+
+    titles: ClassVar[Mapping[str, str]] = {
+        **subject.SubjectConfig.titles,
+        "problems": "linear regression",
+        "methods": "training",
+    }
+
+    validation: int = Field(default=300, ge=0)
+    """Hold out so many training samples, random ones, which the hyper-parameters are chosen on."""
+    samples: int | None = Field(default=None, ge=1)
+    """Train on so many training samples, random ones; none means all."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30,)
+    """Hidden sizes of the mlp; no number for a linear model."""
+    problems: tuple[Problem, ...] = ("regression", "network")
+    """The linear regression, the network, or both."""
+    regression_samples: int = Field(default=1000, ge=3)
+    """Samples of the linear regression."""
+    regression_steps: int = Field(default=20, ge=1)
+    """Steps on the linear regression."""
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.15, 0.5)
+    """Learning rates on the linear regression."""
+    methods: tuple[Method, ...] = ("sgd", "adam", "exact", "kfac", "diag")
+    """How the network is trained: exact, kfac and diag are natural gradients by the structure of their Fisher."""
+    steps: int = Field(default=100, ge=1)
+    """Training steps of the network (mini-batches)."""
+    every: int = Field(default=5, ge=1)
+    """Steps between two points of the training loss."""
+    batch_size: int = Field(default=200, ge=1)
+    """Samples a training step, of which the Fisher is taken."""
+    sgd_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.1, 0.3, 1.0, 3.0)
+    """Learning rates of sgd, of which one is chosen."""
+    adam_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.003, 0.01, 0.03, 0.1)
+    """Learning rates of adam, of which one is chosen."""
+    natural_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3)
+    """Learning rates of natural gradients, of which one is chosen with the damping."""
+    dampings: tuple[Annotated[float, Field(gt=0)], ...] = (0.001, 0.01, 0.1)
+    """Numbers on the Fisher's diagonal, of which one is chosen."""
+    selection_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (100,)
+    """Seeds of the runs that the hyper-parameters are chosen by."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
+    """Of the regression's samples, and of the network; the table has mean and standard deviation."""
+
+
+_MNIST = NaturalGradientConfig(data="mnist", validation=5000, samples=10_000, steps=200, every=10, batch_size=500)
+PRESETS = {
+    "default": Preset(NaturalGradientConfig(), minutes=2),
+    "cpu": Preset(_MNIST, minutes=15, needs=("mnist",)),
+}
+
+
+# Linear regression ----------------------------------------------------------------------------------------------------
+
+
+def draw_regression(samples: int, seed: int) -> LeastSquares:
+    """Return the regression ``y = 2 x + 1 + noise``, with ``x ~ N(2, 1)`` and noise of standard deviation 0.5."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, samples, dtype=torch.float64, generator=generator)
+    x = x + 2
+    return LeastSquares(torch.stack([x, torch.ones_like(x)], 1), 2 * x + 1 + 0.5 * noise)
+
+
+def make_fields(regression: LeastSquares, seed: int) -> dict[str, VectorField]:
+    """Return the directions of gradient descent, of SGD with random batches, and of the natural gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    inverse = torch.linalg.inv(regression.fisher)
+
+    def sgd(theta: Tensor) -> Tensor:
+        batch = torch.randint(len(regression.x), (_SGD_BATCH,), generator=generator)
+        return -LeastSquares(regression.x[batch], regression.y[batch]).gradient(theta)
+
+    return {
+        "gd": lambda theta: -regression.gradient(theta),
+        "sgd": sgd,
+        "ngd": lambda theta: -regression.gradient(theta) @ inverse,
+    }
+
+
+def regression_records(config: NaturalGradientConfig, seed: int) -> Iterator[Record]:
+    """Yield the regression's Fisher and solution, and every step of every method at every rate."""
+    regression = draw_regression(config.regression_samples, seed)
+    solution, fisher = regression.solution, regression.fisher
+    yield {
+        "seed": seed,
+        "fisher_ww": float(fisher[0, 0]),
+        "fisher_wb": float(fisher[0, 1]),
+        "fisher_bb": float(fisher[1, 1]),
+        "weight": float(solution[0]),
+        "bias": float(solution[1]),
+    }
+    start = torch.tensor([_START], dtype=torch.float64)
+    for rate in config.rates:
+        for method, field in make_fields(regression, seed).items():
+            path = descend(field, start, rate, config.regression_steps)[:, 0]
+            excess = regression.excess(path).tolist()
+            names: Record = {"seed": seed, "problem": "regression", "method": method, "lr": rate}
+            yield {**names, "start_loss": excess[0], "end_loss": excess[-1]}
+            for step, ((weight, bias), height) in enumerate(zip(path.tolist(), excess, strict=True)):
+                yield {**names, "step": step, "weight": weight, "bias": bias, "excess": height}
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+
+def candidates(config: NaturalGradientConfig, method: str) -> list[Candidate]:
+    """Return the learning rates of a method, with the dampings of a natural gradient."""
+    if method in STRUCTURES:
+        return [{"lr": lr, "damping": damping} for lr in config.natural_lrs for damping in config.dampings]
+    return [{"lr": lr} for lr in (config.sgd_lrs if method == "sgd" else config.adam_lrs)]
+
+
+def _single_run(
+    config: NaturalGradientConfig, method: str, candidate: Candidate, seeds: Sequence[int]
+) -> NaturalGradientConfig:
+    lrs = {"sgd": "sgd_lrs", "adam": "adam_lrs"}.get(method, "natural_lrs")
+    values: dict[str, object] = {"problems": ("network",), "methods": (method,), "seeds": tuple(seeds)}
+    values[lrs] = (candidate["lr"],)
+    if "damping" in candidate:
+        values["dampings"] = (candidate["damping"],)
+    return config.model_copy(update=values)
+
+
+def _runs(config: NaturalGradientConfig, chosen: Sequence[Choice]) -> list[NaturalGradientConfig]:
+    trained = [_single_run(config, one.group["method"], one.candidate, config.seeds) for one in chosen]
+    regression = [config.model_copy(update={"problems": ("regression",)})] if "regression" in config.problems else []
+    return [*regression, *trained]
+
+
+def _groups(config: NaturalGradientConfig) -> list[tuple[Group, list[Candidate]]]:
+    methods = config.methods if "network" in config.problems else ()
+    return [({"method": method}, candidates(config, method)) for method in methods]
+
+
+def _trial(config: NaturalGradientConfig, group: Group, candidate: Candidate, seed: int) -> NaturalGradientConfig:
+    return _single_run(config, group["method"], candidate, (seed,))
+
+
+SEARCH = Search(
+    candidates=_groups,
+    config=_trial,
+    runs=_runs,
+    seeds=lambda config: config.selection_seeds,
+    value="validation_loss",
+    largest=False,
+    advice="give lower learning rates or higher dampings",
+    label=lambda name: LABELS.get(name, name),
+)
+
+
+def network_records(config: NaturalGradientConfig, data: subject.SubjectData, workspace: Workspace) -> Iterator[Record]:
+    """Train the network by the one method with its one candidate: yield what it comes to, and the loss over training.
+
+    Raises:
+        CurvlabError: The training diverges.
+    """
+    (method,), (seed,) = config.methods, config.seeds
+    (candidate,) = candidates(config, method)
+    training = Training(
+        lr=candidate["lr"], steps=config.steps, batch_size=config.batch_size, seed=seed, optimizer="sgd"
+    )
+    if method == "adam":
+        training = replace(training, optimizer="adam")
+    elif method in STRUCTURES:
+        training = replace(training, optimizer="ngd", structure=STRUCTURES[method], damping=candidate["damping"])
+    model, samples = subject.network(config, data, seed), subject.samples(config, data)
+    before = evaluate(model, *samples).loss
+    result = fit(
+        model,
+        samples,
+        training=training,
+        evaluation=samples,
+        evaluate_every=config.every,
+        checkpoint=workspace.folder / "checkpoint.pt",
+        progress=False,
+    )
+    names: Record = {"seed": seed, "problem": "network", "method": method, "lr": candidate["lr"]}
+    yield {
+        **names,
+        "damping": candidate.get("damping"),
+        "start_loss": before,
+        "end_loss": result.history[-1]["eval_loss"],
+        "validation_loss": None if data.held_out is None else evaluate(model, *data.held_out).loss,
+        "test_accuracy": evaluate(model, data.x_test, data.y_test).accuracy,
+        "seconds": result.seconds,
+    }
+    yield {**names, "step": 0, "loss": before}
+    yield from ({**names, "step": point["step"], "loss": point["eval_loss"]} for point in result.history)
+
+
+def check(config: NaturalGradientConfig, data: subject.SubjectData) -> None:
+    """Refuse what cannot be done, before anything is written.
+
+    Raises:
+        CurvlabError: The configuration, the data or the weights are not usable.
+    """
+    subject.check_subject(config, data)
+    subject.check_distinct(
+        problems=config.problems,
+        rates=config.rates,
+        methods=config.methods,
+        sgd_lrs=config.sgd_lrs,
+        adam_lrs=config.adam_lrs,
+        natural_lrs=config.natural_lrs,
+        dampings=config.dampings,
+        selection_seeds=config.selection_seeds,
+    )
+    subject.network(config, data, config.seeds[0])
+    if data.held_out is None and any(len(candidates) > 1 for _, candidates in _groups(config)):
+        raise CurvlabError(
+            "hyper-parameters are chosen on held-out samples: set validation, or give every list of learning rates "
+            "and dampings a single value"
+        )
+
+
+def measure(config: NaturalGradientConfig, dataset: subject.SubjectData, workspace: Workspace) -> Iterator[Record]:
+    """Yield the records of the linear regression, or of the network trained by one method."""
+    if config.problems == ("regression",):
+        yield from regression_records(config, *config.seeds)
+    else:
+        yield from network_records(config, dataset, workspace)
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    Column("problem", "problem"),
+    Column("label", "method"),
+    Column("lr", "learning rate"),
+    Column("start_loss", "loss, start", spread="start_loss_std"),
+    Column("end_loss", "loss, end", spread="end_loss_std"),
+    Column("test_accuracy", "test accuracy", spread="test_accuracy_std"),
+    Column("seconds", "seconds"),
+)
+_VALUES = ("start_loss", "end_loss", "test_accuracy", "seconds")
+
+
+def report(run: Results[NaturalGradientConfig]) -> Report:
+    """Return the table of both problems, the claims of the slides, and the figures."""
+    config, records = run.config, run.records["table"]
+    rows = [{**row, "label": LABELS[row["method"]]} for row in aggregate(records, ["problem", "method", "lr"], _VALUES)]
+    names = {
+        "regression": f"linear regression, {config.regression_steps} steps (loss above the smallest)",
+        "network": f"{subject.describe_network(config, run.subject)} on {run.subject.data}, {config.steps} steps",
+    }
+    figures: dict[str, Callable[[], Figure]] = {}
+    if problems := run.records["regressions"]:
+        first = problems[0]
+        points = where(run.records["points"], seed=first["seed"])
+        figures["regression"] = lambda: descent_panels(points, first, LABELS)
+    if curves := run.records["curves"]:
+        figures["network"] = lambda: loss_curves(curves, LABELS)
+    return Report(
+        Table(f"{'; '.join(names[problem] for problem in config.problems)}; {run.spread}", _COLUMNS, rows),
+        claims=[*_regression_claims(run), *_network_claims(run)],
+        identities=[
+            Identity(
+                f"Natural gradient at {rate:g}: its excess loss shrinks by (1 - rate)² a step (relative difference)",
+                [ratio / (1 - rate) ** (2 * config.regression_steps) - 1 for ratio in _shrink(run, "ngd", rate)],
+            )
+            for rate in config.rates
+            if rate != 1 and problems
+        ],
+        figures=figures,
+    )
+
+
+def _values(run: Results[NaturalGradientConfig], key: str, **names: object) -> list[float]:
+    """Return a value of one problem and method for every seed, NaN where its run has failed; none if it was not run."""
+    mine = [row for row in run.records["table"] if all(row[name] == value for name, value in names.items())]
+    return by_seed(mine, run.seeds, lambda seed: number(where(mine, seed=seed)[0][key])) if mine else []
+
+
+def _divide(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)] if one and other else []
+
+
+def _shrink(run: Results[NaturalGradientConfig], method: str, rate: float) -> list[float]:
+    names = {"problem": "regression", "method": method, "lr": rate}
+    return _divide(_values(run, "end_loss", **names), _values(run, "start_loss", **names))
+
+
+def _regression_claims(run: Results[NaturalGradientConfig]) -> list[Claim]:
+    slides = read_published("lecture")["natural_gradient"]
+    gate = require({key: getattr(run.config, key) for key in slides["conditions"]}, slides["conditions"])
+    return [
+        Claim.of(
+            "NGD converges much faster: at 0.15 gradient descent ends above 10 times the excess loss of NGD",
+            slides["source"],
+            _divide(_shrink(run, "gd", 0.15), _shrink(run, "ngd", 0.15)),
+            lambda ratio: ratio > 10,
+            None,
+            gate,
+        ),
+        Claim.of(
+            "NGD is also more stable: at 0.5 gradient descent diverges, to 1,000 times its excess loss or more",
+            slides["source"],
+            _shrink(run, "gd", 0.5),
+            lambda ratio: ratio >= 1e3,
+            None,
+            gate,
+        ),
+    ]
+
+
+def _network_claims(run: Results[NaturalGradientConfig]) -> list[Claim]:
+    slides = read_published("lecture")["natural_gradient_network"]
+    ours = {"data": run.subject.data, "steps": run.config.steps}
+    gate = require_direction(ours, slides["conditions"], slides["direction"])
+    sgd = _values(run, "end_loss", problem="network", method="sgd")
+    return [
+        Claim.of(
+            f"NGD speeds up training: a network ends at a lower training loss than with SGD, {text}",
+            slides["source"],
+            _divide(_values(run, "end_loss", problem="network", method=method), sgd),
+            lambda ratio: ratio < 1,
+            None,
+            gate,
+        )
+        for method, text in (("exact", "exact Fisher"), ("kfac", "K-FAC"))
+    ]
+
+
+ANALYSIS = Analysis(
+    config=NaturalGradientConfig,
+    question="Does the natural gradient converge faster? A linear regression at two learning rates, and a network with "
+    "the exact Fisher, K-FAC and its diagonal.",
+    presets=PRESETS,
+    check=check,
+    measure=measure,
+    report=report,
+    search=SEARCH,
+    kinds={"table": "end_loss", "regressions": "fisher_ww", "points": "excess", "curves": "loss"},
+    items=("slide Natural Gradient Descent", "slide NGD is more stable"),
+)
