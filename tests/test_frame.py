@@ -46,6 +46,7 @@ SMALL = {
     "natural_gradient": "--hidden 3 --steps 3 --every 3 --samples 60 --validation 20 --batch-size 30 "
     "--methods sgd diag --sgd-lrs 0.1 --natural-lrs 0.1 --dampings 0.1 "
     "--regression-samples 20 --regression-steps 3",
+    "adam_preconditioner": "--hidden 3 --steps 4 --every 2 --samples 30 --batch-size 20",
     "kl_gaussians": "--starts 2 --hidden 2 --points 5",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
     "--lr-squared-error 0.003",

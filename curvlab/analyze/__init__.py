@@ -67,6 +67,9 @@ ANALYSES = {
     "natural_gradient": Entry(
         "lecture", "Does the natural gradient converge faster? A linear regression, and a network by three Fishers."
     ),
+    "adam_preconditioner": Entry(
+        "lecture", "Is Adam's second moment the diagonal of the Fisher? Rank correlation and scale over training."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),

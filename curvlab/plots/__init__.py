@@ -9,6 +9,7 @@ from curvlab.plots.forecasts import forecast_scatter, forecast_value
 from curvlab.plots.heat_maps import block_heat_map, difference_maps
 from curvlab.plots.histograms import log_bins, log_histogram
 from curvlab.plots.minima import minimum_scatter, spectrum_steps
+from curvlab.plots.moments import moment_curves, moment_scatter
 from curvlab.plots.panels import Panel, draw_panels
 from curvlab.plots.retraining import retraining_curves
 from curvlab.plots.scatter import bound_scatter, vanishing_curvature
@@ -37,6 +38,8 @@ __all__ = [
     "loss_curves",
     "method_dots",
     "minimum_scatter",
+    "moment_curves",
+    "moment_scatter",
     "normalised_curves",
     "preconditioned_fields",
     "rate_curves",

@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import rankdata
+
 Record = Mapping[str, Any]
 
 
@@ -32,3 +35,15 @@ def number(value: Any) -> float:
 def divide(one: float, other: float) -> float:
     """Return a ratio; NaN if the denominator is 0, as for the curvature of a network with a single class."""
     return one / other if other else math.nan
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation; None for fewer than three points, or if one of the two is constant.
+
+    Examples:
+        >>> f"{rank_correlation([1, 2, 3], [10, 30, 20]):.2f}"
+        '0.50'
+    """
+    if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
+        return None
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -267,7 +267,7 @@ def measure(config: NaturalGradientConfig, dataset: subject.SubjectData, workspa
 _COLUMNS = (
     Column("problem", "problem"),
     Column("label", "method"),
-    Column("lr", "learning rate"),
+    Column("lr", "learning rate", format=lambda value: f"{value:g}"),
     Column("start_loss", "loss, start", spread="start_loss_std"),
     Column("end_loss", "loss, end", spread="end_loss_std"),
     Column("test_accuracy", "test accuracy", spread="test_accuracy_std"),

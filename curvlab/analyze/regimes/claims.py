@@ -4,9 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import sub, truediv
 from typing import Any
 
-import numpy as np
-from scipy.stats import rankdata
-
 from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
@@ -61,18 +58,6 @@ def deviations(config: StreamsConfig, data: Subject) -> list[str]:
         differ = describe_differences(conditions(config, data, stream), theirs)
         lines += [f"{stream}: {differ}."] if differ and data.data == theirs["data"] else []
     return lines
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation; None for fewer than three points, or if one of the two is constant.
-
-    Examples:
-        >>> f"{rank_correlation([1, 2, 3], [10, 30, 20]):.2f}"
-        '0.50'
-    """
-    if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
-        return None
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def judge_streams(judge: Callable[..., list[Claim]], *tables: Sequence[Record]) -> list[Claim]:

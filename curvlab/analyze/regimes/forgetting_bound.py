@@ -10,7 +10,7 @@ from torch import nn
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.frame.values import where
+from curvlab.analyze.frame.values import rank_correlation, where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.expansion import expansion, quadratic_difference
@@ -151,10 +151,7 @@ def correlate(found: Sequence[Record]) -> list[Record]:
     groups = dict.fromkeys((record["stream"], record["seed"]) for record in found)
     return [
         {"stream": stream, "seed": seed, "points": len(points)}
-        | {
-            key: published.rank_correlation([p["forgetting"] for p in points], [p[key] for p in points])
-            for key in CORRELATED
-        }
+        | {key: rank_correlation([p["forgetting"] for p in points], [p[key] for p in points]) for key in CORRELATED}
         for stream, seed in groups
         for points in [where(found, stream=stream, seed=seed)]
     ]

@@ -14,9 +14,8 @@ from torch import nn
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
-from curvlab.analyze.frame.values import where
+from curvlab.analyze.frame.values import rank_correlation, where
 from curvlab.analyze.regimes import options as regimes
-from curvlab.analyze.regimes.claims import rank_correlation
 from curvlab.analyze.regimes.forecast_claims import claims
 from curvlab.analyze.regimes.options import Record, StreamsConfig
 from curvlab.continual import Regime

@@ -7,7 +7,7 @@ from statistics import fmean
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.frame.values import list_by_seed, where
+from curvlab.analyze.frame.values import list_by_seed, rank_correlation, where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.observer import Observer
@@ -117,10 +117,8 @@ def correlate(points: Sequence[Record]) -> list[Record]:
     return [
         {"stream": stream, "seed": seed, "points": len(steps)}
         | {
-            "width": published.rank_correlation([p["distance"] for p in steps], [p["lambda_max"] for p in steps]),
-            "fixed": published.rank_correlation(
-                [p["fixed_forgetting"] for p in steps], [p["width_before"] for p in steps]
-            ),
+            "width": rank_correlation([p["distance"] for p in steps], [p["lambda_max"] for p in steps]),
+            "fixed": rank_correlation([p["fixed_forgetting"] for p in steps], [p["width_before"] for p in steps]),
         }
         for stream, seed in groups
         for steps in [add_width_before(where(points, stream=stream, seed=seed))]

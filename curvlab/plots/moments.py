@@ -1,0 +1,96 @@
+"""Figures of Adam's second moment beside diagonals of curvature."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from curvlab.plots.records import Record, column, count_seeds, distinct
+from curvlab.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LABEL,
+    ORANGE,
+    TWO_COLUMNS,
+    add_legend,
+    finish,
+    new_figure,
+    set_log_ticks,
+)
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "masq": {"color": BLUE, "linestyle": "-", "linewidth": 1.4},
+    "empirical_fisher": {"color": ORANGE, "linestyle": "--", "linewidth": 1.4},
+    "fisher": {"color": GREEN, "linestyle": "-.", "linewidth": 1.4},
+}
+
+
+def moment_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figure:
+    """Draw rank correlation and scale of the second moment against diagonals over training: mean and range of seeds.
+
+    Args:
+        records: Records of ``quantity``, ``seed`` and ``step`` with ``rank_correlation`` and ``log_scale``, either of
+            which may be None.
+        labels: What the quantities are called.
+    """
+    figure = new_figure(TWO_COLUMNS, 2.6)
+    panels = figure.subplots(1, 2)
+    texts = {"rank_correlation": "rank correlation with v", "log_scale": r"median $\log_{10}(v\,/\,\mathrm{diagonal})$"}
+    for axes, (key, text) in zip(panels, texts.items(), strict=True):
+        for quantity in distinct(records, "quantity"):
+            mine = [record for record in records if record["quantity"] == quantity]
+            steps = sorted({record["step"] for record in mine})
+            values = [column([record for record in mine if record["step"] == step], key) for step in steps]
+            style = _STYLES[quantity]
+            marker = "o" if len(steps) == 1 else None
+            axes.plot(steps, [value.mean() for value in values], marker=marker, **style)
+            edges = ([edge(value) for value in values] for edge in (np.min, np.max))
+            axes.fill_between(steps, *edges, color=style["color"], alpha=0.2, linewidth=0)
+        axes.set_xlabel("training step", fontsize=LABEL)
+        axes.set_ylabel(text, fontsize=LABEL)
+        finish(axes)
+    panels[1].axhline(0, color=GREY, linewidth=0.8)
+    panels[0].set_ylim(top=1.0)
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], label=labels[name], **_STYLES[name]) for name in distinct(records, "quantity")
+    ]
+    if count_seeds(records) > 1:
+        handles.append(Patch(color=GREY, alpha=0.3, label=f"mean and range, {count_seeds(records)} seeds"))
+    add_legend(figure, handles, len(handles))
+    return figure
+
+
+def moment_scatter(entries: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
+    """Draw the second moment of every parameter against its entry of each diagonal, in logarithmic scales.
+
+    Args:
+        entries: ``second_moment`` and each quantity by name, ``(P,)``; where one of the two is zero there is no point.
+        labels: What the quantities are called.
+    """
+    figure = new_figure(TWO_COLUMNS, 2.5)
+    panels = figure.subplots(1, len(labels), sharex=True, sharey=True)
+    moment = np.asarray(entries["second_moment"], dtype=float)
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        diagonal = np.asarray(entries[name], dtype=float)
+        both = (moment > 0) & (diagonal > 0)
+        axes.scatter(
+            diagonal[both], moment[both], s=2, color=_STYLES[name]["color"], alpha=0.35, linewidths=0, rasterized=True
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.axline((1e-6, 1e-6), (1e-5, 1e-5), color=INK, linewidth=0.8, linestyle="--")
+        axes.set_title(label, fontsize=LABEL)
+        axes.set_xlabel("entry of the diagonal (nats)", fontsize=LABEL)
+        finish(axes)
+    positive = moment[moment > 0]
+    if len(positive):
+        panels[0].set_ylim(np.quantile(positive, 0.005) / 2, positive.max() * 2)
+    panels[0].set_ylabel("v of Adam (nats)", fontsize=LABEL)
+    for axis in (panels[0].xaxis, panels[0].yaxis):
+        set_log_ticks(axis, most=5)
+    return figure
