@@ -47,7 +47,7 @@ PRESETS = {
     "default": Preset(AdamPreconditionerConfig(), minutes=0.5),
     "cpu": Preset(
         AdamPreconditionerConfig(data="mnist", samples=10_000, hidden=(100, 100), steps=2000, every=200),
-        minutes=5,
+        minutes=1,
         needs=("mnist",),
     ),
 }
