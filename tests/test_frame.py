@@ -156,7 +156,7 @@ def test_bad_values(call, name, line, fragment):
     if option.removeprefix("--") in {"data", "weights", "device", "samples"} - set(
         load_analysis(name).config.model_fields
     ):
-        fragment = f"there is no option {option}"
+        fragment = f"unknown option {option}"
     code, out, err = call(f"{name} {SMALL[name]} {line} --out run")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
