@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergences between distributions on the line, by quadrature, and the normal closest in them."""
+"""Kullback-Leibler divergences between distributions on the real line, and normal distributions that minimise them."""
 
 import math
 from typing import Literal
@@ -12,33 +12,33 @@ from curvlab.errors import CurvlabError
 #: ``forward`` minimises KL(P || Q) over Q, ``reverse`` KL(Q || P).
 Direction = Literal["forward", "reverse"]
 
-_ITERATIONS = 500  # of L-BFGS; a fit takes some twenty
-_STATIONARY = 1e-5  # largest entry of the gradient at the end of a fit
+_ITERATIONS = 500  # of L-BFGS; a fit needs about twenty
+_STATIONARY = 1e-5  # largest entry of the gradient that counts as converged
 
 
 def quadrature_grid(low: float, high: float, points: int = 2001) -> Tensor:
-    """Return equally spaced points ``(points,)`` of float64, for ``kl_divergence``.
+    """Return equally spaced points ``(points,)`` in float64, for ``kl_divergence``.
 
     Args:
-        low: The first one; outside of the grid neither distribution may have any mass worth counting.
-        high: The last one.
-        points: How many.
+        low: First point; the mass of both distributions outside the grid must be negligible.
+        high: Last point.
+        points: Number of points.
     """
     return torch.linspace(low, high, points, dtype=torch.float64)
 
 
-_STANDARD = quadrature_grid(-10.0, 10.0)  # of a standard normal
+_STANDARD = quadrature_grid(-10.0, 10.0)  # grid of a standard normal
 
 
 def kl_divergence(p: Distribution, q: Distribution, grid: Tensor) -> Tensor:
     r"""Return KL(P || Q) = \int p log(p / q), a scalar tensor in nats, differentiable in the parameters of both.
 
-    The trapezoidal rule, whose error falls faster than any power of the spacing for smooth densities that vanish at
-    both ends of the grid.
+    The integral is computed by the trapezoidal rule, whose error decreases faster than any power of the spacing for
+    smooth densities that vanish at both ends of the grid.
 
     Args:
-        p: A continuous distribution on the line.
-        q: Another one, positive wherever ``p`` is.
+        p: Continuous distribution on the real line.
+        q: Continuous distribution that is positive wherever ``p`` is.
         grid: Equally spaced points ``(n,)``; see ``quadrature_grid``.
 
     Examples:
@@ -51,18 +51,19 @@ def kl_divergence(p: Distribution, q: Distribution, grid: Tensor) -> Tensor:
 
 
 def fit_normal(p: Distribution, direction: Direction, mean: float, std: float, grid: Tensor) -> tuple[Normal, float]:
-    """Return the normal distribution Q that a descent of the divergence ends at, and the divergence in nats.
+    """Return a normal distribution Q that minimises the divergence locally, and the divergence in nats.
 
-    L-BFGS in the mean and the logarithm of the standard deviation, in float64. Forward, the minimum is unique and has
-    P's mean and variance; reverse, there may be several local minima, and the start decides between them. The integral
-    of the reverse divergence is over (x - mean) / std, so that it is right for narrow and for wide Q alike.
+    L-BFGS optimises the mean and the logarithm of the standard deviation in float64. The minimum of the forward
+    divergence is unique and has the mean and variance of P. The reverse divergence can have several local minima; the
+    start determines which one is found. Its integral is over (x - mean) / std, so that it is accurate for narrow and
+    for wide Q.
 
     Args:
-        p: A continuous distribution on the line.
+        p: Continuous distribution on the real line.
         direction: ``forward`` minimises KL(P || Q), ``reverse`` KL(Q || P).
-        mean: Of Q at the start.
-        std: Of Q at the start, positive.
-        grid: Points of the forward divergence, beyond which P has no mass worth counting.
+        mean: Mean of Q at the start.
+        std: Standard deviation of Q at the start, positive.
+        grid: Points of the forward divergence; the mass of P outside the grid must be negligible.
 
     Raises:
         CurvlabError: The descent does not converge.

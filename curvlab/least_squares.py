@@ -1,4 +1,4 @@
-"""Linear least squares in closed form: loss, gradient, Fisher and empirical Fisher, and descents along fields."""
+"""Linear least squares: loss, gradient, Fisher and empirical Fisher in closed form, and descents along fields."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Field = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """The loss ``1/(2N) sum_n (x_n . theta - y_n)^2 + precision/(2N) |theta|^2``, at many parameters at a time.
+    """The loss ``1/(2N) sum_n (x_n . theta - y_n)^2 + precision/(2N) |theta|^2``, for batches of parameter vectors.
 
     The first term is the mean negative log-likelihood of targets with unit noise, up to a constant.
 
     Attributes:
         x: Features ``(N, P)``, float64; a column of ones for an intercept.
         y: Targets ``(N,)``, float64.
-        precision: Of a Gaussian prior on the parameters; 0 for none.
+        precision: Precision of a Gaussian prior on the parameters; 0 for no prior.
     """
 
     x: Tensor
@@ -28,17 +28,17 @@ class LeastSquares:
 
     @property
     def fisher(self) -> Tensor:
-        """The Fisher ``(P, P)`` of the mean likelihood, which does not depend on the parameters: ``X'X / N``."""
+        """Fisher ``(P, P)`` of the mean log-likelihood, ``X'X / N``, which does not depend on the parameters."""
         return self.x.T @ self.x / len(self.x)
 
     @property
     def hessian(self) -> Tensor:
-        """The Hessian ``(P, P)`` of the loss: the Fisher and the prior's part."""
+        """Hessian ``(P, P)`` of the loss: the sum of the Fisher and the term of the prior."""
         return self.fisher + self.precision / len(self.x) * torch.eye(self.x.shape[1], dtype=self.x.dtype)
 
     @property
     def solution(self) -> Tensor:
-        """The parameters ``(P,)`` at which the loss is least."""
+        """Parameters ``(P,)`` with the smallest loss."""
         solved: Tensor = torch.linalg.solve(self.hessian, self.x.T @ self.y / len(self.x))
         return solved
 
@@ -48,7 +48,7 @@ class LeastSquares:
         return self._residuals(theta).square().mean(-1) / 2 + prior
 
     def excess(self, theta: Tensor) -> Tensor:
-        """Return the loss ``(...)`` above the smallest one, from the distance to the solution: without cancellation."""
+        """Return the loss ``(...)`` above the smallest loss, computed without cancellation."""
         off = theta - self.solution
         return ((off @ self.hessian) * off).sum(-1) / 2
 
@@ -57,7 +57,7 @@ class LeastSquares:
         return (self._residuals(theta) @ self.x + self.precision * theta) / len(self.x)
 
     def empirical_fisher(self, theta: Tensor) -> Tensor:
-        """Return the mean outer product ``(..., P, P)`` of the samples' gradients, without the prior's part."""
+        """Return the mean outer product ``(..., P, P)`` of the gradients of the samples, without the prior."""
         gradients = self._residuals(theta)[..., None] * self.x
         return gradients.mT @ gradients / len(self.x)
 
@@ -66,18 +66,18 @@ class LeastSquares:
 
 
 def descend(field: Field, starts: Tensor, step: float, steps: int) -> Tensor:
-    """Follow a field from several points: ``theta <- theta + step * field(theta)``.
+    """Follow a field from several points by ``theta <- theta + step * field(theta)``.
 
-    It is Euler's method for ``dtheta/dt = field(theta)``, and with a field of ``-gradient`` it is gradient descent.
+    This is Euler's method for ``dtheta/dt = field(theta)``; with the field ``-gradient`` it is gradient descent.
 
     Args:
-        field: The field.
+        field: The vector field.
         starts: Points ``(S, P)``.
-        step: Length of a step.
-        steps: Their number.
+        step: Step size.
+        steps: Number of steps.
 
     Returns:
-        The points ``(steps + 1, S, P)``, the starts among them.
+        The points ``(steps + 1, S, P)``, including the starts.
     """
     points = [starts]
     for _ in range(steps):
@@ -86,6 +86,6 @@ def descend(field: Field, starts: Tensor, step: float, steps: int) -> Tensor:
 
 
 def angles(vectors: Tensor, others: Tensor) -> Tensor:
-    """Return the angles ``(...)`` between vectors ``(..., P)`` in degrees; NaN where one of the two is zero."""
+    """Return the angles ``(...)`` between vectors ``(..., P)`` in degrees; NaN if one of the two is zero."""
     cosine = (vectors * others).sum(-1) / (vectors.norm(dim=-1) * others.norm(dim=-1))
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))

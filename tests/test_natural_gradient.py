@@ -103,9 +103,9 @@ def test_candidates_and_runs():
     ("changes", "message"),
     [
         ({"validation": 0}, "chosen on held-out samples: set validation"),
-        ({"rates": ()}, "rates needs one value or several different ones"),
-        ({"methods": ("sgd", "sgd")}, "methods needs one value or several different ones"),
-        ({"dampings": (0.1, 0.1)}, "dampings needs one value or several different ones"),
+        ({"rates": ()}, "rates needs one or more different values"),
+        ({"methods": ("sgd", "sgd")}, "methods needs one or more different values"),
+        ({"dampings": (0.1, 0.1)}, "dampings needs one or more different values"),
         ({"samples": 100_000}, "samples is 100,000, but there are"),
     ],
 )
@@ -167,8 +167,8 @@ def test_other_conditions_are_not_tested():
     assert reasons(regression_samples=500)[0] == "regression_samples is 500, published: 1,000"
     assert reasons(steps=10)[2] == "steps is 10, at least 50 is needed"
     assert report(data="cifar10").claims[3].reason == "data is cifar10, digits or mnist is needed"
-    assert reasons(methods=("sgd", "kfac"))[2:] == ["what it compares was not run", ""]
-    assert reasons(rates=(0.15,))[1] == "what it compares was not run"
+    assert reasons(methods=("sgd", "kfac"))[2:] == ["the runs that the claim compares are missing", ""]
+    assert reasons(rates=(0.15,))[1] == "the runs that the claim compares are missing"
 
 
 def test_figures():

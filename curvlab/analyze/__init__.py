@@ -59,13 +59,13 @@ ANALYSES = {
         "lecture", "How skewed is the Fisher? The distribution of its exact diagonal after a task."
     ),
     "kl_gaussians": Entry(
-        "lecture", "What does a step in the parameters do to a distribution? KL divergences, their fits, the Fisher."
+        "lecture", "What does a step in the parameters do to a distribution? KL divergences, fits, and the Fisher."
     ),
     "empirical_fisher_field": Entry(
         "lecture", "Does the empirical Fisher precondition as the Fisher does? Three fields of a linear regression."
     ),
     "natural_gradient": Entry(
-        "lecture", "Does the natural gradient converge faster? A linear regression, and a network by three Fishers."
+        "lecture", "Does the natural gradient converge faster? A linear regression, and a network with three Fishers."
     ),
     "adam_preconditioner": Entry(
         "lecture", "Is Adam's second moment the diagonal of the Fisher? Rank correlation and scale over training."

@@ -1,4 +1,4 @@
-"""Figures of Gaussian densities on the line."""
+"""Figures of Gaussian densities."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +19,10 @@ _FITS: dict[str, dict[str, Any]] = {
 
 
 def density_pairs(records: Sequence[Record]) -> Figure:
-    """Draw pairs of Gaussians, P and Q, a panel a pair, with their divergence above.
+    """Draw pairs of Gaussians, P and Q, one panel per pair, titled with their divergence.
 
     Args:
-        records: A record a pair, with ``mean`` and ``std`` of P, ``other_mean`` and ``other_std`` of Q, and ``kl``.
+        records: One record per pair, with ``mean`` and ``std`` of P, ``other_mean`` and ``other_std`` of Q, and ``kl``.
     """
     figure = new_figure(TWO_COLUMNS, 1.7)
     panels = figure.subplots(1, len(records), squeeze=False, sharex=True, sharey=True)[0]
@@ -42,11 +42,11 @@ def density_pairs(records: Sequence[Record]) -> Figure:
 
 
 def divergence_fits(fits: Sequence[Record], separation: float) -> Figure:
-    """Draw the Gaussians closest to a mixture of two, forward and reverse, of every seed.
+    """Draw the Gaussians that minimise the forward and the reverse divergence from a mixture of two, for every seed.
 
     Args:
-        fits: A record a direction and seed, with ``direction``, ``fit_mean`` and ``fit_std``.
-        separation: Distance from 0 of the two modes, which have standard deviation 1.
+        fits: One record per direction and seed, with ``direction``, ``fit_mean`` and ``fit_std``.
+        separation: Distance of the two modes from 0; both have standard deviation 1.
     """
     figure = new_figure(ONE_COLUMN, 2.4)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Figures of descents: the loss over the steps, and the way through two parameters."""
+"""Figures of optimization: loss curves, and paths in two parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from curvlab.plots.records import Record, column, count_seeds, distinct
+from curvlab.plots.records import Record, column, count_seeds, list_distinct
 from curvlab.plots.style import (
     BLUE,
     GREEN,
@@ -39,14 +39,15 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def descent_panels(points: Sequence[Record], problem: Record, labels: Mapping[str, str]) -> Figure:
-    """Draw descents on a linear regression: for every rate the loss over the steps, and the way to the solution.
+    """Draw descents on a linear regression: for every learning rate, the loss and the path in the two parameters.
 
     Args:
-        points: Records of ``method``, ``lr`` and ``step`` with ``weight``, ``bias`` and ``excess`` (of the loss).
+        points: Records of ``method``, ``lr`` and ``step`` with ``weight``, ``bias`` and ``excess`` (loss
+            above the smallest loss).
         problem: ``weight`` and ``bias`` of the solution, and the Hessian: ``fisher_ww``, ``fisher_wb``, ``fisher_bb``.
-        labels: What the methods are called.
+        labels: Labels of the methods, by name.
     """
-    rates, methods = distinct(points, "lr"), distinct(points, "method")
+    rates, methods = list_distinct(points, "lr"), list_distinct(points, "method")
     figure = new_figure(TWO_COLUMNS, 2.3 * len(rates) + 0.3)
     for (loss, way), rate in zip(figure.subplots(len(rates), 2, squeeze=False), rates, strict=True):
         _draw_contours(way, problem)
@@ -71,7 +72,7 @@ def descent_panels(points: Sequence[Record], problem: Record, labels: Mapping[st
 
 
 def _draw_contours(axes: Axes, problem: Record) -> None:
-    """Draw the loss around its solution, and keep the limits there: a descent that diverges leaves the panel."""
+    """Draw contours of the loss around the solution, and fix the limits of the axes."""
     w = np.linspace(problem["weight"] - 4, problem["weight"] + 4, 81)
     b = np.linspace(problem["bias"] - 6, problem["bias"] + 6, 81)
     dw, db = np.meshgrid(w - problem["weight"], b - problem["bias"])
@@ -84,7 +85,7 @@ def _draw_contours(axes: Axes, problem: Record) -> None:
 
 
 def _leave(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return points up to the first one outside of the axes' limits: what diverges would come back and cover all."""
+    """Return the points up to the first one outside the limits; a diverging path would cross the panel many times."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     outside = np.flatnonzero((x < left) | (x > right) | (y < low) | (y > high))
     end = outside[0] + 1 if len(outside) else len(x)
@@ -92,16 +93,16 @@ def _leave(axes: Axes, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def loss_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figure:
-    """Draw the training loss of a network over its steps: mean and range over the seeds, a line a method.
+    """Draw the training loss of a network, one line per method: mean and range over the seeds.
 
     Args:
         records: Records of ``method``, ``seed`` and ``step`` with the ``loss``.
-        labels: What the methods are called.
+        labels: Labels of the methods, by name.
     """
     figure = new_figure(ONE_COLUMN, 3.4)
     axes = figure.add_subplot()
     handles: list[Line2D | Patch] = []
-    for method in distinct(records, "method"):
+    for method in list_distinct(records, "method"):
         mine = [record for record in records if record["method"] == method]
         steps = sorted({record["step"] for record in mine})
         values = [column([record for record in mine if record["step"] == step], "loss") for step in steps]

@@ -1,4 +1,4 @@
-"""Figures of vector fields over two parameters."""
+"""Figures of vector fields in two parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 from curvlab.plots.style import BLUE, GREEN, GREY, INK, LABEL, ORANGE, TWO_COLUMNS, finish, new_figure
 
 _COLOURS = (BLUE, GREEN, ORANGE)
-_SCALE, _LEVELS = 30, 5  # of the arrows and of the loss, as in the figure of Kunstner et al. (2019)
+_SCALE, _LEVELS = 30, 5  # scale of the arrows and contour levels, as in the figure of Kunstner et al. (2019)
 
 
 def preconditioned_fields(drawing: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
-    """Draw a linear regression, and over its two parameters the loss with vector fields and their trajectories.
+    """Draw the data of a linear regression, and vector fields with trajectories in the plane of its two parameters.
 
     Args:
-        drawing: ``x`` and ``y`` of the samples; ``solution``, intercept and slope; ``axis``, the values of a grid;
-            ``loss`` at its points, the intercept varying slowest; ``fields``, by name the vectors ``(points, 2)``
-            there; ``trajectories``, by name points ``(starts, steps, 2)``.
-        labels: What the fields are called.
+        drawing: ``x`` and ``y`` of the samples; ``solution``, intercept and slope; ``axis``, the values of a grid in
+            either parameter; ``loss`` at the points of the grid, where the intercept varies slowest; ``fields``, the
+            vectors ``(points, 2)`` by name; ``trajectories``, the points ``(starts, steps, 2)`` by name.
+        labels: Labels of the fields, by name.
     """
     figure = new_figure(TWO_COLUMNS, 2.15)
     data, *panels = figure.subplots(1, 1 + len(labels))

@@ -1,4 +1,4 @@
-"""Figures of Adam's second moment beside diagonals of curvature."""
+"""Figures that compare Adam's second moment with diagonals of curvature matrices."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from curvlab.plots.records import Record, column, count_seeds, distinct
+from curvlab.plots.records import Record, column, count_seeds, list_distinct
 from curvlab.plots.style import (
     BLUE,
     GREEN,
@@ -31,18 +31,18 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def moment_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figure:
-    """Draw rank correlation and scale of the second moment against diagonals over training: mean and range of seeds.
+    """Draw the rank correlation and the scale of the second moment over training: mean and range over the seeds.
 
     Args:
         records: Records of ``quantity``, ``seed`` and ``step`` with ``rank_correlation`` and ``log_scale``, either of
             which may be None.
-        labels: What the quantities are called.
+        labels: Labels of the quantities, by name.
     """
     figure = new_figure(TWO_COLUMNS, 2.6)
     panels = figure.subplots(1, 2)
     texts = {"rank_correlation": "rank correlation with v", "log_scale": r"median $\log_{10}(v\,/\,\mathrm{diagonal})$"}
     for axes, (key, text) in zip(panels, texts.items(), strict=True):
-        for quantity in distinct(records, "quantity"):
+        for quantity in list_distinct(records, "quantity"):
             mine = [record for record in records if record["quantity"] == quantity]
             steps = sorted({record["step"] for record in mine})
             values = [column([record for record in mine if record["step"] == step], key) for step in steps]
@@ -57,7 +57,7 @@ def moment_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figur
     panels[1].axhline(0, color=GREY, linewidth=0.8)
     panels[0].set_ylim(top=1.0)
     handles: list[Line2D | Patch] = [
-        Line2D([], [], label=labels[name], **_STYLES[name]) for name in distinct(records, "quantity")
+        Line2D([], [], label=labels[name], **_STYLES[name]) for name in list_distinct(records, "quantity")
     ]
     if count_seeds(records) > 1:
         handles.append(Patch(color=GREY, alpha=0.3, label=f"mean and range, {count_seeds(records)} seeds"))
@@ -66,11 +66,11 @@ def moment_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figur
 
 
 def moment_scatter(entries: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
-    """Draw the second moment of every parameter against its entry of each diagonal, in logarithmic scales.
+    """Draw the second moment of each parameter against its entry in each diagonal, in logarithmic scales.
 
     Args:
-        entries: ``second_moment`` and each quantity by name, ``(P,)``; where one of the two is zero there is no point.
-        labels: What the quantities are called.
+        entries: ``second_moment`` and each quantity by name, ``(P,)``; pairs with a zero are left out.
+        labels: Labels of the quantities, by name.
     """
     figure = new_figure(TWO_COLUMNS, 2.5)
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True)

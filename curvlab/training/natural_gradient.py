@@ -1,4 +1,4 @@
-"""The natural gradient: the gradient times the inverse of the Fisher of a step's batch."""
+"""Natural gradients: the inverse of the Fisher of a batch times its gradient."""
 
 import torch
 
@@ -7,22 +7,22 @@ from curvlab.matrices import Implicit
 from curvlab.problem import Problem
 from curvlab.training.options import Training
 
-_TOLERANCE = 1e-4  # of conjugate gradients: a step's Fisher and gradient are of one batch, and no more exact than that
+_TOLERANCE = 1e-4  # of conjugate gradients; Fisher and gradient of a batch are less accurate than that
 
 
 def precondition_gradients(problem: Problem, training: Training) -> None:
-    """Replace the gradients ``g`` of a problem's model by ``(F + damping I)^-1 g`` (Amari 1998).
+    """Replace the gradients ``g`` of the model of a problem by ``(F + damping I)^-1 g`` (Amari 1998).
 
-    ``F`` is the exact Fisher of the problem's samples, at the model in the mode that it is in. A parameter without a
-    gradient counts as one whose gradient is zero, and keeps none. The structure ``implicit`` solves to a relative
-    residual of 1e-4, which float32 reaches at small dampings too.
+    ``F`` is the exact Fisher of the samples of the problem. The gradient of a parameter without ``grad`` counts as
+    zero, and its ``grad`` stays None. With the structure ``implicit``, the relative residual of the solution is at most
+    1e-4, which float32 also reaches with small dampings.
 
     Args:
-        problem: The model, whose parameters have their gradients, with the samples of the step.
-        training: Its ``structure`` and ``damping``.
+        problem: The model in eval mode, with its gradients in ``grad``, and the samples of the step.
+        training: Options with ``structure`` and ``damping``.
 
     Raises:
-        CurvlabError: The Fisher does not have that structure for this model, or the damped Fisher is singular.
+        CurvlabError: The structure is not available for this model, or the damped Fisher is singular.
     """
     fisher = estimate(problem, "fisher", training.structure)
     named = dict(problem.model.named_parameters())

@@ -13,13 +13,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
-from curvlab.analyze.frame.values import by_seed, number, rank_correlation, where
+from curvlab.analyze.frame.values import list_by_seed, number, rank_correlation, where
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
 from curvlab.plots import moment_curves, moment_scatter
-from curvlab.results import Claim, Column, aggregate, require_direction
+from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 from curvlab.training import Training, evaluate, fit
 
 LABELS = {"masq": "batched", "empirical_fisher": "empirical", "fisher": "exact"}
@@ -27,20 +27,20 @@ _DRAWN = 3000  # parameters of the scatter plot
 
 
 class AdamPreconditionerConfig(subject.SubjectConfig):
-    """Train a network with Adam, and compare its second moment with three diagonals of curvature on the way."""
+    """Train a network with Adam, and compare its second moment with three diagonals during the training."""
 
     titles: ClassVar[Mapping[str, str]] = {**subject.SubjectConfig.titles, "lr": "training"}
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate of Adam."""
     steps: int = Field(default=500, ge=1)
-    """Training steps (mini-batches)."""
+    """Number of training steps (mini-batches)."""
     batch_size: int = Field(default=100, ge=1)
-    """Samples a training step, and a batch of the batched empirical Fisher."""
+    """Samples per training step, and per batch of the batched empirical Fisher."""
     every: int = Field(default=50, ge=1)
     """Steps between two comparisons."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """A network is trained for each; the table has mean and standard deviation."""
+    """One network is trained per seed; the table has mean and standard deviation."""
 
 
 PRESETS = {
@@ -54,14 +54,14 @@ PRESETS = {
 
 
 class MomentRecorder:
-    """Compares Adam's bias-corrected second moment with the diagonals at the same weights: an observer of ``fit``.
+    """Observer of ``fit`` that compares Adam's bias-corrected second moment with diagonals at the same weights.
 
     Args:
-        config: Its ``batch_size`` and ``every``.
-        data: The samples that the diagonals are taken on.
+        config: Configuration with ``batch_size``, ``every`` and ``samples``.
+        data: Data set whose training samples the diagonals are computed on.
 
     Attributes:
-        records: One a step and diagonal.
+        records: One record per step and diagonal.
         entries: The second moment and the diagonals at the last step, by name, each ``(P,)``.
     """
 
@@ -73,7 +73,7 @@ class MomentRecorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take note of the optimizer that steps in the block."""
+        """Keep a reference to the optimizer that steps inside the block."""
 
         def see(optimizer: Optimizer, *_: Any) -> None:
             self._optimizer = optimizer
@@ -85,11 +85,11 @@ class MomentRecorder:
             handle.remove()
 
     def due(self, step: int) -> bool:
-        """Say whether there is a comparison after this many steps."""
+        """Return whether there is a comparison after this step."""
         return step % self._config.every == 0
 
     def __call__(self, step: int, model: nn.Module) -> None:
-        """Add the records of this step; there is no second moment before the first one."""
+        """Add the records of this step; before the first step there is no second moment."""
         if self._optimizer is None:
             return
         problem = subject.problem(self._config, self._data, model)
@@ -102,11 +102,11 @@ class MomentRecorder:
             self.records.append({"step": step, "quantity": name, **compare(moment, diagonal)})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a training that was stopped begins again."""
+        """Return no state: the training has no checkpoint."""
         return {}
 
     def load_state_dict(self, states: Mapping[str, Any], /) -> None:
-        """Take up nothing."""
+        """Restore no state."""
 
 
 def second_moment(optimizer: Optimizer, model: nn.Module) -> np.ndarray:
@@ -126,10 +126,10 @@ def second_moment(optimizer: Optimizer, model: nn.Module) -> np.ndarray:
 
 
 def compare(moment: np.ndarray, diagonal: np.ndarray) -> Record:
-    """Return how a second moment goes with a diagonal, over the parameters that have ever had a gradient.
+    """Compare a second moment with a diagonal, over the parameters whose second moment is not zero.
 
     Keys: ``rank_correlation``, Spearman's; ``log_scale``, the median of ``log10(moment / diagonal)`` where the diagonal
-    is positive; ``share``, of the parameters that ever had a gradient. None where there is no such value.
+    is positive; ``share``, the fraction of these parameters. A value that does not exist is None.
     """
     moved = moment > 0
     both = moved & (diagonal > 0)
@@ -149,7 +149,7 @@ def measure(config: AdamPreconditionerConfig, dataset: Dataset, workspace: Works
     with recorder.watching():
         fit(model, (dataset.x_train, dataset.y_train), training=training, observers=[recorder], progress=False)
     if not recorder.entries["second_moment"].any():
-        raise CurvlabError("Adam's second moment is zero: the network has had no gradient")
+        raise CurvlabError("Adam's second moment is zero: every gradient of the training was zero")
     accuracy = evaluate(model, dataset.x_test, dataset.y_test).accuracy
     yield from ({"seed": seed, **record, "test_accuracy": accuracy} for record in recorder.records)
     total = len(recorder.entries["second_moment"])
@@ -159,23 +159,23 @@ def measure(config: AdamPreconditionerConfig, dataset: Dataset, workspace: Works
 
 _COLUMNS = (
     Column("label", "diagonal"),
-    Column("rank_correlation", "rank correlation", spread="rank_correlation_std"),
-    Column("log_scale", "log10(v / diagonal), median", spread="log_scale_std"),
-    Column("share", "parameters with a gradient", spread="share_std"),
-    Column("test_accuracy", "test accuracy", spread="test_accuracy_std"),
+    mean_column("rank_correlation", "rank correlation"),
+    mean_column("log_scale", "log10(v / diagonal), median"),
+    mean_column("share", "share of nonzero v"),
+    mean_column("test_accuracy", "test accuracy"),
 )
 _VALUES = ("rank_correlation", "log_scale", "share", "test_accuracy")
 
 
 def report(run: Results[AdamPreconditionerConfig]) -> Report:
-    """Return the comparisons at the end, the claims, and the figures over training and at its end."""
+    """Return the comparisons after the last step, the claims, and the figures."""
     config, records, slide = run.config, run.records["table"], read_published("lecture")["adam_preconditioner"]
     ours = {"data": run.subject.data, "steps": config.steps}
     gate = require_direction(ours, slide["conditions"], slide["direction"])
     ends = where(records, step=max(record["step"] for record in records))
 
     def values(quantity: str, key: str) -> list[float]:
-        return by_seed(ends, run.seeds, lambda seed: number(where(ends, seed=seed, quantity=quantity)[0][key]))
+        return list_by_seed(ends, run.seeds, lambda seed: number(where(ends, seed=seed, quantity=quantity)[0][key]))
 
     def correlation(text: str, quantity: str) -> Claim:
         return Claim.of(text, slide["source"], values(quantity, "rank_correlation"), lambda x: x >= 0.5, None, gate)
@@ -193,8 +193,10 @@ def report(run: Results[AdamPreconditionerConfig]) -> Report:
     return Report(
         Table(title, _COLUMNS, rows),
         claims=[
-            correlation("v goes with the diagonal batched empirical Fisher: rank correlation of 0.5 or more", "masq"),
-            correlation("v goes with the diagonal of the Fisher: rank correlation of 0.5 or more", "fisher"),
+            correlation(
+                "v approximates the diagonal of the batched empirical Fisher: rank correlation 0.5 or more", "masq"
+            ),
+            correlation("v approximates the diagonal of the Fisher: rank correlation 0.5 or more", "fisher"),
             Claim.of(
                 "The scale of v is that of the batched empirical Fisher, not of the Fisher: "
                 "|log10 ratio| to the first less that to the second is below 0",

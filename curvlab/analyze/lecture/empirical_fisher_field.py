@@ -16,25 +16,25 @@ from curvlab.commandline.config import Config
 from curvlab.least_squares import Field as VectorField
 from curvlab.least_squares import LeastSquares, angles, descend
 from curvlab.plots import preconditioned_fields
-from curvlab.results import Claim, Column, Identity, aggregate, require
+from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require
 
 STARTS = ((2.0, 4.5), (1.0, 0.0), (4.5, 3.0), (-0.5, 3.0))
 _PRIOR_VARIANCE, _DAMPING = 0.1, 1e-8
 _LOW, _HIGH, _POINTS = -1.0, 5.0, 15  # of the grid, in either parameter
-_DRAWN = 500  # points of a trajectory that are kept for the figure
+_DRAWN = 500  # points of a trajectory in the figure
 
 
 class EmpiricalFisherFieldConfig(Config):
-    """Gradient, natural gradient, and the gradient preconditioned by the empirical Fisher, on a linear regression."""
+    """Compare gradient, natural gradient and empirical-Fisher preconditioning on a linear regression."""
 
     samples: int = Field(default=1000, ge=1)
-    """Samples of the regression."""
+    """Number of samples of the regression."""
     steps: int = Field(default=50_000, ge=1)
-    """Steps of a trajectory, by Euler's method."""
+    """Number of Euler steps of a trajectory."""
     step_size: float = Field(default=0.001, gt=0)
-    """Length of a step."""
+    """Size of an Euler step."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Each draws samples of its own; 0 has those of the published figure, and is drawn if it comes first."""
+    """Seeds of the samples; seed 0 gives those of the published figure. The figure shows the first seed."""
 
 
 PRESETS = {"default": Preset(EmpiricalFisherFieldConfig(), minutes=0.5)}
@@ -42,9 +42,9 @@ FIELDS = {"gd": "gradient", "ngd": "natural gradient", "ef": "empirical Fisher"}
 
 
 def draw_regression(samples: int, seed: int) -> LeastSquares:
-    """Return the regression: an intercept and a log-normal feature, both with weight 2, and unit noise.
+    """Return a regression with an intercept and a log-normal feature, both of weight 2, and unit noise.
 
-    The draws are those of the code of the paper, from NumPy's legacy generator.
+    The random numbers are those of the code of the paper, from NumPy's legacy generator.
     """
     generator = np.random.RandomState(seed)
     feature = generator.lognormal(0, 0.75, (samples, 1))
@@ -54,11 +54,11 @@ def draw_regression(samples: int, seed: int) -> LeastSquares:
 
 
 def make_fields(regression: LeastSquares) -> dict[str, VectorField]:
-    """Return the three fields, scaled as in the paper's figure."""
+    """Return the three vector fields, scaled as in the published figure."""
     hessian, damping = regression.hessian, _DAMPING * torch.eye(2, dtype=torch.float64)
 
     def solve(matrix: Tensor, theta: Tensor) -> Tensor:
-        # The right-hand side as a matrix of one column: a batch of vectors would be taken for a matrix.
+        # A right-hand side with one column; torch would treat a batch of vectors as a matrix.
         solved: Tensor = torch.linalg.solve(matrix + damping, regression.gradient(theta)[..., None])
         return solved[..., 0]
 
@@ -70,7 +70,7 @@ def make_fields(regression: LeastSquares) -> dict[str, VectorField]:
 
 
 def measure(config: EmpiricalFisherFieldConfig, dataset: None, workspace: Workspace) -> Iterator[Record]:
-    """Yield, for each field, its angles to the solution on the grid and where its trajectories end."""
+    """Yield the angles of each field to the direction of the solution, and the end of its trajectories."""
     del dataset
     (seed,) = config.seeds
     regression = draw_regression(config.samples, seed)
@@ -92,7 +92,7 @@ def measure(config: EmpiricalFisherFieldConfig, dataset: None, workspace: Worksp
             "detour": round(float((path.diff(dim=0).norm(dim=2).sum(0) / (path[-1] - path[0]).norm(dim=1)).max()), 6),
         }
         fields[name] = vectors.numpy()
-        # Fast at first and slow at the end: points at even distances of the logarithm.
+        # Trajectories are fast at first and slow at the end: the kept steps are evenly spaced in the logarithm.
         kept = np.unique(np.geomspace(1, config.steps + 1, _DRAWN).astype(int) - 1)
         trajectories[name] = path[kept].transpose(0, 1).numpy()
     loss = regression.loss(grid)
@@ -107,11 +107,11 @@ _VALUES = {
     "end_distance": "distance at the end",
     "detour": "path / straight line",
 }
-_COLUMNS = (Column("name", "field"), *(Column(key, head, spread=f"{key}_std") for key, head in _VALUES.items()))
+_COLUMNS = (Column("name", "field"), *(mean_column(key, head) for key, head in _VALUES.items()))
 
 
 def report(run: Results[EmpiricalFisherFieldConfig]) -> Report:
-    """Return the angles and ends of the fields, the claim of the figure, and the four panels."""
+    """Return the table of the fields, the claim of the figure, and the figure."""
     records, figure = run.records["table"], read_published("lecture")["empirical_fisher_field"]
     ours = {key: getattr(run.config, key) for key in figure["conditions"]}
     rows = [{**row, "name": FIELDS[row["field"]]} for row in aggregate(records, ["field"], list(_VALUES))]
@@ -145,7 +145,7 @@ def report(run: Results[EmpiricalFisherFieldConfig]) -> Report:
         ],
         figures={"fields": lambda: preconditioned_fields(drawings[0], FIELDS)} if drawings else {},
         notes=[
-            f"Seed {row['seed']}: after the last step a trajectory of the empirical Fisher is still "
+            f"Seed {row['seed']}: after the last step, a trajectory of the empirical Fisher is still "
             f"{row['end_distance']:.2f} from the solution."
             for row in where(records, field="ef")
             if row["end_distance"] > 0.05

@@ -21,7 +21,7 @@ from curvlab.models import mlp
 from curvlab.parameters import ParameterSpace
 from curvlab.plots import density_pairs, divergence_fits
 from curvlab.problem import Problem
-from curvlab.results import Claim, Column, Identity, aggregate, require
+from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require
 
 #: Mean and standard deviation of P and of Q, which are one unit of the parameters apart.
 PANELS = (
@@ -36,29 +36,29 @@ _GRID = quadrature_grid(-40.0, 40.0)
 
 
 class KlGaussiansConfig(Config):
-    """KL divergences of Gaussians, fits of one to a mixture of two, and the Fisher as a Hessian."""
+    """Compute KL divergences of Gaussians, fit a Gaussian to a mixture, and compare the Fisher with a Hessian."""
 
     separation: float = Field(default=3.0, ge=0, le=10)
-    """P has its two modes at this distance from 0, with the same weight and standard deviation 1."""
+    """Distance of the two modes of P from 0; both have weight 1/2 and standard deviation 1."""
     starts: int = Field(default=8, ge=1)
-    """Fits from random starts, of which the lowest divergence counts."""
+    """Number of fits from random starts; the one with the lowest divergence is used."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (5,)
     """Hidden sizes of the small network."""
     points: int = Field(default=30, ge=1)
-    """Random inputs of the small network."""
+    """Number of random inputs of the small network."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Of the starts, and of the network and its inputs."""
+    """Seeds of the starts, of the network and of its inputs."""
 
 
 _DIFFERENCES = {
-    "quadrature": "KL of the panels: largest difference between the formula and quadrature (nats)",
-    "gaussian": "Hessian of the KL of a Gaussian from its Fisher: relative difference",
-    "network": "Hessian of the KL of a small network's outputs from its Fisher: relative difference",
+    "quadrature": "KL of the panels: largest difference of formula and quadrature (nats)",
+    "gaussian": "Hessian of the KL of a Gaussian and its Fisher: relative difference",
+    "network": "Hessian of the KL of a small network and its Fisher: relative difference",
 }
 
 
 def measure(config: KlGaussiansConfig, dataset: None, workspace: Workspace) -> Iterator[Record]:
-    """Yield the panels, the best fit of each direction with all its starts, and how far the identities are from 0."""
+    """Yield the panels, the best fit in each direction, and the deviations from the identities."""
     del dataset, workspace
     (seed,) = config.seeds
     differences = []
@@ -83,7 +83,7 @@ def measure(config: KlGaussiansConfig, dataset: None, workspace: Workspace) -> I
         for _ in range(config.starts):
             first, second = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
             fitted, divergence = fit_normal(target, direction, 10 * first - 5, 0.5 * 6**second, _GRID)
-            # To the digits that a fit is good for.
+            # More digits would be those of the optimizer.
             fits.append(tuple(round(float(value), 6) for value in (divergence, fitted.loc, fitted.scale)))
         divergence, mean, std = min(fits)
         yield {
@@ -108,15 +108,15 @@ def _normal(mean: float, std: float) -> Normal:
 
 
 def mixture(separation: float) -> Distribution:
-    """Return two Gaussians of weight 1/2 and standard deviation 1, at plus and minus ``separation``."""
+    """Return the mixture of two Gaussians with standard deviation 1 at plus and minus ``separation``."""
     means = torch.tensor([-separation, separation], dtype=torch.float64)
     return MixtureSameFamily(Categorical(torch.ones_like(means)), Normal(means, torch.ones_like(means)))
 
 
 def gaussian_difference() -> float:
-    """Return how far the KL's Hessian at N(0, 1.5²) is from the Fisher in (mean, std), relative to it.
+    """Return the relative difference of the Hessian of the KL at N(0, 1.5²) and the Fisher, in (mean, std).
 
-    The Hessian is of the quadrature, the Fisher the expected outer product of the score.
+    The Hessian is that of the quadrature, the Fisher is the expected outer product of the score.
     """
     theta = torch.tensor([0.0, 1.5], dtype=torch.float64)
     here = Normal(theta[0], theta[1])
@@ -132,11 +132,11 @@ def gaussian_difference() -> float:
 
 
 def network_difference(config: KlGaussiansConfig, seed: int) -> float:
-    """Return how far the Hessian of the mean KL of a small classifier's outputs is from its exact Fisher."""
+    """Return the relative difference of the Hessian of the mean KL of a small classifier and its exact Fisher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, inputs = mlp(4, config.hidden, 3).double(), torch.randn(config.points, 4, dtype=torch.float64)
-    # The labels have no part in the exact Fisher.
+    # The exact Fisher does not depend on the labels.
     problem = Problem(model, "cross_entropy", (inputs, torch.zeros(config.points, dtype=torch.long)))
     space, here = ParameterSpace.of(model), problem.parameters()
     outputs = problem.forward(here, inputs).log_softmax(dim=1).detach()
@@ -164,7 +164,7 @@ _FIT_VALUES = {
 }
 _FIT_COLUMNS = (
     Column("direction", "KL"),
-    *(Column(key, head, spread=f"{key}_std") for key, head in _FIT_VALUES.items()),
+    *(mean_column(key, head) for key, head in _FIT_VALUES.items()),
 )
 
 
@@ -233,8 +233,8 @@ def _notes(fits: Sequence[Record]) -> list[str]:
     if not stuck:
         return []
     return [
-        "Reverse KL has more than one local minimum here: some starts end at a Q that covers both modes "
-        f"({stuck[0]['worst']:.3f} nats against {stuck[0]['divergence']:.3f}). The lowest of the starts counts."
+        "Reverse KL has several local minima here: some starts end at a Q that covers both modes "
+        f"({stuck[0]['worst']:.3f} nats against {stuck[0]['divergence']:.3f}). The best start is used."
     ]
 
 

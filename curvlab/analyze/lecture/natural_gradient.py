@@ -13,18 +13,18 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
-from curvlab.analyze.frame.values import by_seed, number, where
+from curvlab.analyze.frame.values import list_by_seed, number, where
 from curvlab.errors import CurvlabError
 from curvlab.least_squares import Field as VectorField
 from curvlab.least_squares import LeastSquares, descend
 from curvlab.plots import descent_panels, loss_curves
-from curvlab.results import Claim, Column, Identity, aggregate, require, require_direction
+from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require, require_direction
 from curvlab.training import Training, evaluate, fit
 
 Problem = Literal["regression", "network"]
 Method = Literal["sgd", "adam", "exact", "kfac", "diag"]
 
-#: Structures of the Fisher of the methods that take natural gradients.
+#: Structures of the Fisher, by method that uses natural gradients.
 STRUCTURES = {"exact": "implicit", "kfac": "kfac", "diag": "diag"}
 LABELS = {
     "gd": "gradient descent",
@@ -35,12 +35,12 @@ LABELS = {
     "kfac": "natural gradient, K-FAC",
     "diag": "natural gradient, diagonal",
 }
-_START = (0.0, 5.0)  # weight and bias: the error lies mainly along the slow direction
+_START = (0.0, 5.0)  # weight and bias; the error is mainly in the slow direction
 _SGD_BATCH = 50
 
 
 class NaturalGradientConfig(subject.SubjectConfig):
-    """Natural gradients against gradient descent on a linear regression, and against SGD and Adam on a network."""
+    """Compare natural gradients with gradient descent on a linear regression, and with SGD and Adam on a network."""
 
     titles: ClassVar[Mapping[str, str]] = {
         **subject.SubjectConfig.titles,
@@ -49,39 +49,39 @@ class NaturalGradientConfig(subject.SubjectConfig):
     }
 
     validation: int = Field(default=300, ge=0)
-    """Hold out so many training samples, random ones, which the hyper-parameters are chosen on."""
+    """Number of random training samples to hold out; the hyper-parameters are chosen on them."""
     samples: int | None = Field(default=None, ge=1)
-    """Train on so many training samples, random ones; none means all."""
+    """Number of random training samples to train on; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30,)
-    """Hidden sizes of the mlp; no number for a linear model."""
+    """Hidden sizes of the mlp; no value gives a linear model."""
     problems: tuple[Problem, ...] = ("regression", "network")
-    """The linear regression, the network, or both."""
+    """Problems to run."""
     regression_samples: int = Field(default=1000, ge=3)
-    """Samples of the linear regression."""
+    """Number of samples of the linear regression."""
     regression_steps: int = Field(default=20, ge=1)
-    """Steps on the linear regression."""
+    """Number of steps on the linear regression."""
     rates: tuple[Annotated[float, Field(gt=0)], ...] = (0.15, 0.5)
     """Learning rates on the linear regression."""
     methods: tuple[Method, ...] = ("sgd", "adam", "exact", "kfac", "diag")
-    """How the network is trained: exact, kfac and diag are natural gradients by the structure of their Fisher."""
+    """Optimizers of the network; exact, kfac and diag are natural gradients with this Fisher."""
     steps: int = Field(default=100, ge=1)
     """Training steps of the network (mini-batches)."""
     every: int = Field(default=5, ge=1)
-    """Steps between two points of the training loss."""
+    """Steps between two evaluations of the training loss."""
     batch_size: int = Field(default=200, ge=1)
-    """Samples a training step, of which the Fisher is taken."""
+    """Samples per training step; the Fisher is that of these samples."""
     sgd_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.1, 0.3, 1.0, 3.0)
-    """Learning rates of sgd, of which one is chosen."""
+    """Learning rates to try for sgd."""
     adam_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.003, 0.01, 0.03, 0.1)
-    """Learning rates of adam, of which one is chosen."""
+    """Learning rates to try for adam."""
     natural_lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3)
-    """Learning rates of natural gradients, of which one is chosen with the damping."""
+    """Learning rates to try for natural gradients."""
     dampings: tuple[Annotated[float, Field(gt=0)], ...] = (0.001, 0.01, 0.1)
-    """Numbers on the Fisher's diagonal, of which one is chosen."""
+    """Dampings of the Fisher to try for natural gradients."""
     selection_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (100,)
-    """Seeds of the runs that the hyper-parameters are chosen by."""
+    """Seeds of the trials of the hyper-parameter search."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
-    """Of the regression's samples, and of the network; the table has mean and standard deviation."""
+    """Seeds of the samples of the regression, and of the network; the table has mean and standard deviation."""
 
 
 _MNIST = NaturalGradientConfig(data="mnist", validation=5000, samples=10_000, steps=200, every=10, batch_size=500)
@@ -103,7 +103,7 @@ def draw_regression(samples: int, seed: int) -> LeastSquares:
 
 
 def make_fields(regression: LeastSquares, seed: int) -> dict[str, VectorField]:
-    """Return the directions of gradient descent, of SGD with random batches, and of the natural gradient."""
+    """Return the steps of gradient descent, of SGD with random batches, and of the natural gradient."""
     generator = torch.Generator().manual_seed(seed)
     inverse = torch.linalg.inv(regression.fisher)
 
@@ -119,7 +119,7 @@ def make_fields(regression: LeastSquares, seed: int) -> dict[str, VectorField]:
 
 
 def regression_records(config: NaturalGradientConfig, seed: int) -> Iterator[Record]:
-    """Yield the regression's Fisher and solution, and every step of every method at every rate."""
+    """Yield the Fisher and the solution of the regression, and every step of every method at every rate."""
     regression = draw_regression(config.regression_samples, seed)
     solution, fisher = regression.solution, regression.fisher
     yield {
@@ -145,7 +145,7 @@ def regression_records(config: NaturalGradientConfig, seed: int) -> Iterator[Rec
 
 
 def candidates(config: NaturalGradientConfig, method: str) -> list[Candidate]:
-    """Return the learning rates of a method, with the dampings of a natural gradient."""
+    """Return the learning rates of a method, combined with the dampings for natural gradients."""
     if method in STRUCTURES:
         return [{"lr": lr, "damping": damping} for lr in config.natural_lrs for damping in config.dampings]
     return [{"lr": lr} for lr in (config.sgd_lrs if method == "sgd" else config.adam_lrs)]
@@ -190,7 +190,7 @@ SEARCH = Search(
 
 
 def network_records(config: NaturalGradientConfig, data: subject.SubjectData, workspace: Workspace) -> Iterator[Record]:
-    """Train the network by the one method with its one candidate: yield what it comes to, and the loss over training.
+    """Train the network with a single method and candidate, and yield the result and the loss during training.
 
     Raises:
         CurvlabError: The training diverges.
@@ -230,10 +230,10 @@ def network_records(config: NaturalGradientConfig, data: subject.SubjectData, wo
 
 
 def check(config: NaturalGradientConfig, data: subject.SubjectData) -> None:
-    """Refuse what cannot be done, before anything is written.
+    """Check the configuration before anything is written.
 
     Raises:
-        CurvlabError: The configuration, the data or the weights are not usable.
+        CurvlabError: The configuration, the data or the weights are invalid.
     """
     subject.check_subject(config, data)
     subject.check_distinct(
@@ -249,13 +249,13 @@ def check(config: NaturalGradientConfig, data: subject.SubjectData) -> None:
     subject.network(config, data, config.seeds[0])
     if data.held_out is None and any(len(candidates) > 1 for _, candidates in _groups(config)):
         raise CurvlabError(
-            "hyper-parameters are chosen on held-out samples: set validation, or give every list of learning rates "
-            "and dampings a single value"
+            "hyper-parameters are chosen on held-out samples: set validation, or give a single value for each learning "
+            "rate and damping"
         )
 
 
 def measure(config: NaturalGradientConfig, dataset: subject.SubjectData, workspace: Workspace) -> Iterator[Record]:
-    """Yield the records of the linear regression, or of the network trained by one method."""
+    """Yield the records of the linear regression, or of the network with a single method."""
     if config.problems == ("regression",):
         yield from regression_records(config, *config.seeds)
     else:
@@ -268,9 +268,9 @@ _COLUMNS = (
     Column("problem", "problem"),
     Column("label", "method"),
     Column("lr", "learning rate", format=lambda value: f"{value:g}"),
-    Column("start_loss", "loss, start", spread="start_loss_std"),
-    Column("end_loss", "loss, end", spread="end_loss_std"),
-    Column("test_accuracy", "test accuracy", spread="test_accuracy_std"),
+    mean_column("start_loss", "loss, start"),
+    mean_column("end_loss", "loss, end"),
+    mean_column("test_accuracy", "test accuracy"),
     Column("seconds", "seconds"),
 )
 _VALUES = ("start_loss", "end_loss", "test_accuracy", "seconds")
@@ -307,9 +307,9 @@ def report(run: Results[NaturalGradientConfig]) -> Report:
 
 
 def _values(run: Results[NaturalGradientConfig], key: str, **names: object) -> list[float]:
-    """Return a value of one problem and method for every seed, NaN where its run has failed; none if it was not run."""
+    """Return one value per seed for a problem and method, NaN for failed runs; an empty list if there was no run."""
     mine = [row for row in run.records["table"] if all(row[name] == value for name, value in names.items())]
-    return by_seed(mine, run.seeds, lambda seed: number(where(mine, seed=seed)[0][key])) if mine else []
+    return list_by_seed(mine, run.seeds, lambda seed: number(where(mine, seed=seed)[0][key])) if mine else []
 
 
 def _divide(one: Sequence[float], other: Sequence[float]) -> list[float]:
