@@ -7,15 +7,8 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.search import Choice
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.lecture.natural_gradient import (
-    ANALYSIS,
-    LABELS,
-    SEARCH,
-    NaturalGradientConfig,
-    candidates,
-    draw_regression,
-    measure,
-)
+from curvlab.analyze.lecture.natural_gradient import ANALYSIS, draw_regression, measure
+from curvlab.analyze.lecture.natural_gradient_options import LABELS, SEARCH, NaturalGradientConfig, candidates
 from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
