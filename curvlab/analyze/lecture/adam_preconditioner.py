@@ -222,5 +222,4 @@ ANALYSIS = Analysis(
     report=report,
     kinds={"table": "quantity"},
     artifacts=("entries",),
-    items=("slide Adam (v-hat as diagonal Fisher)",),
 )

@@ -162,5 +162,4 @@ ANALYSIS = Analysis(
     report=report,
     kinds={"table": "field"},
     artifacts=("drawing",),
-    items=("slide Fisher vs Empirical Fisher (Kunstner et al. 2019, Figure 1)",),
 )

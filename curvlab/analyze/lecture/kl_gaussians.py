@@ -247,5 +247,4 @@ ANALYSIS = Analysis(
     measure=measure,
     report=report,
     kinds={"table": "kl", "fits": "direction", "identities": "identity"},
-    items=("slides Kullback Leibler Divergence", "slide Fisher and KL Divergence"),
 )

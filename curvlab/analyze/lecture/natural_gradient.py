@@ -241,5 +241,4 @@ ANALYSIS = Analysis(
     report=report,
     search=SEARCH,
     kinds={"table": "end_loss", "regressions": "fisher_ww", "points": "excess", "curves": "loss"},
-    items=("slide Natural Gradient Descent", "slide NGD is more stable"),
 )
