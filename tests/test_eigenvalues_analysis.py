@@ -274,8 +274,9 @@ def test_maxima_that_are_not_resolved_are_reported():
     assert early.endswith("in between (use a smaller --every to check): squared error (Fisher by EK-FAC).")
 
 
-MNIST = conditions(PRESETS["cpu"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000))
-CIFAR = conditions(PRESETS["cpu-resnet20"].config, Subject("cifar100", (3, 32, 32), 100, 50000, 10000))
+LEARNT = [{"test_accuracy": 0.95}]
+MNIST = conditions(PRESETS["cpu"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000), LEARNT)
+CIFAR = conditions(PRESETS["cpu-resnet20"].config, Subject("cifar100", (3, 32, 32), 100, 50000, 10000), LEARNT)
 
 
 def judge(softmax, squared, seeds=3, ours=MNIST):
@@ -327,8 +328,12 @@ def test_conditions():
     assert "network resnet20 (ResNet-18); weights resnet20_cifar10-12fca82f (ImageNet32)" in deviations(CIFAR)[0]
     (one, *_) = judge([[1, 10, 1.9]], [[4, 8, 7]], ours=CIFAR)
     assert (one.verdict, one.source) == ("reproduced", "Shon et al. (2022), supplement, Fig. 7")
-    paper = conditions(PRESETS["paper"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000))
+    paper = conditions(PRESETS["paper"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000), LEARNT)
     assert deviations(paper) == ["training samples 55,000 (60,000)."]
+    subject = Subject("mnist", (1, 28, 28), 10, 60000, 10000)
+    collapsed = conditions(PRESETS["cpu"].config, subject, [*LEARNT, {"test_accuracy": 0.1}])
+    (one, *_) = judge([[1, 10, 1.9]], [[4, 8, 7]], ours=collapsed)
+    assert (one.verdict, one.reason) == ("not tested", "test accuracy is 0.1, at least 0.9 is needed")
 
 
 def test_a_curve_with_fewer_points_has_no_maximum_to_be_judged_by():

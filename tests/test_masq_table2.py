@@ -18,13 +18,13 @@ NAMES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "fc3.weight", "fc3.
 
 def found(**numbers):
     """Return records of three seeds, each with the same numbers for every tensor."""
-    own = {"mean_ratio": 20.0, "paper_mean_ratio": 30.0, "sum_ratio": 2.0} | numbers
+    own = {"mean_ratio": 20.0, "paper_mean_ratio": 30.0, "sum_ratio": 2.0, "test_accuracy": 0.98} | numbers
     return [{"parameter": name, "seed": seed} | own for seed in range(3) for name in NAMES]
 
 
 def paper(**changed):
     config = PRESETS["paper"].config.model_copy(update=changed)
-    return table2.conditions(config, MNIST)
+    return table2.conditions(config, MNIST, found())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_there_is_no_other_claim():
 
 
 def test_a_run_of_other_data_tests_nothing_and_says_why():
-    digits = table2.conditions(FimDiagonalityConfig(), Subject("digits", (1, 8, 8), 10, 720, 360))
+    digits = table2.conditions(FimDiagonalityConfig(), Subject("digits", (1, 8, 8), 10, 720, 360), found())
     claims = table2.claims(found(), digits)
     assert {claim.verdict for claim in claims} == {"not tested"}
     assert {claim.reason for claim in claims} == {
@@ -60,11 +60,30 @@ def test_a_run_of_other_data_tests_nothing_and_says_why():
 
 
 def test_a_smaller_run_of_the_same_network_shows_a_direction():
-    small = table2.conditions(PRESETS["cpu"].config, MNIST)
+    small = table2.conditions(PRESETS["cpu"].config, MNIST, found())
     (claim, *_) = table2.claims(found(), small)
     assert (claim.verdict, claim.scope) == ("reproduced", "direction, at samples 5,000, steps 1,000")
     (claim, *_) = table2.claims(found(), paper())
     assert (claim.verdict, claim.scope) == ("reproduced", "")
+
+
+def test_a_network_that_has_learnt_nothing_tests_nothing():
+    collapsed = table2.conditions(PRESETS["paper"].config, MNIST, found(test_accuracy=0.22))
+    assert {claim.reason for claim in table2.claims(found(), collapsed)} == {
+        "test accuracy is 0.22, at least 0.9 is needed"
+    }
+    untrained = table2.conditions(PRESETS["paper"].config, MNIST, found(test_accuracy=None))
+    assert table2.claims(found(), untrained)[0].reason == "test accuracy is none, at least 0.9 is needed"
+
+
+def test_other_training_options_are_named():
+    (claim, *_) = table2.claims(found(), paper(weight_decay=0.1, schedule="cosine", dtype="float64"))
+    assert claim.scope == "direction, at weight decay 0.1, schedule cosine, precision float64"
+
+
+def test_claims_about_tensors_need_their_statistics():
+    layers = [{**record, "parameter": "fc1"} for record in found()]
+    assert table2.claims(layers, paper())[0].reason == "no parameter tensor was measured: add tensor to per"
 
 
 def test_a_claim_without_a_number_is_not_tested():

@@ -29,7 +29,8 @@ from curvlab.grid import Place
 from curvlab.problem import Problem
 
 CONFIG = {"hidden": (4,), "steps": 3, "points": 2, "samples": 40, "draws": 3, "decades": 4}
-MNIST = conditions(PRESETS["cpu"].config, Subject("mnist", (1, 28, 28), 10, 60000, 10000))
+SUBJECT = Subject("mnist", (1, 28, 28), 10, 60000, 10000)
+MNIST = conditions(PRESETS["cpu"].config, SUBJECT, [{"step": 0, "complement": 0.9}, {"step": 5000, "complement": 0.03}])
 
 
 def measure(config, folder):
@@ -168,7 +169,7 @@ def test_verdicts(end, verdicts, ours):
 
 
 def test_the_claim_of_the_paper_is_not_tested_on_other_data():
-    ours = conditions(SoftmaxHessianConfig(), Subject("digits", (64,), 10, 1437, 360))
+    ours = conditions(SoftmaxHessianConfig(), Subject("digits", (64,), 10, 1437, 360), [{"step": 0, "complement": 0.01}])
     paper, own = claims(network(), ours)
     assert (paper.verdict, own.verdict) == ("not tested", "reproduced")
     assert paper.reason == "data is digits, published: mnist; training samples is 1,437, at least 5,000 is needed"
@@ -236,3 +237,11 @@ def test_the_figure_shows_every_curve():
     curves = {container.get_label(): container.lines[0] for container in right.containers}
     assert curves["GGN"].get_linewidth() > 2 * curves["Hessian"].get_linewidth()
     assert curves["Hessian"].get_linestyle() == "--"
+
+
+def test_the_claim_needs_certain_outputs():
+    uncertain = conditions(
+        PRESETS["cpu"].config, SUBJECT, [{"step": 0, "complement": 0.9}, {"step": 9, "complement": 0.4}]
+    )
+    (claim, *_) = claims(network(), uncertain)
+    assert (claim.verdict, claim.reason) == ("not tested", "mean 1 - p_t at the end is 0.4, at most 0.1 is needed")

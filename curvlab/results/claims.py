@@ -59,8 +59,8 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
     Args:
         ours: Conditions of the run, by name.
         theirs: Conditions of the publication.
-        least: Required conditions: a value, a choice of values, ``{"one of": ["cifar100", "mnist"]}``, or a lower
-            bound, ``{"at least": 5}``.
+        least: Required conditions: a value, a choice of values, ``{"one of": ["cifar100", "mnist"]}``, or a bound,
+            ``{"at least": 5}`` or ``{"at most": 0.2}``.
 
     Examples:
         >>> require_direction({"data": "mnist", "tasks": 5}, {"data": "mnist", "tasks": 20}, {"tasks": {"at least": 3}})
@@ -75,8 +75,9 @@ def require_direction(ours: Mapping[str, Any], theirs: Mapping[str, Any], least:
             if own not in value["one of"]:
                 missed.append(f"{name} is {_word(own)}, {' or '.join(map(_word, value['one of']))} is needed")
         elif isinstance(value, Mapping):
-            if own is None or own < value["at least"]:
-                missed.append(f"{name} is {_word(own)}, at least {_word(value['at least'])} is needed")
+            ((bound, limit),) = value.items()
+            if own is None or not (own >= limit if bound == "at least" else own <= limit):
+                missed.append(f"{name} is {_word(own)}, {bound} {_word(limit)} is needed")
         elif own != value:
             missed.append(f"{name} is {_word(own)}, published: {_word(value)}")
     if missed:

@@ -96,7 +96,7 @@ def _runs(config: EigenvaluesConfig, chosen: Sequence[Choice]) -> list[Eigenvalu
 def report(results: Results[EigenvaluesConfig]) -> Report:
     """Return the summary of the curves, the claims of the paper, and the figures."""
     records, config = results.records["table"], results.config
-    conditions = published.conditions(config, results.subject)
+    conditions = published.conditions(config, results.subject, results.records["trainings"])
     name = f"{subject.describe_network(config, results.subject)} on {results.subject.data}"
     samples = config.samples or published.count_training_samples(config, results.subject)
     title = f"Largest eigenvalue over {config.steps:,} steps: {name}, {samples:,} samples; {results.spread}"

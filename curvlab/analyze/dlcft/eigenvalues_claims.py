@@ -7,7 +7,7 @@ from typing import Any
 
 from curvlab.analyze.dlcft.eigenvalues_options import EigenvaluesConfig
 from curvlab.analyze.frame.analysis import Record
-from curvlab.analyze.frame.conditions import describe_differences
+from curvlab.analyze.frame.conditions import describe_differences, lowest_accuracy
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
 from curvlab.results import Claim, Column, Gate, aggregate, mean_column, require_direction
@@ -114,8 +114,14 @@ def describe_early_peaks(records: Sequence[Record]) -> str:
 # The conditions -------------------------------------------------------------------------------------------------------
 
 
-def conditions(config: EigenvaluesConfig, data: Subject) -> dict[str, Any]:
-    """Return the conditions of a run, with the names used in ``published.yaml``."""
+def conditions(config: EigenvaluesConfig, data: Subject, trainings: Sequence[Record]) -> dict[str, Any]:
+    """Return the conditions of a run, with the names used in ``published.yaml``.
+
+    Args:
+        config: The configuration.
+        data: Description of the data.
+        trainings: Records of the trained networks, for the test accuracy.
+    """
     return {
         "data": data.data,
         "classes": config.classes if config.classes == "all" else list(config.classes),
@@ -130,6 +136,7 @@ def conditions(config: EigenvaluesConfig, data: Subject) -> dict[str, Any]:
         "batch size": config.batch_size,
         "steps": config.steps,
         "target scale": config.alpha,
+        "test accuracy": lowest_accuracy(trainings),
     }
 
 

@@ -251,7 +251,7 @@ def summarise(logits: Sequence[Record], network: Sequence[Record]) -> tuple[list
 def report(results: Results[SoftmaxHessianConfig]) -> Report:
     """Return the tables, the identities and claims of Appendix A, and the figure."""
     logits, network, config = results.records["table"], results.records["network"], results.config
-    conditions = appendix_a.conditions(config, results.subject)
+    conditions = appendix_a.conditions(config, results.subject, network)
     by_probability, by_step = summarise(logits, network)
     name = f"{subject.describe_network(config, results.subject)} on {results.subject.data}"
     samples = config.samples or results.subject.train

@@ -29,14 +29,22 @@ _LARGEST = {
 }
 
 
-def conditions(config: SoftmaxHessianConfig, data: Subject) -> dict[str, Any]:
-    """Return the conditions of a run, with the names used in ``published.yaml``."""
+def conditions(config: SoftmaxHessianConfig, data: Subject, network: Sequence[Record]) -> dict[str, Any]:
+    """Return the conditions of a run, with the names used in ``published.yaml``.
+
+    Args:
+        config: The configuration.
+        data: Description of the data.
+        network: Records of the networks, one per seed and step.
+    """
+    last = max((record["step"] for record in network), default=0)
     return {
         "data": data.data,
         "classes": config.classes if config.classes == "all" else list(config.classes),
         "network": describe_network(config, data),
         "training samples": data.train,
         "steps": config.steps,
+        "mean 1 - p_t at the end": max((r["complement"] for r in network if r["step"] == last), default=None),
     }
 
 

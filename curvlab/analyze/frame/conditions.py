@@ -1,8 +1,34 @@
-"""Differences between the conditions of a run and those of the published one."""
+"""Conditions of a run, and their differences from those of the published one."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from curvlab.analyze.frame.subject import TrainedSubjectConfig
 from curvlab.results import format_number
+
+
+def training_conditions(config: TrainedSubjectConfig) -> dict[str, Any]:
+    """Return the training options of a run as conditions, with the names used in ``published.yaml``."""
+    return {
+        "optimizer": config.optimizer,
+        "learning rate": config.lr,
+        "momentum": config.momentum,
+        "weight decay": config.weight_decay,
+        "schedule": config.schedule,
+        "batch size": config.batch_size,
+        "steps": config.steps,
+        "precision": config.dtype,
+    }
+
+
+def lowest_accuracy(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the lowest ``test_accuracy`` of the trained networks of a run; None if one was not trained.
+
+    A network that has learnt nothing says nothing about the curvature of a trained one: as the condition
+    ``test accuracy``, it decides whether a claim is judged.
+    """
+    accuracies = [record.get("test_accuracy") for record in records]
+    return None if None in accuracies else min(map(float, accuracies), default=None)  # type: ignore[arg-type]
 
 
 def describe_differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.conditions import lowest_accuracy
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.values import list_by_seed, number, rank_correlation, where
 from curvlab.data import Dataset
@@ -170,7 +171,7 @@ _VALUES = ("rank_correlation", "log_scale", "share", "test_accuracy")
 def report(run: Results[AdamPreconditionerConfig]) -> Report:
     """Return the comparisons after the last step, the claims, and the figures."""
     config, records, slide = run.config, run.records["table"], read_published("lecture")["adam_preconditioner"]
-    ours = {"data": run.subject.data, "steps": config.steps}
+    ours = {"data": run.subject.data, "steps": config.steps, "test accuracy": lowest_accuracy(records)}
     gate = require_direction(ours, slide["conditions"], slide["direction"])
     ends = where(records, step=max(record["step"] for record in records))
 

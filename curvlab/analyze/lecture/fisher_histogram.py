@@ -7,6 +7,7 @@ from pydantic import Field
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.conditions import lowest_accuracy, training_conditions
 from curvlab.analyze.frame.published import read_published
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
@@ -72,7 +73,8 @@ def report(results: Results[FisherHistogramConfig]) -> Report:
     """Return the table, the claims of the slide, and the histogram."""
     found, slide = results.records["table"], read_published("lecture")["fisher_histogram"]
     classes = results.config.classes if results.config.classes == "all" else list(results.config.classes)
-    ours = {"data": results.subject.data, "classes": classes, "steps": results.config.steps}
+    ours = {"data": results.subject.data, "classes": classes, **training_conditions(results.config)}
+    ours["test accuracy"] = lowest_accuracy(found)
     gate = require_direction(ours, slide["conditions"], slide["direction"])
     title = (
         f"{subject.describe(results.config, results.subject, 'fisher')} on {results.subject.data}, classes {classes}"

@@ -186,7 +186,7 @@ def _report(
 ) -> Report:
     """Return the report for one set of classes, with the published numbers of Table 2 if ``published``."""
     table = summarise(found)
-    conditions = table2.conditions(results.config, results.subject)
+    conditions = table2.conditions(results.config, results.subject, found)
     title = _title(results)
     tables = [
         Table(f"{title}, {found[0]['samples']:,} samples; {results.spread}", _SUMS, table),
@@ -197,7 +197,7 @@ def _report(
         tables.append(Table(f"{table2.source()}, and our values", table2.COLUMNS, table2.add_published(table)))
 
     def dots() -> Figure:
-        tensors = [row for row in table if "." in row["parameter"]]
+        tensors = [row for row in table if "." in row["parameter"]] or table  # without per=tensor, what there is
         return diagonality_dots(tensors, title, table2.published_rows() if is_paper else None)
 
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]

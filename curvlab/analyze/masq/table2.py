@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from curvlab.analyze.frame.conditions import describe_differences
+from curvlab.analyze.frame.conditions import describe_differences, lowest_accuracy, training_conditions
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject, describe_network
 from curvlab.analyze.frame.values import number, where
 from curvlab.analyze.masq.fim_diagonality_options import FimDiagonalityConfig
-from curvlab.results import Claim, Column, Identity, mean_column, require_direction
+from curvlab.results import Claim, Column, Gate, Identity, mean_column, require_direction
 
 Record = dict[str, Any]
 
@@ -61,8 +61,14 @@ def add_published(table: Sequence[Record]) -> list[Record]:
     ]
 
 
-def conditions(config: FimDiagonalityConfig, data: Subject) -> dict[str, Any]:
-    """Return the conditions of a run, with the names used in ``published.yaml``."""
+def conditions(config: FimDiagonalityConfig, data: Subject, found: Sequence[Record]) -> dict[str, Any]:
+    """Return the conditions of a run, with the names used in ``published.yaml``.
+
+    Args:
+        config: The configuration.
+        data: Description of the data.
+        found: Records of ``fim_diagonality``, for the test accuracy.
+    """
     return {
         "data": data.data,
         "classes": list(range(data.num_classes)) if config.classes == "all" else list(config.classes),
@@ -70,10 +76,8 @@ def conditions(config: FimDiagonalityConfig, data: Subject) -> dict[str, Any]:
         "quantity": config.quantity,
         "held out": config.validation,
         "samples": config.samples or "all",
-        "optimizer": config.optimizer,
-        "learning rate": config.lr,
-        "batch size": config.batch_size,
-        "steps": config.steps,
+        **training_conditions(config),
+        "test accuracy": lowest_accuracy(found),
     }
 
 
@@ -97,6 +101,8 @@ def claims(found: Sequence[Record], ours: Mapping[str, Any]) -> list[Claim]:
     """
     labels = _table()["labels"]
     gate = require_direction(ours, _table()["conditions"], _table()["direction"])
+    if not any(record["parameter"] in labels for record in found):
+        gate = Gate("no parameter tensor was measured: add tensor to per")
     printed = published_rows()
 
     def claim(name: str, text: str, where: str, key: str, test: Callable[[float], bool], theirs: Any) -> Claim:
