@@ -501,3 +501,12 @@ def test_a_dataset_made_by_hand_is_checked_too():
     good = tiny()
     with pytest.raises(CurvlabError, match="x_train must be float32"):
         data.Dataset("bad", good.x_train.double(), good.y_train, good.x_test, good.y_test, good.classes)
+
+
+def test_labels_that_start_at_one_are_refused(tmp_path):
+    x, y = np.zeros((4, 3), dtype=np.float32), np.array([1, 2, 1, 2])
+    np.savez(tmp_path / "one.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(CurvlabError, match="no sample has the label 0; number the classes from 0, or name all of them"):
+        data.load(tmp_path / "one.npz")
+    np.savez(tmp_path / "named.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=np.array(["a", "b", "c"]))
+    assert data.load(tmp_path / "named.npz").num_classes == 3

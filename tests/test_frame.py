@@ -3,12 +3,14 @@
 import json
 import math
 import shlex
+import sqlite3
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import Field
 
@@ -162,6 +164,15 @@ def test_bad_values(call, name, line, fragment):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert fragment in err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if "weights" in load_analysis(name).config.model_fields])
+def test_weights_of_another_network_are_refused_before_a_run(call, name):
+    torch.save({"other.weight": torch.ones(2, 2)}, "other.pt")
+    code, out, err = call(f"{name} {SMALL[name]} --weights other.pt --out run")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
     assert not Path("run").exists()
 
 
@@ -363,6 +374,16 @@ def test_runs_that_fail(toy):
     assert not Path("none/table.json").exists()
 
 
+def test_a_damaged_store_is_not_said_to_continue(toy):
+    assert toy("--out run")[0] == 0
+    with sqlite3.connect("run/sweep.sqlite") as store:
+        store.execute("update entries set value = 7.0")
+    code, _, err = toy("--out run")
+    assert code == 2
+    assert "damaged or not a store" in err
+    assert "continues there" not in err
+
+
 def test_the_best_candidate_is_taken(toy):
     code, out, _ = toy("--rates 0.5 1 3 1000 --out run")
     assert code == 0
@@ -409,7 +430,9 @@ def test_a_limit_is_no_end():
 
 def test_kept_results(toy):
     assert toy("--preset other --out run")[0] == 0
-    file = keep_result(Path("run"), Path("analyses"))
+    file, replaced = keep_result(Path("run"), Path("analyses"))
+    assert not replaced
+    assert keep_result(Path("run"), Path("analyses")) == (file, True)
     assert file == Path("analyses/masq/results/test_frame.other.json")
     (kept,) = read_results(Path("analyses"), "masq")
     assert kept.preset == "other"
@@ -432,6 +455,8 @@ def test_kept_results(toy):
         read_results(Path("analyses"), "masq")
     with pytest.raises(CurvlabError, match="is not a run directory"):
         keep_result(Path("analyses"), Path("analyses"))
+    with pytest.raises(CurvlabError, match="run is a run of test_frame, not of fisher_histogram"):
+        driver.read_run(load_analysis("fisher_histogram"), Path("run"))
     Path("half").mkdir()
     Path("half/config.yaml").write_bytes(Path("run/config.yaml").read_bytes())
     with pytest.raises(CurvlabError, match="half is not a finished run of test_frame"):

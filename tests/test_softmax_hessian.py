@@ -169,7 +169,9 @@ def test_verdicts(end, verdicts, ours):
 
 
 def test_the_claim_of_the_paper_is_not_tested_on_other_data():
-    ours = conditions(SoftmaxHessianConfig(), Subject("digits", (64,), 10, 1437, 360), [{"step": 0, "complement": 0.01}])
+    ours = conditions(
+        SoftmaxHessianConfig(), Subject("digits", (64,), 10, 1437, 360), [{"step": 0, "complement": 0.01}]
+    )
     paper, own = claims(network(), ours)
     assert (paper.verdict, own.verdict) == ("not tested", "reproduced")
     assert paper.reason == "data is digits, published: mnist; training samples is 1,437, at least 5,000 is needed"

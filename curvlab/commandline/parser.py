@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             forms = schema.get("anyOf", [schema])
             value = getattr(values, name)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            shown = " ".join(map(str, value)) or "no value" if isinstance(value, tuple) else str(value)
             group.add_argument(
                 *flags,
                 nargs="*" if any(form.get("type") == "array" for form in forms) else None,
@@ -132,7 +132,8 @@ def validate(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str
         reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _field_path(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))
         text = text.replace("should be a valid tuple", f"should be a list, such as [{faults[0]['input']}]")
-        raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}") from error
+        one = " (write it without a list)" if len(faults[0]["loc"]) > 1 and f"'{faults[0]['input']}'" in text else ""
+        raise CurvlabError(f"{call(name)} {text}, not {faults[0]['input']!r}{one}") from error
 
 
 def _field_path(location: Iterable[int | str]) -> str:

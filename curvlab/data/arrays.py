@@ -77,4 +77,8 @@ def _number_classes(labels: Mapping[str, Array]) -> tuple[str, ...]:
         raise CurvlabError(
             f"{key} has the label {highest[key]}, which implies as many classes; number the classes from 0"
         )
+    if all(y.min(initial=1) > 0 for y in labels.values()):
+        raise CurvlabError(
+            f"{key}: no sample has the label 0; number the classes from 0, or name all of them in the array classes"
+        )
     return tuple(str(index) for index in range(highest[key] + 1))

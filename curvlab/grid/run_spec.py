@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,6 +95,8 @@ def _require_json(value: Any, depth: int) -> None:
         value.encode()  # UnicodeEncodeError is a ValueError
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("an integer has more than 64 bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a number is {value}")
     elif isinstance(value, Mapping | list | tuple):
         if depth > _MAX_LEVELS:
             raise ValueError(f"it contains itself, or has more than {_MAX_LEVELS} levels")

@@ -41,19 +41,22 @@ _PRESETS = (
 
 
 def run(config: PapersConfig, options: RunOptions, console: Console) -> None:
-    """Keep results, write pages, and print the list.
+    """Keep results and write pages, or else print the lists.
 
     Raises:
         CurvlabError: A folder is not a finished run directory, or ``root`` is not a folder.
     """
     del options
     if (config.keep or config.write) and not config.root.is_dir():
-        raise CurvlabError(f"{config.root} is not a folder: run this command in the repository, or set root")
+        raise CurvlabError(f"{config.root} is not a folder: run this command in the repository, or set --root")
     for folder in config.keep:
-        console.print(str(keep_result(folder, config.root)), soft_wrap=True)
+        file, replaced = keep_result(folder, config.root)
+        console.print(f"{folder} is kept as {file}{', which it replaces' * replaced}", soft_wrap=True)
     if config.write:
         for page in write_pages(config.root, config.root.parent / "docs"):
             console.print(str(page), soft_wrap=True)
+    if config.keep or config.write:
+        return
     title = "Published items, with the verdicts of the kept results"
     console.print(render([_shorten(row) for row in list_items(config.root)], _ITEMS, title), crop=False)
     console.print(render(_list_presets(), _PRESETS, "Presets"), crop=False)

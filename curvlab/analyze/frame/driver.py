@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from curvlab.results import (
     write_tables,
 )
 from curvlab.results.claims import render_identities
+from curvlab.results.run_directory import read_analysis_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +73,9 @@ def read_run(analysis: Analysis[C], folder: Path) -> Results[C]:
     Raises:
         CurvlabError: The folder is not a finished run directory of this analysis, or of another version of it.
     """
+    name = read_analysis_name(folder)
+    if name not in ("", analysis.name):
+        raise CurvlabError(f"{folder} is a run of {name}, not of {analysis.name}")
     try:
         config = analysis.config(**yaml_file.loads((folder / "config.yaml").read_text()))
         origin = json.loads((folder / PROVENANCE).read_text())
@@ -129,8 +133,12 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
     except (CurvlabError, KeyboardInterrupt) as stop:
         store = directory.path / STORE
         tally = dict.fromkeys(("done", "failed", "absent"), 0)
-        with suppress(CurvlabError), grid.read_store(store) as stored:
-            tally = stored.tally()
+        try:
+            with grid.read_store(store) as stored:
+                tally = stored.tally()
+        except CurvlabError:  # it cannot be continued, and the message says so
+            if store.exists():
+                raise stop from None
         checkpoints = any(path.is_file() for path in grid.run_folder(store, "").rglob("*"))
         if tally["done"] or tally["failed"] or checkpoints:
             again = " --retry-failed" if tally["failed"] else ""

@@ -51,7 +51,7 @@ class Result:
         return float(sum(self.origin["seconds"].values())) / 60
 
 
-def keep_result(folder: Path, root: Path) -> Path:
+def keep_result(folder: Path, root: Path) -> tuple[Path, bool]:
     """Copy records, provenance and figures of a finished run directory into the folder of its paper.
 
     The artifacts, which only figures use, are left out.
@@ -61,7 +61,7 @@ def keep_result(folder: Path, root: Path) -> Path:
         root: The folder ``analyses`` of the repository.
 
     Returns:
-        The JSON file.
+        The JSON file, and whether it replaces an earlier one.
 
     Raises:
         CurvlabError: The folder is not a finished run directory, or some of its runs failed.
@@ -91,12 +91,13 @@ def keep_result(folder: Path, root: Path) -> Path:
     }
     file = root / ANALYSES[name].room / FOLDER / f"{name}.{find_preset(analysis, results.config) or 'other'}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
+    replaces = file.exists()
     write_whole(file, to_json(kept).encode())
     for figure_name, draw in analysis.report(results).figures.items():
         buffer = io.BytesIO()
         draw().savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight")
         write_whole(file.with_suffix(f".{figure_name}.png"), buffer.getvalue())
-    return file
+    return file, replaces
 
 
 def read_results(root: Path, room: str) -> list[Result]:

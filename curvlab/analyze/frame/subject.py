@@ -245,6 +245,16 @@ def check_subject(config: SubjectConfig, data: Dataset) -> None:
         Training(**fit_options(config))
 
 
+def check_network(config: SubjectConfig, data: Dataset) -> None:
+    """Check what ``check_subject`` checks, and that the network and its weights fit the data.
+
+    Raises:
+        CurvlabError: One of them does not.
+    """
+    check_subject(config, data)
+    network(config, data, 0)
+
+
 def check_distinct(**values: Sequence[object]) -> None:
     """Check that each option has at least one value, and no value twice.
 

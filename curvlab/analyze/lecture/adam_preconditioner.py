@@ -218,7 +218,7 @@ ANALYSIS = Analysis(
     question="Is Adam's second moment the diagonal of the Fisher? Rank correlation and scale over training, against "
     "the batched empirical, the empirical and the exact diagonal.",
     presets=PRESETS,
-    check=subject.check_subject,
+    check=subject.check_network,
     measure=measure,
     report=report,
     kinds={"table": "quantity"},

@@ -203,7 +203,8 @@ def _report(
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     notes = []
     if accuracies:
-        notes.append(f"Test accuracy of the trained networks: {min(accuracies):.1%} to {max(accuracies):.1%}.")
+        ends = dict.fromkeys(f"{value:.1%}" for value in (min(accuracies), max(accuracies)))
+        notes.append(f"Test accuracy of the trained networks: {' to '.join(ends)}.")
     return Report(
         Table(tables[0].title, _TABLE, table),
         tables,

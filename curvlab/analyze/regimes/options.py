@@ -57,21 +57,21 @@ class StreamsConfig(SubjectConfig):
     momentum: float = Field(default=0.8, ge=0, lt=1)
     """Momentum of SGD, which is reset at each task."""
     stable_lr: float = Field(default=0.1, gt=0)
-    """Learning rate, before the decay."""
+    """Learning rate of the stable regime, before the decay."""
     stable_decay: float = Field(default=0.4, gt=0, le=1)
-    """The learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
+    """Decay of the stable regime: the learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
     stable_batch_size: int = Field(default=16, ge=1)
-    """Samples per training step."""
+    """Samples per training step of the stable regime."""
     stable_dropout: float = Field(default=0.25, ge=0, lt=1)
-    """Dropout rate of the hidden units, for the mlp."""
+    """Dropout rate of the hidden units in the stable regime, for the mlp."""
     plastic_lr: float = Field(default=0.01, gt=0)
-    """See stable_lr."""
+    """Learning rate of the plastic regime, before the decay."""
     plastic_decay: float = Field(default=1.0, gt=0, le=1)
-    """See stable_decay."""
+    """Decay of the plastic regime: the learning rate of task t = 1, 2, ... is lr * decay^t, at least 5e-5."""
     plastic_batch_size: int = Field(default=64, ge=1)
-    """See stable_batch_size."""
+    """Samples per training step of the plastic regime."""
     plastic_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """See stable_dropout."""
+    """Dropout rate of the hidden units in the plastic regime, for the mlp."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0, 1, 2)
     """Tasks are drawn and one network is trained per seed; the table has mean and standard deviation."""
 
