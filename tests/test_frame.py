@@ -50,6 +50,11 @@ SMALL = {
     "--regression-samples 20 --regression-steps 3",
     "adam_preconditioner": "--hidden 3 --steps 4 --every 2 --samples 30 --batch-size 20",
     "kl_gaussians": "--starts 2 --hidden 2 --points 5",
+    "ewc_modes": "--hidden 5 --epochs 1 --tasks 2 --task-samples 60 --validation 20 --samples 20 --methods naive l2 "
+    "ewc_separate --ewc-strengths 10 --l2-strengths 0.1",
+    "laplace_posterior": "--hidden 2 --chunks 2 --chunk-samples 8 --samples 20 --draws 4 --warmup 2 --chains 2",
+    "surrogate": "--hidden 4 --steps 3 --samples 20 --points 5",
+    "clipped_fisher": "--hidden 6 --steps 3 --samples 30 --batches 2",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
     "--lr-squared-error 0.003",
     "softmax_hessian": "--hidden 4 --steps 6 --points 3 --samples 30 --draws 4 --decades 3",

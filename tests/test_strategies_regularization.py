@@ -15,7 +15,7 @@ from curvlab.continual.drop_transfer import drop_transfer
 from curvlab.continual.learner import Learner
 from curvlab.continual.loop import Result, run
 from curvlab.continual.outputs import Head, Outputs
-from curvlab.continual.strategies import EWC, IMM, MAS, OSLA, SI, Naive, Strategy
+from curvlab.continual.strategies import EWC, IMM, L2, MAS, OSLA, SI, Naive, Strategy
 from curvlab.continual.strategies.mas import sensitivity
 from curvlab.continual.tasks import Task, permuted
 from curvlab.data import Dataset, load
@@ -187,6 +187,37 @@ class TestEWC:
             return [quadratic(matrix, model, 5.0 / 2)]
 
         plain(stream, theirs, consolidate)
+        torch.testing.assert_close(flat(mine.parameters()), flat(theirs.parameters()), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        ("strategy", "weights"),
+        [
+            (EWC(5.0, structure="dense", mode="average"), lambda t: ((t - 1) / t, 1 / t)),
+            (EWC(5.0, structure="dense", mode="moving_average", gamma=0.7), lambda t: (0.7, 0.3) if t > 1 else (0, 1)),
+        ],
+    )
+    def test_averages_are_a_plain_loop_with_one_penalty(
+        self, strategy: EWC, weights: Callable[[int], tuple[float, float]]
+    ) -> None:
+        mine, theirs, stream = mlp(), mlp(), tasks(3)
+        full_batch(stream, mine, strategy)
+        matrix, count = torch.zeros(()), 0
+
+        def consolidate(model: nn.Module, task: Task, _: Any) -> list[Quadratic]:
+            nonlocal matrix, count
+            count += 1
+            old, new = weights(count)
+            matrix = old * matrix + new * empirical_fisher(model, task)
+            return [quadratic(matrix, model, 5.0 / 2)]
+
+        plain(stream, theirs, consolidate)
+        torch.testing.assert_close(flat(mine.parameters()), flat(theirs.parameters()), rtol=1e-10, atol=1e-10)
+
+    def test_plain_l2_is_a_plain_loop_with_the_identity(self) -> None:
+        mine, theirs, stream = mlp(), mlp(), tasks(3)
+        full_batch(stream, mine, L2(0.3))
+        identity = torch.eye(len(flat(theirs.parameters()))).double()
+        plain(stream, theirs, lambda model, *_: [quadratic(identity, model, 0.3 / 2)])
         torch.testing.assert_close(flat(mine.parameters()), flat(theirs.parameters()), rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("structure", ["dense", "diag", "kfac", "tkfac", "block_diag"])
@@ -686,6 +717,9 @@ ALL: dict[str, Strategy] = {
     "ewc tkfac": EWC(3.0, structure="tkfac"),
     "ewc masq": EWC(3.0, quantity="masq:batch_size=4"),
     "ewc online": EWC(3.0, structure="kfac", mode="online", gamma=0.5),
+    "ewc average": EWC(3.0, mode="average"),
+    "ewc moving average": EWC(3.0, mode="moving_average", gamma=0.5),
+    "l2": L2(0.1, params="*weight"),
     "si": SI(1.0),
     "mas": MAS(0.1, samples=9),
     "imm mean": IMM("mean", l2=0.01),
@@ -699,7 +733,8 @@ ALL: dict[str, Strategy] = {
 
 class TestAll:
     @pytest.mark.parametrize(
-        "strategy", [EWC(0.0), EWC(0.0, structure="kfac", mode="online"), SI(0.0), MAS(0.0), OSLA(0.0, merge="nearest")]
+        "strategy",
+        [EWC(0.0), EWC(0.0, structure="kfac", mode="online"), SI(0.0), L2(0.0), MAS(0.0), OSLA(0.0, merge="nearest")],
     )
     def test_without_strength_they_are_naive_to_the_bit(self, strategy: Strategy) -> None:
         mine, theirs = mlp().float(), mlp().float()
@@ -754,6 +789,9 @@ class TestAll:
         [
             (EWC(1.0), 3),
             (EWC(1.0, mode="online"), 2),
+            (EWC(1.0, mode="average"), 2),
+            (EWC(1.0, mode="moving_average", gamma=0.5), 2),
+            (L2(1.0), 1),
             (SI(1.0), 2),
             (MAS(1.0), 2),
             (IMM("mean"), 2),
@@ -873,8 +911,11 @@ class TestRefusals:
             (lambda: EWC(-1.0), "strength must be a number of at least 0, not -1.0"),
             (lambda: EWC(float("nan")), "strength must be a number of at least 0, not nan"),
             (lambda: EWC(float("inf")), "strength must be a number of at least 0, not inf"),
-            (lambda: EWC(1.0, mode="both"), "mode must be separate or online, not 'both'"),
-            (lambda: EWC(1.0, gamma=0.5), "gamma belongs to mode='online'"),
+            (lambda: EWC(1.0, mode="both"), "mode must be separate, online, average or moving_average, not 'both'"),
+            (lambda: EWC(1.0, mode="moving_average"), "set gamma below 1"),
+            (lambda: L2(-1.0), "strength must be a number of at least 0"),
+            (lambda: EWC(1.0, gamma=0.5), "gamma belongs to mode='online' and mode='moving_average'"),
+            (lambda: EWC(1.0, mode="average", gamma=0.5), "gamma belongs to mode='online'"),
             (lambda: EWC(1.0, mode="online", gamma=1.5), "gamma must be a number of at least 0 and at most 1, not 1.5"),
             (lambda: EWC("1"), "strength must be a number of at least 0, not '1'"),  # type: ignore[arg-type]
             (lambda: EWC(None), "strength must be a number of at least 0, not None"),  # type: ignore[arg-type]
@@ -910,6 +951,7 @@ class TestRefusals:
             (OSLA(1.0), "kfac:rest=diag"),
             (IMM("mode", structure="kfac"), "kfac:rest=diag"),
             (EWC(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
+            (L2(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (SI(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (MAS(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (IMM("mean", params="fc*"), r"no trainable parameter matches 'fc\*'"),
@@ -931,6 +973,7 @@ class TestRefusals:
     [
         *(lambda structure=structure: EWC(1.0, structure=structure) for structure in STRUCTURES),
         *(lambda: EWC(1.0, mode="online"), lambda: SI(1.0), lambda: MAS(1.0), lambda: OSLA(1.0), lambda: IMM("mode")),
+        *(lambda: EWC(1.0, mode="average"), lambda: L2(1.0)),
     ],
 )
 def test_networks_in_half_precision(strategy: Callable[[], Strategy], dtype: torch.dtype) -> None:

@@ -70,6 +70,18 @@ ANALYSES = {
     "adam_preconditioner": Entry(
         "lecture", "Is Adam's second moment the diagonal of the Fisher? Rank correlation and scale over training."
     ),
+    "ewc_modes": Entry(
+        "lecture", "Which form of EWC? Separate, online, averages, plain L2, SI and MAS: accuracy, memory, sensitivity."
+    ),
+    "laplace_posterior": Entry(
+        "lecture", "How far is Laplace's sequential posterior from the exact one? Diagonal, K-FAC and full, by chunks."
+    ),
+    "surrogate": Entry(
+        "lecture", "How good is a quadratic surrogate of the old loss? Diagonal, K-FAC and full against the exact loss."
+    ),
+    "clipped_fisher": Entry(
+        "lecture", "How long is the Fisher's tail? Its diagonal after batches of new classes, averaged and clipped."
+    ),
     "forgetting_bound": Entry(
         "regimes", "What bounds forgetting? The loss of an old task and its curvature, over training regimes."
     ),

@@ -11,6 +11,7 @@ from curvlab.continual.strategies.er import ER
 from curvlab.continual.strategies.ewc import EWC
 from curvlab.continual.strategies.imm import IMM
 from curvlab.continual.strategies.joint import Joint
+from curvlab.continual.strategies.l2 import L2
 from curvlab.continual.strategies.linear_probe import LinearProbe
 from curvlab.continual.strategies.lwf import LwF
 from curvlab.continual.strategies.mas import MAS
@@ -26,6 +27,7 @@ __all__ = [
     "ER",
     "EWC",
     "IMM",
+    "L2",
     "MAS",
     "OSLA",
     "SI",

@@ -1,7 +1,7 @@
 """Elastic weight consolidation with any curvature matrix."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
@@ -19,6 +19,8 @@ from curvlab.structures import Structure
 if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
 
+Mode = Literal["separate", "online", "average", "moving_average"]
+
 
 class EWC(Strategy):
     """Elastic weight consolidation: a quadratic penalty around the solution of every past task.
@@ -32,13 +34,15 @@ class EWC(Strategy):
     ``separate`` keeps the centre of every task (Kirkpatrick et al., 2017). ``online`` has one matrix
     ``F <- gamma F + F_t`` around the last solution (Schwarz et al., 2018; Huszar, 2018). This is exact for quadratic
     losses and ``gamma=1``: from the second task on, the gradient of a task at its own solution, which ``separate``
-    omits, is minus the gradient of the previous penalty.
+    omits, is minus the gradient of the previous penalty. ``average`` has the mean of the tasks' matrices around the
+    last solution: it is ``online`` with ``gamma=1`` and a strength that decays as ``1/t``. ``moving_average`` has
+    ``F <- gamma F + (1 - gamma) F_t`` around the last solution and starts with ``F_1``.
 
     The curvature of the last task is also estimated, because a longer stream would need it.
 
     Memory: with ``separate``, a matrix and two vectors for all tasks if matrices can be added; factors for each task
-    with ``kfac`` and ``tkfac``, a matrix and a vector for each task with ``ekfac``. With ``online``, a matrix and a
-    vector (with ``kfac`` and ``tkfac``, factors for each task).
+    with ``kfac`` and ``tkfac``, a matrix and a vector for each task with ``ekfac``. With the other modes, a
+    matrix and a vector (with ``kfac`` and ``tkfac``, factors for each task).
 
     Args:
         strength: Strength of the penalty.
@@ -48,8 +52,8 @@ class EWC(Strategy):
         backend: Backend of ``curvlab.estimate``.
         params: Glob patterns of the parameters to protect, for example all layers except the last; None for all.
         samples: Number of training samples of a task for the curvature, drawn at random; None for all.
-        mode: ``separate`` or ``online``.
-        gamma: For ``online``, the factor on the past curvature at every task, 0 to 1.
+        mode: ``separate``, ``online``, ``average`` or ``moving_average``.
+        gamma: Factor on the past curvature at every task, 0 to 1: for ``online``, and below 1 for ``moving_average``.
 
     Raises:
         CurvlabError: An option is invalid, or no backend computes the curvature.
@@ -68,23 +72,25 @@ class EWC(Strategy):
         backend: str = "auto",
         params: Sequence[str] | str | None = None,
         samples: int | None = None,
-        mode: Literal["separate", "online"] = "separate",
+        mode: Mode = "separate",
         gamma: float = 1.0,
     ) -> None:
         check_number("strength", strength)
         check_number("gamma", gamma, most=1)
-        if mode not in ("separate", "online"):
-            raise CurvlabError(f"mode must be separate or online, not {mode!r}")
-        if mode == "separate" and gamma != 1:
-            raise CurvlabError("gamma belongs to mode='online'; leave it at 1")
+        if mode not in get_args(Mode):
+            raise CurvlabError(f"mode must be {', '.join(get_args(Mode)[:-1])} or {get_args(Mode)[-1]}, not {mode!r}")
+        if mode in ("separate", "average") and gamma != 1:
+            raise CurvlabError("gamma belongs to mode='online' and mode='moving_average'; leave it at 1")
+        if mode == "moving_average" and gamma == 1:
+            raise CurvlabError("a moving average with gamma=1 never includes a new task: set gamma below 1")
         self.strength, self.mode, self.gamma = strength, mode, gamma
-        self.curvature = curvature_options(quantity, structure, backend, params, samples, adds=mode == "online")
+        self.curvature = curvature_options(quantity, structure, backend, params, samples, adds=mode != "separate")
 
     def start(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""
         try_curvature(learner, self.curvature)
         self.penalty = Penalty()
-        self.matrix: CurvatureMatrix | None = None  # online
+        self.matrix: CurvatureMatrix | None = None  # of all modes except separate
 
     def after_backward(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""
@@ -96,7 +102,16 @@ class EWC(Strategy):
         if self.mode == "separate":
             self.penalty.add(matrix, learner.parameters)
             return
-        if self.matrix is not None and self.gamma > 0:  # factors with weight zero would still be stored
-            matrix = self.gamma * self.matrix + matrix
+        if self.matrix is not None:
+            old, new = self._weights(learner.task + 1)
+            matrix = new * matrix if new != 1 else matrix
+            if old > 0:  # factors with weight zero would still be stored
+                matrix = old * self.matrix + matrix
         self.matrix = matrix
         self.penalty = make_penalty(matrix, learner)
+
+    def _weights(self, tasks: int) -> tuple[float, float]:
+        """Return the weights of the previous matrix and of the new one, after this number of tasks."""
+        if self.mode == "average":
+            return (tasks - 1) / tasks, 1 / tasks
+        return self.gamma, 1.0 if self.mode == "online" else 1 - self.gamma

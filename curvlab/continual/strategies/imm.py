@@ -9,7 +9,7 @@ from torch import Tensor
 from curvlab.continual.drop_transfer import drop_transfer
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
-from curvlab.continual.strategies.quadratic import curvature_options, estimate_curvature, try_curvature
+from curvlab.continual.strategies.quadratic import add_pull_, curvature_options, estimate_curvature, try_curvature
 from curvlab.errors import CurvlabError
 from curvlab.parameters import ParameterSpace
 from curvlab.quantities import Quantity
@@ -98,11 +98,7 @@ class IMM(Strategy):
         """Implement the hook of ``Strategy``."""
         if self.l2 == 0 or self.own is None:
             return
-        parameters, last = learner.parameters, self.space.unflatten(self.own)
-        for name in self.space.names:
-            pull = 2 * self.l2 * (parameters[name].detach() - last[name])
-            gradient = parameters[name].grad
-            parameters[name].grad = pull if gradient is None else gradient.add_(pull)
+        add_pull_(learner, self.own, self.space, 2 * self.l2)
 
     def after_task(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""

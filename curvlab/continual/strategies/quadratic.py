@@ -106,6 +106,22 @@ def make_importance_matrix(entries: Tensor, space: ParameterSpace, method: str, 
     return Diagonal(entries, space, info)
 
 
+def add_pull_(learner: "Learner", centre: Tensor, space: ParameterSpace, factor: float) -> None:
+    """Add ``factor * (theta - centre)`` to the gradients: the gradient of ``factor/2 ||theta - centre||^2``.
+
+    Args:
+        learner: The run, after ``backward``.
+        centre: ``(P,)``.
+        space: Space of these parameters.
+        factor: A number.
+    """
+    parameters, last = learner.parameters, space.unflatten(centre)
+    for name in space.names:
+        pull = factor * (parameters[name].detach() - last[name])
+        gradient = parameters[name].grad
+        parameters[name].grad = pull if gradient is None else gradient.add_(pull)
+
+
 def make_penalty(matrix: CurvatureMatrix, learner: "Learner") -> Penalty:
     """Return the penalty ``1/2 (theta - mu)' F (theta - mu)`` with the current parameters as the centre ``mu``."""
     penalty = Penalty()
