@@ -13,6 +13,7 @@ from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Res
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.values import divide, number, where
 from curvlab.continual import permuted
+from curvlab.continual.forecast import loss_and_gradient
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
@@ -94,7 +95,7 @@ def measure(config: SurrogateConfig, dataset: Dataset, workspace: Workspace) -> 
     space = ParameterSpace.of(solutions[0])
     start, end = (space.flatten(dict(one.named_parameters())).detach() for one in solutions)
     way = end - start
-    gradient, start_loss = torch.func.grad_and_value(lambda theta: _loss(problem, space, theta))(start)
+    start_loss, gradient = loss_and_gradient(problem)
     fractions = torch.logspace(-3, 0, config.points).double().tolist()
     exact = [float(_loss(problem, space, start + a * way) - start_loss) for a in fractions]
     quadratic = {
@@ -123,8 +124,8 @@ def measure(config: SurrogateConfig, dataset: Dataset, workspace: Workspace) -> 
         "seed": seed,
         "distance": float(way.norm()),
         "gradient_term": slope,
-        "old_loss": float(start_loss),
-        "old_loss_after": float(start_loss) + exact[-1],
+        "old_loss": start_loss,
+        "old_loss_after": start_loss + exact[-1],
         "accuracy": accuracies[0],
         "accuracy_after": accuracies[1],
     }
