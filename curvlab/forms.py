@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
+from curvlab.text import did_you_mean
 
 
 class Named(Protocol):
@@ -65,9 +65,8 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
 
 def unknown_name_message(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:
     """Return the error message for an unknown name, with the most similar known name and the list of all names."""
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? Available" if near else "available"
-    return f"there is no {what} {name!r}; {hint}: {', '.join(names)}"
+    hint = did_you_mean(name, names)
+    return f"there is no {what} {name!r}{f'{hint} Available' if hint else '; available'}: {', '.join(names)}"
 
 
 def _options(value: Any) -> list[Field[Any]]:

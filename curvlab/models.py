@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 from safetensors.torch import load_file
@@ -227,9 +227,7 @@ def _construct(
         return shallow_cnn(sample_shape, outputs)
     if name == "resnet20":
         if sample_shape != (3, 32, 32):
-            raise CurvlabError(
-                f"resnet20 takes images of shape (3, 32, 32), not samples of shape {sample_shape}; use cnn or mlp"
-            )
+            raise CurvlabError(f"resnet20 takes images of shape (3, 32, 32), not {sample_shape}; use cnn or mlp")
         return ResNet20(outputs)
     # Imported here because the import takes longer than building the networks above.
     from torchvision import models
@@ -240,14 +238,11 @@ def _construct(
         # These two return a tuple in train mode unless their auxiliary heads are removed.
         two_heads: dict[str, Any] = {"aux_logits": False, "init_weights": True}
         options = two_heads if short in ("googlenet", "inception_v3") else {}
-        model: nn.Module = models.get_model(short, weights=None, num_classes=outputs, **options)
-        return model
-    full_names = {name: name for name in _NAMES} | {key: _TORCHVISION + key for key in theirs}
-    nearest = full_names[get_close_matches(short.lower(), full_names, n=1, cutoff=0.0)[0]]
-    raise CurvlabError(
-        f"there is no model {name!r}; did you mean {nearest!r}? "
-        f"(available: {', '.join(_NAMES)} and torchvision:NAME for torchvision's models)"
-    )
+        return cast(nn.Module, models.get_model(short, weights=None, num_classes=outputs, **options))
+    full_names = {key: _TORCHVISION + key for key in theirs} | {name: name for name in _NAMES}
+    near = get_close_matches(short.lower(), full_names, n=1, cutoff=0.5)
+    hint = f"; did you mean {full_names[near[0]]!r}?" if near else ""
+    raise CurvlabError(f"there is no model {name!r}{hint} (available: {', '.join(_NAMES)} and torchvision:NAME)")
 
 
 def _check_fit(model: nn.Module, name: str, sample_shape: tuple[int, ...], outputs: int) -> None:

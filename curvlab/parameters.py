@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
+from curvlab.text import did_you_mean
 
 Vectors = Tensor | Mapping[str, Tensor]
 
@@ -58,8 +58,8 @@ class ParameterSpace:
                 raise CurvlabError("params is empty: give at least one pattern of parameter names")
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in trainable):
-                    near = get_close_matches(pattern, trainable, n=1, cutoff=0.0)
-                    raise CurvlabError(f"no trainable parameter matches {pattern!r}; did you mean {near[0]!r}?")
+                    hint = did_you_mean(pattern, trainable) or f"; the first one is {next(iter(trainable))!r}"
+                    raise CurvlabError(f"no trainable parameter matches {pattern!r}{hint}")
             trainable = {n: p for n, p in trainable.items() if any(fnmatchcase(n, pat) for pat in patterns)}
         return cls(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
 

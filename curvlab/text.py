@@ -1,6 +1,8 @@
 """Text for readers: formatted numbers, and names made safe for terminals and spreadsheets."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -56,6 +58,17 @@ def format_number(value: Any, digits: int = 4) -> str:
     if -4 <= int(exponent) < 6:
         return f"{number:,.{max(digits - 1 - int(exponent), 0)}f}"
     return f"{mantissa}e{int(exponent)}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a suggestion for the end of an error message: the most similar name, or an empty string.
+
+    Examples:
+        >>> did_you_mean("digit", ["digits", "mnist"]), did_you_mean("x", ["digits", "mnist"])
+        ("; did you mean 'digits'?", '')
+    """
+    similar = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def plus_minus(mean: float | None, deviation: float | None) -> str:

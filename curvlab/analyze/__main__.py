@@ -24,7 +24,7 @@ def _main(given: list[str]) -> int:
         return 0
     # Imported here because the list of analyses needs neither of them.
     from curvlab.analyze.frame.command import execute
-    from curvlab.commandline.parser import did_you_mean
+    from curvlab.text import did_you_mean
 
     name, rest = given[0], given[1:]
     if name not in ANALYSES:

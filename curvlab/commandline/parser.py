@@ -2,8 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ import pydantic
 from curvlab import yaml_file
 from curvlab.commandline.config import C, Config
 from curvlab.errors import CurvlabError
+from curvlab.text import did_you_mean
 
 NONE = "none"
 _WORDS = {"integer": "N", "number": "X", "string": "TEXT", "null": NONE}
@@ -164,17 +164,6 @@ def replace_values(base: C, values: Mapping[str, Any], file: Path) -> C:
         if key not in known:
             raise CurvlabError(f"{file}: unknown option {key!r}{did_you_mean(str(key), known)}")
     return validate(type(base), {**base.model_dump(), **values}, lambda name: f"{file}: {name}")
-
-
-def did_you_mean(name: str, names: Collection[str]) -> str:
-    """Return a suggestion for the end of an error message: the most similar name, or an empty string.
-
-    Examples:
-        >>> did_you_mean("digit", ["digits", "mnist"]), did_you_mean("x", ["digits", "mnist"])
-        ("; did you mean 'digits'?", '')
-    """
-    similar = get_close_matches(name, names, n=1)
-    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def option_name(name: str) -> str:

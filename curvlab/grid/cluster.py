@@ -298,12 +298,12 @@ def supervise_on_worker(task: Task) -> Outcome:
     worker = get_worker()
     key = worker.get_current_task()
 
-    def wanted() -> bool:
+    def is_wanted() -> bool:
         """Return whether the sweep still waits; the scheduler cancels the tasks of a killed sweep."""
         state = worker.state.tasks.get(key)
         return state is not None and state.state != "cancelled"
 
-    return supervise(task, wanted)
+    return supervise(task, is_wanted)
 
 
 def _make_lost_outcome(task: Task, error: BaseException) -> Outcome:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping
 from copy import copy, deepcopy
-from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 import torch
@@ -18,6 +17,7 @@ from curvlab.linearize.verification import Origin
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserve_random_state
 from curvlab.stateless import check_module, copy_model
+from curvlab.text import did_you_mean
 
 
 def linearize(
@@ -215,8 +215,7 @@ def _set_parameters(model: nn.Module, at: Tensor | Mapping[str, Tensor]) -> None
 def _parameters_of_head(model: nn.Module, head: str) -> set[int]:
     modules = {name: module for name, module in model.named_modules() if name}
     if head not in modules:
-        near = get_close_matches(head, modules, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(head, modules)
         raise CurvlabError(f"{type(model).__name__} has no module {head!r} for the head{hint}")
     inside = {id(parameter) for parameter in modules[head].parameters()}
     for name, _, _, parameter in iterate_parameters(_without(model, head)):

@@ -29,9 +29,9 @@ def _run_command(given: list[str]) -> int:
         print(_USAGE)
         return 0
     # Imported here, since the help above does not need them.
-    from curvlab.commandline.parser import did_you_mean
     from curvlab.commandline.program import report_errors
     from curvlab.sweep.commands import COMMANDS
+    from curvlab.text import did_you_mean
 
     name, rest = given[0], given[1:]
     if name not in COMMANDS:

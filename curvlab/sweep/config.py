@@ -10,10 +10,11 @@ from curvlab.analyze import ANALYSES, load_analysis
 from curvlab.analyze.frame.analysis import Analysis, Tool
 from curvlab.analyze.frame.subject import check_distinct
 from curvlab.commandline.config import Config
-from curvlab.commandline.parser import did_you_mean, read_yaml, replace_values
+from curvlab.commandline.parser import read_yaml, replace_values
 from curvlab.errors import CurvlabError
 from curvlab.grid import RunSpec, draw, expand
 from curvlab.grid.run_spec import canonical
+from curvlab.text import did_you_mean
 
 
 class Samples(Config):

@@ -215,15 +215,15 @@ def list_modules(structure: str) -> list[Record]:
 # Output --------------------------------------------------------------------------------------------------------------
 
 _TITLES = {
-    "cells": "Quantity and structure",
+    "combinations": "Quantity and structure",
     "diag": "Diagonal: supported modules",
     "kfac": "K-FAC: supported modules",
 }
 
 
 def make_tables() -> dict[str, list[Record]]:
-    """Return the three tables by name: ``cells``, and the modules of ``diag`` and ``kfac``."""
-    return {"cells": list_combinations(), "diag": list_modules("diag"), "kfac": list_modules("kfac")}
+    """Return the three tables by name: ``combinations``, and the modules of ``diag`` and ``kfac``."""
+    return {"combinations": list_combinations(), "diag": list_modules("diag"), "kfac": list_modules("kfac")}
 
 
 def make_page() -> str:
@@ -237,9 +237,9 @@ runs; a test checks that it is up to date. For your own model, use [`curvlab.doc
 that the backend raises `UnsupportedError`. `backend="auto"` takes the first backend from the left that supports the
 combination; for `implicit` it takes `torch`.
 
-## {_TITLES["cells"]}
+## {_TITLES["combinations"]}
 
-{text["cells"]}
+{text["combinations"]}
 The table holds for cross-entropy, squared error and binary cross-entropy, unless an error message says otherwise.
 `hessian` and `masq` have no Kronecker factors.
 

@@ -11,7 +11,6 @@ from curvlab.commandline.console import make_console
 from curvlab.commandline.options import EXIT_CODES, GridOptions, RunOptions
 from curvlab.commandline.parser import (
     Parser,
-    did_you_mean,
     option_name,
     read_yaml,
     replace_values,
@@ -20,6 +19,7 @@ from curvlab.commandline.parser import (
 )
 from curvlab.commandline.program import report_errors
 from curvlab.errors import CurvlabError
+from curvlab.text import did_you_mean
 
 
 class _Command(Config):

@@ -22,7 +22,6 @@ from curvlab.analyze.lecture.ewc_modes_methods import (
     single_run,
 )
 from curvlab.commandline.options import RunOptions
-from curvlab.commandline.parser import did_you_mean
 from curvlab.continual import Task, metrics, permuted, split_classes
 from curvlab.continual import run as learn
 from curvlab.data import Dataset
@@ -30,6 +29,7 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.plots import line_panels
 from curvlab.results import Column, aggregate
+from curvlab.text import did_you_mean
 
 _MNIST = EwcModesConfig(
     data="mnist",

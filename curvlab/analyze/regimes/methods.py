@@ -14,7 +14,6 @@ from curvlab.analyze.regimes import table2
 from curvlab.analyze.regimes.method_list import HYPER_PARAMETERS, METHODS, label_method
 from curvlab.analyze.regimes.methods_options import PRESETS, MethodsConfig, candidates, single_run
 from curvlab.commandline.options import RunOptions
-from curvlab.commandline.parser import did_you_mean
 from curvlab.continual import Regime, Task, metrics, permuted, rotated, split_classes
 from curvlab.continual import run as learn
 from curvlab.continual.checks import check_loss
@@ -24,6 +23,7 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.plots import accuracy_curves, method_dots
 from curvlab.results import Column, aggregate, mean_column
+from curvlab.text import did_you_mean
 
 _VALUES = ["acc", "forgetting", "learning_accuracy", "bytes"]
 _NAMES = (Column("stream", "stream"), Column("label", "method"))
