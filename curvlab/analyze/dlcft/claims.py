@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from curvlab.analyze.dlcft.conditions import direction_gate, measured_samples, published_tables
-from curvlab.analyze.dlcft.methods import METHODS, SETTINGS
+from curvlab.analyze.dlcft.methods import BOUNDS, METHODS, SETTINGS
 from curvlab.analyze.dlcft.options import DlcftConfig, MethodName, Setting
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import number
@@ -213,7 +213,7 @@ def _data_claims(runs: _Runs, short: _Runs) -> list[Claim]:
 def _joint_claim(runs: _Runs) -> Claim:
     """Return the claim about the method with the highest mean; the maximum over methods per seed would be biased."""
     joint = [max(pair) for pair in zip(runs.values("joint"), runs.values("joint_linear"), strict=True)]
-    others = [runs.values(method) for method in METHODS if runs.has_runs(method) and not method.startswith("joint")]
+    others = [runs.values(method) for method in METHODS if runs.has_runs(method) and method not in BOUNDS]
     complete = [values for values in others if math.isfinite(fmean(values))]
     differences: list[float] = []
     if complete and runs.has_runs("joint", "joint_linear"):

@@ -10,7 +10,22 @@ from torch import nn
 from curvlab.analyze.dlcft.options import LISTS, DlcftConfig, MethodName, Setting
 from curvlab.continual import Task, split_classes, split_data
 from curvlab.continual.outputs import Head, TaskLoss
-from curvlab.continual.strategies import DER, DLCFT, ER, EWC, MAS, OSLA, Joint, LwF, Naive, Strategy
+from curvlab.continual.strategies import (
+    DER,
+    DLCFT,
+    ER,
+    EWC,
+    IMM,
+    MAS,
+    OSLA,
+    SI,
+    Joint,
+    LinearProbe,
+    LwF,
+    Naive,
+    Oracle,
+    Strategy,
+)
 from curvlab.data import Dataset
 from curvlab.linearize import linearize
 
@@ -214,4 +229,10 @@ METHODS: dict[MethodName, Method] = {
     ),
     "joint": Method("joint", ("data", "task", "class"), lambda *_: Joint()),
     "joint_linear": Method("joint, linear", ("data", "task", "class"), lambda *_: Joint(), linear=True),
+    "si": Method("SI", (*_BY_DATA, "task"), lambda _, __, strength: SI(strength), "si_strengths"),
+    "imm": Method("mode-IMM", (*_BY_DATA, "task"), lambda config, _, __: IMM(**_curvature(config, "diag"))),
+    "linear_probe": Method("linear probing", _ALL, lambda *_: LinearProbe()),
+    "oracle": Method("oracle", ("data", "task", "class"), lambda *_: Oracle()),
 }
+#: The methods that train on the samples of all tasks: upper bounds of the others.
+BOUNDS: tuple[MethodName, ...] = ("joint", "joint_linear", "oracle")

@@ -34,7 +34,13 @@ MethodName = Literal[
     "dlcft_neither",
     "joint",
     "joint_linear",
+    "si",
+    "imm",
+    "linear_probe",
+    "oracle",
 ]
+#: The methods that are run by default: those of the publications.
+PUBLISHED_METHODS: tuple[MethodName, ...] = get_args(MethodName)[:-4]
 
 #: The fields with values of hyper-parameters to try.
 LISTS = (
@@ -46,6 +52,7 @@ LISTS = (
     "osla_strengths",
     "der_alphas",
     "dlcft_strengths",
+    "si_strengths",
 )
 
 
@@ -95,9 +102,10 @@ class DlcftConfig(SubjectConfig):
     """Number of tasks of data_long."""
     class_tasks: int = Field(default=3, ge=2)
     """Number of tasks of task and of class, with equally many classes each."""
-    methods: tuple[MethodName, ...] = get_args(MethodName)
+    methods: tuple[MethodName, ...] = PUBLISHED_METHODS
     """Methods to run. osla: online structured Laplace with K-FAC or TK-FAC; dlcft: the same for the linear network with
-    squared error; dlcft_diag has a diagonal. In class, osla and dlcft replay samples. Not all methods are in all
+    squared error; dlcft_diag has a diagonal. In class, osla and dlcft replay samples. imm merges the solutions of all
+    tasks; linear_probe trains the last layer; oracle trains on samples of every task so far. Not all methods are in all
     settings."""
     buffer_size: int = Field(default=100, ge=1)
     """Number of samples kept for replay by er, der and derpp, and in class by osla and dlcft."""
@@ -139,6 +147,8 @@ class DlcftConfig(SubjectConfig):
     """Weight of the old labels for derpp."""
     dlcft_strengths: tuple[Positive, ...] = (1.0, 10.0)
     """Strengths to try for dlcft; the authors use 1."""
+    si_strengths: tuple[Positive, ...] = (0.1, 1.0)
+    """Strengths to try for si."""
     selection_seeds: tuple[Seed, ...] = (1000,)
     """Seeds of the search; candidates are compared by their mean accuracy on held-out samples after the last task."""
     evaluation: Literal["test", "validation"] = "test"
@@ -167,6 +177,7 @@ _MNIST = DlcftConfig(
     osla_strengths=(1.0, 10.0, 100.0),
     der_alphas=(0.1, 0.3, 1.0),
     dlcft_strengths=(1.0, 10.0, 100.0),
+    si_strengths=(0.01, 0.1, 1.0),
 )
 _CIFAR = DlcftConfig(
     data="cifar100",
@@ -184,6 +195,7 @@ _CIFAR = DlcftConfig(
         "fine_tuning",
         "ewc",
         "osla",
+        "osla_tkfac",
         "der",
         "dlcft_diag",
         "dlcft_kfac",
@@ -213,7 +225,7 @@ _PAPER = _CIFAR.model_copy(
         "device": "cuda",
         "classes": "all",
         "settings": ("data", "data_long", "task", "class"),
-        "methods": get_args(MethodName),
+        "methods": PUBLISHED_METHODS,
         "stream_samples": None,
         "validation": 5000,
         "samples": None,
@@ -235,6 +247,7 @@ _PAPER = _CIFAR.model_copy(
         "osla_strengths": (1.0, 10.0, 100.0),
         "der_alphas": (0.1, 0.3, 1.0),
         "dlcft_strengths": (1.0, 10.0, 100.0),
+        "si_strengths": (0.01, 0.1, 1.0),
     }
 )
 

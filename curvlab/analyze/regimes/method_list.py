@@ -6,7 +6,7 @@ from typing import Any
 
 from curvlab.analyze.frame.search import Candidate
 from curvlab.continual import Task
-from curvlab.continual.strategies import AGEM, ER, EWC, Joint, Naive, Strategy
+from curvlab.continual.strategies import AGEM, ER, EWC, IMM, MAS, SI, Joint, LinearProbe, Naive, Oracle, Strategy
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Method:
         return {"lr": self.lists["lr"], "batch_size": "batch_sizes", **self.lists}
 
 
+_CURVATURE = ("samples", "quantity", "structure")
+
+
 def _make_ewc(config: Any, candidate: Candidate, _: Sequence[Task]) -> EWC:
     return EWC(
         candidate["strength"],
@@ -48,7 +51,11 @@ def _make_er(config: Any, _: Candidate, tasks: Sequence[Task]) -> ER:
     return ER(config.per_class * classes, batch_size=config.replay_batch_size)
 
 
-#: Name -> method, in the order of the paper.
+def _make_imm(config: Any, *_: Any) -> IMM:
+    return IMM(quantity=config.quantity, structure=config.structure, samples=config.samples)
+
+
+#: Name -> method: the paper's methods in the order of its table, then ours.
 METHODS: Mapping[str, Method] = {
     "naive": Method("Naive SGD", "", lambda *_: Naive()),
     "ewc": Method(
@@ -56,7 +63,7 @@ METHODS: Mapping[str, Method] = {
         "",
         _make_ewc,
         {"lr": "ewc_lrs", "strength": "ewc_strengths"},
-        ("samples", "quantity", "structure", "ewc_mode"),
+        (*_CURVATURE, "ewc_mode"),
     ),
     "agem": Method(
         "A-GEM",
@@ -72,7 +79,25 @@ METHODS: Mapping[str, Method] = {
         {"lr": "stable_lrs", "decay": "decays", "dropout": "dropouts"},
     ),
     "joint": Method("multi-task (joint)", "all tasks at once", lambda *_: Joint()),
+    "si": Method(
+        "SI",
+        "",
+        lambda _, candidate, __: SI(candidate["strength"]),
+        {"lr": "ewc_lrs", "strength": "si_strengths"},
+    ),
+    "mas": Method(
+        "MAS",
+        "",
+        lambda config, candidate, _: MAS(candidate["strength"], samples=config.samples),
+        {"lr": "ewc_lrs", "strength": "mas_strengths"},
+        ("samples",),
+    ),
+    "imm": Method("mode-IMM", "merges the solutions of all tasks", _make_imm, options=_CURVATURE),
+    "linear_probe": Method("linear probing", "trains the last layer only", lambda *_: LinearProbe()),
+    "oracle": Method("oracle", "samples of every task so far at each step", lambda *_: Oracle()),
 }
+#: The methods of the paper's table.
+PAPER = ("naive", "ewc", "agem", "er", "stable", "joint")
 #: Hyper-parameters that are tuned for at least one method.
 HYPER_PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.hyper_parameters))
 

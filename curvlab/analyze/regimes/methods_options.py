@@ -11,7 +11,7 @@ from pydantic import Field
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.search import Candidate, Group
 from curvlab.analyze.frame.subject import SubjectConfig
-from curvlab.analyze.regimes.method_list import METHODS
+from curvlab.analyze.regimes.method_list import METHODS, PAPER
 
 StreamName = Literal["permuted", "rotated", "split"]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,7 +32,7 @@ class MethodsConfig(SubjectConfig):
     validation: int = Field(default=200, ge=0)
     """Number of training samples per task to hold out, to choose hyper-parameters; no method trains on them."""
     samples: int | None = Field(default=None, ge=1)
-    """EWC: number of training samples per task for the curvature, drawn at random; none means all."""
+    """EWC, MAS and IMM: number of training samples per task for the curvature, drawn at random; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (100, 100)
     """Hidden sizes of the mlp; no value gives a linear model."""
     streams: tuple[StreamName, ...] = ("permuted", "rotated")
@@ -47,7 +47,7 @@ class MethodsConfig(SubjectConfig):
     test_samples: int | None = Field(default=None, ge=1)
     """Number of test samples of the data set, drawn at random, the same for all seeds; none means all."""
     methods: tuple[str, ...] = Field(
-        default=tuple(METHODS),
+        default=PAPER,
         description=", ".join(
             f"{name} ({': '.join(filter(None, (method.label, method.help)))})" for name, method in METHODS.items()
         )
@@ -58,9 +58,9 @@ class MethodsConfig(SubjectConfig):
     momentum: float = Field(default=0.8, ge=0, lt=1)
     """Momentum of SGD, which is reset at each task."""
     quantity: str = "empirical_fisher"
-    """EWC: fisher, fisher:samples=K, empirical_fisher, or masq:batch_size=B,norm=sumsq."""
+    """EWC and IMM: fisher, fisher:samples=K, empirical_fisher, or masq:batch_size=B,norm=sumsq."""
     structure: str = "diag"
-    """EWC: diag, kfac, tkfac or another structure."""
+    """EWC and IMM: diag, kfac, tkfac or another structure."""
     ewc_mode: Literal["separate", "online"] = "separate"
     """EWC: separate (one penalty per task, around its solution) or online (one penalty around the last solution)."""
     per_class: int = Field(default=1, ge=1)
@@ -71,13 +71,17 @@ class MethodsConfig(SubjectConfig):
     """Number of candidates per method, drawn at random from the combinations of its lists below (all if there are
     fewer)."""
     lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
-    """Learning rates of all methods except ewc and stable."""
+    """Learning rates of all methods except ewc, si, mas and stable."""
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (10, 64)
     """New samples per step, for every method."""
     ewc_strengths: tuple[Positive, ...] = (1.0, 10.0, 100.0)
     """Strengths of the EWC penalty."""
     ewc_lrs: tuple[Positive, ...] = (0.1,)
-    """Learning rates of ewc."""
+    """Learning rates of ewc, si and mas."""
+    si_strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0)
+    """Strengths of the SI penalty."""
+    mas_strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0)
+    """Strengths of the MAS penalty."""
     stable_lrs: tuple[Positive, ...] = (0.1,)
     """Learning rates of stable, before the decay."""
     decays: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.7, 0.5, 0.3)
@@ -170,6 +174,8 @@ PRESETS = {
                 "trials": 8,
                 "lrs": (0.1, 0.03, 0.01, 0.003),
                 "ewc_strengths": (10.0, 100.0),
+                "si_strengths": (0.1, 1.0),
+                "mas_strengths": (0.1, 1.0),
                 "ewc_lrs": (0.03, 0.01),
                 "stable_lrs": (0.03, 0.01),
                 "decays": (0.95, 0.85),
