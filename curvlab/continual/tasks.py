@@ -173,11 +173,19 @@ def split_classes(
 
 
 def split_data(
-    dataset: Dataset, *, tasks: int, seed: int = 0, validation: int = 0, samples: int | None = None
+    dataset: Dataset,
+    *,
+    tasks: int,
+    seed: int = 0,
+    validation: int = 0,
+    samples: int | None = None,
+    skew: float = 0.0,
 ) -> tuple[Task, ...]:
-    """Return tasks that split the training samples at random into parts of equal size, with all test samples in each.
+    """Return tasks that split the training samples into parts of equal size, with all test samples in each.
 
-    Every training sample is in one task; if their number is not divisible by ``tasks``, sizes differ by one.
+    Every training sample is in one task; if their number is not divisible by ``tasks``, sizes differ by one. The parts
+    are random. With ``skew``, that share of the samples is sorted by class, the classes in random order, before it is
+    cut into parts, so that each part mostly has a few classes; the other samples are random.
 
     Args:
         dataset: Data set of all tasks.
@@ -185,6 +193,7 @@ def split_data(
         seed: Seed of the split.
         validation: Number of its training samples that each task holds out.
         samples: Number of training samples of each task, without the held-out samples; None for all.
+        skew: Share of the samples that are sorted by class, 0 to 1.
 
     Raises:
         CurvlabError: A number is out of its range.
@@ -200,12 +209,28 @@ def split_data(
         raise CurvlabError(
             f"cannot split the {total} training samples of {dataset.name} into {tasks} tasks; choose at most {total}"
         )
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(total))
+    if not 0 <= skew <= 1:
+        raise CurvlabError(f"skew must be between 0 and 1, not {skew}")
+    rng = np.random.default_rng(seed)
+    order = torch.from_numpy(rng.permutation(total))
+    parts = order.tensor_split(tasks) if not skew else _skewed_parts(order, dataset.y_train, tasks, skew, rng)
     stream = []
-    for i, own in enumerate(order.tensor_split(tasks), start=1):
+    for i, own in enumerate(parts, start=1):
         train_rows, held_out = _split_rows(f"{dataset.name} in part {i}", len(own), validation, samples)
         stream.append(Task(f"part {i}", dataset, identity, own[train_rows], own[held_out]))
     return tuple(stream)
+
+
+def _skewed_parts(order: Tensor, y: Tensor, tasks: int, skew: float, rng: np.random.Generator) -> list[Tensor]:
+    """Return the rows of parts, each with its share of sorted and of random rows, in a random order."""
+    place = torch.from_numpy(rng.permutation(int(y.max()) + 1))  # of each class in the sorted rows
+    parts = order.tensor_split(tasks)
+    sizes = [round(skew * len(part)) for part in parts]
+    chosen = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    chosen = chosen[place[y[chosen]].argsort(stable=True)]
+    random = (part[size:] for part, size in zip(parts, sizes, strict=True))
+    rows = [torch.cat(pair) for pair in zip(chosen.split(sizes), random, strict=True)]
+    return [own[torch.from_numpy(rng.permutation(len(own)))] for own in rows]
 
 
 def _check_stream(tasks: int, seed: int) -> None:

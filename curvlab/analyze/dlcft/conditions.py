@@ -8,20 +8,31 @@ from curvlab.analyze.dlcft.options import DlcftConfig, Setting
 from curvlab.analyze.frame.conditions import describe_choice, describe_differences
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject
+from curvlab.data import NAMES
 from curvlab.results import Gate, require, require_direction
 
-_PER_SETTING = ("tasks", "steps a task")  # the others are the same in all settings
-_SAME_SCALE = ("data", "classes", "test samples", "tasks")
+_MIT67 = "MIT-67"
+_PER_SETTING = ("tasks", "parts", "steps a task")  # the others are the same in all settings
+_SAME_SCALE = ("data", "classes", "test samples", "tasks", "parts")
 
 _NOTE = (
-    "No random crops or flips (both are used); no penalty on the distance to the initial weights (1e-4); Seq-MIT-67 is "
-    "not run; the buffer sizes of ER, DER and DLCFT are ours (not published)."
+    "No random crops or flips (both are used); no penalty on the distance to the initial weights (1e-4); the buffer sizes "
+    "of ER, DER and DLCFT are ours (not published)."
 )
 
 
-def published_tables(setting: Setting) -> list[Mapping[str, Any]]:
-    """Return the published tables of a setting; the first one that has a method is shown with our numbers."""
-    tables = [table for table in read_published("dlcft").values() if table.get("setting") == setting]
+def name_data(data: Subject) -> str:
+    """Return the name of the data: a file or folder with 67 classes is taken for MIT-67, with any name."""
+    return _MIT67 if data.num_classes == 67 and data.data not in NAMES else data.data
+
+
+def published_tables(setting: Setting, data: Subject) -> list[Mapping[str, Any]]:
+    """Return the published tables of a setting; the first one that has a method is shown with our numbers.
+
+    ``data`` has other tables for MIT-67 (Seq-MIT-67) than for CIFAR-100.
+    """
+    wanted = "mit67" if setting == "data" and name_data(data) == _MIT67 else setting
+    tables = [table for table in read_published("dlcft").values() if table.get("setting") == wanted]
     return sorted(tables, key=lambda table: table["source"].startswith("poster"))
 
 
@@ -36,7 +47,7 @@ def list_conditions(config: DlcftConfig, data: Subject, setting: Setting) -> dic
     source = f"the classes {' '.join(map(str, config.source_classes))} of {data.data}"
     kinds = {METHODS[method].linear for method in config.methods}
     conditions: dict[str, Any] = {
-        "data": data.data,
+        "data": name_data(data),
         "classes": data.num_classes,
         "training samples of a stream": data.train - config.validation,
         "test samples": measured_samples(config, data),
@@ -58,12 +69,14 @@ def list_conditions(config: DlcftConfig, data: Subject, setting: Setting) -> dic
             "strength of DLCFT": describe_choice(config.dlcft_strengths),
             "target scale": config.target_scale,
         }
+    if setting in ("data", "data_long"):
+        conditions["parts"] = config.data_parts
     return conditions | {"weight decay": config.weight_decay, "largest gradient": config.clip_norm}
 
 
 def direction_gate(config: DlcftConfig, data: Subject, setting: Setting) -> Gate:
     """Return the gate of the claims of a setting; all of them are judged as directions."""
-    table = published_tables(setting)[0]
+    table = published_tables(setting, data)[0]
     # The scope names only the conditions required for a direction; the others are listed as deviations.
     theirs = {name: table["conditions"][name] for name in table["direction"]}
     return require_direction(list_conditions(config, data, setting), theirs, table["direction"])
@@ -71,17 +84,17 @@ def direction_gate(config: DlcftConfig, data: Subject, setting: Setting) -> Gate
 
 def has_scale(config: DlcftConfig, data: Subject, setting: Setting) -> bool:
     """Return whether a setting has the published data and tasks, so that accuracies are comparable."""
-    theirs = published_tables(setting)[0]["conditions"]
-    return not require(list_conditions(config, data, setting), {name: theirs[name] for name in _SAME_SCALE}).reason
+    ours, theirs = list_conditions(config, data, setting), published_tables(setting, data)[0]["conditions"]
+    return not require(ours, {name: theirs[name] for name in _SAME_SCALE if name in ours}).reason
 
 
 def list_deviations(config: DlcftConfig, data: Subject) -> Sequence[str]:
     """Return the differences from the published runs, one line each, with the published values in brackets."""
     lines: list[str] = []
     for setting in config.settings:
-        ours, theirs = list_conditions(config, data, setting), published_tables(setting)[0]["conditions"]
+        ours, theirs = list_conditions(config, data, setting), published_tables(setting, data)[0]["conditions"]
         common = describe_differences({name: value for name, value in ours.items() if name not in _PER_SETTING}, theirs)
-        own = describe_differences({name: ours[name] for name in _PER_SETTING}, theirs)
+        own = describe_differences({name: ours[name] for name in _PER_SETTING if name in ours}, theirs)
         if common and not lines:
             lines.append(f"{common}.")
         if own:

@@ -37,6 +37,8 @@ SETTINGS: dict[Setting, tuple[str, Head]] = {
     "class": ("class-IL", "growing"),
 }
 
+_SKEW = 0.9  # share of the samples of a skewed part that are chosen by their class
+
 
 @dataclass(frozen=True)
 class Method:
@@ -108,13 +110,16 @@ def count_tasks(config: DlcftConfig, setting: Setting) -> int:
 def split(config: DlcftConfig, dataset: Dataset, setting: Setting, seed: int) -> tuple[Task, ...]:
     """Return the tasks of a setting: equal parts of the data, random classes, or classes in order.
 
+    Of a skewed part, nine of ten samples are of few classes.
+
     Raises:
         CurvlabError: The data set cannot be split into these tasks.
     """
     tasks = count_tasks(config, setting)
     validation = config.validation // tasks
     if setting in ("data", "data_long"):
-        return split_data(dataset, tasks=tasks, seed=seed, validation=validation)
+        skew = _SKEW if config.data_parts == "skewed" else 0.0
+        return split_data(dataset, tasks=tasks, seed=seed, validation=validation, skew=skew)
     return split_classes(dataset, tasks=tasks, seed=seed if setting == "task" else None, validation=validation)
 
 
@@ -123,11 +128,11 @@ def count_steps(config: DlcftConfig, setting: Setting) -> int:
     return config.long_steps if setting == "data_long" else config.steps
 
 
-def list_steps(config: DlcftConfig, name: MethodName, setting: Setting) -> Sequence[int]:
-    """Return the steps of each task; joint training uses all steps in the last task."""
+def list_steps(config: DlcftConfig, name: MethodName, setting: Setting, *, half: bool = False) -> Sequence[int]:
+    """Return the steps of each task; joint training uses all steps in the last task, or half of them."""
     each = count_steps(config, setting)
     counts = [2 * each] + [each] * (count_tasks(config, setting) - 1)
-    return [*counts[:-1], sum(counts)] if name.startswith("joint") else counts
+    return [*counts[:-1], sum(counts) // (2 if half else 1)] if name.startswith("joint") else counts
 
 
 def _curvature(config: DlcftConfig, structure: str) -> dict[str, Any]:
@@ -174,6 +179,7 @@ _ALL: tuple[Setting, ...] = ("data", "data_long", "task", "class")
 
 METHODS: dict[MethodName, Method] = {
     "fine_tuning": Method("fine-tuning", _ALL, lambda *_: Naive()),
+    "linear_probe": Method("linear probing", _ALL, lambda *_: LinearProbe()),
     "lwf": Method("LwF", (*_BY_DATA, "task"), lambda _, __, strength: LwF(strength), "lwf_strengths"),
     "ewc": Method(
         "EWC",
@@ -187,6 +193,8 @@ METHODS: dict[MethodName, Method] = {
         lambda config, _, strength: MAS(strength, samples=config.samples),
         "mas_strengths",
     ),
+    "si": Method("SI", (*_BY_DATA, "task"), lambda _, __, strength: SI(strength), "si_strengths"),
+    "imm": Method("mode-IMM", (*_BY_DATA, "task"), lambda config, _, __: IMM(**_curvature(config, "diag"))),
     "osla": Method("OSLA (K-FAC)", _ALL, _osla(_KFAC), "osla_strengths"),
     "osla_tkfac": Method("OSLA (TK-FAC)", (*_BY_DATA, "class"), _osla(_TKFAC), "osla_strengths"),
     "er": Method("ER", _REPLAY, lambda config, _, __: ER(config.buffer_size)),
@@ -229,9 +237,6 @@ METHODS: dict[MethodName, Method] = {
     ),
     "joint": Method("joint", ("data", "task", "class"), lambda *_: Joint()),
     "joint_linear": Method("joint, linear", ("data", "task", "class"), lambda *_: Joint(), linear=True),
-    "si": Method("SI", (*_BY_DATA, "task"), lambda _, __, strength: SI(strength), "si_strengths"),
-    "imm": Method("mode-IMM", (*_BY_DATA, "task"), lambda config, _, __: IMM(**_curvature(config, "diag"))),
-    "linear_probe": Method("linear probing", _ALL, lambda *_: LinearProbe()),
     "oracle": Method("oracle", ("data", "task", "class"), lambda *_: Oracle()),
 }
 #: The methods that train on the samples of all tasks: upper bounds of the others.

@@ -17,9 +17,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Setting = Literal["data", "data_long", "task", "class"]
 MethodName = Literal[
     "fine_tuning",
+    "linear_probe",
     "lwf",
     "ewc",
     "mas",
+    "si",
+    "imm",
     "osla",
     "osla_tkfac",
     "er",
@@ -34,13 +37,12 @@ MethodName = Literal[
     "dlcft_neither",
     "joint",
     "joint_linear",
-    "si",
-    "imm",
-    "linear_probe",
     "oracle",
 ]
 #: The methods that are run by default: those of the publications.
-PUBLISHED_METHODS: tuple[MethodName, ...] = get_args(MethodName)[:-4]
+PUBLISHED_METHODS: tuple[MethodName, ...] = tuple(
+    name for name in get_args(MethodName) if name not in ("si", "imm", "linear_probe", "oracle")
+)
 
 #: The fields with values of hyper-parameters to try.
 LISTS = (
@@ -90,7 +92,7 @@ class DlcftConfig(SubjectConfig):
     batch_norm: Literal["merged", "frozen"] = "merged"
     """Batch normalisation after pre-training: merged into the preceding convolution, or frozen."""
     settings: tuple[Setting, ...] = ("data", "task", "class")
-    """data and data_long (data-IL: random parts of the data, all outputs), task (task-IL: some classes per task, only
+    """data and data_long (data-IL: parts of the data, all outputs), task (task-IL: some classes per task, only
     their outputs), class (class-IL: the outputs of all classes so far)."""
     stream_samples: int | None = Field(default=None, ge=1)
     """Number of training samples per stream, held-out ones included, drawn at random; none means all."""
@@ -100,6 +102,8 @@ class DlcftConfig(SubjectConfig):
     """Number of tasks of data."""
     long_tasks: int = Field(default=50, ge=2)
     """Number of tasks of data_long."""
+    data_parts: Literal["random", "skewed"] = "skewed"
+    """Tasks of data and data_long: random parts of the data, as in the paper, or parts that mostly have few classes."""
     class_tasks: int = Field(default=3, ge=2)
     """Number of tasks of task and of class, with equally many classes each."""
     methods: tuple[MethodName, ...] = PUBLISHED_METHODS
@@ -161,6 +165,7 @@ _MNIST = DlcftConfig(
     data="mnist",
     hidden=(256,),
     settings=("data", "data_long", "task", "class"),
+    data_parts="random",
     stream_samples=2400,
     validation=600,
     test_samples=3000,
@@ -190,6 +195,7 @@ _CIFAR = DlcftConfig(
     validation=200,
     samples=100,
     data_tasks=5,
+    data_parts="random",
     class_tasks=5,
     methods=(
         "fine_tuning",
@@ -250,10 +256,23 @@ _PAPER = _CIFAR.model_copy(
         "si_strengths": (0.01, 0.1, 1.0),
     }
 )
+_MIT67 = _PAPER.model_copy(
+    update={
+        "data": "MIT-67",
+        "settings": ("data",),
+        "model": "torchvision:resnet18",
+        "weights": Path("weights/resnet18-f37072fd.pth"),
+        "data_tasks": 4,
+        "validation": 536,
+        "batch_size": 64,
+    }
+)
 
 PRESETS = {
     "default": Preset(DlcftConfig(), minutes=3),
     "cpu": Preset(_MNIST, minutes=45, needs=("mnist",)),
     "cpu-cifar100": Preset(_CIFAR, minutes=60, needs=("cifar100", "weights")),
     "paper": Preset(_PAPER, needs=("cifar100", "weights", "gpu")),
+    # The folder MIT-67 has train/CLASS/*.jpg and test/CLASS/*.jpg, resized to one size.
+    "paper-mit67": Preset(_MIT67, needs=("MIT-67", "weights", "gpu")),
 }

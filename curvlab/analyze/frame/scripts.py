@@ -11,13 +11,13 @@ from curvlab.commandline.program import report_errors, run_program
 from curvlab.results import RunDirectory
 
 
-def run_script(name: str, preset: str, out: str) -> int:
-    """Run an analysis with a preset and a run directory; options on the command line override both.
+def run_script(name: str, preset: str, out: str, options: Sequence[str] = ()) -> int:
+    """Run an analysis with a preset, a run directory and options; options on the command line override all of them.
 
     Returns:
         The exit code.
     """
-    return _run(name, "--preset", preset, "--out", out, *sys.argv[1:])
+    return _run(name, "--preset", preset, "--out", out, *options, *sys.argv[1:])
 
 
 def draw_script(name: str, preset: str, out: str, figures: Sequence[str] = ()) -> int:

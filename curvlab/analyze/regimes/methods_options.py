@@ -78,9 +78,9 @@ class MethodsConfig(SubjectConfig):
     """Strengths of the EWC penalty."""
     ewc_lrs: tuple[Positive, ...] = (0.1,)
     """Learning rates of ewc, si and mas."""
-    si_strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0)
+    si_strengths: tuple[Positive, ...] = (0.1, 0.3, 1.0)
     """Strengths of the SI penalty."""
-    mas_strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0)
+    mas_strengths: tuple[Positive, ...] = (0.01, 0.03, 0.1)
     """Strengths of the MAS penalty."""
     stable_lrs: tuple[Positive, ...] = (0.1,)
     """Learning rates of stable, before the decay."""
@@ -175,7 +175,7 @@ PRESETS = {
                 "lrs": (0.1, 0.03, 0.01, 0.003),
                 "ewc_strengths": (10.0, 100.0),
                 "si_strengths": (0.1, 1.0),
-                "mas_strengths": (0.1, 1.0),
+                "mas_strengths": (0.01, 0.1),
                 "ewc_lrs": (0.03, 0.01),
                 "stable_lrs": (0.03, 0.01),
                 "decays": (0.95, 0.85),
