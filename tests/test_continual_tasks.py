@@ -306,7 +306,8 @@ def test_streams_of_whole_data_sets_name_no_classes():
 def test_split_data_deals_out_all_samples(n, draw):
     tasks = draw.draw(st.integers(1, n))
     data = numbered([i % 4 for i in range(n)])
-    stream = split_data(data, tasks=tasks, seed=draw.draw(st.integers(0, 5)))
+    skew = draw.draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    stream = split_data(data, tasks=tasks, seed=draw.draw(st.integers(0, 5)), skew=skew)
     assert sorted(row for task in stream for row in rows(task.train)) == list(range(n))
     sizes = {task.sizes["train"] for task in stream}
     assert max(sizes) - min(sizes) <= 1
@@ -324,6 +325,31 @@ def test_split_data_is_drawn():
     # Each sample is in the first of five tasks for a fifth of the seeds.
     times = sum(0 in rows(split_data(data, tasks=5, seed=seed)[0].train) for seed in range(200))
     assert abs(times - 40) < 4 * (200 * 4 / 25) ** 0.5
+
+
+@pytest.mark.parametrize(("skew", "own"), [(1.0, 50), (0.8, 42)])
+def test_skewed_parts_have_their_share_of_few_classes(skew, own):
+    data = numbered([i % 4 for i in range(200)])
+    stream = split_data(data, tasks=4, seed=3, skew=skew)
+    most = [task.train[1].bincount(minlength=4) for task in stream]
+    # The share of a part is one class (40 of 50 samples), the others are of all classes in equal numbers.
+    assert [int(counts.max()) for counts in most] == pytest.approx([own] * 4, abs=0 if skew == 1 else 10)
+    assert sorted(int(counts.argmax()) for counts in most) == [0, 1, 2, 3]
+    again = split_data(data, tasks=4, seed=4, skew=skew)
+    assert [rows(task.train) for task in stream] != [rows(task.train) for task in again]
+
+
+def test_the_held_out_samples_of_a_skewed_part_have_its_classes():
+    data = numbered([i % 4 for i in range(200)])
+    for task in split_data(data, tasks=4, skew=0.8, validation=20):
+        shares = [y.bincount(minlength=4) / len(y) for _, y in (task.train, task.validation)]
+        assert shares[0].argmax() == shares[1].argmax()
+        assert float((shares[0] - shares[1]).abs().max()) < 0.35
+
+
+def test_skew_is_a_share():
+    with pytest.raises(CurvlabError, match=r"skew must be between 0 and 1, not 1\.5"):
+        split_data(numbered([0, 1]), tasks=2, skew=1.5)
 
 
 # What is shared -------------------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ def test_table5_has_curvatures_in_rows_and_networks_in_columns():
     cifar = Subject("cifar100", (3, 32, 32), 100, 50000, 10000)
     (table,) = make_table5(rows, PRESETS["paper"].config, cifar, "title", "three seeds")
     texts = [[column.cell(row) for column in table.columns] for row in table.records]
-    assert [row[2] for row in texts] == ["0.7888", "0.7923", "–"]  # noqa: RUF001
+    assert [row[2] for row in texts] == ["0.7888", "0.7923", "–"]
     assert [row[4] for row in texts] == ["0.8217", "0.8195", "0.8270"]
     assert not make_table5(where(rows, setting="task"), PRESETS["cpu"].config, MNIST, "", "")
 
@@ -542,9 +542,17 @@ def test_a_folder_of_images_is_learned_in_parts_of_all_its_classes(tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save(build("mlp", (3, 8, 8), 5, hidden=(8,), seed=0).state_dict(), weights)
     config = tiny(
-        **{"data": str(folder), "classes": "all", "weights": weights, "source_classes": (), "settings": ("data",)},
-        **{"methods": ("fine_tuning", "dlcft_kfac"), "data_tasks": 4, "stream_samples": None, "test_samples": None},
-        **{"data_parts": "random", "validation": 0},
+        data=str(folder),
+        classes="all",
+        weights=weights,
+        source_classes=(),
+        settings=("data",),
+        methods=("fine_tuning", "dlcft_kfac"),
+        data_tasks=4,
+        stream_samples=None,
+        test_samples=None,
+        data_parts="random",
+        validation=0,
     )
     data = load_data(config, Place(tmp_path))
     analysis.check(config, data)

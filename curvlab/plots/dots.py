@@ -161,7 +161,7 @@ def accuracy_points(table: Sequence[Record], methods: Sequence[str], title: str)
     """
     settings, shown = (list_distinct(table, key) for key in ("setting_label", "label"))
     labels = [label for label in methods if label in shown]
-    figure = new_figure(WIDTH, 0.26 * len(labels) + 1.2, title)
+    figure = new_figure(WIDTH, min(0.27 * len(labels) + 1.2, 7.0), title)
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axes, setting in zip(panels, settings, strict=True):
         for row in table:

@@ -26,14 +26,14 @@ _GRID = "#dddddd"
 #: Colours of seeds and quantities, by index.
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 #: Colours of methods and regimes, by index; the first one, for the baseline, is grey.
-METHODS = (GREY, BLUE, GREEN, PURPLE, ORANGE, INK, SKY, BROWN, RED, PINK)
+METHODS = (GREY, BLUE, GREEN, PURPLE, ORANGE, INK, SKY, BROWN, RED, PINK, "#c9a227")
 #: Colours of groups of points.
-GROUPS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BROWN, PINK, GREY, BLACK)
+GROUPS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BROWN, PINK, GREY, BLACK, "#c9a227")
 #: Colours of linear networks (solid lines) and of other networks (dashed lines).
 LINEAR = ("#0b3d91", "#7cc4ec", "#12a0a0", "#9b6bc9", "#e377c2", SKY, "#b8860b", INK)
 NONLINEAR = (GREY, GREEN, ORANGE, RED, "#c9a227", PINK, "#7fb069", "#5d4037")
 #: Markers of methods, regimes and groups, by index.
-MARKERS = "os^vDP*Xdh"
+MARKERS = "os^vDP*Xdh>"
 
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:

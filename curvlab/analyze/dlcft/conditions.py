@@ -16,8 +16,8 @@ _PER_SETTING = ("tasks", "parts", "steps a task")  # the others are the same in 
 _SAME_SCALE = ("data", "classes", "test samples", "tasks", "parts")
 
 _NOTE = (
-    "No random crops or flips (both are used); no penalty on the distance to the initial weights (1e-4); the buffer sizes "
-    "of ER, DER and DLCFT are ours (not published)."
+    "No random crops or flips (both are used); no penalty on the distance to the initial weights (1e-4); the buffer "
+    "sizes of ER, DER and DLCFT are ours (not published)."
 )
 
 

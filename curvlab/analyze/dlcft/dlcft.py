@@ -117,9 +117,7 @@ def _make_training(
     )
 
 
-def measure(
-    config: DlcftConfig, dataset: Dataset, workspace: Workspace, *, halves: bool = True
-) -> Iterator[Record]:
+def measure(config: DlcftConfig, dataset: Dataset, workspace: Workspace, *, halves: bool = True) -> Iterator[Record]:
     """Learn the tasks of each setting by each method, with one seed.
 
     Args:
@@ -347,8 +345,8 @@ def _columns(rows: Sequence[Record]) -> list[Column]:
 
 def _notes(config: DlcftConfig, table: Sequence[Record], found: Sequence[Record]) -> list[str]:
     notes = [
-        f"{SETTINGS[setting][0]}, {METHODS[name].label}: joint training still rises by {rise:.3f} from half of its steps "
-        "to all of them; claims that compare the linear and the non-linear network need more steps."
+        f"{SETTINGS[setting][0]}, {METHODS[name].label}: joint training still rises by {rise:.3f} from half of its "
+        "steps to all of them; claims that compare the linear and the non-linear network need more steps."
         for setting in config.settings
         if setting != "data_long"
         for name, rise in list_rises(found, setting).items()

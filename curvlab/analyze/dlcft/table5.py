@@ -19,9 +19,7 @@ ROWS: Mapping[str, tuple[MethodName, MethodName]] = {
 _NETWORKS = {"nonlinear": "non-linear, cross-entropy", "linear": "linear, squared error"}
 
 
-def make_table5(
-    table: Sequence[Record], config: DlcftConfig, data: Subject, title: str, spread: str
-) -> list[Table]:
+def make_table5(table: Sequence[Record], config: DlcftConfig, data: Subject, title: str, spread: str) -> list[Table]:
     """Return Table 5, or no table if data-IL was run with none of its methods.
 
     The published accuracies are shown if the run has the published data and tasks; a dash: not in Table 5.

@@ -108,6 +108,7 @@ _MNIST = MethodsConfig(
     epochs=1,
     trials=12,
     lrs=(0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
+    batch_sizes=(32, 64),  # batches of 10 take most of the time
     ewc_strengths=(3.0, 30.0, 100.0),
     ewc_lrs=(0.03, 0.01),
     stable_lrs=(0.1, 0.05),
@@ -148,7 +149,7 @@ PRESETS = {
         ),
         minutes=2,
     ),
-    "cpu": Preset(_MNIST, minutes=60, needs=("mnist",)),
+    "cpu": Preset(_MNIST, minutes=25, needs=("mnist",)),
     "cpu-cifar100": Preset(_CIFAR, needs=("cifar100", "weights")),
     "paper": Preset(
         _MNIST.model_copy(
