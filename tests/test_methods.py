@@ -440,7 +440,7 @@ def test_deviations_are_those_of_the_configuration():
     assert [line.partition(":")[0] for line in lines] == ["All methods"]
     lines = table2.deviations(CPU, MNIST, dict.fromkeys(CPU.streams, 10_000))
     assert lines[0] == (
-        "permuted, rotated: training samples a task 10,000 (60,000); test samples 2,000 (10,000); batch size 10 or 64 "
+        "permuted, rotated: training samples a task 10,000 (60,000); test samples 2,000 (10,000); batch size 32 or 64 "
         "(10); seeds 3 (5)."
     )
     assert lines[1].startswith("EWC: empirical_fisher, diag, on 1,000 random samples")

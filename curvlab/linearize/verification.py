@@ -49,11 +49,11 @@ class Origin:
     def __reduce__(self) -> tuple[type["Origin"], tuple[()]]:
         return Origin, ()
 
-    def storages(self) -> dict[int, str]:
-        """Return the names of the remaining tensors of the original, by the address of their entries."""
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Return the remaining tensors of the original, with their names."""
         modules = [(name, module) for name, reference in self._modules if (module := reference()) is not None]
         tensors = [(name, tensor) for name, reference in self._tensors if (tensor := reference()) is not None]
-        return {_address(tensor): name for name, tensor in [*tensors, *_tensors(modules)]}
+        return [*tensors, *_tensors(modules)]
 
 
 def check(model: nn.Module, inputs: Arguments, keywords: Keywords, push: Push, origin: Origin) -> None:
@@ -165,8 +165,12 @@ def _record_uses(model: nn.Module, origin: Origin) -> Iterator[list[str]]:
         for name, module, key, parameter in iterate_parameters(model)
         if point_value(module, key) is not None
     }
-    with _Watch({address: name for address, name in (origin.storages() | own).items() if address}) as watch:
+    # Held until the end of the block: an address that is freed inside it could become that of a leaf.
+    held = origin.tensors()
+    addresses = {_address(tensor): name for name, tensor in held} | own
+    with _Watch({address: name for address, name in addresses.items() if address}) as watch:
         yield watch.used
+    del held
 
 
 @contextmanager
