@@ -179,7 +179,7 @@ ANALYSIS = Analysis(
     question="How long is the Fisher's tail, and how much of it is clipped? Its diagonal after batches of new classes, "
     "and the average, clipped at 0.001.",
     presets=PRESETS,
-    check=subject.check_subject,
+    check=subject.check_network,
     measure=measure,
     report=report,
     kinds={"table": "p99_over_median", "histogram": "count"},

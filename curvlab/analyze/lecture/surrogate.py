@@ -263,7 +263,7 @@ ANALYSIS = Analysis(
     question="How good is the quadratic surrogate of the old loss? Diagonal, K-FAC, full Fisher and Hessian against "
     "the exact loss, along the line from one task's solution to the next one's.",
     presets=PRESETS,
-    check=subject.check_subject,
+    check=subject.check_network,
     measure=measure,
     report=report,
     kinds={"table": "near_error", "path": "increase", "networks": "gradient_term"},
