@@ -39,7 +39,8 @@ def kl_divergence(p: Distribution, q: Distribution, grid: Tensor) -> Tensor:
     Args:
         p: Continuous distribution on the real line.
         q: Continuous distribution that is positive wherever ``p`` is.
-        grid: Equally spaced points ``(n,)``; see ``quadrature_grid``.
+        grid: Equally spaced increasing points ``(n,)``; see ``quadrature_grid``. The spacing must be well below the
+            width of the narrowest part of ``p``.
 
     Examples:
         >>> one, other = Normal(0.0, 0.5), Normal(1.0, 0.5)
@@ -66,8 +67,12 @@ def fit_normal(p: Distribution, direction: Direction, mean: float, std: float, g
         grid: Points of the forward divergence; the mass of P outside the grid must be negligible.
 
     Raises:
-        CurvlabError: The descent does not converge.
+        CurvlabError: The direction is unknown, ``std`` is not positive, or the descent does not converge.
     """
+    if direction not in ("forward", "reverse"):
+        raise CurvlabError(f"direction must be forward or reverse, not {direction!r}")
+    if not std > 0:
+        raise CurvlabError(f"std must be positive, not {std}")
     theta = torch.tensor([mean, math.log(std)], dtype=torch.float64, requires_grad=True)
     standard = Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
     log_standard = standard.log_prob(_STANDARD)

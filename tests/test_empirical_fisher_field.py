@@ -112,10 +112,10 @@ def test_a_run(tmp_path):
     assert [axes.get_title() for axes in panels] == ["data and fit", *FIELDS.values()]
 
 
-def report(config=PRESETS["default"].config, seeds=3, artifacts=(), **changed):
+def report(config=PRESETS["default"].config, seeds=3, artifacts=(), changed_field="ef", **changed):
     usual = {"median_angle": 10.1, "largest_angle": 90.0, "end_distance": 0.0, "detour": 1.0}
     table = [
-        {"seed": seed, "field": field, **usual, **(changed if field == "ef" and seed == seeds - 1 else {})}
+        {"seed": seed, "field": field, **usual, **(changed if field == changed_field and seed == seeds - 1 else {})}
         for seed in range(seeds)
         for field in FIELDS
     ]
@@ -123,10 +123,15 @@ def report(config=PRESETS["default"].config, seeds=3, artifacts=(), **changed):
 
 
 def test_verdicts():
-    assert [claim.verdict for claim in report().claims] == ["reproduced"]
-    assert [claim.verdict for claim in report(median_angle=9.9).claims] == ["not reproduced"]
-    assert [claim.verdict for claim in report(seeds=2).claims] == ["not tested"]
-    (claim,) = report(EmpiricalFisherFieldConfig(samples=999)).claims
+    assert [claim.verdict for claim in report().claims] == ["reproduced", "reproduced"]
+    assert [claim.verdict for claim in report(median_angle=9.9).claims] == ["not reproduced", "reproduced"]
+    far = report(changed_field="ngd", end_distance=4.2)
+    assert [claim.verdict for claim in far.claims] == ["reproduced", "not reproduced"]
+    assert far.notes == [
+        f"Seed 2: after the last step, a trajectory of the field {FIELDS['ngd']} is still 4.2 from the solution."
+    ]
+    assert [claim.verdict for claim in report(seeds=2).claims] == ["not tested", "not tested"]
+    claim, _ = report(EmpiricalFisherFieldConfig(samples=999)).claims
     assert (claim.verdict, claim.reason) == ("not tested", "samples is 999, published: 1,000")
     assert report().notes == []
     (note,) = report(end_distance=3.0).notes

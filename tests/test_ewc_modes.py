@@ -1,6 +1,7 @@
 """The analysis ``ewc_modes``: what a run records, which strength is reported, its claims both ways, its figures."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -186,6 +187,15 @@ def test_the_neighbours_of_an_end_and_of_a_run_that_diverged():
     assert next_strength_costs([*found, other], found, "m", (1.0, 10.0), [0]) == pytest.approx([0.4])
     assert math.isnan(next_strength_costs([*found, other | {"acc": None}], found, "m", (1.0, 10.0), [0])[0])
     assert growth([], "m", [0]) == []
+
+
+def test_a_method_that_diverges_is_named_and_its_figures_are_drawn():
+    everything = results()
+    table = [{**record, "acc": None, "note": "the loss is nan"} for record in everything.records["table"]]
+    made = report(replace(everything, records={**everything.records, "table": table, "accuracies": []}))
+    assert any(note.endswith("diverged: the loss is nan") for note in made.notes)
+    for draw in made.figures.values():
+        draw()
 
 
 def test_the_figures():

@@ -180,6 +180,17 @@ def test_the_note_names_the_smallest_structure_that_is_near_the_best():
     assert "is K-FAC with 1/2 d'Cd (3 kB a task)" in made.notes[1]
 
 
+def test_a_seed_without_all_its_runs_has_no_score():
+    points = [*make_points(), *({**point, "method": "ewc"} for point in make_points(seeds=(0, 1)))]
+    assert {row["seed"] for row in score_all(points, STRUCTURES)} == {0, 1}
+
+
+def test_no_structure_is_recommended_where_none_forecasts():
+    reverse = dict.fromkeys((*STRUCTURES, *EXACT), lambda lost: -lost)
+    made = report(Results(CPU, MNIST, {"table": make_points(**reverse), "costs": make_costs()}))
+    assert made.notes[1] == "permuted: no stored curvature forecasts the order of forgetting."
+
+
 def test_figures_are_drawn_of_negative_and_of_no_forgetting():
     points = make_points(ekfac=lambda lost: -lost) + make_points("rotated", hessian=lambda lost: 0.0 * lost)
     made = report(Results(CPU, MNIST, {"table": points, "costs": make_costs()}))

@@ -131,3 +131,11 @@ def test_figures():
     figure = report.figures["fits"]()
     assert figure.get_figwidth() == 3.3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["P", "Q, KL(P‖Q)", "Q, KL(Q‖P)"]
+
+
+def test_an_unknown_direction_is_refused():
+    grid = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    with pytest.raises(CurvlabError, match="direction must be forward or reverse, not 'Forward'"):
+        fit_normal(Normal(0.0, 1.0), "Forward", 0.0, 1.0, grid)
+    with pytest.raises(CurvlabError, match="std must be positive, not 0"):
+        fit_normal(Normal(0.0, 1.0), "reverse", 0.0, 0.0, grid)

@@ -145,6 +145,17 @@ def test_shares_of_variance_have_their_closed_forms():
     assert [share["lr"] for share in share_variance(flat, "area", 0.1)] == [None] * 3
 
 
+def test_figures_are_drawn_where_all_trainings_diverge():
+    diverged = {
+        **dict.fromkeys(("accuracy", "area", "lambda_max", "steps_to_target", "validation_accuracy")),
+        "reached": False,
+    }
+    made = report(Results(CPU, MNIST, {"table": make_records(lambda r: diverged), "curves": []}))
+    assert {claim.verdict for claim in made.claims} <= {"not tested", "not reproduced"}
+    for draw in made.figures.values():
+        draw()
+
+
 def test_figures_are_drawn():
     curves = [
         {"schedule": schedule, "lr": 0.1, "decay": None, "seed": 0, "step": step, "test_accuracy": 0.5, "rate": 0.1}

@@ -338,6 +338,10 @@ def test_figures_of_minima_and_spectra():
     x, y = minima.axes[0].collections[0].get_offsets().T  # of the stable regime: a step starts from the task before
     np.testing.assert_allclose(sorted(set(x.tolist())), [1, 2])
     np.testing.assert_allclose(sorted(set(y.tolist())), [0.01, 0.02])
+    after = [{**point, "fixed_forgetting": -0.1} for point in points()]
+    drawn = report(Results(CPU, MNIST, {**records, "points": after})).figures["minima"]()
+    assert drawn.axes[0].get_yscale() == "linear"  # with nothing positive, points are where they are
+    assert all("hollow" not in text.get_text() for text in drawn.legends[0].get_texts())
     assert "spectra" not in report(Results(CPU, MNIST, records)).figures
 
 

@@ -183,8 +183,9 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
         suspects = ", ".join(_find_weight_norms(problem.model))
         hint = f"; weight_norm's fused kernel, in {suspects}, is known to cause this" if suspects else ""
         raise UnsupportedError(
-            f"the second derivative of {name} that torch computes is not symmetric, so it is wrong{hint}: replace the "
-            "module or leave its parameters out with params=[...]; the GGN needs no second derivative"
+            f"the second derivative of {name} that torch computes is not symmetric{hint}: it is wrong, or rounding in "
+            f"{str(problem.dtype).removeprefix('torch.')} is too coarse at these weights; try the model in float64, "
+            "replace the module or leave its parameters out with params=[...]; the GGN needs no second derivative"
         )
 
 

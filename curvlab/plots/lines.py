@@ -68,7 +68,7 @@ def line_panels(
         height: Height of the panels, in inches.
     """
     labels, reference = labels or {}, reference or {}
-    panels = list_distinct(records, panel) if panel else [""]
+    panels = (list_distinct(records, panel) if panel else [""]) or [""]  # an empty panel where there are no records
     groups = list_distinct(records, line)
     coloured = [name for name in groups if name not in reference]
     known = [*labels, *(name for name in coloured if name not in labels)]
@@ -83,7 +83,7 @@ def line_panels(
         text = f"range of {seeds} seeds"
         bar = Line2D([], [], linestyle="none", marker="|", markersize=9, color=SYMBOL, label=text)
         handles.append(bar if many else Patch(facecolor=SYMBOL, alpha=0.3, label=text))
-    longest = max(len(part) for handle in handles for part in str(handle.get_label()).split("\n"))
+    longest = max((len(part) for handle in handles for part in str(handle.get_label()).split("\n")), default=0)
     columns = max(1, int(width / (0.5 + 0.055 * longest)))  # inches
     figure = new_figure(width, height + 0.55 + 0.17 * -(-len(handles) // columns), title)
     drawn = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)[0]

@@ -56,11 +56,12 @@ def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: f
         for axes, (x, y, label, below) in zip(row, panels, strict=True):
             heights = column(mine, y)
             positive = heights[heights > 0]
-            edge = 0.5 * positive.min() if len(positive) else 1.0
-            hollow |= bool((heights <= 0).any())
+            edge = 0.5 * positive.min() if len(positive) else -np.inf
+            hollow |= bool(len(positive)) and bool((heights <= 0).any())
             for regime, (colour, marker) in zip(regimes, cycle(_STYLES), strict=False):
                 own = np.array([point["regime"] == regime for point in mine], dtype=bool)
-                for some, face in ((heights > 0, colour), (heights <= 0, "none")):
+                raised = heights <= 0 if len(positive) else np.zeros(len(heights), dtype=bool)
+                for some, face in ((~raised, colour), (raised, "none")):
                     chosen = own & some
                     axes.scatter(
                         column(mine, x)[chosen],
@@ -71,7 +72,7 @@ def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: f
                         facecolors=face,
                         linewidths=0.7,
                     )
-            set_log_scale(axes, x=True, y=True)
+            set_log_scale(axes, x=True, y=len(positive) > 0)
             set_log_ticks(axes.xaxis, axes.get_xlim())
             set_log_ticks(axes.yaxis, axes.get_ylim())
             axes.set_ylabel(f"{stream}\n{label}" if x == "width_before" else label, fontsize=LABEL)

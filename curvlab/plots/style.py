@@ -70,6 +70,8 @@ def set_log_ticks(axis: Axis, limits: tuple[float, float] | None = None, most: i
         limits: Limits of the axis, which decide this; None for powers of ten in all cases.
         most: Largest number of labels.
     """
+    if axis.get_scale() != "log":
+        return  # there was nothing positive to draw
     axis.set_minor_formatter(NullFormatter())
     if limits is not None and max(limits) < 100 * min(limits):
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

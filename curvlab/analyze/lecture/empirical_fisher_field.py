@@ -131,23 +131,27 @@ def report(run: Results[EmpiricalFisherFieldConfig]) -> Report:
                 lambda angle: angle > 10,
                 None,
                 require(ours, figure["conditions"]),
-            )
+            ),
+            Claim.of(
+                "Trajectories of the natural gradient end at the solution (largest distance below 0.05)",
+                figure["source"],
+                values("ngd", "end_distance"),
+                lambda distance: distance < 0.05,
+                None,
+                require(ours, figure["conditions"]),
+            ),
         ],
         identities=[
             Identity(
                 "The natural gradient of a quadratic loss points to its minimum: largest angle (°; below 1)",
                 values("ngd", "largest_angle"),
             ),
-            Identity(
-                "Trajectories of the natural gradient end there: largest distance (below 0.05)",
-                values("ngd", "end_distance"),
-            ),
         ],
         figures={"fields": lambda: preconditioned_fields(drawings[0], FIELDS)} if drawings else {},
         notes=[
-            f"Seed {row['seed']}: after the last step, a trajectory of the empirical Fisher is still "
-            f"{row['end_distance']:.2f} from the solution."
-            for row in where(records, field="ef")
+            f"Seed {row['seed']}: after the last step, a trajectory of the field {FIELDS[row['field']]} is still "
+            f"{row['end_distance']:.3g} from the solution."
+            for row in records
             if row["end_distance"] > 0.05
         ],
     )

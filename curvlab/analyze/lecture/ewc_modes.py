@@ -274,6 +274,7 @@ def report(run: Results[EwcModesConfig]) -> Report:
         notes=[
             f"Strengths were chosen on held-out samples with seed {', '.join(map(str, config.selection_seeds))}; "
             "every strength was then run with the seeds of the table.",
+            *(f"{row['method']} diverged: {row['note']}" for row in found if row["note"]),
             "A sum of diagonal quadratics is a diagonal quadratic: with structure diag, separate EWC keeps three "
             "vectors for any number of tasks.",
         ],

@@ -1,6 +1,7 @@
 """Does stored curvature forecast forgetting, and which structure is worth its cost? Over streams and methods."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.values import rank_correlation, where
 from curvlab.analyze.regimes import options as regimes
+from curvlab.analyze.regimes.claims import CORRELATED
 from curvlab.analyze.regimes.forecast_claims import claims
 from curvlab.analyze.regimes.options import Record, StreamsConfig
 from curvlab.continual import Regime
@@ -233,7 +235,7 @@ def score_all(points: Sequence[Record], structures: Sequence[str]) -> list[Recor
         points: Records as ``table.json`` has them.
         structures: Stored structures; the exact products follow.
     """
-    groups = dict.fromkeys((point["stream"], point["seed"]) for point in points)
+    groups = _list_complete_groups(points)
     return [
         {"stream": stream, "seed": seed, "structure": name, "gradient": gradient, "points": len(mine)}
         | score(mine, [point[name] + (point["gradient"] if gradient else 0.0) for point in mine])
@@ -242,6 +244,13 @@ def score_all(points: Sequence[Record], structures: Sequence[str]) -> list[Recor
         for name in (*structures, *EXACT)
         for gradient in (False, True)
     ]
+
+
+def _list_complete_groups(points: Sequence[Record]) -> list[tuple[str, int]]:
+    """Return the streams and seeds without those that lack points of another seed, whose runs failed."""
+    counts = Counter((point["stream"], point["seed"]) for point in points)
+    most = {stream: max(n for (other, _), n in counts.items() if other == stream) for stream, _ in counts}
+    return [(stream, seed) for (stream, seed), n in counts.items() if n == most[stream]]
 
 
 def score_horizons(points: Sequence[Record], structures: Sequence[str]) -> list[Record]:
@@ -332,8 +341,10 @@ def _choose(table: Sequence[Record]) -> list[str]:
     lines = []
     for stream in dict.fromkeys(row["stream"] for row in table):
         rows = [row for row in where(table, stream=stream) if row["rank"] is not None and row["structure"] not in EXACT]
-        if rows:
-            best = max(row["rank"] for row in rows)
+        best = max((row["rank"] for row in rows), default=-1.0)
+        if best < CORRELATED:
+            lines.append(f"{stream}: no stored curvature forecasts the order of forgetting.")
+        else:
             near = [row for row in rows if row["rank"] >= best - _NEAR]
             smallest = min(near, key=lambda row: (row["kilobytes"], row["gradient"]))
             lines.append(
