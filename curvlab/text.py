@@ -67,8 +67,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
         >>> did_you_mean("digit", ["digits", "mnist"]), did_you_mean("x", ["digits", "mnist"])
         ("; did you mean 'digits'?", '')
     """
-    similar = get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {similar[0]!r}?" if similar else ""
+    known = {one.lower(): one for one in names}
+    similar = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {known[similar[0]]!r}?" if similar else ""
 
 
 def plus_minus(mean: float | None, deviation: float | None) -> str:
