@@ -243,3 +243,16 @@ def test_a_network_without_the_structure_is_named() -> None:
     with pytest.raises(UnsupportedError, match="'kfac:rest=diag' gives such parameters their diagonal"):
         fit(model, blobs(), optimizer="ngd", steps=1, progress=False)
     fit(model, blobs(), optimizer="ngd", structure="kfac:rest=diag", lr=0.1, steps=2, progress=False)
+
+
+def test_a_dead_layer_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    data = torch.randn(20, 3), torch.arange(20) % 2
+    training = Training(optimizer="ngd", structure="kfac", damping=0.1, lr=0.1, steps=2)
+    with pytest.raises(
+        UnsupportedError, match=r"the gradient of 0\.weight is zero .*: its units may be dead .* lower lr"
+    ):
+        fit(model, data, training=training, progress=False)
+    fit(model, data, training=Training(optimizer="ngd", structure="diag", damping=0.1, lr=0.1, steps=2), progress=False)

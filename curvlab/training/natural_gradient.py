@@ -2,6 +2,7 @@
 
 import torch
 
+from curvlab.errors import UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.matrices import Implicit
 from curvlab.problem import Problem
@@ -22,10 +23,20 @@ def precondition_gradients(problem: Problem, training: Training) -> None:
         training: Options with ``structure`` and ``damping``.
 
     Raises:
-        CurvlabError: The structure is not available for this model, or the damped Fisher is singular.
+        CurvlabError: The structure is not available for this model or not for a layer without a gradient, or the damped
+            Fisher is singular.
     """
-    fisher = estimate(problem, "fisher", training.structure)
     named = dict(problem.model.named_parameters())
+    try:
+        fisher = estimate(problem, "fisher", training.structure)
+    except UnsupportedError as error:
+        still = [name for name in problem.space.names if (g := named[name].grad) is None or not bool(g.any())]
+        if not still:
+            raise
+        raise UnsupportedError(
+            f"the gradient of {still[0]} is zero on the samples of the step, so that its Fisher cannot be computed as "
+            f"{training.structure}: its units may be dead or saturated; lower lr, or use structure diag"
+        ) from error
     parameters = {name: named[name] for name in fisher.space.names}
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
     gradient = fisher.space.flatten(gradients).to(fisher.dtype)

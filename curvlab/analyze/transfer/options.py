@@ -86,7 +86,7 @@ PRESETS = {
             every=20,
             target=0.95,
         ),
-        minutes=12,
+        minutes=2,
         needs=("mnist",),
     ),
     "cpu-cifar100": Preset(
