@@ -174,10 +174,10 @@ def test_what_was_not_run_is_not_tested():
 
 def test_the_note_names_the_smallest_structure_that_is_near_the_best():
     made = report(Results(CPU, MNIST, {"table": make_points(), "costs": make_costs()}))
-    assert "the best rank correlation (1.00) is diagonal with 1/2 d'Cd (1 kB a task)" in made.notes[1]
+    assert "the best rank correlation (1.00) is diagonal with 1/2 d'Cd (1 kB per task)" in made.notes[1]
     worse = make_points(diag=lambda lost: -lost)
     made = report(Results(CPU, MNIST, {"table": worse, "costs": make_costs()}))
-    assert "is K-FAC with 1/2 d'Cd (3 kB a task)" in made.notes[1]
+    assert "is K-FAC with 1/2 d'Cd (3 kB per task)" in made.notes[1]
 
 
 def test_a_seed_without_all_its_runs_has_no_score():

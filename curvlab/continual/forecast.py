@@ -1,8 +1,8 @@
 """Forecast the loss of a past task from its gradient and curvature, as the weights move away from its solution.
 
 To second order ``L(w) - L(w0) = g'd + 1/2 d'C d`` with ``d = w - w0``, and the gradient ``g`` and curvature ``C`` of
-the loss at ``w0``. Elastic weight consolidation and its kin minimise it without ``g'd``; Mirzadeh et al. (2020) bound
-forgetting by it.
+the loss at ``w0``. Elastic weight consolidation minimises it without ``g'd``; Mirzadeh et al. (2020) bound forgetting
+by it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ class LossExpansion:
         return {"gradient": float(step.double() @ self.gradient), **terms}
 
     def save(self, folder: Path) -> None:
-        """Write the expansion into a folder, which is made; ``load_expansion`` reads it."""
+        """Write the expansion into a folder, which is created; ``load_expansion`` reads it."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, matrix in self.matrices.items():
             matrix.save(folder / f"{name}.safetensors")
@@ -73,7 +73,7 @@ class LossExpansion:
 
 
 def load_expansion(folder: Path) -> LossExpansion:
-    """Return the expansion that ``LossExpansion.save`` has written into a folder."""
+    """Return the expansion that ``LossExpansion.save`` wrote into a folder."""
     vectors = torch.load(folder / _VECTORS)
     matrices = {name: load(folder / f"{name}.safetensors") for name in vectors.pop("names")}
     return LossExpansion(**vectors, matrices=matrices)

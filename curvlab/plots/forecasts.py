@@ -1,4 +1,4 @@
-"""Figures of forecasts: beside what was measured, over the horizon, and against their cost."""
+"""Figures of forecasts: against measured values, over the horizon, and against their cost."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -41,11 +41,11 @@ def forecast_scatter(
     *,
     gradient: bool = False,
 ) -> Figure:
-    """Draw forecast against measured forgetting in logarithmic scales, a panel a stream and curvature.
+    """Draw forecast against measured forgetting in logarithmic scales, one panel per stream and curvature.
 
     Args:
-        points: A record a past task and later one, with ``stream``, ``method``, ``forgetting`` (nats) and a forecast
-            for each curvature. What is not positive lies on the lower or left edge as a hollow mark.
+        points: One record per past task and later task, with ``stream``, ``method``, ``forgetting`` (nats) and a
+            forecast for each curvature. Values that are not positive are hollow marks at the lower or left edge.
         structures: Labels of the curvatures by name, in order.
         methods: Labels of the methods by name.
         title: Title of the figure.
@@ -123,11 +123,11 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 def forecast_value(
     horizons: Sequence[Record], table: Sequence[Record], structures: Mapping[str, str], title: str
 ) -> Figure:
-    """Draw the rank correlation of forecasts over the number of tasks learnt since, and against what they store.
+    """Draw the rank correlation of forecasts over the number of tasks learned since, and against what they store.
 
     Args:
-        horizons: A record a stream, seed, ``horizon`` and ``structure``, with ``rank``.
-        table: A record a stream, ``structure`` and ``gradient``, with ``rank``, ``rank_std`` and ``kilobytes``.
+        horizons: One record per stream, seed, ``horizon`` and ``structure``, with ``rank``.
+        table: One record per stream, ``structure`` and ``gradient``, with ``rank``, ``rank_std`` and ``kilobytes``.
         structures: Labels of the curvatures by name, in order.
         title: Title of the figure.
     """
@@ -162,8 +162,8 @@ def forecast_value(
         for axes in (left, right):
             draw_grid(axes, "y")
             finish(axes)
-    grid[-1][0].set_xlabel("tasks learnt since", fontsize=LABEL)
-    grid[-1][1].set_xlabel("stored a task (kB; exact products: the samples)", fontsize=LABEL)
+    grid[-1][0].set_xlabel("tasks learned since", fontsize=LABEL)
+    grid[-1][1].set_xlabel("memory per task (kB; exact products: the samples)", fontsize=LABEL)
     marks = [
         Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.0, label=structures[name])
         for (name, colour), marker in zip(colours.items(), cycle(MARKERS), strict=False)

@@ -26,13 +26,13 @@ _STYLES = tuple(zip(GROUPS, MARKERS, strict=True))
 
 
 def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: float, title: str) -> Figure:
-    """Draw what a fixed step costs over the width that it starts from, and each step over the width that it ends at.
+    """Draw the loss increase of a fixed step, and the length of each step, against the curvature before or after it.
 
-    These are the two drawings of Mirzadeh et al. (2020): a wide minimum forgets less, and a wide minimum of the next
-    task is nearer.
+    These are the two drawings of Mirzadeh et al. (2020): a wider minimum forgets less, and a wider minimum of the next
+    task is closer.
 
     Args:
-        points: A record a regime, seed and task after the first, with ``stream``, ``width_before`` (the largest
+        points: One record per regime, seed and task after the first, with ``stream``, ``width_before`` (the largest
             eigenvalue at the task before), ``fixed_forgetting`` (nats), ``lambda_max`` and ``distance``.
         labels: Labels of the regimes by name.
         step: Length of the fixed step.
@@ -93,7 +93,7 @@ def spectrum_steps(spectra: Sequence[Record], labels: Mapping[str, str], title: 
     """Draw how many eigenvalues of the Hessian are above a value, after the first and the last task.
 
     Args:
-        spectra: A record a stream, regime, seed and task, with ``values`` and ``above``, lists of equal length.
+        spectra: One record per stream, regime, seed and task, with ``values`` and ``above``, lists of equal length.
         labels: Labels of the regimes by name.
         title: Title of the figure.
     """

@@ -30,10 +30,10 @@ _COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, RED)
 
 
 def schedule_curves(curves: Sequence[Record], target: float, title: str) -> Figure:
-    """Draw test accuracy and learning rate over the steps, a line a schedule: the mean over the seeds.
+    """Draw test accuracy and learning rate over the steps, one line per schedule, the mean over the seeds.
 
     Args:
-        curves: A record a schedule, seed and step, with ``test_accuracy`` and ``rate``.
+        curves: One record per schedule, seed and step, with ``test_accuracy`` and ``rate``.
         target: Test accuracy that is marked.
         title: Title of the figure.
     """
@@ -67,10 +67,10 @@ def schedule_curves(curves: Sequence[Record], target: float, title: str) -> Figu
 def rate_curves(grid: Sequence[Record], title: str) -> Figure:
     """Draw final accuracy, area under the learning curve and largest eigenvalue over the initial rate.
 
-    Of a schedule with decays the best one at each rate is drawn. Bars are standard deviations over the seeds.
+    For a schedule with decays, the best decay at each rate is drawn. Bars are standard deviations over the seeds.
 
     Args:
-        grid: A record a schedule, ``lr`` and ``decay``, with ``accuracy``, ``area`` and ``lambda_max``, each with
+        grid: One record per schedule, ``lr`` and ``decay``, with ``accuracy``, ``area`` and ``lambda_max``, each with
             ``_std``; None where trainings diverge.
         title: Title of the figure.
     """

@@ -199,7 +199,7 @@ SEARCH = Search(
 )
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def take_chosen(records: Sequence[Record], selection: Sequence[Mapping[str, Any]]) -> list[Record]:

@@ -140,7 +140,7 @@ class EwcModesConfig(SubjectConfig):
     lr: float = Field(default=3e-3, gt=0)
     """Learning rate."""
     batch_size: int = Field(default=32, ge=1)
-    """Samples a step."""
+    """Samples per step."""
     selection_seeds: tuple[Seed, ...] = (1000,)
     """Seeds of the trials. Strengths are compared by the mean accuracy on the held-out samples after all tasks."""
     evaluation: Literal["test", "validation"] = "test"

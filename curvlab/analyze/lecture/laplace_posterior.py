@@ -213,7 +213,7 @@ def _panel(samples: int, grid: Any, found: Mapping[str, Gaussian]) -> Record:
     }
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def report(run: Results[LaplacePosteriorConfig]) -> Report:

@@ -72,7 +72,7 @@ _NETWORK = {
     "old_loss": "old loss at task 1's solution",
     "old_loss_after": "at task 2's",
     "accuracy": "old accuracy there",
-    "accuracy_after": "and there",
+    "accuracy_after": "at task 2's",
 }
 
 
@@ -148,7 +148,7 @@ def relative_error(curve: Sequence[float], exact: Sequence[float]) -> float:
     return divide(sum(abs(a - b) for a, b in zip(curve, exact, strict=True)), sum(map(abs, exact)))
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def claims(found: Sequence[Record], networks: Sequence[Record], config: SurrogateConfig) -> list[Claim]:

@@ -93,7 +93,7 @@ PRESETS = {
 
 
 def parts(config: ForgettingForecastConfig) -> list[ForgettingForecastConfig]:
-    """Return the configuration of each run: a stream, seed and method."""
+    """Return the configuration of each run: one stream, seed and method."""
     return [
         config.model_copy(update={"streams": (stream,), "seeds": (seed,), "methods": (method,)})
         for stream in config.streams
@@ -124,8 +124,8 @@ def check(config: ForgettingForecastConfig, dataset: Dataset) -> None:
 def measure(config: ForgettingForecastConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
     """Train the network of the one stream, method and seed, and yield records.
 
-    With ``forgetting``: a past task after a later one, and the terms of its forecasts. With ``bytes``: what a
-    structure costs for a task.
+    With ``forgetting``: a past task after a later one, and the terms of its forecasts. With ``bytes``: the cost of a
+    structure for a task.
     """
     (stream,), (name,), (seed,) = config.streams, config.methods, config.seeds
     method = METHODS[name]
@@ -199,7 +199,7 @@ def _problem(config: ForgettingForecastConfig, model: nn.Module, learner: Learne
     return Problem(model.eval(), "cross_entropy", regimes.take_samples(config, learner.stream[task]))
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 _NEAR = 0.02  # rank correlations that differ by less count as equal
 _SCORES = ["rank", "accuracy_rank", "ratio", "within"]
@@ -301,7 +301,7 @@ _COLUMNS = (
     Column("accuracy_rank", "with accuracy lost", spread="accuracy_rank_std"),
     Column("ratio", "forecast / measured", spread="ratio_std"),
     Column("within", "within a factor of 2", spread="within_std"),
-    Column("kilobytes", "kB a task"),
+    Column("kilobytes", "kB per task"),
     Column("seconds", "seconds"),
 )
 
@@ -329,8 +329,8 @@ def report(results: Results[ForgettingForecastConfig]) -> Report:
         files={"scores": scores, "horizons": horizons},
         notes=[
             "d is the step from the weights at the end of a past task to the present ones; g and C are the gradient "
-            f"and the curvature ({config.quantity}) of its training loss there. Measured is the rise of that loss. "
-            "Rank correlations are over methods and pairs of tasks, for each seed.",
+            f"and the curvature ({config.quantity}) of its training loss there. Measured forgetting is the increase of "
+            "that loss. Rank correlations are over methods and pairs of tasks, for each seed.",
             *_choose(table),
         ],
     )
@@ -349,15 +349,15 @@ def _choose(table: Sequence[Record]) -> list[str]:
             smallest = min(near, key=lambda row: (row["kilobytes"], row["gradient"]))
             lines.append(
                 f"{stream}: the smallest stored curvature within {_NEAR:g} of the best rank correlation ({best:.2f}) "
-                f"is {smallest['curvature']} with {smallest['terms']} ({smallest['kilobytes']:,.0f} kB a task)."
+                f"is {smallest['curvature']} with {smallest['terms']} ({smallest['kilobytes']:,.0f} kB per task)."
             )
     return lines
 
 
 ANALYSIS = Analysis(
     config=ForgettingForecastConfig,
-    question="Does curvature forecast forgetting? Trains a network on a stream of tasks by several methods, and sets "
-    "the forgetting of each past task beside what its stored curvature forecasts: diagonal, K-FAC, EK-FAC and exact "
+    question="Does curvature forecast forgetting? Trains a network on a stream of tasks by several methods, and "
+    "compares the forgetting of each past task with the forecast of its stored curvature: diagonal, K-FAC, EK-FAC and exact "
     "products, with and without the gradient, at their cost.",
     presets=PRESETS,
     check=check,

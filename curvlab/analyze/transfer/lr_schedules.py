@@ -114,7 +114,7 @@ def measure(config: LrSchedulesConfig, dataset: Dataset, workspace: Workspace) -
             yield {**keys, "step": record["step"], "test_accuracy": record["eval_accuracy"], "rate": record["lr"]}
 
 
-# What is made of the records ------------------------------------------------------------------------------------------
+# Summaries of the records ---------------------------------------------------------------------------------------------
 
 
 def choose_best(found: Sequence[Record]) -> list[Record]:

@@ -37,9 +37,9 @@ class LrSchedulesConfig(SubjectConfig):
     classes: tuple[int, ...] = (5, 6, 7, 8, 9)
     """Class indices that the network is fine-tuned on."""
     validation: int = Field(default=100, ge=1)
-    """Hold out so many training samples, random ones, to choose rate and decay on."""
+    """Number of training samples held out to choose rate and decay, drawn at random."""
     samples: int | None = Field(default=None, ge=1)
-    """Take the curvature on so many training samples, random ones; none means all."""
+    """Number of training samples for the curvature, drawn at random; none means all."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (64, 64)
     """Hidden sizes of the mlp; no number for a linear model."""
     source_classes: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -47,9 +47,9 @@ class LrSchedulesConfig(SubjectConfig):
     source_steps: int = Field(default=300, ge=1)
     """Steps of the pre-training, with adam at 0.001."""
     train_samples: int | None = Field(default=None, ge=1)
-    """Fine-tune on so many training samples, random ones; none means all."""
+    """Number of training samples for the fine-tuning, drawn at random; none means all."""
     test_samples: int | None = Field(default=None, ge=1)
-    """Test on so many samples, random ones; none means all."""
+    """Number of test samples, drawn at random; none means all."""
     schedules: tuple[ScheduleName, ...] = get_args(ScheduleName)
     """Schedules of the learning rate."""
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -61,7 +61,7 @@ class LrSchedulesConfig(SubjectConfig):
     steps: int = Field(default=200, ge=1)
     """Steps of the fine-tuning."""
     batch_size: int = Field(default=32, ge=1)
-    """Samples a training step."""
+    """Samples per training step."""
     every: int = Field(default=10, ge=1)
     """Steps between two tests."""
     target: float = Field(default=0.9, gt=0, le=1)

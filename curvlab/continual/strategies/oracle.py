@@ -1,4 +1,4 @@
-"""Training on samples of every task so far: the upper bound of a method that sees the tasks in their order."""
+"""Training on samples of every task so far: the upper bound of methods that see the tasks in their order."""
 
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Oracle(Strategy):
     """Train on a batch of each task so far at every step (the oracle of the authors' code of Shon et al., 2022).
 
-    Minimised is the mean over the tasks so far of the loss of one batch each. The batches of past tasks are drawn at
-    random from all of their training samples, as many samples as a full batch of the present task has. Unlike ``Joint``
-    it learns the tasks in their order, so the accuracy after each of them is measured.
+    The loss is the mean over the tasks so far of the loss of one batch each. The batches of past tasks are drawn with
+    replacement from all of their training samples and have the size of a full batch. Unlike ``Joint``, it learns the
+    tasks in their order, so the accuracy after each of them is measured.
 
     Memory: the samples of all tasks, which the stream holds and which are not counted.
     """
