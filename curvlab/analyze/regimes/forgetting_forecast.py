@@ -357,8 +357,8 @@ def _choose(table: Sequence[Record]) -> list[str]:
 ANALYSIS = Analysis(
     config=ForgettingForecastConfig,
     question="Does curvature forecast forgetting? Trains a network on a stream of tasks by several methods, and "
-    "compares the forgetting of each past task with the forecast of its stored curvature: diagonal, K-FAC, EK-FAC and exact "
-    "products, with and without the gradient, at their cost.",
+    "compares the forgetting of each past task with the forecast of its stored curvature: diagonal, K-FAC, EK-FAC and "
+    "exact products, with and without the gradient, at their cost.",
     presets=PRESETS,
     check=check,
     measure=measure,
