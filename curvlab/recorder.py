@@ -1,8 +1,7 @@
 """Observer of the fit loop that records eigenvalues over training."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from typing import Any, Literal, TypedDict, Unpack, get_args
@@ -22,6 +21,7 @@ from curvlab.quantities import Quantity, parse_quantity
 from curvlab.spectrum.arguments import check_choice, check_real, check_whole
 from curvlab.spectrum.density import SpectralDensity, check_probes, spectral_density
 from curvlab.spectrum.eigenvalues import EigenResult, Stop, Which, top_eigenvalues
+from curvlab.stateless import restore_modes
 
 CurveLevel = Literal["network", "layer"]
 
@@ -211,7 +211,8 @@ class EigenvalueRecorder:
         densities: list[dict[str, Any]] = []
         vectors: dict[str, Tensor] = {}
         previous = {} if self._points % _RANDOM_START_EVERY == 0 else self._vectors
-        with _eval_mode(model):
+        with restore_modes(model):
+            model.eval()
             problem = self._problem(model)
             for quantity in self._quantities:
                 # The largest eigenvectors of two curvature matrices are similar, the smallest are not.
@@ -311,17 +312,6 @@ def _make_records(top: EigenResult) -> list[dict[str, Any]]:
         {"index": index, "value": value, "residual": residual} | shared
         for index, (value, residual) in enumerate(zip(top.values.tolist(), top.residuals.tolist(), strict=True))
     ]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _describe_data(data: object) -> str:

@@ -261,3 +261,14 @@ def disable_parametrization_cache() -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = enabled, cache
+
+
+@contextmanager
+def restore_modes(model: nn.Module) -> Iterator[None]:
+    """Context that restores the train or eval mode of every submodule on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -50,7 +50,7 @@ def test_a_run_has_every_point_of_the_grid(run):
 
 
 def test_accuracies_are_those_of_the_networks(run):
-    """Of lambda = 0 and of the FIM, each retrained here from a first task that is learnt in the same way."""
+    """The curves for lambda = 0 and for the FIM are those of two retrainings here, from the same first task."""
     config, data, records, _ = run
     tasks = streams.make_tasks(config, data, "D9-1", 3)
     model = subject.network(config.model_copy(update={"hidden": (5, 4)}), data, 3)

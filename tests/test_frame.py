@@ -495,7 +495,7 @@ def test_samples_are_random_ones_the_same_for_every_analysis(tmp_path):
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_labels_that_are_all_the_same(call, name, with_figures):
-    """Its loss has no curvature; the tables say so, and what there is none of is not drawn."""
+    """The loss has no curvature: the tables say so, and the figures leave it out."""
     x = np.random.default_rng(0).random((60, 4), np.float32)
     y = np.zeros(60, int)
     np.savez("one.npz", x_train=x, y_train=y, x_test=x, y_test=y)

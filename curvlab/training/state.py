@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from torch import nn
-
 from curvlab.randomness import derive_seed, fork_random_state
-from curvlab.stateless import restore_gradients
+from curvlab.stateless import restore_gradients, restore_modes
 
 __all__ = [
     "StepGuard",
@@ -19,17 +17,6 @@ __all__ = [
     "restore_gradients",
     "restore_modes",
 ]
-
-
-@contextmanager
-def restore_modes(model: nn.Module) -> Iterator[None]:
-    """Context that restores the train or eval mode of every submodule on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class StepGuard:

@@ -41,7 +41,7 @@ _SKEW = 0.9  # share of the samples of a skewed part that are chosen by their cl
 
 
 @dataclass(frozen=True)
-class Method:
+class DlcftMethod:
     """A method of continual learning.
 
     Attributes:
@@ -91,7 +91,7 @@ class Method:
         return unused | dict(zip(self.lists, ((value,) for value in candidate.values()), strict=True))
 
 
-def adapt(model: nn.Module, method: Method) -> nn.Module:
+def adapt(model: nn.Module, method: DlcftMethod) -> nn.Module:
     """Return a pre-trained network with a final linear layer for a method: linearized if the method is linear."""
     return linearize(model, head=find_last_linear(model)) if method.linear else model
 
@@ -177,67 +177,67 @@ _BY_DATA: tuple[Setting, ...] = ("data", "data_long")
 _REPLAY: tuple[Setting, ...] = ("task", "class")
 _ALL: tuple[Setting, ...] = ("data", "data_long", "task", "class")
 
-METHODS: dict[MethodName, Method] = {
-    "fine_tuning": Method("fine-tuning", _ALL, lambda *_: Naive()),
-    "linear_probe": Method("linear probing", _ALL, lambda *_: LinearProbe()),
-    "lwf": Method("LwF", (*_BY_DATA, "task"), lambda _, __, strength: LwF(strength), "lwf_strengths"),
-    "ewc": Method(
+METHODS: dict[MethodName, DlcftMethod] = {
+    "fine_tuning": DlcftMethod("fine-tuning", _ALL, lambda *_: Naive()),
+    "linear_probe": DlcftMethod("linear probing", _ALL, lambda *_: LinearProbe()),
+    "lwf": DlcftMethod("LwF", (*_BY_DATA, "task"), lambda _, __, strength: LwF(strength), "lwf_strengths"),
+    "ewc": DlcftMethod(
         "EWC",
         (*_BY_DATA, "task"),
         lambda config, _, strength: EWC(strength, mode="online", **_curvature(config, "diag")),
         "ewc_strengths",
     ),
-    "mas": Method(
+    "mas": DlcftMethod(
         "MAS",
         (*_BY_DATA, "task"),
         lambda config, _, strength: MAS(strength, samples=config.samples),
         "mas_strengths",
     ),
-    "si": Method("SI", (*_BY_DATA, "task"), lambda _, __, strength: SI(strength), "si_strengths"),
-    "imm": Method("mode-IMM", (*_BY_DATA, "task"), lambda config, _, __: IMM(**_curvature(config, "diag"))),
-    "osla": Method("OSLA (K-FAC)", _ALL, _osla(_KFAC), "osla_strengths"),
-    "osla_tkfac": Method("OSLA (TK-FAC)", (*_BY_DATA, "class"), _osla(_TKFAC), "osla_strengths"),
-    "er": Method("ER", _REPLAY, lambda config, _, __: ER(config.buffer_size)),
-    "der": Method(
+    "si": DlcftMethod("SI", (*_BY_DATA, "task"), lambda _, __, strength: SI(strength), "si_strengths"),
+    "imm": DlcftMethod("mode-IMM", (*_BY_DATA, "task"), lambda config, _, __: IMM(**_curvature(config, "diag"))),
+    "osla": DlcftMethod("OSLA (K-FAC)", _ALL, _osla(_KFAC), "osla_strengths"),
+    "osla_tkfac": DlcftMethod("OSLA (TK-FAC)", (*_BY_DATA, "class"), _osla(_TKFAC), "osla_strengths"),
+    "er": DlcftMethod("ER", _REPLAY, lambda config, _, __: ER(config.buffer_size)),
+    "der": DlcftMethod(
         "DER", _REPLAY, lambda config, _, strength: DER(config.buffer_size, alpha=strength), "der_alphas", wide=True
     ),
-    "derpp": Method(
+    "derpp": DlcftMethod(
         "DER++",
         _REPLAY,
         lambda config, _, strength: DER(config.buffer_size, alpha=strength, beta=config.der_beta),
         "der_alphas",
         wide=True,
     ),
-    "dlcft_diag": Method("DLCFT (diagonal)", ("data",), _dlcft("diag"), "dlcft_strengths", linear=True),
-    "dlcft_kfac": Method("DLCFT (K-FAC)", _ALL, _dlcft(_KFAC), "dlcft_strengths", linear=True),
-    "dlcft_tkfac": Method("DLCFT (TK-FAC)", _ALL, _dlcft(_TKFAC), "dlcft_strengths", linear=True),
-    "dlcft_no_replay": Method(
+    "dlcft_diag": DlcftMethod("DLCFT (diagonal)", ("data",), _dlcft("diag"), "dlcft_strengths", linear=True),
+    "dlcft_kfac": DlcftMethod("DLCFT (K-FAC)", _ALL, _dlcft(_KFAC), "dlcft_strengths", linear=True),
+    "dlcft_tkfac": DlcftMethod("DLCFT (TK-FAC)", _ALL, _dlcft(_TKFAC), "dlcft_strengths", linear=True),
+    "dlcft_no_replay": DlcftMethod(
         "DLCFT (TK-FAC), no replay", ("class",), _dlcft(_TKFAC, replay=False), "dlcft_strengths", linear=True
     ),
-    "dlcft_no_regularization": Method(
+    "dlcft_no_regularization": DlcftMethod(
         "DLCFT (TK-FAC), classifier not regularised",
         ("class",),
         _dlcft(_TKFAC, regularization=False),
         "dlcft_strengths",
         linear=True,
     ),
-    "dlcft_kfac_no_regularization": Method(
+    "dlcft_kfac_no_regularization": DlcftMethod(
         "DLCFT (K-FAC), classifier not regularised",
         ("class",),
         _dlcft(_KFAC, regularization=False),
         "dlcft_strengths",
         linear=True,
     ),
-    "dlcft_neither": Method(
+    "dlcft_neither": DlcftMethod(
         "DLCFT (TK-FAC), neither",
         ("class",),
         _dlcft(_TKFAC, regularization=False, replay=False),
         "dlcft_strengths",
         linear=True,
     ),
-    "joint": Method("joint", ("data", "task", "class"), lambda *_: Joint()),
-    "joint_linear": Method("joint, linear", ("data", "task", "class"), lambda *_: Joint(), linear=True),
-    "oracle": Method("oracle", ("data", "task", "class"), lambda *_: Oracle()),
+    "joint": DlcftMethod("joint", ("data", "task", "class"), lambda *_: Joint()),
+    "joint_linear": DlcftMethod("joint, linear", ("data", "task", "class"), lambda *_: Joint(), linear=True),
+    "oracle": DlcftMethod("oracle", ("data", "task", "class"), lambda *_: Oracle()),
 }
 #: The methods that train on the samples of all tasks: upper bounds of the others.
 BOUNDS: tuple[MethodName, ...] = ("joint", "joint_linear", "oracle")

@@ -7,7 +7,7 @@ from typing import Any
 from curvlab.analyze import ANALYSES, ROOMS, load_analysis
 from curvlab.analyze.frame.analysis import Preset, Record
 from curvlab.analyze.frame.items import read_items
-from curvlab.analyze.frame.results import Result, read_results
+from curvlab.analyze.frame.results import KeptResult, read_results
 from curvlab.results import Claim, Column, plus_minus
 from curvlab.results.claims import format_published, sort_claims
 from curvlab.results.tables import to_markdown
@@ -42,7 +42,7 @@ def render_readme(root: Path, room: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _render_result(result: Result) -> str:
+def _render_result(result: KeptResult) -> str:
     report, origin = result.report, result.origin
     machine = origin["machine"]
     device = machine["device_name"] or f"{machine['cores']} cores of {machine['cpu']}"
@@ -68,7 +68,7 @@ def _render_result(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def _describe_cost(result: Result) -> str:
+def _describe_cost(result: KeptResult) -> str:
     """Return the wall time of a result, with that of its preset, as other programs may have slowed the run down."""
     presets: Mapping[str, Preset[Any]] = load_analysis(result.name).presets
     preset = presets.get(result.preset)
@@ -115,7 +115,7 @@ def list_items(root: Path) -> list[Record]:
     return rows
 
 
-def _describe_kept(result: Result) -> Record:
+def _describe_kept(result: KeptResult) -> Record:
     claims = result.report.claims
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     return {"preset": result.preset or "another configuration", "minutes": result.minutes, **counts}

@@ -22,7 +22,7 @@ _MACHINE = ("cpu", "cores", "threads", "memory_bytes", "device_name")
 
 
 @dataclass(frozen=True)
-class Result:
+class KeptResult:
     """A result kept in the repository.
 
     Attributes:
@@ -100,7 +100,7 @@ def keep_result(folder: Path, root: Path) -> tuple[Path, bool]:
     return file, replaces
 
 
-def read_results(root: Path, room: str) -> list[Result]:
+def read_results(root: Path, room: str) -> list[KeptResult]:
     """Return the kept results of a paper, in the order of the list of analyses.
 
     Raises:
@@ -111,7 +111,7 @@ def read_results(root: Path, room: str) -> list[Result]:
     return sorted((_read(file) for file in files), key=lambda result: (names.index(result.name), result.preset))
 
 
-def _read(file: Path) -> Result:
+def _read(file: Path) -> KeptResult:
     try:
         kept = json.loads(file.read_text())
         analysis: Analysis[Any] = load_analysis(kept["analysis"])
@@ -121,7 +121,7 @@ def _read(file: Path) -> Result:
         records = {name: kept["records"].get(name, []) for name in analysis.kinds}
         empty: dict[str, list[Any]] = {name: [] for name in analysis.artifacts}
         results = Results(config, subject, records, kept["selection"], empty, (), kept["runs"])
-        return Result(kept["analysis"], find_preset(analysis, config), results, kept["origin"], file)
+        return KeptResult(kept["analysis"], find_preset(analysis, config), results, kept["origin"], file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CurvlabError(f"{file} is not a kept result ({error}); create it again with papers --keep") from error
 

@@ -129,9 +129,22 @@ def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectD
     Raises:
         CurvlabError: The data cannot be loaded.
     """
-    loaded, held_out = shuffle(load(config.data, root=options.data_root, offline=options.offline)), None
-    if config.normalize == "imagenet":
-        loaded = normalise(loaded)
+    return select_samples(config, read_dataset(config, options))
+
+
+def read_dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
+    """Return all samples of the data set of a configuration, shuffled and normalised.
+
+    Raises:
+        CurvlabError: The data cannot be loaded.
+    """
+    shuffled = shuffle(load(config.data, root=options.data_root, offline=options.offline))
+    return normalise(shuffled) if config.normalize == "imagenet" else shuffled
+
+
+def select_samples(config: SubjectConfig, loaded: Dataset) -> SubjectData:
+    """Return a data set of ``read_dataset`` with the held-out samples apart, and the classes of a configuration."""
+    held_out = None
     if config.validation:
         loaded, held_out = loaded.hold_out(config.validation)
     if config.classes != "all":

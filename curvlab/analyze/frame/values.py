@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
+
+from curvlab.commandline.config import C
 
 Record = Mapping[str, Any]
 
@@ -18,6 +21,18 @@ def where(records: Sequence[Any], **wanted: object) -> list[Any]:
         [{'task': 2, 'acc': 0.7}]
     """
     return [record for record in records if all(record[key] == value for key, value in wanted.items())]
+
+
+def split_config(config: C, *fields: str) -> list[C]:
+    """Return one configuration per combination of the values of some fields, each with a single value of these.
+
+    The values of the last field vary fastest.
+    """
+    combinations = product(*(getattr(config, name) for name in fields))
+    return [
+        config.model_copy(update={name: (value,) for name, value in zip(fields, values, strict=True)})
+        for values in combinations
+    ]
 
 
 def list_by_seed(records: Sequence[Record], seeds: Sequence[int], value: Callable[[int], float | None]) -> list[float]:

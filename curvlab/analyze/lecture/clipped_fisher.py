@@ -18,7 +18,7 @@ from curvlab.continual.strategies import EWC
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
 from curvlab.plots import log_bins, log_histogram_grid
-from curvlab.results import Claim, Column, aggregate, require, require_direction
+from curvlab.results import Claim, Column, aggregate, mean_column, require, require_direction
 
 _LONG = 10.0  # 99th percentile over the median from which on a tail is long
 _SMALL = 0.01  # share of saturated weights that is small
@@ -54,7 +54,7 @@ _VALUES = {
     "saturated": "saturated share of the average",
     "spike": "saturated / in the bin below",
 }
-_COLUMNS = (Column("batch", "batch"), *(Column(key, head, spread=f"{key}_std") for key, head in _VALUES.items()))
+_COLUMNS = (Column("batch", "batch"), *(mean_column(key, head) for key, head in _VALUES.items()))
 
 
 def measure(config: ClippedFisherConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:

@@ -28,7 +28,7 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 from curvlab.plots import line_panels
-from curvlab.results import Column, aggregate
+from curvlab.results import Column, aggregate, mean_column
 from curvlab.text import did_you_mean
 
 _MNIST = EwcModesConfig(
@@ -62,16 +62,16 @@ _COLUMNS = (
     Column("stream_label", "stream"),
     Column("label", "method"),
     Column("strength", "strength"),
-    Column("acc", "accuracy", spread="acc_std"),
-    Column("forgetting", "forgetting", spread="forgetting_std"),
-    Column("learning_accuracy", "of each new task", spread="learning_accuracy_std"),
+    mean_column("acc", "accuracy"),
+    mean_column("forgetting", "forgetting"),
+    mean_column("learning_accuracy", "of each new task"),
     Column("vectors", "stored numbers / parameters", format=lambda value: f"{value:.2f}"),
 )
 _SENSITIVITY = (
     Column("stream_label", "stream"),
     Column("label", "method"),
     Column("strength", "strength"),
-    Column("acc", "accuracy", spread="acc_std"),
+    mean_column("acc", "accuracy"),
 )
 
 
@@ -80,8 +80,7 @@ _SENSITIVITY = (
 
 def load_dataset(config: EwcModesConfig, options: RunOptions | Place) -> Dataset:
     """Return the data set; each task holds out samples of its own."""
-    data = subject.load_dataset(config.model_copy(update={"validation": 0}), options)
-    return subject.take(data, test=config.test_samples)
+    return subject.take(subject.load_whole(config, options), test=config.test_samples)
 
 
 def make_tasks(config: EwcModesConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:

@@ -22,7 +22,7 @@ STREAM_LABELS = {"permuted": "permuted pixels", "class": "class-incremental"}
 
 
 @dataclass(frozen=True)
-class Method:
+class EwcModesMethod:
     """A method.
 
     Attributes:
@@ -55,21 +55,21 @@ def _imm(mode: Any) -> Callable[[Any, float], IMM]:
 
 
 #: The methods by name.
-METHODS: Mapping[str, Method] = {
-    "naive": Method("naive", lambda *_: Naive(), None),
-    "l2": Method("plain L2", lambda _, strength: L2(strength), "l2_strengths"),
-    "ewc_separate": Method("EWC separate", _ewc("separate")),
-    "ewc_online": Method("EWC online", _ewc("online", "online_gamma")),
-    "ewc_average": Method("EWC average", _ewc("average")),
-    "ewc_moving_average": Method("EWC moving average", _ewc("moving_average", "average_gamma")),
-    "si": Method("SI", lambda _, strength: SI(strength), "si_strengths"),
-    "mas": Method("MAS", lambda config, strength: MAS(strength, samples=config.samples), "mas_strengths"),
-    "osla": Method(
+METHODS: Mapping[str, EwcModesMethod] = {
+    "naive": EwcModesMethod("naive", lambda *_: Naive(), None),
+    "l2": EwcModesMethod("plain L2", lambda _, strength: L2(strength), "l2_strengths"),
+    "ewc_separate": EwcModesMethod("EWC separate", _ewc("separate")),
+    "ewc_online": EwcModesMethod("EWC online", _ewc("online", "online_gamma")),
+    "ewc_average": EwcModesMethod("EWC average", _ewc("average")),
+    "ewc_moving_average": EwcModesMethod("EWC moving average", _ewc("moving_average", "average_gamma")),
+    "si": EwcModesMethod("SI", lambda _, strength: SI(strength), "si_strengths"),
+    "mas": EwcModesMethod("MAS", lambda config, strength: MAS(strength, samples=config.samples), "mas_strengths"),
+    "osla": EwcModesMethod(
         "OSLA", lambda config, strength: OSLA(strength, samples=config.samples, merge="average"), "osla_strengths"
     ),
-    "lwf": Method("LwF", lambda _, strength: LwF(strength), "lwf_strengths"),
-    "imm_mean": Method("IMM mean", _imm("mean"), "imm_strengths"),
-    "imm_mode": Method("IMM mode", _imm("mode"), "imm_strengths"),
+    "lwf": EwcModesMethod("LwF", lambda _, strength: LwF(strength), "lwf_strengths"),
+    "imm_mean": EwcModesMethod("IMM mean", _imm("mean"), "imm_strengths"),
+    "imm_mode": EwcModesMethod("IMM mode", _imm("mode"), "imm_strengths"),
 }
 #: The forms of EWC that keep one matrix.
 ONLINE = ("ewc_online", "ewc_average", "ewc_moving_average")

@@ -28,7 +28,7 @@ from curvlab.posterior import (
     predict_linear,
     split_rhat,
 )
-from curvlab.results import Column, aggregate
+from curvlab.results import Column, aggregate, mean_column
 
 _MODELS = {"logistic": "logistic regression, 2 parameters", "network": "network"}
 _LOSS = "binary_cross_entropy"
@@ -55,7 +55,7 @@ _COLUMNS = (
     Column("model", "model"),
     Column("label", "curvature"),
     Column("chunk", "chunks"),
-    *(Column(key, head, spread=f"{key}_std") for key, head in _VALUES.items()),
+    *(mean_column(key, head) for key, head in _VALUES.items()),
 )
 
 

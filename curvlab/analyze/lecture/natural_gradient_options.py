@@ -129,7 +129,7 @@ def check(config: NaturalGradientConfig, data: subject.SubjectData) -> None:
     Raises:
         CurvlabError: The configuration, the data or the weights are invalid.
     """
-    subject.check_subject(config, data)
+    subject.check_network(config, data)
     subject.check_distinct(
         problems=config.problems,
         rates=config.rates,
@@ -140,7 +140,6 @@ def check(config: NaturalGradientConfig, data: subject.SubjectData) -> None:
         dampings=config.dampings,
         selection_seeds=config.selection_seeds,
     )
-    subject.network(config, data, config.seeds[0])
     if data.held_out is None and any(len(candidates) > 1 for _, candidates in _groups(config)):
         raise CurvlabError(
             "hyper-parameters are chosen on held-out samples: set validation, or give a single value for each learning "

@@ -19,7 +19,7 @@ from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
 from curvlab.plots import line_panels
 from curvlab.problem import Problem
-from curvlab.results import Claim, Column, aggregate, require_direction
+from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 from curvlab.training import Training, evaluate, fit
 from curvlab.training.state import derive_seed
 
@@ -65,7 +65,7 @@ _VALUES = {
     "near_error": "relative error, first tenth",
     "end_error": "relative error at the end",
 }
-_COLUMNS = (Column("label", "curvature"), *(Column(key, head, spread=f"{key}_std") for key, head in _VALUES.items()))
+_COLUMNS = (Column("label", "curvature"), *(mean_column(key, head) for key, head in _VALUES.items()))
 _NETWORK = {
     "distance": "|d|",
     "gradient_term": "g'd",
@@ -214,7 +214,7 @@ def report(run: Results[SurrogateConfig]) -> Report:
     rows = [{**row, "label": LABELS[row["surrogate"]]} for row in aggregate(found, ["surrogate"], list(_VALUES))]
     what = f"{subject.describe_network(run.config, run.subject)} on permuted {run.subject.data}"
     summary = Table(f"Surrogates of the old loss between two solutions of a {what}; {run.spread}", _COLUMNS, rows)
-    columns = [Column(key, head, spread=f"{key}_std") for key, head in _NETWORK.items()]
+    columns = [mean_column(key, head) for key, head in _NETWORK.items()]
     network = [{**row, "what": what} for row in networks]
     return Report(
         summary,

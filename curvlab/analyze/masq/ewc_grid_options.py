@@ -7,15 +7,15 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
-from curvlab.analyze.masq.streams import Positive, StreamsConfig
+from curvlab.analyze.masq.streams import Positive, TwoTasksConfig
 
 Net = Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)*$")]
 
 
-class EwcGridConfig(StreamsConfig):
+class EwcGridConfig(TwoTasksConfig):
     """Learn task D1 once, then D2 with EWC at every point of a grid of rates, strengths and importances."""
 
-    titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "nets": "grid"}
+    titles: ClassVar[Mapping[str, str]] = {**TwoTasksConfig.titles, "nets": "grid"}
 
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Has no effect here; use nets."""

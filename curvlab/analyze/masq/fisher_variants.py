@@ -14,7 +14,7 @@ from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.values import where
 from curvlab.analyze.masq import streams
 from curvlab.analyze.masq.choice import choose_best, subtract, values_by_seed
-from curvlab.analyze.masq.streams import Positive, StreamsConfig
+from curvlab.analyze.masq.streams import Positive, TwoTasksConfig
 from curvlab.continual import Task
 from curvlab.continual.copies import train_copies
 from curvlab.data import Dataset
@@ -31,10 +31,10 @@ _SCALES = {"raw": "as estimated", "trace": "one trace"}
 _KEYS = ("stream", "variant", "scale", "strength")
 
 
-class FisherVariantsConfig(StreamsConfig):
+class FisherVariantsConfig(TwoTasksConfig):
     """Learn task D1 once, then D2 with EWC for every kind of Fisher, strength and scale."""
 
-    titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "quantities": "curvature"}
+    titles: ClassVar[Mapping[str, str]] = {**TwoTasksConfig.titles, "quantities": "curvature"}
 
     quantities: tuple[str, ...] = ("fisher", "fisher:samples=1", "empirical_fisher", "masq:batch_size=128,norm=mean")
     """Kinds of Fisher; the first one is the reference. Values: fisher, fisher:samples=K, empirical_fisher or

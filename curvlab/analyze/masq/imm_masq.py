@@ -15,7 +15,7 @@ from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.values import where
 from curvlab.analyze.masq import streams
 from curvlab.analyze.masq.choice import choose_best, subtract, values_by_seed
-from curvlab.analyze.masq.streams import Positive, StreamsConfig
+from curvlab.analyze.masq.streams import Positive, TwoTasksConfig
 from curvlab.continual import Task
 from curvlab.continual.copies import train_copies
 from curvlab.continual.drop_transfer import drop_transfer
@@ -34,10 +34,10 @@ _MERGES = {"mean": "mean-IMM", "fim": "mode-IMM, FIM", "masq": "mode-IMM, MaSQ"}
 _KEYS = ("stream", "transfer", "merge", "alpha")
 
 
-class ImmMasqConfig(StreamsConfig):
+class ImmMasqConfig(TwoTasksConfig):
     """Learn two tasks and merge their solutions: mean-IMM, and mode-IMM with the FIM and with MaSQ."""
 
-    titles: ClassVar[dict[str, str]] = {**StreamsConfig.titles, "transfers": "merging"}
+    titles: ClassVar[dict[str, str]] = {**TwoTasksConfig.titles, "transfers": "merging"}
 
     transfers: tuple[Transfer, ...] = ("weight", "l2", "drop")
     """Transfer techniques of Lee et al. (2017) for D2: weight (start at the solution of D1), l2 (plus a penalty on the

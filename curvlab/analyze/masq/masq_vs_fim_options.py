@@ -5,16 +5,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
-from curvlab.analyze.masq.streams import StreamsConfig
+from curvlab.analyze.masq.streams import TwoTasksConfig
 
 Part = Literal["values", "masq", "fim", "sample_gradients", "duplicated_weights"]
 Whole = Annotated[int, Field(ge=1)]
 
 
-class MasqVsFimConfig(StreamsConfig):
+class MasqVsFimConfig(TwoTasksConfig):
     """Learn the first task of a stream, and compare MaSQ with the FIM (MaSQ with batch size 1)."""
 
-    titles: ClassVar[dict[str, str]] = {**StreamsConfig.titles, "parts": "curvature"}
+    titles: ClassVar[dict[str, str]] = {**TwoTasksConfig.titles, "parts": "curvature"}
 
     parts: tuple[Part, ...] = ("values", "masq", "fim", "sample_gradients", "duplicated_weights")
     """Parts of the measurement: values, and the cost of MaSQ and of the FIM from curvlab, from per-sample gradients and

@@ -9,6 +9,7 @@ from torch import nn
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.subject import Subject, SubjectConfig
+from curvlab.analyze.frame.values import split_config
 from curvlab.commandline.options import RunOptions
 from curvlab.continual import Task, disjoint, permuted
 from curvlab.continual.task import Part
@@ -26,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 ALL: tuple[Stream, ...] = ("D5-5", "D9-1", "DP10-10")
 
 
-class StreamsConfig(SubjectConfig):
+class TwoTasksConfig(SubjectConfig):
     """Learn two tasks, D1 and D2, one after the other."""
 
     titles: ClassVar[Mapping[str, str]] = {**SubjectConfig.titles, "streams": "tasks", "lr": "training"}
@@ -52,23 +53,22 @@ class StreamsConfig(SubjectConfig):
     """One network is trained per seed; tables show mean and standard deviation."""
 
 
-C = TypeVar("C", bound=StreamsConfig)
+C = TypeVar("C", bound=TwoTasksConfig)
 
 
-def load_dataset(config: StreamsConfig, options: RunOptions | Place) -> Dataset:
+def load_dataset(config: TwoTasksConfig, options: RunOptions | Place) -> Dataset:
     """Return the data set the tasks are made from; each task holds out its own validation samples."""
     return subject.take(subject.load_whole(config, options), config.train_samples, config.test_samples)
 
 
-def check(config: StreamsConfig, dataset: Dataset) -> None:
+def check(config: TwoTasksConfig, dataset: Dataset) -> None:
     """Raise an error if the configuration cannot be run.
 
     Raises:
         CurvlabError: The configuration, the data or the weights are not usable.
     """
     subject.check_distinct(streams=config.streams)
-    subject.check_subject(config, dataset)
-    subject.network(config, dataset, config.seeds[0])
+    subject.check_network(config, dataset)
     for stream in config.streams:
         first = make_tasks(config, dataset, stream, config.seeds[0])[0]
         if config.samples is not None and config.samples > first.sizes["train"]:
@@ -79,14 +79,10 @@ def check(config: StreamsConfig, dataset: Dataset) -> None:
 
 def parts(config: C) -> list[C]:
     """Return one configuration per run: a stream and a seed."""
-    return [
-        config.model_copy(update={"streams": (stream,), "seeds": (seed,)})
-        for stream in config.streams
-        for seed in config.seeds
-    ]
+    return split_config(config, "streams", "seeds")
 
 
-def make_tasks(config: StreamsConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, Task]:
+def make_tasks(config: TwoTasksConfig, dataset: Dataset, stream: str, seed: int) -> tuple[Task, Task]:
     """Return the two tasks of a stream; the seed determines the permutation of the pixels.
 
     Raises:
@@ -126,7 +122,7 @@ def named_samples(tasks: Sequence[Task], parts: Sequence[Part]) -> dict[str, tup
 
 
 def train_first(
-    config: StreamsConfig, dataset: Dataset, task: Task, seed: int, checkpoint: Path | None = None
+    config: TwoTasksConfig, dataset: Dataset, task: Task, seed: int, checkpoint: Path | None = None
 ) -> nn.Module:
     """Return the network trained on the first task."""
     model = subject.network(config, dataset, seed)
@@ -135,12 +131,12 @@ def train_first(
     return model
 
 
-def take_problem(config: StreamsConfig, model: nn.Module, task: Task) -> Problem:
+def take_problem(config: TwoTasksConfig, model: nn.Module, task: Task) -> Problem:
     """Return the problem on which curvatures are computed, with samples in the dtype and on the device of the model."""
     return Problem(model, "cross_entropy", take(task.train, slice(config.samples), reference(model)))
 
 
-def conditions(config: StreamsConfig, data: Subject) -> dict[str, Any]:
+def conditions(config: TwoTasksConfig, data: Subject) -> dict[str, Any]:
     """Return the conditions of a run, with the names used in ``published.yaml``."""
     return {
         "data": data.data,

@@ -15,7 +15,7 @@ from torch import nn
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
-from curvlab.analyze.frame.values import rank_correlation, where
+from curvlab.analyze.frame.values import rank_correlation, split_config, where
 from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.claims import CORRELATED
 from curvlab.analyze.regimes.forecast_claims import claims
@@ -30,12 +30,12 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.plots import forecast_scatter, forecast_value
 from curvlab.problem import Problem
-from curvlab.results import Column, aggregate
+from curvlab.results import Column, aggregate, mean_column
 from curvlab.structures import parse_structure
 
 
 @dataclass(frozen=True)
-class Method:
+class ForecastMethod:
     """How the network learns the stream.
 
     Attributes:
@@ -50,10 +50,10 @@ class Method:
 
 
 METHODS = {
-    "naive": Method("naive", "plastic", lambda _: Naive()),
-    "stable": Method("stable SGD", "stable", lambda _: Naive()),
-    "ewc": Method("EWC", "plastic", lambda config: EWC(config.ewc_strength, samples=config.samples)),
-    "er": Method("ER", "plastic", lambda config: ER(config.memory)),
+    "naive": ForecastMethod("naive", "plastic", lambda _: Naive()),
+    "stable": ForecastMethod("stable SGD", "stable", lambda _: Naive()),
+    "ewc": ForecastMethod("EWC", "plastic", lambda config: EWC(config.ewc_strength, samples=config.samples)),
+    "er": ForecastMethod("ER", "plastic", lambda config: ER(config.memory)),
 }
 #: Products with the exact matrices, which go through the samples of the past task.
 EXACT = {"ggn": "GGN products", "hessian": "Hessian products"}
@@ -94,12 +94,7 @@ PRESETS = {
 
 def parts(config: ForgettingForecastConfig) -> list[ForgettingForecastConfig]:
     """Return the configuration of each run: one stream, seed and method."""
-    return [
-        config.model_copy(update={"streams": (stream,), "seeds": (seed,), "methods": (method,)})
-        for stream in config.streams
-        for seed in config.seeds
-        for method in config.methods
-    ]
+    return split_config(config, "streams", "seeds", "methods")
 
 
 def check(config: ForgettingForecastConfig, dataset: Dataset) -> None:
@@ -297,10 +292,10 @@ _COLUMNS = (
     Column("stream", "stream"),
     Column("curvature", "curvature"),
     Column("terms", "forecast"),
-    Column("rank", "rank correlation", spread="rank_std"),
-    Column("accuracy_rank", "with accuracy lost", spread="accuracy_rank_std"),
-    Column("ratio", "forecast / measured", spread="ratio_std"),
-    Column("within", "within a factor of 2", spread="within_std"),
+    mean_column("rank", "rank correlation"),
+    mean_column("accuracy_rank", "with accuracy lost"),
+    mean_column("ratio", "forecast / measured"),
+    mean_column("within", "within a factor of 2"),
     Column("kilobytes", "kB per task"),
     Column("seconds", "seconds"),
 )

@@ -19,7 +19,7 @@ from curvlab.training import evaluate
 _PROBES, _STEPS = 2, 40  # of a spectral density
 
 
-class Observer:
+class RegimeObserver:
     """Measures the network after each task: curvature, weight change, and loss increase on the previous task.
 
     The values that the next measurement needs are in a file, which is written before the checkpoint of the task.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.subject import SubjectConfig
+from curvlab.analyze.frame.values import split_config
 from curvlab.continual import Task, permuted, rotated
 from curvlab.continual.regimes import Regime
 from curvlab.data import Dataset
@@ -142,12 +143,7 @@ def check_streams(config: StreamsConfig, dataset: Dataset, names: Sequence[str])
 
 def parts(config: C) -> list[C]:
     """Return the configuration of each run: one per stream, seed and regime."""
-    return [
-        config.model_copy(update={"streams": (stream,), "seeds": (seed,), "regimes": (regime,)})
-        for stream in config.streams
-        for seed in config.seeds
-        for regime in config.regimes
-    ]
+    return split_config(config, "streams", "seeds", "regimes")
 
 
 def make_tasks(config: StreamsConfig, dataset: Dataset, stream: str) -> tuple[Task, ...]:

@@ -10,7 +10,7 @@ from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import list_by_seed, rank_correlation, where
 from curvlab.analyze.regimes import claims as published
 from curvlab.analyze.regimes import options as regimes
-from curvlab.analyze.regimes.observer import Observer
+from curvlab.analyze.regimes.observer import RegimeObserver
 from curvlab.analyze.regimes.options import ObservedConfig, Record
 from curvlab.continual import Regime, metrics
 from curvlab.continual import run as learn
@@ -60,7 +60,7 @@ def measure(config: TrainingRegimesConfig, dataset: Dataset, workspace: Workspac
     """
     (stream,), (name,), (seed,) = config.streams, config.regimes, config.seeds
     checkpoint = workspace.folder / "checkpoint.pt"
-    observer = Observer(config, checkpoint)
+    observer = RegimeObserver(config, checkpoint)
     keys = {"stream": stream, "regime": name, "seed": seed}
     regime = Regime.of(config, name)
     result = learn(

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
 
+from curvlab.analyze.frame.analysis import Record
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject
 from curvlab.analyze.frame.values import list_by_seed, where
 from curvlab.analyze.transfer.options import LrSchedulesConfig
 from curvlab.results import Claim, require_direction
-
-Record = dict[str, Any]
 
 _COST, _FASTER = 0.005, 1.1  # thresholds of ours
 

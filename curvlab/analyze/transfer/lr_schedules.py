@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from curvlab.analyze.frame import subject
-from curvlab.analyze.frame.analysis import Analysis, Report, Results, Table, Workspace
-from curvlab.analyze.frame.values import where
+from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.values import split_config, where
 from curvlab.analyze.transfer.claims import claims
 from curvlab.analyze.transfer.options import (
     DECAYING,
     PRESETS,
+    FineTuningData,
     LrSchedulesConfig,
-    TransferData,
     check,
     load_data,
     pretrain,
@@ -24,39 +24,33 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.plots import rate_curves, schedule_curves
-from curvlab.results import Column, aggregate
+from curvlab.results import Column, aggregate, mean_column
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import Training, evaluate, fit
 from curvlab.training.options import DEFAULTS
-
-Record = dict[str, Any]
 
 _VALUES = ["accuracy", "area", "steps_to_target", "lambda_max"]
 _TABLE = (
     Column("schedule", "schedule"),
     Column("lr", "rate"),
     Column("decay", "decay"),
-    Column("accuracy", "test accuracy", spread="accuracy_std"),
-    Column("area", "mean over the steps", spread="area_std"),
-    Column("steps_to_target", "steps to target", spread="steps_to_target_std"),
+    mean_column("accuracy", "test accuracy"),
+    mean_column("area", "mean over the steps"),
+    mean_column("steps_to_target", "steps to target"),
     Column("reached", "reached it"),
-    Column("lambda_max", "lambda_max", spread="lambda_max_std"),
+    mean_column("lambda_max", "lambda_max"),
 )
 _SHARES = (
     Column("value", "variance of"),
-    Column("schedule", "schedule", spread="schedule_std"),
-    Column("lr", "rate", spread="lr_std"),
-    Column("both", "both together", spread="both_std"),
+    mean_column("schedule", "schedule"),
+    mean_column("lr", "rate"),
+    mean_column("both", "both together"),
 )
 
 
 def parts(config: LrSchedulesConfig) -> list[LrSchedulesConfig]:
     """Return the configuration of each run: a schedule and seed, with all rates and decays."""
-    return [
-        config.model_copy(update={"schedules": (schedule,), "seeds": (seed,)})
-        for schedule in config.schedules
-        for seed in config.seeds
-    ]
+    return split_config(config, "schedules", "seeds")
 
 
 def measure(config: LrSchedulesConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
@@ -64,7 +58,7 @@ def measure(config: LrSchedulesConfig, dataset: Dataset, workspace: Workspace) -
 
     With ``reached``: of a training; the values of one that diverges are None. With ``step``: a test during it.
     """
-    assert isinstance(dataset, TransferData)
+    assert isinstance(dataset, FineTuningData)
     (schedule,), (seed,) = config.schedules, config.seeds
     source = pretrain(config, dataset, seed)
     points = [(lr, decay) for lr in config.lrs for decay in (config.decays if schedule in DECAYING else (None,))]

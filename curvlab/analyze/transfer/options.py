@@ -135,7 +135,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, eq=False)
-class TransferData(SubjectData):
+class FineTuningData(SubjectData):
     """The data set of the fine-tuning.
 
     Attributes:
@@ -145,18 +145,16 @@ class TransferData(SubjectData):
     source: Dataset | None = field(default=None, repr=False)
 
 
-def load_data(config: LrSchedulesConfig, options: RunOptions | Place) -> TransferData:
+def load_data(config: LrSchedulesConfig, options: RunOptions | Place) -> FineTuningData:
     """Return the data sets of fine-tuning and pre-training.
 
     Raises:
         CurvlabError: There are no such data, classes or samples.
     """
-    target = subject.load_dataset(config, options)
-    source = None
-    if config.source_classes:
-        whole = config.model_copy(update={"classes": "all", "validation": 0})
-        source = subject.load_dataset(whole, options).select(config.source_classes)
-    return TransferData(**vars(subject.take(target, config.train_samples, config.test_samples)), source=source)
+    whole = subject.read_dataset(config, options)
+    target = subject.select_samples(config, whole)
+    source = whole.select(config.source_classes) if config.source_classes else None
+    return FineTuningData(**vars(subject.take(target, config.train_samples, config.test_samples)), source=source)
 
 
 def check(config: LrSchedulesConfig, dataset: Dataset) -> None:
@@ -165,7 +163,7 @@ def check(config: LrSchedulesConfig, dataset: Dataset) -> None:
     Raises:
         CurvlabError: The network is not pre-trained, or in two ways; classes are in both parts; values repeat.
     """
-    assert isinstance(dataset, TransferData)
+    assert isinstance(dataset, FineTuningData)
     subject.check_distinct(schedules=config.schedules, lrs=config.lrs, decays=config.decays)
     subject.check_subject(config, dataset)
     if (dataset.source is None) == (config.weights is None):
@@ -177,7 +175,7 @@ def check(config: LrSchedulesConfig, dataset: Dataset) -> None:
     pretrain(config, dataset, config.seeds[0], steps=0)
 
 
-def pretrain(config: LrSchedulesConfig, dataset: TransferData, seed: int, *, steps: int | None = None) -> nn.Module:
+def pretrain(config: LrSchedulesConfig, dataset: FineTuningData, seed: int, *, steps: int | None = None) -> nn.Module:
     """Return the pre-trained network with a new last layer, in eval mode.
 
     Args:
