@@ -1,5 +1,6 @@
 """What people do to networks besides writing layers: the linearized copy is right, or it is refused in one sentence."""
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -353,6 +355,27 @@ def test_original_is_not_kept() -> None:
     gc.collect()
     assert gone() is None
     assert torch.equal(again(X), linear(X))
+
+
+def test_an_original_that_is_freed_during_the_check_keeps_its_addresses_until_the_end() -> None:
+    """The check compares addresses of tensors; that of a freed one could become that of another, taken for a use."""
+    kept, alive = list[nn.Module](), list[bool]()
+
+    class FreesTheOriginal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if kept:
+                kept.clear()
+                gc.collect()
+                alive.append(weight() is not None)
+            return x
+
+    kept.append(nn.Sequential(nn.Linear(3, 4), FreesTheOriginal(), nn.Linear(4, 2)))
+    weight = ref(kept[0].get_parameter("0.weight"))
+    linear = linearize(kept[0])
+    linear(torch.ones(2, 3))
+    assert alive == [True]
+    gc.collect()
+    assert weight() is None
 
 
 def test_filters_of_warnings_stay() -> None:
