@@ -1,10 +1,13 @@
-"""Checks of numbers given by the user, with error messages of one sentence."""
+"""Checks of numbers and tensors given by the user, with error messages of one sentence."""
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from operator import index
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -30,6 +33,22 @@ def real_number(value: object, what: str) -> float:
     return number
 
 
+def positive_number(value: object, what: str) -> float:
+    """Return a finite number above 0 as a float.
+
+    Args:
+        value: A Python or NumPy number or a tensor without dimensions; a bool is not a number here.
+        what: The name of the value, with which the error message begins.
+
+    Raises:
+        CurvlabError: The value is not a finite number above 0.
+    """
+    with suppress(CurvlabError):
+        if (number := real_number(value, what)) > 0:
+            return number
+    raise CurvlabError(f"{what} must be a finite number above 0, not {describe_value(value)}")
+
+
 def whole_number(value: object, what: str, least: int = 0) -> int:
     """Return a whole number of at least ``least`` as an int.
 
@@ -47,6 +66,38 @@ def whole_number(value: object, what: str, least: int = 0) -> int:
     return index(plain)
 
 
+def to_double(value: object, what: str, shape: Sequence[int | str], *, finite: bool = True) -> Tensor:
+    """Return a dense real tensor of a given shape in float64.
+
+    Args:
+        value: A tensor of floating-point or whole numbers.
+        what: The name of the value, with which the error message begins.
+        shape: Its length in each dimension; a name stands for any length from 1.
+        finite: Whether the entries must be finite. They are not read if it is False, as inside of ``torch.func``.
+
+    Raises:
+        CurvlabError: The value is not such a tensor.
+
+    Examples:
+        >>> to_double([0.0, 1.0], "start", (2,))
+        Traceback (most recent call last):
+        curvlab.errors.CurvlabError: start must be a dense real tensor (2,), not [0.0, 1.0]
+    """
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_complex()
+        or value.dtype == torch.bool
+        or value.ndim != len(shape)
+        or any(a < 1 if isinstance(b, str) else a != b for a, b in zip(value.shape, shape, strict=True))
+    ):
+        text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise CurvlabError(f"{what} must be a dense real tensor ({text}), not {describe_value(value)}")
+    if finite and not bool(value.isfinite().all()):
+        raise CurvlabError(f"{what} must be finite, but {int((~value.isfinite()).sum())} entries are NaN or infinite")
+    return value.double()
+
+
 def _plain(value: object) -> object:
     """Convert a NumPy number, array or tensor without dimensions to a Python number; return other values unchanged."""
     if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta:
@@ -62,5 +113,5 @@ def describe_value(value: object) -> str:
         return f"a {value.layout} tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"a NumPy array of {value.dtype} and shape {value.shape}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."

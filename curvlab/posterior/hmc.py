@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from curvlab.posterior.laplace import LogDensity
+from curvlab.checks import real_number, to_double, whole_number
+from curvlab.errors import CurvlabError
+from curvlab.posterior.laplace import LogDensity, evaluate_density
 
 _FIRST_STEP = 0.05
+_FEWEST = 4  # draws of a chain: a variance of each half needs two
 _JITTER = 0.2  # relative change of the step size, so that no trajectory is a whole period
 
 
@@ -49,14 +52,23 @@ def hamiltonian_monte_carlo(
     Args:
         log_density: Gives the logarithm of the density, up to a constant, as a scalar of ``(P,)``; differentiable.
         starts: Initial points of the chains, ``(chains, P)``.
-        draws: Number of draws of each chain after warm-up.
+        draws: Number of draws of each chain after warm-up, from 1.
         warmup: Number of warm-up draws, in which the step size is adapted; they are dropped.
-        leapfrog: Number of leapfrog steps of a trajectory.
-        target: Acceptance rate to which the step size is adapted.
-        seed: Seed of the momenta and of the acceptance.
+        leapfrog: Number of leapfrog steps of a trajectory, from 1.
+        target: Acceptance rate to which the step size is adapted, above 0 and below 1.
+        seed: Seed of the momenta and of the acceptance, a whole number from 0.
+
+    Raises:
+        CurvlabError: A value is out of its range, or the density is not a finite scalar at a start.
     """
-    rng = np.random.default_rng(seed)
-    place = starts.detach().double().clone()
+    draws, warmup = whole_number(draws, "draws", 1), whole_number(warmup, "warmup")
+    leapfrog, target = whole_number(leapfrog, "leapfrog", 1), real_number(target, "target")
+    if not 0 < target < 1:
+        raise CurvlabError(f"target must be above 0 and below 1, not {target:g}")
+    place = to_double(starts, "starts", ("chains", "P")).detach().clone()
+    rng = np.random.default_rng(whole_number(seed, "seed"))
+    for start in place:
+        evaluate_density(log_density, start)
     # Recorded once as plain operations: going through vmap and grad at every step takes five times as long.
     every = torch.func.vmap(torch.func.grad_and_value(log_density))
     gradient = make_fx(lambda points: every(points))(place)  # make_fx inspects the signature
@@ -87,33 +99,43 @@ def hamiltonian_monte_carlo(
 def split_rhat(values: Tensor) -> float:
     """Return the split R-hat of draws ``(draws, chains)`` of one number: near 1 where the chains agree.
 
-    Every chain is split in halves. If no chain varies, it is 1 if all chains are equal, else infinite.
+    Every chain is split in halves. If no half varies, it is infinite where they differ, and NaN where all draws are
+    equal: such draws say nothing about convergence.
+
+    Raises:
+        CurvlabError: The draws are not finite numbers ``(draws, chains)``, or fewer than four of a chain.
 
     Examples:
         >>> split_rhat(torch.tensor([[0.0, 5.0], [1.0, 6.0], [0.0, 5.0], [1.0, 6.0]]).double()) > 4
         True
     """
+    values = _check_draws(values)
     half = len(values) // 2
     parts = torch.cat([values[:half], values[len(values) - half :]], 1)
+    if bool((parts == parts[0]).all()):  # the variances of equal numbers may round to others than 0
+        return math.nan if bool((parts[0] == parts[0, 0]).all()) else math.inf
     within, between = float(parts.var(0).mean()), float(parts.mean(0).var())
-    if within == 0:
-        return 1.0 if between == 0 else math.inf
     return math.sqrt((half - 1) / half + between / within)
 
 
 def effective_sample_size(values: Tensor) -> float:
     """Return the effective sample size of draws ``(draws, chains)`` of one number.
 
-    Autocorrelations are summed up to the first negative sum of two neighbours.
+    Autocorrelations are summed up to the first negative sum of two neighbours. If no chain varies, it is NaN: the
+    autocorrelations are 0/0.
+
+    Raises:
+        CurvlabError: The draws are not finite numbers ``(draws, chains)``, or fewer than four of a chain.
     """
+    values = _check_draws(values)
+    if bool((values == values[0]).all()):
+        return math.nan
     length, chains = values.shape
     way = values - values.mean(0)
     spectrum = torch.fft.rfft(way, 2 * length, dim=0)
     covariance = torch.fft.irfft(spectrum.abs().square(), 2 * length, dim=0)[:length].mean(1) / length
     within = float(covariance[0]) * length / (length - 1)
     total = within * (length - 1) / length + (float(values.mean(0).var()) if chains > 1 else 0.0)
-    if total == 0:
-        return float(values.numel())
     correlation = (1 - (within - covariance * length / (length - 1)) / total).tolist()
     time = -1.0
     for lag in range(0, length - 1, 2):
@@ -122,3 +144,10 @@ def effective_sample_size(values: Tensor) -> float:
             break
         time += 2 * pair
     return min(float(values.numel()), values.numel() / max(time, 1e-12))
+
+
+def _check_draws(values: Tensor) -> Tensor:
+    values = to_double(values, "draws of one number", ("draws", "chains"))
+    if len(values) < _FEWEST:
+        raise CurvlabError(f"convergence needs at least {_FEWEST} draws of each chain, not {len(values)}")
+    return values

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from curvlab.checks import describe_value, positive_number, to_double, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.losses import LossName, get_loss
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Pair, Problem
 from curvlab.quantities import Quantity
+from curvlab.stateless import check_module
 from curvlab.structures import Structure
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -23,6 +25,8 @@ LogDensity = Callable[[Tensor], Tensor]
 _ITERATIONS = 500  # of a search by L-BFGS
 _SEARCHES = 10
 _STATIONARY = 1e-5  # largest entry of the gradient at a mode
+_SYMMETRIC = 1e-6  # largest relative asymmetry of a precision
+_NEWTON_STEP = 1e-2  # largest Newton step at a mode, relative to 1 + the norm of the weights
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,42 @@ class Gaussian:
     """A normal distribution over ``P`` parameters.
 
     Attributes:
-        mean: ``(P,)``, float64.
-        precision: Inverse of the covariance, ``(P, P)``, float64.
+        mean: ``(P,)``, converted to float64.
+        precision: Inverse of the covariance, ``(P, P)``, converted to float64.
+
+    Raises:
+        CurvlabError: The sizes differ, or the precision is not symmetric and positive definite.
     """
 
     mean: Tensor
     precision: Tensor
 
+    def __post_init__(self) -> None:
+        mean = to_double(self.mean, "the mean of a Gaussian", ("P",))
+        precision = to_double(self.precision, "the precision of a Gaussian", (len(mean), len(mean)))
+        if float((precision - precision.mT).abs().max()) > _SYMMETRIC * float(precision.abs().max()):
+            raise CurvlabError("the precision of a Gaussian must be symmetric; take its mean with its transpose")
+        if not _is_positive_definite(precision):
+            raise CurvlabError(
+                "the precision of a Gaussian must be positive definite to working precision; add a number above 0 to "
+                "its diagonal"
+            )
+        object.__setattr__(self, "mean", mean)  # the class is frozen
+        object.__setattr__(self, "precision", precision)
+
     @classmethod
     def prior(cls, size: int, precision: float) -> "Gaussian":
-        """Return the normal distribution around zero with independent entries of one precision."""
-        return cls(torch.zeros(size).double(), precision * torch.eye(size).double())
+        """Return the normal distribution around zero with independent entries of one precision.
+
+        Args:
+            size: Number of parameters ``P``, from 1.
+            precision: A finite number above 0.
+
+        Raises:
+            CurvlabError: A value is out of its range.
+        """
+        size = whole_number(size, "the size of a prior", 1)
+        return cls(torch.zeros(size).double(), positive_number(precision, "the precision of a prior") * torch.eye(size))
 
     @property
     def covariance(self) -> Tensor:
@@ -48,7 +77,14 @@ class Gaussian:
         return torch.cholesky_inverse(torch.linalg.cholesky(self.precision))
 
     def log_prob(self, points: Tensor) -> Tensor:
-        """Return the logarithm of the density at ``(P,)`` or at each of ``(K, P)``."""
+        """Return the logarithm of the density at ``(P,)`` or at each of ``(K, P)``.
+
+        Raises:
+            CurvlabError: The points have another size.
+        """
+        if not isinstance(points, Tensor) or points.ndim not in (1, 2) or points.shape[-1] != len(self.mean):
+            size = len(self.mean)
+            raise CurvlabError(f"points of this Gaussian are ({size},) or (K, {size}), not {describe_value(points)}")
         way = points - self.mean
         factor = torch.linalg.cholesky(self.precision)
         constant = factor.diagonal().log().sum() - len(self.mean) / 2 * math.log(2 * math.pi)
@@ -56,11 +92,41 @@ class Gaussian:
         return density
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Return draws ``(count, P)``."""
+        """Return draws ``(count, P)``.
+
+        Args:
+            count: Number of draws, from 1.
+            seed: Random seed, a whole number from 0.
+
+        Raises:
+            CurvlabError: A value is out of its range.
+        """
+        count, seed = whole_number(count, "count", 1), whole_number(seed, "seed")
         noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((count, len(self.mean))))
         factor = torch.linalg.cholesky(self.precision)
         way: Tensor = torch.linalg.solve_triangular(factor.mT, noise.mT, upper=True).mT
         return self.mean + way
+
+
+def _is_positive_definite(matrix: Tensor) -> bool:
+    return int(torch.linalg.cholesky_ex(matrix).info) == 0
+
+
+def evaluate_density(log_density: LogDensity, point: Tensor, *, finite: bool = True) -> Tensor:
+    """Return a log density at a start ``(P,)``, checked.
+
+    Raises:
+        CurvlabError: It is not a function that returns a scalar tensor, or the scalar must be finite and is not.
+    """
+    value = log_density(point) if callable(log_density) else log_density
+    if not callable(log_density) or not isinstance(value, Tensor) or value.ndim:
+        raise CurvlabError(
+            f"log_density must be a function of ({len(point)},) that returns a scalar tensor, not "
+            f"{describe_value(value)}"
+        )
+    if finite and not bool(value.isfinite()):
+        raise CurvlabError(f"the log density is {float(value.detach())} at a start; start where it is finite")
+    return value
 
 
 def log_likelihood(model: nn.Module, loss: LossName | str, data: Pair) -> LogDensity:
@@ -72,11 +138,20 @@ def log_likelihood(model: nn.Module, loss: LossName | str, data: Pair) -> LogDen
         model: Deterministic, in eval mode.
         loss: Loss name, see ``curvlab.Problem``.
         data: Inputs and targets.
+
+    Raises:
+        CurvlabError: Model, loss and data do not make a problem, see ``curvlab.Problem.check``; in the function,
+            ``theta`` has another size.
     """
+    if not isinstance(data, tuple | list) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        raise CurvlabError(f"data must be a pair of tensors, inputs and targets, not {describe_value(data)}")
+    check_module(model)
     model, space, criterion = deepcopy(model).double(), ParameterSpace.of(model), get_loss(loss)
     inputs, targets = (tensor.double() if tensor.is_floating_point() else tensor for tensor in data)
+    Problem(model, loss, (inputs, targets)).check()
 
     def value(theta: Tensor) -> Tensor:
+        theta = to_double(theta, "theta", (space.total,), finite=False)
         return -criterion.values(functional_call(model, space.unflatten(theta), (inputs,)), targets).sum()
 
     return value
@@ -90,9 +165,12 @@ def find_mode(log_density: LogDensity, start: Tensor) -> Tensor:
         start: ``(P,)``.
 
     Raises:
-        CurvlabError: The search ends where the gradient is not zero.
+        CurvlabError: The search ends where an entry of the gradient is above 1e-5, the function is not finite at the
+            start or not differentiable there, or an argument is not valid.
     """
-    theta = start.detach().double().clone().requires_grad_()
+    theta = to_double(start, "start", ("P",)).detach().clone().requires_grad_()
+    if not evaluate_density(log_density, theta).requires_grad:
+        raise CurvlabError("log_density must be differentiable: its value has no graph; compute it from its argument")
 
     def ascend() -> float:
         """Continue the search and return the largest entry of the gradient at its end."""
@@ -143,14 +221,39 @@ def laplace_update(
         start: Initial point of the search for the mode, ``(P,)``; None for the prior's mean.
 
     Raises:
-        CurvlabError: The mode is not found, or the curvature cannot be computed.
+        CurvlabError: The mode is not found: an entry of the gradient is above 1e-5, or a Newton step from there moves
+            the weights by more than 1 % of 1 plus their norm, as where a model separates the data under a weak prior.
+            The curvature cannot be computed, or an argument is not valid.
     """
+    if not isinstance(prior, Gaussian):
+        raise CurvlabError(f"prior must be a curvlab.posterior.Gaussian, not {describe_value(prior)}")
     likelihood = log_likelihood(model, loss, data)
-    mode = find_mode(lambda theta: likelihood(theta) + prior.log_prob(theta), prior.mean if start is None else start)
+    if (total := ParameterSpace.of(model).total) != len(prior.mean):
+        raise CurvlabError(
+            f"the prior is over {len(prior.mean):,} parameters, but the model has {total:,} trainable ones: take "
+            f"Gaussian.prior({total}, precision)"
+        )
+    start = prior.mean if start is None else to_double(start, "start", (total,))
+    mode = find_mode(lambda theta: likelihood(theta) + prior.log_prob(theta), start)
     at_mode = deepcopy(model).double()
     space = ParameterSpace.of(at_mode)
     with torch.no_grad():
         for name, value in space.unflatten(mode).items():
             at_mode.get_parameter(name).copy_(value)
     curvature = estimate(Problem(at_mode, loss, data), quantity, structure)
-    return Gaussian(mode, prior.precision + len(data[0]) * curvature.to_dense())
+    precision = prior.precision + len(data[0]) * curvature.to_dense()
+    if not _is_positive_definite(precision):
+        raise CurvlabError(
+            f"the prior plus the {quantity} at the mode is not positive definite: use the quantity fisher or ggn, or a "
+            "stronger prior"
+        )
+    theta = mode.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(likelihood(theta) + prior.log_prob(theta), theta)
+    step = float(torch.linalg.solve(precision, gradient).norm())
+    if not step <= _NEWTON_STEP * (1 + float(mode.norm())):
+        raise CurvlabError(
+            f"the mode of the posterior is not found: the gradient there has norm {float(gradient.norm()):.1e}, but a "
+            f"Newton step still moves the weights by {step:.2g}, as where the model separates the data under a weak "
+            "prior; take a stronger prior"
+        )
+    return Gaussian(mode, precision)

@@ -5,13 +5,17 @@ References:
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvlab.checks import describe_value, to_double
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.parameters import ParameterSpace
 from curvlab.posterior.laplace import Gaussian
+from curvlab.stateless import check_module
 
 _NODES = 50  # of the quadrature
 _CHUNK = 2000  # parameters evaluated at once
@@ -22,15 +26,46 @@ def make_predictor(model: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tenso
 
     Args:
         model: Deterministic, with one output, the logit ``(N, 1)``.
-        inputs: ``(N, ...)``, float64.
+        inputs: ``(N, ...)``.
+
+    Raises:
+        CurvlabError: The inputs are not a tensor, or the model does not give one output for each; in the function,
+            ``thetas`` have another size.
     """
-    space = ParameterSpace.of(model)
+    logits, space = _logits(model, inputs), ParameterSpace.of(model)
 
-    def probabilities(theta: Tensor) -> Tensor:
+    def probabilities(thetas: Tensor) -> Tensor:
+        thetas = to_double(thetas, "the parameters", ("K", space.total))
+        return torch.func.vmap(lambda theta: logits(theta).sigmoid(), chunk_size=_CHUNK)(thetas).detach()
+
+    return probabilities
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the logits ``(N,)`` as a function of parameters ``(P,)``, in float64."""
+    check_module(model)
+    if not isinstance(inputs, Tensor) or not inputs.numel():
+        raise CurvlabError(f"inputs must be a tensor with at least one sample, not {describe_value(inputs)}")
+    model, space = deepcopy(model).double(), ParameterSpace.of(model)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+
+    with torch.no_grad():
+        try:
+            outputs = model(inputs)
+        except Exception as error:  # a model can fail in any way
+            raise CurvlabError(
+                f"{type(model).__name__} raises an error on the inputs: {type_and_line(error)}; give inputs that fit"
+            ) from error
+    if not isinstance(outputs, Tensor) or outputs.shape != (len(inputs), 1):
+        raise CurvlabError(
+            f"the model must have one output, the logit ({len(inputs)}, 1), not {describe_value(outputs)}"
+        )
+
+    def logits(theta: Tensor) -> Tensor:
         outputs: Tensor = torch.func.functional_call(model, space.unflatten(theta), (inputs,))
-        return outputs[:, 0].sigmoid()
+        return outputs[:, 0]
 
-    return lambda thetas: torch.func.vmap(probabilities, chunk_size=_CHUNK)(thetas).detach()
+    return logits
 
 
 def predict_linear(model: nn.Module, posterior: Gaussian, inputs: Tensor) -> Tensor:
@@ -42,14 +77,16 @@ def predict_linear(model: nn.Module, posterior: Gaussian, inputs: Tensor) -> Ten
     Args:
         model: Deterministic, with one output, the logit ``(N, 1)``.
         posterior: Over the parameters of the model.
-        inputs: ``(N, ...)``, float64.
+        inputs: ``(N, ...)``.
+
+    Raises:
+        CurvlabError: The posterior is over other parameters, the inputs are not a tensor, or the model does not give
+            one output for each.
     """
-    space = ParameterSpace.of(model)
-
-    def outputs(theta: Tensor) -> Tensor:
-        found: Tensor = torch.func.functional_call(model, space.unflatten(theta), (inputs,))
-        return found[:, 0]
-
+    outputs, total = _logits(model, inputs), ParameterSpace.of(model).total
+    if not isinstance(posterior, Gaussian) or len(posterior.mean) != total:
+        given = f"one over {len(posterior.mean)}" if isinstance(posterior, Gaussian) else describe_value(posterior)
+        raise CurvlabError(f"posterior must be a Gaussian over the {total} parameters of the model, not {given}")
     jacobian = torch.func.jacrev(outputs)(posterior.mean)
     deviations = torch.einsum("np,pq,nq->n", jacobian, posterior.covariance, jacobian).sqrt()
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(_NODES))
