@@ -108,7 +108,13 @@ class ParameterSpace:
         return torch.cat([vectors[name].reshape(-1) for name in self.names])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the parts of a flat ``(P,)`` by parameter name, as views with the shapes of the parameters."""
+        """Return the parts of a flat ``(P,)`` by parameter name, as views with the shapes of the parameters.
+
+        Raises:
+            CurvlabError: It is not a tensor ``(P,)``.
+        """
+        if not isinstance(vector, Tensor) or vector.shape != (self.total,):
+            raise CurvlabError(f"a vector of this space has shape ({self.total},), not {describe_value(vector)}")
         return {
             name: vector[part].view(shape) for (name, part), shape in zip(self.slices.items(), self.shapes, strict=True)
         }

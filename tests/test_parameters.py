@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models_under_test import case
-from torch import nn
+from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
 from curvlab.parameters import ParameterSpace
@@ -54,6 +54,12 @@ def test_flatten_and_unflatten_are_inverse() -> None:
 def test_vectors_of_another_space_are_refused(vectors: object, told: str) -> None:
     with pytest.raises(CurvlabError, match=told):
         ParameterSpace.of(nn.Linear(2, 3)).flatten(vectors)
+
+
+@pytest.mark.parametrize("vector", [torch.zeros(8), torch.zeros(10), torch.zeros(9, 1), torch.zeros(()), None])
+def test_parts_of_a_vector_of_another_size_are_refused(vector: Tensor) -> None:
+    with pytest.raises(CurvlabError, match=r"a vector of this space has shape \(9,\), not"):
+        ParameterSpace.of(nn.Linear(2, 3)).unflatten(vector)
 
 
 def test_bad_selections_are_refused() -> None:
