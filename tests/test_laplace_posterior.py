@@ -1,6 +1,7 @@
 """The analysis ``laplace_posterior``: its numbers for two weights by other means, its claims both ways, its figures."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from curvlab import Problem, estimate
 from curvlab.analyze.frame.analysis import Results, Workspace
 from curvlab.analyze.frame.subject import Subject
-from curvlab.analyze.lecture.laplace_posterior import ANALYSIS, PRESETS, make_data, measure, report
+from curvlab.analyze.lecture.laplace_posterior import ANALYSIS, PRESETS, _diagnose, make_data, measure, report
 from curvlab.analyze.lecture.laplace_posterior_options import LaplacePosteriorConfig
 from curvlab.commandline.options import RunOptions
 from curvlab.errors import CurvlabError
@@ -99,7 +100,7 @@ def test_refusals(changed, message):
 KL = {"diag": (0.1, 0.3), "kfac": (0.05, 0.2), "full": (0.02, 0.09), "at_once": (0.02, 0.03)}
 
 
-def results(kl=(), printed=0.05, predictive=(), rhat=1.01, chunks=5, seeds=3):
+def results(kl=(), printed=0.05, predictive=(), rhat=1.01, ess=160.0, chunks=5, seeds=3):
     config = DEFAULT.model_copy(update={"chunks": chunks})
     kl, predictive = KL | dict(kl), {"diag": 0.04, "full": 0.03} | dict(predictive)
     table, diagnostics = [], []
@@ -123,7 +124,7 @@ def results(kl=(), printed=0.05, predictive=(), rhat=1.01, chunks=5, seeds=3):
                 {**keys, "model": "logistic", "edge_mass": 1e-9, "rhat": None, "ess": None, "noise": None}
             )
             diagnostics.append(
-                {**keys, "model": "network", "edge_mass": None, "rhat": rhat, "ess": 100.0, "noise": 0.004}
+                {**keys, "model": "network", "edge_mass": None, "rhat": rhat, "ess": ess, "noise": 0.004}
             )
     return Results(config, DIGITS, {"table": table, "diagnostics": diagnostics}, total=6)
 
@@ -158,9 +159,35 @@ def test_full_that_is_farther_than_the_diagonal_fails():
     assert [text.split(" is closer")[0] for text in found] == ["K-FAC curvature", "Full curvature"]
 
 
-def test_chains_that_do_not_agree_say_nothing():
-    verdicts = {claim.verdict: claim.reason for claim in report(results(rhat=1.2)).claims}
-    assert verdicts["not tested"] == "sampler is R-hat above 1.05, published: R-hat at most 1.05"
+SAMPLED = "R-hat at most 1.05 and effective sample size at least 10 per chain"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler", "note"),
+    [
+        ({"rhat": 1.2}, "R-hat above 1.05 or undefined", "at most 1.200, effective sample size at least 160"),
+        ({"rhat": None}, "R-hat above 1.05 or undefined", "is not defined"),  # NaN or infinite, as JSON has it
+        ({"rhat": math.nan}, "R-hat above 1.05 or undefined", "is not defined"),
+        ({"ess": 159.0}, "R-hat at most 1.05 and effective sample size below 10 per chain", "at least 159"),
+        ({"ess": None}, "R-hat at most 1.05 and effective sample size below 10 per chain", "is not defined"),
+    ],
+)
+def test_chains_that_do_not_agree_or_are_too_short_say_nothing(changes, sampler, note):
+    found = report(results(**changes))
+    verdicts = {claim.verdict: claim.reason for claim in found.claims}
+    assert verdicts["not tested"] == f"sampler is {sampler}, published: {SAMPLED}"
+    assert note in found.notes[0]
+
+
+def test_the_worst_of_chains_that_stand_still_at_one_input_is_not_passed_over():
+    moving = torch.rand(40, 2, 1, generator=torch.Generator().manual_seed(0)).double()
+    for parts in ([moving, torch.ones_like(moving)], [torch.ones_like(moving), moving]):
+        found = _diagnose(torch.cat(parts, 2))
+        assert math.isnan(found["rhat"])
+        assert math.isnan(found["ess"])
+
+
+def test_few_chunks_say_nothing():
     assert {claim.verdict for claim in report(results(chunks=2)).claims} == {"not tested"}
 
 

@@ -1,6 +1,7 @@
 """How far is Laplace's sequential posterior from the exact one? Carta's lecture, "EWC - Laplace Approximation"."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
-from curvlab.analyze.frame.values import where
+from curvlab.analyze.frame.values import number, where
 from curvlab.analyze.lecture import laplace_posterior_claims
 from curvlab.analyze.lecture.laplace_posterior_options import LABELS, LaplacePosteriorConfig
 from curvlab.commandline.options import RunOptions
@@ -188,16 +189,22 @@ def _distances(grid: Any, posterior: Gaussian) -> Record:
 def _diagnose(probabilities: Tensor) -> Record:
     """Return diagnostics of the predicted probabilities ``(draws, chains, N)``; weights of a network have symmetries.
 
-    ``rhat`` and ``ess`` are the worst over at most 20 test inputs, ``noise`` is the mean difference between the
-    probabilities of even and of odd chains, over 2: about the error of their mean.
+    ``rhat`` and ``ess`` are the worst over at most 20 test inputs, NaN if all draws are equal at one of them. ``noise``
+    is the mean difference between the probabilities of even and of odd chains, over 2: about the error of their mean.
     """
     some = probabilities[..., :: max(1, probabilities.shape[2] // 20)].unbind(-1)
     halves = probabilities[:, ::2].mean((0, 1)) - probabilities[:, 1::2].mean((0, 1))
     return {
-        "rhat": max(map(split_rhat, some)),
-        "ess": min(map(effective_sample_size, some)),
+        "rhat": _worst(max, map(split_rhat, some)),
+        "ess": _worst(min, map(effective_sample_size, some)),
         "noise": float(halves.abs().mean() / 2),
     }
+
+
+def _worst(choose: Callable[[Sequence[float]], float], values: Iterable[float]) -> float:
+    """Return the largest or smallest of values; NaN if one is NaN, which ``max`` and ``min`` may pass over."""
+    known = list(values)
+    return math.nan if any(map(math.isnan, known)) else choose(known)
 
 
 def _panel(samples: int, grid: Any, found: Mapping[str, Gaussian]) -> Record:
@@ -279,10 +286,14 @@ def _with_noise(found: Sequence[Record], diagnostics: Sequence[Record]) -> list[
 def _notes(diagnostics: Sequence[Record]) -> list[str]:
     notes = []
     if sampled := where(diagnostics, model="network"):
-        rhat, ess = max(row["rhat"] for row in sampled), min(row["ess"] for row in sampled)
+        rhat = _worst(max, (number(row["rhat"]) for row in sampled))
+        ess = _worst(min, (number(row["ess"]) for row in sampled))
         notes.append(
             f"Hamiltonian Monte Carlo: split R-hat of probabilities at most {rhat:.3f}, effective sample size at least "
             f"{ess:,.0f}."
+            if math.isfinite(rhat) and math.isfinite(ess)
+            else "Hamiltonian Monte Carlo: split R-hat or effective sample size is not defined, because at a test "
+            "input the probability does not vary within any chain."
         )
     if grids := where(diagnostics, model="logistic"):
         notes.append(f"Grid: probability of its border at most {max(row['edge_mass'] for row in grids):.1e}.")

@@ -8,8 +8,10 @@ from curvlab.analyze.frame.values import divide, number, where
 from curvlab.analyze.lecture.laplace_posterior_options import LABELS, LaplacePosteriorConfig
 from curvlab.results import Claim, require_direction
 
-#: Split R-hat above which the chains do not agree.
+#: Split R-hat above which the chains do not agree (Gelman et al. 2013, section 11.4, ask for 1.1).
 RHAT = 1.05
+#: Effective draws for each chain below which the means are not known (Gelman et al. 2013, section 11.5).
+EFFECTIVE = 10
 _EXACT_ENOUGH = 0.1  # nats
 _PREDICTIVE = 0.05  # of a probability
 
@@ -23,8 +25,11 @@ def claims(found: Sequence[Record], diagnostics: Sequence[Record], config: Lapla
         config: Configuration of the run.
     """
     slides = read_published("lecture")["laplace_posterior"]
-    worst = max((number(row["rhat"]) for row in where(diagnostics, model="network")), default=1.0)
-    ours = {"chunks": config.chunks, "sampler": f"R-hat {'at most' if worst <= RHAT else 'above'} {RHAT:g}"}
+    sampled = where(diagnostics, model="network")
+    # A number that is missing, of chains that did not move, is not at most and not at least a bound.
+    agree = all(number(row["rhat"]) <= RHAT for row in sampled)
+    enough = all(number(row["ess"]) >= EFFECTIVE * config.chains for row in sampled)
+    ours = {"chunks": config.chunks, "sampler": _describe_sampler(agree, enough)}
     gates = {
         model: require_direction(ours, slides["conditions"], slides["direction"][model])
         for model in slides["direction"]
@@ -111,3 +116,10 @@ def claims(found: Sequence[Record], diagnostics: Sequence[Record], config: Lapla
         ),
     ]
     return answers
+
+
+def _describe_sampler(agree: bool, enough: bool) -> str:
+    if not agree:
+        return f"R-hat above {RHAT:g} or undefined"
+    bound = "at least" if enough else "below"
+    return f"R-hat at most {RHAT:g} and effective sample size {bound} {EFFECTIVE} per chain"

@@ -29,7 +29,7 @@ class LaplacePosteriorConfig(subject.SubjectConfig):
     """Number of samples of a chunk."""
     prior_precision: float = Field(default=0.5, gt=0)
     """Prior precision of every parameter; the prior mean is zero."""
-    draws: int = Field(default=300, ge=2)
+    draws: int = Field(default=300, ge=4)
     """Number of draws of each chain."""
     warmup: int = Field(default=200, ge=1)
     """Number of warm-up draws of each chain, which are dropped."""
