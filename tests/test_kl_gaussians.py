@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import Normal, Uniform
 from torch.distributions import kl_divergence as closed_form
 
 from curvlab import Problem, estimate
@@ -57,6 +57,80 @@ def test_a_fit_that_does_not_converge(monkeypatch):
     monkeypatch.setattr("curvlab.divergences._ITERATIONS", 1)
     with pytest.raises(CurvlabError, match="the reverse fit from mean -4 and standard deviation 5 does not converge"):
         fit_normal(mixture(3.0), "reverse", -4.0, 5.0, GRID)
+
+
+LINE = quadrature_grid(-10, 10)
+
+
+@pytest.mark.parametrize(
+    ("p", "grid", "message"),
+    [
+        ((0.0, 1.0), torch.logspace(-2, 1, 300), "must be equally spaced, but their distances are between 0.00023"),
+        (
+            (0.0, 1.0),
+            torch.cat([LINE[:900], LINE[901:]]),
+            "must be equally spaced, but their distances are between 0.01 and",
+        ),
+        ((0.0, 1.0), LINE.flip(0), "must be three or more and increase; take a quadrature_grid"),
+        ((0.0, 1.0), LINE[[0, -1]], "must be three or more and increase"),
+        ((0.0, 1.0), torch.zeros(9), "must be three or more and increase"),
+        ((0.0, 1.0), LINE.view(3, -1), r"the grid must be a dense real tensor \(n,\), not .*\(3, 667\)"),
+        ((0.0, 1.0), [0.0, 1.0, 2.0], "the grid must be a dense real tensor"),
+        ((0.0, 1.0), math.nan * LINE, "the grid must be finite"),
+        ((0.0, 1.0), quadrature_grid(0, 1), r"mass of p on the grid is 0\.34.*, not 1: .* too narrow or too coarse"),
+        ((0.0, 1.0), quadrature_grid(-10, 10, 5), r"mass of p on the grid is 1\.99.* in steps of 5 "),
+        ((20.0, 1.0), LINE, "mass of p on the grid is .*, not 1"),
+    ],
+)
+def test_grids_that_do_not_fit(p, grid, message):
+    for call in (
+        lambda: kl_divergence(normal(*p), normal(1.0, 1.0), grid),
+        lambda: fit_normal(normal(*p), "forward", 1.0, 1.0, grid),
+    ):
+        with pytest.raises(CurvlabError, match=message):
+            call()
+
+
+def test_other_grids_of_equal_spacing():
+    expected = pytest.approx(0.5, abs=1e-5)
+    for grid in (LINE.float(), torch.arange(-10, 11), torch.linspace(990, 1010, 2001)):
+        centre = float(grid.double().mean())
+        assert float(kl_divergence(normal(centre, 1.0), normal(centre + 1, 1.0), grid)) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quadrature_grid(1, 0), "low must be below high, not 1 with high 0"),
+        (lambda: quadrature_grid(0, math.inf), "high must be a finite real number, not inf"),
+        (lambda: quadrature_grid(0, 1, 2), "points must be a whole number from 3, not 2"),
+        (lambda: kl_divergence(None, normal(0.0, 1.0), LINE), "p must be one distribution on the real line, not None"),
+        (
+            lambda: kl_divergence(normal(0.0, 1.0), Normal(torch.zeros(3), 1.0), LINE),
+            r"q must be one .* a batch \(3,\)",
+        ),
+        (
+            lambda: kl_divergence(normal(0.0, 1.0), Uniform(0.0, 1.0), LINE),
+            "q has no density at some points of the grid",
+        ),
+        (
+            lambda: kl_divergence(Uniform(0.0, 1.0), normal(0.0, 1.0), LINE),
+            "p has no density at some points of the grid",
+        ),
+        (
+            lambda: fit_normal(normal(0.0, 1.0), "forward", 0.0, math.inf, LINE),
+            "std must be a finite number above 0, not inf",
+        ),
+        (
+            lambda: fit_normal(normal(0.0, 1.0), "reverse", None, 1.0, LINE),
+            "mean must be a finite real number, not None",
+        ),
+        (lambda: fit_normal(None, "reverse", 0.0, 1.0, LINE), "p must be one distribution on the real line"),
+    ],
+)
+def test_arguments_of_divergences(call, message):
+    with pytest.raises(CurvlabError, match=message):
+        call()
 
 
 def run(config=CONFIG, seeds=3, **changed):
@@ -137,5 +211,5 @@ def test_an_unknown_direction_is_refused():
     grid = torch.linspace(-5, 5, 101, dtype=torch.float64)
     with pytest.raises(CurvlabError, match="direction must be forward or reverse, not 'Forward'"):
         fit_normal(Normal(0.0, 1.0), "Forward", 0.0, 1.0, grid)
-    with pytest.raises(CurvlabError, match="std must be positive, not 0"):
+    with pytest.raises(CurvlabError, match="std must be a finite number above 0, not 0"):
         fit_normal(Normal(0.0, 1.0), "reverse", 0.0, 0.0, grid)
