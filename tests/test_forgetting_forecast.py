@@ -1,6 +1,7 @@
 """Expansions of past tasks' losses against dense matrices, and the analysis ``forgetting_forecast``."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from curvlab.analyze.regimes.forgetting_forecast import (
     score_horizons,
 )
 from curvlab.continual.forecast import expand_loss, load_expansion, loss_and_gradient
+from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.problem import Problem
 
@@ -72,6 +74,83 @@ def test_a_small_step_changes_the_loss_by_the_exact_expansion(problem):
         nn.utils.vector_to_parameters(expansion.weights + d, problem.model.parameters())
         errors.append(abs(loss_and_gradient(problem)[0] - expansion.loss - second))
     assert errors[1] < errors[0] / 500  # of third order
+
+
+@pytest.mark.parametrize("structures", [[], ["diag"]])
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:5], lambda w: w[:1], lambda w: w[0], lambda w: w[:, None], lambda w: w.to("meta"), list]
+)
+def test_weights_of_another_size_are_refused(problem, structures, change):
+    expansion = expand_loss(problem, structures)
+    with pytest.raises(
+        CurvlabError, match=r"weights must be a tensor \(51,\) on cpu, as the weights of the expansion, not"
+    ):
+        expansion.forecast(change(expansion.weights))
+
+
+def test_weights_of_another_dtype(problem):
+    expansion = expand_loss(problem, ["diag"])
+    moved = (expansion.weights + 1).float()
+    other = expand_loss(Problem(problem.model.float(), "cross_entropy", problem.data), ["diag"])
+    assert other.forecast(moved.double())["diag"] == pytest.approx(expansion.forecast(moved)["diag"], rel=1e-4)
+
+
+def test_parameters_without_a_part_in_the_loss_have_no_gradient(problem):
+    problem.model.unused = nn.Linear(1, 1).double()
+    problem.model.forward = lambda x: problem.model[2](problem.model[1](problem.model[0](x)))
+    _, gradient = loss_and_gradient(Problem(problem.model, "cross_entropy", problem.data))
+    assert gradient[:-2].all()
+    assert not gradient[-2:].any()
+
+
+def test_an_expansion_of_vectors_that_do_not_fit(problem):
+    expansion = expand_loss(problem, ["diag"])
+    with pytest.raises(CurvlabError, match=r"the gradient must be a tensor \(51,\)"):
+        replace(expansion, gradient=expansion.gradient[:5])
+    with pytest.raises(CurvlabError, match="the matrix diag is over 51 parameters, but the expansion over 5"):
+        replace(expansion, gradient=expansion.gradient[:5], weights=expansion.weights[:5])
+    with pytest.raises(CurvlabError, match="the weights of an expansion must be a tensor"):
+        replace(expansion, weights=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda problem: expand_loss(problem, "diag"),
+            r"structures must be a list, such as \['diag', 'kfac'\], not 'diag'",
+        ),
+        (lambda problem: expand_loss(problem, None), "structures must be a list"),
+        (lambda _: expand_loss(None, ["diag"]), r"problem must be a curvlab\.Problem, not None"),
+        (lambda _: load_expansion(None), "None is not a path"),
+        (lambda problem: expand_loss(problem, []).save(None), "None is not a path"),
+    ],
+)
+def test_arguments_of_expansions(problem, call, message):
+    with pytest.raises(CurvlabError, match=message):
+        call(problem)
+
+
+def test_folders_without_an_expansion(problem, tmp_path):
+    with pytest.raises(CurvlabError, match=r"there is no expansion in .*absent, which has no file expansion\.pt"):
+        load_expansion(tmp_path / "absent")
+    expansion, file = expand_loss(problem, ["diag"]), tmp_path / "expansion.pt"
+    expansion.save(str(tmp_path))
+    with pytest.raises(CurvlabError, match="is a file, not a folder"):
+        expansion.save(file)
+    whole = file.read_bytes()
+    for content in (whole[:100], b""):
+        file.write_bytes(content)
+        with pytest.raises(CurvlabError, match=r"expansion\.pt cannot be read \(truncated, or not an expansion\)"):
+            load_expansion(tmp_path)
+    for content in ([1], {"loss": 0.0}):
+        torch.save(content, file)
+        with pytest.raises(CurvlabError, match=r"expansion\.pt cannot be read"):
+            load_expansion(tmp_path)
+    file.write_bytes(whole)
+    (tmp_path / "diag.safetensors").unlink()
+    with pytest.raises(CurvlabError, match=r"there is no file .*diag\.safetensors"):
+        load_expansion(tmp_path)
 
 
 # Scores.
