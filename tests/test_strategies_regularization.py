@@ -696,6 +696,25 @@ class TestIMM:
         ):
             pass
 
+    @pytest.mark.parametrize(
+        ("earlier", "rate", "message"),
+        [
+            (
+                {"weight": torch.ones(1, 2)},
+                float("nan"),
+                "rate of drop-transfer must be at least 0 and below 1, not nan",
+            ),
+            ({"weight": torch.ones(1, 2)}, None, "rate of drop-transfer must be at least 0 and below 1, not None"),
+            ({"weight": torch.ones(1, 3)}, 0.5, r"the earlier weight must be a .* shape \(1, 2\) .* shape \(1, 3\)"),
+            ({"weight": torch.ones(1, 2).double()}, 0.5, r"the earlier weight must be .*float32 .* not .*float64"),
+            ({"weight": None}, 0.5, "the earlier weight must be .* not None"),
+            (None, 0.5, "earlier must be a dict of tensors by parameter name, not None"),
+        ],
+    )
+    def test_arguments_of_drop_transfer(self, earlier: Any, rate: Any, message: str) -> None:
+        with pytest.raises(CurvlabError, match=message), drop_transfer(nn.Linear(2, 1), earlier, rate):
+            pass
+
     def test_heads_that_are_not_merged_stay(self) -> None:
         mine, theirs, stream = mlp(4), mlp(4), split(2)
         full_batch(stream, mine, IMM("mean", params="0.*"), head="multi")
@@ -955,6 +974,7 @@ class TestRefusals:
             (SI(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (MAS(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (IMM("mean", params="fc*"), r"no trainable parameter matches 'fc\*'"),
+            (IMM("mean", params="1.*", drop=0.5), "drop-transfer is for linear layers; .*: set drop to 0"),
         ],
     )
     def test_what_does_not_fit_the_network_is_refused_before_the_first_step(
@@ -965,6 +985,16 @@ class TestRefusals:
         with pytest.raises(CurvlabError, match=message):
             full_batch(tasks(2), model, strategy)
         assert torch.equal(flat(model.parameters()), before)
+
+    def test_drop_transfer_of_convolutions_is_refused_before_the_first_step(self) -> None:
+        model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4), nn.Flatten()).double()
+        before = flat(model.parameters()).clone()
+        with pytest.raises(
+            UnsupportedError, match="Sequential has no linear layer with earlier weights: set drop to 0"
+        ):
+            full_batch(tasks(2), model, IMM("mean", drop=0.5))
+        assert torch.equal(flat(model.parameters()), before)
+        full_batch(tasks(2), model, IMM("mean"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,13 +1,35 @@
 """Drop-transfer of IMM: dropout that replaces dropped weights by those of an earlier solution."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.checks import describe_value
+from curvlab.continual.options import is_number
 from curvlab.errors import CurvlabError, UnsupportedError
+
+
+def find_dropping_layers(model: nn.Module, names: Collection[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model whose weight is among the names, by the name of the weight.
+
+    Raises:
+        UnsupportedError: There is none.
+    """
+    layers = {
+        f"{name}.weight".removeprefix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    found = {name: layer for name, layer in layers.items() if name in names}
+    if not found:
+        raise UnsupportedError(
+            f"drop-transfer is for linear layers; {type(model).__name__} has no linear layer with earlier weights: set "
+            "drop to 0"
+        )
+    return found
 
 
 @contextmanager
@@ -24,7 +46,7 @@ def drop_transfer(model: nn.Module, earlier: Mapping[str, Tensor], rate: float) 
         rate: Dropout probability p, at least 0 and below 1.
 
     Raises:
-        CurvlabError: The rate is out of range.
+        CurvlabError: The rate is out of range, or an earlier weight is not a tensor like the present one.
         UnsupportedError: No linear layer is listed in ``earlier``.
 
     Examples:
@@ -36,17 +58,22 @@ def drop_transfer(model: nn.Module, earlier: Mapping[str, Tensor], rate: float) 
         >>> torch.allclose(output, layer(torch.ones(1, 2)))
         True
     """
-    if not 0 <= rate < 1:
-        raise CurvlabError(f"the rate of drop-transfer must be at least 0 and below 1, not {rate}")
-    layers = {
-        f"{name}.weight".removeprefix("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    found = [(layer, earlier[name].detach()) for name, layer in layers.items() if name in earlier]
-    if not found:
-        raise UnsupportedError("drop-transfer is for linear layers; the model has no linear layer with earlier weights")
-    handles = [layer.register_forward_hook(partial(_forward, weight, rate)) for layer, weight in found]
+    if not is_number(rate) or not 0 <= rate < 1:
+        raise CurvlabError(f"the rate of drop-transfer must be at least 0 and below 1, not {rate!r}")
+    if not isinstance(earlier, Mapping):
+        raise CurvlabError(f"earlier must be a dict of tensors by parameter name, not {describe_value(earlier)}")
+    layers = find_dropping_layers(model, earlier)
+    for name, layer in layers.items():
+        old, new = earlier[name], layer.weight
+        kind = (new.shape, new.dtype, new.device)
+        if not isinstance(old, Tensor) or (old.shape, old.dtype, old.device) != kind:
+            raise CurvlabError(
+                f"the earlier {name} must be a tensor of {new.dtype} and shape {tuple(new.shape)} on {new.device}, not "
+                f"{describe_value(old)}"
+            )
+    handles = [
+        layer.register_forward_hook(partial(_forward, earlier[name].detach(), rate)) for name, layer in layers.items()
+    ]
     try:
         yield
     finally:

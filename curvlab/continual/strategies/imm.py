@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from curvlab.continual.drop_transfer import drop_transfer
+from curvlab.continual.drop_transfer import drop_transfer, find_dropping_layers
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import add_pull_, curvature_options, estimate_curvature, try_curvature
@@ -49,7 +49,7 @@ class IMM(Strategy):
         drop: Dropout probability of drop-transfer, at least 0 and below 1; 0 for none.
 
     Raises:
-        CurvlabError: An option is invalid, or no backend computes the curvature.
+        CurvlabError: An option is invalid, no backend computes the curvature, or no linear layer can drop.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class IMM(Strategy):
         if self.mode == "mode":
             try_curvature(learner, self.curvature)
         self.space = ParameterSpace.of(learner.model, self.curvature["params"])
+        if self.drop:
+            find_dropping_layers(learner.model, self.space.names)
         self.own: Tensor | None = None  # the solution of the last task
         self.merged: Tensor | None = None
         self.weights: Tensor | float = 0.0
