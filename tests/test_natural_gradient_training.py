@@ -228,7 +228,8 @@ def test_joint_training_needs_outputs_in_common() -> None:
         ({"structure": "diag"}, "structure belongs to ngd, not to adam; leave structure at kfac"),
         ({"damping": 0.1, "optimizer": "sgd"}, r"damping belongs to ngd, not to sgd; leave damping at 0\.001"),
         ({"optimizer": "ngd", "momentum": 0.9}, r"momentum belongs to sgd, not to ngd; leave momentum at 0\.0"),
-        ({"optimizer": "ngd", "damping": -1.0}, "damping must be at least 0, not -1"),
+        ({"optimizer": "ngd", "damping": -1.0}, "damping must be a finite number of at least 0, not -1"),
+        ({"optimizer": "ngd", "damping": float("inf")}, "damping must be a finite number of at least 0, not inf"),
         ({"optimizer": "ngd", "structure": "kfca"}, "did you mean 'kfac'"),
         ({"optimizer": "ngd", "structure": 3}, "structure"),
     ],
@@ -243,6 +244,42 @@ def test_a_network_without_the_structure_is_named() -> None:
     with pytest.raises(UnsupportedError, match="'kfac:rest=diag' gives such parameters their diagonal"):
         fit(model, blobs(), optimizer="ngd", steps=1, progress=False)
     fit(model, blobs(), optimizer="ngd", structure="kfac:rest=diag", lr=0.1, steps=2, progress=False)
+
+
+def dead(bias: bool) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 4, bias=bias))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    return model
+
+
+def test_a_network_without_any_gradient_says_so() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"gradient of every parameter is zero .*: the units of a layer may be dead"
+    ):
+        fit(dead(bias=False), blobs(), optimizer="ngd", steps=1, progress=False)
+
+
+def test_a_dead_layer_is_named_though_a_penalty_pulls_it() -> None:
+    """L2 pulls dead weights to those of the last task, so that their gradient is not zero."""
+
+    class Pulled(Naive):
+        def after_backward(self, learner: Any) -> None:
+            for parameter in learner.parameters.values():
+                parameter.grad = parameter.grad + 1
+
+    with pytest.raises(UnsupportedError, match=r"the gradient of 0\.weight is zero .*: its units may be dead"):
+        run(stream("single"), dead(bias=True), Pulled(), **OPTIONS)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "diag", "implicit"])
+def test_a_gradient_that_overflows_is_not_the_fault_of_the_layers(structure: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_().mul_(1e30)
+    with pytest.raises(CurvlabError, match=r"gradient of 0\.weight is not finite: lower lr \(here at most 0\.5\)"):
+        fit(model, blobs(), optimizer="ngd", structure=structure, lr=0.5, steps=2, progress=False)
 
 
 def test_a_dead_layer_is_named() -> None:

@@ -140,14 +140,14 @@ _OPTIMIZER_WITH = {"momentum": "sgd", **dict.fromkeys(_NATURAL, "ngd")}
 _SCHEDULES_WITH = {"schedule_factor": ("step", "exponential"), "schedule_drops": ("step",)}
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "lr": ("a positive number", lambda value: value > 0),
-    "lr_decay": ("a positive number", lambda value: value > 0),
-    "min_lr": ("a number of at least 0", lambda value: value >= 0),
+    "lr": ("a finite number above 0", lambda value: value > 0),
+    "lr_decay": ("a finite number above 0", lambda value: value > 0),
+    "min_lr": ("a finite number of at least 0", lambda value: value >= 0),
     "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "weight_decay": ("at least 0", lambda value: value >= 0),
-    "damping": ("at least 0", lambda value: value >= 0),
+    "weight_decay": ("a finite number of at least 0", lambda value: value >= 0),
+    "damping": ("a finite number of at least 0", lambda value: value >= 0),
     "schedule_factor": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "clip_norm": ("a positive number", lambda value: value > 0),
+    "clip_norm": ("a finite number above 0", lambda value: value > 0),
 }
 
 
