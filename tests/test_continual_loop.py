@@ -685,6 +685,7 @@ def test_a_strategy_is_used_again() -> None:
             "observe must return a dictionary of plain values .it may be empty., not NoneT",
         ),
         ({"observe": 5}, "observe must be a function of the learner, not int"),
+        ({"checkpoint": 5}, "5 is not a path of a file"),
         (
             {"model": network().to("meta")},
             "the parameter 0.weight of the model has no values: it is on the meta device",

@@ -399,6 +399,14 @@ def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
         ({"steps": None}, "either epochs or steps"),
         ({"seed": -1}, "seed must be a whole number from 0, not -1"),
         ({"target": 0.9}, "target must be an accuracy .* with evaluation data"),
+        ({"target": "0.9", "evaluation": blobs()}, "target must be a finite real number, not '0.9'"),
+        ({"target": float("nan"), "evaluation": blobs()}, "target must be a finite real number, not nan"),
+        ({"checkpoint": 3}, "3 is not a path of a file"),
+        (
+            {"observers": 3},
+            r"observers must be a list of objects with the methods of curvlab\.training\.Observer, not 3",
+        ),
+        ({"observers": [print]}, "observers must be a list of objects with the methods"),
         ({"loss": "hinge"}, "no loss 'hinge'"),
         ({"evaluate_every": 0}, "evaluate_every must be a whole number from 1, not 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be a whole number from 1, not 0"),
@@ -413,6 +421,12 @@ def test_loss_that_ceases_to_be_finite_is_named_with_its_step() -> None:
 def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(CurvlabError, match=message):
         fit(network(), blobs(), **({"steps": 2} | changes))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, float("nan"), "8", True])
+def test_wrong_batch_sizes_of_an_evaluation_are_refused(size: Any) -> None:
+    with pytest.raises(CurvlabError, match="batch_size must be a whole number from 1, not "):
+        evaluate(network(), *blobs(), batch_size=size)
 
 
 def test_wrong_data_and_weights_are_refused() -> None:

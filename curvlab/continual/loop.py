@@ -23,7 +23,7 @@ from curvlab.continual.steps import DROPOUT, STRATEGY, do_steps
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.tasks import Part, Task
 from curvlab.errors import CurvlabError
-from curvlab.files import make_writable_folder
+from curvlab.files import make_writable_folder, to_path
 from curvlab.progress import Advance
 from curvlab.progress import progress as progress_bar
 from curvlab.randomness import preserve_random_state
@@ -145,7 +145,7 @@ def run(
     if checkpoint is not None:
         described = options | checkpoints.describe_training(trainings) | {"strategy": checkpoints.describe(strategy)}
         described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
-        file = CheckpointFile(Path(checkpoint), fingerprint(described, model))
+        file = CheckpointFile(to_path(checkpoint), fingerprint(described, model))
     learner = Learner(model, stream, outputs, loss, options["target_scale"], get_batch_size(trainings[0]))
     return _Run(learner, copy.deepcopy(strategy), options, trainings, observe, file).learn_all(progress)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss, get_loss
 from curvlab.training.samples import Samples, check_samples, reference, require_module, take, translate_model_errors
@@ -48,8 +49,7 @@ def evaluate(
         >>> evaluate(nn.Identity(), torch.eye(3), torch.tensor([0, 1, 0])).accuracy
         0.666...
     """
-    if batch_size < 1:
-        raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
+    batch_size = whole_number(batch_size, "batch_size", 1)
     criterion = get_loss(loss)
     require_module(model)
     with restore_modes(model):

@@ -9,6 +9,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from curvlab.files import to_path
 from curvlab.losses import get_loss
 from curvlab.progress import progress as progress_bar
 from curvlab.training.checkpoint import CheckpointFile, fingerprint
@@ -114,7 +115,7 @@ def fit(
     file = None
     if checkpoint is not None:
         options = plan.describe() | ({"observers": observer_list.names} if observers else {})
-        file = CheckpointFile(Path(checkpoint), fingerprint(options, model, training=data, evaluation=evaluation))
+        file = CheckpointFile(to_path(checkpoint), fingerprint(options, model, training=data, evaluation=evaluation))
     run = Run(plan, model, observer_list, file)
     with (
         restore_modes(model),

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
 from curvlab.randomness import preserve_random_state
 from curvlab.training.state import StepGuard, restore_gradients, restore_modes
@@ -47,9 +48,17 @@ class Observers:
 
     Attributes:
         seconds: Wall time spent in the observers.
+
+    Raises:
+        CurvlabError: They are not a sequence of observers.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
+        if not isinstance(observers, Sequence) or not all(map(_is_observer, observers)):
+            raise CurvlabError(
+                "observers must be a list of objects with the methods of curvlab.training.Observer, not "
+                f"{describe_value(observers)}"
+            )
         self._observers = tuple(observers)
         #: For each observer: the step of its last complete call, and its state after that call.
         self._last: list[tuple[int, dict[str, Any] | None]] = [(-1, None)] * len(self._observers)
@@ -108,6 +117,11 @@ class Observers:
         for observer, (_, state) in zip(self._observers, self._last, strict=True):
             if state is not None:
                 observer.load_state_dict(state)
+
+
+def _is_observer(one: object) -> bool:
+    methods = ("due", "__call__", "state_dict")  # load_state_dict is needed by continued runs only
+    return not isinstance(one, type) and all(callable(getattr(one, method, None)) for method in methods)
 
 
 @contextmanager

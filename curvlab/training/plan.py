@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from curvlab.checks import whole_number
+from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.losses import Loss
 from curvlab.training.lengths import check_one_task, count_steps, get_batch_size
@@ -46,7 +46,9 @@ class Plan:
         if self.evaluate_every is not None:
             whole_number(self.evaluate_every, "evaluate_every", 1)
         if self.target is not None and (
-            self.evaluation is None or self.loss.name != "cross_entropy" or not 0 < self.target <= 1
+            self.evaluation is None
+            or self.loss.name != "cross_entropy"
+            or not 0 < real_number(self.target, "target") <= 1
         ):
             raise CurvlabError(
                 "target must be an accuracy above 0 and at most 1, with evaluation data and the loss cross_entropy"
