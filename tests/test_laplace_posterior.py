@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from curvlab import Problem, estimate
@@ -209,3 +210,8 @@ def test_the_figures(tmp_path):
     radius = (way @ torch.tensor(gaussian["covariance"]).double().inverse() * way).sum(1)
     torch.testing.assert_close(radius, torch.full((200,), 4.60517).double(), rtol=1e-4, atol=0)
     assert figures["divergence"]().axes[0].get_yscale() == "log"
+
+
+def test_fewer_draws_than_the_diagnostics_need_are_no_option():
+    with pytest.raises(ValidationError, match="greater than or equal to 4"):
+        LaplacePosteriorConfig(draws=3)
