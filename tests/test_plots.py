@@ -1,13 +1,16 @@
 """Figures: one style, and what they do at the limits of their records."""
 
 import re
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from curvlab import plots
-from curvlab.plots.style import GROUPS, set_log_ticks
+from curvlab.plots.style import GROUPS, set_log_ticks, set_whole_ticks
 
 MODULES = [file for file in Path(plots.__file__).parent.glob("*.py") if file.stem != "style"]
 
@@ -29,11 +32,78 @@ def test_more_groups_than_marks_begin_again() -> None:
     assert len(legend.get_texts()) == number + 1  # and the line of the bound
 
 
-@pytest.mark.parametrize(("high", "labels"), [(8.0, {1, 2, 5}), (1e6, {1})])
-def test_a_short_logarithmic_axis_has_labels_between_powers_of_ten(high: float, labels: set[int]) -> None:
+def labels_of(axis: Axis) -> list[str]:
+    """Return the tick labels inside the limits of an axis."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_locator()() if low <= tick <= high]
+    return [text for text in axis.get_major_formatter().format_ticks(ticks) if text]
+
+
+@pytest.mark.parametrize("most", [3, 4, 8])
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1.0, 8.0, {3: ["1", "3"], 4: ["1", "3"], 8: ["1", "2", "5"]}),
+        (0.025, 0.35, {3: ["0.03", "0.1", "0.3"], 4: ["0.03", "0.1", "0.3"], 8: ["0.05", "0.1", "0.2"]}),
+        (0.21, 0.29, None),  # neither a power of ten nor 2 or 5 times one
+        (2.1e-6, 2.9e-6, None),
+        (1.0, 1e6, None),
+        (1e-30, 1.0, None),
+    ],
+)
+def test_a_logarithmic_axis_has_two_to_most_numbers_whatever_its_range(
+    low: float, high: float, labels: dict[int, list[str]] | None, most: int
+) -> None:
     axes = Figure().add_subplot()
     axes.set_yscale("log")
-    axes.set_ylim(1.0, high)
-    set_log_ticks(axes.yaxis, axes.get_ylim())
-    inside = [tick for tick in axes.yaxis.get_major_locator().tick_values(1.0, high) if 1.0 <= tick <= high]
-    assert {int(f"{tick:e}"[0]) for tick in inside} == labels
+    set_log_ticks(axes.yaxis, most)
+    axes.set_ylim(low, high)  # after the ticks are chosen, as a panel that shares its axis does
+    found = labels_of(axes.yaxis)
+    assert 2 <= len(found) <= most + 1
+    assert len(set(found)) == len(found)
+    if labels:
+        assert found == labels[most]
+
+
+@pytest.mark.parametrize(("low", "high", "labels"), [(0.945, 1.055, ["1"]), (0.9, 2.1, ["1", "2"])])
+def test_an_axis_of_counts_has_whole_numbers_only(low: float, high: float, labels: list[str]) -> None:
+    axes = Figure().add_subplot()
+    axes.set_xlim(low, high)
+    set_whole_ticks(axes.xaxis)
+    assert labels_of(axes.xaxis) == labels
+
+
+def test_a_figure_of_forecasts_says_why_a_panel_is_empty() -> None:
+    table = [{"stream": "s", "structure": "diag", "gradient": False, "rank": None, "kilobytes": 1.0}]
+    horizons = [{"stream": "s", "structure": "diag", "horizon": 1, "rank": None}]
+    figure = plots.forecast_value(horizons, table, {"diag": "diagonal"}, "title")
+    assert [axes.texts[0].get_text().split(":")[0] for axes in figure.axes] == ["no rank correlation"] * 2
+    table[0]["rank"] = horizons[0]["rank"] = 0.5
+    figure = plots.forecast_value(horizons, table, {"diag": "diagonal"}, "title")
+    assert [list(axes.texts) for axes in figure.axes] == [[], []]
+    assert labels_of(figure.axes[0].xaxis) == ["1"]
+
+
+def test_the_moments_far_below_the_largest_are_left_out_and_counted() -> None:
+    entries = {"second_moment": [1.0, 1e-3, 1e-30, 1e-3], "fisher": [1.0, 1e-3, 1e-3, 0.0]}
+    figure = plots.moment_scatter(entries, {"fisher": "exact"})
+    assert np.asarray(figure.axes[0].collections[0].get_offsets()).tolist() == [[1.0, 1.0], [1e-3, 1e-3]]
+    assert min(figure.axes[0].get_ylim()) > 1e-12
+    assert "50.0% of the points" in figure.legends[0].get_texts()[1].get_text()
+    whole = {name: values[:2] for name, values in entries.items()}
+    assert len(plots.moment_scatter(whole, {"fisher": "exact"}).legends[0].get_texts()) == 1
+
+
+def test_labels_of_many_narrow_histograms_do_not_overlap() -> None:
+    records = [
+        {"seed": 0, "row": "F", "column": f"after B{i}", "low": low, "high": 10 * low, "count": 3}
+        for i in range(1, 6)
+        for low in (1e-16, 1e-9, 1e-2)
+    ]
+    figure = plots.log_histogram_grid(records, "title", "nonzero entry (nats)")
+    figure.canvas.draw()
+    boxes = [axes.xaxis.get_label().get_window_extent() for axes in figure.axes]
+    for axes in figure.axes:
+        texts = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        boxes += [text.get_window_extent() for tick, text in texts if 1e-17 < tick < 1]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))

@@ -1,6 +1,5 @@
 """Figures of continual learning: accuracies of methods and of training regimes after each task of a stream."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from curvlab.plots.records import Record, count_seeds, list_distinct
 from curvlab.plots.style import (
@@ -24,6 +22,8 @@ from curvlab.plots.style import (
     add_legend,
     finish,
     new_figure,
+    set_log_ticks,
+    set_whole_ticks,
 )
 
 _ACROSS: dict[str, Any] = {"linestyle": "--", "marker": None}
@@ -63,7 +63,7 @@ def accuracy_curves(
     panels[1, 0].set_ylabel("accuracy on the first task", fontsize=LABEL)
     for axes in panels.flat:
         _finish(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_ticks(axes.xaxis)
     styles = {labels.get(method, method): _style(place) for place, method in enumerate(methods)}
     for method in methods:
         if len({record["after"] for record in accuracies if record["method"] == method}) == 1 < last:
@@ -122,7 +122,7 @@ def regime_curves(
         axes.set_title(header, fontsize=LABEL)
     for axes in panels.flat:
         _finish(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_ticks(axes.xaxis)
     for axes in panels[-1]:
         axes.set_xlabel("after task", fontsize=LABEL)
     styles = {labels.get(regime, regime): _style(place) for place, regime in enumerate(regimes, start=1)}
@@ -157,15 +157,7 @@ def _draw_line(axes: Axes, x: np.ndarray, values: np.ndarray, place: int, bands:
 
 
 def _finish(axes: Axes) -> None:
-    if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        decades = math.log10(high / low)
-        subs = (
-            (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
-        )
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    set_log_ticks(axes.yaxis)
     finish(axes)
 
 
@@ -234,7 +226,7 @@ def _draw_curves(axes: Axes, records: Sequence[Record], styles: Mapping[str, Map
         elif len(tasks):
             axes.plot(tasks, values, marker="." if last <= 10 else None, markersize=4, **style)
     axes.set_xlabel("tasks learned", fontsize=LABEL)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    set_whole_ticks(axes.xaxis)
     finish(axes)
 
 

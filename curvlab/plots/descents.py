@@ -25,6 +25,7 @@ from curvlab.plots.style import (
     new_figure,
     set_log_scale,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 _STYLES: dict[str, dict[str, Any]] = {
@@ -58,9 +59,10 @@ def descent_panels(points: Sequence[Record], problem: Record, labels: Mapping[st
             way.plot(*_leave(way, column(mine, "weight"), column(mine, "bias")), **style)
         loss.set_title(f"learning rate {rate:g}", fontsize=LABEL)
         loss.set_xlabel("step", fontsize=LABEL)
+        set_whole_ticks(loss.xaxis, 6)
         loss.set_ylabel("loss above the smallest", fontsize=LABEL)
         if set_log_scale(loss, y=True):
-            set_log_ticks(loss.yaxis, loss.get_ylim(), most=6)
+            set_log_ticks(loss.yaxis, most=6)
         finish(loss)
         finish(way)
     lines = [
@@ -114,8 +116,9 @@ def loss_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figure:
     if count_seeds(records) > 1:
         handles.append(Patch(color=GREY, alpha=0.3, label=f"mean and range, {count_seeds(records)} seeds"))
     if set_log_scale(axes, y=True):
-        set_log_ticks(axes.yaxis, axes.get_ylim(), most=6)
+        set_log_ticks(axes.yaxis, most=6)
     axes.set_xlabel("step", fontsize=LABEL)
+    set_whole_ticks(axes.xaxis, 6)
     axes.set_ylabel("training loss (nats)", fontsize=LABEL)
     finish(axes)
     add_legend(figure, handles, 1)

@@ -6,7 +6,6 @@ from itertools import cycle
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from curvlab.plots.records import Record, column, list_distinct
 from curvlab.plots.style import (
@@ -25,8 +24,10 @@ from curvlab.plots.style import (
     add_legend,
     draw_grid,
     finish,
+    mark_empty,
     new_figure,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 _CURVATURES = (BLUE, ORANGE, GREEN, PURPLE, INK, SKY, RED)
@@ -113,11 +114,12 @@ def forecast_scatter(
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
-    """Return the limits of both axes: all positive values, but at most six decades."""
+    """Return the limits of both axes: all positive values, but at least two and at most six decades."""
     positive = values[values > 0]
     if not len(positive):
-        return 0.1, 1.0
-    return max(float(positive.min()), float(positive.max()) * 1e-6), float(positive.max())
+        return 0.01, 1.0
+    low, high = float(positive.min()), float(positive.max())
+    return min(max(low, high * 1e-6), high * 1e-2), high
 
 
 def forecast_value(
@@ -156,12 +158,14 @@ def forecast_value(
                         capsize=2,
                     )
         left.set_ylabel(f"{stream}\nrank correlation", fontsize=LABEL)
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_whole_ticks(left.xaxis)
         right.set_xscale("log")
-        set_log_ticks(right.xaxis, right.get_xlim())
+        set_log_ticks(right.xaxis)
         for axes in (left, right):
             draw_grid(axes, "y")
             finish(axes)
+            if not axes.has_data():
+                mark_empty(axes, "no rank correlation:\nfewer than three points, or all equal")
     grid[-1][0].set_xlabel("tasks learned since", fontsize=LABEL)
     grid[-1][1].set_xlabel("memory per task (kB; exact products: the samples)", fontsize=LABEL)
     marks = [

@@ -59,7 +59,7 @@ def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], titl
     figure = new_figure(2.15 * columns + 1.2, 2.2 * rows + 0.75, title)
     k = len(names)
     below = np.tril(np.ones((k, k), dtype=bool), -1)[1:, :-1]
-    drawn = []
+    drawn, hatched = [], False
     for place, (label, differences) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         pairs = np.asarray(differences, dtype=float)[1:, :-1]
@@ -69,6 +69,7 @@ def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], titl
         drawn.append((axes, axes.imshow(shown, cmap="viridis", vmin=-16, vmax=0)))
         for i, j in zip(*np.nonzero(below), strict=True):
             if np.isnan(pairs[i, j]):
+                hatched = True
                 axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **UNKNOWN))
                 continue
             text = "0" if pairs[i, j] == 0 else f"{pairs[i, j]:.0e}".replace("e-0", "e-").replace("e+00", "")
@@ -83,5 +84,6 @@ def difference_maps(panels: Mapping[str, np.ndarray], names: Sequence[str], titl
     bar.set_label(r"$\log_{10}$ relative difference", fontsize=LABEL)
     bar.ax.tick_params(labelsize=TICK)
     unknown = Rectangle((0, 0), 1, 1, label="not computed by one of the two backends", **UNKNOWN)
-    add_legend(figure, [unknown], 1)
+    if hatched:
+        add_legend(figure, [unknown], 1)
     return figure

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from curvlab.plots.records import Record, list_distinct
 from curvlab.plots.style import GREY, LABEL, SERIES, TICK, TITLE, add_legend, finish, new_figure, set_log_ticks
 
+_MOST_WIDE = 3  # columns; more are narrower than the label of an axis
+
 
 def log_bins(values: np.ndarray, per_decade: int = 5) -> list[dict[str, Any]]:
     """Return the non-empty logarithmic bins of positive numbers.
@@ -69,10 +71,11 @@ def log_histogram_grid(records: Sequence[Record], title: str, x_label: str, mark
         of_row[0].set_ylabel(f"{row}:\nparameters per bin", fontsize=LABEL)
     for column, axes in zip(columns, panels[0], strict=True):
         axes.set_title(column, fontsize=LABEL)
+    narrow = len(columns) > _MOST_WIDE
     for axes in panels.flat:
-        set_log_ticks(axes.xaxis, most=4)
+        set_log_ticks(axes.xaxis, most=3 if narrow else 4)
     for axes in panels[-1]:
-        axes.set_xlabel(x_label, fontsize=LABEL)
+        axes.set_xlabel(x_label.replace(" (", "\n(") if narrow else x_label, fontsize=LABEL)
     add_legend(figure, panels[0, 0].get_legend_handles_labels()[0], len(SERIES))
     return figure
 

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from curvlab.plots.records import Record, count_seeds, list_distinct
 from curvlab.plots.style import (
@@ -23,6 +22,7 @@ from curvlab.plots.style import (
     new_figure,
     set_log_scale,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 _MOST_BANDS = 6  # more would hide each other
@@ -98,7 +98,7 @@ def line_panels(
         if "x" in log and set_log_scale(axes, x=True):
             set_log_ticks(axes.xaxis)
         elif all(isinstance(record[x], int) for record in mine if record[x] is not None):
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            set_whole_ticks(axes.xaxis, 6)
         if "y" in log and set_log_scale(axes, y=True):
             set_log_ticks(axes.yaxis)
         draw_grid(axes)

@@ -73,8 +73,8 @@ def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: f
                         linewidths=0.7,
                     )
             set_log_scale(axes, x=True, y=len(positive) > 0)
-            set_log_ticks(axes.xaxis, axes.get_xlim())
-            set_log_ticks(axes.yaxis, axes.get_ylim())
+            set_log_ticks(axes.xaxis)
+            set_log_ticks(axes.yaxis)
             axes.set_ylabel(f"{stream}\n{label}" if x == "width_before" else label, fontsize=LABEL)
             axes.set_xlabel(below, fontsize=LABEL)
             finish(axes)

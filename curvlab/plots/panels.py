@@ -1,6 +1,5 @@
 """Figures of several panels in a row with a common legend."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,6 +22,7 @@ from curvlab.plots.style import (
     finish,
     new_figure,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.8  # inches
@@ -124,10 +124,13 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
         set_log_ticks(axes.xaxis, most=6)
         if any(r[panel.x] == 0 for r in panel.records):
             ticks = [t for t in axes.get_xticks() if least <= t <= max(r[panel.x] for r in panel.records)]
-            axes.set_xticks([least / 3, *ticks], ["0", *(_power(t) for t in ticks)])
+            write = axes.xaxis.get_major_formatter()
+            axes.set_xticks([least / 3, *ticks], ["0", *(write(tick) for tick in ticks)])
+    elif not words and all(isinstance(r[panel.x], int) for r in panel.records):
+        set_whole_ticks(axes.xaxis, 5)
     if "y" in panel.log and 0 < axes.dataLim.intervaly.max() < np.inf:
         axes.set_yscale("log")
-        set_log_ticks(axes.yaxis, axes.get_ylim())
+        set_log_ticks(axes.yaxis)
     if words:
         axes.set_xticks(range(len(words)), words, rotation=40, ha="right", rotation_mode="anchor")
     finish(axes)
@@ -145,7 +148,3 @@ def _over(records: Sequence[Record], x: str, y: str) -> tuple[list[Any], np.ndar
         merged.setdefault(place, []).extend(values)
     means = np.array([np.mean(values) for values in merged.values()])
     return list(merged), means, np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in merged.values()])
-
-
-def _power(tick: float) -> str:
-    return f"$10^{{{math.log10(tick):.0f}}}$"

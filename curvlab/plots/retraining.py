@@ -9,7 +9,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from curvlab.plots.records import Record
-from curvlab.plots.style import BLUE, EMPTY, GREEN, LABEL, RED, add_legend, draw_grid, finish, new_figure
+from curvlab.plots.style import (
+    BLUE,
+    EMPTY,
+    GREEN,
+    LABEL,
+    RED,
+    add_legend,
+    draw_grid,
+    finish,
+    new_figure,
+    set_whole_ticks,
+)
 
 _LINES = {"D1": (r"$D_1$", BLUE, "^"), "D2": (r"$D_2$", RED, "o"), "both": (r"$D_1\cup D_2$", GREEN, "s")}
 _MARKS = 6  # markers per line
@@ -37,6 +48,7 @@ def retraining_curves(panels: Mapping[tuple[str, str], Sequence[Record]]) -> Fig
         axes.set_ylabel(f"{name}\ntest accuracy", fontsize=LABEL)
     for axes in axes_of[-1]:
         axes.set_xlabel("training step", fontsize=LABEL)
+        set_whole_ticks(axes.xaxis, 5)
     for axes in axes_of.flat:
         axes.set_ylim(-0.03, 1.03)
         finish(axes)

@@ -152,7 +152,6 @@ def _raise_to_positive(values: np.ndarray) -> np.ndarray:
 
 
 def _finish(axes: Axes) -> None:
-    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if axis.get_scale() == "log":
-            set_log_ticks(axis, limits)
+    set_log_ticks(axes.xaxis, most=4)
+    set_log_ticks(axes.yaxis)
     finish(axes)

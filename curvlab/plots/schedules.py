@@ -24,6 +24,7 @@ from curvlab.plots.style import (
     new_figure,
     set_log_scale,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 _COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, RED)
@@ -52,6 +53,7 @@ def schedule_curves(curves: Sequence[Record], target: float, title: str) -> Figu
     set_log_scale(right, y=True)
     for axes in (left, right):
         axes.set_xlabel("step", fontsize=LABEL)
+        set_whole_ticks(axes.xaxis)
         draw_grid(axes, "y")
         finish(axes)
     set_log_ticks(right.yaxis)
@@ -99,9 +101,9 @@ def rate_curves(grid: Sequence[Record], title: str) -> Figure:
                 elinewidth=0.7,
             )
         set_log_scale(axes, x=True, y=key == "lambda_max")
-        set_log_ticks(axes.xaxis)
+        set_log_ticks(axes.xaxis, most=4)
         if key == "lambda_max":
-            set_log_ticks(axes.yaxis, axes.get_ylim())
+            set_log_ticks(axes.yaxis)
         axes.set_xlabel("initial learning rate", fontsize=LABEL)
         axes.set_title(label, fontsize=LABEL)
         draw_grid(axes, "y")

@@ -22,6 +22,7 @@ from curvlab.plots.style import (
     new_figure,
     set_log_scale,
     set_log_ticks,
+    set_whole_ticks,
 )
 
 _LOSSES = {"cross_entropy": "softmax cross-entropy", "squared_error": "squared error"}
@@ -184,6 +185,7 @@ def _new_panels(
     if shared:
         for axes in panels[-1]:
             axes.set_xlabel("training step", fontsize=LABEL)
+            set_whole_ticks(axes.xaxis)
     return figure, panels
 
 
@@ -220,7 +222,7 @@ def _mark_early_peak(axes: Axes, steps: np.ndarray, values: np.ndarray, style: M
 
 def _finish(axes: Axes, log: bool) -> None:
     if log and set_log_scale(axes, y=True):
-        set_log_ticks(axes.yaxis, axes.get_ylim(), most=6)
+        set_log_ticks(axes.yaxis, most=6)
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     finish(axes)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 
 TITLE, LABEL, TICK = 10, 9, 8  # points
 WIDTH = 7.2  # inches, width of the text on a page
@@ -62,22 +62,76 @@ def draw_grid(axes: Axes, which: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
-def set_log_ticks(axis: Axis, limits: tuple[float, float] | None = None, most: int = 8) -> None:
-    """Label a logarithmic axis at powers of ten, or at 1, 2 and 5 times these if the range is below two decades.
+class _LogLocator(LogLocator):
+    """Ticks at powers of ten; below two decades also at parts of these; at equal steps where these are too few."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(numticks=most)
+        self._most = most
+        parts = LogLocator(subs=(1.0, 2.0, 5.0) if most > 5 else (1.0, 3.0))  # six or four ticks in two decades
+        steps = (MaxNLocator(number).tick_values for number in range(2, 6))
+        self._choices = [super().tick_values, parts.tick_values, *steps]
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """Return the ticks of an axis with these limits."""
+        low, high = min(vmin, vmax), max(vmin, vmax)
+        for choice in self._choices[_is_short(low, high) :]:
+            ticks = np.asarray(choice(vmin, vmax), dtype=float)
+            if 2 <= np.count_nonzero((low <= ticks) & (ticks <= high)) <= self._most + 1:
+                break
+        return ticks
+
+
+class _LogFormatter(LogFormatterMathtext):
+    """Labels of these ticks: powers of ten, or plain numbers below two decades."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick."""
+        text: str
+        if not _is_short(*sorted(self.axis.get_view_interval())):  # type: ignore[union-attr]
+            text = super().__call__(x, pos)
+        elif 1e-4 <= x < 1e6:
+            text = f"{x:g}"
+        else:
+            mantissa, exponent = f"{x:e}".split("e")
+            text = rf"${float(mantissa):g}\times10^{{{int(exponent)}}}$"
+        return text
+
+
+def _is_short(low: float, high: float) -> bool:
+    return bool(0 < low <= high < 100 * low)
+
+
+def set_log_ticks(axis: Axis, most: int = 8) -> None:
+    """Label a logarithmic axis so that at least two ticks have a number, whatever its limits are when it is drawn.
+
+    The numbers are powers of ten; if the range is below two decades, also 2 and 5 times these, or equal steps.
 
     Args:
         axis: The axis.
-        limits: Limits of the axis, which decide this; None for powers of ten in all cases.
-        most: Largest number of labels.
+        most: Largest number of powers of ten.
     """
     if axis.get_scale() != "log":
         return  # there was nothing positive to draw
     axis.set_minor_formatter(NullFormatter())
-    if limits is not None and max(limits) < 100 * min(limits):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FormatStrFormatter("%g"))
-    else:
-        axis.set_major_locator(LogLocator(numticks=most))
+    axis.set_major_locator(_LogLocator(most))
+    axis.set_major_formatter(_LogFormatter())
+
+
+def set_whole_ticks(axis: Axis, most: int = 9) -> None:
+    """Label an axis of counts at whole numbers only, even if there is a single one.
+
+    Args:
+        axis: The axis.
+        most: Largest number of intervals between labels.
+    """
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+
+
+def mark_empty(axes: Axes, text: str) -> None:
+    """Write in axes without data why they are empty, and hide their ticks."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=TICK, color=SYMBOL, transform=axes.transAxes)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
 
 
 def add_legend(figure: Figure, handles: Sequence[Any], columns: int, **more: Any) -> None:

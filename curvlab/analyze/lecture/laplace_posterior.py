@@ -49,8 +49,8 @@ _VALUES = {
     "mean_error": "error of the mean (standard deviations)",
     "covariance_error": "relative error of the covariance",
     "predictive_error": "error of probabilities",
-    "linear_error": "of those of the linearized model",
-    "map_error": "of those at the mode",
+    "linear_error": "error of probabilities, linearized model",
+    "map_error": "error of probabilities at the mode",
 }
 _COLUMNS = (
     Column("model", "model"),
