@@ -27,7 +27,7 @@ from curvlab.models import build
 Past = list[tuple[Tensor, Tensor]]
 Step = Callable[[nn.Module, Tensor, Tensor, Past], Any]
 
-#: Name -> network, shape of a sample, batch, steps a task, test samples.
+#: Name -> network, shape of a sample, batch, steps per task, test samples.
 SETTINGS: dict[str, tuple[str, tuple[int, ...], int, int, int]] = {
     "mlp 784-256-256-10, batch 10": ("mlp", (1, 28, 28), 10, 300, 300),
     "resnet20, batch 64": ("resnet20", (3, 32, 32), 64, 5, 64),

@@ -3,9 +3,9 @@
     python benchmarks/convolutions.py
 
 ``curvlab.estimators.positions`` chooses by shapes between unfolding and a convolution in as many groups as samples; the
-rule in ``ConvPositions._unfolds`` was read off these numbers: the processor's microseconds a sample, the least of some
-calls, over 64 samples. Prints a line of JSON a layer; ``loss`` is by how much the way that is taken is slower than the
-other.
+rule in ``ConvPositions._unfolds`` was read off these numbers: the processor's microseconds per sample, the least of
+some calls, over 64 samples. Prints a line of JSON per layer; ``loss`` is by how much the way that is taken is slower
+than the other.
 """
 
 import time

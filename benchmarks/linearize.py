@@ -4,7 +4,7 @@
 
 Forward pass, backward pass and SGD step, with batch normalisation in eval mode: its weights trained, frozen, or merged
 into the convolutions. In every round a linearized model and the plain one take steps in turn for some tenths of a
-second; reported are the median milliseconds a step, and the median over the rounds of the ratio. ``ruled`` is the
+second; reported are the median milliseconds per step, and the median over the rounds of the ratio. ``ruled`` is the
 augmented forward pass; ``general`` is ``torch.func.jvp``, which a hook on a layer leads to. Run it with
 ``OMP_NUM_THREADS=1``: the time is the processor's, so that what else the machine does counts little. Prints
 a line of JSON a result.

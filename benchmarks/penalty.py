@@ -3,7 +3,7 @@
     python benchmarks/penalty.py [--rounds 60] [--no-peers]
 
 SGD steps of MLP 784-800-800-10 at batch 128. In every round each case takes a few steps after a warm one, its model its
-own; reported are the median milliseconds a step and the median over the rounds of the ratio to the plain step of the
+own; reported are the median milliseconds per step and the median over the rounds of the ratio to the plain step of the
 same round. Run it with ``OMP_NUM_THREADS=2``. Prints a line of JSON a result.
 """
 

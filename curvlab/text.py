@@ -60,6 +60,16 @@ def format_number(value: Any, digits: int = 4) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def write_count(number: int, noun: str) -> str:
+    """Return a number of things, the noun with an ``s`` unless it is one.
+
+    Examples:
+        >>> write_count(1, "step"), write_count(2000, "step"), write_count(0, "seed")
+        ('1 step', '2,000 steps', '0 seeds')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a suggestion for the end of an error message: the most similar name, or an empty string.
 

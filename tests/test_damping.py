@@ -215,7 +215,7 @@ def test_a_vector_that_leaves_it_singular_or_indefinite(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_evidence_is_differentiable_in_the_damping(name: str) -> None:
-    """As the choice of a prior by the marginal likelihood needs it: one precision, one a layer, or one a parameter."""
+    """As the choice of a prior by the marginal likelihood needs it: one precision, one per layer or per parameter."""
     matrix, dense = MAKERS[name]()
 
     def inverse(damping: Any) -> Tensor:

@@ -177,7 +177,7 @@ def test_joint_training_is_repeated_with_half_of_its_steps_in_runs_of_the_table(
     config = tiny(settings=("data",), data_tasks=3, methods=("joint", "fine_tuning"), steps=5)
     joint, tuned = (record for record in run(config, tmp_path) if "acc" in record)
     half = config.model_copy(update={"methods": ("joint",), "steps": 2})
-    # A whole run of 2 steps a task has 8 steps in all; half of 5 a task has 10.
+    # A whole run of 2 steps per task has 8 steps in all; half of 5 per task has 10.
     assert list_steps(config, "joint", "data", half=True)[-1] == 10
     assert joint["acc_half"] is not None
     assert tuned["acc_half"] is None
@@ -409,7 +409,7 @@ def test_claims_are_not_tested_on_other_data_or_after_few_steps():
     (claim,) = [c for c in list_claims(found, tiny(), DIGITS) if c.text == f"data-IL: with K-FAC curvature {LINEAR}"]
     assert claim.verdict == "not tested"
     assert claim.reason.startswith("data is digits, cifar100 or mnist is needed; training samples of a stream is 180")
-    assert "steps a task is 2, at least 20 is needed" in claim.reason
+    assert "steps per task is 2, at least 20 is needed" in claim.reason
     assert claim.ours == pytest.approx(0.1)
 
 
@@ -604,7 +604,7 @@ def test_deviations_are_those_of_the_configuration():
     assert "classes 6 (100); training samples of a stream 180 (50,000); test samples 60 (10,000)" in common
     assert "optimizer of the linear network" not in common
     assert "learning rate of the linear network 0.01 (0.0001)" in common
-    assert steps == "data-IL: parts skewed (random); steps a task 2 (10000 to 50000)."  # ten tasks, as published
+    assert steps == "data-IL: parts skewed (random); steps per task 2 (10000 to 50000)."  # ten tasks, as published
     assert "DLCFT" in objective
     assert given == ("Not tuned, only one value given: nonlinear_lrs, osla_strengths, linear_lrs, dlcft_strengths.")
     default = list_deviations(DlcftConfig(methods=("dlcft_kfac",)), DIGITS)

@@ -143,7 +143,7 @@ def test_no_verdict_under_other_conditions_or_without_a_value():
     digits = claims(found(), data=Subject("digits", (1, 8, 8), 10, 1437, 360))
     assert {claim.verdict for claim in digits} == {"not tested"}
     short = claims(found(), PRESETS["cpu"].config.model_copy(update={"steps": 400}))
-    assert {claim.reason for claim in short} == {"steps a task is 400, at least 500 is needed"}
+    assert {claim.reason for claim in short} == {"steps per task is 400, at least 500 is needed"}
     assert {claim.verdict for claim in claims(found(seeds=2))} == {"not tested"}
     keys = ("validation_last", "validation_best", "last", "best", "peak")
     diverged = claims(found({"masq": dict.fromkeys(keys)}))

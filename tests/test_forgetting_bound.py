@@ -342,7 +342,7 @@ def test_all_claims_are_reproduced_by_records_that_are_as_they_say():
     good = judge(pairs(), seen())
     assert [claim.verdict for claim in good] == ["reproduced"] * len(CLAIMS)
     assert all(words in claim.text for words, claim in zip(CLAIMS, good, strict=True))
-    assert {claim.scope for claim in good} == {"direction, at training samples a task 10,000, seeds 3"}
+    assert {claim.scope for claim in good} == {"direction, at training samples per task 10,000, seeds 3"}
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_a_claim_is_not_reproduced(words, changes, kept):
     ("config", "data", "reason"),
     [
         (PRESETS["default"].config, DIGITS, "data is digits, published: mnist; tasks is 3, published: 5"),
-        (CPU.model_copy(update={"task_samples": 5000}), MNIST, "training samples a task is 5,000, at least 10,000"),
+        (CPU.model_copy(update={"task_samples": 5000}), MNIST, "training samples per task is 5,000, at least 10,000"),
         (CPU.model_copy(update={"plastic_lr": 0.05}), MNIST, "plastic regime is lr 0.05, decay 1"),
         (CPU.model_copy(update={"degrees": 40.0}), MNIST, "degrees a task is 40, published: 10"),
     ],
@@ -420,7 +420,7 @@ def test_report():
     assert len(found.claims) == 2 * len(CLAIMS)
     assert len(found.identities) == 2
     assert found.deviations == [
-        f"{stream}: training samples a task 10,000 (60,000); seeds 3 (5)." for stream in ("rotated", "permuted")
+        f"{stream}: training samples per task 10,000 (60,000); seeds 3 (5)." for stream in ("rotated", "permuted")
     ]
     digits = report(finish(pairs(), seen(), PRESETS["default"].config, DIGITS))
     assert digits.deviations == []

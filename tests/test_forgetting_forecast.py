@@ -239,7 +239,7 @@ def test_each_claim_can_hold_and_fail(name):
     failed = make_points(gradient=5.0 if name == "gradient" else 0.0, **failing)
     claim = find_claim(failed, text)
     assert claim.verdict == "not reproduced"
-    assert claim.scope.startswith("direction, at training samples a task 10,000")
+    assert claim.scope.startswith("direction, at training samples per task 10,000")
     assert find_claim(failed, text, data=DIGITS).verdict == "not tested"
 
 

@@ -421,7 +421,7 @@ def test_no_batch_is_smaller_and_no_rate_rises():
     [
         ({}, DIGITS, 10_000, "data is digits, published: mnist"),
         ({"tasks": 5}, MNIST, 10_000, "tasks is 5, published: 20"),
-        ({}, MNIST, 5000, "training samples a task is 5,000, at least 10,000 is needed"),
+        ({}, MNIST, 5000, "training samples per task is 5,000, at least 10,000 is needed"),
         ({"hidden": (100, 100)}, MNIST, 10_000, "network is 784-100-100-10 network"),
         ({"degrees": 40.0}, MNIST, 10_000, "degrees a task is 40, published: 10"),
     ],
@@ -440,8 +440,8 @@ def test_deviations_are_those_of_the_configuration():
     assert [line.partition(":")[0] for line in lines] == ["All methods"]
     lines = table2.deviations(CPU, MNIST, dict.fromkeys(CPU.streams, 10_000))
     assert lines[0] == (
-        "permuted, rotated: training samples a task 10,000 (60,000); test samples 2,000 (10,000); batch size 32 or 64 "
-        "(10); seeds 3 (5)."
+        "permuted, rotated: training samples per task 10,000 (60,000); test samples 2,000 (10,000); batch size 32 or "
+        "64 (10); seeds 3 (5)."
     )
     assert lines[1].startswith("EWC: empirical_fisher, diag, on 1,000 random samples")
     split, *_ = table2.deviations(PRESETS["cpu-cifar100"].config, CIFAR, {"split": 200})

@@ -228,7 +228,7 @@ def test_all_claims_are_reproduced_by_records_that_are_as_they_say():
     assert [claim.verdict for claim in good] == ["reproduced"] * len(CLAIMS)
     assert all(words in claim.text for words, claim in zip(CLAIMS, good, strict=True))
     assert [claim.ours for claim in good[2:4]] == pytest.approx([-0.22, 1 / 3])
-    assert {claim.scope for claim in good} == {"direction, at training samples a task 10,000, seeds 3"}
+    assert {claim.scope for claim in good} == {"direction, at training samples per task 10,000, seeds 3"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The style of all figures: sizes, colours, axes and legends for the width of a page."""
 
 from collections.abc import Sequence
+from math import floor, log10
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,10 @@ class _LogLocator(LogLocator):
     def __init__(self, most: int) -> None:
         super().__init__(numticks=most)
         self._most = most
-        parts = LogLocator(subs=(1.0, 2.0, 5.0) if most > 5 else (1.0, 3.0))  # six or four ticks in two decades
+        # Six or four ticks in two decades.
+        self._parts = (1.0, 2.0, 5.0) if most > 5 else (1.0, 3.0)
         steps = (MaxNLocator(number).tick_values for number in range(2, 6))
-        self._choices = [super().tick_values, parts.tick_values, *steps]
+        self._choices = [super().tick_values, self._divide, *steps]
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         """Return the ticks of an axis with these limits."""
@@ -80,6 +82,10 @@ class _LogLocator(LogLocator):
             if 2 <= np.count_nonzero((low <= ticks) & (ticks <= high)) <= self._most + 1:
                 break
         return ticks
+
+    def _divide(self, vmin: float, vmax: float) -> list[float]:
+        first, last = (floor(log10(limit)) for limit in sorted((vmin, vmax)))
+        return [float(f"{part}e{power}") for power in range(first, last + 1) for part in self._parts]
 
 
 class _LogFormatter(LogFormatterMathtext):

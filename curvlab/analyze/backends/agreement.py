@@ -28,6 +28,7 @@ from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.structures import parse_structure
+from curvlab.text import write_count
 
 REFERENCE = "torch"
 
@@ -256,7 +257,7 @@ def report(results: Results[AgreementConfig]) -> Report:
     config, found = results.config, results.records["table"]
     sketches = [one for kept in results.artifacts["sketches"] for one in kept]
     samples = config.samples or results.subject.train
-    title = f"Curvature by every backend, {samples:,} samples of {results.subject.data}, {config.dtype}"
+    title = f"Curvature by every backend, {write_count(samples, 'sample')} of {results.subject.data}, {config.dtype}"
     differences = compare(sketches, config.backends)
     refused = dict.fromkeys(f"no: {record['obstacle']}" for record in found if record["supported"] == "no")
     notes = [

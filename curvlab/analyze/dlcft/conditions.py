@@ -12,7 +12,7 @@ from curvlab.data import NAMES
 from curvlab.results import Gate, require, require_direction
 
 _MIT67 = "MIT-67"
-_PER_SETTING = ("tasks", "parts", "steps a task")  # the others are the same in all settings
+_PER_SETTING = ("tasks", "parts", "steps per task")  # the others are the same in all settings
 _SAME_SCALE = ("data", "classes", "test samples", "tasks", "parts")
 
 _NOTE = (
@@ -52,7 +52,7 @@ def list_conditions(config: DlcftConfig, data: Subject, setting: Setting) -> dic
         "training samples of a stream": data.train - config.validation,
         "test samples": measured_samples(config, data),
         "tasks": count_tasks(config, setting),
-        "steps a task": count_steps(config, setting),
+        "steps per task": count_steps(config, setting),
         "network": network,
         "pre-trained on": source if config.weights is None else f"the training data of {config.weights.name}",
         "slope of LeakyReLU": config.slope,

@@ -27,6 +27,7 @@ from curvlab.estimators import estimate
 from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 from curvlab.problem import Problem
 from curvlab.results import format_number
+from curvlab.text import write_count
 
 # The runs -------------------------------------------------------------------------------------------------------------
 
@@ -42,7 +43,8 @@ def check(config: EigenvaluesConfig, dataset: Dataset) -> None:
         subject.check_distinct(densities_at=config.densities_at)
         if max(config.densities_at) > config.steps:
             raise CurvlabError(
-                f"densities_at contains {max(config.densities_at)}, but the training has {config.steps} steps"
+                f"densities_at contains {max(config.densities_at)}, but the training has "
+                f"{write_count(config.steps, 'step')}"
             )
     if off := [step for step in config.densities_at if step % config.every]:
         raise CurvlabError(f"densities_at contains {off[0]}, which is not a multiple of every={config.every}")
@@ -99,7 +101,8 @@ def report(results: Results[EigenvaluesConfig]) -> Report:
     conditions = published.conditions(config, results.subject, results.records["trainings"])
     name = f"{subject.describe_network(config, results.subject)} on {results.subject.data}"
     samples = config.samples or published.count_training_samples(config, results.subject)
-    title = f"Largest eigenvalue over {config.steps:,} steps: {name}, {samples:,} samples; {results.spread}"
+    steps = write_count(config.steps, "step")
+    title = f"Largest eigenvalue over {steps}: {name}, {write_count(samples, 'sample')}; {results.spread}"
     notes = [_describe_trainings(results, loss) for loss in config.losses]
     notes.append(published.describe_early_peaks(records))
     return Report(

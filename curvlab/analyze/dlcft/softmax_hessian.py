@@ -22,6 +22,7 @@ from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
 from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.spectrum import top_eigenvalues
+from curvlab.text import write_count
 from curvlab.training import fit
 
 _FIRST = 0.5  # 1 - p_t of the first random logits; divided by ten from one record to the next
@@ -262,7 +263,11 @@ def report(results: Results[SoftmaxHessianConfig]) -> Report:
             _LOGITS,
             by_probability,
         ),
-        Table(f"Largest eigenvalues during training: {name}, {samples:,} samples; {results.spread}", _NETWORK, by_step),
+        Table(
+            f"Largest eigenvalues during training: {name}, {write_count(samples, 'sample')}; {results.spread}",
+            _NETWORK,
+            by_step,
+        ),
     ]
     return Report(
         tables[0],

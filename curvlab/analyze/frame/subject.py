@@ -19,6 +19,7 @@ from curvlab.models import build, freeze_batch_norm
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
+from curvlab.text import write_count
 from curvlab.training import Training, fit
 from curvlab.training.options import FirstOrderName, ScheduleName
 
@@ -190,7 +191,9 @@ def take(data: Dataset, train: int | None = None, test: int | None = None) -> Da
     """
     for name, count, available in (("training", train, len(data.x_train)), ("test", test, len(data.x_test))):
         if count is not None and count > available:
-            raise CurvlabError(f"{count:,} {name} samples requested, but the data set has {available:,}; choose fewer")
+            raise CurvlabError(
+                f"{write_count(count, f'{name} sample')} requested, but the data set has {available:,}; choose fewer"
+            )
     return replace(
         data,
         x_train=data.x_train[:train],
@@ -248,7 +251,8 @@ def check_subject(config: SubjectConfig, data: Dataset) -> None:
         raise CurvlabError(f"device must be cpu, cuda or cuda:N, not {config.device!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CurvlabError(
-            f"device {config.device!r} is not available (torch finds {torch.cuda.device_count()} GPUs); use cpu"
+            f"device {config.device!r} is not available (torch finds "
+            f"{write_count(torch.cuda.device_count(), 'GPU')}); use cpu"
         )
     if device.type not in ("cpu", "cuda"):
         raise CurvlabError(f"device must be cpu, cuda or cuda:N, not {config.device!r}")

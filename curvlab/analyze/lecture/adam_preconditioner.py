@@ -21,6 +21,7 @@ from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
 from curvlab.plots import moment_curves, moment_scatter
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
+from curvlab.text import write_count
 from curvlab.training import Training, evaluate, fit
 
 LABELS = {"masq": "batched", "empirical_fisher": "empirical", "fisher": "exact"}
@@ -188,7 +189,7 @@ def report(run: Results[AdamPreconditionerConfig]) -> Report:
     rows = [{**row, "label": LABELS[row["quantity"]]} for row in aggregate(ends, ["quantity"], _VALUES)]
     title = (
         f"Adam's second moment v against diagonals of a {subject.describe_network(config, run.subject)} on "
-        f"{run.subject.data}, after {config.steps:,} steps of {config.batch_size:,}; {run.spread}"
+        f"{run.subject.data}, after {write_count(config.steps, 'step')} of {config.batch_size:,}; {run.spread}"
     )
     entries = run.artifacts.get("entries", ())
     return Report(

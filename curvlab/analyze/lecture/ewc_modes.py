@@ -114,7 +114,7 @@ def check(config: EwcModesConfig, dataset: Dataset) -> None:
         for candidate in candidates(config, method):
             METHODS[method].make(config, candidate.get("strength", 0.0))
     if SEARCH.trials(config) and not config.validation:
-        raise CurvlabError("strengths are chosen on held-out samples: set validation, or give one strength a method")
+        raise CurvlabError("strengths are chosen on held-out samples: set validation, or give one strength per method")
     subject.network(config, dataset, config.seeds[0])
     for stream in config.streams:
         make_tasks(config, dataset, stream)

@@ -30,6 +30,7 @@ from curvlab.posterior import (
     split_rhat,
 )
 from curvlab.results import Column, aggregate, mean_column
+from curvlab.text import write_count
 
 _MODELS = {"logistic": "logistic regression, 2 parameters", "network": "network"}
 _LOSS = "binary_cross_entropy"
@@ -84,8 +85,8 @@ def check(config: LaplacePosteriorConfig, dataset: Dataset) -> None:
         raise CurvlabError("this analysis makes its own models: leave out weights")
     if config.chunks * config.chunk_samples > len(dataset.x_train):
         raise CurvlabError(
-            f"{config.chunks} chunks of {config.chunk_samples} samples are more than the {len(dataset.x_train):,} "
-            "training samples: give fewer"
+            f"{config.chunks} chunks of {write_count(config.chunk_samples, 'sample')} are more than the "
+            f"{len(dataset.x_train):,} training samples: give fewer"
         )
 
 
@@ -209,7 +210,7 @@ def _worst(choose: Callable[[Sequence[float]], float], values: Iterable[float]) 
 
 def _panel(samples: int, grid: Any, found: Mapping[str, Gaussian]) -> Record:
     return {
-        "name": f"{samples} samples",
+        "name": write_count(samples, "sample"),
         "points": grid.points[::_SHOWN, ::_SHOWN].tolist(),
         "density": grid.weights[::_SHOWN, ::_SHOWN].tolist(),
         "gaussians": {
@@ -266,7 +267,9 @@ def report(run: Results[LaplacePosteriorConfig]) -> Report:
         )
     return Report(
         Table(
-            f"Posteriors after {config.chunks * config.chunk_samples} samples of {what}; {run.spread}", _COLUMNS, rows
+            f"Posteriors after {write_count(config.chunks * config.chunk_samples, 'sample')} of {what}; {run.spread}",
+            _COLUMNS,
+            rows,
         ),
         claims=laplace_posterior_claims.claims(found, diagnostics, config),
         figures=figures,

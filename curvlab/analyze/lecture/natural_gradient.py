@@ -24,6 +24,7 @@ from curvlab.least_squares import Field as VectorField
 from curvlab.least_squares import LeastSquares, descend
 from curvlab.plots import descent_panels, loss_curves
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require, require_direction
+from curvlab.text import write_count
 from curvlab.training import Training, evaluate, fit
 
 _START = (0.0, 5.0)  # weight and bias; the error is mainly in the slow direction
@@ -150,8 +151,9 @@ def report(run: Results[NaturalGradientConfig]) -> Report:
     config, records = run.config, run.records["table"]
     rows = [{**row, "label": LABELS[row["method"]]} for row in aggregate(records, ["problem", "method", "lr"], _VALUES)]
     names = {
-        "regression": f"linear regression, {config.regression_steps} steps (loss above the smallest)",
-        "network": f"{subject.describe_network(config, run.subject)} on {run.subject.data}, {config.steps} steps",
+        "regression": f"linear regression, {write_count(config.regression_steps, 'step')} (loss above the smallest)",
+        "network": f"{subject.describe_network(config, run.subject)} on {run.subject.data}, "
+        f"{write_count(config.steps, 'step')}",
     }
     figures: dict[str, Callable[[], Figure]] = {}
     if problems := run.records["regressions"]:

@@ -22,6 +22,7 @@ from curvlab.errors import UnsupportedError
 from curvlab.grid import Place
 from curvlab.plots import block_heat_map, diagonality_dots
 from curvlab.results import Column, aggregate, mean_column
+from curvlab.text import write_count
 
 _VALUES = [
     "diag_sum",
@@ -189,7 +190,7 @@ def _report(
     conditions = table2.conditions(results.config, results.subject, found)
     title = _title(results)
     tables = [
-        Table(f"{title}, {found[0]['samples']:,} samples; {results.spread}", _SUMS, table),
+        Table(f"{title}, {write_count(found[0]['samples'], 'sample')}; {results.spread}", _SUMS, table),
         Table("Means of the entries, and means with the paper's denominators", _MEANS, table),
     ]
     is_paper = table2.has_network(conditions) and published

@@ -24,6 +24,7 @@ from curvlab.plots import Panel, draw_panels
 from curvlab.problem import Problem
 from curvlab.quantities import EmpiricalFisher, Fisher, MaSQ, Quantity, parse_quantity
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
+from curvlab.text import write_count
 
 #: Difference of accuracies that counts as a loss (our threshold).
 _LOSS = 0.02
@@ -101,7 +102,7 @@ def describe_variant(quantity: Quantity | str, samples: int | None = None) -> st
         name = "empirical"
     elif isinstance(quantity, MaSQ):
         name = f"batched, {quantity.batch_size}" + ("" if quantity.norm == "mean" else f", {quantity.norm}")
-    return name if samples is None else f"{name}, {samples:,} samples"
+    return name if samples is None else f"{name}, {write_count(samples, 'sample')}"
 
 
 def check(config: FisherVariantsConfig, dataset: Dataset) -> None:

@@ -143,7 +143,7 @@ def conditions(config: TwoTasksConfig, data: Subject) -> dict[str, Any]:
         "training samples": data.train,
         "test samples": data.test,
         "learning rate of the first task": config.lr,
-        "steps a task": config.steps,
+        "steps per task": config.steps,
         "batch size": config.batch_size,
         "seeds": len(config.seeds),
     }

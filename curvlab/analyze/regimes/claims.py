@@ -30,7 +30,7 @@ def conditions(config: StreamsConfig, data: Subject, stream: str) -> dict[str, A
     return {
         "data": data.data,
         "tasks": config.tasks,
-        "training samples a task": config.task_samples or data.train,
+        "training samples per task": config.task_samples or data.train,
         "passes": config.epochs,
         "network": describe_network(config, data),
         "momentum": config.momentum,

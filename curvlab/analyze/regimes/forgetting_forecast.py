@@ -332,7 +332,7 @@ def report(results: Results[ForgettingForecastConfig]) -> Report:
 
 
 def _choose(table: Sequence[Record]) -> list[str]:
-    """Return a sentence a stream: the smallest stored curvature that forecasts nearly as well as the best."""
+    """Return a sentence per stream: the smallest stored curvature that forecasts nearly as well as the best."""
     lines = []
     for stream in dict.fromkeys(row["stream"] for row in table):
         rows = [row for row in where(table, stream=stream) if row["rank"] is not None and row["structure"] not in EXACT]

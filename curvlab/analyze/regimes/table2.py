@@ -79,7 +79,7 @@ def conditions(config: MethodsConfig, data: Subject, stream: str, samples: int) 
     found = {
         "data": data.data,
         "tasks": config.tasks,
-        "training samples a task": samples,
+        "training samples per task": samples,
         "test samples": data.test,
         "passes": config.epochs,
         "network": network,
@@ -93,8 +93,8 @@ def conditions(config: MethodsConfig, data: Subject, stream: str, samples: int) 
     if "stable" in config.methods:
         found["dropout of Stable SGD"] = describe_choice(config.dropouts)
     if {"agem", "er"} & set(config.methods):
-        found["replayed a step"] = config.replay_batch_size
-        found["kept a class and task"] = config.per_class
+        found["replayed per step"] = config.replay_batch_size
+        found["kept per class and task"] = config.per_class
     return found
 
 
