@@ -522,7 +522,7 @@ def test_fine_tuning(call):
         ({"quantities": ("fihser",)}, "did you mean 'fisher'"),
         ({"quantities": ("hessian", "hessian")}, "quantities needs one or more different values"),
         ({"per": ("layer", "layer")}, "per needs one or more different values"),
-        ({"densities_at": (2001,)}, "densities_at contains 2001, but the training has 2000 steps"),
+        ({"densities_at": (2001,)}, "densities_at contains 2001, but the training has 2,000 steps"),
         ({"densities_at": (5,)}, "densities_at contains 5, which is not a multiple of every"),
         ({"densities_at": (100, 100)}, "densities_at needs one or more different values"),
         ({"optimizer": "adam"}, "momentum belongs to sgd"),

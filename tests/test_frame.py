@@ -23,7 +23,9 @@ from curvlab.analyze.frame.results import find_preset, keep_result, read_results
 from curvlab.analyze.frame.search import Search, find_boundary_values
 from curvlab.analyze.frame.subject import SubjectConfig, load_dataset, take
 from curvlab.commandline.options import RunOptions
+from curvlab.commandline.parser import Parser, option_name, select_fields, validate
 from curvlab.errors import CurvlabError
+from curvlab.grid import Place
 from curvlab.results import Claim, Column, Identity
 
 pytestmark = pytest.mark.usefixtures("no_figures", "runs_here")
@@ -52,7 +54,7 @@ SMALL = {
     "kl_gaussians": "--starts 2 --hidden 2 --points 5",
     "ewc_modes": "--hidden 5 --epochs 1 --tasks 2 --task-samples 60 --validation 20 --samples 20 --methods naive l2 "
     "ewc_separate --ewc-strengths 10 --l2-strengths 0.1",
-    "laplace_posterior": "--hidden 2 --chunks 2 --chunk-samples 8 --samples 20 --draws 4 --warmup 2 --chains 2",
+    "laplace_posterior": "--hidden 2 --chunks 2 --chunk-samples 8 --draws 4 --warmup 2 --chains 2",
     "surrogate": "--hidden 4 --steps 3 --samples 20 --points 5",
     "clipped_fisher": "--hidden 6 --steps 3 --samples 30 --batches 2",
     "eigenvalues": "--hidden 4 --steps 6 --every 3 --samples 30 --batch-size 20 --ekfac-every none "
@@ -65,7 +67,7 @@ SMALL = {
     "--decays 0.5 --schedules constant step",
     "methods": "--hidden 5 --epochs 1 --tasks 2 --task-samples 60 --validation 20 --samples 20 --trials 1 "
     "--methods naive ewc stable",
-    "dlcft": "--hidden 5 --steps 3 --long-steps 2 --source-steps 3 --stream-samples 120 --validation 30 "
+    "dlcft": "--hidden 5 --steps 3 --source-steps 3 --stream-samples 120 --validation 30 "
     "--test-samples 60 --data-tasks 2 --methods fine_tuning ewc dlcft_kfac --nonlinear-lrs 0.01 --linear-lrs 0.01 "
     "--ewc-strengths 1 --dlcft-strengths 1",
 }
@@ -164,12 +166,92 @@ def test_bad_values(call, name, line, fragment):
         load_analysis(name).config.model_fields
     ):
         fragment = f"unknown option {option}"
+    elif option.removeprefix("--") in load_analysis(name).config.unread and "samples" not in option:
+        fragment = f"{option} has no effect here"
     code, out, err = call(f"{name} {SMALL[name]} {line} --out run")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert fragment in err
     assert not Path("run").exists()
+
+
+def track_fields(config, monkeypatch):
+    """Return the set of the fields of a config class that are read from now on."""
+    read, get = set(), config.__getattribute__
+
+    def getattribute(self, name):
+        if name in config.__pydantic_fields__:
+            read.add(name)
+        return get(self, name)
+
+    monkeypatch.setattr(config, "__getattribute__", getattribute)
+    return read
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_option_is_read_or_refused(name, tmp_path, monkeypatch):
+    """A run reads each option, except those that are refused: for a value that they do not belong to, or any other."""
+    analysis = load_analysis(name)
+    parser = Parser(name)
+    parser.add(default := analysis.presets["default"].config)
+    given = parser.parse_options(shlex.split(f"{SMALL[name]} --seeds 0"), [default])
+    config = validate(type(default), {**default.model_dump(), **select_fields(given, type(default))}, option_name)
+    used = {field for field in type(config).model_fields if field not in config.unread and config.is_read(field)}
+    # A search without a choice needs no seeds, and several fields of ewc_modes name its methods.
+    used -= {"selection_seeds"}
+    if name == "ewc_modes":
+        used -= {"average_gamma", "online_gamma", *(option for option in used if option.endswith("_strengths"))}
+    parts = [config] if analysis.parts is None or analysis.search else analysis.parts(config)
+    specs = analysis.run_specs(parts)
+    unchecked = replace(analysis, check=lambda *_: None)  # the check reads more than the run
+    read = track_fields(type(config), monkeypatch)
+    for number, spec in enumerate(specs):
+        (folder := tmp_path / str(number)).mkdir()
+        unchecked.execute(spec.config, Place(folder))
+    assert used - read == set()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_options_of_a_value_name_fields_and_values(name):
+    config = load_analysis(name).config
+    for option, (other, values) in config.only_for.items():
+        assert {option, other} <= set(config.model_fields)
+        field = {other: values[0] if isinstance(config.model_fields[other].default, str) else values}
+        assert config(**field).is_read(option)
+    assert set(config.unread) <= set(config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ewc_grid --hidden 8", "--hidden has no effect here (the networks are those of nets): leave it out"),
+        ("laplace_posterior --dtype float32 --samples 9", "--samples has no effect here (there are chunks times"),
+        ("ewc_grid --nets 8-", "--nets should be hidden sizes joined by hyphens, such as 200-200-100, not '8-'"),
+        ("ewc_grid --nets 5 0-3", "--nets should be hidden sizes joined by hyphens, such as 200-200-100, not '0-3'"),
+        ("laplace_posterior --model cnn", "--model has no effect here (the models are those of models and hidden)"),
+        ("dlcft --fine-tune", "--fine-tune has no effect here (with weights, the last layer is always replaced)"),
+        ("agreement --model cnn --hidden 4", "--hidden has no effect: it is for --model mlp; leave it out"),
+        ("forgetting_forecast --methods naive --memory 5", "--memory has no effect: it is for --methods er;"),
+        ("methods --methods naive ewc --per-class 2", "--per-class has no effect: it is for --methods agem or er;"),
+    ],
+)
+def test_an_option_without_effect_or_form_is_refused(call, line, message):
+    code, out, err = call(f"{line} --out run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {message}")
+    assert not Path("run").exists()
+
+
+def test_a_file_may_have_the_options_of_other_values_but_none_that_is_never_read(call):
+    Path("c.yaml").write_text("methods: [naive]\nmemory: 5\n")
+    assert call("forgetting_forecast --config c.yaml --print-config")[0] == 0
+    Path("c.yaml").write_text("hidden: [8]\n")
+    code, _, err = call("ewc_grid --config c.yaml --print-config")
+    assert (code, err) == (
+        2,
+        "error: c.yaml: hidden has no effect here (the networks are those of nets): leave it out\n",
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if "weights" in load_analysis(name).config.model_fields])

@@ -87,7 +87,6 @@ def test_a_network_has_diagnostics_and_errors_of_probabilities(tmp_path):
     [
         ({"classes": (1, 2, 3)}, "classes must be two classes"),
         ({"chunks": 40}, "40 chunks of 20 samples are more than the"),
-        ({"model": "cnn"}, "this analysis makes its own models .*: cnn has no effect"),
         ({"models": ()}, "models needs one or more different values"),
     ],
 )

@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 
 from curvlab import yaml_file
 
+NO_EFFECT = "no_effect"  # type of the error for a field that is not read
+
 
 class Config(pydantic.BaseModel):
     """Base class of the configs: frozen, without unknown fields, and with finite numbers only."""
@@ -16,6 +18,10 @@ class Config(pydantic.BaseModel):
 
     #: Titles of the groups of options in the help: name of the first field of a group -> title.
     titles: ClassVar[Mapping[str, str]] = {}
+    #: Inherited fields that are not read: name -> what is used instead. Only their default value is accepted.
+    unread: ClassVar[Mapping[str, str]] = {}
+    #: Fields that are read for some values of another field only: name -> the other field, and its values.
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
 
     @pydantic.field_validator("*")
     @classmethod
@@ -24,6 +30,25 @@ class Config(pydantic.BaseModel):
         if any(isinstance(number, int) and abs(number) >= 2**63 for number in _items(value)):
             raise PydanticCustomError("out_of_range", "should be less than 2**63")
         return value
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _read(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Refuse another value than the default for a field that is not read."""
+        name = info.field_name
+        if name is not None and name in cls.unread and value != cls.model_fields[name].default:
+            raise PydanticCustomError(
+                NO_EFFECT, "has no effect here ({instead}): leave it out", {"instead": cls.unread[name]}
+            )
+        return value
+
+    def is_read(self, name: str) -> bool:
+        """Return whether a field of ``only_for`` is read, given the values of the others; True for any other field."""
+        if name not in self.only_for:
+            return True
+        other, values = self.only_for[name]
+        own = getattr(self, other)
+        return any(value in values for value in _items(own))
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML, which ``--config`` reads back."""

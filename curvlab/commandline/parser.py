@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import pydantic
 
 from curvlab import yaml_file
-from curvlab.commandline.config import C, Config
+from curvlab.commandline.config import NO_EFFECT, C, Config
 from curvlab.errors import CurvlabError
 from curvlab.text import did_you_mean
 
@@ -128,6 +128,8 @@ def validate(kind: type[C], values: Mapping[str, Any], call: Callable[[str], str
     except pydantic.ValidationError as error:
         faults = error.errors()
         name = _field_path(faults[0]["loc"])
+        if faults[0]["type"] == NO_EFFECT:
+            raise CurvlabError(f"{call(name)} {faults[0]['msg']}") from error
         # There is one fault per alternative type of the field, or per item of a list.
         reasons = (fault["msg"].removeprefix("Input ") for fault in faults if _field_path(fault["loc"]) == name)
         text = " or ".join(dict.fromkeys(re.split(", (?:unable|got) ", reason)[0] for reason in reasons))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -70,6 +70,23 @@ class DlcftConfig(SubjectConfig):
         "selection_seeds": "evaluation",
     }
 
+    unread: ClassVar[Mapping[str, str]] = {"fine_tune": "with weights, the last layer is always replaced"}
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **SubjectConfig.only_for,
+        "data_tasks": ("settings", ("data",)),
+        "long_tasks": ("settings", ("data_long",)),
+        "long_steps": ("settings", ("data_long",)),
+        "data_parts": ("settings", ("data", "data_long")),
+        "class_tasks": ("settings", ("task", "class")),
+        "lwf_strengths": ("methods", ("lwf",)),
+        "ewc_strengths": ("methods", ("ewc",)),
+        "mas_strengths": ("methods", ("mas",)),
+        "si_strengths": ("methods", ("si",)),
+        "osla_strengths": ("methods", ("osla", "osla_tkfac")),
+        "der_alphas": ("methods", ("der", "derpp")),
+        "der_beta": ("methods", ("derpp",)),
+    }
+
     classes: tuple[Label, ...] | Literal["all"] = (4, 5, 6, 7, 8, 9)
     """Class indices of the tasks, or all."""
     validation: int = Field(default=120, ge=0)
@@ -82,7 +99,7 @@ class DlcftConfig(SubjectConfig):
     """File of pre-trained weights, searched in the current folder and in the data root, instead of pre-training on
     source_classes; the last layer is replaced."""
     fine_tune: bool = False
-    """Has no effect here: with weights, the last layer is always replaced."""
+    """Not read: with weights, the last layer is always replaced."""
     source_classes: tuple[Label, ...] = (0, 1, 2, 3)
     """Classes for pre-training; leave empty with weights."""
     source_steps: int = Field(default=300, ge=1)

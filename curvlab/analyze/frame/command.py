@@ -1,6 +1,6 @@
 """The command line of an analysis."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,7 +76,9 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
         print(parser.format_help(), end="")
         return
     given = parser.parse_options(arguments, sections)
-    config = validate(type(base), {**base.model_dump(), **select_fields(given, type(base))}, option_name)
+    chosen_fields = select_fields(given, type(base))
+    config = validate(type(base), {**base.model_dump(), **chosen_fields}, option_name)
+    _check_read(config, chosen_fields)
     options: Any = validate(kind, select_fields(given, kind), option_name)
     if command.print_config:
         print(config.to_yaml(), end="")
@@ -85,6 +87,21 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
         run(analysis, config, options, make_console())
     else:
         analysis.run(config, options, make_console())
+
+
+def _check_read(config: Config, given: Iterable[str]) -> None:
+    """Check that the options on the command line have an effect; a file may have those of other methods, too.
+
+    Raises:
+        CurvlabError: An option is not read, since another one has not the value that it belongs to.
+    """
+    for name in given:
+        if not config.is_read(name):
+            other, values = config.only_for[name]
+            raise CurvlabError(
+                f"{option_name(name)} has no effect: it is for {option_name(other)} {' or '.join(map(str, values))}; "
+                "leave it out"
+            )
 
 
 def describe_presets(presets: Mapping[str, Preset[Any]]) -> str:

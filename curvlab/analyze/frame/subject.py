@@ -30,6 +30,7 @@ class SubjectConfig(Config):
     """A network, and the samples for its curvature."""
 
     titles: ClassVar[Mapping[str, str]] = {"data": "data", "model": "network"}
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {"hidden": ("model", ("mlp",))}
 
     data: str = "digits"
     """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of an .npz file or image folder."""

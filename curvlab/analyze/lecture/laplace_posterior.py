@@ -79,10 +79,6 @@ def check(config: LaplacePosteriorConfig, dataset: Dataset) -> None:
     subject.check_distinct(models=config.models)
     if len(config.classes) != 2:
         raise CurvlabError(f"classes must be two classes, not {list(config.classes)}")
-    if config.model != "mlp":
-        raise CurvlabError(f"this analysis makes its own models (see models and hidden): {config.model} has no effect")
-    if config.weights is not None:
-        raise CurvlabError("this analysis makes its own models: leave out weights")
     if config.chunks * config.chunk_samples > len(dataset.x_train):
         raise CurvlabError(
             f"{config.chunks} chunks of {write_count(config.chunk_samples, 'sample')} are more than the "

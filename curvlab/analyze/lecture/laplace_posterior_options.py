@@ -16,6 +16,12 @@ class LaplacePosteriorConfig(subject.SubjectConfig):
     """Approximate the posterior of a small model chunk by chunk, and compare it with the exact one."""
 
     titles: ClassVar[Mapping[str, str]] = {**subject.SubjectConfig.titles, "models": "posterior", "draws": "sampling"}
+    unread: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("model", "weights", "fine_tune"), "the models are those of models and hidden"),
+        "samples": "there are chunks times chunk_samples",
+        "device": "the models are computed on the cpu",
+        "dtype": "the models are computed in float64",
+    }
 
     classes: tuple[int, ...] = (3, 8)
     """The two classes; inputs are the first two principal components of the images."""

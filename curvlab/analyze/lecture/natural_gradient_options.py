@@ -1,7 +1,7 @@
 """Options, presets and hyper-parameter search of the analysis ``natural_gradient``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,14 @@ class NaturalGradientConfig(subject.SubjectConfig):
         **subject.SubjectConfig.titles,
         "problems": "linear regression",
         "methods": "training",
+    }
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **subject.SubjectConfig.only_for,
+        "sgd_lrs": ("methods", ("sgd",)),
+        "adam_lrs": ("methods", ("adam",)),
+        "natural_lrs": ("methods", tuple(STRUCTURES)),
+        "dampings": ("methods", tuple(STRUCTURES)),
+        **dict.fromkeys(("regression_samples", "regression_steps", "rates"), ("problems", ("regression",))),
     }
 
     validation: int = Field(default=300, ge=0)

@@ -1,24 +1,34 @@
 """Options of the analysis ``ewc_grid``, and its presets."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.masq.streams import Positive, TwoTasksConfig
 
-Net = Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)*$")]
+
+def _check_net(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", text, re.ASCII):
+        raise PydanticCustomError("net", "should be hidden sizes joined by hyphens, such as 200-200-100")
+    return text
+
+
+Net = Annotated[str, AfterValidator(_check_net)]
 
 
 class EwcGridConfig(TwoTasksConfig):
     """Learn task D1 once, then D2 with EWC at every point of a grid of rates, strengths and importances."""
 
     titles: ClassVar[Mapping[str, str]] = {**TwoTasksConfig.titles, "nets": "grid"}
+    unread: ClassVar[Mapping[str, str]] = {"hidden": "the networks are those of nets"}
 
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Has no effect here; use nets."""
+    """Not read: the networks are those of nets."""
     every: int = Field(default=25, ge=1)
     """Training steps between evaluations."""
     nets: tuple[Net, ...] = ("50-50", "50-50-50")

@@ -64,6 +64,11 @@ class ForgettingForecastConfig(StreamsConfig):
     """Train a network on one task after another by several methods, and forecast what it forgets from curvature."""
 
     titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "methods": "methods", "quantity": "curvature"}
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **StreamsConfig.only_for,
+        "ewc_strength": ("methods", ("ewc",)),
+        "memory": ("methods", ("er",)),
+    }
 
     methods: tuple[Literal["naive", "stable", "ewc", "er"], ...] = ("naive", "stable", "ewc", "er")
     """naive, ewc and er train as the plastic regime does, stable as the stable one."""

@@ -100,6 +100,15 @@ METHODS: Mapping[str, Method] = {
 PAPER = ("naive", "ewc", "agem", "er", "stable", "joint")
 #: Hyper-parameters that are tuned for at least one method.
 HYPER_PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.hyper_parameters))
+#: Options that only some methods read.
+OPTIONS = tuple(
+    dict.fromkeys(name for method in METHODS.values() for name in (*method.lists.values(), *method.options))
+)
+
+
+def list_methods(option: str) -> tuple[str, ...]:
+    """Return the methods that read an option of ``OPTIONS``."""
+    return tuple(name for name, method in METHODS.items() if option in (*method.lists.values(), *method.options))
 
 
 def label_method(name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.search import Candidate, Group
 from curvlab.analyze.frame.subject import SubjectConfig
-from curvlab.analyze.regimes.method_list import METHODS, PAPER
+from curvlab.analyze.regimes.method_list import METHODS, OPTIONS, PAPER, list_methods
 
 StreamName = Literal["permuted", "rotated", "split"]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,6 +27,11 @@ class MethodsConfig(SubjectConfig):
         "methods": "methods",
         "trials": "hyper-parameters",
         "evaluation": "evaluation",
+    }
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **SubjectConfig.only_for,
+        "degrees": ("streams", ("rotated",)),
+        **{option: ("methods", list_methods(option)) for option in OPTIONS},
     }
 
     validation: int = Field(default=200, ge=0)

@@ -42,6 +42,10 @@ class StreamsConfig(SubjectConfig):
         "epochs": "training",
         "seeds": "seeds",
     }
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **SubjectConfig.only_for,
+        "degrees": ("streams", ("rotated",)),
+    }
 
     samples: int | None = Field(default=None, ge=1)
     """Number of training samples per task for losses and curvature, drawn at random; none means all."""
@@ -81,6 +85,11 @@ class RegimesConfig(StreamsConfig):
     """Train a network on a sequence of tasks under several regimes."""
 
     titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "regimes": "regimes", "solver": "curvature"}
+    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+        **StreamsConfig.only_for,
+        "batch_decay": ("regimes", ("stable+shrinking", "plastic+shrinking")),
+        "tol": ("solver", ("lanczos",)),
+    }
 
     regimes: tuple[RegimeName, ...] = ("stable", "plastic", "stable-dropout", "stable-decay", "stable-batch_size")
     """stable and plastic are defined by the options above; stable-X is stable with the X of plastic, plastic+X is
