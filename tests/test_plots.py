@@ -3,6 +3,7 @@
 import re
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,11 +49,12 @@ def labels_of(axis: Axis) -> list[str]:
         (0.21, 0.29, None),  # neither a power of ten nor 2 or 5 times one
         (2.1e-6, 2.9e-6, None),
         (1.0, 1e6, None),
+        (5.0, 1500.0, {3: [1, 2, 3], 4: [1, 2, 3], 8: [1, 2, 3]}),  # three powers, if not every second one of four
         (1e-30, 1.0, None),
     ],
 )
 def test_a_logarithmic_axis_has_two_to_most_numbers_whatever_its_range(
-    low: float, high: float, labels: dict[int, list[str]] | None, most: int
+    low: float, high: float, labels: dict[int, list[Any]] | None, most: int
 ) -> None:
     axes = Figure().add_subplot()
     axes.set_yscale("log")
@@ -62,7 +64,7 @@ def test_a_logarithmic_axis_has_two_to_most_numbers_whatever_its_range(
     assert 2 <= len(found) <= most + 1
     assert len(set(found)) == len(found)
     if labels:
-        assert found == labels[most]
+        assert found == [f"$\\mathdefault{{10^{{{label}}}}}$" if high > 100 else label for label in labels[most]]
 
 
 @pytest.mark.parametrize(("low", "high", "labels"), [(0.945, 1.055, ["1"]), (0.9, 2.1, ["1", "2"])])

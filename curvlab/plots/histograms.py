@@ -1,6 +1,7 @@
 """Histograms over many decades."""
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from curvlab.plots.records import Record, list_distinct
 from curvlab.plots.style import GREY, LABEL, SERIES, TICK, TITLE, add_legend, finish, new_figure, set_log_ticks
 
+_TITLE_WIDTH = 64  # characters
 _MOST_WIDE = 3  # columns; more are narrower than the label of an axis
 
 
@@ -44,7 +46,7 @@ def log_histogram(records: Sequence[Record], title: str) -> Figure:
     figure = new_figure(5.4, 3.3)
     axes = figure.add_subplot()
     _draw_bins(axes, records)
-    axes.set_title(title, fontsize=TITLE)
+    axes.set_title(fill(title, _TITLE_WIDTH), fontsize=TITLE)
     axes.set_xlabel("nonzero entry of the diagonal (nats)", fontsize=LABEL)
     axes.set_ylabel("parameters per bin", fontsize=LABEL)
     axes.legend(fontsize=TICK, frameon=False)

@@ -1,7 +1,7 @@
 """The style of all figures: sizes, colours, axes and legends for the width of a page."""
 
 from collections.abc import Sequence
-from math import floor, log10
+from math import ceil, floor, log10
 from typing import Any
 
 import numpy as np
@@ -67,25 +67,26 @@ class _LogLocator(LogLocator):
     """Ticks at powers of ten; below two decades also at parts of these; at equal steps where these are too few."""
 
     def __init__(self, most: int) -> None:
-        super().__init__(numticks=most)
+        super().__init__()
         self._most = most
-        # Six or four ticks in two decades.
-        self._parts = (1.0, 2.0, 5.0) if most > 5 else (1.0, 3.0)
-        steps = (MaxNLocator(number).tick_values for number in range(2, 6))
-        self._choices = [super().tick_values, self._divide, *steps]
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         """Return the ticks of an axis with these limits."""
         low, high = min(vmin, vmax), max(vmin, vmax)
-        for choice in self._choices[_is_short(low, high) :]:
-            ticks = np.asarray(choice(vmin, vmax), dtype=float)
-            if 2 <= np.count_nonzero((low <= ticks) & (ticks <= high)) <= self._most + 1:
+        if not low > 0:
+            return super().tick_values(vmin, vmax)
+        if not _is_short(low, high):
+            powers = range(ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9) + 1)
+            return [float(f"1e{power}") for power in powers[:: ceil(len(powers) / self._most)]]
+        parts = (1.0, 2.0, 5.0) if self._most > 5 else (1.0, 3.0)  # six or four ticks in two decades
+        ticks = [
+            float(f"{part}e{power}") for power in range(floor(log10(low)), ceil(log10(high)) + 1) for part in parts
+        ]
+        for number in range(2, 6):
+            if 2 <= sum(low <= tick <= high for tick in ticks) <= self._most + 1:
                 break
+            ticks = list(MaxNLocator(number).tick_values(low, high))
         return ticks
-
-    def _divide(self, vmin: float, vmax: float) -> list[float]:
-        first, last = (floor(log10(limit)) for limit in sorted((vmin, vmax)))
-        return [float(f"{part}e{power}") for power in range(first, last + 1) for part in self._parts]
 
 
 class _LogFormatter(LogFormatterMathtext):
