@@ -101,7 +101,7 @@ def test_other_conditions_are_not_tested(subject, changed, reason):
 def test_the_figure():
     axes = report().figures["histogram"]().axes[0]
     assert axes.get_xscale() + axes.get_yscale() == "loglog"
-    assert axes.get_title() == "Diagonal of the Fisher of a 784-256-10 network on mnist, classes [0, 1]"
+    assert axes.get_title() == "Diagonal of the Fisher of a 784-256-10 network on mnist,\nclasses [0, 1]"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["seed 0", "seed 1", "seed 2"]
     # A bin of a seed without a number in it is a gap.
     (stairs,) = log_histogram([{"seed": 0, **one} for one in log_bins(np.array([1.5, 300.0]))], "t").axes[0].patches

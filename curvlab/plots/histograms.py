@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from curvlab.plots.records import Record, list_distinct
 from curvlab.plots.style import GREY, LABEL, SERIES, TICK, TITLE, add_legend, finish, new_figure, set_log_ticks
 
-_TITLE_WIDTH = 64  # characters
+_TITLE_WIDTH = 60  # characters
 _MOST_WIDE = 3  # columns; more are narrower than the label of an axis
 
 
