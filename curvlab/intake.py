@@ -1,22 +1,20 @@
 """The data of a problem: checks of their form, repeated passes, and a few samples for verification."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeGuard, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from curvlab.batches import Inputs, concatenate, kinds, tensors_of
 from curvlab.errors import CurvlabError, type_and_line
+from curvlab.interface import Interface, Pair, describe, is_pair
 from curvlab.randomness import generator_holders, iterate_with_own_randomness, save_random_state
-
-Pair = tuple[Tensor, Tensor]
 
 _BATCH_SIZE = 500
 _ANEW = "several passes are needed, and all must give the same samples in the same order"
-
-_AS_TENSORS = "; give [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]"
 
 
 class BatchSource(Protocol):
@@ -30,26 +28,30 @@ class RepeatableData:
     """Data that can be iterated any number of times and are checked to be the same every time.
 
     Args:
-        data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors.
+        data: A DataLoader, data set or list of batches, or one batch of all samples: a pair of tensors or arrays, or a
+            mapping.
+        interface: How inputs and targets are taken from a batch.
 
     Raises:
         CurvlabError: The data have another form, or can be iterated only once.
     """
 
-    def __init__(self, data: BatchSource | Pair) -> None:
-        if _is_pair(data):
-            _check_pair(data, "the data", "the data have")
-        elif _is_pair_of_arrays(data):
-            raise CurvlabError(
-                f"the data are {_describe(data)}: give tensors, (torch.as_tensor(inputs), torch.as_tensor(targets))"
-            )
+    def __init__(self, data: Any, interface: Interface) -> None:
+        self._interface = interface
+        self._whole: Pair | None = None
+        if isinstance(data, Dataset):
+            data = DataLoader(data, batch_size=_BATCH_SIZE)
+        if _is_whole(data):
+            self._whole = interface.split(data, "the data")
+            _check_pair(self._whole, "the data", "the data have")
         elif not isinstance(data, Iterable):
             raise CurvlabError(
-                f"data must be a DataLoader, a list of batches or a pair of tensors, not {type(data).__name__}"
+                "data must be a DataLoader, a data set, a list of batches, a pair of tensors or a mapping, not "
+                f"{describe(data)}"
             )
         elif isinstance(data, Iterator):
             raise CurvlabError("the data can be iterated only once: give a DataLoader or a list of batches")
-        self._data = data
+        self._data: Any = data
         self._start = save_random_state(generator_holders(data))  # the state from which every pass starts
         self._first: _Record | None = None
 
@@ -57,14 +59,14 @@ class RepeatableData:
         """Iterate the data once, in batches of the given size, or in their own batches.
 
         Raises:
-            CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, the
-                data raise an error, or they differ from the first pass.
+            CurvlabError: There are no samples, no inputs and targets can be taken from a batch, an input is not finite,
+                the data raise an error, or they differ from the first pass.
         """
         return _regroup(self._pass(size or _BATCH_SIZE), size)
 
     def count(self) -> int:
         """Return the number of samples; this may take a pass over the data."""
-        return len(self._data[0]) if _is_pair(self._data) else self.first().count
+        return len(self._whole[0]) if self._whole is not None else self.first().count
 
     def first(self) -> "_Record":
         """Return the record of the first complete pass; if there was none yet, iterate the data."""
@@ -74,11 +76,15 @@ class RepeatableData:
         assert self._first is not None
         return self._first
 
-    def _pass(self, pair_batch_size: int) -> Iterator[Pair]:
+    def peek(self) -> Any:
+        """Return the first batch in the form of the data; None if there is none."""
+        return next(self._iterate(), None) if self._whole is None else self._data
+
+    def _pass(self, batch_size: int) -> Iterator[Pair]:
         record = _Record()
-        # A pair of tensors is always the same data, although its batch size may change between passes.
-        first = None if _is_pair(self._data) else self._first
-        for index, (inputs, targets) in enumerate(self._own_batches(pair_batch_size)):
+        # One batch of all samples is always the same data, although its batch size may change between passes.
+        first = None if self._whole is not None else self._first
+        for index, (inputs, targets) in enumerate(self._own_batches(batch_size)):
             record.add(inputs, targets)
             if first is not None:
                 first.check_batch(index, record)
@@ -93,23 +99,22 @@ class RepeatableData:
         else:
             self._first = record
 
-    def _own_batches(self, pair_batch_size: int) -> Iterator[Pair]:
-        if _is_pair(self._data):
-            if len(self._data[0]):
-                parts = [torch.split(tensor, pair_batch_size) for tensor in self._data]
-                yield from zip(*parts, strict=True)
+    def _own_batches(self, batch_size: int) -> Iterator[Pair]:
+        if self._whole is not None:
+            inputs, targets = self._whole
+            if len(inputs):
+                yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
             return
         index = -1
         for index, batch in enumerate(self._iterate()):
-            if not _is_pair(batch):
-                raise CurvlabError(
-                    f"batch {index} of the data is not a pair of tensors (inputs, targets) but {_describe(batch)}"
-                    + (_AS_TENSORS if _could_be_pair(batch) else "")
-                    + self._batch_size_hint()
-                )
-            _check_pair(batch, f"batch {index}", f"batch {index} has", self._batch_size_hint())
-            if len(batch[0]):
-                yield batch[0], batch[1]
+            what = f"batch {index}"
+            try:
+                pair = self._interface.split(batch, what)
+                _check_pair(pair, what, f"{what} has")
+            except CurvlabError as error:
+                raise CurvlabError(f"{error}{self._batch_size_hint()}") from error
+            if len(pair[0]):
+                yield pair
         expected = _expected_batches(self._data)
         if expected not in (None, index + 1):
             raise CurvlabError(
@@ -150,17 +155,17 @@ class _Record:
     def __init__(self) -> None:
         self.count = 0
         self._threads = torch.get_num_threads()
-        self._seen: list[tuple[complex, ...]] = []  # a batch: samples, sum of the inputs, sum of the targets
+        self._seen: list[tuple[complex, ...]] = []  # a batch: samples, sums of the inputs, sum of the targets
         self._kept: dict[int, Pair] = {}
         self._last: dict[int, Pair] = {}
 
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
+    def add(self, inputs: Inputs, targets: Tensor) -> None:
         """Add a batch.
 
         Raises:
             CurvlabError: The batch holds NaN or infinite values.
         """
-        self._seen.append((len(inputs), *map(_finite_sum, (inputs, targets))))
+        self._seen.append((len(inputs), *map(_finite_sum, (*tensors_of(inputs), targets))))
         end = self.count + len(inputs)
         powers = [1 << k for k in range(end.bit_length())]
 
@@ -203,8 +208,13 @@ class _Record:
         groups: dict[object, list[Pair]] = {}
         for index in sorted({0, 1, middle, middle + 1, n - 2, n - 1} & kept.keys()):
             x, y = kept[index]
-            groups.setdefault((x.shape, x.dtype, y.shape, y.dtype), []).append((x, y))
-        return [(torch.cat([x for x, _ in group]), torch.cat([y for _, y in group])) for group in groups.values()]
+            groups.setdefault((kinds(x), kinds(y)), []).append((x, y))
+        return [_join(group) for group in groups.values()]
+
+
+def _join(pairs: list[Pair]) -> Pair:
+    """Return the samples of several batches together."""
+    return concatenate([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def plain_entries(tensor: Tensor) -> Tensor:
@@ -248,45 +258,36 @@ def _finite_sum(tensor: Tensor) -> complex:
     return complex(total)
 
 
-def _is_pair(data: object) -> TypeGuard[Pair]:
-    return isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
+def _is_whole(data: object) -> bool:
+    """Return whether the data are one batch of all samples and not an iterable over batches."""
+    return isinstance(data, Mapping) or is_pair(data)
 
 
-def _could_be_pair(batch: object) -> bool:
-    """Return whether a batch is a pair of objects that can be converted to tensors."""
-    return (
-        isinstance(batch, (tuple, list))
-        and len(batch) == 2
-        and all(isinstance(part, (Tensor, np.ndarray, list, tuple)) for part in batch)
-    )
-
-
-def _is_pair_of_arrays(data: object) -> bool:
-    """Return whether the data are a pair of arrays, or of an array and a tensor: two batches would be sequences."""
-    return _could_be_pair(data) and any(isinstance(part, (Tensor, np.ndarray)) for part in cast("Sequence[Any]", data))
-
-
-def _check_pair(batch: Pair, what: str, has: str, unbatched: str = "") -> None:
+def _check_pair(batch: Pair, what: str, has: str) -> None:
     """Raise an error for tensors whose rows are not samples."""
-    for role, tensor in zip(("inputs", "targets"), batch, strict=True):
-        if tensor.is_nested:
-            raise CurvlabError(f"the {role} of {what} are nested (ragged) tensors: pad them to one shape")
-        if tensor.layout != torch.strided:
-            raise CurvlabError(
-                f"the {role} of {what} are {str(tensor.layout).removeprefix('torch.')} tensors: convert with to_dense()"
-            )
-        if tensor.is_quantized:
-            raise CurvlabError(f"the {role} of {what} are quantized: convert with dequantize()")
-        if tensor.is_meta:
-            raise CurvlabError(f"the {role} of {what} are on the meta device, where tensors have no values")
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise CurvlabError(f"the {role} of {what} have the class {type(tensor).__name__}: give plain tensors")
-        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-            raise CurvlabError(f"the {role} of {what} are {tensor.dtype}: convert with float()")
-        if tensor.ndim == 0:
-            raise CurvlabError(f"the {role} of {what} are one number, not one row per sample{unbatched}")
-    if len(batch[0]) != len(batch[1]):
-        raise CurvlabError(f"{has} {len(batch[0])} inputs but {len(batch[1])} targets{unbatched}")
+    inputs, targets = batch
+    for tensor in tensors_of(inputs):
+        _check_tensor(tensor, f"the inputs of {what}")
+    _check_tensor(targets, f"the targets of {what}")
+    if len(inputs) != len(targets):
+        raise CurvlabError(f"{has} {len(inputs)} inputs but {len(targets)} targets")
+
+
+def _check_tensor(tensor: Tensor, what: str) -> None:
+    if tensor.is_nested:
+        raise CurvlabError(f"{what} are nested (ragged) tensors: pad them to one shape")
+    if tensor.layout != torch.strided:
+        raise CurvlabError(f"{what} are {str(tensor.layout).removeprefix('torch.')} tensors: convert with to_dense()")
+    if tensor.is_quantized:
+        raise CurvlabError(f"{what} are quantized: convert with dequantize()")
+    if tensor.is_meta:
+        raise CurvlabError(f"{what} are on the meta device, where tensors have no values")
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise CurvlabError(f"{what} have the class {type(tensor).__name__}: give plain tensors")
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+        raise CurvlabError(f"{what} are {tensor.dtype}: convert with float()")
+    if tensor.ndim == 0:
+        raise CurvlabError(f"{what} are one number, not one row per sample")
 
 
 def _expected_batches(data: object) -> int | None:
@@ -298,30 +299,29 @@ def _expected_batches(data: object) -> int | None:
         return None
 
 
-def _describe(batch: object) -> str:
-    if isinstance(batch, (tuple, list)):
-        kind = type(batch).__name__
-        return f"a {kind} of {len(batch)} ({', '.join(type(part).__name__ for part in batch[:4])})"
-    return f"a {type(batch).__name__}"
-
-
 def _regroup(batches: Iterable[Pair], size: int | None) -> Iterator[Pair]:
-    """Yield the same samples in the same order in batches of ``size``; the last batch may be smaller."""
+    """Yield the same samples in the same order in batches of ``size``; some may be smaller.
+
+    The last one may be, and one whose next sample has another shape, such as a sequence of another length.
+    """
     if size is None:
         yield from batches
         return
     held: list[Pair] = []
     count = 0
     for inputs, targets in batches:
+        if held and (kinds(held[0][0]), kinds(held[0][1])) != (kinds(inputs), kinds(targets)):
+            yield _join(held)
+            held, count = [], 0
         while len(inputs):
             take = size - count
             held.append((inputs[:take], targets[:take]))
             count += len(held[-1][0])
             inputs, targets = inputs[take:], targets[take:]
             if count == size:
-                yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+                yield _join(held)
                 held, count = [], 0
         # A loader may reuse its tensors for the next batch, so copy.
-        held = [(torch.cat([x for x, _ in held]), torch.cat([y for _, y in held]))] if held else []
+        held = [_join(held)] if held else []
     if held:
-        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+        yield _join(held)

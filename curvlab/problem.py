@@ -2,17 +2,24 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvlab.batches import Inputs, map_tensors, tensors_of
 from curvlab.errors import CurvlabError, UnsupportedError, type_and_line
-from curvlab.intake import BatchSource, Pair, RepeatableData, are_equal, is_finite, plain_entries
-from curvlab.losses import Loss, LossName, get_loss
+from curvlab.intake import BatchSource, RepeatableData, are_equal, is_finite, plain_entries
+from curvlab.interface import Forward, Interface, Pair, Targets, own_loss, takes_labels
+from curvlab.likelihoods import CrossEntropy, Likelihood, LossName, Terms, get_likelihood
+from curvlab.likelihoods.terms import Unit
+from curvlab.likelihoods.torch_losses import default_unit
 from curvlab.parameters import ParameterSpace
 from curvlab.randomness import preserve_random_state, watch_randomness
 from curvlab.stateless import (
@@ -35,10 +42,20 @@ class Problem:
     or the global random state.
 
     Args:
-        model: Any module with one output tensor ``(N, C)``, on any device. Its trainable parameters must have the same
-            floating dtype. Floating-point inputs and targets are converted to that dtype and device.
-        loss: ``cross_entropy``, ``squared_error`` or ``binary_cross_entropy`` (see ``curvlab.losses``).
-        data: A DataLoader or list of ``(inputs, targets)`` batches, or one pair of tensors ``(X, y)``.
+        model: Any module with an output ``(N, C)``, or ``(N, *S, C)`` for samples of several terms (tokens, pixels), or
+            ``(N,)`` for one number; on any device. Its trainable parameters must have the same floating dtype.
+            Floating-point inputs and targets are converted to that dtype and device.
+        loss: A likelihood of ``curvlab.likelihoods`` or its name, such as ``cross_entropy``; or a loss of ``torch.nn``.
+        data: A DataLoader, data set or list of batches, or one batch of all samples. A batch is a pair ``(inputs,
+            targets)`` of tensors or arrays, where the inputs may be a tuple or a dict of tensors, or a mapping with the
+            targets in ``labels``. With ``forward`` and ``targets`` it is any nesting of tensors with a row per sample.
+        forward: Function of the model and a batch that returns the outputs; None: the model is called with the inputs
+            (see ``curvlab.interface``), and an output with ``logits`` is replaced by them.
+        targets: Function of a batch that returns the targets: ``(N, *S)`` or ``(N, *S, ...)``; None: those of the pair
+            or the ``labels``.
+        unit: What every matrix is a mean over: ``sample`` (the terms of a sample are summed) or ``term``. None: terms
+            for a loss of ``torch.nn`` with the reduction ``mean``, else samples.
+        class_dim: Dimension of the outputs with the ``C`` numbers of a term: 1 for images ``(N, C, H, W)``.
 
     Raises:
         CurvlabError: The loss is unknown, the data can be iterated only once, no parameter is trainable, or the model
@@ -48,15 +65,42 @@ class Problem:
         >>> problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
         >>> problem.num_samples
         4
+        >>> tokens = {"x": torch.zeros(4, 5, 2), "y": torch.zeros(4, 5, dtype=torch.int64)}
+        >>> problem = Problem(
+        ...     nn.Linear(2, 3),
+        ...     "cross_entropy",
+        ...     tokens,
+        ...     forward=lambda model, batch: model(batch["x"]),
+        ...     targets=lambda batch: batch["y"],
+        ...     unit="term",
+        ... )
+        >>> problem.num_units
+        20.0
     """
 
-    def __init__(self, model: nn.Module, loss: LossName | str = "cross_entropy", data: BatchSource | Pair = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: "LossName | str | Likelihood | nn.Module" = "cross_entropy",
+        data: Any = (),
+        *,
+        forward: Forward | None = None,
+        targets: Targets | None = None,
+        unit: Unit | None = None,
+        class_dim: int = -1,
+    ) -> None:
         check_module(model)
         self.model = model
-        self.loss: Loss = get_loss(loss)
+        unit = default_unit(loss) if unit is None else unit  # type: ignore[assignment]
+        if unit not in ("sample", "term"):
+            raise CurvlabError(f"unit must be 'sample' or 'term', not {unit!r}")
+        self.loss = Terms(get_likelihood(loss), unit)
         self.data = data
         self.space = ParameterSpace.of(model)
-        self._intake = RepeatableData(data)
+        self._interface = _check_interface(forward, targets, class_dim)
+        self._source = RepeatableData(data, self._interface)
+        # Whether the model's own loss may have another alignment of outputs and labels: see ``_intake``.
+        self._unmatched = forward is None and targets is None and takes_labels(model)
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
@@ -75,6 +119,63 @@ class Problem:
         other.model, other.space = model, ParameterSpace.of(model)
         return other
 
+    def with_data(self, pairs: Iterable[Pair]) -> "Problem":
+        """Return a problem on other data with the same model, loss and interface.
+
+        Args:
+            pairs: Pairs of inputs and targets, as ``batches`` yields them.
+        """
+        other = copy(self)
+        vars(other).pop("num_samples", None)
+        vars(other).pop("num_units", None)
+        other.data = list(pairs)
+        other._source = RepeatableData(other.data, Interface())
+        return other
+
+    @property
+    def _intake(self) -> RepeatableData:
+        if self._unmatched and not self.model.training:
+            self._match_labels()
+        return self._source
+
+    def _match_labels(self) -> None:
+        """Align outputs and labels as the model's own loss does: a causal language model shifts them by one.
+
+        Raises:
+            UnsupportedError: The model's own loss has another value with and without a shift.
+        """
+        self._unmatched = False
+        batch = self._source.peek()
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            return
+        if isinstance(self.loss.each, CrossEntropy) and self.loss.each.ignore_index is None:
+            self.loss.each = replace(self.loss.each, ignore_index=-100)  # as all of these models
+        with preserve_random_state(self.model.modules()), torch.no_grad():
+            own = own_loss(self.model, batch, self.device)
+            if own is None:
+                return
+            values = {}
+            for shift in (0, 1):
+                interface = replace(self._interface, shift=shift)
+                with suppress(Exception):
+                    values[shift] = self._mean_over_terms(interface, batch)
+                    if abs(values[shift] - own) <= 1e-3 * abs(own) + 1e-6:
+                        self._interface = interface
+                        self._source = RepeatableData(self.data, interface)
+                        return
+        tried = " and ".join(f"{value:.6g} {('without', 'with')[shift]} a shift" for shift, value in values.items())
+        raise UnsupportedError(
+            f"the loss that {type(self.model).__name__} computes from its labels is {own:.6g} on the first batch, but "
+            f"{self.loss} gives {tried or 'an error'}: give the loss, forward=... and targets=... that you mean"
+        )
+
+    def _mean_over_terms(self, interface: Interface, batch: Any) -> float:
+        inputs, targets = interface.split(batch, "batch 0")
+        inputs, targets = map_tensors(inputs, self._place), self._place(targets)
+        terms = Terms(self.loss.each, "term")
+        outputs = terms.flatten(_two_dimensional(interface.outputs(self.model, inputs)))
+        return float(terms.values(outputs, targets).sum()) / terms.count(targets)
+
     @cached_property
     def num_samples(self) -> int:
         """Number of samples in one pass over the data (with ``drop_last``, fewer than in the data set).
@@ -82,6 +183,31 @@ class Problem:
         The first access may take a pass over the data.
         """
         return self._intake.count()
+
+    @cached_property
+    def num_units(self) -> float:
+        """Number of units that a matrix is a mean over: samples, or the terms that count, with their weights.
+
+        The first access may take a pass over the data.
+
+        Raises:
+            CurvlabError: No term counts.
+        """
+        if self.loss.unit == "sample":
+            return float(self.num_samples)
+        if self.loss.num_outputs is None:
+            with torch.no_grad():
+                self.forward({}, self.probe()[0][0][:1])
+        count = sum(self.loss.count(targets) for _, targets in self._intake.batches())
+        if not count:
+            raise CurvlabError("no term of the data counts: all targets are ignored, or their weights are 0")
+        return count
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model takes one tensor and returns ``(N, C)``: what other libraries can take."""
+        inputs, _ = self._intake.first().probe()[0]
+        return self._interface.is_plain and isinstance(inputs, Tensor) and not self.loss.dims
 
     def probe(self) -> list[Pair]:
         """Return a few samples for the verification of a computation, on the model's device and in its dtype.
@@ -96,22 +222,69 @@ class Problem:
             >>> inputs.flatten().tolist()
             [0.0, 1.0, 8.0, 9.0, 18.0, 19.0]
         """
-        return [(self._place(inputs), self._place(targets)) for inputs, targets in self._intake.first().probe()]
+        return [self._place_pair(pair) for pair in self._intake.first().probe()]
+
+    def loss_value(self) -> float:
+        """Return the mean loss over the units of the data, at the parameters of the model, in nats.
+
+        Raises:
+            CurvlabError: As ``check``.
+        """
+        self.check()
+        total = 0.0
+        with torch.no_grad():
+            for inputs, targets in self.batches():
+                total += float(self.loss.values(self.forward({}, inputs), targets).double().sum())
+        return total / self.num_units
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the mean loss over the units of the data, ``(P,)``, over the trainable parameters.
+
+        Raises:
+            CurvlabError: As ``check``.
+        """
+        self.check()
+        total: Tensor | None = None
+        for inputs, targets in self.batches():
+            found = self._summed_gradient(inputs, targets).double()
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total.div_(self.num_units).to(torch.promote_types(self.dtype, torch.float32))
+
+    def per_sample_gradients(self) -> Iterator[Tensor]:
+        """Yield the gradient of every sample's loss, ``(P,)``, in the order of the data; one is held at a time.
+
+        Raises:
+            CurvlabError: As ``check``.
+        """
+        self.check()
+        for inputs, targets in self.batches():
+            for one, target in zip(inputs.split(1), targets.split(1), strict=True):
+                yield self._summed_gradient(one, target)
+
+    def _summed_gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = {name: value.requires_grad_() for name, value in self.parameters().items()}
+            value = self.loss.values(self.forward(leaves, inputs), targets).sum()
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return torch.cat([(g.to_dense() if g.is_sparse else g).detach().reshape(-1) for g in found])
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name, detached from the model's graph."""
         named = dict(self.model.named_parameters())
         return {name: named[name].detach() for name in self.space.names}
 
-    def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the outputs ``(N, C)`` for the given parameters; other parameters have the model's own values.
+    def forward(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the outputs for the given parameters; other parameters have the model's own values.
+
+        The terms of a sample are flattened: ``(N, T C)``.
 
         The dict may also contain buffers. The model writes into copies of its buffers and inputs, and attributes that
         it sets on its modules are restored. The outputs have the dtype of the parameters.
 
         Raises:
-            UnsupportedError: The outputs are not one real floating tensor ``(N, C)``, the model writes into a
-                parameter, or ``torch.autocast`` is on around the call.
+            UnsupportedError: The outputs are not one real floating tensor with a row per sample, the model writes into
+                a parameter, or ``torch.autocast`` is on around the call.
         """
         if torch.is_autocast_enabled(self.device.type):
             raise UnsupportedError(
@@ -122,13 +295,12 @@ class Problem:
             # With requires_grad, as in the model: a forward pass may branch on it.
             own = self.parameters()
             parameters = parameters | {name: own[name].requires_grad_() for name in missing}
-        outputs = call(self.model, parameters, inputs)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
-            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        outputs = _two_dimensional(call(self.model, parameters, inputs, self._interface.outputs))
+        if outputs.ndim < 2 or outputs.shape[0] != len(inputs):
             of = "one sample" if len(inputs) == 1 else f"{len(inputs)} samples"
             raise UnsupportedError(
-                f"{type(self.model).__name__} must return one tensor (N, C); for {of} it returned "
-                f"{shape}: wrap the model in a module that returns such a tensor"
+                f"{type(self.model).__name__} must return one tensor (N, C) or (N, *S, C); for {of} it returned "
+                f"{tuple(outputs.shape)}: give forward=lambda model, batch: ... that returns such a tensor"
             )
         if not outputs.is_floating_point():
             raise UnsupportedError(
@@ -136,7 +308,7 @@ class Problem:
             )
         # A model with autocast inside returns another dtype.
         given = (parameters[name].dtype for name in self.space.names if name in parameters)
-        return outputs.to(next(given, self.dtype))
+        return self.loss.flatten(outputs.to(next(given, self.dtype)))
 
     def batches(self, batch_size: int | None = None) -> Iterator[Pair]:
         """Iterate the data once on the model's device, in the same order at every call.
@@ -146,13 +318,16 @@ class Problem:
                 batches of the data (500 samples for a pair of tensors).
 
         Raises:
-            CurvlabError: There are no samples, a batch is not a pair of ordinary tensors, an input is not finite, or
-                the data raise an error or differ from the first pass.
+            CurvlabError: There are no samples, no inputs and targets can be taken from a batch, an input is not finite,
+                or the data raise an error or differ from the first pass.
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
-        for inputs, targets in self._intake.batches(batch_size):
-            yield self._place(inputs), self._place(targets)
+        yield from map(self._place_pair, self._intake.batches(batch_size))
+
+    def _place_pair(self, pair: Pair) -> Pair:
+        inputs, targets = pair
+        return map_tensors(inputs, self._place), self._place(targets)
 
     def _place(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the model's device without a graph; floating-point tensors get the model's dtype."""
@@ -218,7 +393,7 @@ class Problem:
                     if outputs is None:
                         with preserve_random_state(self.model.modules()):
                             outputs = self._checked_outputs(copies, inputs[:1])
-                    self.loss.check(outputs.expand(len(targets), -1), targets)
+                    self.loss.check(outputs, targets)
                 # With other tensors, so that a tensor cached by the first pass is noticed.
                 self.check_samples(others, outputs)
                 check_attributes()
@@ -226,7 +401,7 @@ class Problem:
                 if not (are_equal(copies[name], p) and are_equal(others[name], p)):
                     raise UnsupportedError(parameter_write_message(self.model, name))
 
-    def _checked_outputs(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    def _checked_outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the outputs for a few inputs; check that they depend on the given parameters and no others."""
         name = type(self.model).__name__
         try:
@@ -235,8 +410,10 @@ class Problem:
             raise
         except Exception as error:
             reason = type_and_line(error)
-            if not inputs.is_floating_point() and self._accepts(parameters, inputs.to(self.dtype)):
-                reason = f"the inputs are {inputs.dtype}, not floating: use x.float(), or x.float() / 255 for images"
+            whole = isinstance(inputs, Tensor) and not inputs.is_floating_point()
+            if whole and self._accepts(parameters, map_tensors(inputs, lambda x: x.to(self.dtype))):
+                dtype = tensors_of(inputs)[0].dtype
+                reason = f"the inputs are {dtype}, not floating: use x.float(), or x.float() / 255 for images"
             raise UnsupportedError(f"{name} raises an error on the first samples of the data: {reason}") from error
         reached = graph_leaves(outputs)
         for parameter, own in self.model.named_parameters():
@@ -256,7 +433,7 @@ class Problem:
             )
         return outputs.detach()
 
-    def _accepts(self, parameters: dict[str, Tensor], inputs: Tensor) -> bool:
+    def _accepts(self, parameters: dict[str, Tensor], inputs: Inputs) -> bool:
         try:
             self.forward(parameters, inputs)
         except Exception:
@@ -279,7 +456,7 @@ class Problem:
         for index, (inputs, _) in enumerate(self.probe()):
             self._check_batch(parameters, inputs, first if index == 0 else None)
 
-    def _check_batch(self, parameters: dict[str, Tensor], inputs: Tensor, first: Tensor | None) -> None:
+    def _check_batch(self, parameters: dict[str, Tensor], inputs: Inputs, first: Tensor | None) -> None:
         with watch_randomness(self.model) as watch:
             outputs = self._checked_outputs(parameters, inputs)
             alone = self._checked_outputs(parameters, inputs[:1]) if first is None else first
@@ -300,6 +477,20 @@ class Problem:
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                     "batch, so that per-sample curvature is not defined: make the outputs deterministic and per-sample"
                 )
+
+
+def _check_interface(forward: Any, targets: Any, class_dim: Any) -> Interface:
+    for role, function in (("forward", forward), ("targets", targets)):
+        if function is not None and not callable(function):
+            raise CurvlabError(f"{role} must be a function, not {type(function).__name__}")
+    if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+        raise CurvlabError(f"class_dim must be a whole number, not {class_dim!r}")
+    return Interface(forward, targets, class_dim)
+
+
+def _two_dimensional(outputs: Tensor) -> Tensor:
+    """Return outputs with a last dimension for the numbers of a term: ``(N,)`` is one number per sample."""
+    return outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
 
 
 def _import_what_warns() -> None:

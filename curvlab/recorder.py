@@ -14,7 +14,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.estimators.per_layer import patterns_by_module
 from curvlab.forms import unknown_name_message
-from curvlab.losses import get_loss
+from curvlab.likelihoods import get_likelihood
 from curvlab.matrices import CurvatureMatrix
 from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import Quantity, parse_quantity
@@ -172,7 +172,7 @@ class EigenvalueRecorder:
         self._options = _combine(options, changes)
         self._every = check_whole("every", every, 1)
         if not callable(data):
-            get_loss(loss)
+            get_likelihood(loss)
         self._problem: Callable[[nn.Module], Problem] = (
             data if callable(data) else lambda model: Problem(model, loss, data)
         )

@@ -68,8 +68,21 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise CurvlabError(f"the trainable parameters are {dtype}; curvature needs a real floating dtype: {names}")
 
 
-def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Any:
-    """Return the model's output at the given parameters; parameters that are not given are constants.
+class _Caller(nn.Module):
+    """A function of a model, in which the model is a submodule."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, inputs: Any) -> Any:
+        return self.function(self.model, inputs)
+
+
+def call(
+    model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, function: Callable[[nn.Module, Any], Any]
+) -> Any:
+    """Return ``function(model, inputs)`` at the given parameters; parameters that are not given are constants.
 
     The dict may also contain buffers. The model writes into copies of its other buffers and of its inputs. Attributes
     that it sets on its modules, such as a weight computed by a hook, are restored. A compiled model runs uncompiled.
@@ -105,7 +118,8 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
             elif module._compiled_call_impl is not None:
                 module._compiled_call_impl = None
         # Ties are resolved above; tie_weights would permanently replace the parameters of a module with two names.
-        outputs = functional_call(model, slots, (inputs.clone(),), tie_weights=False)
+        own = {f"model.{slot}": tensor for slot, tensor in slots.items()}
+        outputs = functional_call(_Caller(model, function), own, (inputs.clone(),), tie_weights=False)
     for slot, version in versions.items():
         if slots[slot]._version != version:
             raise UnsupportedError(parameter_write_message(model, slot))

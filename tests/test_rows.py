@@ -10,7 +10,7 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
 from curvlab.estimators.torch_func import per_sample_rows
-from curvlab.losses import get_loss
+from curvlab.likelihoods import get_likelihood
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
@@ -168,7 +168,9 @@ def test_the_scale_of_monte_carlo_rows() -> None:
     outputs, targets = torch.zeros(2, 3), torch.zeros(2, 3)
     for samples in (1, 4):
         quantity = Fisher(samples=samples)
-        rows = output_covectors(get_loss("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity))[:]
+        rows = output_covectors(
+            get_likelihood("binary_cross_entropy"), quantity, outputs, targets, label_stream(quantity)
+        )[:]
         # At logit zero every gradient is one half in size, whatever the label.
         assert torch.allclose(rows.square().sum(dim=1), torch.full((2, 3), 0.25))
 

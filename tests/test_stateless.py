@@ -100,8 +100,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("forward", "told"),
         [
-            (lambda m, x: m.plain(x)[:, 0], r"for one sample it returned \(1,\): wrap the model in a module"),
-            (lambda m, x: (m.plain(x),), "returned tuple: wrap"),
+            (lambda m, x: m.plain(x)[:1].mean(), r"for one sample it returned \(\): give forward=lambda model, batch"),
+            (lambda m, x: (m.plain(x),), r"one tensor .* not tuple: give forward=lambda model, batch"),
             (lambda m, x: m.plain(x).long(), "returns torch.int64; the losses"),
             (lambda m, x: m.plain(x) + 0j, "returns torch.complex64; the losses"),
             (lambda m, x: m.plain(x).detach(), "do not depend on its trainable parameters"),

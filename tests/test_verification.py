@@ -20,7 +20,7 @@ from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import ChangedUseError, kronecker_layers, verify_factors, verify_rules
-from curvlab.losses import Loss
+from curvlab.likelihoods import FromFunction
 from curvlab.parameters import ParameterSpace
 from curvlab.progress import no_progress
 from curvlab.quantities import EmpiricalFisher, Fisher, Quantity
@@ -463,19 +463,12 @@ def test_long_sums_are_accurate() -> None:
     assert torch.allclose(means["tenth"], torch.full((2, 2), 0.1), rtol=2e-6, atol=0)
 
 
-class Poisson(Loss):
-    """A likelihood that the reference does not have."""
-
-    values = check = gradients = num_factors = factor_scales = some_factors = fisher_product = sample = None  # type: ignore[assignment]
-
-
-def test_a_loss_that_the_reference_does_not_know_is_refused() -> None:
-    problem = problem_of(mlp)
-    problem.loss = Poisson()
-    problem.loss.name = "poisson"
-    rows = torch_func.per_sample_rows(problem, Fisher(), problem.space)
-    with pytest.raises(UnsupportedError, match="the reference has no exact Fisher of Poisson"):
-        next(rows)
+def test_a_likelihood_without_outcomes_has_no_exact_fisher_in_the_reference() -> None:
+    likelihood = FromFunction(lambda f, y: (f - y).square().sum(dim=1), natural=True)
+    x = torch.randn(4, 3).double()
+    problem = Problem(nn.Linear(3, 2).double(), likelihood, (x, x[:, :2]))
+    with pytest.raises(UnsupportedError, match="the reference has no exact Fisher of function"):
+        estimate(problem, "fisher", "diag", backend="torch")
 
 
 class DeadOnMost(nn.Module):

@@ -35,7 +35,7 @@ _WATCHED = 5.0  # factor by which a computation is slower while its memory is me
 def summarise(problem: Problem, space: ParameterSpace) -> str:
     """Return the sentence of a summary on the model and the loss."""
     dtype = str(problem.dtype).removeprefix("torch.")
-    return f"{type(problem.model).__name__} of {space.total:,} parameters in {dtype}, {problem.loss.name}."
+    return f"{type(problem.model).__name__} of {space.total:,} parameters in {dtype}, {problem.loss}."
 
 
 def make_row(
@@ -74,7 +74,7 @@ class Probe:
         self.plain = self._predict(self._measure(lambda part: lambda: _plain_pass(part, self.space)))
 
     def _on(self, batches: Sequence[Pair]) -> Problem:
-        return Problem(self.problem.model, self.problem.loss.name, batches)
+        return self.problem.with_data(batches)
 
     def summary(self) -> str:
         """Return a summary of model, loss and data, with the time of a plain pass."""

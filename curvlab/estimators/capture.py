@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvlab.batches import Inputs
 from curvlab.graph import walk
 from curvlab.problem import Problem
 from curvlab.stateless import check_not_cached
@@ -71,7 +72,7 @@ def make_leaves(problem: Problem) -> dict[str, Tensor]:
 def forward(
     problem: Problem,
     modules: Mapping[str, nn.Module],
-    inputs: Tensor,
+    inputs: Inputs,
     leaves: Leaves | None = None,
     cloned: Collection[str] = (),
 ) -> tuple[Tensor, dict[str, list[Call]]]:
@@ -80,7 +81,7 @@ def forward(
     Args:
         problem: Model, loss and data.
         modules: Modules of the model, by name.
-        inputs: ``(N, ...)``.
+        inputs: Inputs of the batch.
         leaves: Tensors used in place of the trainable parameters, if their gradients or the graph are needed.
         cloned: Names of modules whose output is replaced by a copy. Without it, an in-place operation on an output that
             is a view would remove that output from the graph.

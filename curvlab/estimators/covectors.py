@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import UnsupportedError
-from curvlab.losses import Loss
+from curvlab.likelihoods import Likelihood
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 
 _BYTES = 1.6e7  # approximate limit of the covectors that are made at once
@@ -34,14 +34,14 @@ class Covectors:
         dtype: Dtype of the outputs.
 
     Examples:
-        >>> from curvlab.losses import get_loss
-        >>> logits = torch.zeros(5, 1000)
-        >>> covectors = output_covectors(get_loss("cross_entropy"), Fisher(), logits, logits, label_stream(Fisher()))
+        >>> from curvlab.likelihoods import CrossEntropy
+        >>> logits, labels = torch.zeros(5, 1000), torch.zeros(5, dtype=torch.int64)
+        >>> covectors = output_covectors(CrossEntropy(), Fisher(), logits, labels, label_stream(Fisher()))
         >>> len(covectors), covectors[10:14].shape, next(iter(covectors.select(slice(0, 2)))).shape
         (999, torch.Size([5, 4, 1000]), torch.Size([2, 1000]))
     """
 
-    make: Callable[..., Tensor]
+    make: Callable[[tuple[Tensor, ...], range], Tensor]
     tensors: tuple[Tensor, ...]
     count: int
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Covectors:
         """Return consecutive covectors, ``(N, rows, C)``."""
         if part.step not in (None, 1):
             raise ValueError(f"a slice of covectors needs a step of 1, not {part.step}")
-        return self.make(*self.tensors, range(self.count)[part]).to(self.dtype)
+        return self.make(self.tensors, range(self.count)[part]).to(self.dtype)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield all covectors in order, ``(N, rows, C)``, as many at once as fit in a few megabytes."""
@@ -78,16 +78,14 @@ class Covectors:
 
 
 def output_covectors(
-    loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
+    loss: Likelihood, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
 ) -> Covectors:
     """Return the covectors of a batch; labels are drawn in this call.
 
-    For these losses the GGN is the exact Fisher: if the outputs are the natural parameters of an exponential family,
-    the Hessian of a sample's loss with respect to them is the variance of the gradient (Martens, JMLR 2020, section
-    9.2).
+    The GGN has the covectors of the loss's Hessian with respect to the outputs (``Likelihood.hessian_form``).
 
     Args:
-        loss: Loss of the problem.
+        loss: Likelihood of the problem.
         quantity: Any quantity except the Hessian.
         outputs: ``(N, C)``, without a graph.
         targets: Targets of these samples.
@@ -98,32 +96,34 @@ def output_covectors(
     """
     if isinstance(quantity, (EmpiricalFisher, MaSQ)):
         return Covectors(
-            lambda f, y, part: loss.gradients(f, y).unsqueeze(1)[:, _slice(part)],
-            (outputs, targets),
-            1,
+            lambda tensors, part: loss.some_gradients(tensors[0], part),
+            (loss.empirical_gradients(outputs, targets),),
+            loss.num_gradients(outputs),
             outputs.dtype,
         )
     if isinstance(quantity, Fisher) and quantity.samples is not None:
         scale = sqrt(quantity.samples)
         drawn = loss.draw(outputs, quantity.samples, rng)
-        return Covectors(
-            lambda f, labels, part: loss.drawn_gradients(f, labels[:, _slice(part)]) / scale,
-            (outputs, drawn),
-            quantity.samples,
-            outputs.dtype,
-        )
+
+        def gradients(tensors: tuple[Tensor, ...], part: range) -> Tensor:
+            f, y, labels = tensors
+            return loss.drawn_gradients(f, y, labels[:, part.start : part.stop]) / scale
+
+        return Covectors(gradients, (outputs, targets, drawn), quantity.samples, outputs.dtype)
     if isinstance(quantity, (Fisher, GGN)):
-        scales = loss.factor_scales(outputs)
-        return Covectors(loss.some_factors, (scales,), loss.num_factors(outputs.shape[1]), outputs.dtype)
+        form = loss.hessian_form if isinstance(quantity, GGN) else loss
+        scales = form.factor_scales(outputs, targets)
+        return Covectors(form.some_factors, scales, form.num_factors(outputs.shape[1]), outputs.dtype)
     raise UnsupportedError(f"{quantity.name} is not a sum of outer products of gradients")
 
 
 def output_product(
-    loss: Loss, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
+    loss: Likelihood, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
 ) -> Callable[[Tensor], Tensor]:
     """Return a function that multiplies vectors ``(N, C)`` by ``sum_r s_r s_r'`` of each sample."""
     if isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None):
-        return lambda vectors: loss.fisher_product(outputs, vectors).to(outputs.dtype)
+        form = loss.hessian_form if isinstance(quantity, GGN) else loss
+        return lambda vectors: form.fisher_product(outputs, targets, vectors).to(outputs.dtype)
     covectors = output_covectors(loss, quantity, outputs, targets, rng)
     held = [covectors[:]] if len(covectors) <= covectors.chunk_size else None
 
@@ -142,14 +142,14 @@ def label_stream(quantity: Quantity) -> np.random.Generator:
     return np.random.default_rng(quantity.seed if isinstance(quantity, Fisher) else 0)
 
 
-def suggest_sampling(loss: Loss, quantity: Quantity, num_outputs: int) -> str | None:
+def suggest_sampling(loss: Likelihood, quantity: Quantity, num_outputs: int) -> str | None:
     """Return a clause that suggests a Monte Carlo Fisher if the exact Fisher or GGN has many outputs; else None.
 
     Examples:
-        >>> from curvlab.losses import get_loss
-        >>> suggest_sampling(get_loss("cross_entropy"), Fisher(), 1000)
+        >>> from curvlab.likelihoods import CrossEntropy
+        >>> suggest_sampling(CrossEntropy(), Fisher(), 1000)
         'fisher needs 999 backward passes per batch; fisher:samples=1, which is unbiased, needs one'
-        >>> suggest_sampling(get_loss("cross_entropy"), Fisher(), 10) is None
+        >>> suggest_sampling(CrossEntropy(), Fisher(), 10) is None
         True
     """
     exact = isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None)
@@ -157,7 +157,3 @@ def suggest_sampling(loss: Loss, quantity: Quantity, num_outputs: int) -> str | 
     if not exact or count < _MANY:
         return None
     return f"{quantity} needs {count:,} backward passes per batch; fisher:samples=1, which is unbiased, needs one"
-
-
-def _slice(part: range) -> slice:
-    return slice(part.start, part.stop)

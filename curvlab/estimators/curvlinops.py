@@ -21,10 +21,11 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.snapshots import enable_all_derivatives, explain_torch_errors
 from curvlab.graph import walk
-from curvlab.losses import Loss
+from curvlab.interface import Pair
+from curvlab.likelihoods import CrossEntropy, Likelihood
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Pair, Problem
+from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, Quantity
 from curvlab.structures import Kronecker, Structure
@@ -38,11 +39,6 @@ _PROBE_SAMPLES = 2
 #: Modules whose gradient torch.func cannot differentiate, or differentiates wrongly (the weights of the norms).
 _NO_SECOND_DERIVATIVE = (nn.LayerNorm, _InstanceNorm, nn.GroupNorm, nn.SiLU, nn.Mish, nn.Hardsigmoid)
 _COLUMNS = 16  # vectors that are multiplied at once: the library keeps the activations of each
-_LOSSES = {
-    "cross_entropy": nn.CrossEntropyLoss,
-    "squared_error": nn.MSELoss,
-    "binary_cross_entropy": nn.BCEWithLogitsLoss,
-}
 
 
 class _Passes:
@@ -143,9 +139,11 @@ def compute(
     modules = {name: copy.model.get_submodule(name) for name in _layer_names(space)}
     for module in modules.values():
         module.register_forward_pre_hook(_by_position, with_kwargs=True)
+    # Not computed, because ``_compute_loss_and_backward`` starts from our covectors; it tells the shape of the targets.
+    loss = nn.CrossEntropyLoss if isinstance(problem.loss.each, CrossEntropy) else nn.MSELoss
     operator = (_EKFAC if corrected else _KFAC)(
         copy.model,
-        _LOSSES[problem.loss.name](reduction="sum"),
+        loss(reduction="sum"),
         _parameters(copy, space),
         _Passes(copy, quantity, batch_size, lambda samples: advance(samples / 2 if corrected else samples)),
         check_deterministic=False,
@@ -195,7 +193,7 @@ class _Values(nn.Module):
 
     reduction = "sum"
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Likelihood) -> None:
         super().__init__()
         self.loss = loss
 
@@ -254,7 +252,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
     """See ``curvlab.estimators.backend.Obstacle``."""
     if isinstance(structure, Kronecker):
         return _factor_obstacle(problem.model, space)
-    few = Problem(problem.model, problem.loss.name, [next(problem.batches(_PROBE_SAMPLES))])
+    few = problem.with_data([next(problem.batches(_PROBE_SAMPLES))])
     try:
         return _product_obstacle(few, quantity, space)
     except Exception as error:  # the library can raise anything

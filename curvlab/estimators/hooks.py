@@ -21,9 +21,10 @@ from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
 from curvlab.estimators.verification import ChangedUseError, Verification, verify_factors, verify_rules
+from curvlab.interface import Pair
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Pair, Problem
+from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
 from curvlab.structures import Kronecker, Structure, TKFACStructure

@@ -106,6 +106,7 @@ def _mean(
     working_dtype = torch.promote_types(problem.dtype, torch.get_default_dtype())
     total: dict[str, Tensor] = {}
     for inputs, targets in problem.batches(batch_size):
+        assert isinstance(inputs, Tensor)  # the problem is plain
         n = len(inputs)
         # Some of the library's buffers have the default dtype, not the model's.
         with default_dtype(working_dtype):
@@ -207,6 +208,7 @@ def obstacle(
 ) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
     inputs = problem.probe()[0][0]
+    assert isinstance(inputs, Tensor)
     if not inputs.is_floating_point():
         return "it differentiates with respect to the inputs, and these are integers"
     layers = find_layers(problem.model, space)

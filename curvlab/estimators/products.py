@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.weight_norm import WeightNorm
 
+from curvlab.batches import Inputs
 from curvlab.errors import UnsupportedError, first_line
 from curvlab.estimators.covectors import label_stream, output_product
 from curvlab.estimators.rows import row_batches
@@ -28,8 +29,9 @@ from curvlab.estimators.snapshots import (
     snapshot,
 )
 from curvlab.graph import walk
+from curvlab.interface import Pair
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Pair, Problem
+from curvlab.problem import Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
 _KEPT_BYTES = 1e9  # limit of the graphs that a matrix keeps from product to product
@@ -42,7 +44,7 @@ Push = Callable[[Leaves], Tensor]
 #: Maps a batch and the stream of labels to the term of the batch and the tensors whose graphs the term uses.
 Build = Callable[[Pair, np.random.Generator], tuple[Term, Sequence[Tensor]]]
 #: Makes a ``Push`` from a forward pass; also returns the tensors whose graphs it keeps.
-Pushing = Callable[[Problem, Leaves, Tensor, Tensor], tuple[Push, Sequence[Tensor]]]
+Pushing = Callable[[Problem, Leaves, Inputs, Tensor], tuple[Push, Sequence[Tensor]]]
 
 
 def product(
@@ -227,7 +229,7 @@ def _gram_term(
 # The Jacobian --------------------------------------------------------------------------------------------------------
 
 
-def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
+def _forward_mode(problem: Problem, leaves: Leaves, inputs: Inputs, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
     """Return ``J v`` by a forward pass with dual numbers."""
 
     def push(vector: Leaves) -> Tensor:
@@ -239,7 +241,7 @@ def _forward_mode(problem: Problem, leaves: Leaves, inputs: Tensor, outputs: Ten
     return push, ()
 
 
-def _double_backward(_: Problem, leaves: Leaves, __: Tensor, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
+def _double_backward(_: Problem, leaves: Leaves, __: Inputs, outputs: Tensor) -> tuple[Push, Sequence[Tensor]]:
     """Return ``J v`` by differentiating ``J' u``, which is linear in ``u``: one graph serves any number of vectors."""
     u = torch.zeros_like(outputs, requires_grad=True)
     pulled = _pull([outputs], leaves.values(), [u], create_graph=True)

@@ -172,7 +172,7 @@ def _estimate(
     info = Info(
         quantity=str(quantity),
         structure=str(structure),
-        loss=problem.loss.name,
+        loss=str(problem.loss),
         backend=backend,
         num_samples=problem.num_samples,
         samples=quantity.samples if isinstance(quantity, Fisher) else None,
@@ -192,7 +192,8 @@ def _estimate(
                 assert candidate.product is not None
                 product = candidate.product(problem, quantity, space, batch_size)
                 info = replace(info, backend=candidate.name, rejected=tuple(rejected))
-                return Implicit(product, space, info, dtype=working_dtype(problem.dtype), device=problem.device)
+                implicit = Implicit(product, space, info, dtype=working_dtype(problem.dtype), device=problem.device)
+                return _per_unit(implicit, problem)
             computed = candidate.compute(problem, quantity, structure, space, batch_size, advance)
         except Exception as error:
             obstacles[candidate.name] = _failure(error, problem)
@@ -213,6 +214,7 @@ def _estimate(
         for name, tensor in computed.tensors.items():
             if not is_finite(tensor):
                 raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
+        matrix = _per_unit(matrix, problem)
         matrix.info = replace(
             info,
             backend=candidate.name,
@@ -231,6 +233,13 @@ def _estimate(
     ]
     alternative = f"; backend {_either(capable)} can" if capable else ""
     raise UnsupportedError(f"{quantity.name} as {structure}: {failures}{alternative}")
+
+
+def _per_unit(matrix: CurvatureMatrix, problem: Problem) -> CurvatureMatrix:
+    """Return a mean over samples as a mean over the units of the problem."""
+    if problem.num_units == problem.num_samples:
+        return matrix
+    return matrix * (problem.num_samples / problem.num_units)
 
 
 def _failure(error: Exception, problem: Problem) -> str:
@@ -293,6 +302,8 @@ def _obstacle(
     """Return why a backend cannot compute a combination for this model; a library is also tested on a few samples."""
     if backend.library and problem.dtype.itemsize < torch.float32.itemsize:
         return f"it sums in {str(problem.dtype).removeprefix('torch.')} and loses precision"
+    if backend.library and not problem.is_plain:
+        return f"it needs a model with one input tensor and outputs (N, C), unlike {type(problem.model).__name__} here"
     try:
         obstacle = backend.obstacle(problem, quantity, structure, space)
     except Exception as error:
@@ -313,9 +324,9 @@ def _disagreement(
     The list of modules does not show everything: a functional call between layers, a weight used elsewhere.
     """
     few = problem.probe()
-    sample = Problem(problem.model, problem.loss.name, few)
+    sample = problem.with_data(few)
     vectors = random_like(torch.empty((), dtype=problem.dtype, device=problem.device), (space.total, 2))
-    info = Info("", str(structure), problem.loss.name, backend.name, sample.num_samples)
+    info = Info("", str(structure), str(problem.loss), backend.name, sample.num_samples)
 
     def products(by: Backend) -> Tensor:
         if structure.name == "implicit":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvlab.batches import Inputs, tensors_of, with_tensors
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.capture import (
     Call,
@@ -30,6 +31,7 @@ from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.layers import make_layer
 from curvlab.estimators.rules import agree, random_like
 from curvlab.estimators.verification import verify_factors
+from curvlab.interface import Pair
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import MaSQ, Quantity
@@ -146,7 +148,7 @@ class _RowFunction:
         self.problem, self.parameters = problem, parameters
         self.vectorised: dict[tuple[int, ...], bool] = {}  # whether vectorising is correct, by shapes
 
-    def __call__(self, inputs: Tensor, covectors: Tensor) -> Tensor:
+    def __call__(self, inputs: Inputs, covectors: Tensor) -> Tensor:
         """Return rows ``(n R, P)`` of inputs ``(n, ...)`` and covectors ``(n, R, C)``, in at least float32."""
         shapes = (*inputs.shape, *covectors.shape)
         if self.vectorised.get(shapes, True):
@@ -161,7 +163,7 @@ class _RowFunction:
                     return rows
         return to_working_dtype(_looped_rows(self.problem, self.parameters, inputs, covectors))
 
-    def _are_right(self, rows: Tensor, inputs: Tensor, covectors: Tensor) -> bool:
+    def _are_right(self, rows: Tensor, inputs: Inputs, covectors: Tensor) -> bool:
         """Compare with one plain pass for all samples: torch's batching rules are wrong for some shapes."""
         weights = random_like(rows, (len(rows),))
         covector = torch.einsum("nr,nrc->nc", weights.view(covectors.shape[:2]).to(covectors), covectors)
@@ -176,20 +178,21 @@ class _RowFunction:
         return True
 
 
-def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, covectors: Tensor) -> Tensor:
+def _vectorised_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Inputs, covectors: Tensor) -> Tensor:
     constants = problem.parameters()  # without a graph for the parameters that are not selected
 
-    def of_sample(x: Tensor, covector: Tensor) -> Tensor:
-        pull = vjp(lambda p: problem.forward(constants | p, x.unsqueeze(0))[0], parameters)[1]
+    def of_sample(tensors: tuple[Tensor, ...], covector: Tensor) -> Tensor:
+        one = with_tensors(inputs, [tensor.unsqueeze(0) for tensor in tensors])
+        pull = vjp(lambda p: problem.forward(constants | p, one)[0], parameters)[1]
         (rows,) = vmap(pull)(covector)
         return torch.cat([rows[name].reshape(len(covector), p.numel()) for name, p in parameters.items()], dim=1)
 
     with sdpa_kernel(SDPBackend.MATH), ignore_torch_warnings():  # the fused attention kernels have no batching rule
-        rows: Tensor = vmap(of_sample)(inputs, covectors)
+        rows: Tensor = vmap(of_sample)(tensors_of(inputs), covectors)
     return rows.flatten(0, 1).contiguous()  # the rows of an unused parameter are an expanded zero
 
 
-def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor, covectors: Tensor) -> Tensor:
+def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Inputs, covectors: Tensor) -> Tensor:
     rows = []
     for x, covector in zip(inputs.split(1), covectors, strict=True):
         outputs, leaves = _run(problem, parameters, x)
@@ -197,7 +200,7 @@ def _looped_rows(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor
     return torch.stack(rows)
 
 
-def _run(problem: Problem, parameters: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _run(problem: Problem, parameters: dict[str, Tensor], inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs of a batch with their graph, and leaves for the parameters.
 
     All trainable parameters are leaves, not only the selected ones: a checkpoint that recomputes a part of the forward
@@ -219,14 +222,29 @@ def _pull_back(outputs: Tensor, leaves: list[Tensor], covector: Tensor) -> Tenso
     return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in gradients])
 
 
-def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], advance: Advance) -> Iterator[Tensor]:
-    n = problem.num_samples
+def full_batches(problem: Problem, quantity: MaSQ) -> Iterator[Pair]:
+    """Yield the mini-batches of MaSQ.
+
+    Raises:
+        UnsupportedError: Samples of different shapes, such as sequences of different lengths, do not fit into one
+            batch.
+    """
+    left = problem.num_samples
     for inputs, targets in problem.batches(quantity.batch_size):
-        scale = {
-            "sumsq": 1.0,
-            "mean": sqrt(n / -(-n // quantity.batch_size)) / len(inputs),
-            "scaled": 1 / len(inputs),
-        }[quantity.norm]
+        if len(inputs) != min(left, quantity.batch_size):
+            raise UnsupportedError(
+                f"{quantity} needs mini-batches of {quantity.batch_size} samples, but the samples have different "
+                "shapes: pad them to one shape"
+            )
+        left -= len(inputs)
+        yield inputs, targets
+
+
+def _masq_rows(problem: Problem, quantity: MaSQ, parameters: dict[str, Tensor], advance: Advance) -> Iterator[Tensor]:
+    batches = -(-problem.num_samples // quantity.batch_size)
+    for inputs, targets in full_batches(problem, quantity):
+        units = problem.loss.count(targets)
+        scale = {"sumsq": 1.0, "mean": sqrt(problem.num_units / batches) / units, "scaled": 1 / units}[quantity.norm]
         outputs, leaves = _run(problem, parameters, inputs)
         covectors = scale * problem.loss.gradients(outputs.detach(), targets)
         yield to_working_dtype(_pull_back(outputs, leaves, covectors.to(outputs.dtype))).unsqueeze(0)

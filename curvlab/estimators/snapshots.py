@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import stateless
+from curvlab.batches import Inputs
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import gradients, ignore_torch_warnings, working_dtype
 from curvlab.estimators.rules import random_like
@@ -112,7 +113,7 @@ class SnapshotProblem(Problem):
         """Return the stored trainable parameters."""
         return {name: self._parameters[name].detach() for name in self.space.names}
 
-    def forward(self, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    def forward(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the outputs; parameters that are not given, and all buffers, have their stored values."""
         now = [(module, module.training) for module in self.model.modules()]
         try:

@@ -29,15 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvlab.batches import Inputs
 from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import to_working_dtype, working_dtype
 from curvlab.estimators.covectors import label_stream
 from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.products import product
+from curvlab.estimators.rows import full_batches
 from curvlab.estimators.rules import agree
 from curvlab.estimators.verification import kronecker_layers
-from curvlab.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
+from curvlab.likelihoods import Terms
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -106,56 +108,63 @@ def per_sample_rows(
 
 
 def _sample_rows(
-    loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor, parameters: list[Tensor], rng: np.random.Generator
+    loss: Terms, quantity: Quantity, outputs: Tensor, target: Tensor, parameters: list[Tensor], rng: np.random.Generator
 ) -> Iterator[Tensor]:
     """Yield the rows of one sample, ``(P,)``."""
     # In float64, because in float32 the probability of a class may round to one, and its complement to zero.
     outputs = outputs.double()
     target = target.double() if target.is_floating_point() else target
-    if isinstance(quantity, EmpiricalFisher):
+    f, y, weights = loss.split_terms(outputs, target)
+    if isinstance(quantity, EmpiricalFisher) and loss.unit == "sample":
         yield _gradient(loss.values(outputs, target), parameters)
+    elif isinstance(quantity, EmpiricalFisher):
+        # A term of weight w counts as w terms, each with 1/w of its gradient.
+        for value, w in zip(loss.each.values(f, y), weights, strict=True):
+            yield _gradient(value, parameters) / w.clamp(min=torch.finfo(w.dtype).tiny).sqrt().to(parameters[0])
     elif isinstance(quantity, Fisher) and quantity.samples is not None:
-        for y in loss.sample(outputs, quantity.samples, rng)[0]:
-            yield _gradient(loss.values(outputs, y.unsqueeze(0)), parameters) / sqrt(quantity.samples)
-    elif isinstance(quantity, Fisher) and isinstance(loss, CrossEntropy):
-        # Expectation of the outer product over y: every class, weighted by its probability.
-        weights = outputs.detach().softmax(dim=1)[0].sqrt()
-        labels = torch.arange(outputs.shape[1], device=outputs.device).split(1)
-        for w, y in zip(weights, labels, strict=True):
-            gradient = _gradient(loss.values(outputs, y), parameters)
-            yield w.to(gradient.dtype) * gradient
+        masses = loss.each.masses(f.detach(), y).sqrt()
+        for drawn in loss.each.sample(f, quantity.samples, rng).unbind(dim=1):
+            value = (masses * loss.each.entry_values(f, drawn)).sum()
+            yield _gradient(value, parameters) / sqrt(quantity.samples)
+    elif isinstance(quantity, Fisher):
+        # Expectation of the outer product over y: every outcome of every entry, weighted by its probability.
+        masses = loss.each.masses(f.detach(), y)
+        for outcome, probability in zip(*loss.each.outcomes(f.detach()), strict=True):
+            entries = loss.each.entry_values(f, outcome).flatten()
+            for entry, w in zip(entries, (probability * masses).flatten(), strict=True):
+                gradient = _gradient(entry, parameters)
+                yield w.sqrt().to(gradient.dtype) * gradient
     else:
-        for factor in _output_factors(loss, quantity, outputs.detach(), target):
+        for factor in _root_of_hessian(loss, outputs.detach(), target):
             yield _gradient(outputs[0] @ factor, parameters)
 
 
-def _output_factors(loss: Loss, quantity: Quantity, outputs: Tensor, target: Tensor) -> Tensor:
-    """Return ``s`` ``(R, C)`` such that ``sum_r s_r s_r'`` is the loss's Fisher or Hessian in the outputs."""
-    if isinstance(quantity, Fisher) and isinstance(loss, SquaredError):
-        return torch.eye(outputs.shape[1]).to(outputs)  # unit-variance Gaussian: E (f - y)(f - y)' is the identity
-    if isinstance(quantity, Fisher) and isinstance(loss, BinaryCrossEntropy):
-        # The outputs are independent: E (sigmoid - y)^2 = p (1 - p) for each.
-        p = outputs.sigmoid()[0]
-        return (p * (1 - p)).sqrt().diag()
-    if isinstance(quantity, Fisher):
-        raise UnsupportedError(
-            f"the reference has no exact Fisher of {type(loss).__name__}; use fisher:samples=k, which draws labels"
-        )
+def _root_of_hessian(loss: Terms, outputs: Tensor, target: Tensor) -> Tensor:
+    """Return ``s`` ``(R, C)`` such that ``sum_r s_r s_r'`` is the Hessian of a sample's loss in its outputs.
+
+    Raises:
+        UnsupportedError: The Hessian has a negative eigenvalue.
+    """
     at = outputs.requires_grad_()
     slope = _gradient(loss.values(at, target), [at], create_graph=True)
     hessian = torch.stack([_gradient(s, [at]) for s in slope])
     values, vectors = torch.linalg.eigh(hessian)
+    if bool(values.min() < -1e-9 * values.abs().max() - 1e-12):
+        raise UnsupportedError(
+            f"{loss} has no GGN as a sum of outer products: its Hessian with respect to the outputs has a negative "
+            "eigenvalue; use fisher, or hessian"
+        )
     factors: Tensor = (vectors * values.clamp(min=0).sqrt()).mT
     return factors
 
 
 def _masq_rows(problem: Problem, quantity: MaSQ, space: ParameterSpace, advance: Advance) -> Iterator[Tensor]:
-    n = problem.num_samples
-    per_batch = {"sumsq": 1.0, "scaled": 1.0, "mean": sqrt(n / -(-n // quantity.batch_size))}[quantity.norm]
-    for inputs, targets in problem.batches(quantity.batch_size):
+    batches = -(-problem.num_samples // quantity.batch_size)
+    per_batch = {"sumsq": 1.0, "scaled": 1.0, "mean": sqrt(problem.num_units / batches)}[quantity.norm]
+    for inputs, targets in full_batches(problem, quantity):
         parameters = _leaves(problem, space)
-        values = problem.loss.values(problem.forward(parameters, inputs), targets)
-        reduced = values.sum() if quantity.norm == "sumsq" else values.mean()
+        total = problem.loss.values(problem.forward(parameters, inputs), targets).sum()
+        reduced = total if quantity.norm == "sumsq" else total / problem.loss.count(targets)
         yield (per_batch * _gradient(reduced, list(parameters.values()))).unsqueeze(0)
         advance(len(inputs))
 
@@ -302,7 +311,7 @@ def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Ten
 
 
 def _calls(
-    problem: Problem, layers: Mapping[str, Layer], x: Tensor, leaves: dict[str, Tensor]
+    problem: Problem, layers: Mapping[str, Layer], x: Inputs, leaves: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Return the outputs of one sample, and for every layer its input and a zero tensor that is added to its output.
 

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from curvlab.batches import Inputs, tensors_of, with_tensors
 from curvlab.errors import CurvlabError, UnsupportedError, first_line
 from curvlab.estimators.capture import (
     Call,
@@ -74,7 +75,7 @@ class Verification:
     reached: Collection[str]
     sizes: Mapping[str, int]
 
-    def run(self, problem: Problem, inputs: Tensor) -> tuple[Tensor, dict[str, Call]]:
+    def run(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, dict[str, Call]]:
         """Run a batch; return the outputs, with their graph, and the one call of each of the layers.
 
         Raises:
@@ -88,7 +89,7 @@ class Verification:
         raise ChangedUseError(reasons)
 
     def _run(
-        self, problem: Problem, inputs: Tensor, cloned: Collection[str]
+        self, problem: Problem, inputs: Inputs, cloned: Collection[str]
     ) -> tuple[Tensor, dict[str, list[Call]], dict[str, str]]:
         leaves = make_leaves(problem)
         modules = {name: layer.module for name, layer in self.layers.items()}
@@ -307,8 +308,7 @@ def _attempt(
     modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
         leaves = {name: leaf.requires_grad_() for name, leaf in _perturb(make_leaves(problem), perturbation).items()}
-        if inputs.is_floating_point():
-            inputs = _perturb({"": inputs}, perturbation)[""]
+        inputs = _perturb_inputs(inputs, perturbation)
         with forbid_gradients(problem.model), ignore_torch_warnings():
             outputs, calls = forward(problem, modules, inputs, leaves, cloned)
             graph = inspect_graph(outputs, leaves)
@@ -418,6 +418,13 @@ def _perturb(tensors: Leaves, by: float) -> Leaves:
         noise = random_like(tensor.detach(), tuple(tensor.shape), seed=index)
         perturbed[name] = tensor.detach() + by * (size or 1.0) * noise
     return perturbed
+
+
+def _perturb_inputs(inputs: Inputs, by: float) -> Inputs:
+    """Return inputs with noise on the floating-point ones."""
+    named = {str(index): tensor for index, tensor in enumerate(tensors_of(inputs))}
+    noisy = _perturb({name: tensor for name, tensor in named.items() if tensor.is_floating_point()}, by)
+    return with_tensors(inputs, list((named | dict(noisy)).values()))
 
 
 def _label(layer: Layer) -> str:

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from curvlab.checks import describe_value, positive_number, to_double, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.losses import LossName, get_loss
+from curvlab.likelihoods import LossName, get_likelihood
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Pair, Problem
+from curvlab.problem import Problem
 from curvlab.quantities import Quantity
 from curvlab.stateless import check_module
 from curvlab.structures import Structure
@@ -129,7 +129,7 @@ def evaluate_density(log_density: LogDensity, point: Tensor, *, finite: bool = T
     return value
 
 
-def log_likelihood(model: nn.Module, loss: LossName | str, data: Pair) -> LogDensity:
+def log_likelihood(model: nn.Module, loss: LossName | str, data: tuple[Tensor, Tensor]) -> LogDensity:
     """Return the log-likelihood of data as a function of flat parameters ``(P,)``.
 
     The value is minus the sum of the losses of the samples, a float64 scalar. The model's own parameters are not used.
@@ -146,7 +146,7 @@ def log_likelihood(model: nn.Module, loss: LossName | str, data: Pair) -> LogDen
     if not isinstance(data, tuple | list) or len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
         raise CurvlabError(f"data must be a pair of tensors, inputs and targets, not {describe_value(data)}")
     check_module(model)
-    model, space, criterion = deepcopy(model).double(), ParameterSpace.of(model), get_loss(loss)
+    model, space, criterion = deepcopy(model).double(), ParameterSpace.of(model), get_likelihood(loss)
     inputs, targets = (tensor.double() if tensor.is_floating_point() else tensor for tensor in data)
     Problem(model, loss, (inputs, targets)).check()
 
@@ -199,7 +199,7 @@ def laplace_update(
     prior: Gaussian,
     model: nn.Module,
     loss: LossName | str,
-    data: Pair,
+    data: tuple[Tensor, Tensor],
     *,
     structure: Structure | str = "dense",
     quantity: Quantity | str = "fisher",

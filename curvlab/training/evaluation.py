@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from curvlab.checks import whole_number
 from curvlab.errors import CurvlabError
-from curvlab.losses import Loss, get_loss
+from curvlab.likelihoods import Likelihood, get_likelihood
 from curvlab.training.samples import Samples, check_samples, reference, require_module, take, translate_model_errors
 from curvlab.training.state import fork_random_state, restore_modes
 
@@ -38,7 +38,7 @@ def evaluate(
         model: Any module with one output tensor ``(N, C)``.
         x: Inputs ``(N, ...)`` on any device; they are moved to the model batch by batch.
         y: Targets for the loss: class indices ``(N,)`` or values ``(N, C)``.
-        loss: Name of a loss in ``curvlab.losses``.
+        loss: Name of a loss in ``curvlab.likelihoods``.
         batch_size: Samples per forward pass.
 
     Raises:
@@ -50,7 +50,7 @@ def evaluate(
         0.666...
     """
     batch_size = whole_number(batch_size, "batch_size", 1)
-    criterion = get_loss(loss)
+    criterion = get_likelihood(loss)
     require_module(model)
     with restore_modes(model):
         model.eval()
@@ -58,7 +58,7 @@ def evaluate(
         return measure(model, (x, y), criterion, batch_size)
 
 
-def measure(model: nn.Module, data: Samples, loss: Loss, batch_size: int = 1000) -> Evaluation:
+def measure(model: nn.Module, data: Samples, loss: Likelihood, batch_size: int = 1000) -> Evaluation:
     """Evaluate a model as ``evaluate`` does, on samples that have already been checked.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from curvlab.files import to_path
-from curvlab.losses import get_loss
+from curvlab.likelihoods import get_likelihood
 from curvlab.progress import progress as progress_bar
 from curvlab.training.checkpoint import CheckpointFile, fingerprint
 from curvlab.training.evaluation import Evaluation
@@ -109,7 +109,7 @@ def fit(
     """
     started = time.perf_counter()
     training = combine(training, changes)
-    plan = Plan(training, get_loss(loss), data, evaluation, evaluate_every, target, checkpoint_every)
+    plan = Plan(training, get_likelihood(loss), data, evaluation, evaluate_every, target, checkpoint_every)
     plan.check(model)
     observer_list = Observers(observers)
     file = None

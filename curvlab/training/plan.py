@@ -8,7 +8,7 @@ from torch import nn
 
 from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.losses import Loss
+from curvlab.likelihoods import Likelihood
 from curvlab.training.lengths import check_one_task, count_steps, get_batch_size
 from curvlab.training.options import Training
 from curvlab.training.samples import Samples, check_samples, check_weights, reference, require_module
@@ -33,7 +33,7 @@ class Plan:
     """
 
     training: Training
-    loss: Loss
+    loss: Likelihood
     data: Samples
     evaluation: Samples | None
     evaluate_every: int | None

@@ -164,7 +164,7 @@ class Run:
             nn.utils.clip_grad_norm_(self.parameters, self.plan.training.clip_norm)
         if self.plan.training.optimizer == "ngd":
             with restore_modes(self.model):
-                problem = Problem(self.model.eval(), self.plan.loss.name, (inputs, targets))
+                problem = Problem(self.model.eval(), self.plan.loss, (inputs, targets))
                 precondition_gradients(problem, self.plan.training)
         self.optimizer.step()
         self.step += 1

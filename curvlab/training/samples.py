@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError, first_line
-from curvlab.losses import Loss
+from curvlab.likelihoods import Likelihood
 
 Samples = tuple[Tensor, Tensor]
 
 
-def check_samples(model: nn.Module, data: Samples, loss: Loss, what: str) -> None:
+def check_samples(model: nn.Module, data: Samples, loss: Likelihood, what: str) -> None:
     """Check that the samples are finite and fit the model and the loss.
 
     Args:

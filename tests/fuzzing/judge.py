@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
-from curvlab.losses import LOSSES, get_loss
+from curvlab.likelihoods import get_likelihood
 from curvlab.matrices import Composite, CurvatureMatrix
 
 from . import factors, oracle
@@ -59,15 +59,11 @@ class WrongNumberError(Exception):
 
 def judge(case: Case) -> Verdict:
     """Run a case and return its verdict; ``not run`` if torch itself cannot run it."""
-    known = dict(LOSSES)
     try:
         with _restore_torch():
             return _judge(case)
     except UnfitCaseError as error:
         return Verdict("not run", str(error))
-    finally:
-        LOSSES.clear()
-        LOSSES.update(known)
 
 
 @contextmanager
@@ -197,7 +193,7 @@ class Truth:
             options = dict(option.split("=") for option in case.quantity.partition(":")[2].split(","))
             outputs = torch.cat([model(x[n : n + 1].clone()) for n in range(len(x))]).detach()
             stream = np.random.default_rng(int(options["seed"]))
-            self.drawn = get_loss(case.loss).sample(outputs, int(options["samples"]), stream)
+            self.drawn = get_likelihood(case.loss).sample(outputs, int(options["samples"]), stream)
         self.matrix = oracle.curvature(model, case.quantity, case.loss, self.x, self.y, self.drawn)
         if self.matrix is None or not bool(self.matrix.isfinite().all()):
             raise UnfitCaseError("no second derivative")

@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab import Problem, diagonality, estimate
-from curvlab.losses import LOSSES, Loss
 """
 _THROUGH = '''\
 class Through(torch.autograd.Function):
@@ -44,40 +43,6 @@ class Growing:
         self.passes += 1
         return iter(self.batches * self.passes)
 '''
-_POISSON = '''\
-class Poisson(Loss):
-    """A likelihood that curvlab does not have."""
-
-    name = "poisson"
-
-    def values(self, outputs, targets):
-        return (outputs.exp() - targets * outputs).sum(dim=1)
-
-    def check(self, outputs, targets):
-        pass
-
-    def gradients(self, outputs, targets):
-        return outputs.exp() - targets
-
-    def num_factors(self, num_outputs):
-        return num_outputs
-
-    def factor_scales(self, outputs):
-        return outputs.exp().sqrt()
-
-    def some_factors(self, scales, part):
-        return torch.diag_embed(scales)[:, part.start : part.stop]
-
-    def fisher_product(self, outputs, vectors):
-        return outputs.exp() * vectors
-
-    def sample(self, outputs, count, rng):
-        rates = outputs.detach().exp().unsqueeze(1).repeat(1, count, 1)
-        return torch.from_numpy(rng.poisson(rates.numpy())).to(outputs)
-
-
-LOSSES["poisson"] = Poisson()
-'''
 
 
 _TARGETS = {
@@ -94,7 +59,7 @@ def source(case: Case) -> str:
 
 
 def _helpers(case: Case) -> list[str]:
-    written = {"Through": _THROUGH, "Growing": _GROWING, "poisson": _POISSON}
+    written = {"Through": _THROUGH, "Growing": _GROWING}
     where = " ".join([*case.draft().forward, case.data, case.loss])
     return [text for name, text in written.items() if name in where]
 

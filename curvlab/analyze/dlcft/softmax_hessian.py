@@ -17,7 +17,7 @@ from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Ta
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.losses import get_loss
+from curvlab.likelihoods import CrossEntropy
 from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
 from curvlab.results import Column, aggregate, format_number, mean_column
@@ -123,7 +123,7 @@ def _logit_record(config: SoftmaxHessianConfig, seed: int, complement: float) ->
     logits, targets = random_logits(config.categories, config.draws, complement, seed)
     formula = softmax_hessian(logits, targets)
     autograd = vmap(jacrev(jacrev(F.cross_entropy)))(logits, targets)
-    factors = get_loss("cross_entropy").output_factors(logits)
+    factors = CrossEntropy().output_factors(logits, targets)
     squared_error = vmap(jacrev(jacrev(lambda f, y: 0.5 * (f - y).square().sum())))(logits, torch.zeros_like(logits))
     largest = torch.linalg.eigvalsh(formula)[:, -1]
     trace = formula.diagonal(dim1=1, dim2=2).sum(dim=1)
@@ -221,7 +221,7 @@ def network_record(problem: Problem, tol: float) -> Record:
             if not bool(logits.isfinite().all()):
                 raise CurvlabError("the network's outputs are not finite: lower lr, or check the scale of the inputs")
             complements.append(-torch.expm1(-problem.loss.values(logits, targets)))
-            factors = problem.loss.output_factors(logits)
+            factors = problem.loss.output_factors(logits, targets)
             outputs.append(torch.linalg.eigvalsh(factors @ factors.mT)[:, -1])
     # The GGN of the squared error does not depend on the targets.
     with_zeros = [(x, torch.zeros(len(x), logits.shape[1])) for x, _ in problem.batches()]

@@ -44,7 +44,7 @@ def expansion(
     weights = dict(new.named_parameters())
     d = old.space.flatten({name: weights[name].detach() - w for name, w in old.parameters().items()})
     before, gradient = loss_and_gradient(old)
-    after, _ = loss_and_gradient(Problem(new, old.loss.name, old.data))
+    after, _ = loss_and_gradient(old.with_model(new))
     wide = d.double()
     distance = float(wide.norm())
     quadratic = 0.5 * float(wide @ hessian.matvec(d).double())
