@@ -52,7 +52,8 @@ class RepeatableData:
         elif isinstance(data, Iterator):
             raise CurvlabError("the data can be iterated only once: give a DataLoader or a list of batches")
         self._data: Any = data
-        self._start = save_random_state(generator_holders(data))  # the state from which every pass starts
+        holders = generator_holders(data) if self._whole is None else ()
+        self._start = save_random_state(holders)  # the state from which every pass starts
         self._first: _Record | None = None
 
     def batches(self, size: int | None = None) -> Iterator[Pair]:

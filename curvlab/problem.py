@@ -156,13 +156,14 @@ class Problem:
                 return
             values = {}
             for shift in (0, 1):
-                interface = replace(self._interface, shift=shift)
-                with suppress(Exception):
-                    values[shift] = self._mean_over_terms(interface, batch)
-                    if abs(values[shift] - own) <= 1e-3 * abs(own) + 1e-6:
-                        self._interface = interface
-                        self._source = RepeatableData(self.data, interface)
-                        return
+                with suppress(Exception):  # the outputs and labels may not fit
+                    values[shift] = self._mean_over_terms(replace(self._interface, shift=shift), batch)
+        tolerance = 1e-5 if self.dtype.itemsize >= torch.float32.itemsize else 2e-2  # the model may round its loss
+        for shift, value in sorted(values.items(), key=lambda item: abs(item[1] - own)):
+            if abs(value - own) <= tolerance * abs(own) + 1e-7:
+                self._interface = replace(self._interface, shift=shift)
+                self._source = RepeatableData(self.data, self._interface)
+                return
         tried = " and ".join(f"{value:.6g} {('without', 'with')[shift]} a shift" for shift, value in values.items())
         raise UnsupportedError(
             f"the loss that {type(self.model).__name__} computes from its labels is {own:.6g} on the first batch, but "

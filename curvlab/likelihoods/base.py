@@ -15,8 +15,8 @@ JMLR 2020, section 9; Kunstner et al., "Limitations of the empirical Fisher appr
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import fields, is_dataclass
-from typing import ClassVar
+from dataclasses import Field, fields, is_dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ class Likelihood(ABC):
     def __str__(self) -> str:
         """Return the name, with the options that have another value than their default: ``poisson``."""
         options: list[str] = []
-        for field in fields(self) if is_dataclass(self) else ():
+        known: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        for field in known:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 value = value.tolist() if value.numel() <= 10 else f"<{value.numel()} values>"
