@@ -2,7 +2,7 @@
 
 They are ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``implicit`` (matrix-vector products
 only) and the Kronecker-factored ``kfac``, ``ekfac`` and ``tkfac`` (one pair of factors per layer). The string form can
-contain options: ``kfac:sharing=reduce``, ``kfac:rest=diag``.
+contain options: ``kfac:sharing=reduce``, ``kfac:rest=block_diag``.
 """
 
 from collections.abc import Sequence
@@ -84,22 +84,23 @@ class Kronecker(Structure):
             tokens). ``expand``: ``A`` from the inputs and ``S`` from the output gradients at every position.
             ``reduce``: from the mean of the inputs and the sum of the gradients over positions (Eschenhagen et al.,
             "Kronecker-factored approximate curvature for modern neural network architectures", 2023).
-        rest: Structure of the parameters outside such layers, ``diag`` or ``block_diag``; None raises an error if there
-            are such parameters.
+        rest: Structure of the parameters outside the layers with factors (normalisations, tied weights, parameters of
+            a user's own module): ``diag`` or ``block_diag``. With None (``rest=none`` in the string form), such
+            parameters raise an error.
 
     Raises:
         CurvlabError: An option has an unknown value.
     """
 
     sharing: Literal["expand", "reduce"] = "expand"
-    rest: Literal["diag", "block_diag"] | None = None
+    rest: Literal["diag", "block_diag"] | None = "diag"
 
     def __post_init__(self) -> None:
         """Check the options."""
         if self.sharing not in ("expand", "reduce"):
             raise CurvlabError(f"sharing of {self.name} must be expand or reduce, not {self.sharing!r}")
         if self.rest not in ("diag", "block_diag", None):
-            raise CurvlabError(f"rest of {self.name} must be diag or block_diag, not {self.rest!r}")
+            raise CurvlabError(f"rest of {self.name} must be diag, block_diag or none, not {self.rest!r}")
 
     def entries(self, sizes: Sequence[int]) -> int:
         """Return the number of stored entries of the parameters outside the layers."""
@@ -176,6 +177,6 @@ def parse_structure(text: str | Structure) -> Structure:
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")
-        KFACStructure(sharing='reduce', rest=None)
+        KFACStructure(sharing='reduce', rest='diag')
     """
     return text if isinstance(text, Structure) else parse_form(text, "structure", STRUCTURES)

@@ -20,6 +20,7 @@ from curvlab.estimators.verification import (
     ChangedUseError,
     Verification,
     cache_verification,
+    describe_parameters_without_factors,
     kronecker_layers,
     verify_rules,
 )
@@ -56,8 +57,8 @@ def estimate(
         quantity: One of ``curvlab.quantities`` or its string form, such as ``"fisher:samples=4"``.
         structure: ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac``
             or ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
-            structure covers Linear and convolution layers; with the option ``rest=diag`` the other parameters get
-            their diagonal.
+            structure has factors for Linear and convolution layers. The other parameters get their diagonal, in a
+            ``Composite``; the option ``rest=none`` refuses them.
         backend: ``hooks`` (curvlab's own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
             per-sample automatic differentiation), or ``auto``: the fastest that is correct for this model.
         params: Glob patterns of parameter names; None for all trainable ones.
@@ -66,7 +67,8 @@ def estimate(
 
     Returns:
         A matrix over the selected parameters on the model's device, in its dtype or, for half-precision models, in
-        float32. Its ``info`` has the backend that computed it, and which others were rejected and why.
+        float32. Its ``info`` has the backend that computed it, which others were rejected and why, and which parameters
+        have no Kronecker factors and why.
 
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
@@ -101,10 +103,15 @@ def estimate(
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
+        split, reasons = _parts(problem, structure, space)
         parts = [
             _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
-            for part_structure, part_space in _parts(problem, structure, space)
+            for part_structure, part_space in split
         ]
+    without = describe_parameters_without_factors(reasons)
+    for part, (part_structure, _) in zip(parts, split, strict=True):
+        if not isinstance(part_structure, Kronecker):
+            part.info = replace(part.info, rejected=(*without, *part.info.rejected))
     if len(parts) == 1:
         return parts[0]
     backends = dict.fromkeys(part.info.backend for part in parts)
@@ -133,31 +140,31 @@ def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
 _bar = progress  # the argument of ``estimate`` hides the function's name there
 
 
-def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> list[tuple[Structure, ParameterSpace]]:
-    """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest."""
+def _parts(
+    problem: Problem, structure: Structure, space: ParameterSpace
+) -> tuple[list[tuple[Structure, ParameterSpace]], Mapping[str, str]]:
+    """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest.
+
+    The second value has, by parameter of the rest, the reason why it has no Kronecker factors.
+    """
     if not isinstance(structure, Kronecker):
-        return [(structure, space)]
+        return [(structure, space)], {}
     layers, reasons = kronecker_layers(problem, space)
+    with_factors = replace(structure, rest=type(structure).rest)  # the default: every parameter of it has factors
     if not reasons:
-        return [(structure, space)]
-    name, reason = next(iter(reasons.items()))
-    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    if not layers and structure.rest is not None:
-        return [(parse_structure(structure.rest), space)]
-    if not layers:
-        raise UnsupportedError(
-            f"no parameter has Kronecker factors: {name} {reason}{more}; use diag or block_diag instead"
-        )
+        return [(with_factors, space)], {}
     if structure.rest is None:
+        name, reason = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UnsupportedError(
-            f"{structure.name} needs Linear and convolution layers, each called once: {name} {reason}{more}; "
-            f"'{structure.name}:rest=diag' gives such parameters their diagonal, and params=[...] leaves them out"
+            f"{structure} needs Kronecker factors for every parameter: {name} {reason}{more}; '{structure.name}' "
+            "without rest=none gives such parameters their diagonal, and params=[...] leaves them out"
         )
+    rest = parse_structure(structure.rest)
+    if not layers:
+        return [(rest, space)], reasons
     inside = {parameter for layer in layers.values() for parameter in layer.parameters}
-    return [
-        (replace(structure, rest=None), space.restrict(inside)),
-        (parse_structure(structure.rest), space.restrict(reasons)),
-    ]
+    return [(with_factors, space.restrict(inside)), (rest, space.restrict(reasons))], reasons
 
 
 def _estimate(

@@ -8,6 +8,7 @@ differentiation, in one forward and one backward pass. Other samples may take an
 graph of every later batch is checked: it must use the parameters in the same way as the graph of these samples.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from copy import copy
@@ -35,12 +36,15 @@ from curvlab.estimators.rules import has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
+from curvlab.text import enumerate_names
 
 #: Further trials if all gradients on the samples are zero: the size of the perturbation of weights and inputs, relative
 #: to their root mean square, and the first of the masked samples (every second one), whose outputs get no gradient.
 _FURTHER = ((0.0, 0), (0.1, 1), (0.1, 0), (1.0, 1))
 _UNTRIED = "which has no gradient on the samples of the verification: its rule cannot be verified"
 _MEMORY = "_verified"  # attribute of a problem, for one call
+#: The module in a reason, with its name, which differs between modules of one kind.
+_OF_MODULE = re.compile(r"belongs to ((?:grouped )?\w+)(?: \([^()]*\)| [\w.]+)(?=$|[,:])")
 _WRONG = "its gradient does not follow from its inputs and the gradient of its output"
 
 
@@ -193,6 +197,24 @@ def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[s
     """
     verified = verify_factors(problem, space)
     return verified.layers, verified.reasons
+
+
+def describe_parameters_without_factors(reasons: Mapping[str, str]) -> list[str]:
+    """Return one phrase per reason, such as ``no Kronecker factors for norm1.weight, norm1.bias: each belongs to ...``.
+
+    Modules of one kind with the same reason share a phrase, so that a deep network has a few phrases only.
+
+    Args:
+        reasons: Reasons by parameter name, as from ``kronecker_layers``.
+    """
+    groups: dict[str, list[str]] = {}
+    for parameter, reason in reasons.items():
+        groups.setdefault(_OF_MODULE.sub(r"belongs to \1", reason), []).append(parameter)
+    return [
+        f"no Kronecker factors for {enumerate_names(names)}: {'it' if len(names) == 1 else 'each'} "
+        f"{reason if len({reasons[name] for name in names}) > 1 else reasons[names[0]]}"
+        for reason, names in groups.items()
+    ]
 
 
 def find_unverified_parameter(problem: Problem, space: ParameterSpace) -> str | None:

@@ -252,8 +252,8 @@ only that quantity.
 ## {_TITLES["kfac"]}
 
 K-FAC is defined for Linear and convolution layers that are called once and share no weight. The table shows whether a
-network that contains the module gets K-FAC for such layers; parameters without factors are left out (`params=`) or get
-their diagonal (`kfac:rest=diag`).
+network that contains the module gets K-FAC for such layers; the parameters without factors are left out
+(`params=`), while by default they get their diagonal.
 
 {text["kfac"]}"""
 
