@@ -129,3 +129,167 @@ def test_rest_none_refuses(structure: str, params: str | None) -> None:
         estimate(problem, "fisher", structure, params=params)
     plain = estimate(problem, "fisher", structure, params=["0.*", "2.*"])
     assert plain.kind == name
+
+
+# Layers that are called several times --------------------------------------------------------------------------------
+
+
+class Rnn(nn.Module):
+    """One cell, three steps; its last output is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 3)
+        for step in x.split(3, dim=1):
+            h = self.cell(torch.cat([step, h], dim=1)).tanh()
+        self.cell(torch.cat([step, h], dim=1))
+        return self.out(h)
+
+
+class Siamese(nn.Module):
+    """One encoder for two images of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.PReLU(2)
+        self.out = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x[:, :9].view(-1, 1, 3, 3), x[:, 9:].view(-1, 1, 3, 4)
+        one, two = (self.act(self.norm(self.conv(image))).flatten(2).mean(dim=2) for image in (first, second))
+        return self.out(one) - self.out(two).tanh()
+
+
+class Shared(nn.Module):
+    """One block on all tokens, then on their mean: two and three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.norm, self.out = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.block(x.unflatten(1, (3, 3))).tanh())
+        return self.out(self.norm(self.block(h.mean(dim=1)).tanh()))
+
+
+SEVERAL: dict[str, tuple[type[nn.Module], int, dict[str, int]]] = {
+    "rnn": (Rnn, 9, {"cell": 4, "out": 1}),
+    "siamese": (Siamese, 21, {"conv": 2, "out": 2}),
+    "shared": (Shared, 9, {"block": 2, "out": 1}),
+}
+
+
+def several(kind: str, loss: str = "cross_entropy") -> Problem:
+    make, features, _ = SEVERAL[kind]
+    torch.manual_seed(0)
+    return of(make(), 7, features, loss=loss)
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher", "fisher:samples=2,seed=1"])
+def test_layers_that_are_called_several_times(kind: str, quantity: str) -> None:
+    problem = several(kind, "squared_error" if quantity == "fisher" else "cross_entropy")
+    diagonal = estimate(problem, quantity, "diag", backend="hooks")
+    assert diagonal.info.rejected == ()
+    assert close(diagonal.diagonal(), diagonals(problem, list(problem.space.names), quantity))
+    forms = ("kfac", "kfac:sharing=reduce", "tkfac", "tkfac:sharing=reduce", "tkfac:variant=rescaled", "ekfac")
+    for structure in forms:
+        ours = estimate(problem, quantity, structure)
+        theirs = estimate(problem, quantity, structure, backend="torch")
+        assert {part.info.backend for part in getattr(ours, "parts", [ours])} == {"hooks"}
+        assert close(ours.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_uses_are_further_positions(kind: str) -> None:
+    """A is the mean over positions of all uses, S the sum; recorded sample by sample with hooks."""
+    problem = several(kind)
+    names = SEVERAL[kind][2]
+    matrix = estimate(problem, "empirical_fisher", "kfac:rest=none", params=[f"{name}.*" for name in names])
+    for name, calls in names.items():
+        module = problem.model.get_submodule(name)
+        a_total, s_total = 0.0, 0.0
+        for x, y in ((x[n : n + 1], y[n : n + 1]) for x, y in problem.batches() for n in range(len(x))):
+            seen: list[tuple[Tensor, Tensor]] = []
+            handle = module.register_forward_hook(lambda _, given, out, seen=seen: seen.append((given[0], out)))
+            value = nn.functional.cross_entropy(problem.model(x), y)
+            handle.remove()
+            assert len(seen) == calls
+            slopes = torch.autograd.grad(value, [out for _, out in seen], allow_unused=True, materialize_grads=True)
+            if isinstance(module, nn.Conv2d):
+                a = torch.cat([nn.functional.unfold(given, 2)[0].mT for given, _ in seen])
+                g = torch.cat([slope[0].flatten(1).mT for slope in slopes])
+            else:
+                a = torch.cat([given.reshape(-1, module.in_features) for given, _ in seen])
+                g = torch.cat([slope.reshape(-1, module.out_features) for slope in slopes])
+            if module.bias is not None:
+                a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+            a_total = a_total + a.mT @ a / len(a) / 7
+            s_total = s_total + g.mT @ g / 7
+        assert close(matrix.factors[name].A[0].detach(), a_total.detach())
+        assert close(matrix.factors[name].S[0], s_total)
+
+
+class Unordered(nn.Module):
+    """The second call has the samples in another order, and its output is put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x).tanh()
+        return self.out(self.fc(h.flip(0)).flip(0))
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 7])
+def test_calls_with_samples_in_another_order_have_no_rule(size: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(14, 4, dtype=torch.float64), torch.arange(14) % 3
+    problem = Problem(Unordered().double(), "cross_entropy", list(zip(x.split(size), y.split(size), strict=True)))
+    plain = Problem(problem.model, "cross_entropy", list(zip(x.split(1), y.split(1), strict=True)))
+    diagonal = estimate(problem, "empirical_fisher", "diag", backend="hooks")
+    assert close(diagonal.diagonal(), estimate(plain, "empirical_fisher", "diag", backend="torch").diagonal())
+    assert "fc.weight belongs to Linear fc, w" in diagonal.info.rejected[0]
+    factors = estimate(problem, "empirical_fisher", "kfac").parts[0]
+    assert factors.space.names == ("out.weight", "out.bias")
+
+
+class Growing(nn.Module):
+    """As many calls as there are tokens, which differ between the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            h = self.cell(h + x[:, t]).tanh()
+        return self.out(h)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_another_number_of_calls_in_some_batch_is_refused(late: bool) -> None:
+    torch.manual_seed(0)
+    # If it is late, the samples of the verification do not show it.
+    lengths = [2, 2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2] if late else [2, 3, 4]
+    batches = [(torch.randn(3, t, 4, dtype=torch.float64), torch.arange(3)) for t in lengths]
+    problem = Problem(Growing().double(), "cross_entropy", batches)
+    assert late == ({x.shape[1] for x, _ in problem.probe()} == {2})
+    diagonal = estimate(problem, "empirical_fisher", "diag")
+    assert close(diagonal.diagonal(), diagonals(problem, list(problem.space.names)))
+    assert "cell.weight belongs to Linear cell, which is called" in diagonal.info.rejected[0]
+    if late:
+        for backend in ("auto", "hooks", "torch"):
+            with pytest.raises(UnsupportedError, match="called [23] times"):
+                estimate(problem, "empirical_fisher", "kfac", backend=backend)
+    else:
+        matrix = estimate(problem, "empirical_fisher", "kfac")
+        assert matrix.parts[0].space.names == ("out.weight", "out.bias")
+        with pytest.raises(UnsupportedError, match=r"called 2 times for some samples and \d for others"):
+            estimate(problem, "empirical_fisher", "kfac:rest=none")
+    assert estimate(problem, "empirical_fisher", "kfac", params="out.*").kind == "kfac"

@@ -14,7 +14,7 @@ from curvlab import Problem, diagonality, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
 from curvlab.estimators.backend import Backend, BackendResult
-from curvlab.estimators.capture import forward, inspect_graph, make_leaves
+from curvlab.estimators.capture import Call, forward, inspect_graph, make_leaves
 from curvlab.estimators.layers import Layer, make_layer
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
@@ -347,7 +347,7 @@ def test_a_wrong_batching_rule_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(rules, "vmap", wrong)
     given, slopes = torch.randn(2, 8, 6, dtype=torch.float64)
-    prelu = rule(make_layer(problem.space, "1", model[1]), given)
+    prelu = rule(make_layer(problem.space, "1", model[1]), [Call(given, None, given.shape)])
     with pytest.raises(WrongRuleError, match="torch vectorises PReLU wrongly over 8 samples"):
         prelu.add(slopes)
     matrix = estimate(problem, "empirical_fisher", "diag")
@@ -554,7 +554,7 @@ def test_distance_of_a_rule_from_other_gradients(shape: tuple[int, ...], monkeyp
     slopes = torch.randn_like(layer(inputs))
     layer(inputs).backward(slopes)
     right = {"w": layer.weight.grad, "b": layer.bias.grad}
-    linear = rules.rule(Layer("", layer, "w", "b"), inputs)
+    linear = rules.rule(Layer("", layer, "w", "b"), [Call(inputs, None, slopes.shape)])
     assert max(linear.distances(slopes, right).values()) < 1e-12
     other = {name: value.clone() for name, value in right.items()}
     other["w"][0, 0] += 3

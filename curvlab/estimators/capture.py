@@ -176,6 +176,32 @@ def gradients(
     return tuple(map(to_working_dtype, whole[: len(calls)])), tuple(map(to_working_dtype, whole[len(calls) :]))
 
 
+def join_calls(slopes: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of the outputs of a module's calls as one tensor: ``(N, ...)``, for several calls flat."""
+    return slopes[0] if len(slopes) == 1 else torch.cat([s.reshape(len(s), -1) for s in slopes], dim=1)
+
+
+def split_calls(joined: Tensor, calls: Sequence[Call]) -> list[Tensor]:
+    """Return the gradients of the outputs of a module's calls from the result of ``join_calls``."""
+    if len(calls) == 1:
+        return [joined]
+    parts = joined.split([call.shape[1:].numel() for call in calls], dim=1)
+    return [part.reshape(call.shape) for part, call in zip(parts, calls, strict=True)]
+
+
+def group_by_layer(slopes: Sequence[Tensor], calls: Sequence[Sequence[Call]]) -> list[Tensor]:
+    """Return the gradients of the outputs of all calls, joined by layer.
+
+    Args:
+        slopes: One per call, in the order of the layers.
+        calls: Calls by layer.
+    """
+    if len(slopes) == len(calls):
+        return list(slopes)
+    left = iter(slopes)
+    return [join_calls([next(left) for _ in seen]) for seen in calls]
+
+
 def to_working_dtype(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in at least float32, for products and sums of half-precision numbers."""
     return tensor.to(working_dtype(tensor.dtype)) if tensor.is_floating_point() else tensor

@@ -2,18 +2,19 @@
 
 Where a layer has a closed form, no gradient of a parameter is computed by automatic differentiation. The squared
 per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares; those of a convolution come from its
-patches, or from a convolution with as many groups as samples. Other modules that are called once are differentiated
-alone, vectorised over samples. The remaining parameters (tied weights, bare parameters, recurrent and attention
-modules) are differentiated through the whole network.
+patches, or from a convolution with as many groups as samples. Other modules are differentiated alone, vectorised over
+samples. The gradient of a module that is called several times is the sum over its calls. The remaining parameters (tied
+weights, bare parameters, recurrent and attention modules) are differentiated through the whole network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from curvlab.estimators.backend import Backend, BackendResult
-from curvlab.estimators.capture import Call, backward, working_dtype
+from curvlab.estimators.capture import Call, backward, group_by_layer, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
@@ -34,7 +35,8 @@ _FEWEST, _MOST = 8, 1000
 _CACHE = 1.6e7  # approximate limit, in bytes, of the input and output of a layer
 _BYTES = 6.4e7  # approximate limit, in bytes, of a layer's rotated gradients held at once
 
-_Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; gradients of the outputs, row by row
+# Calls by layer; the joined gradients of their outputs, row by row.
+_Batch = tuple[Mapping[str, Sequence[Call]], Iterator[Sequence[Tensor]]]
 _Passes = Callable[[], Iterator[_Batch]]
 
 
@@ -52,9 +54,9 @@ def compute(
         entries = sum(sum(size * size for size in _shape(layer)) for layer in verified.layers.values())
 
         def batches() -> Iterator[_Batch]:
-            for inputs, gradients in _batches(problem, quantity, verified, batch_size, entries):
-                yield inputs, gradients
-                advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
+            for calls, gradients in _batches(problem, quantity, verified, batch_size, entries):
+                yield calls, gradients
+                advance(_count_samples(calls) / (2 if structure.name == "ekfac" else 1))
 
         if isinstance(structure, TKFACStructure):
             return BackendResult(_tkfac(batches, verified.layers, structure, problem))
@@ -134,21 +136,21 @@ def _by_rules(
     total = space.unflatten(sums.running["entries"])  # views
     batches = _batches(problem, quantity, verified, batch_size, space.total) if verified.layers else ()
     for calls, gradients in batches:
-        rules = [rule(verified.layers[name], inputs) for name, inputs in calls.items()]
+        rules = [rule(verified.layers[name], seen) for name, seen in calls.items()]
         for row in gradients:
             for one, gradient in zip(rules, row, strict=True):
                 one.add(gradient)
         for one in rules:
             one.add_to_(total)
         sums.next()
-        advance(len(next(iter(calls.values()))))
+        advance(_count_samples(calls))
     return sums.means()["entries"]
 
 
 def _batches(
     problem: Problem, quantity: Quantity, verified: Verification, batch_size: int | None, entries: int
 ) -> Iterator[_Batch]:
-    """Yield, for each batch, the inputs of each layer, and an iterator over rows of the gradients of their outputs.
+    """Yield, for each batch, the calls of each layer, and an iterator over rows of the gradients of their outputs.
 
     Args:
         problem: Model, loss and data.
@@ -162,8 +164,12 @@ def _batches(
     for inputs, targets in _split_batches(problem.batches(batch_size), size):
         outputs, calls = verified.run(problem, inputs)
         covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
-        given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
-        yield given, _pull_back(outputs, list(calls.values()), covectors)
+        yield calls, _pull_back(outputs, list(calls.values()), covectors)
+
+
+def _count_samples(calls: Mapping[str, Sequence[Call]]) -> int:
+    first: Call = next(iter(calls.values()))[0]
+    return first.shape[0]
 
 
 def _chunk_size(problem: Problem, verified: Verification, entries: int) -> int:
@@ -188,11 +194,11 @@ def _split_batches(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
         yield from zip(inputs.split(step), targets.split(step), strict=True)
 
 
-def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> Iterator[Sequence[Tensor]]:
-    last = len(covectors) - 1
+def _pull_back(outputs: Tensor, calls: Sequence[Sequence[Call]], covectors: Covectors) -> Iterator[Sequence[Tensor]]:
+    last, every = len(covectors) - 1, [*chain(*calls)]
     for index, row in enumerate(covectors):
         # The list is emptied, so that no reference keeps these gradients while the next row is computed.
-        gradients = list(backward(outputs, calls, row, keep=index < last))
+        gradients = group_by_layer(backward(outputs, every, row, keep=index < last), calls)
         yield gradients
         gradients.clear()
 
@@ -202,8 +208,8 @@ def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> 
 
 def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem) -> dict[str, Tensor]:
     sums = _sums(layers, problem)
-    for inputs, gradients in batches():
-        at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
+    for calls, gradients in batches():
+        at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
         for name, here in at.items():
             here.add_moment_(sums.running[f"{name}|A"])
         for row in gradients:
@@ -219,8 +225,8 @@ def _tkfac(
     weighted = structure.variant == "gao"
     sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)
-    for inputs, gradients in batches():
-        at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
+    for calls, gradients in batches():
+        at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
         norms = {name: here.squared_norms() for name, here in at.items()}
         slopes = {name: torch.zeros_like(norm) for name, norm in norms.items()}
         for row in gradients:
@@ -249,9 +255,9 @@ def _ekfac(
 ) -> dict[str, Tensor]:
     bases = {name: _basis(factor) for name, factor in factors.items()}
     sums = Sums({name: _shape(layer) for name, layer in layers.items()}, problem)
-    for inputs, gradients in batches():
+    for calls, gradients in batches():
         moments = {
-            name: _RotatedSquares(layer, inputs[name], bases[f"{name}|A"], bases[f"{name}|S"])
+            name: _RotatedSquares(layer, calls[name], bases[f"{name}|A"], bases[f"{name}|S"])
             for name, layer in layers.items()
         }
         for row in gradients:
@@ -277,11 +283,11 @@ def _basis(factor: Tensor) -> Tensor:
 
 
 class _RotatedSquares:
-    """Squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a call."""
+    """Squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a batch."""
 
-    def __init__(self, layer: Layer, inputs: Tensor, left: Tensor, right: Tensor) -> None:
+    def __init__(self, layer: Layer, calls: Sequence[Call], left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
-        self.positions = positions(layer, inputs)
+        self.positions = positions(layer, calls)
         self.squares: Tensor | None = (
             None  # squares of g U_S (N, o) for one position, else of the rotated gradient (o, d)
         )
@@ -311,8 +317,8 @@ class _RotatedSquares:
         return self.squares
 
 
-def _positions(layer: Layer, inputs: Tensor, structure: Kronecker) -> Positions:
-    here = positions(layer, inputs)
+def _positions(layer: Layer, calls: Sequence[Call], structure: Kronecker) -> Positions:
+    here = positions(layer, calls)
     return ReducedPositions(here) if structure.sharing == "reduce" else here
 
 

@@ -7,7 +7,7 @@ are formed only where they are small: unfolding takes the memory of ``k k`` imag
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import product
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.estimators.capture import Call, split_calls
 from curvlab.estimators.layers import Layer
 
 _FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
@@ -301,10 +302,74 @@ class ConvPositions:
             yield weight_gradient
 
 
+class JoinedPositions:
+    """Inputs of several calls of a layer: its uses are further positions (Eschenhagen et al. 2023).
+
+    The gradient of the outputs is joined (see ``curvlab.estimators.capture.join_calls``).
+
+    Args:
+        parts: Positions of the calls.
+        calls: The calls.
+    """
+
+    def __init__(self, parts: Sequence[LinearPositions | ConvPositions], calls: Sequence[Call]) -> None:
+        self.parts, self.calls = parts, calls
+        self.count = sum(part.count for part in parts)
+
+    def _pairs(self, gradient: Tensor) -> Iterator[tuple[LinearPositions | ConvPositions, Tensor]]:
+        return zip(self.parts, split_calls(gradient, self.calls), strict=True)
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
+        for part in self.parts:
+            moment = torch.zeros_like(total)
+            part.add_moment_(moment, weights)
+            total.add_(moment, alpha=part.count / self.count)
+
+    def means(self) -> Tensor:
+        """Return the mean over positions, ``(N, d)``."""
+        return torch.stack([part.means() * (part.count / self.count) for part in self.parts]).sum(dim=0)
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        return torch.stack([part.squared_norms() * (part.count / self.count) for part in self.parts]).sum(dim=0)
+
+    def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
+        for part, slope in self._pairs(gradient):
+            part.add_gradient_moment_(total, slope, weights)
+
+    def input_rows(self) -> Tensor:
+        """Return ``a_nt``, ``(N, T, d)``."""
+        return torch.cat([part.input_rows() for part in self.parts], dim=1)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return torch.cat([part.gradient_rows(slope) for part, slope in self._pairs(gradient)], dim=1)
+
+    def gradient_norms(self, gradient: Tensor) -> Tensor:
+        """Return ``sum_t |g_nt|^2``, ``(N,)``."""
+        return torch.stack([part.gradient_norms(slope) for part, slope in self._pairs(gradient)]).sum(dim=0)
+
+    def gradient_sums(self, gradient: Tensor) -> Tensor:
+        """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
+        return torch.stack([part.gradient_sums(slope) for part, slope in self._pairs(gradient)]).sum(dim=0)
+
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        return _total(self.sample_gradients(gradient))
+
+    def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
+        parts = [part.sample_gradients(slope) for part, slope in self._pairs(gradient)]
+        for some in zip(*parts, strict=True):  # the calls of one layer yield the same samples
+            yield reduce(torch.add, some)
+
+
 class ReducedPositions(LinearPositions):
     """A layer reduced to one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
 
-    def __init__(self, whole: LinearPositions | ConvPositions) -> None:
+    def __init__(self, whole: LinearPositions | ConvPositions | JoinedPositions) -> None:
         self.whole = whole
         self.rows, self.count = whole.means().unsqueeze(1), 1
 
@@ -321,12 +386,18 @@ class ReducedPositions(LinearPositions):
         return self.whole.sample_gradients(gradient)
 
 
-Positions = LinearPositions | ConvPositions
+Positions = LinearPositions | ConvPositions | JoinedPositions
 
 
-def positions(layer: Layer, inputs: Tensor) -> Positions:
+def call_positions(layer: Layer, inputs: Tensor) -> LinearPositions | ConvPositions:
     """Return the positions of one call of a layer."""
     return LinearPositions(layer, inputs) if isinstance(layer.module, nn.Linear) else ConvPositions(layer, inputs)
+
+
+def positions(layer: Layer, calls: Sequence[Call]) -> Positions:
+    """Return the positions of all calls of a layer; their inputs are tensors."""
+    parts = [call_positions(layer, call.inputs) for call in calls if call.inputs is not None]
+    return parts[0] if len(parts) == 1 else JoinedPositions(parts, calls)
 
 
 def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4) -> None:

@@ -103,7 +103,7 @@ def estimate(
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
         verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
-        split, reasons = _parts(problem, structure, space)
+        split, reasons = _parts(problem, quantity, structure, space, backend)
         parts = [
             _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
             for part_structure, part_space in split
@@ -141,7 +141,7 @@ _bar = progress  # the argument of ``estimate`` hides the function's name there
 
 
 def _parts(
-    problem: Problem, structure: Structure, space: ParameterSpace
+    problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace, backend: str
 ) -> tuple[list[tuple[Structure, ParameterSpace]], Mapping[str, str]]:
     """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest.
 
@@ -153,14 +153,19 @@ def _parts(
     with_factors = replace(structure, rest=type(structure).rest)  # the default: every parameter of it has factors
     if not reasons:
         return [(with_factors, space)], {}
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     if structure.rest is None:
-        name, reason = next(iter(reasons.items()))
-        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UnsupportedError(
             f"{structure} needs Kronecker factors for every parameter: {name} {reason}{more}; '{structure.name}' "
             "without rest=none gives such parameters their diagonal, and params=[...] leaves them out"
         )
     rest = parse_structure(structure.rest)
+    if backend != "auto" and rest.name not in BACKENDS[backend].structures[type(quantity)]:
+        raise UnsupportedError(
+            f"backend {backend} does not compute {quantity.name} as {rest}, which parameters without Kronecker factors "
+            f"get: {name} {reason}{more}; use backend auto, or leave them out with params=[...]"
+        )
     if not layers:
         return [(rest, space)], reasons
     inside = {parameter for layer in layers.values() for parameter in layer.parameters}

@@ -1,11 +1,12 @@
 """Per-sample gradients of a module's parameters in closed form, from its inputs and the gradient of its output.
 
-A rule is made for one call of a module and receives the gradients of its output, row by row. It is used only where
-``curvlab.estimators.verification`` finds it correct.
+A rule is made for the calls of a module in one forward pass and receives the gradients of its output, row by row. The
+gradient of a sample is the sum over the calls. A rule is used only where ``curvlab.estimators.verification`` finds it
+correct.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-from curvlab.estimators.capture import ignore_torch_warnings, to_working_dtype
+from curvlab.estimators.capture import Call, ignore_torch_warnings, split_calls, to_working_dtype
 from curvlab.estimators.layers import Layer, has_factors
-from curvlab.estimators.positions import positions
+from curvlab.estimators.positions import call_positions
 
 #: Modules that normalise, scale and shift.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -32,11 +33,11 @@ Gradients = dict[str, Tensor]
 
 
 class Rule(ABC):
-    """Per-sample gradients of one call of a module, and their squares, summed over samples and rows.
+    """Per-sample gradients of the calls of a module, and their squares, summed over samples and rows.
 
     Args:
         layer: The module, with the names of its selected parameters.
-        inputs: Inputs of the call.
+        inputs: Inputs of the call, of the first one if there are several.
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
@@ -49,7 +50,8 @@ class Rule(ABC):
         """Yield per-sample gradients ``(n, ...)`` by parameter, some samples or parameters at a time.
 
         Args:
-            gradient: One row of the gradient of the output, in at least float32.
+            gradient: One row of the gradient of the output, in at least float32; joined if there are several calls
+                (see ``curvlab.estimators.capture.join_calls``).
         """
 
     def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
@@ -119,12 +121,13 @@ class _Positional(Rule):
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
-        self.positions = positions(replace(layer, bias=None), inputs) if layer.weight else None
+        self.positions = call_positions(replace(layer, bias=None), inputs) if layer.weight else None
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.bias:
             last = isinstance(self.layer.module, nn.Linear)
-            yield {self.layer.bias: gradient.flatten(1, -2).sum(dim=1) if last else gradient.flatten(2).sum(dim=2)}
+            rows = gradient.unsqueeze(1).flatten(1, -2) if last else gradient.flatten(2).mT
+            yield {self.layer.bias: rows.sum(dim=1)}
         if self.positions is not None and self.layer.weight:
             for rows in self.positions.sample_gradients(gradient):
                 yield {self.layer.weight: rows}
@@ -207,6 +210,22 @@ class _Vectorised(Rule):
         self.right.add(len(inputs))
 
 
+class _SeveralCalls(Rule):
+    """Sum of the rules of the calls of a module."""
+
+    def __init__(self, layer: Layer, calls: Sequence[Call], rules: Sequence[Rule]) -> None:
+        super().__init__(layer, rules[0].inputs)
+        self.calls, self.rules, self.dtype = calls, rules, rules[0].dtype
+
+    def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
+        slopes = split_calls(gradient, self.calls)
+        parts = [each.gradients(slope) for each, slope in zip(self.rules, slopes, strict=True)]
+        for first, *others in zip(*parts, strict=True):  # the rules of one module yield the same samples and parameters
+            for other in others:
+                first = {name: rows + other[name] for name, rows in first.items()}
+            yield first
+
+
 class _Forward(nn.Module):
     """Forward of a module without its hooks."""
 
@@ -236,14 +255,14 @@ def has_rule(module: nn.Module) -> bool:
     return has_factors(module) or type(module) in (*_NORMS, *_VECTORISED)
 
 
-def rule(layer: Layer, inputs: Tensor) -> Rule:
-    """Return the rule for a call of a module that has one (see ``has_rule``)."""
-    if type(layer.module) in _NORMS:
-        return _Norm(layer, inputs)
-    if not has_factors(layer.module):
-        return _Vectorised(layer, inputs)
-    flat = isinstance(layer.module, nn.Linear) and inputs.ndim == 2
-    return _FlatLinear(layer, inputs) if flat else _Positional(layer, inputs)
+def rule(layer: Layer, calls: Sequence[Call]) -> Rule:
+    """Return the rule for the calls of a module that has one (see ``has_rule``); all inputs are tensors."""
+    inputs = [call.inputs for call in calls if call.inputs is not None]
+    if isinstance(layer.module, nn.Linear) and inputs[0].ndim == 2 and len(inputs) == 1:
+        return _FlatLinear(layer, inputs[0])
+    kind = _Norm if type(layer.module) in _NORMS else _Positional if has_factors(layer.module) else _Vectorised
+    rules = [kind(layer, x) for x in inputs]
+    return rules[0] if len(rules) == 1 else _SeveralCalls(layer, calls, rules)
 
 
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:

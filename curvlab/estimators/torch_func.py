@@ -5,7 +5,7 @@ quantity is given by *rows*: vectors ``v`` over the parameters with ``F = 1/N su
 
 The Kronecker factors of a layer follow from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` with respect to
 its outputs, at positions ``t`` (one position for a Linear layer on ``(N, d)``; the output positions of a convolution).
-Sample ``n`` has
+If the layer is called several times, its uses are further positions (Eschenhagen et al. 2023). Sample ``n`` has
 
 - expand: ``A_n = 1/T sum_t a_t a_t'`` and ``S_n = sum_r sum_t g_rt g_rt'``;
 - reduce: ``A_n = b b'`` with ``b = 1/T sum_t a_t``, and ``S_n = sum_r h_r h_r'`` with ``h_r = sum_t g_rt``.
@@ -281,20 +281,38 @@ def _layer_samples(
     """
     rng = label_stream(quantity)
     names = [parameter for layer in layers.values() for parameter in layer.parameters]
+    numbers: dict[str, int] = {}  # of calls, by layer
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             leaves = _leaves(problem, problem.space)
             outputs, calls = _calls(problem, layers, x, leaves)
-            wanted = [*(shift for _, shift in calls.values()), *(leaves[name] for name in names)]
+            _check_numbers({name: len(seen) for name, seen in calls.items()}, numbers)
+            shifts = [shift for seen in calls.values() for _, shift in seen]
+            wanted = [*shifts, *(leaves[name] for name in names)]
             rows = torch.stack(list(_sample_rows(problem.loss, quantity, outputs, y, wanted, rng)))
-            parts = rows.split([tensor.numel() for tensor in wanted], dim=1)
-            parameter_gradients = dict(zip(names, parts[len(calls) :], strict=True))
-            for (name, (given, shift)), row in zip(calls.items(), parts[: len(calls)], strict=True):
-                patches = _patches(layers[name], given)
-                slopes = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
+            parts = list(rows.split([tensor.numel() for tensor in wanted], dim=1))
+            parameter_gradients = dict(zip(names, parts[len(shifts) :], strict=True))
+            for name, seen in calls.items():
+                uses = []
+                for given, shift in seen:
+                    row = parts.pop(0)
+                    slope = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
+                    uses.append((_patches(layers[name], given), slope))
+                patches, slopes = torch.cat([a for a, _ in uses]), torch.cat([g for _, g in uses], dim=1)
                 _check(layers[name], patches, slopes, parameter_gradients, problem.dtype)
                 yield name, patches, slopes
             advance(1)
+
+
+def _check_numbers(now: Mapping[str, int], before: dict[str, int]) -> None:
+    """Compare the numbers of calls of a sample with those of earlier samples, and record them."""
+    for name, number in now.items():
+        if not number or before.setdefault(name, number) != number:
+            raise UnsupportedError(
+                f"{name or 'the model'} is called {number} times for some samples and {before.get(name, 'several')} "
+                "times for others, but Kronecker factors need the same number of calls for all: leave it out with "
+                "params=[...]"
+            )
 
 
 def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -312,8 +330,8 @@ def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Ten
 
 def _calls(
     problem: Problem, layers: Mapping[str, Layer], x: Inputs, leaves: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the outputs of one sample, and for every layer its input and a zero tensor that is added to its output.
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Return the outputs of one sample, and for each call of a layer its input and a zero that is added to its output.
 
     The gradient with respect to this zero is that with respect to the layer's output, even if the output is changed
     later.
@@ -334,13 +352,7 @@ def _calls(
             handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
         outputs = problem.forward(leaves, x)
-    for name, seen in calls.items():
-        if len(seen) != 1:
-            raise UnsupportedError(
-                f"{name or 'the model'} is called {len(seen)} times for some samples, but Kronecker factors need "
-                "exactly one call: leave it out with params=[...]"
-            )
-    return outputs, {name: seen[0] for name, seen in calls.items()}
+    return outputs, calls
 
 
 def _patches(layer: Layer, x: Tensor) -> Tensor:

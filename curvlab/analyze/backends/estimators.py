@@ -251,7 +251,7 @@ only that quantity.
 {text["diag"]}
 ## {_TITLES["kfac"]}
 
-K-FAC is defined for Linear and convolution layers that are called once and share no weight. The table shows whether a
+K-FAC is defined for Linear and convolution layers that share no weight. The table shows whether a
 network that contains the module gets K-FAC for such layers; the parameters without factors are left out
 (`params=`), while by default they get their diagonal.
 
