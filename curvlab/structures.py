@@ -106,14 +106,15 @@ class Kronecker(Structure):
         """Return the number of stored entries of the parameters outside the layers."""
         return sum(size**2 for size in sizes) if self.rest == "block_diag" else sum(sizes)
 
-    def factor_entries(self, outputs: int, columns: int) -> int:
+    def factor_entries(self, outputs: int, columns: int, diagonal: bool = False) -> int:
         """Return the number of stored entries for one layer.
 
         Args:
             outputs: Number of rows of the weight.
             columns: Number of columns of the weight, including the bias.
+            diagonal: Whether the factor of the inputs is diagonal, as that of an embedding.
         """
-        return outputs**2 + columns**2
+        return outputs**2 + (columns if diagonal else columns**2)
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ class EKFACStructure(Kronecker):
 
     name: ClassVar[str] = "ekfac"
 
-    def factor_entries(self, outputs: int, columns: int) -> int:
+    def factor_entries(self, outputs: int, columns: int, diagonal: bool = False) -> int:
         """Return the number of entries of the eigenvectors, plus one eigenvalue per parameter."""
-        return super().factor_entries(outputs, columns) + outputs * columns
+        return super().factor_entries(outputs, columns, diagonal) + outputs * columns
 
 
 @dataclass(frozen=True)

@@ -360,7 +360,7 @@ class TestKronecker:
     def test_the_layers(self, name: str) -> None:
         problem = case(name).problem
         layers, reasons = kronecker_layers(problem, problem.space)
-        assert set(layers) == case(name).kronecker
+        assert {key for key in layers if "/" not in key} == case(name).kronecker
         inside = [parameter for layer in layers.values() for parameter in layer.parameters]
         assert sorted([*inside, *reasons]) == sorted(problem.space.names)
 

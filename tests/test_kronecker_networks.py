@@ -1,5 +1,7 @@
 """Kronecker factors of the networks of today: without options, what each parameter got, and against the definitions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,7 +214,7 @@ def test_uses_are_further_positions(kind: str) -> None:
     for name, calls in names.items():
         module = problem.model.get_submodule(name)
         a_total, s_total = 0.0, 0.0
-        for x, y in ((x[n : n + 1], y[n : n + 1]) for x, y in problem.batches() for n in range(len(x))):
+        for x, y in ((xs[n : n + 1], ys[n : n + 1]) for xs, ys in problem.batches() for n in range(len(xs))):
             seen: list[tuple[Tensor, Tensor]] = []
             handle = module.register_forward_hook(lambda _, given, out, seen=seen: seen.append((given[0], out)))
             value = nn.functional.cross_entropy(problem.model(x), y)
@@ -293,3 +295,177 @@ def test_another_number_of_calls_in_some_batch_is_refused(late: bool) -> None:
         with pytest.raises(UnsupportedError, match=r"called 2 times for some samples and \d for others"):
             estimate(problem, "empirical_fisher", "kfac:rest=none")
     assert estimate(problem, "empirical_fisher", "kfac", params="out.*").kind == "kfac"
+
+
+# Embeddings, and weights (inputs, outputs) ---------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2, as it is written in ``transformers``."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 2), nn.Parameter(torch.randn(nf) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Untransposed(nn.Linear):
+    """A class with the same name that computes something else."""
+
+
+Untransposed.__name__ = "Conv1D"
+
+
+class Language(nn.Module):
+    """An embedding that is used twice, and square and other layers with transposed weights."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(6, 4, **options)
+        self.attn, self.up, self.out = Conv1D(4, 4), Conv1D(5, 4), Conv1D(3, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.attn(self.wte(tokens)).tanh()
+        return self.out(self.up(h).tanh().mean(dim=1) + self.wte(tokens[:, 0]).sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher", "fisher:samples=2,seed=1"])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"sparse": True}], ids=str)
+def test_a_small_gpt(options: dict[str, object], quantity: str) -> None:
+    torch.manual_seed(0)
+    problem = of(Language(**options), 7, 3, tokens=6)
+    diagonal = estimate(problem, quantity, "diag", backend="hooks")
+    assert diagonal.info.rejected == ()
+    assert close(diagonal.diagonal(), diagonals(problem, list(problem.space.names), quantity))
+    for structure in ("kfac", "tkfac", "tkfac:variant=rescaled", "ekfac"):
+        ours = estimate(problem, quantity, structure)
+        assert (ours.kind, ours.info.backend) == (structure.partition(":")[0], "hooks")
+        theirs = estimate(problem, quantity, structure, backend="torch")
+        assert ours.tensors().keys() == theirs.tensors().keys()
+        assert close(ours.to_dense(), theirs.to_dense())
+        if structure != "kfac":  # their trace is exact
+            assert close(ours.trace(), diagonal.trace())
+
+
+def rows_of(problem: Problem) -> dict[str, Tensor]:
+    """Return the per-sample gradients of the loss by parameter, with plain torch."""
+    found: dict[str, list[Tensor]] = {name: [] for name in problem.space.names}
+    for x, y in ((xs[n : n + 1], ys[n : n + 1]) for xs, ys in problem.batches() for n in range(len(xs))):
+        value = nn.functional.cross_entropy(problem.model(x), y)
+        for name, p in problem.model.named_parameters():
+            found[name].append(torch.autograd.grad(value, p, retain_graph=True)[0])
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def test_factors_of_embeddings_and_transposed_weights_by_hand() -> None:
+    torch.manual_seed(0)
+    problem = of(Language(), 7, 3, tokens=6)
+    matrix = estimate(problem, "empirical_fisher", "kfac", params=["wte.*", "up.*"])
+    assert set(matrix.tensors()) == {"wte/embedding|A", "wte/embedding|S", "up/transposed|A", "up/transposed|S"}
+    tokens = torch.cat([x for x, _ in problem.batches()])
+    used = torch.cat([tokens, tokens[:, :1]], dim=1)  # of the two calls
+    counts = torch.stack([(used == v).double().sum() for v in range(6)]) / used.numel()
+    assert close(matrix.factors["wte/embedding"].A, counts.unsqueeze(0))
+    a, s = matrix.factors["up/transposed"]
+    vector = torch.randn(problem.space.restrict(["up.weight", "up.bias"]).total, dtype=torch.float64)
+    homogeneous = torch.cat([vector[:20].view(4, 5), vector[20:].view(1, 5)])  # (inputs, outputs)
+    product = a[0] @ homogeneous @ s[0]
+    whole = torch.cat([torch.zeros(24), vector])
+    assert close((matrix @ whole)[24:], torch.cat([product[:4].flatten(), product[4]]))
+    # EK-FAC's eigenvalues are the second moments of the gradients in its basis.
+    ekfac = estimate(problem, "empirical_fisher", "ekfac", params=["wte.*", "up.*"])
+    rows = rows_of(problem)
+    basis = ekfac.bases["wte/embedding"]
+    assert torch.equal(basis.U_A, torch.ones(6).double())
+    assert close(basis.values, (rows["wte.weight"] @ basis.U_S).square().mean(dim=0).mT)
+    basis = ekfac.bases["up/transposed"]
+    joined = torch.cat([rows["up.weight"], rows["up.bias"].unsqueeze(1)], dim=1)
+    assert close(basis.values, (basis.U_A.mT @ joined @ basis.U_S).square().mean(dim=0).mT)
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_the_algebra_with_a_diagonal_factor_and_transposed_weights(structure: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    problem = of(Language(), 7, 3, tokens=6)
+    one = estimate(problem, "empirical_fisher", structure)
+    total = one + 0.5 * one if structure == "ekfac" else one + 0.5 * estimate(problem, "fisher", structure)
+    for matrix in (one, total):
+        dense, size = matrix.to_dense(), problem.space.total
+        vector = torch.randn(size, dtype=torch.float64)
+        damped = dense + 0.1 * torch.eye(size, dtype=torch.float64)
+        assert close(dense, dense.mT)
+        assert close(matrix.diagonal(), dense.diagonal())
+        assert close(matrix.trace(), dense.trace())
+        assert close(matrix.frobenius_norm(), torch.linalg.matrix_norm(dense))
+        assert close(matrix.solve(vector, damping=0.1), torch.linalg.solve(damped, vector))
+        assert close(matrix.logdet(damping=0.1), torch.logdet(damped))
+        assert close(matrix.eigenvalues().sort().values, torch.linalg.eigvalsh(dense), rtol=1e-9)
+        assert close(matrix.quadratic_form(vector), vector @ dense @ vector)
+        named = problem.space.unflatten(vector)
+        outputs = {name: torch.ones_like(v) for name, v in named.items()}
+        matrix.add_product_(outputs, named, 2.0)
+        assert close(problem.space.flatten(outputs), 1 + 2 * dense @ vector)
+        matrix.save(tmp_path / "m.safetensors")
+        assert close(curvlab.load(tmp_path / "m.safetensors").to_dense(), dense, rtol=1e-14)
+    if structure != "ekfac":
+        for merged in (total.nearest(), total.average_factors()):
+            assert all(len(factors.A) == 1 for factors in merged.factors.values())
+            assert close(merged.to_dense(), merged.to_dense().mT)
+
+
+def test_an_embedding_is_exact_with_one_token_per_sample() -> None:
+    """The Fisher is then block-diagonal in the tokens, and with a squared error S does not depend on the token."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(3, 2))
+    problem = of(model, 9, 1, tokens=5, outputs=2, loss="squared_error")
+    exact = estimate(problem, "fisher", "dense", params="0.*", backend="torch").to_dense()
+    for structure in KRONECKER:
+        assert close(estimate(problem, "fisher", structure, params="0.*").to_dense(), exact)
+
+
+def test_a_large_vocabulary_has_no_square_matrix() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50_000, 2), nn.Flatten(), nn.Linear(6, 2))
+    tokens = torch.randint(50_000, (4, 3))
+    problem = Problem(model, "cross_entropy", (tokens, torch.arange(4) % 2))
+    matrix = estimate(problem, "empirical_fisher", "kfac")
+    a, s = matrix.factors["0/embedding"]
+    assert (a.shape, s.shape) == ((1, 50_000), (1, 2, 2))
+    assert a[0].nonzero().flatten().tolist() == sorted(set(tokens.flatten().tolist()))
+    assert matrix.solve(matrix.diagonal(), damping=0.1).shape == (100_014,)
+    values = estimate(problem, "empirical_fisher", "ekfac").bases["0/embedding"].values
+    diagonal = estimate(problem, "empirical_fisher", "diag").diagonal()[:100_000]
+    torch.testing.assert_close(values.sum(), diagonal.sum())
+
+
+def test_an_embedding_with_a_limited_norm_has_no_factors() -> None:
+    """Its forward changes the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(9, 3))
+    problem = of(model, 7, 3, tokens=5)
+    problem.model(torch.arange(15).view(5, 3) % 5)
+    assert [part.kind for part in estimate(problem, "empirical_fisher", "kfac").parts] == ["kfac", "diag"]
+
+
+def test_reduce_gives_an_embedding_its_diagonal() -> None:
+    torch.manual_seed(0)
+    problem = of(Language(), 7, 3, tokens=6)
+    matrix = estimate(problem, "empirical_fisher", "kfac:sharing=reduce")
+    assert matrix.parts[1].space.names == ("wte.weight",)
+    assert "whose input factor is not diagonal with sharing=reduce" in matrix.info.rejected[0]
+    assert close(
+        matrix.to_dense(), estimate(problem, "empirical_fisher", "kfac:sharing=reduce", backend="torch").to_dense()
+    )
+
+
+def test_a_module_that_is_only_named_like_gpts_has_no_factors() -> None:
+    torch.manual_seed(0)
+    problem = of(nn.Sequential(Untransposed(4, 4), nn.Linear(4, 3)), 7, 4)
+    matrix = estimate(problem, "empirical_fisher", "kfac")
+    assert matrix.parts[0].space.names == ("1.weight", "1.bias")
+    assert "no Kronecker factors for 0.weight, 0.bias: each belongs to Conv1D" in matrix.info.rejected[0]
+    diagonal = estimate(problem, "empirical_fisher", "diag").diagonal()
+    assert close(diagonal, diagonals(problem, list(problem.space.names)))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from math import nan, prod
+from math import nan
 from typing import Any
 
 import torch
@@ -219,10 +219,8 @@ class Probe:
         size_of = dict(zip(self.space.names, self.space.sizes, strict=True))
         entries = 0
         if isinstance(structure, Kronecker):
-            shape_of = dict(zip(self.space.names, self.space.shapes, strict=True))
             for layer in self.layers.values():
-                columns = (prod(shape_of[layer.weight][1:]) if layer.weight else 0) + bool(layer.bias)
-                entries += structure.factor_entries(shape_of[layer.parameters[0]][0], columns)
+                entries += structure.factor_entries(*layer.shape, diagonal=layer.is_embedding)
                 for name in layer.parameters:
                     size_of.pop(name)
         entries += structure.entries(list(size_of.values()))

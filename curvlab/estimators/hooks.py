@@ -9,6 +9,7 @@ weights, bare parameters, recurrent and attention modules) are differentiated th
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import Call, backward, group_by_layer, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
-from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
+from curvlab.estimators.positions import (
+    EmbeddingPositions,
+    Positions,
+    ReducedPositions,
+    add_gram_,
+    mirror_,
+    positions,
+)
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
@@ -50,8 +58,8 @@ def compute(
 ) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
-        verified = verify_factors(problem, space)
-        entries = sum(sum(size * size for size in _shape(layer)) for layer in verified.layers.values())
+        verified = verify_factors(problem, space, structure)
+        entries = sum(prod(layer.factor_shape) + layer.shape[0] ** 2 for layer in verified.layers.values())
 
         def batches() -> Iterator[_Batch]:
             for calls, gradients in _batches(problem, quantity, verified, batch_size, entries):
@@ -241,9 +249,9 @@ def _tkfac(
     for name, layer in layers.items():
         left, right = means[f"{name}|A"], means[f"{name}|S"]
         # S has the whole scale: for gao, A has trace one; for rescaled, it is K-FAC's A.
-        if weighted and (share := float(left.trace())):
+        if weighted and (share := _trace(left)):
             left /= share
-        now, wanted = float(left.trace()) * float(right.trace()), trace[name] / problem.num_samples
+        now, wanted = _trace(left) * _trace(right), trace[name] / problem.num_samples
         check_scale(layer, now, wanted, problem.dtype)
         if now:
             right *= wanted / now
@@ -254,12 +262,15 @@ def _ekfac(
     batches: _Passes, layers: Mapping[str, Layer], problem: Problem, factors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     bases = {name: _basis(factor) for name, factor in factors.items()}
-    sums = Sums({name: _shape(layer) for name, layer in layers.items()}, problem)
+    sums = Sums({name: layer.shape for name, layer in layers.items()}, problem)
     for calls, gradients in batches():
-        moments = {
-            name: _RotatedSquares(layer, calls[name], bases[f"{name}|A"], bases[f"{name}|S"])
-            for name, layer in layers.items()
-        }
+        moments: dict[str, _RotatedSquares | _RotatedIndexSquares] = {}
+        for name, layer in layers.items():
+            left, right = bases[f"{name}|A"], bases[f"{name}|S"]
+            if layer.is_embedding:
+                moments[name] = _RotatedIndexSquares(layer, calls[name], right)
+            else:
+                moments[name] = _RotatedSquares(layer, calls[name], left, right)
         for row in gradients:
             for moment, gradient in zip(moments.values(), row, strict=True):
                 moment.add(gradient)
@@ -272,7 +283,13 @@ def _ekfac(
     }
 
 
+def _trace(factor: Tensor) -> float:
+    return float(factor.sum() if factor.ndim == 1 else factor.trace())
+
+
 def _basis(factor: Tensor) -> Tensor:
+    if factor.ndim == 1:  # a diagonal matrix
+        return torch.ones_like(factor)
     # Working precision is enough for a basis, and float64 takes twice as long. In float32 LAPACK may fail on factors
     # of low rank.
     try:
@@ -317,22 +334,31 @@ class _RotatedSquares:
         return self.squares
 
 
+class _RotatedIndexSquares:
+    """As ``_RotatedSquares``, of an embedding: only the gradients of its outputs are rotated."""
+
+    def __init__(self, layer: Layer, calls: Sequence[Call], right: Tensor) -> None:
+        self.right, self.squares = right, right.new_zeros(layer.shape)
+        self.positions = EmbeddingPositions(layer, [call.inputs for call in calls if call.inputs is not None])
+
+    def add(self, gradient: Tensor) -> None:
+        sums, indices = self.positions.index_sums(gradient)
+        self.squares.index_add_(1, indices, (sums @ self.right).square_().mT)
+
+    def total(self) -> Tensor:
+        return self.squares
+
+
 def _positions(layer: Layer, calls: Sequence[Call], structure: Kronecker) -> Positions:
     here = positions(layer, calls)
     return ReducedPositions(here) if structure.sharing == "reduce" else here
 
 
-def _shape(layer: Layer) -> tuple[int, int]:
-    """Return ``(o, d)`` of the homogeneous weight."""
-    weight: Tensor = layer.module.weight  # type: ignore[assignment]
-    return len(weight), (weight[0].numel() if layer.weight else 0) + bool(layer.bias)
-
-
 def _sums(layers: Mapping[str, Layer], problem: Problem) -> Sums:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        outputs, features = _shape(layer)
-        shapes[f"{name}|A"], shapes[f"{name}|S"] = (features, features), (outputs, outputs)
+        outputs = layer.shape[0]
+        shapes[f"{name}|A"], shapes[f"{name}|S"] = layer.factor_shape, (outputs, outputs)
     return Sums(shapes, problem)
 
 

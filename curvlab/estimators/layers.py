@@ -1,15 +1,17 @@
 """The layers of a model: modules with the names of their selected parameters."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvlab.errors import CurvlabError
+from curvlab.matrices.layers import make_key
 from curvlab.parameters import ParameterSpace
 
-#: Modules whose output is linear in the weight, position by position, and whose weight is ``(outputs, ...)``.
-KRONECKER_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Modules whose output is linear in the weight, position by position.
+KRONECKER_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,47 @@ class Layer:
     def parameters(self) -> tuple[str, ...]:
         """Names of the selected parameters."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the layer is an embedding: its inputs are unit vectors, given by their indices."""
+        return isinstance(self.module, nn.Embedding)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is ``(inputs, outputs, ...)``."""
+        return self.is_embedding or is_linear_transposed(self.module)
+
+    @property
+    def key(self) -> str:
+        """Key of the layer in a matrix (see ``curvlab.matrices.layers``)."""
+        return make_key(self.name, "embedding" if self.is_embedding else "transposed" if self.is_transposed else "")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(o, d)`` of the homogeneous weight."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        outputs, inputs = weight.shape[:2]
+        if self.is_transposed:
+            outputs, inputs = inputs, outputs
+        columns = inputs * prod(weight.shape[2:])
+        return outputs, (columns if self.weight else 0) + bool(self.bias)
+
+    @property
+    def factor_shape(self) -> tuple[int, ...]:
+        """Shape of the factor ``A``, which is stored as its diagonal if it is diagonal."""
+        columns = self.shape[1]
+        return (columns,) if self.is_embedding else (columns, columns)
+
+    def to_homogeneous(self, weights: Tensor) -> Tensor:
+        """Return weights ``(n, ...)``, flat or not, in the shape ``(n, o, columns)`` of the homogeneous weight."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        shaped = weights.reshape(len(weights), *weight.shape)
+        return (shaped.transpose(1, 2) if self.is_transposed else shaped).flatten(2)
+
+    def from_homogeneous(self, weights: Tensor) -> Tensor:
+        """Return homogeneous weights ``(n, o, columns)`` in the order of the parameter."""
+        return weights.mT if self.is_transposed else weights
 
 
 def make_layer(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
@@ -66,5 +109,28 @@ def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
 
 
 def has_factors(module: nn.Module) -> bool:
-    """Return whether a module of this kind has Kronecker factors: a Linear layer, a convolution without groups."""
-    return type(module) in KRONECKER_MODULES and getattr(module, "groups", 1) == 1
+    """Return whether modules of this kind have factors: linear layers, convolutions without groups, embeddings.
+
+    The gradient of an embedding with ``scale_grad_by_freq`` or ``max_norm`` is not a sum over its positions.
+    """
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
+        return False
+    known = type(module) in KRONECKER_MODULES and getattr(module, "groups", 1) == 1
+    return known or is_linear_transposed(module)
+
+
+def is_linear_transposed(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer with a weight ``(inputs, outputs)``: GPT-2's ``Conv1D``.
+
+    It is recognised by its name and its shapes, without an import of the library. The verification decides whether it
+    computes what its name says.
+    """
+    weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+    if type(module).__name__ != "Conv1D" or weight is None or weight.ndim != 2:
+        return False
+    return bias is None or bias.shape == weight.shape[1:]
+
+
+def has_last_channels(module: nn.Module) -> bool:
+    """Return whether the outputs of a layer with factors are ``(N, ..., o)``, not ``(N, o, ...)``."""
+    return not isinstance(module, nn.modules.conv._ConvNd)

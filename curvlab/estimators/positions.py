@@ -13,11 +13,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from curvlab.estimators.capture import Call, split_calls
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.capture import Call, split_calls, working_dtype
+from curvlab.estimators.layers import Layer, has_last_channels
 
 _FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
 _BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
@@ -86,6 +86,58 @@ class LinearPositions:
         step = _step(rows.shape[2] * self.rows.shape[2], gradient)
         for g, a in zip(rows.split(step), self.rows.split(step), strict=True):
             yield g.mT @ a
+
+
+class EmbeddingPositions(LinearPositions):
+    """Inputs of the calls of an embedding: ``a_nt`` is the unit vector of an index, zero for the padding index.
+
+    Moments of the inputs are diagonal; they are sums over the counts of the indices, without a matrix of the size of
+    the vocabulary.
+
+    Args:
+        layer: The layer.
+        inputs: Indices ``(N, ...)``, one tensor per call; the uses are further positions.
+    """
+
+    def __init__(self, layer: Layer, inputs: Sequence[Tensor]) -> None:
+        module: Any = layer.module
+        self.indices = torch.cat([x.reshape(len(x), -1) for x in inputs], dim=1).long()  # (N, T)
+        self.used = self.indices != (-1 if module.padding_idx is None else module.padding_idx)
+        self.vocabulary, self.count = len(module.weight), self.indices.shape[1]
+        self.dtype = working_dtype(module.weight.dtype)
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to its diagonal ``(d,)``."""
+        counts = self.used.to(total)
+        counts = counts if weights is None else counts * weights.to(total).unsqueeze(1)
+        total.index_add_(0, self.indices.flatten(), counts.flatten(), alpha=1 / self.count)
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        return self.used.to(self.dtype).mean(dim=1)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return gradient.reshape(len(gradient), self.count, -1)
+
+    @cached_property
+    def _groups(self) -> tuple[Tensor, Tensor]:
+        """The pairs of a sample and an index, and the number of the pair of each position, flat."""
+        samples = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
+        pairs, number = torch.unique(samples * self.vocabulary + self.indices, return_inverse=True)
+        return pairs, number
+
+    def index_sums(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nonzero columns of ``sum_t g_nt a_nt'``, ``(pairs, o)``, and their indices ``(pairs,)``."""
+        rows = self.gradient_rows(gradient)
+        pairs, number = self._groups
+        sums = rows.new_zeros(len(pairs), rows.shape[2])
+        sums.index_add_(0, number.flatten(), (rows * self.used.unsqueeze(2)).flatten(0, 1))
+        return sums, pairs % self.vocabulary
+
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        return float(self.index_sums(gradient)[0].square().sum())
 
 
 class ConvPositions:
@@ -391,12 +443,17 @@ Positions = LinearPositions | ConvPositions | JoinedPositions
 
 def call_positions(layer: Layer, inputs: Tensor) -> LinearPositions | ConvPositions:
     """Return the positions of one call of a layer."""
-    return LinearPositions(layer, inputs) if isinstance(layer.module, nn.Linear) else ConvPositions(layer, inputs)
+    if layer.is_embedding:
+        return EmbeddingPositions(layer, [inputs])
+    return LinearPositions(layer, inputs) if has_last_channels(layer.module) else ConvPositions(layer, inputs)
 
 
 def positions(layer: Layer, calls: Sequence[Call]) -> Positions:
     """Return the positions of all calls of a layer; their inputs are tensors."""
-    parts = [call_positions(layer, call.inputs) for call in calls if call.inputs is not None]
+    inputs = [call.inputs for call in calls if call.inputs is not None]
+    if layer.is_embedding:
+        return EmbeddingPositions(layer, inputs)
+    parts = [call_positions(layer, x) for x in inputs]
     return parts[0] if len(parts) == 1 else JoinedPositions(parts, calls)
 
 
@@ -412,7 +469,9 @@ def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4)
 
 
 def mirror_(total: Tensor) -> Tensor:
-    """Copy the upper triangle of ``total`` onto the lower one."""
+    """Copy the upper triangle of ``total`` onto the lower one; a diagonal ``(d,)`` stays."""
+    if total.ndim == 1:
+        return total
     strictly_upper = total.triu(1)
     return total.triu_().add_(strictly_upper.mT)
 

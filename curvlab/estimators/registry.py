@@ -149,7 +149,7 @@ def _parts(
     """
     if not isinstance(structure, Kronecker):
         return [(structure, space)], {}
-    layers, reasons = kronecker_layers(problem, space)
+    layers, reasons = kronecker_layers(problem, space, structure)
     with_factors = replace(structure, rest=type(structure).rest)  # the default: every parameter of it has factors
     if not reasons:
         return [(with_factors, space)], {}

@@ -16,8 +16,8 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, ignore_torch_warnings, split_calls, to_working_dtype
-from curvlab.estimators.layers import Layer, has_factors
-from curvlab.estimators.positions import call_positions
+from curvlab.estimators.layers import Layer, has_factors, has_last_channels
+from curvlab.estimators.positions import EmbeddingPositions, call_positions
 
 #: Modules that normalise, scale and shift.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -125,12 +125,40 @@ class _Positional(Rule):
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.bias:
-            last = isinstance(self.layer.module, nn.Linear)
+            last = has_last_channels(self.layer.module)
             rows = gradient.unsqueeze(1).flatten(1, -2) if last else gradient.flatten(2).mT
             yield {self.layer.bias: rows.sum(dim=1)}
         if self.positions is not None and self.layer.weight:
             for rows in self.positions.sample_gradients(gradient):
-                yield {self.layer.weight: rows}
+                yield {self.layer.weight: self.layer.from_homogeneous(rows)}
+
+
+class _Embedding(Rule):
+    """Rule of an embedding: the gradient of a sample has one row for each of its indices."""
+
+    def __init__(self, layer: Layer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(layer, inputs[0])
+        self.positions = EmbeddingPositions(layer, inputs)
+        self.name = layer.parameters[0]
+        self.dtype = layer.module.weight.dtype  # type: ignore[assignment]
+
+    def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
+        n, v = self.positions.indices.shape[0], self.positions.vocabulary
+        rows = self.positions.gradient_rows(gradient) * self.positions.used.unsqueeze(2)
+        numbers = torch.arange(n, device=gradient.device).unsqueeze(1) * v + self.positions.indices
+        dense = rows.new_zeros(n * v, rows.shape[2]).index_add_(0, numbers.flatten(), rows.flatten(0, 1))
+        yield {self.name: dense.view(n, -1)}
+
+    def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
+        sums, indices = self.positions.index_sums(gradient)
+        total = torch.zeros_like(right[self.name], dtype=sums.dtype).index_add_(0, indices, sums)
+        return {self.name: float(torch.dist(total, right[self.name].detach()))}
+
+    def add(self, gradient: Tensor) -> None:
+        sums, indices = self.positions.index_sums(gradient)
+        if self.name not in self.squares:
+            self.squares[self.name] = sums.new_zeros(self.positions.vocabulary, sums.shape[1])
+        self.squares[self.name].index_add_(0, indices, sums.square_())
 
 
 class _Norm(Rule):
@@ -258,7 +286,9 @@ def has_rule(module: nn.Module) -> bool:
 def rule(layer: Layer, calls: Sequence[Call]) -> Rule:
     """Return the rule for the calls of a module that has one (see ``has_rule``); all inputs are tensors."""
     inputs = [call.inputs for call in calls if call.inputs is not None]
-    if isinstance(layer.module, nn.Linear) and inputs[0].ndim == 2 and len(inputs) == 1:
+    if layer.is_embedding and has_factors(layer.module):
+        return _Embedding(layer, inputs)
+    if type(layer.module) is nn.Linear and inputs[0].ndim == 2 and len(inputs) == 1:
         return _FlatLinear(layer, inputs[0])
     kind = _Norm if type(layer.module) in _NORMS else _Positional if has_factors(layer.module) else _Vectorised
     rules = [kind(layer, x) for x in inputs]

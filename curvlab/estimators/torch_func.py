@@ -60,7 +60,7 @@ def compute(
 ) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
-        layers = kronecker_layers(problem, space)[0]
+        layers = kronecker_layers(problem, space, structure)[0]
         if isinstance(structure, EKFACStructure):
             return BackendResult(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
         return BackendResult(_factors(problem, quantity, structure, layers, advance))
@@ -220,21 +220,27 @@ def _factors(
         a, g = inputs, gradients
         if structure.sharing == "reduce":
             a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
-        input_moment, gradient_moment = a.mT @ a / len(a), (g.mT @ g).sum(dim=0)
+        # The inputs of an embedding are unit vectors, so that their moment is diagonal.
+        input_moment = a.square().mean(dim=0) if layers[name].is_embedding else a.mT @ a / len(a)
+        gradient_moment = (g.mT @ g).sum(dim=0)
         sums[f"{name}|A"] = sums[f"{name}|A"] + input_moment * (gradient_moment.trace() if weighted else 1)
-        sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (input_moment.trace() if weighted else 1)
+        sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (_trace(input_moment) if weighted else 1)
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
     means = {name: value / problem.num_samples for name, value in sums.items()}
     tiny = torch.finfo(problem.dtype).tiny  # for a layer whose gradients are zero
     for name, layer in layers.items():
         trace = means.pop(f"{name}|trace")
         if weighted:
-            means[f"{name}|A"] /= means[f"{name}|A"].trace().clamp(min=tiny)
+            means[f"{name}|A"] /= _trace(means[f"{name}|A"]).clamp(min=tiny)
         if isinstance(structure, TKFACStructure):
-            now = means[f"{name}|A"].trace() * means[f"{name}|S"].trace()
+            now = _trace(means[f"{name}|A"]) * means[f"{name}|S"].trace()
             check_scale(layer, float(now), float(trace), problem.dtype)
             means[f"{name}|S"] *= trace / now.clamp(min=tiny)
     return means
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return factor.sum() if factor.ndim == 1 else factor.trace()
 
 
 def _eigenvalue_corrected(
@@ -249,7 +255,7 @@ def compute_in_basis(
     problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, bases: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return K-FAC's factors and EK-FAC's eigenvalues, ``LAYER|values``, in the bases ``LAYER|U_A``, ``LAYER|U_S``."""
-    layers = kronecker_layers(problem, space)[0]
+    layers = kronecker_layers(problem, space, structure)[0]
     kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, no_progress)
     rotations = {name: bases[name.replace("|", "|U_")] for name in kfac}
     rotated = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
@@ -265,7 +271,8 @@ def _moments(
 ) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
-        rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ bases[f"{name}|U_A"])
+        left = bases[f"{name}|U_A"]
+        rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ left if left.ndim > 1 else inputs * left)
         term = rotated.square().sum(dim=0) / problem.num_samples
         moments[f"{name}|values"] = moments.get(f"{name}|values", 0) + term
     return moments
@@ -318,7 +325,8 @@ def _check_numbers(now: Mapping[str, int], before: dict[str, int]) -> None:
 def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Compare ``G_r = sum_t g_rt a_t'`` with the gradients of the layer's parameters, ``(R, size)`` by name."""
     outputs = slopes.shape[2]
-    parts = [right[name].reshape(len(slopes), outputs, -1) for name in layer.parameters]
+    parts = [right[layer.bias].reshape(len(slopes), outputs, 1)] if layer.bias else []
+    parts = [layer.to_homogeneous(right[layer.weight]), *parts] if layer.weight else parts
     scale = float(inputs.norm() * slopes.norm())
     if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
         raise UnsupportedError(
@@ -348,7 +356,7 @@ def _calls(
         return hook
 
     with ExitStack() as hooks:
-        for name, layer in layers.items():
+        for name, layer in layers.items():  # by key
             handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
         outputs = problem.forward(leaves, x)
@@ -363,6 +371,10 @@ def _patches(layer: Layer, x: Tensor) -> Tensor:
         size = module.weight[0].numel()
         identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *module.weight.shape[1:])
         x = module._conv_forward(x, identity, None)
+    if isinstance(module, nn.Embedding):
+        x = nn.functional.one_hot(x.long(), module.num_embeddings).to(module.weight)
+        if module.padding_idx is not None:
+            x[..., module.padding_idx] = 0
     patches = _flatten_positions(module, x)[0]
     if layer.weight is not None:
         columns.append(patches)

@@ -39,12 +39,14 @@ from curvlab.estimators.rules import agree, has_rule, is_rounding, random_like, 
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
+from curvlab.structures import KFACStructure, Kronecker
 from curvlab.text import enumerate_names
 
 #: Further trials if all gradients on the samples are zero: the size of the perturbation of weights and inputs, relative
 #: to their root mean square, and the first of the masked samples (every second one), whose outputs get no gradient.
 _FURTHER = ((0.0, 0), (0.1, 1), (0.1, 0), (1.0, 1))
 _UNTRIED = "which has no gradient on the samples of the verification: its rule cannot be verified"
+_KFAC = KFACStructure()
 _MEMORY = "_verified"  # attribute of a problem, for one call
 #: The module in a reason, with its name, which differs between modules of one kind.
 _OF_MODULE = re.compile(r"belongs to ((?:grouped )?\w+)(?: \([^()]*\)| [\w.]+)(?=$|[,:])")
@@ -69,7 +71,7 @@ class Verification:
     """Result of the verification: the modules and parameters of a model whose rules are correct.
 
     Attributes:
-        layers: Layers by module name, only with the parameters whose rules are correct.
+        layers: Layers by module name or key, only with the parameters whose rules are correct.
         reasons: Reason why a rule is wrong or missing, by parameter: a phrase that follows the parameter's name.
         cloned: Modules whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
         reached: For each call of a layer in a forward pass, whether the outputs of the model depend on it, by module.
@@ -125,11 +127,11 @@ class Verification:
         A replaced forward can change the gradients of some samples only, for example with a clamp, and the graph does
         not show this. Hooks need no check: they run after the recorded outputs.
         """
-        layers = [self.layers[name] for name in calls if "forward" in vars(self.layers[name].module)]
-        layers = [layer for layer in layers if any(self.reached[layer.name])]
+        replaced = [key for key, layer in self.layers.items() if "forward" in vars(layer.module)]
+        replaced = [key for key in replaced if any(self.reached[key])]
+        layers, seen = [self.layers[key] for key in replaced], [calls[key] for key in replaced]
         if not layers:
             return {}
-        seen = [calls[layer.name] for layer in layers]
         names = [name for layer in layers for name in layer.parameters]
         covector = random_like(outputs, tuple(outputs.shape))
         slopes, found = gradients(outputs, [*chain(*seen)], [leaves[name] for name in names], covector, keep=True)
@@ -145,6 +147,19 @@ class Verification:
         others = {name: "" for layer in self.layers.values() for name in layer.parameters if name not in space.names}
         reasons = {name: reason for name, reason in self.reasons.items() if name in space.names}
         return replace(self, layers=_restrict(self.layers, others), reasons=reasons)
+
+    def by_key(self) -> "Verification":
+        """Return the verification with the keys of the layers in a matrix in place of the names of their modules."""
+        keys = {name: layer.key for name, layer in self.layers.items()}
+        if all(name == key for name, key in keys.items()):
+            return self
+        return replace(
+            self,
+            layers={keys[name]: layer for name, layer in self.layers.items()},
+            cloned={keys.get(name, name) for name in self.cloned},
+            reached={keys[name]: self.reached[name] for name in self.layers},
+            sizes={keys[name]: self.sizes[name] for name in self.layers},
+        )
 
     def exclude(self, reasons: Mapping[str, str]) -> "Verification":
         """Return the verification without some parameters whose rules are not correct."""
@@ -172,8 +187,13 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verification:
     return memory[-1][1]
 
 
-def verify_factors(problem: Problem, space: ParameterSpace) -> Verification:
-    """Return the layers with Kronecker factors: if a weight of the space has none, its bias has none either.
+def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker = _KFAC) -> Verification:
+    """Return the layers with Kronecker factors by key: if a weight of the space has none, its bias has none either.
+
+    Args:
+        problem: Model, loss and data.
+        space: Parameters.
+        structure: Options of the factors.
 
     Raises:
         UnsupportedError: As ``verify_rules``.
@@ -189,19 +209,23 @@ def verify_factors(problem: Problem, space: ParameterSpace) -> Verification:
             reason = f"belongs to the same layer as {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
         elif weight is None and getattr(layer.module, "weight", None) is not None:
             reason = f"belongs to the same layer as {name}, which is computed from other parameters"
+        elif layer.is_embedding and structure.sharing == "reduce":
+            reason = f"{_describe_module(layer)}, whose input factor is not diagonal with sharing=reduce"
         else:
             continue
         reasons.update(dict.fromkeys(layer.parameters, reason))
-    return verified.exclude(reasons)
+    return verified.exclude(reasons).by_key()
 
 
-def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
-    """Return the layers with Kronecker factors by module name, and for every other parameter the reason.
+def kronecker_layers(
+    problem: Problem, space: ParameterSpace, structure: Kronecker = _KFAC
+) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
+    """Return the layers with Kronecker factors by key, and for every other parameter the reason.
 
     Every parameter of the space is either in one of the layers or among the reasons. A reason is a phrase that follows
     the parameter's name: ``belongs to LayerNorm (norm1)``.
     """
-    verified = verify_factors(problem, space)
+    verified = verify_factors(problem, space, structure)
     return verified.layers, verified.reasons
 
 
