@@ -13,6 +13,7 @@ from curvlab.doctor import doctor
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.standard_error import standard_error
+from curvlab.functional import as_module
 from curvlab.linearize import linearize
 from curvlab.matrices import Penalty, load
 from curvlab.problem import Problem
@@ -33,6 +34,7 @@ __all__ = [
     "Problem",
     "UnsupportedError",
     "__version__",
+    "as_module",
     "data",
     "diagonality",
     "doctor",

@@ -12,6 +12,7 @@ from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods.base import Likelihood, precise
 
+_ENTRIES = 1 << 21  # probabilities that are computed in float64 at once
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -178,14 +179,19 @@ class CrossEntropy(Likelihood):
         p = precise(outputs).softmax(dim=1)
         u = precise(vectors)
         u = u - u.gather(1, p.argmax(dim=1, keepdim=True))
-        found = p * (u - (p * u).sum(dim=1, keepdim=True))
-        return found if self._counts_all else found * self.masses(outputs, targets)
+        u -= torch.einsum("mc,mc->m", p, u).unsqueeze(1)
+        p *= u  # in place: with many classes, these are the largest tensors
+        return p if self._counts_all else p.mul_(self.masses(outputs, targets))
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw class indices from ``softmax(f)`` by inverting the cumulative distribution."""
         uniform = torch.from_numpy(rng.random((len(outputs), count))).to(outputs.device)
-        cumulative = outputs.detach().double().softmax(dim=1).cumsum(dim=1)
-        return torch.searchsorted(cumulative, uniform, right=True).clamp_(max=outputs.shape[1] - 1)
+        step = max(1, _ENTRIES // outputs.shape[1])  # rows in float64 at once
+        drawn = [
+            torch.searchsorted(f.double().softmax(dim=1).cumsum(dim=1), u, right=True)
+            for f, u in zip(outputs.detach().split(step), uniform.split(step), strict=True)
+        ]
+        return torch.cat(drawn).clamp_(max=outputs.shape[1] - 1)
 
     def drawn_gradients(self, outputs: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:
         """Return ``sqrt(m) (p - e_y)``."""
