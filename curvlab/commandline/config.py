@@ -23,8 +23,8 @@ class Config(pydantic.BaseModel):
     titles: ClassVar[Mapping[str, str]] = {}
     #: Inherited fields that are not read: name -> what is used instead. Only their default value is accepted.
     unread: ClassVar[Mapping[str, str]] = {}
-    #: Fields that are read for some values of another field only: name -> the other field, and its values (a function that
-    #: returns them, if others can be added).
+    #: Fields that are read for some values of another field only: name -> the other field, and its values (or a
+    #: function that returns them, if others can be added).
     only_for: ClassVar[Mapping[str, Readers]] = {}
 
     @pydantic.field_validator("*")
