@@ -192,9 +192,12 @@ def test_refusals():
     problem = classification()
     with pytest.raises(UnsupportedError, match="no multiple of it is the curvature of the sum of the losses"):
         laplace(problem, quantity="masq")
-    for precision in (0.0, -1.0):
-        with pytest.raises(CurvlabError, match="prior_precision must be above 0"):
+    for precision in (0.0, -1.0, float("nan"), "1"):
+        with pytest.raises(CurvlabError, match="prior_precision must be a finite number above 0"):
             laplace(problem, prior_precision=precision)
+    negative = {name: -1.0 if name == "2.bias" else 1.0 for name in problem.space.names}
+    with pytest.raises(CurvlabError, match="above 0 for every parameter, but its smallest number is -1"):
+        laplace(problem, prior_precision=negative)
     with pytest.raises(CurvlabError, match="negative eigenvalue"):
         laplace(problem, "dense", quantity="hessian")
     x = draw(5, 4)

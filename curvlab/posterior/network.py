@@ -6,7 +6,7 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from curvlab.batches import Inputs, make_batch
-from curvlab.checks import whole_number
+from curvlab.checks import positive_number, whole_number
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.rows import RowFunction
@@ -54,10 +54,12 @@ class LaplacePosterior:
     prior_precision: DampingLike
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prior_precision, (Tensor, np.ndarray, Mapping)):
+            positive_number(self.prior_precision, "prior_precision")
         if not bool((self._prior > 0).all()):
             raise CurvlabError(
-                f"prior_precision must be above 0, but its smallest number is {float(self._prior.min()):g}; for a flat "
-                "prior take a small number"
+                f"prior_precision must be above 0 for every parameter, but its smallest number is "
+                f"{float(self._prior.min()):g}; for a flat prior take a small number"
             )
 
     @property
