@@ -62,6 +62,8 @@ def is_right(matrix: CurvatureMatrix, dense: Tensor, damping: Any) -> None:
     several = vector(2, 3)
     assert close(matrix.solve(several, damping), torch.linalg.solve(damped, several))
     assert close(matrix.logdet(damping), torch.logdet(damped))
+    assert close(matrix.det(damping), torch.linalg.det(damped))
+    assert close(matrix.inverse_diagonal(damping), torch.linalg.inv(damped).diagonal())
     # The draws are a root of the inverse times known noise.
     noise = torch.from_numpy(np.random.default_rng(4).standard_normal((P, P)))
     root = torch.linalg.solve(noise, matrix.sample(P, damping, seed=4), left=False)
@@ -112,6 +114,8 @@ def test_kronecker_factors_refuse_more_than_a_number_a_layer(name: str) -> None:
         for attempt in (
             lambda damping=damping: matrix.solve(vector(), damping),
             lambda damping=damping: matrix.logdet(damping),
+            lambda damping=damping: matrix.det(damping),
+            lambda damping=damping: matrix.inverse_diagonal(damping),
             lambda damping=damping: matrix.sample(1, damping),
         ):
             with pytest.raises(CurvlabError, match=r"one damping per layer.*that of fc is not.*dense.*to_dense"):
@@ -168,6 +172,8 @@ def test_what_is_no_damping(name: str, damping: Any, told: str) -> None:
     for attempt in (
         lambda: matrix.solve(vector(), damping),
         lambda: matrix.logdet(damping),
+        lambda: matrix.det(damping),
+        lambda: matrix.inverse_diagonal(damping),
         lambda: matrix.sample(1, damping),
     ):
         with pytest.raises(CurvlabError, match=told):
@@ -224,6 +230,11 @@ def test_the_evidence_is_differentiable_in_the_damping(name: str) -> None:
     number = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(matrix.logdet(number), number)
     assert close(gradient, inverse(0.4).sum())
+    (gradient,) = torch.autograd.grad(matrix.det(number), number)
+    assert close(gradient, matrix.det(0.4) * inverse(0.4).sum())
+    (gradient,) = torch.autograd.grad(matrix.inverse_diagonal(number).sum(), number)
+    squared = torch.linalg.matrix_power(dense + 0.4 * torch.eye(P, dtype=dense.dtype), -2)
+    assert close(gradient, -squared.trace())
     of_layer = {size: number + size for size in one_a_layer(matrix.space).values()}  # one tensor a layer
     layers = {name: of_layer[size] for name, size in one_a_layer(matrix.space).items()}
     (gradient,) = torch.autograd.grad(matrix.logdet(layers), number)
@@ -264,6 +275,8 @@ def test_an_empty_parameter() -> None:
             assert torch.allclose(matrix.solve(torch.ones(3), damping), 1 / (1 + added))
             assert torch.allclose(matrix.logdet(damping), (1 + added).log().sum())
             assert matrix.sample(2, damping).shape == (3, 2)
+            assert torch.allclose(matrix.inverse_diagonal(damping), 1 / (1 + added))
+            assert torch.allclose(matrix.det(damping), (1 + added).prod())
     assert Damping.of(1.0, space, torch.float32, torch.device("cpu")).over(["none"]) == 1
 
 
@@ -290,5 +303,9 @@ def test_factors_with_eigenvalues_of_both_signs() -> None:
     assert close(matrix.diagonal(), dense.diagonal())
     assert close(matrix.trace(), dense.trace())
     assert close(matrix.solve(b, 0.1), torch.linalg.solve(dense + 0.1 * torch.eye(9, dtype=dense.dtype), b))
+    damped = dense + 0.1 * torch.eye(9, dtype=dense.dtype)
+    assert close(matrix.inverse_diagonal(0.1), torch.linalg.inv(damped).diagonal())
+    assert torch.linalg.eigvalsh(damped)[0] < 0
+    assert close(matrix.det(0.1), torch.linalg.det(damped))
     with pytest.raises(CurvlabError, match="not positive definite"):
         matrix.logdet(0.1)

@@ -74,6 +74,9 @@ class Composite(CurvatureMatrix):
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         return self._join(part._spectral(function, v, damping) for part, v in self._split(vectors))
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        return self._join(part._spectral_diagonal(function, damping) for part in self.parts)
+
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         return self._join(part._solve(v, damping) for part, v in self._split(vectors))
 

@@ -70,7 +70,10 @@ class LayerwiseMatrix(CurvatureMatrix):
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
-        return self._assemble({name: self._layer_diagonal(name).unsqueeze(0) for name in self.layers}).squeeze(1)
+        return self._assemble_diagonal(self._layer_diagonal)
+
+    def _assemble_diagonal(self, layer: Callable[[str], Tensor]) -> Tensor:
+        return self._assemble({name: layer(name).unsqueeze(0) for name in self.layers}).squeeze(1)
 
 
 class Eigenbasis(NamedTuple):
@@ -84,6 +87,11 @@ class Eigenbasis(NamedTuple):
         """Return ``f(F) V`` for ``(K, o, d)``; the eigenvalues of the layer are one block."""
         values = function(self.values.flatten()).view_as(self.values)
         return self.U_S @ (values * (self.U_S.mT @ homogeneous @ self.U_A)) @ self.U_A.mT
+
+    def spectral_diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the diagonal of ``f(F)``, ``(o, d)``."""
+        values = function(self.values.flatten()).view_as(self.values)
+        return self.U_S.square() @ values @ self.U_A.square().mT
 
 
 class Factors(NamedTuple):
@@ -186,6 +194,16 @@ class KFAC(LayerwiseMatrix):
             return (homogeneous.flatten(1) @ vectors * function(values + shift) @ vectors.mT).view_as(homogeneous)
 
         return self._by_layer(vectors, product)
+
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        def layer(name: str) -> Tensor:
+            shift, basis = self._number(name, damping), self._bases[name]
+            if isinstance(basis, Eigenbasis):
+                return basis.spectral_diagonal(lambda values: function(values + shift))
+            values, vectors = basis
+            return (vectors.square() @ function(values + shift)).view(self.layers[name].shape)
+
+        return self._assemble_diagonal(layer)
 
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
         for name, basis in self._bases.items():
