@@ -29,6 +29,11 @@ Selector = Pattern | Callable[[str, nn.Parameter], bool]
 Selection = Selector | Sequence[Selector]
 
 
+def is_pattern(value: object) -> TypeGuard[Pattern]:
+    """Return whether a value is a glob pattern or a regular expression for texts."""
+    return isinstance(value, str) or (isinstance(value, re.Pattern) and isinstance(value.pattern, str))
+
+
 def matches(pattern: Pattern, name: str) -> bool:
     r"""Return whether a pattern matches a whole parameter name.
 
@@ -74,9 +79,7 @@ def to_plain_selection(select: Any, model: nn.Module) -> Any:
 
 
 def _is_selector(value: object) -> TypeGuard[Selector]:
-    if isinstance(value, re.Pattern):
-        return isinstance(value.pattern, str)
-    return isinstance(value, str) or (callable(value) and not isinstance(value, (type, nn.Module)))
+    return is_pattern(value) or (callable(value) and not isinstance(value, (type, nn.Module)))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.block_diagonal import BlockDiagonal
 from curvlab.matrices.composite import Composite
+from curvlab.matrices.damping import FactoredDamping
 from curvlab.matrices.dense import Dense
 from curvlab.matrices.diagonal import Diagonal
 from curvlab.matrices.eigen_kronecker import EKFAC
@@ -21,6 +22,7 @@ __all__ = [
     "CurvatureMatrix",
     "Dense",
     "Diagonal",
+    "FactoredDamping",
     "Implicit",
     "Info",
     "Penalty",

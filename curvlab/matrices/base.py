@@ -32,8 +32,9 @@ class CurvatureMatrix(ABC):
     has the form of the vector, and is not finite if the vector is not finite.
 
     ``solve``, ``inverse_diagonal``, ``det``, ``logdet`` and ``sample`` add a diagonal matrix ``D`` to the matrix. Their
-    ``damping`` is a number, a flat ``(P,)``, or a dict of numbers and tensors with the shapes of the parameters.
-    Kronecker structures accept one number per layer, such as a prior precision; an implicit matrix accepts any damping.
+    ``damping`` is a number, a flat ``(P,)``, or a dict of numbers and tensors with the shapes of the parameters, by
+    parameter name or pattern of names. Kronecker structures accept one number per layer, such as a prior precision, or
+    a ``FactoredDamping``; an implicit matrix accepts any diagonal matrix.
     These methods and ``eigenvalues`` need float32 or float64; in half precision they raise an error.
 
     A subclass implements ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectral_diagonal``,
@@ -236,7 +237,8 @@ class CurvatureMatrix(ABC):
 
         Args:
             b: One vector or several.
-            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name or pattern of names, such as
+                ``{"fc1.*": 0.1, "fc2.*": 1.0}``; for K-FAC also a ``FactoredDamping``.
 
         Raises:
             CurvlabError: The damped matrix is singular to working precision, ``b`` is not finite, or this structure

@@ -116,7 +116,7 @@ class Implicit(CurvatureMatrix):
 
         Args:
             b: One vector or several.
-            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name or pattern of names.
             tol: Relative residual, the norm of ``b - (F + D) x`` over the norm of ``b``; None for 3/4 of the digits of
                 the dtype.
             max_products: The largest number of products.
