@@ -10,6 +10,7 @@ from curvlab.matrices.eigen_kronecker import EKFAC
 from curvlab.matrices.implicit import Implicit
 from curvlab.matrices.info import Info
 from curvlab.matrices.kronecker import KFAC, TKFAC
+from curvlab.matrices.merging import merge
 from curvlab.matrices.penalty import Penalty
 from curvlab.matrices.storage import load
 
@@ -27,4 +28,5 @@ __all__ = [
     "Info",
     "Penalty",
     "load",
+    "merge",
 ]
