@@ -109,12 +109,7 @@ def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
 
 
 def has_factors(module: nn.Module) -> bool:
-    """Return whether modules of this kind have factors: linear layers, convolutions without groups, embeddings.
-
-    The gradient of an embedding with ``scale_grad_by_freq`` or ``max_norm`` is not a sum over its positions.
-    """
-    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
-        return False
+    """Return whether modules of this kind have factors: linear layers, convolutions without groups, embeddings."""
     known = type(module) in KRONECKER_MODULES and getattr(module, "groups", 1) == 1
     return known or is_linear_transposed(module)
 
