@@ -58,7 +58,7 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
             raise CurvlabError(f"{name} has the option {key} twice; give it once")
         if value == "none" and type(None) in get_args(known[key].type):
             options[key] = None
-        elif "int" in str(known[key].type):
+        elif int in (known[key].type, *get_args(known[key].type)):
             try:
                 options[key] = int(value)
             except ValueError:

@@ -87,6 +87,9 @@ class Kronecker(Structure):
         rest: Structure of the parameters outside the layers with factors (normalisations, tied weights, parameters of
             a user's own module): ``diag`` or ``block_diag``. With None (``rest=none`` in the string form), such
             parameters raise an error.
+        bias: ``joint``: one block for the weight and bias of a layer, with the bias as last column. ``separate``: a
+            block for each, without the entries between them; that of the bias is ``S``. This is the layout of
+            NNGeometry and Laplace.
 
     Raises:
         CurvlabError: An option has an unknown value.
@@ -94,6 +97,7 @@ class Kronecker(Structure):
 
     sharing: Literal["expand", "reduce"] = "expand"
     rest: Literal["diag", "block_diag"] | None = "diag"
+    bias: Literal["joint", "separate"] = "joint"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -101,6 +105,8 @@ class Kronecker(Structure):
             raise CurvlabError(f"sharing of {self.name} must be expand or reduce, not {self.sharing!r}")
         if self.rest not in ("diag", "block_diag", None):
             raise CurvlabError(f"rest of {self.name} must be diag, block_diag or none, not {self.rest!r}")
+        if self.bias not in ("joint", "separate"):
+            raise CurvlabError(f"bias of {self.name} must be joint or separate, not {self.bias!r}")
 
     def entries(self, sizes: Sequence[int]) -> int:
         """Return the number of stored entries of the parameters outside the layers."""
@@ -142,6 +148,7 @@ class TKFACStructure(Kronecker):
     Args:
         sharing: See ``Kronecker``.
         rest: See ``Kronecker``.
+        bias: See ``Kronecker``.
         variant: ``gao``: each factor is weighted by the trace of the other, as in the paper; ``rescaled``: the factors
             of K-FAC, scaled to the exact trace.
     """
@@ -178,6 +185,6 @@ def parse_structure(text: str | Structure) -> Structure:
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")
-        KFACStructure(sharing='reduce', rest='diag')
+        KFACStructure(sharing='reduce', rest='diag', bias='joint')
     """
     return text if isinstance(text, Structure) else parse_form(text, "structure", STRUCTURES)

@@ -297,6 +297,60 @@ def test_another_number_of_calls_in_some_batch_is_refused(late: bool) -> None:
     assert estimate(problem, "empirical_fisher", "kfac", params="out.*").kind == "kfac"
 
 
+# Weight and bias as blocks of their own -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("structure", ["kfac", "kfac:sharing=reduce", "tkfac", "tkfac:variant=rescaled", "ekfac"])
+def test_separate_blocks_for_weight_and_bias(kind: str, structure: str, tmp_path: Path) -> None:
+    problem = several(kind)
+    names = [f"{name}.*" for name in SEVERAL[kind][2]]
+    form = structure + ("," if ":" in structure else ":") + "bias=separate"
+    separate = estimate(problem, "empirical_fisher", form, params=names)
+    assert separate.info.backend == "hooks"
+    assert close(
+        separate.to_dense(), estimate(problem, "empirical_fisher", form, params=names, backend="torch").to_dense()
+    )
+    # As if only one parameter were selected.
+    joint = estimate(problem, "empirical_fisher", structure, params=names)
+    space, dense = separate.space, separate.to_dense()
+    for parameter, part in space.slices.items():
+        alone = estimate(problem, "empirical_fisher", structure, params=[parameter])
+        assert close(dense[part, part], alone.to_dense())
+        if structure.startswith("kfac"):
+            assert close(dense[part, part], joint.to_dense()[part, part])
+        dense[part, part] = 0
+    assert not dense.any()
+    assert set(separate.layers) == set(space.names)
+    separate.save(tmp_path / "m.safetensors")
+    loaded = curvlab.load(tmp_path / "m.safetensors")
+    assert close(loaded.to_dense(), separate.to_dense(), rtol=1e-14)
+    vector = torch.randn(space.total, dtype=torch.float64)
+    damped = separate.to_dense() + 0.1 * torch.eye(space.total, dtype=torch.float64)
+    assert close(separate.solve(vector, damping=0.1), torch.linalg.solve(damped, vector))
+
+
+def test_separate_blocks_with_one_damping_each() -> None:
+    """One damping for the weight and another one for the bias, which joint blocks refuse."""
+    problem = several("rnn")
+    matrix = estimate(problem, "fisher", "kfac:bias=separate")
+    damping = {name: 0.1 * (i + 1) for i, name in enumerate(matrix.space.names)}
+    sizes = zip(damping.values(), matrix.space.sizes, strict=True)
+    shift = torch.cat([torch.full((size,), number, dtype=torch.float64) for number, size in sizes])
+    vector = torch.randn(matrix.space.total, dtype=torch.float64)
+    assert close(matrix.solve(vector, damping=damping), torch.linalg.solve(matrix.to_dense() + shift.diag(), vector))
+
+
+def test_separate_blocks_are_not_of_the_libraries() -> None:
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    problem = Problem(nn.Sequential(nn.Linear(4, 3)).double(), "cross_entropy", (x, y))
+    for backend in ("curvlinops", "nngeometry", "backpack"):
+        with pytest.raises(UnsupportedError, match="it has one block for the weight and bias of a layer"):
+            estimate(problem, "empirical_fisher", "kfac:bias=separate", backend=backend)
+    with pytest.raises(curvlab.errors.CurvlabError, match="bias of kfac must be joint or separate, not 'both'"):
+        estimate(problem, "empirical_fisher", "kfac:bias=both")
+
+
 # Embeddings, and weights (inputs, outputs) ---------------------------------------------------------------------------
 
 

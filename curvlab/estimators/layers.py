@@ -1,6 +1,6 @@
 """The layers of a model: modules with the names of their selected parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -23,12 +23,14 @@ class Layer:
         module: The module.
         weight: Name of its weight; None if it is not selected.
         bias: Name of its bias; None if it is not selected. It is the last column of the homogeneous weight.
+        alone: Whether the one parameter is a block of its own, whose key is the name of the parameter.
     """
 
     name: str
     module: nn.Module
     weight: str | None
     bias: str | None
+    alone: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -48,7 +50,13 @@ class Layer:
     @property
     def key(self) -> str:
         """Key of the layer in a matrix (see ``curvlab.matrices.layers``)."""
-        return make_key(self.name, "embedding" if self.is_embedding else "transposed" if self.is_transposed else "")
+        name = self.parameters[0] if self.alone else self.name
+        return make_key(name, "embedding" if self.is_embedding else "transposed" if self.is_transposed else "")
+
+    def split(self) -> "list[Layer]":
+        """Return the weight and the bias as layers of their own."""
+        parts = replace(self, bias=None, alone=True), replace(self, weight=None, alone=True)
+        return [part for part in parts if part.parameters]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -317,6 +317,8 @@ def _obstacle(
         return f"it sums in {str(problem.dtype).removeprefix('torch.')} and loses precision"
     if backend.library and not problem.is_plain:
         return f"it needs a model with one input tensor and outputs (N, C), unlike {type(problem.model).__name__} here"
+    if backend.library and isinstance(structure, Kronecker) and structure.bias == "separate":
+        return "it has one block for the weight and bias of a layer"
     try:
         obstacle = backend.obstacle(problem, quantity, structure, space)
     except Exception as error:

@@ -148,17 +148,16 @@ class Verification:
         reasons = {name: reason for name, reason in self.reasons.items() if name in space.names}
         return replace(self, layers=_restrict(self.layers, others), reasons=reasons)
 
-    def by_key(self) -> "Verification":
-        """Return the verification with the keys of the layers in a matrix in place of the names of their modules."""
-        keys = {name: layer.key for name, layer in self.layers.items()}
-        if all(name == key for name, key in keys.items()):
-            return self
+    def in_blocks(self, structure: Kronecker) -> "Verification":
+        """Return the verification of the blocks of a structure, by key in a matrix in place of the module's name."""
+        separate = structure.bias == "separate"
+        blocks = [block for layer in self.layers.values() for block in (layer.split() if separate else [layer])]
         return replace(
             self,
-            layers={keys[name]: layer for name, layer in self.layers.items()},
-            cloned={keys.get(name, name) for name in self.cloned},
-            reached={keys[name]: self.reached[name] for name in self.layers},
-            sizes={keys[name]: self.sizes[name] for name in self.layers},
+            layers={block.key: block for block in blocks},
+            cloned={block.key for block in blocks if block.name in self.cloned},
+            reached={block.key: self.reached[block.name] for block in blocks},
+            sizes={block.key: self.sizes[block.name] for block in blocks},
         )
 
     def exclude(self, reasons: Mapping[str, str]) -> "Verification":
@@ -214,7 +213,7 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
         else:
             continue
         reasons.update(dict.fromkeys(layer.parameters, reason))
-    return verified.exclude(reasons).by_key()
+    return verified.exclude(reasons).in_blocks(structure)
 
 
 def kronecker_layers(
