@@ -1,10 +1,12 @@
 """Kronecker factors of the networks of today: without options, what each parameter got, and against the definitions."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import curvlab
 from curvlab import Problem, estimate
@@ -71,8 +73,9 @@ def test_a_transformer_needs_no_options(structure: str) -> None:
     assert matrix.info.structure == structure
     factors, rest = matrix.parts
     assert (factors.kind, rest.kind) == (structure, "diag")
+    layers = ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.")
     assert factors.space.names == tuple(
-        f"blocks.{i}.linear{j}.{key}" for i in range(2) for j in (1, 2) for key in ("weight", "bias")
+        f"blocks.{i}.{layer}{key}" for i in range(2) for layer in layers for key in ("weight", "bias")
     )
     assert close(rest.diagonal(), diagonals(problem, list(rest.space.names)))
     assert close(
@@ -92,10 +95,6 @@ def test_info_says_what_each_parameter_got_in_a_few_phrases() -> None:
     assert said == [
         "no Kronecker factors for wte.weight: it is shared with head (a tied weight)",
         "no Kronecker factors for gain.gain: it belongs to Scaled (gain)",
-        "no Kronecker factors for blocks.0.self_attn.in_proj_weight, blocks.0.self_attn.in_proj_bias, "
-        "blocks.1.self_attn.in_proj_weight and 1 more: each belongs to MultiheadAttention",
-        "no Kronecker factors for blocks.0.self_attn.out_proj.weight, blocks.0.self_attn.out_proj.bias, "
-        "blocks.1.self_attn.out_proj.weight and 1 more: each belongs to NonDynamicallyQuantizableLinear",
         "no Kronecker factors for blocks.0.norm1.weight, blocks.0.norm1.bias, blocks.0.norm2.weight and 5 more: "
         "each belongs to LayerNorm",
         "no Kronecker factors for head.bias: it belongs to the same layer as wte.weight, which is shared with head "
@@ -345,7 +344,7 @@ def test_separate_blocks_are_not_of_the_libraries() -> None:
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
     problem = Problem(nn.Sequential(nn.Linear(4, 3)).double(), "cross_entropy", (x, y))
     for backend in ("curvlinops", "nngeometry", "backpack"):
-        with pytest.raises(UnsupportedError, match="it has one block for the weight and bias of a layer"):
+        with pytest.raises(UnsupportedError, match=r"it has one pair of full factors per module, not a block 0.weight"):
             estimate(problem, "empirical_fisher", "kfac:bias=separate", backend=backend)
     with pytest.raises(curvlab.errors.CurvlabError, match="bias of kfac must be joint or separate, not 'both'"):
         estimate(problem, "empirical_fisher", "kfac:bias=both")
@@ -528,3 +527,142 @@ def test_a_module_that_is_only_named_like_gpts_has_no_factors() -> None:
     )
     diagonal = estimate(problem, "empirical_fisher", "diag").diagonal()
     assert close(diagonal, diagonals(problem, list(problem.space.names)))
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """An attention of a kind, whose keys and values are other tensors than the queries."""
+
+    def __init__(self, kind: str, **options: object) -> None:
+        super().__init__()
+        self.kind = kind
+        self.att = nn.MultiheadAttention(4, 2, **options, **({"kdim": 3, "vdim": 5} if kind == "sizes" else {}))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.att.batch_first else x.transpose(0, 1)
+        if self.kind == "self":
+            y = self.att(h, h, h, need_weights=False)[0]
+        elif self.kind == "cross":
+            memory = h.tanh().narrow(int(self.att.batch_first), 0, 2)
+            y = self.att(query=h, key=memory, value=memory)[0]
+        elif self.kind == "different":
+            y = self.att(h, h.tanh(), h.sin())[0]
+        elif self.kind == "sizes":
+            y = self.att(h, h[..., :3], torch.cat([h, h[..., :1]], dim=-1))[0]
+        else:  # twice, once of each kind
+            y = self.att(self.att(h, h, h)[0], h, h)[0]
+        return self.out((y if self.att.batch_first else y.transpose(0, 1)).tanh().mean(dim=1))
+
+
+def attention(kind: str, **options: object) -> Problem:
+    torch.manual_seed(0)
+    return of(Attention(kind, **options), 7, 3, 4)
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"bias": False}, {"add_bias_kv": True}], ids=str)
+@pytest.mark.parametrize("kind", ["self", "cross", "different", "sizes", "twice"])
+def test_attention(kind: str, options: dict[str, bool]) -> None:
+    problem = attention(kind, **options)
+    extra = ["att.bias_k", "att.bias_v"] if "add_bias_kv" in options else []
+    diagonal = estimate(problem, "empirical_fisher", "diag")
+    assert diagonal.info.backend == "hooks"
+    assert [reason.partition(" ")[0] for reason in diagonal.info.rejected] == extra
+    assert close(diagonal.diagonal(), diagonals(problem, list(problem.space.names)))
+    for structure in ("kfac", "kfac:sharing=reduce", "kfac:bias=separate", "tkfac", "ekfac", "ekfac:bias=separate"):
+        ours = estimate(problem, "empirical_fisher", structure)
+        assert [name for part in getattr(ours, "parts", [])[1:] for name in part.space.names] == extra
+        theirs = estimate(problem, "empirical_fisher", structure, backend="torch")
+        assert close(ours.to_dense(), theirs.to_dense())
+        if structure.startswith(("tkfac", "ekfac")):
+            assert close(ours.trace(), diagonal.trace())
+    assert "forward" not in vars(problem.model.att)
+
+
+class Unpacked(nn.Module):
+    """The same as ``nn.MultiheadAttention``, with a Linear layer for each projection."""
+
+    def __init__(self, att: nn.MultiheadAttention, out: nn.Linear) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.last = (nn.Linear(4, 4).double() for _ in range(4))
+        self.out = out
+        with torch.no_grad():
+            for i, layer in enumerate((self.q, self.k, self.v)):
+                layer.weight.copy_(att.in_proj_weight.unflatten(0, (3, 4))[i])
+                layer.bias.copy_(att.in_proj_bias.unflatten(0, (3, 4))[i])
+        self.last.load_state_dict(att.out_proj.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.last(heads).tanh().mean(dim=1))
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_the_projections_of_an_attention_are_linear_layers(structure: str, tmp_path: Path) -> None:
+    packed = attention("self", batch_first=True)
+    with torch.no_grad():
+        for parameter in packed.model.parameters():  # torch initialises the biases with zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    unpacked = Problem(Unpacked(packed.model.att, packed.model.out), "cross_entropy", list(packed.batches()))
+    one, other = (estimate(problem, "empirical_fisher", structure) for problem in (packed, unpacked))
+    keys = {f"att.in_proj/group={i}of3": name for i, name in enumerate("qkv")} | {"att.out_proj": "last", "out": "out"}
+    assert {keys[key] for key in one.layers} == set(other.layers)
+    weight, bias, rest = torch.arange(packed.space.total).split([48, 12, packed.space.total - 60])
+    parts = zip(weight.view(3, -1), bias.view(3, -1), strict=True)
+    order = torch.cat([*(part for pair in parts for part in pair), rest])
+    dense = one.to_dense()
+    assert close(dense[order][:, order], other.to_dense())
+    assert close(one.diagonal(), dense.diagonal())
+    vector = torch.randn(len(dense), dtype=torch.float64)
+    damped = dense + 0.1 * torch.eye(len(dense), dtype=torch.float64)
+    assert close(one.solve(vector, damping=0.1), torch.linalg.solve(damped, vector))
+    one.save(tmp_path / "m.safetensors")
+    assert close(curvlab.load(tmp_path / "m.safetensors").to_dense(), dense, rtol=1e-14)
+
+
+class Halved(nn.MultiheadAttention):
+    """A subclass with another forward."""
+
+    def forward(self, *arguments: Tensor, **keywords: object) -> tuple[Tensor, Tensor | None]:
+        out, weights = super().forward(*arguments, **keywords)
+        return out / 2, weights
+
+
+def inherited(problem: Problem) -> None:
+    problem.model.att = Halved(4, 2).double()
+
+
+def replaced(problem: Problem) -> None:
+    forward = problem.model.att.forward
+    problem.model.att.forward = lambda *arguments, **keywords: forward(*arguments, **keywords)
+
+
+def pruned(problem: Problem) -> None:
+    prune.l1_unstructured(problem.model.att, "in_proj_weight", 5)
+
+
+def direct(problem: Problem) -> None:
+    problem.model.att.register_forward_hook(lambda module, _, out: (module.out_proj(out[0]), out[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "without"),
+    [
+        (inherited, "att.in_proj_weight, att.in_proj_bias"),
+        (replaced, "att.in_proj_weight, att.in_proj_bias"),
+        (pruned, "att.in_proj_bias"),
+        (direct, "att.out_proj.weight"),
+    ],
+)
+def test_attention_with_other_code_has_its_diagonal(change: Callable[[Problem], None], without: str) -> None:
+    before = attention("self")
+    change(before)
+    problem = Problem(before.model, "cross_entropy", list(before.batches()))
+    matrix = estimate(problem, "empirical_fisher", "kfac")
+    assert f"no Kronecker factors for {without}" in " ".join(matrix.info.rejected)
+    rest = matrix.parts[1]
+    assert close(rest.diagonal(), diagonals(problem, list(rest.space.names)))
+    assert close(matrix.to_dense(), estimate(problem, "empirical_fisher", "kfac", backend="torch").to_dense())

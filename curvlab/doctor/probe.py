@@ -222,7 +222,7 @@ class Probe:
             for layer in self.layers.values():
                 entries += structure.factor_entries(*layer.shape, diagonal=layer.is_embedding)
                 for name in layer.parameters:
-                    size_of.pop(name)
+                    size_of.pop(name, None)  # several layers can have parts of one parameter
         entries += structure.entries(list(size_of.values()))
         return entries * torch.promote_types(self.problem.dtype, torch.float32).itemsize
 

@@ -6,7 +6,7 @@ the layer and the gradients of its outputs. No gradient of a parameter has to be
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlab.batches import Inputs
+from curvlab.estimators.layers import Layer
+from curvlab.estimators.uses import watch
 from curvlab.graph import walk
 from curvlab.problem import Problem
 from curvlab.stateless import check_not_cached
@@ -71,45 +73,37 @@ def make_leaves(problem: Problem) -> dict[str, Tensor]:
 
 def forward(
     problem: Problem,
-    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     inputs: Inputs,
     leaves: Leaves | None = None,
     cloned: Collection[str] = (),
 ) -> tuple[Tensor, dict[str, list[Call]]]:
-    """Run a batch; return the outputs, with their graph, and the calls of each of the modules.
+    """Run a batch; return the outputs, with their graph, and the calls of each of the layers.
 
     Args:
         problem: Model, loss and data.
-        modules: Modules of the model, by name.
+        layers: Layers of the model, by key.
         inputs: Inputs of the batch.
         leaves: Tensors used in place of the trainable parameters, if their gradients or the graph are needed.
-        cloned: Names of modules whose output is replaced by a copy. Without it, an in-place operation on an output that
+        cloned: Keys of layers whose output is replaced by a copy. Without it, an in-place operation on an output that
             is a view would remove that output from the graph.
     """
-    calls: dict[str, list[Call]] = {name: [] for name in modules}
+    calls: dict[str, list[Call]] = {key: [] for key in layers}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-            first = next(chain(arguments, keywords.values()), None)
-            given = to_working_dtype(first.detach()) if isinstance(first, Tensor) else None
-            if not isinstance(output, Tensor):
-                calls[name].append(Call(given, None, torch.Size()))
-                return None
-            if not output.requires_grad:
-                return None
-            passed_on = output.clone() if name in cloned else output
-            calls[name].append(Call(given, get_gradient_edge(passed_on), output.shape))
-            return passed_on
-
-        return hook
+    def record(key: str, first: Any, output: Any) -> Any:
+        given = to_working_dtype(first.detach()) if isinstance(first, Tensor) else None
+        if not isinstance(output, Tensor):
+            calls[key].append(Call(given, None, torch.Size()))
+            return output
+        if not output.requires_grad:
+            return output
+        passed_on = output.clone() if key in cloned else output
+        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape))
+        return passed_on
 
     # The parameters require gradients so that the outputs of the first layers have a graph; none is computed here.
     parameters = dict(make_leaves(problem) if leaves is None else leaves)
-    with ExitStack() as hooks, torch.enable_grad():
-        for name, module in modules.items():
-            # Prepended, because a later hook may change the output.
-            handle = module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
-            hooks.callback(handle.remove)
+    with watch(layers, record), torch.enable_grad():
         outputs = problem.forward(parameters, inputs)
     return outputs, calls
 

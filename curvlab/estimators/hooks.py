@@ -122,7 +122,7 @@ def _diagonal(
             reason = f"has no rule that is right for every batch: {error}"
             wrong = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
             verified = verified.exclude({parameter: reason for layer in wrong for parameter in layer.parameters})
-    by_rule = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
+    by_rule = dict.fromkeys(parameter for layer in verified.layers.values() for parameter in layer.parameters)
     assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is computed once"
     if rest.names:
         rows = _squared_rows(problem, quantity, rest, no_progress if by_rule else advance)

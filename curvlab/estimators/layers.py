@@ -10,8 +10,28 @@ from curvlab.errors import CurvlabError
 from curvlab.matrices.layers import make_key
 from curvlab.parameters import ParameterSpace
 
+
+class AttentionProjection(nn.Module):
+    """Stand-in for a linear layer that an ``nn.MultiheadAttention`` computes with its own parameters.
+
+    Args:
+        attention: The module.
+        kind: ``q``, ``k``, ``v`` or ``out``.
+        shape: Shape of the weight, with those of all groups.
+        parameter: Its weight.
+    """
+
+    def __init__(
+        self, attention: nn.MultiheadAttention, kind: str, shape: tuple[int, ...], parameter: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.attention, self.kind, self.parameter = attention, kind, parameter
+        self.weight = torch.empty(shape, device="meta")
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Modules whose output is linear in the weight, position by position.
-KRONECKER_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+KRONECKER_MODULES = (nn.Linear, *_CONVOLUTIONS, nn.Embedding, AttentionProjection)
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,8 @@ class Layer:
         weight: Name of its weight; None if it is not selected.
         bias: Name of its bias; None if it is not selected. It is the last column of the homogeneous weight.
         alone: Whether the one parameter is a block of its own, whose key is the name of the parameter.
+        group: Index of the group of rows of the parameters that the layer uses.
+        groups: Number of groups.
     """
 
     name: str
@@ -31,11 +53,18 @@ class Layer:
     weight: str | None
     bias: str | None
     alone: bool = False
+    group: int = 0
+    groups: int = 1
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the selected parameters."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def kind(self) -> str:
+        """Class name of the module."""
+        return type(self.module.attention if isinstance(self.module, AttentionProjection) else self.module).__name__
 
     @property
     def is_embedding(self) -> bool:
@@ -45,28 +74,45 @@ class Layer:
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is ``(inputs, outputs, ...)``."""
-        return self.is_embedding or is_linear_transposed(self.module)
+        return self.is_embedding or is_transposed_convolution(self.module) or is_linear_transposed(self.module)
 
     @property
     def key(self) -> str:
         """Key of the layer in a matrix (see ``curvlab.matrices.layers``)."""
         name = self.parameters[0] if self.alone else self.name
-        return make_key(name, "embedding" if self.is_embedding else "transposed" if self.is_transposed else "")
+        kind = "embedding" if self.is_embedding else "transposed" if self.is_transposed else ""
+        return make_key(name, kind, self.group, self.groups)
 
-    def split(self) -> "list[Layer]":
-        """Return the weight and the bias as layers of their own."""
-        parts = replace(self, bias=None, alone=True), replace(self, weight=None, alone=True)
-        return [part for part in parts if part.parameters]
+    def blocks(self, separate: bool) -> "list[Layer]":
+        """Return the blocks of the layer: one per group of a convolution, or two if weight and bias are separate."""
+        parts = [self]
+        if (groups := getattr(self.module, "groups", 1)) > 1:
+            parts = [replace(self, group=group, groups=groups) for group in range(groups)]
+        if separate:
+            pairs = [(replace(part, bias=None, alone=True), replace(part, weight=None, alone=True)) for part in parts]
+            parts = [part for pair in pairs for part in pair if part.parameters]
+        return parts
+
+    @property
+    def weight_parameter(self) -> Tensor | None:
+        """The weight, selected or not; None if it is computed from other parameters."""
+        if isinstance(self.module, AttentionProjection):
+            return self.module.parameter
+        return self.module._parameters.get("weight")
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, of the own group."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.shape[0] // self.groups, *weight.shape[1:]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(o, d)`` of the homogeneous weight."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        outputs, inputs = weight.shape[:2]
+        outputs, inputs, *kernel = self._weight_shape
         if self.is_transposed:
             outputs, inputs = inputs, outputs
-        columns = inputs * prod(weight.shape[2:])
-        return outputs, (columns if self.weight else 0) + bool(self.bias)
+        return outputs, (inputs * prod(kernel) if self.weight else 0) + bool(self.bias)
 
     @property
     def factor_shape(self) -> tuple[int, ...]:
@@ -74,15 +120,19 @@ class Layer:
         columns = self.shape[1]
         return (columns,) if self.is_embedding else (columns, columns)
 
+    def own(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Return the part of a parameter's tensor, along the first dimension of the parameter, of the own group."""
+        return tensor if self.groups == 1 else tensor.unflatten(dim, (self.groups, -1)).select(dim, self.group)
+
     def to_homogeneous(self, weights: Tensor) -> Tensor:
-        """Return weights ``(n, ...)``, flat or not, in the shape ``(n, o, columns)`` of the homogeneous weight."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        shaped = weights.reshape(len(weights), *weight.shape)
+        """Return weights ``(n, ...)`` of the own group, flat or not, as homogeneous weights ``(n, o, columns)``."""
+        shaped = weights.reshape(len(weights), *self._weight_shape)
         return (shaped.transpose(1, 2) if self.is_transposed else shaped).flatten(2)
 
     def from_homogeneous(self, weights: Tensor) -> Tensor:
         """Return homogeneous weights ``(n, o, columns)`` in the order of the parameter."""
-        return weights.mT if self.is_transposed else weights
+        kernel = prod(self._weight_shape[2:])
+        return weights.unflatten(2, (-1, kernel)).transpose(1, 2) if self.is_transposed else weights
 
 
 def make_layer(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
@@ -92,6 +142,41 @@ def make_layer(space: ParameterSpace, name: str, module: nn.Module) -> Layer:
         for key in ("weight", "bias")
     )
     return Layer(name, module, weight, bias)
+
+
+def make_layers(space: ParameterSpace, name: str, module: nn.Module) -> list[Layer]:
+    """Return the layers of a module that have a parameter in the space: one, or the projections of an attention."""
+    if type(module) is nn.MultiheadAttention:
+        layers = [] if "forward" in vars(module) else _projections(space, name, module)
+    else:
+        layers = [make_layer(space, name, module)]
+    return [layer for layer in layers if layer.parameters]
+
+
+def _projections(space: ParameterSpace, name: str, attention: nn.MultiheadAttention) -> list[Layer]:
+    """Return the projections of an attention as layers: a group of the packed weight for each of q, k and v.
+
+    With other sizes of keys and values, the weights are parameters of their own, but the bias is packed.
+    """
+    prefix = f"{name}.".removeprefix(".")
+    has = {key: parameter for key, parameter in attention._parameters.items() if parameter is not None}
+    selected = {key: f"{prefix}{key}" if f"{prefix}{key}" in space.names else None for key in has}
+    layers = []
+    for group, kind in enumerate("qkv"):
+        if (packed := has.get("in_proj_weight")) is not None:
+            module = AttentionProjection(attention, kind, packed.shape, packed)
+            weight, bias = selected["in_proj_weight"], selected.get("in_proj_bias")
+            layers.append(Layer(f"{prefix}in_proj", module, weight, bias, group=group, groups=3))
+        elif (own := has.get(f"{kind}_proj_weight")) is not None:
+            module = AttentionProjection(attention, kind, own.shape, own)
+            layers.append(Layer(f"{prefix}{kind}_proj", module, selected[f"{kind}_proj_weight"], None, alone=True))
+            module = AttentionProjection(attention, kind, (3 * len(own), 1))
+            bias = selected.get("in_proj_bias")
+            layers.append(Layer(f"{prefix}in_proj", module, None, bias, alone=True, group=group, groups=3))
+    out = make_layer(space, f"{prefix}out_proj", attention.out_proj)
+    if (own := attention.out_proj._parameters.get("weight")) is not None:
+        layers.append(replace(out, module=AttentionProjection(attention, "out", own.shape, own)))
+    return layers
 
 
 def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -> None:
@@ -105,7 +190,7 @@ def check_scale(layer: Layer, given: float, wanted: float, dtype: torch.dtype) -
     """
     if given <= torch.finfo(dtype).eps * wanted and wanted:
         raise CurvlabError(
-            f"{layer.name or 'the model'} ({type(layer.module).__name__}) has no tkfac with sharing=reduce: its inputs "
+            f"{layer.name or 'the model'} ({layer.kind}) has no tkfac with sharing=reduce: its inputs "
             "or gradients cancel over the positions; use sharing=expand, which does not sum over positions"
         )
 
@@ -117,9 +202,13 @@ def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
 
 
 def has_factors(module: nn.Module) -> bool:
-    """Return whether modules of this kind have factors: linear layers, convolutions without groups, embeddings."""
-    known = type(module) in KRONECKER_MODULES and getattr(module, "groups", 1) == 1
-    return known or is_linear_transposed(module)
+    """Return whether modules of this kind have factors."""
+    return type(module) in KRONECKER_MODULES or is_linear_transposed(module)
+
+
+def is_transposed_convolution(module: nn.Module) -> bool:
+    """Return whether a module is a transposed convolution."""
+    return isinstance(module, nn.modules.conv._ConvTransposeNd)
 
 
 def is_linear_transposed(module: nn.Module) -> bool:

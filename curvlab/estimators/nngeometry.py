@@ -219,7 +219,7 @@ def obstacle(
             return f"{reason} ({name or 'the model'})"
     if reason := find_library_obstacle(problem, space) or find_changing_hook(problem, modules):
         return reason
-    calls = forward(problem, modules, inputs)[1]
+    calls = forward(problem, layers, inputs)[1]
     for name, module in modules.items():
         given = calls[name][0].inputs
         found, right = given.ndim if given is not None else 0, _input_dimensions(module)

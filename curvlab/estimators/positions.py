@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, split_calls, working_dtype
-from curvlab.estimators.layers import Layer, has_last_channels
+from curvlab.estimators.layers import Layer, has_last_channels, is_transposed_convolution
 
 _FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
 _BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
@@ -33,7 +33,9 @@ class LinearPositions:
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        rows = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
+        self._set_rows(layer, inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1))
+
+    def _set_rows(self, layer: Layer, rows: Tensor) -> None:
         ones = rows.new_ones(*rows.shape[:2], 1)
         parts = ([rows] if layer.weight else []) + ([ones] if layer.bias else [])
         self.rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (N, T, d)
@@ -140,12 +142,49 @@ class EmbeddingPositions(LinearPositions):
         return float(self.index_sums(gradient)[0].square().sum())
 
 
-class ConvPositions:
-    """Inputs of one call of a convolution without groups.
+class TransposedConvPositions(LinearPositions):
+    """Inputs of one call of a transposed convolution, or of a group of it.
+
+    It is a convolution with a stride of one and the mirrored kernel, of the image with zeros between its entries.
 
     Args:
         layer: The layer.
-        inputs: ``(N, channels, ...)``.
+        inputs: ``(N, channels, ...)``, of the group.
+    """
+
+    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+        module: Any = layer.module
+        images, sizes = inputs, []
+        pads: list[int] = []  # last dimension first; negative ones crop
+        geometry = (module.kernel_size, module.stride, module.dilation, module.padding, module.output_padding)
+        for dim, (size, (k, s, d, p, extra)) in enumerate(
+            zip(inputs.shape[2:], zip(*geometry, strict=True), strict=True), start=2
+        ):
+            spread = (size - 1) * s + 1
+            zeros = images.new_zeros(*images.shape[:dim], spread, *images.shape[dim + 1 :])
+            images = zeros.index_copy(dim, torch.arange(0, spread, s, device=inputs.device), images)
+            sizes.append(spread + d * (k - 1) + extra - 2 * p)
+            pads = [d * (k - 1) - p, sizes[-1] - 1 + p - (spread - 1), *pads]
+        images = F.pad(images, pads)
+        seen = []
+        for offset in product(*map(range, module.kernel_size)):
+            index: list[slice] = [slice(None), slice(None)]
+            for k, o, d, size in zip(module.kernel_size, offset, module.dilation, sizes, strict=True):
+                index.append(slice((k - 1 - o) * d, (k - 1 - o) * d + size))
+            seen.append(images[tuple(index)])
+        self._set_rows(layer, torch.stack(seen, dim=2).flatten(1, 2).flatten(2).mT)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return gradient.flatten(2).mT
+
+
+class ConvPositions:
+    """Inputs of one call of a convolution, or of a group of it.
+
+    Args:
+        layer: The layer.
+        inputs: ``(N, channels, ...)``, of the group.
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
@@ -445,6 +484,8 @@ def call_positions(layer: Layer, inputs: Tensor) -> LinearPositions | ConvPositi
     """Return the positions of one call of a layer."""
     if layer.is_embedding:
         return EmbeddingPositions(layer, [inputs])
+    if is_transposed_convolution(layer.module):
+        return TransposedConvPositions(layer, inputs)
     return LinearPositions(layer, inputs) if has_last_channels(layer.module) else ConvPositions(layer, inputs)
 
 

@@ -317,8 +317,10 @@ def _obstacle(
         return f"it sums in {str(problem.dtype).removeprefix('torch.')} and loses precision"
     if backend.library and not problem.is_plain:
         return f"it needs a model with one input tensor and outputs (N, C), unlike {type(problem.model).__name__} here"
-    if backend.library and isinstance(structure, Kronecker) and structure.bias == "separate":
-        return "it has one block for the weight and bias of a layer"
+    if backend.library and isinstance(structure, Kronecker):
+        for key, layer in kronecker_layers(problem, space, structure)[0].items():
+            if key != layer.name:
+                return f"it has one pair of full factors per module, not a block {key}"
     try:
         obstacle = backend.obstacle(problem, quantity, structure, space)
     except Exception as error:

@@ -16,7 +16,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, ignore_torch_warnings, split_calls, to_working_dtype
-from curvlab.estimators.layers import Layer, has_factors, has_last_channels
+from curvlab.estimators.layers import Layer, has_factors, has_last_channels, is_transposed_convolution
 from curvlab.estimators.positions import EmbeddingPositions, call_positions
 
 #: Modules that normalise, scale and shift.
@@ -61,8 +61,8 @@ class Rule(ABC):
             for name, rows in some.items():
                 summed = rows.sum(dim=0).reshape(-1)
                 sums[name] = sums[name] + summed if name in sums else summed
-        flat = {name: value.detach().reshape(-1) for name, value in right.items()}
-        return {name: float(torch.dist(total.detach(), flat[name])) for name, total in sums.items()}
+        own = {name: self.layer.own(right[name]).detach().reshape(-1) for name in sums}
+        return {name: float(torch.dist(total.detach(), own[name])) for name, total in sums.items()}
 
     def add(self, gradient: Tensor) -> None:
         """Add the squares for one row of the gradient of the output."""
@@ -74,7 +74,8 @@ class Rule(ABC):
     def add_to_(self, total: Mapping[str, Tensor]) -> None:
         """Add the sums of squares to tensors of the parameters' shapes."""
         for name, squares in self.squares.items():
-            total[name].add_(squares.reshape(total[name].shape))
+            own = self.layer.own(total[name])
+            own.add_(squares.reshape(own.shape))
 
 
 class _FlatLinear(Rule):
@@ -290,9 +291,17 @@ def rule(layer: Layer, calls: Sequence[Call]) -> Rule:
         return _Embedding(layer, inputs)
     if type(layer.module) is nn.Linear and inputs[0].ndim == 2 and len(inputs) == 1:
         return _FlatLinear(layer, inputs[0])
-    kind = _Norm if type(layer.module) in _NORMS else _Positional if has_factors(layer.module) else _Vectorised
+    kind = _Norm if type(layer.module) in _NORMS else _Positional if _is_positional(layer) else _Vectorised
     rules = [kind(layer, x) for x in inputs]
     return rules[0] if len(rules) == 1 else _SeveralCalls(layer, calls, rules)
+
+
+def _is_positional(layer: Layer) -> bool:
+    """Return whether the gradients of a layer come from its positions, which a transposed convolution unfolds."""
+    module: Any = layer.module
+    if not has_factors(module):
+        return False
+    return layer.groups > 1 or not (getattr(module, "groups", 1) > 1 or is_transposed_convolution(module))
 
 
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:

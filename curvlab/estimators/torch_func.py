@@ -18,15 +18,16 @@ scaled such that the trace is exact.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from itertools import chain, islice
-from math import sqrt
+from collections.abc import Iterator, Mapping
+from copy import copy
+from itertools import islice
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.batches import Inputs
@@ -34,10 +35,11 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import to_working_dtype, working_dtype
 from curvlab.estimators.covectors import label_stream
-from curvlab.estimators.layers import Layer, check_scale
+from curvlab.estimators.layers import Layer, check_scale, is_transposed_convolution
 from curvlab.estimators.products import product
 from curvlab.estimators.rows import full_batches
 from curvlab.estimators.rules import agree
+from curvlab.estimators.uses import watch
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.likelihoods import Terms
 from curvlab.matrices.eigen import symmetric_eigh
@@ -287,7 +289,7 @@ def _layer_samples(
         UnsupportedError: For some row of a sample, they do not give the gradient of the layer's parameters.
     """
     rng = label_stream(quantity)
-    names = [parameter for layer in layers.values() for parameter in layer.parameters]
+    names = list(dict.fromkeys(parameter for layer in layers.values() for parameter in layer.parameters))
     numbers: dict[str, int] = {}  # of calls, by layer
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
@@ -325,12 +327,13 @@ def _check_numbers(now: Mapping[str, int], before: dict[str, int]) -> None:
 def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Compare ``G_r = sum_t g_rt a_t'`` with the gradients of the layer's parameters, ``(R, size)`` by name."""
     outputs = slopes.shape[2]
-    parts = [right[layer.bias].reshape(len(slopes), outputs, 1)] if layer.bias else []
-    parts = [layer.to_homogeneous(right[layer.weight]), *parts] if layer.weight else parts
+    own = {name: layer.own(right[name], dim=1) for name in layer.parameters}
+    parts = [own[layer.bias].reshape(len(slopes), outputs, 1)] if layer.bias else []
+    parts = [layer.to_homogeneous(own[layer.weight]), *parts] if layer.weight else parts
     scale = float(inputs.norm() * slopes.norm())
     if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
         raise UnsupportedError(
-            f"the gradient of {layer.name or 'the model'} ({type(layer.module).__name__}) does not follow from its "
+            f"the gradient of {layer.name or 'the model'} ({layer.kind}) does not follow from its "
             "inputs and the gradients of its outputs for some sample, so it has no Kronecker factors; use diag, "
             "block_diag or dense"
         )
@@ -346,19 +349,12 @@ def _calls(
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
-            given = next(chain(arguments, keywords.values()))
-            shift = torch.zeros_like(output, requires_grad=True)
-            calls[name].append((to_working_dtype(given.detach().clone()), shift))
-            return output + shift
+    def record(key: str, given: Tensor, output: Tensor) -> Tensor:
+        shift = torch.zeros_like(output, requires_grad=True)
+        calls[key].append((to_working_dtype(given.detach().clone()), shift))
+        return output + shift
 
-        return hook
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():  # by key
-            handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
-            hooks.callback(handle.remove)
+    with watch(layers, record):
         outputs = problem.forward(leaves, x)
     return outputs, calls
 
@@ -368,11 +364,18 @@ def _patches(layer: Layer, x: Tensor) -> Tensor:
     module, columns = layer.module, []
     if isinstance(module, nn.modules.conv._ConvNd):
         # With the identity as weight, the outputs are the patches, for every padding, stride and dilation.
-        size = module.weight[0].numel()
-        identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *module.weight.shape[1:])
-        x = module._conv_forward(x, identity, None)
+        channels, size = x.shape[1], x.shape[1] * prod(module.kernel_size)
+        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        if is_transposed_convolution(module):
+            weight = identity.view(channels, -1, size).transpose(1, 2).unflatten(2, module.kernel_size)
+            convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+            x = convolve(x, weight, None, module.stride, module.padding, module.output_padding, 1, module.dilation)
+        else:
+            one_group = copy(module)
+            one_group.groups = 1
+            x = one_group._conv_forward(x, identity.view(size, channels, *module.kernel_size), None)
     if isinstance(module, nn.Embedding):
-        x = nn.functional.one_hot(x.long(), module.num_embeddings).to(module.weight)
+        x = F.one_hot(x.long(), module.num_embeddings).to(module.weight)
         if module.padding_idx is not None:
             x[..., module.padding_idx] = 0
     patches = _flatten_positions(module, x)[0]

@@ -34,7 +34,7 @@ from curvlab.estimators.capture import (
     make_leaves,
     working_dtype,
 )
-from curvlab.estimators.layers import Layer, has_factors, make_layer
+from curvlab.estimators.layers import Layer, has_factors, make_layers
 from curvlab.estimators.rules import agree, has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
@@ -49,7 +49,7 @@ _UNTRIED = "which has no gradient on the samples of the verification: its rule c
 _KFAC = KFACStructure()
 _MEMORY = "_verified"  # attribute of a problem, for one call
 #: The module in a reason, with its name, which differs between modules of one kind.
-_OF_MODULE = re.compile(r"belongs to ((?:grouped )?\w+)(?: \([^()]*\)| [\w.]+)(?=$|[,:])")
+_OF_MODULE = re.compile(r"belongs to (\w+)(?: \([^()]*\)| [\w.]+)(?=$|[,:])")
 _WRONG = "its gradient does not follow from its inputs and the gradient of its output"
 
 
@@ -71,10 +71,10 @@ class Verification:
     """Result of the verification: the modules and parameters of a model whose rules are correct.
 
     Attributes:
-        layers: Layers by module name or key, only with the parameters whose rules are correct.
+        layers: Layers by key, only with the parameters whose rules are correct.
         reasons: Reason why a rule is wrong or missing, by parameter: a phrase that follows the parameter's name.
-        cloned: Modules whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
-        reached: For each call of a layer in a forward pass, whether the outputs of the model depend on it, by module.
+        cloned: Keys of layers whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
+        reached: For each call of a layer in a forward pass, whether the outputs of the model depend on it, by key.
         sizes: Size of the inputs and outputs of each layer together, in bytes per sample.
     """
 
@@ -101,8 +101,7 @@ class Verification:
         self, problem: Problem, inputs: Inputs, cloned: Collection[str]
     ) -> tuple[Tensor, dict[str, list[Call]], dict[str, str]]:
         leaves = make_leaves(problem)
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        outputs, calls = forward(problem, modules, inputs, leaves, cloned)
+        outputs, calls = forward(problem, self.layers, inputs, leaves, cloned)
         graph = inspect_graph(outputs, leaves)
         reasons: dict[str, str] = {}
         for name, layer in self.layers.items():
@@ -115,7 +114,7 @@ class Verification:
             for parameter in layer.parameters:
                 if reason is not None:
                     reasons[parameter] = f"{reason} in some batch"
-                elif graph.uses[parameter] > sum(usual):
+                elif graph.uses[parameter] > sum(usual) * layer.groups:
                     reasons[parameter] = f"belongs to {_label(layer)}, but is also used elsewhere in some batch"
         return outputs, calls, reasons or self._check_replaced_forwards(problem, outputs, calls, leaves, graph)
 
@@ -149,15 +148,15 @@ class Verification:
         return replace(self, layers=_restrict(self.layers, others), reasons=reasons)
 
     def in_blocks(self, structure: Kronecker) -> "Verification":
-        """Return the verification of the blocks of a structure, by key in a matrix in place of the module's name."""
+        """Return the verification with the blocks of a structure in place of the layers."""
         separate = structure.bias == "separate"
-        blocks = [block for layer in self.layers.values() for block in (layer.split() if separate else [layer])]
+        whole = {block.key: (key, block) for key, la in self.layers.items() for block in la.blocks(separate)}
         return replace(
             self,
-            layers={block.key: block for block in blocks},
-            cloned={block.key for block in blocks if block.name in self.cloned},
-            reached={block.key: self.reached[block.name] for block in blocks},
-            sizes={block.key: self.sizes[block.name] for block in blocks},
+            layers={new: block for new, (_, block) in whole.items()},
+            cloned={new for new, (key, _) in whole.items() if key in self.cloned},
+            reached={new: self.reached[key] for new, (key, _) in whole.items()},
+            sizes={new: self.sizes[key] for new, (key, _) in whole.items()},
         )
 
     def exclude(self, reasons: Mapping[str, str]) -> "Verification":
@@ -201,12 +200,12 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
     own = {id(p): name for name, p in problem.model.named_parameters()}
     reasons: dict[str, str] = {}
     for layer in verified.layers.values():
-        weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
+        weight, name = layer.weight_parameter, f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
             reason = _describe_module(layer)
         elif weight is not None and own[id(weight)] in verified.reasons:  # by its first name if it is tied
             reason = f"belongs to the same layer as {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
-        elif weight is None and getattr(layer.module, "weight", None) is not None:
+        elif weight is None and not layer.alone and getattr(layer.module, "weight", None) is not None:
             reason = f"belongs to the same layer as {name}, which is computed from other parameters"
         elif layer.is_embedding and structure.sharing == "reduce":
             reason = f"{_describe_module(layer)}, whose input factor is not diagonal with sharing=reduce"
@@ -254,9 +253,9 @@ def find_library_obstacle(problem: Problem, space: ParameterSpace) -> str | None
     """
     verified = verify_rules(problem, space)
     reasons = dict(verified.reasons)
-    for layer in verified.layers.values():
-        if len(verified.reached[layer.name]) > 1:
-            reasons |= dict.fromkeys(layer.parameters, _describe_calls(layer, len(verified.reached[layer.name])))
+    for key, layer in verified.layers.items():
+        if len(verified.reached[key]) > 1:
+            reasons |= dict.fromkeys(layer.parameters, _describe_calls(layer, len(verified.reached[key])))
     return next((f"{name} {reasons[name]}" for name in space.names if name in reasons), None)
 
 
@@ -264,16 +263,15 @@ def _verify(problem: Problem, space: ParameterSpace) -> Verification:
     candidates: dict[str, Layer] = {}
     others: dict[str, str] = {}
     for name, module in problem.model.named_modules():
-        layer = make_layer(space, name, module)
-        own = [f"{name}.{key}".removeprefix(".") for key in module._parameters]
-        reason = _describe_module(layer)
+        layers = [layer for layer in make_layers(space, name, module) if has_rule(layer.module)]
+        candidates |= {layer.key: layer for layer in layers}
+        reason = f"belongs to {type(module).__name__} ({name or 'the model'})"
         if has_rule(module):
             reason = f"is not the weight or bias of its {type(module).__name__} ({name or 'the model'})"
-            if layer.parameters:
-                candidates[name] = layer
-        others.update(
-            dict.fromkeys(set(own) & set(space.names) - set(layer.parameters if has_rule(module) else ()), reason)
-        )
+        others |= {f"{name}.{key}".removeprefix("."): reason for key in module._parameters}
+    for layer in candidates.values():
+        for parameter in layer.parameters:
+            others.pop(parameter, None)
     with torch.inference_mode(False), torch.enable_grad():
         verified = _verify_candidates(_to_working_dtype(problem), candidates)
     reasons = {**others, **verified.reasons}
@@ -310,8 +308,7 @@ def _find_shared(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _describe_module(layer: Layer) -> str:
-    grouped = "grouped " if getattr(layer.module, "groups", 1) != 1 else ""
-    return f"belongs to {grouped}{type(layer.module).__name__} ({layer.name or 'the model'})"
+    return f"belongs to {layer.kind} ({layer.name or 'the model'})"
 
 
 def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Verification:
@@ -324,7 +321,7 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
         raise UnsupportedError(
             f"torch cannot differentiate {type(problem.model).__name__}: {first_line(error)}"
         ) from error
-    if failed := {layer.name for layer in candidates.values() if trial.reasons.keys() & set(layer.parameters)}:
+    if failed := {key for key, layer in candidates.items() if trial.reasons.keys() & set(layer.parameters)}:
         # The cause may be an in-place operation that removes their outputs from the graph: try again with copies.
         retrial = attempt(candidates, cloned=failed)
         if len(retrial.reasons) < len(trial.reasons):
@@ -365,28 +362,27 @@ def _attempt(
     reached: dict[str, list[bool]] = {}
     sizes: dict[str, int] = {}
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
-    modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
         leaves = {name: leaf.requires_grad_() for name, leaf in _perturb(make_leaves(problem), perturbation).items()}
         inputs = _perturb_inputs(inputs, perturbation)
         with forbid_gradients(problem.model), ignore_torch_warnings():
-            outputs, calls = forward(problem, modules, inputs, leaves, cloned)
+            outputs, calls = forward(problem, candidates, inputs, leaves, cloned)
             graph = inspect_graph(outputs, leaves)
-            for layer in candidates.values():
-                seen = calls[layer.name]
+            for key, layer in candidates.items():
+                seen = calls[key]
                 reason = _calls_obstacle(layer, seen, len(inputs))
-                if reason is None and len(before := reached.get(layer.name, seen)) != len(seen):
+                if reason is None and len(before := reached.get(key, seen)) != len(seen):
                     reason = f"{_describe_calls(layer, len(before))} for some samples and {len(seen)} for others"
                 if reason is not None:
                     reasons.update(dict.fromkeys(layer.parameters, reason))
-            layers = [layer for layer in candidates.values() if not reasons.keys() & set(layer.parameters)]
-            of_layers = [calls[layer.name] for layer in layers]
+            layers = {key: la for key, la in candidates.items() if not reasons.keys() & set(la.parameters)}
+            of_layers = [calls[key] for key in layers]
             every_call = [*chain(*of_layers)]
             several = len(every_call) > len(layers)
             # Random, because the gradients of the loss are zero at a perfect fit and would show nothing.
             covector = random_like(outputs, tuple(outputs.shape))
             covector[masked::2] = 0  # every second sample, to detect layers that mix samples
-            names = [parameter for layer in layers for parameter in layer.parameters]
+            names = list(dict.fromkeys(parameter for layer in layers.values() for parameter in layer.parameters))
             wanted = names or list(leaves)  # without rules, this still checks that torch can differentiate the model
             tensors = [leaves[name] for name in wanted]
             slopes, found = gradients(outputs, every_call, tensors, covector, keep=several)
@@ -394,13 +390,17 @@ def _attempt(
             weighted = gradients(outputs, every_call, (), weights * covector, keep=False)[0] if several else slopes
         parameter_gradients = dict(zip(wanted, found, strict=True))
         norms = {parameter: float(value.detach().norm()) for parameter, value in parameter_gradients.items()}
-        for layer, seen, slope, other in zip(
-            layers, of_layers, group_by_layer(slopes, of_layers), group_by_layer(weighted, of_layers), strict=True
+        for (key, layer), seen, slope, other in zip(
+            layers.items(),
+            of_layers,
+            group_by_layer(slopes, of_layers),
+            group_by_layer(weighted, of_layers),
+            strict=True,
         ):
             now = _find_reached(seen, graph)
-            reached[layer.name] = [a or b for a, b in zip(now, reached.get(layer.name, now), strict=True)]
+            reached[key] = [a or b for a, b in zip(now, reached.get(key, now), strict=True)]
             size = (sum(call.inputs.nbytes for call in seen if call.inputs is not None) + slope.nbytes) // len(inputs)
-            sizes[layer.name] = max(size, sizes.get(layer.name, 0))
+            sizes[key] = max(size, sizes.get(key, 0))
             reasons.update(_differences(layer, seen, slope, masked, parameter_gradients, norms, graph, problem.dtype))
             if len(seen) > 1 and not _keeps_order(slope, other, weights, problem.dtype):
                 reason = f"belongs to {_label(layer)}, whose calls do not have the samples in the same order"
@@ -462,8 +462,8 @@ def _differences(
     coarser = max(dtype, call_rule.dtype, key=lambda one: torch.finfo(one).eps)
     reasons = {}
     for parameter in layer.parameters:
-        # One use per call is allowed; none if the model's outputs do not depend on the output of the call.
-        if graph.uses[parameter] > sum(_find_reached(calls, graph)):
+        # One use per call, and group, is allowed; none if the model's outputs do not depend on the output of the call.
+        if graph.uses[parameter] > sum(_find_reached(calls, graph)) * layer.groups:
             reasons[parameter] = f"belongs to {label}, but is also used elsewhere"
         elif not is_rounding(errors[parameter], norms[parameter], scale, coarser):
             reasons[parameter] = _explain_difference(layer)
@@ -537,4 +537,4 @@ def _perturb_inputs(inputs: Inputs, by: float) -> Inputs:
 
 
 def _label(layer: Layer) -> str:
-    return f"{type(layer.module).__name__} {layer.name}".strip()
+    return f"{layer.kind} {layer.name}".strip()

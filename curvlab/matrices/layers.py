@@ -6,7 +6,8 @@ A *key* says which parameters a block of a Kronecker structure has, and how they
 - ``fc.weight``, ``fc.bias``: one parameter alone;
 - ``c_attn/transposed``: the weight is ``(inputs, o, ...)``;
 - ``wte/embedding``: the weight is ``(inputs, o)``, and the factor of the inputs is diagonal;
-- ``conv/group=2of4``: one of the groups of a convolution.
+- ``conv/group=2of4``: one of the groups of a convolution;
+- ``attn.in_proj/group=0of3``: queries, keys or values in the packed projection of ``nn.MultiheadAttention``.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,7 +32,7 @@ class HomogeneousWeight:
         transposed: Whether the weight is ``(inputs, o, ...)``.
         kernel: Number of entries of the further dimensions of a transposed weight.
         diagonal: Whether the factor of the inputs is a diagonal matrix, which is stored as its diagonal.
-        group: Index of the group of a convolution.
+        group: Index of the group of rows of the parameters.
         groups: Number of groups.
     """
 
@@ -141,8 +142,11 @@ def _read_key(key: str, shapes: Mapping[str, tuple[int, ...]]) -> HomogeneousWei
     def own(name: str) -> dict[str, str]:
         if name in shapes:
             return {"bias" if len(shapes[name]) == 1 else "weight": name}
-        full = {kind: f"{name}.{kind}".removeprefix(".") for kind in ("weight", "bias")}
-        return {kind: parameter for kind, parameter in full.items() if parameter in shapes}
+        for mark in (".", "_"):
+            full = {kind: f"{name}{mark}{kind}".removeprefix(".") for kind in ("weight", "bias")}
+            if found := {kind: parameter for kind, parameter in full.items() if parameter in shapes}:
+                return found
+        return {}
 
     names, options = own(key), ""
     if not names:

@@ -198,7 +198,8 @@ def list_modules(structure: str) -> list[Record]:
             problem = make_network(make, shape)
             params = None
             if structure == "kfac":
-                params = [p for layer in kronecker_layers(problem, problem.space)[0].values() for p in layer.parameters]
+                layers = kronecker_layers(problem, problem.space)[0].values()
+                params = list(dict.fromkeys(name for layer in layers for name in layer.parameters))
             record: Record = {"module": module}
             for backend in backends:
                 able = []
