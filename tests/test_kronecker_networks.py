@@ -666,3 +666,127 @@ def test_attention_with_other_code_has_its_diagonal(change: Callable[[Problem], 
     rest = matrix.parts[1]
     assert close(rest.diagonal(), diagonals(problem, list(rest.space.names)))
     assert close(matrix.to_dense(), estimate(problem, "empirical_fisher", "kfac", backend="torch").to_dense())
+
+
+# Convolutions with groups, and transposed ones -----------------------------------------------------------------------
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, (2, 3), groups=4, stride=2, padding_mode="circular", padding=1), (4, 4, 5)),
+    "depthwise, several": (lambda: nn.Conv1d(4, 8, 3, groups=4, bias=False), (4, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (4, 3, 2)),
+    "transposed groups": (
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, dilation=2, stride=3, padding=4, output_padding=1),
+        (4, 5),
+    ),
+    "transposed 3d": (
+        lambda: nn.ConvTranspose3d(2, 2, (2, 1, 3), groups=2, stride=(1, 2, 2), bias=False),
+        (2, 2, 2, 2),
+    ),
+}
+
+
+class Flat(nn.Module):
+    """A convolution before a linear layer."""
+
+    def __init__(self, conv: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.out = nn.Linear(conv(torch.zeros(1, *shape)).numel(), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.conv(x).tanh().flatten(1))
+
+
+def convolution(kind: str) -> Problem:
+    make, shape = CONVOLUTIONS[kind]
+    torch.manual_seed(0)
+    return of(Flat(make(), *shape), 7, *shape)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_with_groups_and_transposed_ones(kind: str, tmp_path: Path) -> None:
+    problem = convolution(kind)
+    diagonal = estimate(problem, "empirical_fisher", "diag")
+    for structure in ("kfac", "kfac:sharing=reduce", "kfac:bias=separate", "tkfac", "tkfac:sharing=reduce", "ekfac"):
+        ours = estimate(problem, "empirical_fisher", structure)
+        assert (ours.kind, ours.info.backend) == (structure.partition(":")[0], "hooks")
+        dense = ours.to_dense()
+        assert close(dense, estimate(problem, "empirical_fisher", structure, backend="torch").to_dense())
+        assert close(ours.diagonal(), dense.diagonal())
+        if structure.startswith(("tkfac", "ekfac")):
+            assert close(ours.trace(), diagonal.trace())
+        vector = torch.randn(len(dense), dtype=torch.float64)
+        damped = dense + 0.1 * torch.eye(len(dense), dtype=torch.float64)
+        assert close(ours.solve(vector, damping=0.1), torch.linalg.solve(damped, vector))
+        ours.save(tmp_path / "m.safetensors")
+        assert close(curvlab.load(tmp_path / "m.safetensors").to_dense(), dense, rtol=1e-14)
+
+
+class Parallel(nn.Module):
+    """Convolutions of parts of the channels, side by side: a convolution with groups."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        transposed = isinstance(conv, nn.modules.conv._ConvTransposeNd)
+        channels, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+        names = ("stride", "padding", "dilation", "padding_mode", *(["output_padding"] if transposed else []))
+        options = {name: getattr(conv, name) for name in names}
+        self.parts = nn.ModuleList(
+            type(conv)(channels, outputs, conv.kernel_size, bias=conv.bias is not None, **options)
+            for _ in range(conv.groups)
+        )
+        for name, parameter in conv.named_parameters():
+            for part, own in zip(self.parts, parameter.detach().unflatten(0, (conv.groups, -1)), strict=True):
+                part.get_parameter(name).data = own.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = x.chunk(len(self.parts), dim=1)
+        return torch.cat([part(chunk) for part, chunk in zip(self.parts, chunks, strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+@pytest.mark.parametrize("kind", [kind for kind in CONVOLUTIONS if kind != "transposed"])
+def test_groups_are_convolutions_side_by_side(kind: str, structure: str) -> None:
+    problem = convolution(kind)
+    conv = problem.model.conv
+    model = Flat.__new__(Flat)
+    nn.Module.__init__(model)
+    model.conv, model.out = Parallel(conv), problem.model.out
+    apart = Problem(model, "cross_entropy", list(problem.batches()))
+    one, other = (estimate(each, "empirical_fisher", structure, params="conv.*") for each in (problem, apart))
+    numbers = one.space.unflatten(torch.arange(one.space.total))
+    by_group = [number.flatten().view(conv.groups, -1) for number in numbers.values()]
+    order = torch.cat([part[group] for group in range(conv.groups) for part in by_group])
+    assert close(one.to_dense()[order][:, order], other.to_dense())
+
+
+def test_a_transposed_convolution_without_a_stride_is_a_mirrored_convolution() -> None:
+    torch.manual_seed(0)
+    transposed, plain = nn.ConvTranspose2d(2, 3, (2, 3)), nn.Conv2d(2, 3, (2, 3), padding=(1, 2))
+    with torch.no_grad():
+        plain.weight.copy_(transposed.weight.transpose(0, 1).flip(2, 3))
+        plain.bias.copy_(transposed.bias)
+    model = Flat(transposed, 2, 3, 4)
+    problem = of(model, 7, 2, 3, 4)
+    one = estimate(problem, "empirical_fisher", "kfac", params="conv.*")
+    model.conv = plain.double()
+    other = estimate(problem.with_data(list(problem.batches())), "empirical_fisher", "kfac", params="conv.*")
+    weight = torch.arange(36).view(2, 3, 2, 3).transpose(0, 1).flip(2, 3).flatten()
+    order = torch.cat([weight, torch.arange(36, 39)])
+    assert close(one.to_dense()[order][:, order], other.to_dense())
+
+
+def test_an_output_size_at_the_call_gives_a_transposed_convolution_its_diagonal() -> None:
+    class Sized(Flat):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.conv(x, output_size=(6, 4)).tanh().flatten(1))
+
+    torch.manual_seed(0)
+    model = Sized(nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), 2, 3, 2)
+    model.conv.output_padding = (0, 0)
+    problem = of(model, 7, 2, 3, 2)
+    matrix = estimate(problem, "empirical_fisher", "kfac")
+    assert matrix.parts[1].space.names == ("conv.weight", "conv.bias")
+    assert close(matrix.parts[1].diagonal(), diagonals(problem, ["conv.weight", "conv.bias"]))
