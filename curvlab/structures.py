@@ -125,9 +125,25 @@ class Kronecker(Structure):
 
 @dataclass(frozen=True)
 class KFACStructure(Kronecker):
-    """Kronecker-factored curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016)."""
+    """Kronecker-factored curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016).
 
+    Args:
+        sharing: See ``Kronecker``.
+        rest: See ``Kronecker``.
+        bias: See ``Kronecker``.
+        factors: ``both``, or ``inputs``: ``S`` is the identity, so that a layer's block is ``I (x) A``, for every
+            quantity and unit, and no gradient is computed (FOOF: Benzing, "Gradient descent on neurons and its link to
+            approximate second-order optimization", 2022).
+    """
+
+    factors: Literal["both", "inputs"] = "both"
     name: ClassVar[str] = "kfac"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.factors not in ("both", "inputs"):
+            raise CurvlabError(f"factors of kfac must be both or inputs, not {self.factors!r}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,11 @@ STRUCTURES: dict[str, type[Structure]] = {
 }
 
 
+def is_forward_only(structure: Structure) -> bool:
+    """Return whether a structure has the factors of the inputs only: no gradient is needed."""
+    return isinstance(structure, KFACStructure) and structure.factors == "inputs"
+
+
 def parse_structure(text: str | Structure) -> Structure:
     """Parse the string form of a structure; return a structure unchanged.
 
@@ -185,6 +206,6 @@ def parse_structure(text: str | Structure) -> Structure:
 
     Examples:
         >>> parse_structure("kfac:sharing=reduce")
-        KFACStructure(sharing='reduce', rest='diag', bias='joint')
+        KFACStructure(sharing='reduce', rest='diag', bias='joint', factors='both')
     """
     return text if isinstance(text, Structure) else parse_form(text, "structure", STRUCTURES)

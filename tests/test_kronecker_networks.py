@@ -350,6 +350,87 @@ def test_separate_blocks_are_not_of_the_libraries() -> None:
         estimate(problem, "empirical_fisher", "kfac:bias=both")
 
 
+# Forward only --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("options", ["", ",sharing=reduce", ",bias=separate"])
+def test_factors_of_the_inputs_only(kind: str, options: str) -> None:
+    problem = several(kind)
+    names = [f"{name}.*" for name in SEVERAL[kind][2]]
+    form = f"kfac:factors=inputs{options}"
+    matrix = estimate(problem, "empirical_fisher", form, params=names)
+    both = estimate(problem, "empirical_fisher", f"kfac:rest=none{options}", params=names)
+    for key, (a, s) in matrix.factors.items():
+        assert close(a, both.factors[key].A)
+        assert torch.equal(s[0], torch.eye(len(s[0]), dtype=torch.float64))
+    for quantity, backend in (("fisher", "hooks"), ("empirical_fisher", "torch"), ("ggn", "torch")):
+        other = estimate(problem, quantity, form, params=names, backend=backend)
+        assert close(other.to_dense(), matrix.to_dense())
+
+
+def test_factors_of_the_inputs_have_no_unit() -> None:
+    """A is a mean over positions, and S does not depend on the loss."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 5, 4).double(), torch.arange(30).view(6, 5) % 3
+    matrices = [
+        estimate(Problem(model, "cross_entropy", (x, y), unit=unit), "fisher", "kfac:factors=inputs").to_dense()
+        for unit in ("term", "sample")
+    ]
+    rows = torch.cat([x.flatten(0, 1), torch.ones(30, 1, dtype=torch.float64)], dim=1)
+    expected = torch.kron(torch.eye(3, dtype=torch.float64), rows.mT @ rows / 30)
+    order = torch.cat([torch.arange(15).view(3, 5)[:, :4].flatten(), torch.arange(15).view(3, 5)[:, 4]])
+    assert all(close(matrix, expected[order][:, order]) for matrix in matrices)
+
+
+def test_factors_of_the_inputs_need_no_backward_pass() -> None:
+    class Counted(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, slope: Tensor) -> Tensor:
+            Counted.calls += 1
+            return slope
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Counted.apply(x)
+
+    torch.manual_seed(0)
+    problem = of(nn.Sequential(nn.Linear(4, 5), Counting(), nn.Linear(5, 3)), 60, 4)
+    numbers = []
+    for structure in ("kfac", "kfac:factors=inputs"):
+        Counted.calls = 0
+        estimate(problem, "empirical_fisher", structure, backend="hooks")
+        numbers.append(Counted.calls)
+    assert numbers[0] - numbers[1] == 20  # one per batch; the verification has some, too
+
+
+def test_factors_of_the_inputs_against_curvlinops() -> None:
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    problem = of(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 7, 4)
+    operator = curvlinops.KFACLinearOperator(
+        problem.model,
+        nn.CrossEntropyLoss(reduction="sum"),
+        list(problem.model.parameters()),
+        list(problem.batches()),
+        fisher_type="forward-only",
+        separate_weight_and_bias=False,
+    )
+    theirs = operator @ torch.eye(problem.space.total, dtype=torch.float64)
+    ours = estimate(problem, "fisher", "kfac:factors=inputs").to_dense()
+    assert close(ours, theirs)
+    with pytest.raises(UnsupportedError, match="it computes the factors of the gradients, too"):
+        estimate(problem, "fisher", "kfac:factors=inputs", backend="curvlinops")
+    with pytest.raises(curvlab.errors.CurvlabError, match="factors of kfac must be both or inputs, not 'outputs'"):
+        estimate(problem, "fisher", "kfac:factors=outputs")
+
+
 # Embeddings, and weights (inputs, outputs) ---------------------------------------------------------------------------
 
 
@@ -790,3 +871,59 @@ def test_an_output_size_at_the_call_gives_a_transposed_convolution_its_diagonal(
     matrix = estimate(problem, "empirical_fisher", "kfac")
     assert matrix.parts[1].space.names == ("conv.weight", "conv.bias")
     assert close(matrix.parts[1].diagonal(), diagonals(problem, ["conv.weight", "conv.bias"]))
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """A mixture of experts: every token of the flattened batch goes to one of them."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, experts)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(experts))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 4)
+        weights, chosen = self.gate(tokens).softmax(dim=1).max(dim=1)
+        mixed = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            mask = chosen == i
+            mixed = mixed.masked_scatter(mask.unsqueeze(1), weights[mask].unsqueeze(1) * expert(tokens[mask]))
+        return self.out(mixed.view_as(x).tanh().mean(dim=1))
+
+
+@pytest.mark.parametrize("structure", KRONECKER)
+def test_experts_that_see_some_of_the_tokens_have_their_diagonal(structure: str) -> None:
+    """Which sample a row belongs to cannot be seen from a call."""
+    torch.manual_seed(0)
+    problem = of(Experts(2), 7, 3, 4)
+    matrix = estimate(problem, "empirical_fisher", structure)
+    factors, rest = matrix.parts
+    assert factors.space.names == ("out.weight", "out.bias")
+    assert close(rest.diagonal(), diagonals(problem, list(rest.space.names)))
+    assert close(matrix.to_dense(), estimate(problem, "empirical_fisher", structure, backend="torch").to_dense())
+    said = " ".join(matrix.info.rejected)
+    assert "experts.0.weight belongs to Linear experts.0, whose input does not have one row per sample: (" in said
+
+
+@pytest.mark.parametrize("structure", ["diag", *KRONECKER])
+def test_experts_that_see_all_samples_at_first(structure: str) -> None:
+    """In the batches of the verification, the input of the first expert has one row per sample."""
+    torch.manual_seed(0)
+    model = Experts(2).double()
+    x = torch.randn(40, 1, 4, dtype=torch.float64)
+    chosen = model.gate(x.flatten(1)).argmax(dim=1)
+    x = torch.cat([x[chosen == 0][:16], x[chosen == 1][:1], x[chosen == 0][16:19]])
+    problem = Problem(model, "cross_entropy", list(zip(x.split(4), (torch.arange(20) % 3).split(4), strict=True)))
+    first = [name for name in problem.space.names if name.startswith("experts.0")]
+    if len({len(inputs) for inputs, _ in problem.probe()}) and structure != "diag":
+        seen = {bool((model.gate(inputs.flatten(1)).argmax(dim=1) == 0).all()) for inputs, _ in problem.probe()}
+        if seen == {True}:
+            with pytest.raises(UnsupportedError, match="input does not have one row per sample"):
+                estimate(problem, "empirical_fisher", structure, params="experts.0.*")
+            return
+    found = estimate(problem, "empirical_fisher", structure, params="experts.0.*")
+    assert close(found.diagonal(), diagonals(problem, first))

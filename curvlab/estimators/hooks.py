@@ -36,7 +36,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
-from curvlab.structures import Kronecker, Structure, TKFACStructure
+from curvlab.structures import Kronecker, Structure, TKFACStructure, is_forward_only
 
 # Bounds of the default number of samples processed at once: see ``_chunk_size``.
 _FEWEST, _MOST = 8, 1000
@@ -220,11 +220,14 @@ def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, p
         at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
         for name, here in at.items():
             here.add_moment_(sums.running[f"{name}|A"])
-        for row in gradients:
+        for row in () if is_forward_only(structure) else gradients:
             for (name, here), gradient in zip(at.items(), row, strict=True):
                 here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
         sums.next()
-    return {key: mirror_(factor) for key, factor in sums.means().items()}
+    means = {key: mirror_(factor) for key, factor in sums.means().items()}
+    if is_forward_only(structure):
+        means |= {f"{name}|S": torch.eye(layer.shape[0]).to(means[f"{name}|S"]) for name, layer in layers.items()}
+    return means
 
 
 def _tkfac(

@@ -32,7 +32,7 @@ from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress, progress
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import disable_parametrization_cache, restore_attributes, restore_gradients
-from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
+from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, is_forward_only, parse_structure
 
 #: Backends by name, the fastest first (measured by benchmarks/estimators.py): ``auto`` uses the first that can.
 BACKENDS: Mapping[str, Backend] = {
@@ -227,7 +227,7 @@ def _estimate(
         for name, tensor in computed.tensors.items():
             if not is_finite(tensor):
                 raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-        matrix = _per_unit(matrix, problem)
+        matrix = matrix if is_forward_only(structure) else _per_unit(matrix, problem)
         matrix.info = replace(
             info,
             backend=candidate.name,
@@ -318,6 +318,8 @@ def _obstacle(
     if backend.library and not problem.is_plain:
         return f"it needs a model with one input tensor and outputs (N, C), unlike {type(problem.model).__name__} here"
     if backend.library and isinstance(structure, Kronecker):
+        if is_forward_only(structure):
+            return "it computes the factors of the gradients, too"
         for key, layer in kronecker_layers(problem, space, structure)[0].items():
             if key != layer.name:
                 return f"it has one pair of full factors per module, not a block {key}"

@@ -47,7 +47,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
-from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure
+from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure, is_forward_only
 
 _BYTES = 6.4e7  # limit of the rows of a sample that are held at once
 
@@ -225,6 +225,8 @@ def _factors(
         # The inputs of an embedding are unit vectors, so that their moment is diagonal.
         input_moment = a.square().mean(dim=0) if layers[name].is_embedding else a.mT @ a / len(a)
         gradient_moment = (g.mT @ g).sum(dim=0)
+        if is_forward_only(structure):
+            gradient_moment = torch.eye(len(gradient_moment)).to(gradient_moment)
         sums[f"{name}|A"] = sums[f"{name}|A"] + input_moment * (gradient_moment.trace() if weighted else 1)
         sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (_trace(input_moment) if weighted else 1)
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
