@@ -911,19 +911,20 @@ def test_experts_that_see_some_of_the_tokens_have_their_diagonal(structure: str)
 
 @pytest.mark.parametrize("structure", ["diag", *KRONECKER])
 def test_experts_that_see_all_samples_at_first(structure: str) -> None:
-    """In the batches of the verification, the input of the first expert has one row per sample."""
+    """In the verification, the input of the first expert has one row per sample; in one batch it has not."""
     torch.manual_seed(0)
     model = Experts(2).double()
-    x = torch.randn(40, 1, 4, dtype=torch.float64)
-    chosen = model.gate(x.flatten(1)).argmax(dim=1)
-    x = torch.cat([x[chosen == 0][:16], x[chosen == 1][:1], x[chosen == 0][16:19]])
-    problem = Problem(model, "cross_entropy", list(zip(x.split(4), (torch.arange(20) % 3).split(4), strict=True)))
-    first = [name for name in problem.space.names if name.startswith("experts.0")]
-    if len({len(inputs) for inputs, _ in problem.probe()}) and structure != "diag":
-        seen = {bool((model.gate(inputs.flatten(1)).argmax(dim=1) == 0).all()) for inputs, _ in problem.probe()}
-        if seen == {True}:
-            with pytest.raises(UnsupportedError, match="input does not have one row per sample"):
-                estimate(problem, "empirical_fisher", structure, params="experts.0.*")
-            return
-    found = estimate(problem, "empirical_fisher", structure, params="experts.0.*")
-    assert close(found.diagonal(), diagonals(problem, first))
+    with torch.no_grad():
+        model.gate.weight.copy_(torch.tensor([[9.0, 0, 0, 0], [0, 0, 0, 0]]))
+        model.gate.bias.zero_()
+    x, y = torch.randn(20, 1, 4, dtype=torch.float64), torch.arange(20) % 3
+    x[..., 0] = 1
+    x[5, 0, 0] = -1
+    problem = Problem(model, "cross_entropy", list(zip(x.split(4), y.split(4), strict=True)))
+    if structure == "diag":
+        found = estimate(problem, "empirical_fisher", "diag")
+        assert close(found.diagonal(), diagonals(problem, list(problem.space.names)))
+        assert "experts.0.weight belongs to Linear experts.0, whose input does not" in " ".join(found.info.rejected)
+    else:
+        with pytest.raises(UnsupportedError, match=r"input does not have one row per sample.*params="):
+            estimate(problem, "empirical_fisher", structure)
