@@ -928,3 +928,142 @@ def test_experts_that_see_all_samples_at_first(structure: str) -> None:
     else:
         with pytest.raises(UnsupportedError, match=r"input does not have one row per sample.*params="):
             estimate(problem, "empirical_fisher", structure)
+
+
+# Padding -------------------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A model of padded sequences: an embedding, torch's encoder, a shared block, and a pooled output.
+
+    Args:
+        pooling: ``first`` token, masked ``mean``, or ``all``: the mean over all positions, with the padding.
+    """
+
+    def __init__(self, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.wte, self.shared = nn.Embedding(7, 4), nn.Linear(4, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.shared(self.wte(input_ids)).tanh()
+        h = self.shared(self.block(h, src_key_padding_mask=attention_mask == 0))
+        if self.pooling == "first":
+            return self.out(h[:, 0])
+        weights = (attention_mask if self.pooling == "mean" else torch.ones_like(attention_mask)).to(h)
+        return self.out((h * weights.unsqueeze(2)).sum(dim=1) / weights.sum(dim=1, keepdim=True))
+
+
+LENGTHS = (1, 2, 3, 3, 2, 4, 1)
+
+
+def sequences(more: int, size: int) -> list[dict[str, Tensor]]:
+    """Return batches of sequences that are padded to the longest of all, and by some tokens more."""
+    tokens = [torch.randint(7, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(LENGTHS)]
+    width = max(LENGTHS) + more
+    ids = torch.stack([nn.functional.pad(t, (0, width - len(t)), value=3) for t in tokens])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(t), (0, width - len(t))) for t in tokens])
+    parts = zip(ids.split(size), mask.split(size), (torch.arange(len(ids)) % 3).split(size), strict=True)
+    return [{"input_ids": x, "attention_mask": m, "labels": y} for x, m, y in parts]
+
+
+def of_sequences(model: nn.Module, batches: list[dict[str, Tensor]], mask: str = "attention_mask") -> Problem:
+    return Problem(
+        model,
+        "cross_entropy",
+        batches,
+        forward=lambda m, batch: m(batch["input_ids"], batch[mask]),
+        targets=lambda batch: batch["labels"],
+    )
+
+
+def masked(pooling: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Masked(pooling).double().eval()
+
+
+FORMS = ("kfac", "kfac:sharing=reduce", "kfac:factors=inputs", "kfac:bias=separate", "tkfac", "tkfac:variant=rescaled")
+
+
+@pytest.mark.parametrize("quantity", ["empirical_fisher", "fisher"])
+@pytest.mark.parametrize("pooling", ["first", "mean", "all"])
+@pytest.mark.parametrize("structure", [*FORMS, "ekfac"])
+def test_padding_against_the_reference(structure: str, pooling: str, quantity: str) -> None:
+    problem = of_sequences(masked(pooling), sequences(2, 3))
+    ours = estimate(problem, quantity, structure)
+    theirs = estimate(problem, quantity, structure, backend="torch")
+    assert [part.info.backend for part in ours.parts] == ["hooks", "hooks"]
+    assert close(ours.to_dense(), theirs.to_dense(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("structure", [*FORMS, "ekfac"])
+def test_more_padding_and_other_batches_change_nothing(structure: str, pooling: str) -> None:
+    model = masked(pooling)
+    expected = estimate(of_sequences(model, sequences(0, 7)), "empirical_fisher", structure).to_dense()
+    for more, size in ((0, 2), (3, 7), (5, 3)):
+        problem = of_sequences(model, sequences(more, size))
+        for backend in ("hooks", "torch"):
+            found = estimate(problem, "empirical_fisher", structure, backend=backend).to_dense()
+            assert close(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "tkfac", "ekfac"])
+def test_sequences_of_their_own_lengths_need_no_padding(structure: str) -> None:
+    """The same as one batch per length, without padding."""
+    model, (whole,) = masked("mean"), sequences(1, 7)
+    apart = []
+    for length in sorted(set(LENGTHS)):
+        own = {name: tensor[whole["attention_mask"].sum(dim=1) == length] for name, tensor in whole.items()}
+        apart.append({name: tensor[:, :length] if tensor.ndim > 1 else tensor for name, tensor in own.items()})
+    one, other = (
+        estimate(of_sequences(model, batches), "empirical_fisher", structure).to_dense() for batches in ([whole], apart)
+    )
+    assert close(one, other, rtol=1e-9)
+
+
+def test_padding_that_has_a_gradient_counts() -> None:
+    """In a model that averages over all positions, padding is like any other position."""
+    model = masked("all")
+    batches = sequences(2, 3)
+    renamed = [{"other": batch["attention_mask"], **batch} for batch in batches]
+    for batch in renamed:
+        del batch["attention_mask"]
+    problems = of_sequences(model, batches), of_sequences(model, renamed, "other")
+    one, other = (estimate(problem, "empirical_fisher", "kfac", params="shared.*") for problem in problems)
+    assert close(one.to_dense(), other.to_dense())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("unit", ["sample", "term"])
+@pytest.mark.parametrize("structure", ["kfac", "tkfac", "ekfac"])
+def test_padding_of_models_of_hugging_face(structure: str, unit: str, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = transformers.BertConfig(
+            vocab_size=7,
+            hidden_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=6,
+            max_position_embeddings=12,
+            num_labels=3,
+        )
+        model = transformers.BertForTokenClassification(config)
+    else:
+        config = transformers.GPT2Config(vocab_size=7, n_positions=12, n_embd=4, n_layer=1, n_head=2)
+        model = transformers.GPT2LMHeadModel(config)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    matrices = []
+    for more, size in ((0, 7), (4, 2)):
+        batches = sequences(more, size)
+        for batch in batches:
+            batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 3, -100)
+        problem = Problem(model.double().eval(), data=batches, unit=unit)
+        params = [name for name in problem.space.names if "position" not in name and "wpe" not in name]
+        matrices.append(estimate(problem, "empirical_fisher", structure, params=params))
+        assert any("attn" in name or "attention" in name for name in matrices[-1].parts[0].space.names)
+    assert close(matrices[0].to_dense(), matrices[1].to_dense(), rtol=1e-8)

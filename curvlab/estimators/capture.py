@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlab.batches import Inputs
 from curvlab.estimators.layers import Layer
+from curvlab.estimators.padding import find_padding, padding_of
 from curvlab.estimators.uses import watch
 from curvlab.graph import walk
 from curvlab.problem import Problem
@@ -37,11 +38,13 @@ class Call:
         inputs: The first argument, in at least float32; None if it is not a tensor.
         output: Graph edge of the output; None if the output is not a tensor.
         shape: Shape of the output.
+        padding: Positions that are padding, booleans ``(N, positions)`` (see ``curvlab.estimators.padding``).
     """
 
     inputs: Tensor | None
     output: GradientEdge | None
     shape: torch.Size
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def forward(
             is a view would remove that output from the graph.
     """
     calls: dict[str, list[Call]] = {key: [] for key in layers}
+    masks = find_padding(inputs)
 
     def record(key: str, first: Any, output: Any) -> Any:
         given = to_working_dtype(first.detach()) if isinstance(first, Tensor) else None
@@ -98,7 +102,8 @@ def forward(
         if not output.requires_grad:
             return output
         passed_on = output.clone() if key in cloned else output
-        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape))
+        padding = padding_of(masks, layers[key], output)
+        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape, padding))
         return passed_on
 
     # The parameters require gradients so that the outputs of the first layers have a graph; none is computed here.

@@ -8,6 +8,7 @@ weights, bare parameters, recurrent and attention modules) are differentiated th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from math import prod
 
@@ -43,8 +44,9 @@ _FEWEST, _MOST = 8, 1000
 _CACHE = 1.6e7  # approximate limit, in bytes, of the input and output of a layer
 _BYTES = 6.4e7  # approximate limit, in bytes, of a layer's rotated gradients held at once
 
-# Calls by layer; the joined gradients of their outputs, row by row.
-_Batch = tuple[Mapping[str, Sequence[Call]], Iterator[Sequence[Tensor]]]
+# Calls by layer; a function that yields the joined gradients of their outputs, row by row. If its argument is true, it
+# can be called again.
+_Batch = tuple[Mapping[str, Sequence[Call]], Callable[[bool], Iterator[Sequence[Tensor]]]]
 _Passes = Callable[[], Iterator[_Batch]]
 
 
@@ -62,8 +64,8 @@ def compute(
         entries = sum(prod(layer.factor_shape) + layer.shape[0] ** 2 for layer in verified.layers.values())
 
         def batches() -> Iterator[_Batch]:
-            for calls, gradients in _batches(problem, quantity, verified, batch_size, entries):
-                yield calls, gradients
+            for calls, pull in _batches(problem, quantity, verified, batch_size, entries):
+                yield calls, pull
                 advance(_count_samples(calls) / (2 if structure.name == "ekfac" else 1))
 
         if isinstance(structure, TKFACStructure):
@@ -143,9 +145,9 @@ def _by_rules(
     sums = Sums({"entries": (space.total,)}, problem)
     total = space.unflatten(sums.running["entries"])  # views
     batches = _batches(problem, quantity, verified, batch_size, space.total) if verified.layers else ()
-    for calls, gradients in batches:
+    for calls, pull in batches:
         rules = [rule(verified.layers[name], seen) for name, seen in calls.items()]
-        for row in gradients:
+        for row in pull(False):
             for one, gradient in zip(rules, row, strict=True):
                 one.add(gradient)
         for one in rules:
@@ -172,7 +174,7 @@ def _batches(
     for inputs, targets in _split_batches(problem.batches(batch_size), size):
         outputs, calls = verified.run(problem, inputs)
         covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
-        yield calls, _pull_back(outputs, list(calls.values()), covectors)
+        yield calls, partial(_pull_back, outputs, list(calls.values()), covectors)
 
 
 def _count_samples(calls: Mapping[str, Sequence[Call]]) -> int:
@@ -202,11 +204,13 @@ def _split_batches(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
         yield from zip(inputs.split(step), targets.split(step), strict=True)
 
 
-def _pull_back(outputs: Tensor, calls: Sequence[Sequence[Call]], covectors: Covectors) -> Iterator[Sequence[Tensor]]:
+def _pull_back(
+    outputs: Tensor, calls: Sequence[Sequence[Call]], covectors: Covectors, again: bool
+) -> Iterator[Sequence[Tensor]]:
     last, every = len(covectors) - 1, [*chain(*calls)]
     for index, row in enumerate(covectors):
         # The list is emptied, so that no reference keeps these gradients while the next row is computed.
-        gradients = group_by_layer(backward(outputs, every, row, keep=index < last), calls)
+        gradients = group_by_layer(backward(outputs, every, row, keep=again or index < last), calls)
         yield gradients
         gradients.clear()
 
@@ -216,13 +220,15 @@ def _pull_back(outputs: Tensor, calls: Sequence[Sequence[Call]], covectors: Cove
 
 def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem) -> dict[str, Tensor]:
     sums = _sums(layers, problem)
-    for calls, gradients in batches():
+    for calls, pull in batches():
         at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
+        needed = not is_forward_only(structure) or any(here.has_padding for here in at.values())
+        for row in pull(False) if needed else ():
+            for (name, here), gradient in zip(at.items(), row, strict=True):
+                here.note(gradient)
+                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
         for name, here in at.items():
             here.add_moment_(sums.running[f"{name}|A"])
-        for row in () if is_forward_only(structure) else gradients:
-            for (name, here), gradient in zip(at.items(), row, strict=True):
-                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
         sums.next()
     means = {key: mirror_(factor) for key, factor in sums.means().items()}
     if is_forward_only(structure):
@@ -236,11 +242,15 @@ def _tkfac(
     weighted = structure.variant == "gao"
     sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)
-    for calls, gradients in batches():
+    for calls, pull in batches():
         at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
+        if any(here.has_padding for here in at.values()):
+            for row in pull(True):
+                for here, gradient in zip(at.values(), row, strict=True):
+                    here.note(gradient)
         norms = {name: here.squared_norms() for name, here in at.items()}
         slopes = {name: torch.zeros_like(norm) for name, norm in norms.items()}
-        for row in gradients:
+        for row in pull(False):
             for (name, here), gradient in zip(at.items(), row, strict=True):
                 here.add_gradient_moment_(sums.running[f"{name}|S"], gradient, norms[name] if weighted else None)
                 slopes[name] += here.gradient_norms(gradient)
@@ -266,7 +276,7 @@ def _ekfac(
 ) -> dict[str, Tensor]:
     bases = {name: _basis(factor) for name, factor in factors.items()}
     sums = Sums({name: layer.shape for name, layer in layers.items()}, problem)
-    for calls, gradients in batches():
+    for calls, pull in batches():
         moments: dict[str, _RotatedSquares | _RotatedIndexSquares] = {}
         for name, layer in layers.items():
             left, right = bases[f"{name}|A"], bases[f"{name}|S"]
@@ -274,7 +284,7 @@ def _ekfac(
                 moments[name] = _RotatedIndexSquares(layer, calls[name], right)
             else:
                 moments[name] = _RotatedSquares(layer, calls[name], left, right)
-        for row in gradients:
+        for row in pull(False):
             for moment, gradient in zip(moments.values(), row, strict=True):
                 moment.add(gradient)
         for name, moment in moments.items():
@@ -353,7 +363,7 @@ class _RotatedIndexSquares:
 
 
 def _positions(layer: Layer, calls: Sequence[Call], structure: Kronecker) -> Positions:
-    here = positions(layer, calls)
+    here = positions(layer, calls, leave_out=True)
     return ReducedPositions(here) if structure.sharing == "reduce" else here
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, split_calls, working_dtype
 from curvlab.estimators.layers import Layer, has_last_channels, is_transposed_convolution
+from curvlab.estimators.padding import without_gradient
 
 _FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
 _BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
@@ -30,29 +31,61 @@ class LinearPositions:
     Args:
         layer: The layer.
         inputs: ``(N, ..., features)``: the dimensions in between are positions.
+        padding: Positions that do not count as inputs unless they have a gradient, booleans ``(N, T)``.
     """
 
-    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+    padding: Tensor | None = None
+
+    def __init__(self, layer: Layer, inputs: Tensor, padding: Tensor | None = None) -> None:
         self._set_rows(layer, inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1))
+        self.padding = padding
 
     def _set_rows(self, layer: Layer, rows: Tensor) -> None:
         ones = rows.new_ones(*rows.shape[:2], 1)
         parts = ([rows] if layer.weight else []) + ([ones] if layer.bias else [])
         self.rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (N, T, d)
-        self.count = self.rows.shape[1]
+        self.count, self.dtype = self.rows.shape[1], self.rows.dtype
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether means over positions may leave some out, which depends on the gradients of all rows."""
+        return self.padding is not None
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account: padding that has a gradient counts."""
+        if self.padding is not None:
+            self.padding = without_gradient(self.padding, self.gradient_rows(gradient))
+
+    def counts(self) -> Tensor:
+        """Return the number of positions that count, ``(N,)``; only with padding."""
+        assert self.padding is not None
+        return (~self.padding).sum(dim=1)
+
+    def _shares(self, weights: Tensor | None = None) -> Tensor:
+        """Return the weight of each position in a mean, multiplied by weights of the samples, ``(N, T)``."""
+        assert self.padding is not None
+        each = (1 if weights is None else weights) / self.counts().clamp(min=1).to(self.dtype)
+        return ~self.padding * each.unsqueeze(1)
 
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
-        rows = self.rows if weights is None else self.rows * weights.sqrt().view(-1, 1, 1)
-        add_gram_(total, rows.flatten(0, 1), 1 / self.count)
+        if self.padding is None:
+            rows = self.rows if weights is None else self.rows * weights.sqrt().view(-1, 1, 1)
+            add_gram_(total, rows.flatten(0, 1), 1 / self.count)
+        else:
+            add_gram_(total, (self.rows * self._shares(weights).sqrt().unsqueeze(2)).flatten(0, 1))
 
     def means(self) -> Tensor:
         """Return the mean over positions, ``(N, d)``."""
-        return self.rows.mean(dim=1)
+        if self.padding is None:
+            return self.rows.mean(dim=1)
+        return torch.einsum("nt,ntd->nd", self._shares(), self.rows)
 
     def squared_norms(self) -> Tensor:
         """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
-        return self.rows.square().sum(dim=(1, 2)) / self.count
+        if self.padding is None:
+            return self.rows.square().sum(dim=(1, 2)) / self.count
+        return (self.rows.square().sum(dim=2) * self._shares()).sum(dim=1)
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
@@ -99,24 +132,34 @@ class EmbeddingPositions(LinearPositions):
     Args:
         layer: The layer.
         inputs: Indices ``(N, ...)``, one tensor per call; the uses are further positions.
+        padding: As for ``LinearPositions``, one per call.
     """
 
-    def __init__(self, layer: Layer, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, layer: Layer, inputs: Sequence[Tensor], padding: Sequence[Tensor | None] = ()) -> None:
         module: Any = layer.module
         self.indices = torch.cat([x.reshape(len(x), -1) for x in inputs], dim=1).long()  # (N, T)
         self.used = self.indices != (-1 if module.padding_idx is None else module.padding_idx)
         self.vocabulary, self.count = len(module.weight), self.indices.shape[1]
         self.dtype = working_dtype(module.weight.dtype)
+        if any(mask is not None for mask in padding):
+            pairs = zip(inputs, padding, strict=True)
+            masks = [
+                mask if mask is not None else torch.zeros_like(x, dtype=torch.bool).flatten(1) for x, mask in pairs
+            ]
+            self.padding = torch.cat(masks, dim=1)
 
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to its diagonal ``(d,)``."""
-        counts = self.used.to(total)
-        counts = counts if weights is None else counts * weights.to(total).unsqueeze(1)
-        total.index_add_(0, self.indices.flatten(), counts.flatten(), alpha=1 / self.count)
+        used = self.used.to(total)
+        shares = used / self.count if self.padding is None else used * self._shares()
+        shares = shares if weights is None else shares * weights.to(total).unsqueeze(1)
+        total.index_add_(0, self.indices.flatten(), shares.flatten())
 
     def squared_norms(self) -> Tensor:
         """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
-        return self.used.to(self.dtype).mean(dim=1)
+        if self.padding is None:
+            return self.used.to(self.dtype).mean(dim=1)
+        return (self.used * self._shares()).sum(dim=1)
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """Return ``g_nt``, ``(N, T, o)``."""
@@ -186,6 +229,11 @@ class ConvPositions:
         layer: The layer.
         inputs: ``(N, channels, ...)``, of the group.
     """
+
+    has_padding = False  # its positions are those under a kernel
+
+    def note(self, gradient: Tensor) -> None:
+        """Do nothing: see ``LinearPositions``."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         self.layer = layer
@@ -410,8 +458,39 @@ class JoinedPositions:
     def _pairs(self, gradient: Tensor) -> Iterator[tuple[LinearPositions | ConvPositions, Tensor]]:
         return zip(self.parts, split_calls(gradient, self.calls), strict=True)
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether a call has padding."""
+        return any(part.has_padding for part in self.parts)
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account: see ``LinearPositions``."""
+        for part, slope in self._pairs(gradient):
+            part.note(slope)
+
+    def _shares(self, like: Tensor) -> list[Tensor]:
+        """Return the shares of the calls in a mean over the positions of all, ``(N,)`` each; only with padding."""
+        full = torch.ones(self.calls[0].shape[0], device=like.device)
+        counts = [
+            part.counts() if isinstance(part, LinearPositions) and part.has_padding else full * part.count
+            for part in self.parts
+        ]
+        total = torch.stack(counts).sum(dim=0).clamp(min=1)
+        return [count.to(like) / total for count in counts]
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        """Return the mean of means over the positions of the calls, ``(N, ...)``."""
+        shares = [part.count / self.count for part in self.parts]
+        if self.has_padding:
+            shares = [share.view(-1, *[1] * (values[0].ndim - 1)) for share in self._shares(values[0])]
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
+
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
+        if self.has_padding:
+            for part, share in zip(self.parts, self._shares(total), strict=True):
+                part.add_moment_(total, share if weights is None else share * weights)
+            return
         for part in self.parts:
             moment = torch.zeros_like(total)
             part.add_moment_(moment, weights)
@@ -419,11 +498,11 @@ class JoinedPositions:
 
     def means(self) -> Tensor:
         """Return the mean over positions, ``(N, d)``."""
-        return torch.stack([part.means() * (part.count / self.count) for part in self.parts]).sum(dim=0)
+        return self._mean([part.means() for part in self.parts])
 
     def squared_norms(self) -> Tensor:
         """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
-        return torch.stack([part.squared_norms() * (part.count / self.count) for part in self.parts]).sum(dim=0)
+        return self._mean([part.squared_norms() for part in self.parts])
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
@@ -461,8 +540,21 @@ class ReducedPositions(LinearPositions):
     """A layer reduced to one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
 
     def __init__(self, whole: LinearPositions | ConvPositions | JoinedPositions) -> None:
-        self.whole = whole
-        self.rows, self.count = whole.means().unsqueeze(1), 1
+        self.whole, self.count = whole, 1
+
+    @cached_property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """The means, ``(N, 1, d)``; with padding, after all gradients are known."""
+        return self.whole.means().unsqueeze(1)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether the layer has padding."""
+        return self.whole.has_padding
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account."""
+        self.whole.note(gradient)
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """Return the sum of the gradients, ``(N, 1, o)``."""
@@ -480,21 +572,30 @@ class ReducedPositions(LinearPositions):
 Positions = LinearPositions | ConvPositions | JoinedPositions
 
 
-def call_positions(layer: Layer, inputs: Tensor) -> LinearPositions | ConvPositions:
+def call_positions(layer: Layer, inputs: Tensor, padding: Tensor | None = None) -> LinearPositions | ConvPositions:
     """Return the positions of one call of a layer."""
     if layer.is_embedding:
-        return EmbeddingPositions(layer, [inputs])
+        return EmbeddingPositions(layer, [inputs], [padding])
     if is_transposed_convolution(layer.module):
         return TransposedConvPositions(layer, inputs)
-    return LinearPositions(layer, inputs) if has_last_channels(layer.module) else ConvPositions(layer, inputs)
+    if has_last_channels(layer.module):
+        return LinearPositions(layer, inputs, padding)
+    return ConvPositions(layer, inputs)
 
 
-def positions(layer: Layer, calls: Sequence[Call]) -> Positions:
-    """Return the positions of all calls of a layer; their inputs are tensors."""
-    inputs = [call.inputs for call in calls if call.inputs is not None]
+def positions(layer: Layer, calls: Sequence[Call], leave_out: bool = False) -> Positions:
+    """Return the positions of all calls of a layer; their inputs are tensors.
+
+    Args:
+        layer: The layer.
+        calls: The calls.
+        leave_out: Whether means leave out padding (see ``curvlab.estimators.padding``). All gradients must then be
+            given to ``note`` first.
+    """
+    pairs = [(call.inputs, call.padding if leave_out else None) for call in calls if call.inputs is not None]
     if layer.is_embedding:
-        return EmbeddingPositions(layer, inputs)
-    parts = [call_positions(layer, x) for x in inputs]
+        return EmbeddingPositions(layer, *zip(*pairs, strict=True))
+    parts = [call_positions(layer, inputs, padding) for inputs, padding in pairs]
     return parts[0] if len(parts) == 1 else JoinedPositions(parts, calls)
 
 

@@ -5,7 +5,8 @@ quantity is given by *rows*: vectors ``v`` over the parameters with ``F = 1/N su
 
 The Kronecker factors of a layer follow from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` with respect to
 its outputs, at positions ``t`` (one position for a Linear layer on ``(N, d)``; the output positions of a convolution).
-If the layer is called several times, its uses are further positions (Eschenhagen et al. 2023). Sample ``n`` has
+If the layer is called several times, its uses are further positions (Eschenhagen et al. 2023). Padding is not
+a position of the inputs (see ``curvlab.estimators.padding``). Sample ``n`` has
 
 - expand: ``A_n = 1/T sum_t a_t a_t'`` and ``S_n = sum_r sum_t g_rt g_rt'``;
 - reduce: ``A_n = b b'`` with ``b = 1/T sum_t a_t``, and ``S_n = sum_r h_r h_r'`` with ``h_r = sum_t g_rt``.
@@ -36,6 +37,7 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import to_working_dtype, working_dtype
 from curvlab.estimators.covectors import label_stream
 from curvlab.estimators.layers import Layer, check_scale, is_transposed_convolution
+from curvlab.estimators.padding import find_padding, padding_of, without_gradient
 from curvlab.estimators.products import product
 from curvlab.estimators.rows import full_batches
 from curvlab.estimators.rules import agree
@@ -218,12 +220,13 @@ def _factors(
     sums: dict[str, Tensor] = defaultdict(
         lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device)
     )
-    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
-        a, g = inputs, gradients
+    for name, inputs, gradients, padding in _layer_samples(problem, quantity, layers, advance):
+        a, g = inputs[~without_gradient(padding, gradients).all(dim=0)], gradients
+        count = max(1, len(a))  # of positions; all can be padding
         if structure.sharing == "reduce":
-            a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
+            a, g, count = a.sum(dim=0, keepdim=True) / count, g.sum(dim=1, keepdim=True), 1
         # The inputs of an embedding are unit vectors, so that their moment is diagonal.
-        input_moment = a.square().mean(dim=0) if layers[name].is_embedding else a.mT @ a / len(a)
+        input_moment = (a.square().sum(dim=0) if layers[name].is_embedding else a.mT @ a) / count
         gradient_moment = (g.mT @ g).sum(dim=0)
         if is_forward_only(structure):
             gradient_moment = torch.eye(len(gradient_moment)).to(gradient_moment)
@@ -274,7 +277,7 @@ def _moments(
     advance: Advance,
 ) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
-    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
+    for name, inputs, gradients, _ in _layer_samples(problem, quantity, layers, advance):
         left = bases[f"{name}|U_A"]
         rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ left if left.ndim > 1 else inputs * left)
         term = rotated.square().sum(dim=0) / problem.num_samples
@@ -284,8 +287,8 @@ def _moments(
 
 def _layer_samples(
     problem: Problem, quantity: Quantity, layers: Mapping[str, Layer], advance: Advance
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample.
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield a layer's name, inputs ``(T, d)``, output gradients ``(R, T, o)`` and padding ``(T,)`` for every sample.
 
     Raises:
         UnsupportedError: For some row of a sample, they do not give the gradient of the layer's parameters.
@@ -303,15 +306,17 @@ def _layer_samples(
             rows = torch.stack(list(_sample_rows(problem.loss, quantity, outputs, y, wanted, rng)))
             parts = list(rows.split([tensor.numel() for tensor in wanted], dim=1))
             parameter_gradients = dict(zip(names, parts[len(shifts) :], strict=True))
+            masks = find_padding(x)
             for name, seen in calls.items():
-                uses = []
+                uses, padding = [], []
                 for given, shift in seen:
-                    row = parts.pop(0)
+                    row, mask = parts.pop(0), padding_of(masks, layers[name], shift)
                     slope = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
                     uses.append((_patches(layers[name], given), slope))
+                    padding.append(slope.new_zeros(slope.shape[1], dtype=torch.bool) if mask is None else mask[0])
                 patches, slopes = torch.cat([a for a, _ in uses]), torch.cat([g for _, g in uses], dim=1)
                 _check(layers[name], patches, slopes, parameter_gradients, problem.dtype)
-                yield name, patches, slopes
+                yield name, patches, slopes, torch.cat(padding)
             advance(1)
 
 
