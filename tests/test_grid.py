@@ -22,9 +22,9 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Outcome, RunSpec, draw, expand, processes, read_store, run, run_folder, write_store
 from curvlab.grid import store as store_module
 from curvlab.grid.aggregates import Mean, Std
+from curvlab.grid.functions import find_function
 from curvlab.grid.output import Output
 from curvlab.grid.run_process import OUTPUT
-from curvlab.grid.run_spec import find_function
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
 
