@@ -16,6 +16,8 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import Call, backward, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
+from curvlab.estimators.memory import at_most
+from curvlab.estimators.phases import phase
 from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
@@ -160,7 +162,8 @@ def _batches(
     rng = label_stream(quantity)
     size = _chunk_size(problem, verified, entries) if batch_size is None else batch_size
     for inputs, targets in _split_batches(problem.batches(batch_size), size):
-        outputs, calls = verified.run(problem, inputs)
+        with phase("forward"):
+            outputs, calls = verified.run(problem, inputs)
         covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
         given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
         yield given, _pull_back(outputs, list(calls.values()), covectors)
@@ -192,7 +195,8 @@ def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> 
     last = len(covectors) - 1
     for index, row in enumerate(covectors):
         # The list is emptied, so that no reference keeps these gradients while the next row is computed.
-        gradients = list(backward(outputs, calls, row, keep=index < last))
+        with phase("backward"):
+            gradients = list(backward(outputs, calls, row, keep=index < last))
         yield gradients
         gradients.clear()
 
@@ -247,7 +251,8 @@ def _tkfac(
 def _ekfac(
     batches: _Passes, layers: Mapping[str, Layer], problem: Problem, factors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    bases = {name: _basis(factor) for name, factor in factors.items()}
+    with phase("eigenvectors"):
+        bases = {name: _basis(factor) for name, factor in factors.items()}
     sums = Sums({name: _shape(layer) for name, layer in layers.items()}, problem)
     for inputs, gradients in batches():
         moments = {
@@ -294,7 +299,10 @@ class _RotatedSquares:
             self._take(rotated.square_())
         elif self.rows is not None:
             slopes = self.positions.gradient_rows(gradient) @ self.right
-            step = max(1, int(_BYTES / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())))
+            step = max(
+                1,
+                int(at_most(_BYTES, share=1 / 16) / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())),
+            )
             for g, a in zip(slopes.split(step), self.rows.split(step), strict=True):
                 self._take((g.mT @ a).square_().sum(dim=0))
         else:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from curvlab.estimators.capture import ignore_torch_warnings, to_working_dtype
 from curvlab.estimators.layers import Layer, has_factors
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.positions import positions
 
 #: Modules that normalise, scale and shift.
@@ -187,7 +188,9 @@ class _Vectorised(Rule):
             return self._pullback(x.unsqueeze(0))(g.unsqueeze(0))[0]
 
         gradient = gradient.to(self.dtype)
-        step = max(1, int(_BYTES / sum(p.numel() * p.element_size() for p in self.parameters.values())))
+        step = max(
+            1, int(at_most(_BYTES, share=1 / 16) / sum(p.numel() * p.element_size() for p in self.parameters.values()))
+        )
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
             with ignore_torch_warnings():
                 rows = vmap(pull_sample)(x, g)
