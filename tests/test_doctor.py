@@ -18,6 +18,7 @@ from curvlab.doctor import cost
 from curvlab.doctor import probe as probe_module
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
+from curvlab.estimators.memory import measure_peak
 from curvlab.problem import Problem
 from curvlab.structures import STRUCTURES
 
@@ -200,8 +201,14 @@ def test_several_quantities_and_the_text():
     diagnosis = doctor(mlp(), [curvlab.EmpiricalFisher(), "hessian"])
     assert list(dict.fromkeys(diagnosis.combinations.quantity)) == ["empirical_fisher", "hessian"]
     lines = str(diagnosis).splitlines()
-    assert lines[lines.index("") + 1].split() == ["empirical_fisher", "seconds", "passes", "peak", "matrix"]
+    columns = ["seconds", "passes", "peak", "matrix", "small", "medium", "large"]
+    assert lines[lines.index("") + 1].split() == ["empirical_fisher", *columns]
     assert any(line.startswith("    hooks *  ") for line in lines)
+    assert any(line.startswith("      check ") and "eigenvectors" in line for line in lines)
+    table = diagnosis.combinations
+    measured = table[table.auto & (table.quantity == "empirical_fisher") & (table.structure == "ekfac")].iloc[0]
+    assert all(measured[name] >= 0 for name in ("check", "forward", "backward", "sums", "eigenvectors"))
+    assert measured.small == measured.large == 12
     assert any(line.endswith(": does not compute this") for line in lines)
     assert max(map(len, lines)) <= 120
 
@@ -377,8 +384,8 @@ def test_peak_of_memory():
         c = torch.cat([b.flatten()] * 3)  # a copy, then three more
         return c.sum()
 
-    assert cost.measure_peak(work) == 4 * 5000
-    assert cost.measure_peak(lambda: held.view(-1)) == 0
+    assert measure_peak(work) == 4 * 5000
+    assert measure_peak(lambda: held.view(-1)) == 0
 
 
 def test_a_matrix_that_is_too_large_is_not_tried(monkeypatch):

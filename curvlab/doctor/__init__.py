@@ -38,9 +38,11 @@ class Diagnosis:
             combination for any model) or ``not tried`` (the matrix is too large to try); ``auto``: whether
             ``backend="auto"`` uses this backend; ``backward_passes``: number of backward passes over the data;
             ``seconds``: predicted time, for ``implicit`` that of one product, NaN if measuring takes too long;
+            ``check``, ``forward``, ``backward``, ``sums``, ``eigenvectors``: predicted seconds of its phases;
             ``passes``: the same time in plain forward and backward passes; ``peak_bytes``: predicted memory of the
-            tensors in addition to model and data, without the workspace of kernels; ``matrix_bytes``: size of the
-            result; ``obstacle``: the reason if it is not supported, and an alternative.
+            tensors in addition to model and data, without the workspace of kernels; ``small``, ``medium``, ``large``:
+            samples at once with ``estimate(memory=...)``; ``matrix_bytes``: size of the result; ``obstacle``: the
+            reason if it is not supported, and an alternative.
     """
 
     summary: str

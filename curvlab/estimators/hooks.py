@@ -19,6 +19,8 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import Call, backward, group_by_layer, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
+from curvlab.estimators.memory import at_most
+from curvlab.estimators.phases import phase
 from curvlab.estimators.positions import (
     EmbeddingPositions,
     Positions,
@@ -172,7 +174,8 @@ def _batches(
     rng = label_stream(quantity)
     size = _chunk_size(problem, verified, entries) if batch_size is None else batch_size
     for inputs, targets in _split_batches(problem.batches(batch_size), size):
-        outputs, calls = verified.run(problem, inputs)
+        with phase("forward"):
+            outputs, calls = verified.run(problem, inputs)
         covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
         yield calls, partial(_pull_back, outputs, list(calls.values()), covectors)
 
@@ -210,7 +213,8 @@ def _pull_back(
     last, every = len(covectors) - 1, [*chain(*calls)]
     for index, row in enumerate(covectors):
         # The list is emptied, so that no reference keeps these gradients while the next row is computed.
-        gradients = group_by_layer(backward(outputs, every, row, keep=again or index < last), calls)
+        with phase("backward"):
+            gradients = group_by_layer(backward(outputs, every, row, keep=again or index < last), calls)
         yield gradients
         gradients.clear()
 
@@ -274,7 +278,8 @@ def _tkfac(
 def _ekfac(
     batches: _Passes, layers: Mapping[str, Layer], problem: Problem, factors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    bases = {name: _basis(factor) for name, factor in factors.items()}
+    with phase("eigenvectors"):
+        bases = {name: _basis(factor) for name, factor in factors.items()}
     sums = Sums({name: layer.shape for name, layer in layers.items()}, problem)
     for calls, pull in batches():
         moments: dict[str, _RotatedSquares | _RotatedIndexSquares] = {}
@@ -330,7 +335,10 @@ class _RotatedSquares:
             self._take(rotated.square_())
         elif self.rows is not None:
             slopes = self.positions.gradient_rows(gradient) @ self.right
-            step = max(1, int(_BYTES / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())))
+            step = max(
+                1,
+                int(at_most(_BYTES, share=1 / 16) / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())),
+            )
             for g, a in zip(slopes.split(step), self.rows.split(step), strict=True):
                 self._take((g.mT @ a).square_().sum(dim=0))
         else:

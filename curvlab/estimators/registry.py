@@ -15,6 +15,9 @@ from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import ignore_torch_warnings, working_dtype
 from curvlab.estimators.covectors import suggest_sampling
 from curvlab.estimators.linearized import to_first_order
+from curvlab.estimators.memory import fit_batch_size, limited, parse_memory, too_much
+from curvlab.estimators.phases import phase
+from curvlab.estimators.products import kept_bytes
 from curvlab.estimators.rules import random_like
 from curvlab.estimators.verification import (
     ChangedUseError,
@@ -48,6 +51,7 @@ def estimate(
     backend: str = "auto",
     params: Selection | None = None,
     batch_size: int | None = None,
+    memory: str | float | None = None,
     progress: bool = False,
 ) -> CurvatureMatrix:
     """Return a curvature matrix of a problem: the mean over its samples of the per-sample matrix.
@@ -64,6 +68,9 @@ def estimate(
         params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
             and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         batch_size: Samples processed at once; None for the data's own batches. It does not change the result.
+        memory: Limit of the memory in addition to model and data: ``"2GB"``, bytes, or ``small`` (1 GB), ``medium``
+            (4 GB) or ``large`` (16 GB). The samples processed at once, and other pieces, are then as many as fit, by
+            trials on a few samples. None for no limit.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -74,7 +81,7 @@ def estimate(
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
         UnsupportedError: No backend, or not the requested one, computes this correctly for this model; the message
-            names the module that is the cause and an alternative.
+            names the module that is the cause and an alternative. Or it does not fit into ``memory``.
 
     Examples:
         >>> import torch
@@ -87,9 +94,15 @@ def estimate(
         raise CurvlabError(unknown_name_message("backend", str(backend), ("auto", *BACKENDS)))
     if batch_size is not None:
         batch_size = whole_number(batch_size, "batch_size", 1)
+    limit = None if memory is None else parse_memory(memory)
+    if limit is not None and batch_size is not None:
+        raise CurvlabError("memory chooses how many samples are processed at once: leave out batch_size, or memory")
     space = ParameterSpace.of(problem.model, params)
     find_backends(quantity, structure, backend)  # fail before the data are read if no backend has the combination
-    problem.check()
+    if limit is not None:
+        return _estimate_within(limit, problem, quantity, structure, backend, params, progress)
+    with phase("check"):
+        problem.check()
     if not isinstance(quantity, Hessian):
         problem = to_first_order(problem)
     problem = cache_verification(problem)
@@ -103,8 +116,9 @@ def estimate(
         restore_gradients(problem.model),  # a patched forward may call the original model from a copy
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
-        verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
-        split, reasons = _parts(problem, quantity, structure, space, backend)
+        with phase("check"):
+            verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
+            split, reasons = _parts(problem, quantity, structure, space, backend)
         parts = [
             _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
             for part_structure, part_space in split
@@ -127,6 +141,45 @@ def estimate(
             rejected=tuple(dict.fromkeys(chain.from_iterable(part.info.rejected for part in parts))),
         ),
     )
+
+
+def _estimate_within(
+    limit: float,
+    problem: Problem,
+    quantity: Quantity,
+    structure: Structure,
+    backend: str,
+    params: Selection | None,
+    progress: bool,
+) -> CurvatureMatrix:
+    """Return the matrix, computed with a peak below a limit in bytes, in addition to model and data."""
+    space = ParameterSpace.of(problem.model, params)
+    itemsize = working_dtype(problem.dtype).itemsize
+
+    # Sums over many batches are in float64, too (see ``curvlab.estimators.sums``).
+    sums = 3 if itemsize < torch.float64.itemsize else 1
+
+    def work(few: Problem) -> float:
+        matrix = estimate(few, quantity, structure, backend=backend, params=params)
+        if structure.name == "implicit":
+            matrix.matvec(torch.ones(space.total, dtype=matrix.dtype, device=matrix.device))
+            return kept_bytes()
+        stored = sum(tensor.nbytes for tensor in matrix.tensors().values())
+        return (sums - 1.0) * stored
+
+    what = f"{quantity.name} as {structure}"
+    least = 0.0 if isinstance(structure, Kronecker) else float(sums * structure.entries(space.sizes) * itemsize)
+    if least > limit:  # even a trial would take this much
+        raise too_much(what, least, limit)
+    problem.check()
+    with limited(limit):
+        size = fit_batch_size(what, problem, limit, work)
+        matrix = estimate(
+            problem.with_batch_size(size), quantity, structure, backend=backend, params=params, progress=progress
+        )
+    if not isinstance(quantity, MaSQ):
+        matrix.info = replace(matrix.info, batch_size=size)
+    return matrix
 
 
 def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:

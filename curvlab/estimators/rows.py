@@ -29,6 +29,7 @@ from curvlab.estimators.capture import (
 )
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.layers import make_layer
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.rules import agree, random_like
 from curvlab.estimators.verification import verify_factors
 from curvlab.interface import Pair
@@ -131,7 +132,7 @@ def row_batches(
             outputs = problem.forward({}, inputs).detach()
         covectors = output_covectors(problem.loss, quantity, outputs, targets, rng)
         size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
-        fitting = max(1, int(max_bytes / size))  # rows
+        fitting = max(1, int(at_most(max_bytes, share=1 / 16) / size))  # rows
         step = max(1, fitting // max(len(covectors), 1))
         for start in range(0, len(inputs), step):
             some = slice(start, start + step)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, ignore_torch_warnings, split_calls, to_working_dtype
 from curvlab.estimators.layers import Layer, has_factors, has_last_channels, is_transposed_convolution
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.positions import EmbeddingPositions, call_positions
 
 #: Modules that normalise, scale and shift.
@@ -219,7 +220,9 @@ class _Vectorised(Rule):
             return self._pullback(x.unsqueeze(0))(g.unsqueeze(0))[0]
 
         gradient = gradient.to(self.dtype)
-        step = max(1, int(_BYTES / sum(p.numel() * p.element_size() for p in self.parameters.values())))
+        step = max(
+            1, int(at_most(_BYTES, share=1 / 16) / sum(p.numel() * p.element_size() for p in self.parameters.values()))
+        )
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
             with ignore_torch_warnings():
                 rows = vmap(pull_sample)(x, g)

@@ -37,6 +37,7 @@ from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import to_working_dtype, working_dtype
 from curvlab.estimators.covectors import label_stream
 from curvlab.estimators.layers import Layer, check_scale, is_transposed_convolution
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.padding import find_padding, padding_of, without_gradient
 from curvlab.estimators.products import product
 from curvlab.estimators.rows import full_batches
@@ -100,7 +101,7 @@ def per_sample_rows(
         yield from _masq_rows(problem, quantity, space, advance)
         return
     rng = label_stream(quantity)
-    fitting = max(1, int(_BYTES / (max(space.total, 1) * working_dtype(problem.dtype).itemsize)))
+    fitting = max(1, int(at_most(_BYTES, share=1 / 16) / (max(space.total, 1) * working_dtype(problem.dtype).itemsize)))
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             parameters = _leaves(problem, space)
