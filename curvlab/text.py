@@ -1,7 +1,7 @@
 """Text for readers: formatted numbers, and names made safe for terminals and spreadsheets."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -68,6 +68,17 @@ def write_count(number: int, noun: str) -> str:
         ('1 step', '2,000 steps', '0 seeds')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def enumerate_names(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Examples:
+        >>> enumerate_names(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -176,14 +176,15 @@ def test_all_costs_of_a_small_network_are_predicted(quantity):
     assert (table[table.supported == "yes"][["seconds", "passes", "peak_bytes"]] > 0).all(axis=None)
 
 
-def test_the_option_rest_is_tried_if_it_is_needed(two_backends):
+def test_parameters_without_factors_are_findings_and_supported(two_backends):
     diagnosis = doctor(case("group norm, layer norm").problem, "empirical_fisher")
-    assert (
-        "'kfac:rest=diag' gives such parameters their diagonal"
-        in find_row(diagnosis, structure="kfac", backend="hooks")["obstacle"]
-    )
-    assert find_row(diagnosis, structure="kfac:rest=diag", backend="hooks")["supported"] == "yes"
-    assert "kfac:rest=diag" not in set(doctor(mlp(), "empirical_fisher").combinations.structure)
+    assert [finding for finding in diagnosis.findings if "no Kronecker factors" in finding] == [
+        "no Kronecker factors for 2.weight, 2.bias: each belongs to GroupNorm (2)",
+        "no Kronecker factors for 3.weight: it belongs to PReLU (3)",
+        "no Kronecker factors for 5.weight, 5.bias: each belongs to LayerNorm (5)",
+    ]
+    assert find_row(diagnosis, structure="kfac", backend="hooks")["supported"] == "yes"
+    assert set(diagnosis.combinations.structure) == set(STRUCTURES)
 
 
 def test_an_exception_of_a_backend_is_reported(monkeypatch):

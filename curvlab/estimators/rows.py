@@ -64,7 +64,8 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
         whole = make_layer(problem.space, name, layer.module)
         if isinstance(layer.module, nn.Linear) and layer == whole and "forward" not in vars(layer.module):
             candidates[name] = layer.module
-    calls = forward(problem, candidates, problem.probe()[0][0])[1]
+    layers = {name: make_layer(problem.space, name, module) for name, module in candidates.items()}
+    calls = forward(problem, layers, problem.probe()[0][0])[1]
     return {name: module for name, module in candidates.items() if _is_flat(calls[name])}
 
 
@@ -76,12 +77,12 @@ def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Li
     """
     rng = label_stream(quantity)
     collected: list[LinearFactors] = []
-    parameters = make_layer(problem.space, name, layer).parameters
+    whole = make_layer(problem.space, name, layer)
     for inputs, targets in problem.batches():
         leaves = make_leaves(problem)
-        outputs, calls = forward(problem, {name: layer}, inputs, leaves, cloned=(name,))
+        outputs, calls = forward(problem, {name: whole}, inputs, leaves, cloned=(name,))
         uses = inspect_graph(outputs, leaves).uses
-        if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in parameters):
+        if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in whole.parameters):
             raise UnsupportedError(
                 f"{name} is not called exactly once on (N, d) in every batch, or its parameters are used elsewhere: "
                 "leave its parameters out with params=[...], or use estimate(problem, quantity, 'dense') if the "
