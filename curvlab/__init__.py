@@ -13,8 +13,9 @@ from curvlab.doctor import doctor
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
 from curvlab.estimators.standard_error import standard_error
+from curvlab.functional import as_module
 from curvlab.linearize import linearize
-from curvlab.matrices import Penalty, load
+from curvlab.matrices import Penalty, load, merge
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
 from curvlab.recorder import EigenvalueRecorder
@@ -33,12 +34,14 @@ __all__ = [
     "Problem",
     "UnsupportedError",
     "__version__",
+    "as_module",
     "data",
     "diagonality",
     "doctor",
     "estimate",
     "linearize",
     "load",
+    "merge",
     "spectral_density",
     "standard_error",
     "top_eigenvalues",

@@ -122,8 +122,8 @@ def _collect(
             return lambda given: kind._make(make(given) for make in own.values())
         return lambda given: kind(make(given) for make in own.values())
     raise CurvlabError(
-        f"{where or 'the value'} of {what} is of type {type(value).__name__}: a batch is made of tensors with one row per "
-        "sample, in tuples, lists, dicts or dataclasses"
+        f"{where or 'the value'} of {what} is of type {type(value).__name__}: a batch is made of tensors with one row "
+        "per sample, in tuples, lists, dicts or dataclasses"
     )
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -119,17 +119,17 @@ class Problem:
         other.model, other.space = model, ParameterSpace.of(model)
         return other
 
-    def with_data(self, pairs: Iterable[Pair]) -> "Problem":
+    def with_data(self, data: Pair | Sequence[Pair]) -> "Problem":
         """Return a problem on other data with the same model, loss and interface.
 
         Args:
-            pairs: Pairs of inputs and targets, as ``batches`` yields them.
+            data: A pair of inputs and targets, or a list of pairs, as ``batches`` yields them.
         """
         other = copy(self)
         vars(other).pop("num_samples", None)
         vars(other).pop("num_units", None)
-        other.data = list(pairs)
-        other._source = RepeatableData(other.data, Interface())
+        other.data = data
+        other._source = RepeatableData(data, Interface())
         return other
 
     @property

@@ -30,7 +30,12 @@ def check_module(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}")
+        hint = (
+            ": for a function f(parameters, inputs) give curvlab.as_module(f, parameters)"
+            if given == "function"
+            else ""
+        )
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {given}{hint}")
     for name, module in model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from curvlab import Problem, diagonality, doctor, estimate, top_eigenvalues
+from curvlab import Problem, as_module, diagonality, doctor, estimate, top_eigenvalues
 from curvlab.batches import make_batch
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.likelihoods import CrossEntropy
@@ -227,3 +227,28 @@ def test_a_model_whose_own_loss_is_another_is_refused() -> None:
         model.classifier.weight.mul_(100)  # type: ignore[union-attr, operator]
     with pytest.raises(UnsupportedError, match=r"computes from its labels is .* but cross_entropy:label_smoothing=0.1"):
         Problem(model, CrossEntropy(label_smoothing=0.1), batch).check()
+
+
+def test_a_function_of_parameters_as_the_model() -> None:
+    net = TwoInputs()
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    model = as_module(lambda p, batch: torch.func.functional_call(net, dict(p), tuple(batch)), named)
+    assert [name for name, _ in model.named_parameters()] == list(named)
+    problem = Problem(model, "cross_entropy", ((X, Z), Y), forward=lambda m, b: m(b[0]))
+    assert torch.allclose(estimate(problem, "fisher", "dense").to_dense(), reference(), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((nn.Linear(2, 2), {}), "needs a function of parameters and inputs"),
+        ((lambda p, x: x, [X]), "parameters as tensors by name"),
+        ((lambda p, x: x, {"forward": X}), "'forward' cannot be the name of a parameter"),
+        ((lambda p, x: x, {"a": 1.0}), "parameters as tensors by name"),
+    ],
+)
+def test_functions_that_are_no_models(arguments: Any, told: str) -> None:
+    with pytest.raises(CurvlabError, match=told):
+        as_module(*arguments)
+    with pytest.raises(CurvlabError, match=r"not function: for a function .* curvlab.as_module"):
+        Problem(lambda p, x: x, "cross_entropy", (X, Y))  # type: ignore[arg-type]

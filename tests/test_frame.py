@@ -215,7 +215,8 @@ def test_every_option_is_read_or_refused(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", GRIDS)
 def test_options_of_a_value_name_fields_and_values(name):
     config = load_analysis(name).config
-    for option, (other, values) in config.only_for.items():
+    for option in config.only_for:
+        other, values = config().find_readers(option)
         assert {option, other} <= set(config.model_fields)
         field = {other: values[0] if isinstance(config.model_fields[other].default, str) else values}
         assert config(**field).is_read(option)

@@ -41,6 +41,7 @@ def test_a_gaussian_is_that_of_torch():
     torch.testing.assert_close(draws.mean(0), MEAN, atol=0.02, rtol=0)
     torch.testing.assert_close(draws.T.cov(), theirs.covariance_matrix, atol=0.03, rtol=0)
     torch.testing.assert_close(Gaussian.prior(2, 4.0).covariance, 0.25 * torch.eye(2).double())
+    assert Gaussian.prior(2, 0.3).precision[0, 0] == 0.3  # not rounded to float32
 
 
 def test_updates_chunk_by_chunk_are_exact_for_linear_regression():

@@ -242,10 +242,9 @@ class TestRefusedModels:
     @pytest.mark.parametrize(
         ("change", "told"),
         [
-            (lambda f: f[:, 0], r"\(N, C\); for one sample it returned \(1,\)"),
-            (lambda f: f.unsqueeze(2), r"returned \(1, 3, 1\)"),
+            (lambda f: f[0, 0], r"\(N, C\) or \(N, \*S, C\); for one sample it returned \(\)"),
             (lambda f: f[:3], r"returned \(3, 3\)"),
-            (lambda f: {"logits": f}, "returned dict"),
+            (lambda f: {"scores": f}, "not dict: give forward=lambda"),
         ],
     )
     def test_output(self, change: Callable[[Tensor], Any], told: str) -> None:
@@ -288,15 +287,15 @@ class TestRefusedData:
         [
             ((X, Y[:5]), "8 inputs but 5 targets"),
             ([(X, Y), (X, Y[:5])], "batch 1 has 8 inputs but 5 targets"),
-            ([(X, Y), (X, Y, Y)], "batch 1 of the data is not a pair"),
-            ([X, Y, Y], "batch 0 of the data is not a pair"),
-            ([(X, [0, 1])], "batch 0 of the data is not a pair"),
+            ([(X, Y), (X, Y, Y)], "batch 1 is not a pair"),
+            ([X, Y, Y], "batch 0 is not a pair"),
+            ([(X, [0, 1])], "batch 0 has 8 inputs but 2 targets"),
+            ([(X, ["a", "b"])], "targets of batch 0 are a list of 2 .str, str., from which no tensor can be made"),
             ((X[:0], Y[:0]), "no samples"),
             ([], "no samples"),
             ([(X[:0], Y[:0])], "no samples"),
             (iter([(X, Y)]), "only once"),
             (((x, y) for x, y in [(X, Y)]), "only once"),
-            (TensorDataset(X, Y), "DataLoader, a list of batches or a pair of tensors, not TensorDataset"),
             ((X / 0, Y), "data hold NaN or infinite"),
             ([(X, Y), (torch.full((1, 4), torch.nan), Y[:1])], "data hold NaN"),
             ((X, Y.float()), "class indices.*float32"),

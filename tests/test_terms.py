@@ -47,6 +47,7 @@ TOKENS = torch.randint(7, (N, T), generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(C, (N, T), generator=torch.Generator().manual_seed(2))
 IGNORED = torch.where(numbers(N, T, seed=3) > 0.5, -100, LABELS)
 W = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+MASKED = torch.where(numbers(N, T, C) > 0.3, -1.0, (numbers(N, T, C, seed=6) > 0).double())
 
 CASES: list[tuple[Likelihood, Tensor, int]] = [
     (CrossEntropy(), LABELS, C),
@@ -55,7 +56,7 @@ CASES: list[tuple[Likelihood, Tensor, int]] = [
     (CrossEntropy(), numbers(N, T, C, seed=4).softmax(dim=2), C),
     (SquaredError(variance=0.5), numbers(N, T, C, seed=5), C),
     (SquaredError(), numbers(N, T, seed=5), 1),
-    (BinaryCrossEntropy(pos_weight=W, ignore_value=-1), torch.where(numbers(N, T, C) > 0.3, -1.0, (numbers(N, T, C, seed=6) > 0).double()), C),
+    (BinaryCrossEntropy(pos_weight=W, ignore_value=-1), MASKED, C),
     (Poisson(), numbers(N, T, C, seed=7).abs().round(), C),
     (HeteroscedasticGaussian(), numbers(N, T, 2, seed=8), 4),
     (FromFunction(lambda f, y: (f - y).square().sum(dim=1) / 2, natural=True), numbers(N, T, C, seed=5), C),

@@ -1,6 +1,6 @@
 """Base class of all options: a frozen, validated pydantic model that can be written as YAML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
@@ -9,6 +9,9 @@ from pydantic_core import PydanticCustomError
 from curvlab import yaml_file
 
 NO_EFFECT = "no_effect"  # type of the error for a field that is not read
+
+#: Name of a field, and its values.
+Readers = tuple[str, tuple[Any, ...] | Callable[[], tuple[Any, ...]]]
 
 
 class Config(pydantic.BaseModel):
@@ -20,8 +23,9 @@ class Config(pydantic.BaseModel):
     titles: ClassVar[Mapping[str, str]] = {}
     #: Inherited fields that are not read: name -> what is used instead. Only their default value is accepted.
     unread: ClassVar[Mapping[str, str]] = {}
-    #: Fields that are read for some values of another field only: name -> the other field, and its values.
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
+    #: Fields that are read for some values of another field only: name -> the other field, and its values (or a
+    #: function that returns them, if others can be added).
+    only_for: ClassVar[Mapping[str, Readers]] = {}
 
     @pydantic.field_validator("*")
     @classmethod
@@ -46,9 +50,13 @@ class Config(pydantic.BaseModel):
         """Return whether a field of ``only_for`` is read, given the values of the others; True for any other field."""
         if name not in self.only_for:
             return True
+        other, values = self.find_readers(name)
+        return any(value in values for value in _items(getattr(self, other)))
+
+    def find_readers(self, name: str) -> tuple[str, tuple[Any, ...]]:
+        """Return, for a field of ``only_for``, the other field and its values for which the field is read."""
         other, values = self.only_for[name]
-        own = getattr(self, other)
-        return any(value in values for value in _items(own))
+        return other, values() if callable(values) else values
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML, which ``--config`` reads back."""

@@ -120,21 +120,45 @@ def output_covectors(
 def output_product(
     loss: Likelihood, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that multiplies vectors ``(N, C)`` by ``sum_r s_r s_r'`` of each sample."""
+    """Return a function that multiplies vectors ``(N, C)`` by ``sum_r s_r s_r'`` of each sample.
+
+    Besides its result it needs a few megabytes, or as much as one sample needs.
+    """
     if isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None):
         form = loss.hessian_form if isinstance(quantity, GGN) else loss
-        return lambda vectors: form.fisher_product(outputs, targets, vectors).to(outputs.dtype)
+        return _by_samples(lambda some, vectors: form.fisher_product(outputs[some], targets[some], vectors), outputs)
     covectors = output_covectors(loss, quantity, outputs, targets, rng)
-    held = [covectors[:]] if len(covectors) <= covectors.chunk_size else None
+    if outputs.numel() * outputs.element_size() * len(covectors) <= _BYTES:
+        held = covectors[:]
+        return lambda vectors: _project(held, vectors)
+    return _by_samples(
+        lambda some, vectors: reduce(torch.add, (_project(s, vectors) for s in covectors.select(some).chunks())),
+        outputs,
+    )
 
-    def multiply(vectors: Tensor) -> Tensor:
-        terms = (
-            torch.einsum("nrc,nr->nc", some, torch.einsum("nrc,nc->nr", some, vectors))
-            for some in held or covectors.chunks()
-        )
-        return reduce(torch.add, terms)
 
-    return multiply
+def _project(covectors: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``sum_r s_nr (s_nr . v_n)`` for covectors ``(N, R, C)`` and vectors ``(N, C)``."""
+    return torch.einsum("nrc,nr->nc", covectors, torch.einsum("nrc,nc->nr", covectors, vectors))
+
+
+def _by_samples(multiply: Callable[[slice, Tensor], Tensor], outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a product that is computed for some samples at a time.
+
+    Args:
+        multiply: Function of a slice of samples and their vectors.
+        outputs: ``(N, C)``.
+    """
+    step = max(1, int(_BYTES / max(1, outputs.shape[1] * outputs.element_size())))
+
+    def product(vectors: Tensor) -> Tensor:
+        result = torch.empty_like(outputs)
+        for start in range(0, len(outputs), step):
+            some = slice(start, start + step)
+            result[some] = multiply(some, vectors[some])
+        return result
+
+    return product
 
 
 def label_stream(quantity: Quantity) -> np.random.Generator:

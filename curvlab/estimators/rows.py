@@ -124,7 +124,7 @@ def row_batches(
         yield from _masq_rows(problem, quantity, parameters, advance)
         return
     rng = label_stream(quantity)
-    compute_rows = _RowFunction(problem, parameters)
+    compute_rows = RowFunction(problem, parameters)
     for inputs, targets in problem.batches():
         with torch.enable_grad():  # for models with a derivative in the forward pass, or that check the grad mode
             outputs = problem.forward({}, inputs).detach()
@@ -141,7 +141,7 @@ def row_batches(
             advance(len(inputs[some]))
 
 
-class _RowFunction:
+class RowFunction:
     """Function from covectors to rows, vectorised over samples and covectors wherever torch does this correctly."""
 
     def __init__(self, problem: Problem, parameters: dict[str, Tensor]) -> None:

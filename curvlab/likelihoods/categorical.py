@@ -12,6 +12,7 @@ from curvlab.checks import real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods.base import Likelihood, precise
 
+_ENTRIES = 1 << 21  # probabilities that are computed in float64 at once
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -104,13 +105,14 @@ class CrossEntropy(Likelihood):
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ``m p - a``, with full relative precision even if ``p_y`` rounds to one."""
-        p = precise(outputs).softmax(dim=1)
+        p = precise(outputs.detach()).softmax(dim=1)
         if targets.is_floating_point() or self.label_smoothing:
             a = self._all_masses(p, targets)
             return a.sum(dim=1, keepdim=True) * p - a
         labels = self._labels(targets).unsqueeze(1)
-        found = p.scatter(1, labels, -_complement(p).gather(1, labels))
-        return found if self._counts_all else found * self.masses(outputs, targets)
+        p.scatter_(1, labels, 0.0)
+        p.scatter_(1, labels, -p.sum(dim=1, keepdim=True))  # 1 - p_y as the sum of the others, without cancellation
+        return p if self._counts_all else p.mul_(self.masses(outputs, targets))
 
     def weights(self, targets: Tensor) -> Tensor:
         """Return the class weight of hard labels (0 for ignored ones), as torch's mean does; 1 for soft targets."""
@@ -178,14 +180,19 @@ class CrossEntropy(Likelihood):
         p = precise(outputs).softmax(dim=1)
         u = precise(vectors)
         u = u - u.gather(1, p.argmax(dim=1, keepdim=True))
-        found = p * (u - (p * u).sum(dim=1, keepdim=True))
-        return found if self._counts_all else found * self.masses(outputs, targets)
+        u -= torch.einsum("mc,mc->m", p, u).unsqueeze(1)
+        p *= u  # in place: with many classes, these are the largest tensors
+        return p if self._counts_all else p.mul_(self.masses(outputs, targets))
 
     def sample(self, outputs: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Draw class indices from ``softmax(f)`` by inverting the cumulative distribution."""
         uniform = torch.from_numpy(rng.random((len(outputs), count))).to(outputs.device)
-        cumulative = outputs.detach().double().softmax(dim=1).cumsum(dim=1)
-        return torch.searchsorted(cumulative, uniform, right=True).clamp_(max=outputs.shape[1] - 1)
+        step = max(1, _ENTRIES // outputs.shape[1])  # rows in float64 at once
+        drawn = [
+            torch.searchsorted(f.double().softmax(dim=1).cumsum(dim=1), u, right=True)
+            for f, u in zip(outputs.detach().split(step), uniform.split(step), strict=True)
+        ]
+        return torch.cat(drawn).clamp_(max=outputs.shape[1] - 1)
 
     def drawn_gradients(self, outputs: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:
         """Return ``sqrt(m) (p - e_y)``."""
@@ -221,10 +228,3 @@ def _root(u: Tensor, part: range) -> Tensor:
     factors = -(u.square() / (1 + of_top)).unsqueeze(1) * of_others.unsqueeze(2)
     factors.scatter_add_(2, others.unsqueeze(2), of_others.unsqueeze(2))
     return factors.scatter_(2, top.expand_as(others).unsqueeze(2), -(of_top * of_others).unsqueeze(2))
-
-
-def _complement(p: Tensor) -> Tensor:
-    """Return ``1 - p`` of probabilities ``(M, C)`` without cancellation, even if one of them rounds to one."""
-    top = p.argmax(dim=1, keepdim=True)
-    rest = p.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
-    return (1 - p).scatter(1, top, rest)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from curvlab.checks import describe_value, positive_number, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.posterior.laplace import Gaussian, LogDensity, evaluate_density
+from curvlab.posterior.update import Gaussian, LogDensity, evaluate_density
 
 _CHUNK = 5000  # points evaluated at once
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from curvlab.checks import real_number, to_double, whole_number
 from curvlab.errors import CurvlabError
-from curvlab.posterior.laplace import LogDensity, evaluate_density
+from curvlab.posterior.update import LogDensity, evaluate_density
 
 _FIRST_STEP = 0.05
 _FEWEST = 4  # draws of a chain: a variance of each half needs two

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvlab.checks import describe_value, to_double
 from curvlab.errors import CurvlabError, type_and_line
 from curvlab.parameters import ParameterSpace
-from curvlab.posterior.laplace import Gaussian
+from curvlab.posterior.update import Gaussian
 from curvlab.stateless import check_module
 
 _NODES = 50  # of the quadrature

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.subject import SubjectConfig
+from curvlab.commandline.config import Readers
 from curvlab.training.options import FirstOrderName, ScheduleName
 
 Positive = Annotated[float, Field(gt=0)]
@@ -71,7 +72,7 @@ class DlcftConfig(SubjectConfig):
     }
 
     unread: ClassVar[Mapping[str, str]] = {"fine_tune": "with weights, the last layer is always replaced"}
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **SubjectConfig.only_for,
         "data_tasks": ("settings", ("data",)),
         "long_tasks": ("settings", ("data_long",)),

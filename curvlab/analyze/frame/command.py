@@ -97,7 +97,7 @@ def _check_read(config: Config, given: Iterable[str]) -> None:
     """
     for name in given:
         if not config.is_read(name):
-            other, values = config.only_for[name]
+            other, values = config.find_readers(name)
             raise CurvlabError(
                 f"{option_name(name)} has no effect: it is for {option_name(other)} {' or '.join(map(str, values))}; "
                 "leave it out"

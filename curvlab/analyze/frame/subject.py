@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from curvlab.commandline.config import C, Config
+from curvlab.commandline.config import C, Config, Readers
 from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset, data_root, load
 from curvlab.errors import CurvlabError
@@ -30,7 +30,7 @@ class SubjectConfig(Config):
     """A network, and the samples for its curvature."""
 
     titles: ClassVar[Mapping[str, str]] = {"data": "data", "model": "network"}
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {"hidden": ("model", ("mlp",))}
+    only_for: ClassVar[Mapping[str, Readers]] = {"hidden": ("model", ("mlp",))}
 
     data: str = "digits"
     """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of an .npz file or image folder."""

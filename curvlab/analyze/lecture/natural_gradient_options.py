@@ -1,13 +1,14 @@
 """Options, presets and hyper-parameter search of the analysis ``natural_gradient``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
+from curvlab.commandline.config import Readers
 from curvlab.errors import CurvlabError
 
 Problem = Literal["regression", "network"]
@@ -34,7 +35,7 @@ class NaturalGradientConfig(subject.SubjectConfig):
         "problems": "linear regression",
         "methods": "training",
     }
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **subject.SubjectConfig.only_for,
         "sgd_lrs": ("methods", ("sgd",)),
         "adam_lrs": ("methods", ("adam",)),

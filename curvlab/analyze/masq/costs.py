@@ -27,7 +27,7 @@ def measure_cost(method: str, problem: Problem, batch_size: int, masq_batch_size
         masq_batch_size: Batch size of MaSQ.
     """
     x, y = problem.data
-    few = problem.with_data([(x[: _FEW * batch_size], y[: _FEW * batch_size])])
+    few = problem.with_data((x[: _FEW * batch_size], y[: _FEW * batch_size]))
     compute(method, few, batch_size, masq_batch_size)
     peak = Peak(problem.device)
     started = time.perf_counter()

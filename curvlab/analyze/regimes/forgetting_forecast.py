@@ -20,6 +20,7 @@ from curvlab.analyze.regimes import options as regimes
 from curvlab.analyze.regimes.claims import CORRELATED
 from curvlab.analyze.regimes.forecast_claims import claims
 from curvlab.analyze.regimes.options import Record, StreamsConfig
+from curvlab.commandline.config import Readers
 from curvlab.continual import Regime
 from curvlab.continual import run as learn
 from curvlab.continual.forecast import expand_loss, load_expansion, loss_and_gradient
@@ -64,7 +65,7 @@ class ForgettingForecastConfig(StreamsConfig):
     """Train a network on one task after another by several methods, and forecast what it forgets from curvature."""
 
     titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "methods": "methods", "quantity": "curvature"}
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **StreamsConfig.only_for,
         "ewc_strength": ("methods", ("ewc",)),
         "memory": ("methods", ("er",)),

@@ -1,9 +1,10 @@
 """Options of the analysis ``methods``, its presets, and the candidates of each method."""
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +13,7 @@ from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.search import Candidate, Group
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.analyze.regimes.method_list import METHODS, OPTIONS, PAPER, list_methods
+from curvlab.commandline.config import Readers
 
 StreamName = Literal["permuted", "rotated", "split"]
 Positive = Annotated[float, Field(gt=0)]
@@ -28,10 +30,10 @@ class MethodsConfig(SubjectConfig):
         "trials": "hyper-parameters",
         "evaluation": "evaluation",
     }
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **SubjectConfig.only_for,
         "degrees": ("streams", ("rotated",)),
-        **{option: ("methods", list_methods(option)) for option in OPTIONS},
+        **{option: ("methods", partial(list_methods, option)) for option in OPTIONS},
     }
 
     validation: int = Field(default=200, ge=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.analyze.frame.values import split_config
+from curvlab.commandline.config import Readers
 from curvlab.continual import Task, permuted, rotated
 from curvlab.continual.regimes import Regime
 from curvlab.data import Dataset
@@ -42,7 +43,7 @@ class StreamsConfig(SubjectConfig):
         "epochs": "training",
         "seeds": "seeds",
     }
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **SubjectConfig.only_for,
         "degrees": ("streams", ("rotated",)),
     }
@@ -85,7 +86,7 @@ class RegimesConfig(StreamsConfig):
     """Train a network on a sequence of tasks under several regimes."""
 
     titles: ClassVar[Mapping[str, str]] = {**StreamsConfig.titles, "regimes": "regimes", "solver": "curvature"}
-    only_for: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    only_for: ClassVar[Mapping[str, Readers]] = {
         **StreamsConfig.only_for,
         "batch_decay": ("regimes", ("stable+shrinking", "plastic+shrinking")),
         "tol": ("solver", ("lanczos",)),

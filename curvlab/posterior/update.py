@@ -69,7 +69,8 @@ class Gaussian:
             CurvlabError: A value is out of its range.
         """
         size = whole_number(size, "the size of a prior", 1)
-        return cls(torch.zeros(size).double(), positive_number(precision, "the precision of a prior") * torch.eye(size))
+        identity = torch.eye(size, dtype=torch.float64)  # float32 would round the precision
+        return cls(torch.zeros(size).double(), positive_number(precision, "the precision of a prior") * identity)
 
     @property
     def covariance(self) -> Tensor:
