@@ -595,7 +595,7 @@ def main() -> None:
     with block("layers"):
         spectra = layer_spectra(task, [*(f"encoder.encoder.layer.{i}" for i in range(layers)), "head"], k=5)
     with block("diagonality"):
-        tensors = ["attention.self.query.weight", "attention.self.value.weight", "intermediate.dense.weight"]
+        tensors = ["attention.self.query.weight", "attention.self.value.weight"]
         save(draw_layers(spectra, print_diagonality(task, tensors, layers)), "layers")
     with block("structures"):
         modules = [f"encoder.encoder.layer.{i}.attention.output.dense" for i in (0, layers - 1)]
