@@ -9,6 +9,7 @@ Packages: ``pip install 'curvlab[examples]'``. Time: eight minutes of one core.
 import copy
 import csv
 import io
+import itertools
 import re
 import sys
 import time
@@ -251,6 +252,7 @@ def print_diagonality(task: Problem, tensors: Sequence[str], layers: int) -> dic
         tensors: Names of parameters within a layer.
         layers: Number of layers.
     """
+    print(" " * 44 + " ".join(f"{f'layer {i}':>9}" for i in range(layers)))
     shares = {}
     for tensor in tensors:
         names = [f"encoder.encoder.layer.{i}.{tensor}" for i in range(layers)]
@@ -263,7 +265,7 @@ def print_diagonality(task: Problem, tensors: Sequence[str], layers: int) -> dic
 
 def short(name: str) -> str:
     """Return the name of a layer or module without the names of its containers."""
-    return name.replace("encoder.encoder.", "").replace(".attention", "")
+    return name.removeprefix("encoder.encoder.")
 
 
 # 3: structures compared with the exact Fisher
@@ -310,7 +312,7 @@ def compare_structures(task: Problem, modules: Sequence[str], start: Texts, vect
             }
             records.append(record)
             print(
-                f"{short(module):22} {structure:14}   error {record['error']:5.2f}   trace {record['trace']:5.2f}   "
+                f"{short(module):30} {structure:14}   error {record['error']:5.2f}   trace {record['trace']:5.2f}   "
                 f"change {record['change']:5.2f}",
                 flush=True,
             )
@@ -339,7 +341,7 @@ def stream(texts: Texts) -> list[Texts]:
 
 
 def uniform(matrix: Diagonal) -> CurvatureMatrix:
-    """Return the identity in place of a diagonal matrix: its penalty is L2 regularisation towards the anchor."""
+    """Return the identity in place of a diagonal matrix: L2 regularisation towards the anchor, or the plain average."""
     return Diagonal(torch.ones_like(matrix.entries), matrix.space, matrix.info)
 
 
@@ -364,7 +366,7 @@ def learn_stream(
 ) -> nn.Module:
     """Train a model that knows the first task on the other ones, one after another, and return it."""
     penalty, parameters = Penalty(), dict(model.named_parameters())
-    for past, task in zip(tasks, tasks[1:], strict=False):
+    for past, task in itertools.pairwise(tasks):
         pull = None
         if method.matrix is not None:
             penalty.add(method.matrix(problem(model, past)), parameters)  # the anchor is copied
@@ -407,7 +409,9 @@ def compare_on_stream(
     for name in METHODS:
         runs = [record["accuracies"] for record in records if record["method"] == name]
         tasks = "   ".join(spread(list(values)) for values in zip(*runs, strict=True))
-        print(f"{name:14} strength {chosen[name]:6g}   tasks {tasks}   mean {spread(list(map(mean, runs)))}", flush=True)
+        print(
+            f"{name:14} strength {chosen[name]:6g}   tasks {tasks}   mean {spread(list(map(mean, runs)))}", flush=True
+        )
     return records
 
 
@@ -428,22 +432,22 @@ def merge_copies(
         each: Number of texts per section from which the Fishers are estimated.
     """
     classes = int(texts["train"]["labels"].max()) + 1
-    found: dict[str, list[float]] = {"first copy": [], "second copy": [], "plain average": [], "Fisher-weighted": []}
+    names = ("first copy", "second copy", "plain average", "Fisher-weighted", "with equal traces")
+    found: dict[str, list[float]] = {name: [] for name in names}
     for seed in seeds:
         start, models, fishers = new_classifier(encoder, classes, seed), [], []
         for half in (range(classes // 2), range(classes // 2, classes)):
             mine = of_sections(texts["train"], half)
             models.append(fine_tune(copy.deepcopy(start), mine, epochs=epochs, lr=lr, seed=seed))
             fishers.append(estimate(problem(models[-1], some_of_each(mine, each)), "fisher:samples=1", "diag"))
-        a, b = (fisher.space.flatten(trainable(model)) for fisher, model in zip(fishers, models, strict=True))
-        merged = copy.deepcopy(start)
-        merged.load_state_dict(merge(models, fishers), strict=False)
-        start.load_state_dict(fishers[0].space.unflatten((a + b) / 2), strict=False)
-        for name, model in zip(found, (*models, start, merged), strict=True):
-            found[name].append(accuracy(model, texts["test"]))
+        scaled = [fisher * (1 / float(fisher.trace())) for fisher in fishers]
+        averages = [merge(models, weights) for weights in (list(map(uniform, fishers)), fishers, scaled)]
+        for name, parameters in zip(found, [*map(trainable, models), *averages], strict=True):
+            start.load_state_dict(parameters, strict=False)
+            found[name].append(accuracy(start, texts["test"]))
         log(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()))
     for name, values in found.items():
-        print(f"{name:16} {spread(values)}", flush=True)
+        print(f"{name:18} {spread(values)}", flush=True)
     return found
 
 
@@ -537,7 +541,7 @@ def draw_structures(records: Sequence[Record]) -> Any:
         names = [record["structure"] for record in mine]
         left.plot([r["error"] for r in mine], names, marker, color=colour, label=short(module))
         right.plot([r["change"] for r in mine], names, marker, color=colour)
-    left.set_xlim(left=0)
+    left.set_xlim(0, 1.05 * max(record["error"] for record in records))
     left.invert_yaxis()
     right.set_xscale("log")
     right.axvline(1, color=GREY, linewidth=0.8)
@@ -603,7 +607,7 @@ def main() -> None:
     with block("stream"):
         save(draw_stream(compare_on_stream(encoder, texts, seeds=(0, 1, 2), epochs=2, lr=5e-3), sections), "stream")
     with block("merging"):
-        merge_copies(encoder, texts, seeds=(0, 1, 2), epochs=2, lr=2e-4, each=20)
+        merge_copies(encoder, texts, seeds=(0, 1, 2), epochs=1, lr=2e-4, each=20)
 
 
 if __name__ == "__main__":
