@@ -591,21 +591,22 @@ def main() -> None:
     model = new_classifier(encoder, len(sections), seed=0)
     start = {name: parameter.clone() for name, parameter in trainable(model).items()}
     with block("fine-tuning"):
-        save(
-            draw_fine_tuning(record_fine_tuning(model, texts, few, at=(0, 5, 10, 20, 40), epochs=2, lr=2e-4)),
-            "fine_tuning",
-        )
+        points = record_fine_tuning(model, texts, few, at=(0, 5, 10, 20, 40), epochs=2, lr=2e-4)
+        save(draw_fine_tuning(points), "fine_tuning")
     task = problem(model, few)
     with block("layers"):
         spectra = layer_spectra(task, [*(f"encoder.encoder.layer.{i}" for i in range(layers)), "head"], k=5)
     with block("diagonality"):
         tensors = ["attention.self.query.weight", "attention.self.value.weight"]
-        save(draw_layers(spectra, print_diagonality(task, tensors, layers)), "layers")
+        shares = print_diagonality(task, tensors, layers)
+        save(draw_layers(spectra, shares), "layers")
     with block("structures"):
         modules = [f"encoder.encoder.layer.{i}.attention.output.dense" for i in (0, layers - 1)]
-        save(draw_structures(compare_structures(task, modules, start)), "structures")
+        records = compare_structures(task, modules, start)
+        save(draw_structures(records), "structures")
     with block("stream"):
-        save(draw_stream(compare_on_stream(encoder, texts, seeds=(0, 1, 2), epochs=2, lr=5e-3), sections), "stream")
+        records = compare_on_stream(encoder, texts, seeds=(0, 1, 2), epochs=2, lr=5e-3)
+        save(draw_stream(records, sections), "stream")
     with block("merging"):
         merge_copies(encoder, texts, seeds=(0, 1, 2), epochs=1, lr=2e-4, each=20)
 
