@@ -47,11 +47,11 @@ def encoder() -> Any:
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Texts]:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(24) % 6
+    labels = torch.arange(12) % 6
 
     def draw() -> Texts:  # each section has words of its own
-        words = 5 * labels[:, None] + torch.randint(5, (24, 4), generator=generator)
-        return {"input_ids": words, "attention_mask": (torch.arange(4) < 3).long().expand(24, 4), "labels": labels}
+        words = 5 * labels[:, None] + torch.randint(5, (12, 4), generator=generator)
+        return {"input_ids": words, "attention_mask": (torch.arange(4) < 3).long().expand(12, 4), "labels": labels}
 
     return {part: draw() for part in ("train", "validation", "test")}
 
@@ -105,7 +105,7 @@ def test_a_penalty_keeps_the_model_at_its_anchor(example: ModuleType, encoder: A
     for strength in (0.0, 1e3):
         model = example.add_adapters(encoder, seed=0)
         before = {name: parameter.clone() for name, parameter in example.trainable(model).items()}
-        example.learn_stream(model, tasks, example.METHODS["L2"], strength, epochs=20, lr=1e-3, seed=0)
+        example.learn_stream(model, tasks, example.METHODS["L2"], strength, epochs=10, lr=1e-3, seed=0)
         after = example.trainable(model)
         moved[strength] = sum(float((after[name] - old).norm()) for name, old in before.items())
     assert moved[1e3] < 0.5 * moved[0.0]
@@ -129,9 +129,7 @@ def test_the_page_has_every_block_and_figure(example: ModuleType) -> None:
     page = (ROOT / "docs" / "examples" / "transformer.md").read_text()
     script = (ROOT / "examples" / "transformer.py").read_text()
     assert re.findall(r"<!-- (.*) -->", page) == re.findall(r'block\("(.*)"\)', script)
-    assert set(re.findall(r"transformer_(\w+)\.png", page)) == set(
-        re.findall(r'save\(.*?"(\w+)"\s*\)', script, re.DOTALL)
-    )
+    assert re.findall(r"transformer_(\w+)\.png", page) == re.findall(r'save\(.*, "(\w+)"\)', script)
 
 
 def test_missing_packages_are_named(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
