@@ -3,7 +3,7 @@
 The model is MiniLM-L6 (10.6 million parameters and the embeddings), the data are descriptions of Debian packages. The
 page ``docs/examples/transformer.md`` explains the parts; this script draws its figures and replaces its numbers.
 
-Packages: ``pip install 'curvlab[examples]'``. Time: eight minutes of one core.
+Packages: ``pip install 'curvlab[examples]'``. Time: about ten minutes of one core.
 """
 
 import copy
