@@ -16,7 +16,7 @@ N, CLASSES = 7, 3
 
 @dataclass(frozen=True)
 class Case:
-    """A model with data, and the names of the Linear layers with rank-one rows and of all with Kronecker factors."""
+    """A model with data, and the names of the Linear layers with rank-one rows and of all with one pair of factors."""
 
     model: nn.Module
     inputs: Tensor
@@ -286,7 +286,7 @@ _FLOAT, _IMAGE, _PICTURE = 4, 18, 48  # features of an input
 _TOKENS = 0  # two words of five
 _BLOCKS = {f"{4 + block}.{conv}" for block in range(9) for conv in ("conv1", "conv2")}
 
-# How it is made, its inputs, its loss, its rank-one Linear layers, and what else has Kronecker factors.
+# How it is made, its inputs, its loss, its rank-one Linear layers, and the other modules that have one pair of factors.
 _ZOO: dict[str, tuple[Callable[[], nn.Module], int, str, set[str], set[str]]] = {
     "mlp": (mlp, _FLOAT, "cross_entropy", {"0", "2"}, set()),
     "mlp squared error": (mlp, _FLOAT, "squared_error", {"0", "2"}, set()),

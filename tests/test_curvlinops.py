@@ -63,8 +63,11 @@ def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
 
 
 def kronecker_space(problem: Problem, params: list[str] | None = None) -> ParameterSpace:
+    """Return the parameters whose block is that of a whole module."""
     space = ParameterSpace.of(problem.model, params)
-    return space.restrict({n for layer in kronecker_layers(problem, space)[0].values() for n in layer.parameters})
+    layers = dict(problem.model.named_modules())
+    whole = [layer for key, layer in kronecker_layers(problem, space)[0].items() if layers.get(key) is layer.module]
+    return space.restrict({name for layer in whole for name in layer.parameters})
 
 
 def computed(
@@ -384,7 +387,7 @@ class TestRefusals:
                 nn.Sequential(nn.Unflatten(2, (2, 2)), nn.Conv3d(2, 2, 2)),
                 r"Linear and Conv2d layers only, not for Conv3d \(1.1\)",
             ),
-            (nn.Conv2d(2, 2, 2, groups=2), r"1\.(weight|bias) belongs to grouped Conv2d \(1\)"),
+            (nn.Conv2d(2, 2, 2, groups=2), r"one pair of full factors per module, not a block 1/group=0of2"),
         ],
         ids=["circular", "even same", "conv1d", "conv3d", "groups"],
     )
@@ -400,8 +403,8 @@ class TestRefusals:
             ("raw parameters", r"scale belongs to Raw"),
             ("also functional", r"fc.weight belongs to Linear fc, but is also used elsewhere"),
             ("lstm", r"lstm.weight_ih_l0 belongs to LSTM"),
-            ("attention", r"attention.in_proj_weight belongs to MultiheadAttention"),
-            ("embedding", r"0.weight belongs to Embedding"),
+            ("attention", r"not a block attention.in_proj/group=0of3"),
+            ("embedding", r"not a block 0/embedding"),
             ("batch norm", r"2.weight belongs to BatchNorm2d"),
             ("group norm, layer norm", r"2.weight belongs to GroupNorm"),
         ],

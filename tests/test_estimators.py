@@ -360,8 +360,9 @@ class TestKronecker:
     def test_the_layers(self, name: str) -> None:
         problem = case(name).problem
         layers, reasons = kronecker_layers(problem, problem.space)
-        assert {key for key in layers if "/" not in key} == case(name).kronecker
-        inside = [parameter for layer in layers.values() for parameter in layer.parameters]
+        modules = dict(problem.model.named_modules())
+        assert {key for key, layer in layers.items() if modules.get(key) is layer.module} == case(name).kronecker
+        inside = {parameter for layer in layers.values() for parameter in layer.parameters}
         assert sorted([*inside, *reasons]) == sorted(problem.space.names)
 
     @pytest.mark.parametrize("quantity", [EmpiricalFisher(), Fisher(samples=2, seed=1)], ids=str)

@@ -343,7 +343,10 @@ class Truth:
         except Exception as error:  # from torch, because zeros are added to outputs
             raise UnfitCaseError(_line(error)) from error
         tensors = part.tensors()
+        modules = dict(self.model.named_modules())
         for layer in dict.fromkeys(name.rpartition("|")[0] for name in tensors):
+            if type(modules.get(layer)) not in factors.OPERATIONS:
+                continue  # embeddings, groups, transposed convolutions, attention: the oracle has no factors of them
             owner = self._kind(f"{layer}.weight")
             if layer not in samples_by_layer:
                 raise WrongNumberError(f"factors of {owner}, which has none")
