@@ -15,7 +15,7 @@ from curvlab.estimators import estimate
 from curvlab.estimators.standard_error import standard_error
 from curvlab.functional import as_module
 from curvlab.linearize import linearize
-from curvlab.matrices import Penalty, load
+from curvlab.matrices import Penalty, load, merge
 from curvlab.problem import Problem
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ
 from curvlab.recorder import EigenvalueRecorder
@@ -41,6 +41,7 @@ __all__ = [
     "estimate",
     "linearize",
     "load",
+    "merge",
     "spectral_density",
     "standard_error",
     "top_eigenvalues",

@@ -1,5 +1,6 @@
 """Observer of the fit loop that records eigenvalues over training."""
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +17,7 @@ from curvlab.estimators.per_layer import patterns_by_module
 from curvlab.forms import unknown_name_message
 from curvlab.likelihoods import get_likelihood
 from curvlab.matrices import CurvatureMatrix
+from curvlab.parameters import Selection, check_selection
 from curvlab.problem import BatchSource, Pair, Problem
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.spectrum.arguments import check_choice, check_real, check_whole
@@ -35,7 +37,7 @@ class EigenvalueChanges(TypedDict, total=False):
     which: Which
     tol: float
     max_matvecs: int | None
-    params: Sequence[str] | str | None
+    params: Selection | None
     per: CurveLevel
     batch_size: int | None
     warm: bool
@@ -54,7 +56,9 @@ class EigenvalueOptions:
         tol: Relative error of an eigenvalue.
         max_matvecs: Maximum number of matrix-vector products for one quantity of one layer at one point; None for
             1,000, or ``20 k`` if that is more.
-        params: Glob patterns of parameter names; None for all trainable parameters.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones. A recorder that continues
+            from a checkpoint compares patterns, and of functions their names.
         per: ``network``, or ``layer`` for the block of every module's own parameters.
         batch_size: Samples per batch; None for the batches of the data. It does not change the result.
         warm: Whether to start from earlier eigenvectors; otherwise every search starts from a random vector.
@@ -71,7 +75,7 @@ class EigenvalueOptions:
     which: Which = "LA"
     tol: float = 1e-3
     max_matvecs: int | None = None
-    params: Sequence[str] | str | None = None
+    params: Selection | None = None
     per: CurveLevel = "network"
     batch_size: int | None = None
     warm: bool = True
@@ -92,8 +96,8 @@ class EigenvalueOptions:
             "density_steps": steps,
             "seed": check_whole("seed", self.seed, 0),
         }
-        if self.params is not None and not isinstance(self.params, str):
-            checked["params"] = tuple(self.params)
+        params = check_selection(self.params)
+        checked["params"] = tuple(params) if isinstance(params, list) else params
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
@@ -102,7 +106,11 @@ class EigenvalueOptions:
         options = asdict(self)
         del options["batch_size"]
         if self.params is not None:
-            options["params"] = self.params if isinstance(self.params, str) else str(list(self.params))
+            options["params"] = (
+                str(list(map(_describe_selector, self.params)))
+                if isinstance(self.params, tuple)
+                else _describe_selector(self.params)
+            )
         return options
 
 
@@ -263,7 +271,7 @@ class EigenvalueRecorder:
         self.densities = [record | {"density": SpectralDensity(**record["density"])} for record in states["densities"]]
         self._vectors = dict(states["vectors"])
 
-    def _layers(self, model: nn.Module) -> dict[str, Sequence[str] | str | None]:
+    def _layers(self, model: nn.Module) -> Mapping[str, Selection | None]:
         """Return the layer names of the records with the patterns of their parameters."""
         params = self._options.params
         if self._options.per == "network":
@@ -304,6 +312,15 @@ def _combine(options: EigenvalueOptions, changes: EigenvalueChanges) -> Eigenval
         if name not in names:
             raise CurvlabError(unknown_name_message("option of the recorder", name, names))
     return replace(options, **changes)
+
+
+def _describe_selector(selector: object) -> str:
+    """Return a pattern as text; a function by its name, because its code cannot be compared."""
+    if isinstance(selector, str):
+        return selector
+    if isinstance(selector, re.Pattern):
+        return repr(selector)
+    return f"function {getattr(selector, '__qualname__', type(selector).__qualname__)}"
 
 
 def _make_records(top: EigenResult) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What is added to the diagonal: every form of it in every structure, against dense linear algebra."""
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -8,18 +9,20 @@ import numpy as np
 import pytest
 import test_matrices as made
 import torch
-from test_matrices import INFO, LAYERS, P, close, kron, vector
+from test_matrices import INFO, LAYERS, SIZES, P, close, homogeneous, kron, vector
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.matrices import (
     EKFAC,
     KFAC,
+    TKFAC,
     BlockDiagonal,
     Composite,
     CurvatureMatrix,
     Dense,
     Diagonal,
+    FactoredDamping,
     Implicit,
 )
 from curvlab.matrices.damping import Damping
@@ -62,6 +65,8 @@ def is_right(matrix: CurvatureMatrix, dense: Tensor, damping: Any) -> None:
     several = vector(2, 3)
     assert close(matrix.solve(several, damping), torch.linalg.solve(damped, several))
     assert close(matrix.logdet(damping), torch.logdet(damped))
+    assert close(matrix.det(damping), torch.linalg.det(damped))
+    assert close(matrix.inverse_diagonal(damping), torch.linalg.inv(damped).diagonal())
     # The draws are a root of the inverse times known noise.
     noise = torch.from_numpy(np.random.default_rng(4).standard_normal((P, P)))
     root = torch.linalg.solve(noise, matrix.sample(P, damping, seed=4), left=False)
@@ -104,6 +109,174 @@ def test_numbers_and_one_number_a_layer(name: str) -> None:
         assert torch.allclose(matrix.solve(vector(), damping), matrix.solve(vector(), 0.3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_patterns_of_names(name: str) -> None:
+    """One precision per layer, by globs and regular expressions; a name counts before a pattern."""
+    matrix, dense = MAKERS[name]()
+    first, *others = matrix.space.names
+    if matrix.space is LAYERS:
+        of_name = {"fc.bias": 0.5, "fc.weight": 0.5, "out.weight": 0.25, "head.bias": 2.0}
+        by_pattern: list[dict[Any, Any]] = [
+            {"fc.*": 0.5, re.compile("out.*"): torch.tensor(0.25), "head.bias": 2.0},
+            {"fc.bias": 0.5, "*weight": 0.5, "out.weight": 0.25, "head.*": np.float64(2.0)},
+            {re.compile(r"(fc|none)\..*"): 0.5, "[o]*": 0.25, "?ead.bias": 2},
+        ]
+    else:
+        of_name = {first: 0.5} | dict.fromkeys(others, 2.0)
+        by_pattern = [{first: 0.5, "*": 2.0}, {re.compile(f"(?!{first}).*"): 2.0, f"[{first}]": 0.5}]
+    for damping in by_pattern:
+        assert close(matrix.solve(vector(), damping), matrix.solve(vector(), of_name))
+        assert close(matrix.logdet(damping), torch.logdet(dense + dense_of(of_name, matrix.space)))
+        assert close(matrix.inverse_diagonal(damping), matrix.inverse_diagonal(of_name))
+        assert torch.equal(matrix.sample(2, damping), matrix.sample(2, of_name))
+
+
+def test_a_tensor_by_pattern_has_the_shape_of_each_parameter() -> None:
+    space = ParameterSpace(("a.w", "b.w", "b.v"), ((2,), (2,), (3,)))
+    matrix, entries = Diagonal(torch.arange(1.0, 8).double(), space, INFO), torch.tensor([0.5, 1.5]).double()
+    found = matrix.inverse_diagonal({"*.w": entries, "b.v": 3.0})
+    assert close(found, 1 / (matrix.entries + torch.cat([entries, entries, torch.full((3,), 3.0).double()])))
+    with pytest.raises(CurvlabError, match=r"damping of b\.v must be a number or a tensor of shape \(3,\), not \(2,\)"):
+        matrix.logdet({"a.*": 1.0, "b.*": entries})
+
+
+def test_a_name_that_is_also_a_pattern_is_a_name() -> None:
+    space = ParameterSpace(("w[0]", "w0"), ((1,), (1,)))
+    matrix = Diagonal(torch.zeros(2).double(), space, INFO)
+    assert close(matrix.det({"w[0]": 2.0, "w0": 5.0}), torch.tensor(10.0).double())
+    with pytest.raises(CurvlabError, match=r"missing \['w0'\]"):
+        matrix.det({"w[0]": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("damping", "told"),
+    [
+        ({"fc*": 1.0, "out*": 1.0}, r"missing \['head.bias'\], unknown \[\]"),
+        ({"*": 1.0, "conv*": 2.0}, r"missing \[\], unknown \['conv\*'\]"),
+        ({"*": 1.0, re.compile("fc"): 2.0}, r"unknown \[re.compile\('fc'\)\]"),
+        ({"*": 1.0, re.compile(b"fc.*"): 2.0, 3: 1.0}, r"unknown \[re.compile\(b'fc.*3\]"),
+        ({"fc*": 1.0, "*": 2.0, "fc.bias": 1.0}, r"fc\.weight is given by several patterns, fc\*, \*: .*by its name"),
+        ({re.compile("f.*"): 1.0, "*": 2.0}, r"several patterns, re.compile\('f\.\*'\), \*"),
+        ({"*": None}, r"damping of \* must be a finite real number, not None"),
+    ],
+)
+@pytest.mark.parametrize("name", ["EKFAC", "Composite"])
+def test_patterns_that_give_no_or_two_numbers(name: str, damping: Any, told: str) -> None:
+    with pytest.raises(CurvlabError, match=told):
+        MAKERS[name]()[0].logdet(damping)
+
+
+def damp_factors(tensors: dict[str, Tensor], damping: dict[str, float]) -> Tensor:
+    """The dense matrix of damped factors, by the definition of Martens and Grosse."""
+    blocks = {}
+    for layer in SIZES:
+        a, s, number = tensors[f"{layer}|A"], tensors[f"{layer}|S"], damping[layer]
+        pi = ((a.trace() / len(a)) / (s.trace() / len(s))) ** 0.5
+        eye = [torch.eye(len(factor), dtype=torch.float64) for factor in (s, a)]
+        blocks[layer] = kron(s + number**0.5 / pi * eye[0], a + pi * number**0.5 * eye[1])
+    return homogeneous(LAYERS, blocks)
+
+
+class TestFactored:
+    """The factored Tikhonov regularization of K-FAC."""
+
+    def check(self, matrix: CurvatureMatrix, damped: Tensor, damping: Any) -> None:
+        several = vector(2, 3)
+        assert close(matrix.solve(several, damping), torch.linalg.solve(damped, several))
+        assert close(matrix.logdet(damping), torch.logdet(damped))
+        assert close(matrix.det(damping), torch.linalg.det(damped))
+        assert close(matrix.inverse_diagonal(damping), torch.linalg.inv(damped).diagonal())
+        noise = torch.from_numpy(np.random.default_rng(4).standard_normal((P, P)))
+        root = torch.linalg.solve(noise, matrix.sample(P, damping, seed=4), left=False)
+        assert torch.allclose(root @ root.mT, torch.linalg.inv(damped), rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", [KFAC, TKFAC])
+    @pytest.mark.parametrize("singular", [False, True])
+    def test_against_damped_factors(self, kind: type[KFAC], singular: bool) -> None:
+        tensors = made.factors(singular=singular)
+        matrix = kind.from_tensors(tensors, LAYERS, INFO)
+        self.check(matrix, damp_factors(tensors, dict.fromkeys(SIZES, 0.3)), FactoredDamping(0.3))
+        of_layer = {"fc": 0.5, "out": 2.0, "head": 0.1}
+        by_pattern = {f"{layer}.*": number for layer, number in of_layer.items()}
+        self.check(matrix, damp_factors(tensors, of_layer), FactoredDamping(by_pattern))
+        assert not close(matrix.logdet(FactoredDamping(0.3)), matrix.logdet(0.3))
+
+    def test_how_the_scale_is_split_does_not_matter(self) -> None:
+        tensors = made.factors()
+        split = {name: t * (1e3 if name.endswith("A") else 1e-3) for name, t in tensors.items()}
+        expected = KFAC.from_tensors(tensors, LAYERS, INFO).solve(vector(), FactoredDamping(0.3))
+        assert close(KFAC.from_tensors(split, LAYERS, INFO).solve(vector(), FactoredDamping(0.3)), expected)
+
+    def test_a_zero_block_has_the_damping_alone(self) -> None:
+        for zero in ("fc|A", "fc|S"):
+            tensors = made.factors()
+            tensors[zero] = torch.zeros_like(tensors[zero])
+            matrix = KFAC.from_tensors(tensors, LAYERS, INFO)
+            found = LAYERS.unflatten(matrix.inverse_diagonal(FactoredDamping(0.25)))
+            assert close(found["fc.weight"], torch.full((2, 1, 3), 4.0).double())
+            tensors[zero] = torch.eye(len(tensors[zero])).double() * 1e-30  # the limit
+            limit = KFAC.from_tensors(tensors, LAYERS, INFO).inverse_diagonal(FactoredDamping(0.25))
+            assert torch.allclose(limit, LAYERS.flatten(found), rtol=1e-9)
+
+    def test_parts_of_a_composite_without_factors_have_the_exact_one(self) -> None:
+        matrix, _ = MAKERS["Composite"]()
+        a, s = (matrix.parts[0].factors["fc"][i][0] for i in (0, 1))
+        pi = ((a.trace() / 3) / (s.trace() / 2)) ** 0.5
+        eye = torch.eye(3, dtype=torch.float64)
+        damped = KFAC.from_tensors(
+            {"fc|A": a + pi * 0.09**0.5 * eye, "fc|S": s + 0.09**0.5 / pi * eye[:2, :2]}, matrix.parts[0].space, INFO
+        )
+        whole, entries = (part.to_dense() + 0.09 * torch.eye(part.space.total).double() for part in matrix.parts[1:])
+        expected = Composite(
+            [damped, Dense(whole, matrix.parts[1].space, INFO), Dense(entries, matrix.parts[2].space, INFO)],
+            LAYERS,
+            INFO,
+        )
+        self.check(matrix, expected.to_dense(), FactoredDamping(0.09))
+        first, *others = matrix.parts
+        ekfac = EKFAC.from_tensors(
+            {"fc|U_A": torch.eye(3).double(), "fc|U_S": torch.eye(2).double(), "fc|values": torch.ones(2, 3).double()},
+            first.space,
+            INFO,
+        )
+        for part in (ekfac, Dense(first.to_dense(), first.space, INFO)):
+            with pytest.raises(UnsupportedError, match="factored damping needs a kfac or tkfac matrix"):
+                Composite([part, *others], LAYERS, INFO).logdet(FactoredDamping(0.1))
+
+    @pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("KFAC", "TKFAC", "Composite")])
+    def test_other_structures_refuse_it(self, name: str) -> None:
+        matrix, _ = MAKERS[name]()
+        told = "one pair .* fc has 2: merge" if name == "SumOfKFAC" else "needs a kfac or tkfac matrix.*give its number"
+        for attempt in (
+            lambda: matrix.solve(vector(), FactoredDamping(0.1)),
+            lambda: matrix.logdet(FactoredDamping(0.1)),
+            lambda: matrix.inverse_diagonal(FactoredDamping(0.1)),
+            lambda: matrix.sample(1, FactoredDamping(0.1)),
+        ):
+            with pytest.raises(UnsupportedError, match=told):
+                attempt()
+
+    def test_what_is_no_factored_damping(self) -> None:
+        matrix, _ = MAKERS["KFAC"]()
+        with pytest.raises(CurvlabError, match=r"at least 0, but that of fc is -0\.1"):
+            matrix.logdet(FactoredDamping(-0.1))
+        with pytest.raises(CurvlabError, match="number per layer, not a factored damping"):
+            matrix.logdet(FactoredDamping(FactoredDamping(0.1)))
+        with pytest.raises(CurvlabError, match="that of fc is not one number"):
+            matrix.logdet(FactoredDamping(positive_entries(LAYERS)))
+        with pytest.raises(CurvlabError, match=r"F \+ 0 I \(factored\) is singular"):
+            KFAC.from_tensors(made.factors(singular=True), LAYERS, INFO).solve(vector(), FactoredDamping(0))
+        tensors = made.factors()
+        tensors["fc|A"] = -tensors["fc|A"]
+        with pytest.raises(UnsupportedError, match="positive traces, unlike those of fc"):
+            KFAC.from_tensors(tensors, LAYERS, INFO).logdet(FactoredDamping(0.1))
+
+    def test_the_evidence_is_differentiable_in_it(self) -> None:
+        matrix, _ = MAKERS["KFAC"]()
+        number = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda n: matrix.logdet(FactoredDamping(n)), number)
+
+
 @pytest.mark.parametrize("name", LAYERED)
 def test_kronecker_factors_refuse_more_than_a_number_a_layer(name: str) -> None:
     matrix, _ = MAKERS[name]()
@@ -112,6 +285,8 @@ def test_kronecker_factors_refuse_more_than_a_number_a_layer(name: str) -> None:
         for attempt in (
             lambda damping=damping: matrix.solve(vector(), damping),
             lambda damping=damping: matrix.logdet(damping),
+            lambda damping=damping: matrix.det(damping),
+            lambda damping=damping: matrix.inverse_diagonal(damping),
             lambda damping=damping: matrix.sample(1, damping),
         ):
             with pytest.raises(CurvlabError, match=r"one damping per layer.*that of fc is not.*dense.*to_dense"):
@@ -168,6 +343,8 @@ def test_what_is_no_damping(name: str, damping: Any, told: str) -> None:
     for attempt in (
         lambda: matrix.solve(vector(), damping),
         lambda: matrix.logdet(damping),
+        lambda: matrix.det(damping),
+        lambda: matrix.inverse_diagonal(damping),
         lambda: matrix.sample(1, damping),
     ):
         with pytest.raises(CurvlabError, match=told):
@@ -224,6 +401,11 @@ def test_the_evidence_is_differentiable_in_the_damping(name: str) -> None:
     number = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(matrix.logdet(number), number)
     assert close(gradient, inverse(0.4).sum())
+    (gradient,) = torch.autograd.grad(matrix.det(number), number)
+    assert close(gradient, matrix.det(0.4) * inverse(0.4).sum())
+    (gradient,) = torch.autograd.grad(matrix.inverse_diagonal(number).sum(), number)
+    squared = torch.linalg.matrix_power(dense + 0.4 * torch.eye(P, dtype=dense.dtype), -2)
+    assert close(gradient, -squared.trace())
     of_layer = {size: number + size for size in one_a_layer(matrix.space).values()}  # one tensor a layer
     layers = {name: of_layer[size] for name, size in one_a_layer(matrix.space).items()}
     (gradient,) = torch.autograd.grad(matrix.logdet(layers), number)
@@ -264,6 +446,8 @@ def test_an_empty_parameter() -> None:
             assert torch.allclose(matrix.solve(torch.ones(3), damping), 1 / (1 + added))
             assert torch.allclose(matrix.logdet(damping), (1 + added).log().sum())
             assert matrix.sample(2, damping).shape == (3, 2)
+            assert torch.allclose(matrix.inverse_diagonal(damping), 1 / (1 + added))
+            assert torch.allclose(matrix.det(damping), (1 + added).prod())
     assert Damping.of(1.0, space, torch.float32, torch.device("cpu")).over(["none"]) == 1
 
 
@@ -290,5 +474,9 @@ def test_factors_with_eigenvalues_of_both_signs() -> None:
     assert close(matrix.diagonal(), dense.diagonal())
     assert close(matrix.trace(), dense.trace())
     assert close(matrix.solve(b, 0.1), torch.linalg.solve(dense + 0.1 * torch.eye(9, dtype=dense.dtype), b))
+    damped = dense + 0.1 * torch.eye(9, dtype=dense.dtype)
+    assert close(matrix.inverse_diagonal(0.1), torch.linalg.inv(damped).diagonal())
+    assert torch.linalg.eigvalsh(damped)[0] < 0
+    assert close(matrix.det(0.1), torch.linalg.det(damped))
     with pytest.raises(CurvlabError, match="not positive definite"):
         matrix.logdet(0.1)

@@ -107,7 +107,13 @@ class StructureTests(ABC):
 
     def test_singular(self) -> None:
         matrix, dense = self.make(singular=True)
-        for attempt in (lambda: matrix.solve(vector()), matrix.logdet, lambda: matrix.sample(2)):
+        for attempt in (
+            lambda: matrix.solve(vector()),
+            matrix.inverse_diagonal,
+            matrix.det,
+            matrix.logdet,
+            lambda: matrix.sample(2),
+        ):
             with pytest.raises(CurvlabError, match="increase the damping"):
                 attempt()
         damped = dense + 0.1 * torch.eye(P, dtype=dense.dtype)
@@ -119,6 +125,8 @@ class StructureTests(ABC):
         shift = -float(torch.linalg.eigvalsh(dense)[0] + torch.linalg.eigvalsh(dense)[-1]) / 2.01
         damped = dense + shift * torch.eye(P, dtype=dense.dtype)
         assert torch.allclose(matrix.solve(vector(), shift), torch.linalg.solve(damped, vector()), rtol=1e-8)
+        assert torch.allclose(matrix.inverse_diagonal(shift), torch.linalg.inv(damped).diagonal(), rtol=1e-8)
+        assert torch.allclose(matrix.det(shift), torch.linalg.det(damped), rtol=1e-8)  # of either sign
         with pytest.raises(CurvlabError, match="not positive definite"):
             matrix.logdet(shift)
 
@@ -582,7 +590,15 @@ class TestImplicit(StructureTests):
         space = ParameterSpace(("w",), ((5001,),))
         matrix = Implicit(lambda v: 2 * v, space, INFO, dtype=torch.float64)
         assert matrix.solve(torch.ones(5001, dtype=torch.float64))[0] == 0.5
-        for attempt in (matrix.diagonal, matrix.trace, matrix.eigenvalues, matrix.to_dense, matrix.frobenius_norm):
+        for attempt in (
+            matrix.diagonal,
+            matrix.inverse_diagonal,
+            matrix.det,
+            matrix.trace,
+            matrix.eigenvalues,
+            matrix.to_dense,
+            matrix.frobenius_norm,
+        ):
             with pytest.raises(CurvlabError, match=r"up to 5,000 parameters, not 5,001.*diag"):
                 attempt()
 
@@ -695,7 +711,13 @@ class TestPairs:
     def test_eigenvectors_of_many_pairs_have_a_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kronecker, "_LARGEST_DENSE_BLOCK", 7)
         matrix = self.sum_of()
-        for attempt in (lambda: matrix.solve(vector()), matrix.logdet, matrix.eigenvalues, lambda: matrix.sample(1)):
+        for attempt in (
+            lambda: matrix.solve(vector()),
+            matrix.inverse_diagonal,
+            matrix.logdet,
+            matrix.eigenvalues,
+            lambda: matrix.sample(1),
+        ):
             with pytest.raises(
                 CurvlabError, match=r"fc has 3 pairs .* 8 parameters.*average_factors\(\) or nearest\(\)"
             ):
@@ -745,6 +767,19 @@ def test_a_blocks_rounding_does_not_reach_another() -> None:
     entries[0] = 1e-310  # its inverse is infinite
     with pytest.raises(CurvlabError, match="increase the damping"):
         Diagonal(entries, SPACE, INFO).solve(vector())
+
+
+def test_a_determinant_outside_of_the_dtype() -> None:
+    space = ParameterSpace(("w",), ((400,),))
+    for dtype in (torch.float32, torch.float64):
+        ones = torch.ones(400, dtype=dtype)
+        flipped = ones.clone()
+        flipped[0] = -1
+        assert Diagonal(10 * ones, space, INFO).det() == torch.inf
+        assert Diagonal(10 * flipped, space, INFO).det() == -torch.inf
+        assert Diagonal(0.1 * ones, space, INFO).det() == 0
+        balanced = torch.cat([10 * ones[:200], 0.1 * ones[200:]])  # whose partial products are outside, too
+        assert torch.allclose(Diagonal(balanced, space, INFO).det(), ones[0], rtol=1e-5)
 
 
 def test_singularity_is_found_whatever_the_rounding() -> None:

@@ -214,6 +214,8 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     for attempt in (
         half.eigenvalues,
         half.logdet,
+        half.det,
+        half.inverse_diagonal,
         lambda: half.solve(v, 1.0),
         lambda: half.sample(1, 1.0),
     ):

@@ -1,4 +1,4 @@
-"""Networks of today as they are written: every structure against autograd, or refused; the libraries are test extras."""
+"""Networks of today as they are written: every structure against autograd, or refused."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase

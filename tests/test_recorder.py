@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import weakref
 from pathlib import Path
@@ -377,6 +378,15 @@ def test_problems_of_ones_own_data_loaders_and_parts() -> None:
     part = EigenvalueRecorder((x, y), params=["4.*"], quantities=["hessian"])
     part(0, model)
     assert part.records[0]["value"] == pytest.approx(float(eigenvalues(model.eval(), "hessian", "4.*")[-1]), rel=1e-3)
+    selections = (re.compile(r"4\..*"), lambda name, parameter: name.startswith("4."))
+    others = [EigenvalueRecorder((x, y), params=params, quantities=["hessian"]) for params in (*selections, selections)]
+    for other in others:
+        other(0, model.train())
+        assert without_seconds(other.records) == without_seconds(part.records)
+    others[0].load_state_dict(EigenvalueRecorder((x, y), params=selections[0], quantities=["hessian"]).state_dict())
+    for other, others_params in ((others[0], r"function .*lambda"), (others[1], r"\[.re\.compile.*function .*lambda")):
+        with pytest.raises(CurvlabError, match=f"had params {others_params}"):
+            other.load_state_dict(others[1 if other is others[0] else 2].state_dict())
 
 
 def test_too_few_products_are_reported() -> None:

@@ -1,7 +1,8 @@
 """Methods with a quadratic penalty, and IMM: against plain loops, their definitions, and cases with a closed form."""
 
+import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -791,6 +792,20 @@ class TestAll:
         assert torch.equal(found.accuracy.nan_to_num(-1), expected.accuracy.nan_to_num(-1))
         held = [[record["bytes"] for record in result.tasks] for result in (found, expected)]
         assert held[0] == held[1]
+
+    @pytest.mark.parametrize("make", [partial(L2, 0.1), partial(EWC, 3.0), partial(MAS, 0.1), partial(IMM, "mode")])
+    def test_a_run_with_another_selection_does_not_go_on(self, make: Callable[..., Strategy], tmp_path: Path) -> None:
+        """A checkpoint keeps names in place of functions and regular expressions, and compares them."""
+        options: dict[str, Any] = {"batch_size": 5}
+        selections = (lambda name, p: p.ndim == 2, re.compile(".*weight"), lambda name, p: p.ndim == 1)
+        file = tmp_path / "run.pt"
+        models = [mlp().float() for _ in range(4)]
+        full_batch(tasks(2), models[0], make(params=["0.weight", "2.weight"]), **options)
+        for model, select in zip(models[1:3], selections[:2], strict=True):  # the second run ends where the first did
+            full_batch(tasks(2), model, make(params=select), checkpoint=file, **options)
+            assert torch.equal(flat(model.parameters()), flat(models[0].parameters()))
+        with pytest.raises(CurvlabError, match=r"0\.weight.*0\.bias|0\.bias.*0\.weight"):
+            full_batch(tasks(2), models[3], make(params=selections[2]), checkpoint=file, **options)
 
     @pytest.mark.parametrize("head", ["masked", "multi", "growing"])
     @pytest.mark.parametrize("name", ALL)

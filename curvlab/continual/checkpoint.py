@@ -15,7 +15,7 @@ from curvlab.matrices import CurvatureMatrix, Info
 from curvlab.matrices.kronecker import Eigenbasis, Factors
 from curvlab.matrices.layers import HomogeneousWeight
 from curvlab.matrices.penalty import STORED
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, to_plain_selection
 from curvlab.training.checkpoint import CheckpointFile, model_tensors
 from curvlab.training.options import Training
 
@@ -67,6 +67,19 @@ def describe_training(trainings: Sequence[Training]) -> dict[str, Any]:
     options[length] = tuple(getattr(training, length) for training in trainings)
     sizes = [training.batch_size for training in trainings]
     return options | {"batch_size": tuple(sizes) if len(set(sizes)) > 1 else sizes[0]}
+
+
+def name_parameters(strategy: Strategy, model: nn.Module) -> None:
+    """Replace functions and regular expressions in the option ``params`` of a method by the names that they select.
+
+    Names can be stored in a checkpoint, and compared with those of a run that continues from it.
+
+    Raises:
+        CurvlabError: One selects no trainable parameter of the model.
+    """
+    for options in (vars(strategy), vars(strategy).get("curvature")):
+        if isinstance(options, dict) and "params" in options:
+            options["params"] = to_plain_selection(options["params"], model)
 
 
 def describe(strategy: Strategy) -> str:

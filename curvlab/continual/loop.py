@@ -141,13 +141,15 @@ def run(
     trainings = split_by_task(combine(training, changes), len(stream))
     outputs = Outputs(stream, head, check_model(model, stream), reference(model).device)
     check_loss(stream, outputs, loss)
+    strategy = copy.deepcopy(strategy)
+    checkpoints.name_parameters(strategy, model)
     file = None
     if checkpoint is not None:
         described = options | checkpoints.describe_training(trainings) | {"strategy": checkpoints.describe(strategy)}
         described |= {f"task {i}": f"{task.name} ({task.fingerprint()[:16]})" for i, task in enumerate(stream)}
         file = CheckpointFile(to_path(checkpoint), fingerprint(described, model))
     learner = Learner(model, stream, outputs, loss, options["target_scale"], get_batch_size(trainings[0]))
-    return _Run(learner, copy.deepcopy(strategy), options, trainings, observe, file).learn_all(progress)
+    return _Run(learner, strategy, options, trainings, observe, file).learn_all(progress)
 
 
 class _Run:

@@ -25,7 +25,7 @@ from curvlab.estimators import estimate
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
 from curvlab.estimators.snapshots import check_backward
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.progress import progress as progress_bar
 from curvlab.quantities import Hessian, MaSQ, Quantity, parse_quantity
@@ -45,7 +45,7 @@ def diagonality(
     quantity: Quantity | str = "empirical_fisher",
     *,
     per: Level | Sequence[Level] = "tensor",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     time_budget: float = 60.0,
     precision: float = 0.005,
     tile_memory: float = 2e8,
@@ -74,7 +74,8 @@ def diagonality(
         problem: Model, loss and data.
         quantity: Any quantity or its string form; for the Hessian, only tensors of up to 4,000 parameters.
         per: ``tensor``; ``layer`` (a module's own parameters together); ``network`` (all); or several of them.
-        params: Glob patterns of parameter names; None for all trainable ones.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         time_budget: Approximate seconds per row before sampling is used, counted in operations at 100 Gflop/s, so that
             the same call uses the same method on every machine.
         precision: Sampling stops when the 95 % interval is within this fraction of the sum, or the budget is spent.
@@ -114,7 +115,7 @@ def records(
     quantity: Quantity | str = "empirical_fisher",
     *,
     per: Level | Sequence[Level] = "tensor",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     time_budget: float = 60.0,
     precision: float = 0.005,
     tile_memory: float = 2e8,

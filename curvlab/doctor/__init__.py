@@ -16,7 +16,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.registry import BACKENDS
 from curvlab.estimators.verification import kronecker_layers
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.progress import progress
 from curvlab.quantities import Quantity, parse_quantity
@@ -56,7 +56,7 @@ class Diagnosis:
 def doctor(
     problem: Problem,
     quantity: Quantity | str | Sequence[Quantity | str] = "fisher",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     *,
     progress: bool = False,
 ) -> Diagnosis:
@@ -70,7 +70,8 @@ def doctor(
     Args:
         problem: Model, loss and data. Faults in them are reported, not raised.
         quantity: One or several of ``curvlab.quantities`` or their string forms.
-        params: Glob patterns of parameter names; None for all trainable ones.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         progress: Show a progress bar on a terminal.
 
     Raises:

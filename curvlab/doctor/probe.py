@@ -17,7 +17,7 @@ from curvlab.estimators.covectors import suggest_sampling
 from curvlab.estimators.layers import Layer
 from curvlab.estimators.registry import BACKENDS, estimate, find_backends
 from curvlab.matrices import CurvatureMatrix
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Pair, Problem
 from curvlab.quantities import GGN, Fisher, Hessian, Quantity
 from curvlab.structures import DenseStructure, Kronecker, Structure
@@ -53,7 +53,7 @@ class Probe:
     The rungs are problems with increasing numbers of samples: parts of a batch, one batch, two batches.
     """
 
-    def __init__(self, problem: Problem, params: Sequence[str] | str | None, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, problem: Problem, params: Selection | None, layers: Mapping[str, Layer]) -> None:
         self.problem, self.params, self.layers = problem, params, layers
         self.space = ParameterSpace.of(problem.model, params)
         self.few = self._on([next(problem.batches(_FEW))])

@@ -1,13 +1,12 @@
 """Curvature matrices of the layers of a model."""
 
-from collections.abc import Sequence
 from glob import escape
 
 from torch import nn
 
 from curvlab.estimators.registry import estimate
 from curvlab.matrices import CurvatureMatrix
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.quantities import Quantity
 from curvlab.structures import Structure
@@ -19,7 +18,7 @@ def per_layer(
     structure: Structure | str = "implicit",
     *,
     backend: str = "auto",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> dict[str, CurvatureMatrix]:
@@ -30,7 +29,8 @@ def per_layer(
         quantity: As for ``estimate``, like all further arguments.
         structure: Structure of every matrix.
         backend: Backend that computes them.
-        params: Glob patterns of parameter names; None for all trainable ones.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         batch_size: Samples processed at once.
         progress: Show a progress bar on a terminal.
 
@@ -65,7 +65,7 @@ def per_layer(
     }
 
 
-def patterns_by_module(model: nn.Module, params: Sequence[str] | str | None) -> dict[str, list[str]]:
+def patterns_by_module(model: nn.Module, params: Selection | None) -> dict[str, list[str]]:
     """Return, by module name, patterns that match exactly the module's own selected parameters."""
     modules: dict[str, list[str]] = {}
     for name in ParameterSpace.of(model, params).names:

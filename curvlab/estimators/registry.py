@@ -1,7 +1,7 @@
 """Selection of a backend for a quantity, a structure and a model, and ``estimate``, the interface to all backends."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 
@@ -26,7 +26,7 @@ from curvlab.estimators.verification import (
 from curvlab.forms import unknown_name_message
 from curvlab.intake import is_finite
 from curvlab.matrices import Composite, CurvatureMatrix, Implicit, Info
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress, progress
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
@@ -45,7 +45,7 @@ def estimate(
     structure: Structure | str,
     *,
     backend: str = "auto",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> CurvatureMatrix:
@@ -60,7 +60,8 @@ def estimate(
             their diagonal.
         backend: ``hooks`` (curvlab's own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
             per-sample automatic differentiation), or ``auto``: the fastest that is correct for this model.
-        params: Glob patterns of parameter names; None for all trainable ones.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         batch_size: Samples processed at once; None for the data's own batches. It does not change the result.
         progress: Show a progress bar on a terminal.
 

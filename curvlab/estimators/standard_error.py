@@ -1,6 +1,6 @@
 """Standard error of a Monte Carlo Fisher, due to the sampling of labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 
@@ -11,7 +11,7 @@ from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.snapshots import check_backward
-from curvlab.parameters import ParameterSpace, Vectors
+from curvlab.parameters import ParameterSpace, Selection, Vectors
 from curvlab.problem import Problem
 from curvlab.quantities import Fisher, Quantity, parse_quantity
 
@@ -37,7 +37,7 @@ def standard_error(
     quantity: Quantity | str,
     deltas: Vectors | None = None,
     *,
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
 ) -> StandardError:
     """Return the standard error of ``estimate`` for a Monte Carlo Fisher.
 
@@ -51,7 +51,8 @@ def standard_error(
         problem: Model, loss and data.
         quantity: ``Fisher(samples=k)``, or its string form.
         deltas: Vectors for quadratic forms: ``(P,)``, several as ``(P, K)``, or a dict of parameter-shaped tensors.
-        params: Glob patterns of parameter names; None for all trainable ones.
+        params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
+            and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
 
     Raises:
         CurvlabError: The quantity draws no labels, or a vector does not fit the parameters.

@@ -16,7 +16,7 @@ from curvlab.checks import describe_value, real_number, whole_number
 from curvlab.errors import CurvlabError
 from curvlab.files import to_path
 from curvlab.matrices.damping import Damping, DampingLike
-from curvlab.matrices.eigen import invert, require_positive
+from curvlab.matrices.eigen import invert, require_invertible, require_positive
 from curvlab.matrices.entries import DTYPES, PRECISE, at_least_float32, move, require_finite
 from curvlab.matrices.file_format import write_file
 from curvlab.matrices.info import Info
@@ -31,14 +31,15 @@ class CurvatureMatrix(ABC):
     A vector is a flat tensor ``(P,)`` or a dict of parameter-shaped tensors; several vectors are ``(P, K)``. The result
     has the form of the vector, and is not finite if the vector is not finite.
 
-    ``solve``, ``logdet`` and ``sample`` add a diagonal matrix ``D`` to the matrix. Their ``damping`` is a number, a
-    flat ``(P,)``, or a dict of numbers and tensors with the shapes of the parameters. Kronecker structures accept one
-    number per layer, such as a prior precision; an implicit matrix accepts any damping. These methods and
-    ``eigenvalues`` need float32 or float64; in half precision they raise an error.
+    ``solve``, ``inverse_diagonal``, ``det``, ``logdet`` and ``sample`` add a diagonal matrix ``D`` to the matrix. Their
+    ``damping`` is a number, a flat ``(P,)``, or a dict of numbers and tensors with the shapes of the parameters, by
+    parameter name or pattern of names. Kronecker structures accept one number per layer, such as a prior precision, or
+    a ``FactoredDamping``; an implicit matrix accepts any diagonal matrix.
+    These methods and ``eigenvalues`` need float32 or float64; in half precision they raise an error.
 
-    A subclass implements ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectra``, ``diagonal`` and
-    ``frobenius_norm``; and ``_times`` and ``_plus`` unless its tensors can be scaled and added entry by entry. The
-    other methods are derived from these; a subclass may override them with a faster version.
+    A subclass implements ``tensors``, ``from_tensors``, ``_matmul``, ``_spectral``, ``_spectral_diagonal``,
+    ``_spectra``, ``diagonal`` and ``frobenius_norm``; and ``_times`` and ``_plus`` unless its tensors can be scaled and
+    added entry by entry. The other methods are derived from these; a subclass may override them with a faster version.
     """
 
     __array_ufunc__ = None  # NumPy must leave ``array @ matrix`` and ``array * matrix`` to this class
@@ -73,6 +74,10 @@ class CurvatureMatrix(ABC):
     @abstractmethod
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         """Return ``f(F + D) vectors`` for ``(P, K)``; the function keeps the shape of each tensor of ``_spectra``."""
+
+    @abstractmethod
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        """Return the diagonal of ``f(F + D)``, ``(P,)``; the function is as in ``_spectral``."""
 
     @abstractmethod
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
@@ -222,7 +227,7 @@ class CurvatureMatrix(ABC):
         """Check and convert the ``damping`` of a user; raise an error for a matrix in half precision."""
         if self.dtype not in PRECISE:
             raise CurvlabError(
-                f"eigenvalues, solve, logdet and sample are not accurate in {self.dtype}: call them on "
+                f"eigenvalues, inverses and determinants are not accurate in {self.dtype}: compute them from "
                 "matrix.to(dtype=torch.float32)"
             )
         return Damping.of(damping, self.space, self.dtype, self.device)
@@ -232,7 +237,8 @@ class CurvatureMatrix(ABC):
 
         Args:
             b: One vector or several.
-            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name or pattern of names, such as
+                ``{"fc1.*": 0.1, "fc2.*": 1.0}``; for K-FAC also a ``FactoredDamping``.
 
         Raises:
             CurvlabError: The damped matrix is singular to working precision, ``b`` is not finite, or this structure
@@ -243,6 +249,46 @@ class CurvatureMatrix(ABC):
 
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         return self._spectral(lambda values: invert(values, damping), vectors, damping)
+
+    def inverse_diagonal(self, damping: DampingLike = 0.0) -> Tensor:
+        """Return the diagonal of ``(F + D)^-1``, ``(P,)``: the variances of the parameters in a Laplace posterior.
+
+        An implicit matrix is formed, up to 5,000 parameters.
+
+        Args:
+            damping: ``D``, the precision of the prior; see ``solve``.
+
+        Raises:
+            CurvlabError: The damped matrix is singular to working precision, or this structure does not support the
+                damping.
+
+        Examples:
+            >>> from curvlab.matrices import Dense, Info
+            >>> space, info = ParameterSpace(("w",), ((2,),)), Info("fisher", "dense", "cross_entropy", "torch", 10)
+            >>> Dense(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), space, info).inverse_diagonal(damping=1.0)
+            tensor([0.6667, 0.6667])
+        """
+        checked = self._damping(damping)
+        return self._spectral_diagonal(lambda values: invert(values, checked), checked)
+
+    def det(self, damping: DampingLike = 0.0) -> Tensor:
+        """Return ``det (F + D)``, a scalar tensor; it may be negative if the matrix is not positive definite.
+
+        The determinant of many parameters is often outside the range of the dtype. Then the result is infinite (with
+        its sign) or zero; use ``logdet``.
+
+        Args:
+            damping: ``D``; see ``solve``.
+
+        Raises:
+            CurvlabError: The damped matrix is singular to working precision, so that its determinant is zero or a
+                rounding error; or this structure does not support the damping.
+        """
+        checked = self._damping(damping)
+        spectra = [require_invertible(values, checked).double() for values in self._spectra(checked)]
+        magnitude = torch.stack([values.abs().log().sum() for values in spectra]).sum().exp()
+        sign = torch.stack([values.detach().sign().prod() for values in spectra]).prod()
+        return (sign * magnitude).to(self.dtype)
 
     def logdet(self, damping: DampingLike = 0.0) -> Tensor:
         """Return ``log det (F + D)``, a scalar tensor.

@@ -65,6 +65,9 @@ class BlockDiagonal(CurvatureMatrix):
 
         return self._by_block(vectors, (product(*eigh) for eigh in self._damped(damping)))
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        return torch.cat([basis.square() @ function(values) for values, basis in self._damped(damping)])
+
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
         return [values for values, _ in self._damped(damping)]
 

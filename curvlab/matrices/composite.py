@@ -12,7 +12,7 @@ from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.damping import Damping
 from curvlab.matrices.entries import at_least_float32, frobenius
 from curvlab.matrices.info import Info
-from curvlab.matrices.kronecker import KFAC
+from curvlab.matrices.kronecker import KFAC, LayerwiseMatrix
 from curvlab.parameters import ParameterSpace
 
 
@@ -72,13 +72,21 @@ class Composite(CurvatureMatrix):
         return self._join(part._matmul(v) for part, v in self._split(vectors))
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
-        return self._join(part._spectral(function, v, damping) for part, v in self._split(vectors))
+        return self._join(part._spectral(function, v, self._for(part, damping)) for part, v in self._split(vectors))
+
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        return self._join(part._spectral_diagonal(function, self._for(part, damping)) for part in self.parts)
 
     def _solve(self, vectors: Tensor, damping: Damping) -> Tensor:
-        return self._join(part._solve(v, damping) for part, v in self._split(vectors))
+        return self._join(part._solve(v, self._for(part, damping)) for part, v in self._split(vectors))
 
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
-        return chain.from_iterable(part._spectra(damping) for part in self.parts)
+        return chain.from_iterable(part._spectra(self._for(part, damping)) for part in self.parts)
+
+    def _for(self, part: CurvatureMatrix, damping: Damping) -> Damping:
+        """Return the damping of a part: beside K-FAC with a factored damping, other structures have an exact one."""
+        kronecker = any(isinstance(other, KFAC) for other in self.parts)
+        return damping.exact if kronecker and not isinstance(part, (LayerwiseMatrix, Composite)) else damping
 
     def _quadratic_form(self, delta: Tensor) -> Tensor:
         return torch.stack([part._quadratic_form(d) for part, d in self._split(delta)]).sum()

@@ -58,6 +58,10 @@ class Dense(CurvatureMatrix):
         values, basis = self._damped(damping)
         return basis @ (function(values).unsqueeze(1) * (basis.mT @ vectors))
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        values, basis = self._damped(damping)
+        return basis.square() @ function(values)
+
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
         return [self._damped(damping)[0]]
 

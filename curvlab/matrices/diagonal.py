@@ -50,6 +50,9 @@ class Diagonal(CurvatureMatrix):
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         return function(*self._spectra(damping)) * vectors
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        return function(*self._spectra(damping)).squeeze(1)
+
     def _spectra(self, damping: Damping) -> list[Tensor]:
         return [(self.entries + damping.over(self.space.names)).unsqueeze(1)]  # every entry is a block
 

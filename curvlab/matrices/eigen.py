@@ -46,6 +46,15 @@ def invert(eigenvalues: Tensor, damping: Damping) -> Tensor:
     Raises:
         CurvlabError: A block is singular to working precision, or not finite.
     """
+    return require_invertible(eigenvalues, damping).reciprocal()
+
+
+def require_invertible(eigenvalues: Tensor, damping: Damping) -> Tensor:
+    """Return the eigenvalues of damped blocks, ``(..., n)``, after checking that none is zero up to rounding.
+
+    Raises:
+        CurvlabError: A block is singular to working precision, or not finite.
+    """
     if not eigenvalues.shape[-1]:  # an empty parameter
         return eigenvalues
     smallest, largest = eigenvalues.abs().amin(dim=-1), eigenvalues.abs().amax(dim=-1)
@@ -55,7 +64,7 @@ def invert(eigenvalues: Tensor, damping: Damping) -> Tensor:
             f"F + {damping} is singular: the magnitudes of its eigenvalues are between "
             f"{smallest[singular][0].item():.2g} and {largest[singular][0].item():.2g}; increase the damping"
         )
-    return eigenvalues.reciprocal()
+    return eigenvalues
 
 
 def require_positive(eigenvalues: Tensor, damping: Damping) -> Tensor:

@@ -71,12 +71,18 @@ class EKFAC(LayerwiseMatrix):
 
         return self._by_layer(vectors, product)
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        def layer(name: str) -> Tensor:
+            shift = self._number(name, damping)
+            return self._orthonormal[name].spectral_diagonal(lambda values: function(values + shift))
+
+        return self._assemble_diagonal(layer)
+
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
         return [basis.values.flatten() + self._number(name, damping) for name, basis in self._orthonormal.items()]
 
     def _layer_diagonal(self, name: str) -> Tensor:
-        a, s, values = self.bases[name]
-        return s.square() @ values @ a.square().mT
+        return self.bases[name].spectral_diagonal(lambda values: values)
 
     def trace(self) -> Tensor:
         """Return the trace, a scalar tensor."""

@@ -27,9 +27,9 @@ _COLUMNS = 64  # columns of the identity per product
 class Implicit(CurvatureMatrix):
     """A matrix defined by its products, such as Hessian-vector products; no entries are stored.
 
-    ``solve`` is iterative. The methods that need the entries (``diagonal``, ``trace``, ``frobenius_norm``,
-    ``eigenvalues``, ``logdet``, ``sample``, ``to_dense``) form the matrix, up to 5,000 parameters. An implicit matrix
-    cannot be saved or moved to another device.
+    ``solve`` is iterative. The methods that need the entries (``diagonal``, ``inverse_diagonal``, ``trace``,
+    ``frobenius_norm``, ``eigenvalues``, ``det``, ``logdet``, ``sample``, ``to_dense``) form the matrix, up to
+    5,000 parameters. An implicit matrix cannot be saved or moved to another device.
 
     Args:
         product: A function that returns ``F V`` for ``(P, K)``, with ``F`` symmetric.
@@ -116,7 +116,7 @@ class Implicit(CurvatureMatrix):
 
         Args:
             b: One vector or several.
-            damping: ``D``: a number, ``(P,)``, or a dict by parameter name.
+            damping: ``D``: a number, ``(P,)``, or a dict by parameter name or pattern of names.
             tol: Relative residual, the norm of ``b - (F + D) x`` over the norm of ``b``; None for 3/4 of the digits of
                 the dtype.
             max_products: The largest number of products.
@@ -151,6 +151,9 @@ class Implicit(CurvatureMatrix):
 
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         return self._formed._spectral(function, vectors, damping)
+
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        return self._formed._spectral_diagonal(function, damping)
 
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
         return self._formed._spectra(damping)

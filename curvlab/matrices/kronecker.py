@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlab.checks import describe_value, real_number
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.matrices.base import CurvatureMatrix
 from curvlab.matrices.damping import Damping
 from curvlab.matrices.eigen import symmetric_eigh
@@ -70,7 +70,10 @@ class LayerwiseMatrix(CurvatureMatrix):
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
-        return self._assemble({name: self._layer_diagonal(name).unsqueeze(0) for name in self.layers}).squeeze(1)
+        return self._assemble_diagonal(self._layer_diagonal)
+
+    def _assemble_diagonal(self, layer: Callable[[str], Tensor]) -> Tensor:
+        return self._assemble({name: layer(name).unsqueeze(0) for name in self.layers}).squeeze(1)
 
 
 class Eigenbasis(NamedTuple):
@@ -84,6 +87,11 @@ class Eigenbasis(NamedTuple):
         """Return ``f(F) V`` for ``(K, o, d)``; the eigenvalues of the layer are one block."""
         values = function(self.values.flatten()).view_as(self.values)
         return self.U_S @ (values * (self.U_S.mT @ homogeneous @ self.U_A)) @ self.U_A.mT
+
+    def spectral_diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the diagonal of ``f(F)``, ``(o, d)``."""
+        values = function(self.values.flatten()).view_as(self.values)
+        return self.U_S.square() @ values @ self.U_A.square().mT
 
 
 class Factors(NamedTuple):
@@ -160,37 +168,86 @@ class KFAC(LayerwiseMatrix):
                     _add_pair_(layer, a, s, outputs, vectors, scale)
 
     @cached_property
+    def _factor_eigh(self) -> dict[str, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """The eigenvalues and eigenvectors of ``A`` and of ``S``, for the layers with one pair."""
+        pairs = {name: next(f.pairs()) for name, f in self.factors.items() if len(f.A) == 1}
+        return {name: (symmetric_eigh(a), symmetric_eigh(s)) for name, (a, s) in pairs.items()}
+
+    @cached_property
     def _bases(self) -> dict[str, Eigenbasis | tuple[Tensor, Tensor]]:
         return {name: self._basis(name) for name in self.layers}
 
     def _basis(self, name: str) -> Eigenbasis | tuple[Tensor, Tensor]:
-        a, s = self.factors[name]
-        if len(a) == 1:
-            (a_values, a_basis), (s_values, s_basis) = symmetric_eigh(a[0]), symmetric_eigh(s[0])
+        pairs = len(self.factors[name].A)
+        if pairs == 1:
+            (a_values, a_basis), (s_values, s_basis) = self._factor_eigh[name]
             return Eigenbasis(a_basis, s_basis, s_values.outer(a_values))
         o, d = self.layers[name].shape
         if o * d > _LARGEST_DENSE_BLOCK:
             raise CurvlabError(
-                f"{name or 'the model'} has {len(a)} pairs of Kronecker factors over {o * d:,} parameters, but "
+                f"{name or 'the model'} has {pairs} pairs of Kronecker factors over {o * d:,} parameters, but "
                 f"their eigenvectors can be computed only up to {_LARGEST_DENSE_BLOCK:,}; merge the pairs with "
                 "average_factors() or nearest()"
             )
         return symmetric_eigh(reduce(torch.add, (torch.kron(s, a) for a, s in self.factors[name].pairs())))
 
+    def _damped(self, name: str, damping: Damping) -> Eigenbasis | tuple[Tensor, Tensor]:
+        """Return the eigenvectors and the damped eigenvalues of a layer's block."""
+        shift = self._number(name, damping.exact)
+        if damping.factored:
+            return self._damp_factors(name, shift)
+        basis = self._bases[name]
+        if isinstance(basis, Eigenbasis):
+            return basis._replace(values=basis.values + shift)
+        values, vectors = basis
+        return values + shift, vectors
+
+    def _damp_factors(self, name: str, number: Tensor) -> Eigenbasis:
+        a, s = self.factors[name]
+        layer = name or "the model"
+        if len(a) > 1:
+            raise UnsupportedError(
+                f"a factored damping needs one pair of Kronecker factors per layer, but {layer} has {len(a)}: merge "
+                "them with average_factors() or nearest(), or give the number of the damping, which is exact"
+            )
+        if bool(number < 0):
+            raise CurvlabError(f"a factored damping must be at least 0, but that of {layer} is {number.item():g}")
+        (a_values, a_basis), (s_values, s_basis) = self._factor_eigh[name]
+        if not (bool(a.any()) and bool(s.any())):
+            return Eigenbasis(a_basis, s_basis, number.expand(len(s_values), len(a_values)))
+        a_mean, s_mean = (values.mean(dtype=torch.float64) for values in (a_values, s_values))
+        if not (bool(a_mean > 0) and bool(s_mean > 0)):
+            raise UnsupportedError(
+                f"a factored damping needs factors with positive traces, unlike those of {layer}: give the number of "
+                "the damping, which is exact"
+            )
+        pi, root = (a_mean / s_mean).sqrt(), number.sqrt()
+        return Eigenbasis(a_basis, s_basis, (s_values + (root / pi).to(root)).outer(a_values + (root * pi).to(root)))
+
     def _spectral(self, function: Callable[[Tensor], Tensor], vectors: Tensor, damping: Damping) -> Tensor:
         def product(name: str, homogeneous: Tensor) -> Tensor:
-            shift, basis = self._number(name, damping), self._bases[name]
+            basis = self._damped(name, damping)
             if isinstance(basis, Eigenbasis):
-                return basis.spectral(lambda values: function(values + shift), homogeneous)
+                return basis.spectral(function, homogeneous)
             values, vectors = basis
-            return (homogeneous.flatten(1) @ vectors * function(values + shift) @ vectors.mT).view_as(homogeneous)
+            return (homogeneous.flatten(1) @ vectors * function(values) @ vectors.mT).view_as(homogeneous)
 
         return self._by_layer(vectors, product)
 
+    def _spectral_diagonal(self, function: Callable[[Tensor], Tensor], damping: Damping) -> Tensor:
+        def layer(name: str) -> Tensor:
+            basis = self._damped(name, damping)
+            if isinstance(basis, Eigenbasis):
+                return basis.spectral_diagonal(function)
+            values, vectors = basis
+            return (vectors.square() @ function(values)).view(self.layers[name].shape)
+
+        return self._assemble_diagonal(layer)
+
     def _spectra(self, damping: Damping) -> Iterable[Tensor]:
-        for name, basis in self._bases.items():
-            values = basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0]
-            yield values + self._number(name, damping)
+        for name in self.layers:
+            basis = self._damped(name, damping)
+            yield basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0]
 
     def _layer_diagonal(self, name: str) -> Tensor:
         a, s = (factor.diagonal(dim1=1, dim2=2) for factor in self.factors[name])

@@ -82,7 +82,7 @@ class Penalty:
         if not isinstance(matrix, CurvatureMatrix):
             raise CurvlabError(f"a penalty needs a curvature matrix, not {describe_value(matrix)}")
         vector = matrix._flat(
-            _to_matrix_dtype(matrix, anchor) if isinstance(anchor, Tensor) else _named(matrix, anchor)
+            to_matrix_dtype(matrix, anchor) if isinstance(anchor, Tensor) else select_parameters(matrix, anchor)
         )
         vector = vector.detach().clone()
         if vector.ndim != 1:
@@ -106,7 +106,7 @@ class Penalty:
         """
         value = torch.zeros(())
         for term in self._terms:
-            way = term.matrix._flat(_named(term.matrix, parameters)) - term.anchor
+            way = term.matrix._flat(select_parameters(term.matrix, parameters)) - term.anchor
             linear = 0.0 if term.pull is None else term.pull @ way
             value = value.to(way) + term.matrix.quadratic_form(way) / 2 - linear + term.constant
         return value
@@ -127,7 +127,7 @@ class Penalty:
         strength = real_number(strength, "strength")
         with torch.no_grad():
             for term in self._terms:
-                term_parameters = _named(term.matrix, parameters)
+                term_parameters = select_parameters(term.matrix, parameters)
                 for name in term_parameters:
                     if not parameters[name].requires_grad:
                         raise CurvlabError(
@@ -152,7 +152,7 @@ class Penalty:
 STORED = (Penalty, _Term)
 
 
-def _named(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_parameters(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters of a matrix, checked; parameters in half precision are converted to its dtype.
 
     Raises:
@@ -160,11 +160,12 @@ def _named(matrix: CurvatureMatrix, parameters: Mapping[str, Tensor]) -> dict[st
     """
     if isinstance(parameters, Mapping):
         names = set(matrix.space.names)
-        parameters = {n: _to_matrix_dtype(matrix, value) if n in names else value for n, value in parameters.items()}
+        parameters = {n: to_matrix_dtype(matrix, value) if n in names else value for n, value in parameters.items()}
     return matrix._named(parameters)
 
 
-def _to_matrix_dtype(matrix: CurvatureMatrix, tensor: Tensor) -> Tensor:
+def to_matrix_dtype(matrix: CurvatureMatrix, tensor: Tensor) -> Tensor:
+    """Return a tensor in half precision in the dtype of the matrix; other tensors are returned unchanged."""
     half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.to(matrix.dtype) if half and matrix.dtype in PRECISE else tensor
 

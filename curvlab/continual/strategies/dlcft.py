@@ -1,6 +1,5 @@
 """Deep linear continual fine-tuning."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,7 +13,7 @@ from curvlab.continual.strategies.quadratic import make_penalty
 from curvlab.errors import CurvlabError
 from curvlab.matrices import KFAC, Composite, CurvatureMatrix
 from curvlab.matrices.kronecker import Factors
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.quantities import Quantity
 from curvlab.structures import Structure, parse_structure
 
@@ -66,7 +65,7 @@ class DLCFT(OSLA):
         classifier_regularization: Whether to protect the rows of new outputs; for ``growing`` heads.
         buffer_size: Maximum number of samples stored for replay; None for no replay.
         backend: Backend of ``curvlab.estimate``.
-        params: Glob patterns of the parameters to protect; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect; None for all.
         samples: Number of training samples of a task for the curvature, drawn at random; None for all.
 
     Raises:
@@ -83,7 +82,7 @@ class DLCFT(OSLA):
         classifier_regularization: bool = True,
         buffer_size: int | None = None,
         backend: str = "auto",
-        params: Sequence[str] | str | None = None,
+        params: Selection | None = None,
         samples: int | None = None,
     ) -> None:
         super().__init__(

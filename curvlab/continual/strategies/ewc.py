@@ -1,6 +1,5 @@
 """Elastic weight consolidation with any curvature matrix."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from curvlab.continual.options import check_number
@@ -13,6 +12,7 @@ from curvlab.continual.strategies.quadratic import (
 )
 from curvlab.errors import CurvlabError
 from curvlab.matrices import CurvatureMatrix, Penalty
+from curvlab.parameters import Selection
 from curvlab.quantities import Quantity
 from curvlab.structures import Structure
 
@@ -50,7 +50,8 @@ class EWC(Strategy):
             Use the Hessian for convex losses only: otherwise the penalty decreases along negative curvature.
         structure: Structure of ``curvlab.estimate`` except ``implicit``; ``ekfac`` only with ``separate``.
         backend: Backend of ``curvlab.estimate``.
-        params: Glob patterns of the parameters to protect, for example all layers except the last; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect, for example all
+            layers except the last; None for all.
         samples: Number of training samples of a task for the curvature, drawn at random; None for all.
         mode: ``separate``, ``online``, ``average`` or ``moving_average``.
         gamma: Factor on the past curvature at every task, 0 to 1: for ``online``, and below 1 for ``moving_average``.
@@ -70,7 +71,7 @@ class EWC(Strategy):
         quantity: Quantity | str = "empirical_fisher",
         structure: Structure | str = "diag",
         backend: str = "auto",
-        params: Sequence[str] | str | None = None,
+        params: Selection | None = None,
         samples: int | None = None,
         mode: Mode = "separate",
         gamma: float = 1.0,

@@ -1,6 +1,5 @@
 """Incremental moment matching."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +10,7 @@ from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import add_pull_, curvature_options, estimate_curvature, try_curvature
 from curvlab.errors import CurvlabError
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection
 from curvlab.quantities import Quantity
 from curvlab.structures import Structure
 
@@ -41,9 +40,9 @@ class IMM(Strategy):
         quantity: For ``mode``: quantity of ``curvlab.estimate``.
         structure: For ``mode``: structure of ``curvlab.estimate``, of which the diagonal is used.
         backend: For ``mode``: backend of ``curvlab.estimate``.
-        params: Glob patterns of the parameters to merge; None for all. The other parameters are those of the last task.
-            With a head for each task, exclude the last layer from ``mean``, which would average trained and untrained
-            heads.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to merge; None for all. The other
+            parameters are those of the last task. With a head for each task, exclude the last layer from ``mean``,
+            which would average trained and untrained heads.
         samples: For ``mode``: number of training samples of a task for the curvature; None for all.
         l2: Strength of the L2-transfer.
         drop: Dropout probability of drop-transfer, at least 0 and below 1; 0 for none.
@@ -59,7 +58,7 @@ class IMM(Strategy):
         quantity: Quantity | str = "fisher",
         structure: Structure | str = "diag",
         backend: str = "auto",
-        params: Sequence[str] | str | None = None,
+        params: Selection | None = None,
         samples: int | None = None,
         l2: float = 0.0,
         drop: float = 0.0,

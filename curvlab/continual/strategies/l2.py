@@ -1,6 +1,5 @@
 """Plain L2 penalty: every parameter has the same importance."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from curvlab.continual.options import check_number
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import add_pull_
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection, check_selection
 
 if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
@@ -24,16 +23,16 @@ class L2(Strategy):
 
     Args:
         strength: Strength of the penalty.
-        params: Glob patterns of the parameters to protect; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect; None for all.
 
     Raises:
         CurvlabError: The strength is negative.
     """
 
-    def __init__(self, strength: float, *, params: Sequence[str] | str | None = None) -> None:
+    def __init__(self, strength: float, *, params: Selection | None = None) -> None:
         check_number("strength", strength)
         self.strength = strength
-        self.params = params if params is None or isinstance(params, str) else list(params)
+        self.params = check_selection(params)
 
     def start(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""

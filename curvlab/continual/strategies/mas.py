@@ -1,6 +1,5 @@
 """Memory aware synapses."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from curvlab.continual.strategies.quadratic import (
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.rows import linear_factors, linear_layers, row_batches
 from curvlab.matrices import Penalty
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection, check_selection
 from curvlab.problem import Problem
 from curvlab.quantities import EmpiricalFisher
 
@@ -37,21 +36,19 @@ class MAS(Strategy):
 
     Args:
         strength: Strength of the penalty, ``lambda`` in the paper.
-        params: Glob patterns of the parameters to protect; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect; None for all.
         samples: Number of training samples of a task for the importance, drawn at random; None for all.
 
     Raises:
         CurvlabError: An option is out of its range.
     """
 
-    def __init__(
-        self, strength: float, *, params: Sequence[str] | str | None = None, samples: int | None = None
-    ) -> None:
+    def __init__(self, strength: float, *, params: Selection | None = None, samples: int | None = None) -> None:
         check_number("strength", strength)
         if samples is not None:
             check_whole("samples", samples)
         self.strength, self.samples = strength, samples
-        self.params = params if params is None or isinstance(params, str) else list(params)
+        self.params = check_selection(params)
 
     def start(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""

@@ -1,6 +1,5 @@
 """Online structured Laplace approximation."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from curvlab.continual.options import check_number
@@ -13,6 +12,7 @@ from curvlab.continual.strategies.quadratic import (
 )
 from curvlab.errors import CurvlabError
 from curvlab.matrices import KFAC, Composite, CurvatureMatrix, Penalty
+from curvlab.parameters import Selection
 from curvlab.quantities import Quantity
 from curvlab.structures import Structure, parse_structure
 
@@ -43,7 +43,7 @@ class OSLA(Strategy):
         structure: ``kfac`` or ``tkfac``; with ``exact`` any structure that supports sums.
         merge: ``exact``, ``average`` or ``nearest``.
         backend: Backend of ``curvlab.estimate``.
-        params: Glob patterns of the parameters to protect; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect; None for all.
         samples: Number of training samples of a task for the curvature, drawn at random; None for all.
 
     Raises:
@@ -58,7 +58,7 @@ class OSLA(Strategy):
         structure: Structure | str = "kfac",
         merge: Literal["exact", "average", "nearest"] = "exact",
         backend: str = "auto",
-        params: Sequence[str] | str | None = None,
+        params: Selection | None = None,
         samples: int | None = None,
     ) -> None:
         check_number("strength", strength)

@@ -1,6 +1,5 @@
 """Functions shared by the methods with a quadratic penalty for past tasks."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from curvlab.estimators import BACKENDS, estimate
 from curvlab.estimators.registry import find_backends
 from curvlab.forms import unknown_name_message
 from curvlab.matrices import CurvatureMatrix, Diagonal, Info, Penalty
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection, check_selection
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.structures import Structure, parse_structure
 
@@ -25,7 +24,7 @@ def curvature_options(
     quantity: Quantity | str,
     structure: Structure | str,
     backend: str,
-    params: Sequence[str] | str | None,
+    params: Selection | None,
     samples: int | None,
     *,
     adds: bool,
@@ -36,7 +35,7 @@ def curvature_options(
         quantity: Quantity of ``curvlab.estimate``.
         structure: Structure of ``curvlab.estimate``.
         backend: Backend of ``curvlab.estimate``.
-        params: Glob patterns of ``curvlab.estimate``.
+        params: Selection of parameters of ``curvlab.estimate``.
         samples: Maximum number of training samples of a task, drawn at random; None for all.
         adds: Whether the method adds the matrices of several tasks.
 
@@ -57,7 +56,7 @@ def curvature_options(
     find_backends(quantity, structure, backend)
     if samples is not None:
         check_whole("samples", samples)
-    params = params if params is None or isinstance(params, str) else list(params)
+    params = check_selection(params)
     return {
         "quantity": str(quantity),
         "structure": str(structure),
@@ -72,7 +71,7 @@ def estimate_curvature(
     quantity: str,
     structure: str,
     backend: str = "auto",
-    params: Sequence[str] | str | None = None,
+    params: Selection | None = None,
     samples: int | None = None,
 ) -> CurvatureMatrix:
     """Return the curvature of the current task at the current parameters of the network.
@@ -84,7 +83,7 @@ def estimate_curvature(
         quantity: Quantity of ``curvlab.estimate``.
         structure: Structure of ``curvlab.estimate``.
         backend: Backend of ``curvlab.estimate``.
-        params: Glob patterns of ``curvlab.estimate``.
+        params: Selection of parameters of ``curvlab.estimate``.
         samples: Maximum number of training samples, drawn at random; None for all.
     """
     with learner.problem(None if samples is None else learner.samples(limit=samples)) as problem:

@@ -1,6 +1,5 @@
 """Synaptic intelligence."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ from curvlab.continual.options import check_number, check_positive
 from curvlab.continual.strategies.base import Strategy
 from curvlab.continual.strategies.quadratic import make_importance_matrix, make_penalty
 from curvlab.matrices import Penalty
-from curvlab.parameters import ParameterSpace
+from curvlab.parameters import ParameterSpace, Selection, check_selection
 
 if TYPE_CHECKING:
     from curvlab.continual.learner import Learner
@@ -31,17 +30,17 @@ class SI(Strategy):
     Args:
         strength: Strength of the penalty, ``c`` in the paper.
         xi: Damping constant that keeps the importance finite.
-        params: Glob patterns of the parameters to protect; None for all.
+        params: Selection (as for ``curvlab.estimate``) of the parameters to protect; None for all.
 
     Raises:
         CurvlabError: The strength is negative, or ``xi`` is not positive.
     """
 
-    def __init__(self, strength: float, *, xi: float = 0.1, params: Sequence[str] | str | None = None) -> None:
+    def __init__(self, strength: float, *, xi: float = 0.1, params: Selection | None = None) -> None:
         check_number("strength", strength)
         check_positive("xi", xi)
         self.strength, self.xi = strength, xi
-        self.params = params if params is None or isinstance(params, str) else list(params)
+        self.params = check_selection(params)
 
     def start(self, learner: "Learner") -> None:
         """Implement the hook of ``Strategy``."""
