@@ -1,6 +1,7 @@
 """The program ``curvlab``: ``curvlab analyze`` is ``python -m curvlab.analyze``, and likewise ``curvlab sweep``."""
 
 import sys
+from pathlib import Path
 
 from curvlab._version import __version__
 from curvlab.analyze import __main__ as analyze
@@ -12,6 +13,8 @@ _USAGE = "curvlab analyze [ANALYSIS] [OPTIONS] | curvlab sweep COMMAND ... | cur
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if not {"", str(Path.cwd())} & set(sys.path):  # as python -m does, for functions of the user
+        sys.path.append(str(Path.cwd()))
     if given[:1] == ["analyze"]:
         return analyze.main(given[1:])
     if given[:1] == ["sweep"]:

@@ -22,9 +22,9 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Outcome, RunSpec, draw, expand, processes, read_store, run, run_folder, write_store
 from curvlab.grid import store as store_module
 from curvlab.grid.aggregates import Mean, Std
+from curvlab.grid.functions import find_function
 from curvlab.grid.output import Output
 from curvlab.grid.run_process import OUTPUT
-from curvlab.grid.run_spec import find_function
 from curvlab.sweep import config
 from curvlab.sweep.__main__ import main
 
@@ -642,8 +642,8 @@ def test_a_full_disk_is_reported_and_finished_runs_are_kept(file, monkeypatch):
     work = specs("plain", *({"a": a} for a in range(30)))
     register = store_module.Store.register
 
-    def little(store, specs, data):
-        register(store, specs, data)
+    def little(store, *args):
+        register(store, *args)
         pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
         store._connection.execute(f"PRAGMA max_page_count = {pages + 4}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import pydantic
@@ -10,7 +11,9 @@ from curvlab import grid
 from curvlab.commandline.config import Config
 from curvlab.data import fingerprint
 from curvlab.grid import RunSpec
+from curvlab.grid.functions import names_function
 
+NO_DATA = "none"  # name of the data if the function of the network returns them too
 EXIT_CODES = (
     "Exit codes: 0 done; 1 done, but runs have failed; 2 bad input, or it cannot continue; 130 interrupted by Ctrl-C."
 )
@@ -47,19 +50,27 @@ class GridOptions(RunOptions):
     retry_failed: bool = False
     """Execute the failed runs again."""
 
-    def run(self, specs: Sequence[RunSpec], store: Path) -> dict[str, int]:
+    def run(
+        self, specs: Sequence[RunSpec], store: Path, returned: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, int]:
         """Execute the runs that the store does not have, as ``curvlab.grid.run`` does.
 
         Args:
             specs: Runs.
             store: File of the store.
+            returned: Functions of the user -> hashes of what they return, as far as they are known.
 
         Raises:
-            CurvlabError: The store or the cluster cannot be used, or runs in the store have read other data.
+            CurvlabError: The store or the cluster cannot be used, or runs in the store have read other data or called
+                another version of a function.
         """
-        # Only in analyses do the keys data and weights name files.
+        # Only in analyses do the keys data and weights name files, and the keys data and model functions.
         configs = [spec.config for spec in specs if spec.function.startswith("curvlab.analyze.")]
-        names = sorted({str(config[key]) for config in configs for key in ("data", "weights") if config.get(key)})
+        functions = {
+            name for config in configs for key in ("data", "model") if names_function(name := str(config.get(key, "")))
+        }
+        files = {str(config[key]) for config in configs for key in ("data", "weights") if config.get(key)}
+        names = sorted(files - functions - {NO_DATA})
         return grid.run(
             specs,
             store,
@@ -71,4 +82,5 @@ class GridOptions(RunOptions):
             data_root=self.data_root,
             offline=self.offline,
             data={name: fingerprint(name, root=self.data_root, offline=self.offline) for name in names},
+            functions={name: returned.get(name, "") for name in sorted(functions)},
         )

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,8 @@ from curvlab import data as data_sets
 from curvlab.errors import CurvlabError, first_line
 from curvlab.grid import processes
 from curvlab.grid.code import fingerprints
-from curvlab.grid.run_spec import Outcome, find_function
+from curvlab.grid.functions import find_function
+from curvlab.grid.run_spec import Outcome
 from curvlab.grid.supervision import Task, forget_software, supervise
 from curvlab.software import describe_software
 
@@ -24,13 +25,16 @@ _BATCH = 1000  # tasks sent at once
 _CONNECT = 10  # seconds to wait for a scheduler or a worker
 
 
-def run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+def run_tasks(
+    tasks: Sequence[Task], address: str, data: Mapping[str, str], functions: Iterable[str] = ()
+) -> Iterator[Outcome]:
     """Execute tasks on a cluster and yield their outcomes in the order in which they end.
 
     Args:
         tasks: Tasks for ``supervise``.
         address: Address of the scheduler.
         data: Names of data sets and files -> their fingerprints on this machine.
+        functions: Functions that the runs call, in addition to those of the tasks.
 
     Raises:
         CurvlabError: The scheduler cannot be reached or goes away, or a worker does not meet the requirements.
@@ -39,12 +43,14 @@ def run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> I
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:
-        yield from _run_tasks(tasks, address, data)
+        yield from _run_tasks(tasks, address, data, functions)
     finally:
         log.setLevel(level)
 
 
-def _run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+def _run_tasks(
+    tasks: Sequence[Task], address: str, data: Mapping[str, str], functions: Iterable[str]
+) -> Iterator[Outcome]:
     _require_scheduler(address)
     try:
         client: Client = _Client(address)
@@ -52,7 +58,7 @@ def _run_tasks(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> 
         raise _make_scheduler_error(address, error) from error
     sweep = f"curvlab-sweep-{secrets.token_hex(4)}"  # a name of its own, since the cluster may run other sweeps
     try:
-        _prepare_workers(client, address, sweep, tasks, data)
+        _prepare_workers(client, address, sweep, tasks, data, functions)
         for future, result, task in _collect_results(client, sweep, tasks):
             if future.status == "finished":
                 yield result
@@ -164,14 +170,21 @@ class _Client(Client):
         pass
 
 
-def _prepare_workers(client: Client, address: str, name: str, tasks: Sequence[Task], data: Mapping[str, str]) -> None:
+def _prepare_workers(
+    client: Client,
+    address: str,
+    name: str,
+    tasks: Sequence[Task],
+    data: Mapping[str, str],
+    called: Iterable[str],
+) -> None:
     """Register a plugin that checks every worker, including workers that join later.
 
     Raises:
         CurvlabError: There is no worker, or one does not meet the requirements.
     """
     first = tasks[0]
-    functions = sorted({task["function"] for task in tasks})
+    functions = sorted({*called, *(task["function"] for task in tasks)})
     requirements = Requirements(
         describe_software(), fingerprints(functions), functions, data, first["data_root"], first["offline"]
     )

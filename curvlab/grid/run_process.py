@@ -18,7 +18,8 @@ import torch
 
 from curvlab.errors import CurvlabError
 from curvlab.files import remove_leftovers
-from curvlab.grid.run_spec import Place, Record, find_function, to_sentence
+from curvlab.grid.functions import find_function, to_sentence
+from curvlab.grid.run_spec import Place, Record
 
 OUTPUT = "output.txt"
 

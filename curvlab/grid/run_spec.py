@@ -3,11 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -139,27 +137,3 @@ class Outcome:
     host: str | None = None
     threads: int | None = None
     software: Mapping[str, Any] = field(default_factory=dict)
-
-
-def find_function(function: str) -> Callable[[Mapping[str, Any], Place], Sequence[Record]]:
-    """Import and return the function named ``module:name``.
-
-    Raises:
-        CurvlabError: The name has another form, or the module or the function does not exist.
-    """
-    module, colon, name = function.partition(":")
-    if not (module and colon and name):
-        raise CurvlabError(f"a function must be named module:name, not {function!r}")
-    try:
-        found: Callable[[Mapping[str, Any], Place], Sequence[Record]] = attrgetter(name)(import_module(module))
-    except ModuleNotFoundError as error:
-        raise CurvlabError(f"function {function}: cannot import {error.name!r}: no such module") from error
-    except (Exception, SystemExit) as error:  # importing runs the module, which may raise anything
-        raise CurvlabError(f"function {function}: {to_sentence(error)}") from error
-    return found
-
-
-def to_sentence(error: BaseException) -> str:
-    """Return an error as one line: its message, after its type unless it is a ``CurvlabError``."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, CurvlabError) else ": ".join(filter(None, (type(error).__name__, text)))

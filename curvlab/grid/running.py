@@ -8,7 +8,7 @@ are executed at once, so that no number depends on it.
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def run(
     data_root: Path | None = None,
     offline: bool = False,
     data: Mapping[str, str] | None = None,
+    functions: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Execute the runs of a sweep that the store does not have yet.
 
@@ -51,6 +52,8 @@ def run(
         offline: Do not use the network.
         data: Names of the data sets and files that the runs read -> their fingerprints. A store is not continued with
             other data, and the workers of a cluster must have the same.
+        functions: Other functions of the user that the runs call, as ``module:name`` -> a hash of what they return, or
+            an empty text. A store is not continued if this hash or a source file of the function has changed.
 
     Returns:
         The numbers of runs that are ``done``, ``failed`` and ``absent``, and of those of ``earlier`` sweeps.
@@ -63,13 +66,18 @@ def run(
     forget_software()
     unique = {spec.key: spec for spec in specs}
     with write_store(store) as opened:
-        opened.register(list(unique.values()), data or {})
+        calls = functions or {}
+        sources = fingerprints(calls) if calls else {}
+        versions = {name: f"{sources.get(name.partition(':')[0], '')} {hashed}" for name, hashed in calls.items()}
+        opened.register(list(unique.values()), data or {}, versions)
         keys = opened.pending_runs(retry_failed)
         pending = [spec for spec in unique.values() if spec.key in keys]
-        code = canonical(fingerprints({spec.function for spec in pending}))
+        code = canonical(fingerprints({*calls, *(spec.function for spec in pending)}))
         tasks = [_make_task(spec, store, threads, run_timeout, data_root, offline, code) for spec in pending]
         if tasks:
-            outcomes = _run_here(tasks, jobs) if scheduler is None else _run_on_cluster(tasks, scheduler, data or {})
+            outcomes = (
+                _run_here(tasks, jobs) if scheduler is None else _run_on_cluster(tasks, scheduler, data or {}, calls)
+            )
             _store_outcomes(opened, outcomes, len(tasks), jobs if scheduler is None else None)
         return opened.tally()
 
@@ -130,11 +138,13 @@ def _run_here(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
             outcomes.close()
 
 
-def _run_on_cluster(tasks: Sequence[Task], address: str, data: Mapping[str, str]) -> Iterator[Outcome]:
+def _run_on_cluster(
+    tasks: Sequence[Task], address: str, data: Mapping[str, str], functions: Iterable[str]
+) -> Iterator[Outcome]:
     try:
         from curvlab.grid.cluster import run_tasks
     except ImportError as error:
         raise CurvlabError(
             f"--scheduler needs Dask, and {error.name} is not installed: pip install 'curvlab[cluster]'"
         ) from error
-    yield from run_tasks(tasks, address, data)
+    yield from run_tasks(tasks, address, data, functions)

@@ -22,6 +22,10 @@ from curvlab.grid.store_file import check, connect_reader, exists, lock, resolve
 from curvlab.grid.tables import read_records, record_table, summary_table, varied_keys
 
 
+class StoreMismatchError(CurvlabError):
+    """The runs in a store have read other data, or called another version of a function: it cannot be continued."""
+
+
 class Store:
     """The runs of a sweep and their outcomes.
 
@@ -39,15 +43,21 @@ class Store:
 
     # Writing
 
-    def register(self, specs: Sequence[RunSpec], data: Mapping[str, str] = MappingProxyType({})) -> None:
+    def register(
+        self,
+        specs: Sequence[RunSpec],
+        data: Mapping[str, str] = MappingProxyType({}),
+        functions: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Set the runs of the sweep, in its order; outcomes of runs that the store has already are kept.
 
         Args:
             specs: Runs of the sweep.
             data: Names of the data sets and files that the runs read -> their fingerprints.
+            functions: Functions that the runs call -> fingerprints of their source and of what they return.
 
         Raises:
-            CurvlabError: Runs in the store have read other data.
+            StoreMismatchError: Runs in the store have read other data, or have called another version of a function.
         """
         rows = [
             (
@@ -65,11 +75,18 @@ class Store:
         with self._transaction() as connection:
             known = dict(connection.execute("SELECT name, fingerprint FROM data"))
             if other := [name for name, fingerprint in data.items() if known.get(name, fingerprint) != fingerprint]:
-                raise CurvlabError(
+                raise StoreMismatchError(
                     f"the runs in {self.path} have read other data of {other[0]}, and one table must not mix them; "
                     "restore the former data, or choose another store (--out)"
                 )
-            connection.executemany("INSERT OR IGNORE INTO data (name, fingerprint) VALUES (?, ?)", data.items())
+            if other := [name for name, version in functions.items() if known.get(name, version) != version]:
+                raise StoreMismatchError(
+                    f"the runs in {self.path} have called another version of {other[0]}: its source files, or what it "
+                    "returns, have changed since, and one table must not mix them; restore the former version, or "
+                    "choose another store (--out)"
+                )
+            seen = {**data, **functions}
+            connection.executemany("INSERT OR IGNORE INTO data (name, fingerprint) VALUES (?, ?)", seen.items())
             checksums.sign(connection, "data", "checksum IS NULL")
             before = connection.execute(
                 "SELECT key, point FROM runs WHERE position IS NOT NULL ORDER BY position"

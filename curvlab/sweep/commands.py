@@ -13,7 +13,7 @@ from curvlab.commandline.options import EXIT_CODES, GridOptions
 from curvlab.commandline.parser import Parser, option_name, select_fields, validate
 from curvlab.errors import CurvlabError
 from curvlab.grid import report
-from curvlab.grid.run_spec import find_function
+from curvlab.grid.functions import find_function
 from curvlab.sweep import config
 
 

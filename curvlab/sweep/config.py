@@ -8,6 +8,7 @@ from pydantic import Field
 
 from curvlab.analyze import ANALYSES, load_analysis
 from curvlab.analyze.frame.analysis import Analysis, Tool
+from curvlab.analyze.frame.functions import fill_defaults
 from curvlab.analyze.frame.subject import check_distinct
 from curvlab.commandline.config import Config
 from curvlab.commandline.parser import read_yaml, replace_values
@@ -89,7 +90,8 @@ def _make_analysis_specs(
     if sweep.preset not in analysis.presets:
         raise CurvlabError(f"{file}: unknown preset {sweep.preset!r}{did_you_mean(sweep.preset, analysis.presets)}")
     base = analysis.presets[sweep.preset].config
-    specs = analysis.run_specs((replace_values(base, config, file) for config in combined), sweep.seeds)
+    filled = (fill_defaults(type(base), {**base.model_dump(), **config}, config.keys()) for config in combined)
+    specs = analysis.run_specs((replace_values(base, config, file) for config in filled), sweep.seeds)
     if not specs:
         raise CurvlabError(f"{file} has no runs: {analysis.seed} is empty; give at least one seed")
     return specs

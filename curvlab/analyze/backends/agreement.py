@@ -17,8 +17,9 @@ from torch import Tensor
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.functions import OwnProblem
 from curvlab.analyze.frame.memory import Peak
-from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.analyze.frame.subject import AS_IT_IS, TrainedSubjectConfig
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators import BACKENDS, estimate
@@ -43,6 +44,10 @@ class AgreementConfig(TrainedSubjectConfig):
 
     titles: ClassVar[dict[str, str]] = {**TrainedSubjectConfig.titles, "quantities": "curvature"}
 
+    with_function: ClassVar[Mapping[str, Mapping[str, Any]]] = AS_IT_IS
+
+    steps: int = Field(default=500, ge=0)
+    """Training steps (mini-batches); 0 analyses the network without training, the default for a network of yours."""
     quantities: tuple[str, ...] = ("fisher", "fisher:samples=1", "empirical_fisher")
     """fisher, fisher:samples=K, empirical_fisher, masq:batch_size=B, ggn or hessian; one or several."""
     structures: tuple[str, ...] = ("diag", "block_diag", "kfac", "ekfac")
@@ -67,7 +72,7 @@ _COLUMNS = (
 _KEYS = ("quantity", "structure", "backend")
 
 
-def check(config: AgreementConfig, dataset: Dataset) -> None:
+def check(config: AgreementConfig, dataset: Dataset | OwnProblem) -> None:
     """Check the configuration, the data and the curvature options.
 
     Raises:
@@ -94,7 +99,7 @@ def split(config: AgreementConfig) -> list[AgreementConfig]:
     ]
 
 
-def measure(config: AgreementConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+def measure(config: AgreementConfig, dataset: Dataset | OwnProblem, workspace: Workspace) -> Iterator[Record]:
     """Train the network, and yield one record per quantity, backend and structure; save the sketches."""
     (seed,) = config.seeds
     model, _ = subject.train_network(config, dataset, seed, workspace.folder / "checkpoint.pt")
@@ -145,8 +150,7 @@ def _time(
             torch.cuda.synchronize()
         return matrix, time.perf_counter() - started
 
-    inputs, targets = problem.data
-    compute(problem.with_data([(inputs[:_FEW], targets[:_FEW])]))  # imports, first allocations
+    compute(problem.with_data([next(problem.batches(_FEW))]))  # imports, first allocations
     peak = Peak(problem.device)
     matrix, seconds = compute(problem)
     peak_bytes = peak.bytes()
@@ -301,6 +305,7 @@ ANALYSIS = Analysis(
     "separate process per quantity and backend: differences, seconds and peak memory, as a table and a heat map.",
     presets={"default": Preset(AgreementConfig(samples=100), minutes=2)},
     check=check,
+    load=subject.load_subject,
     measure=measure,
     report=report,
     parts=split,

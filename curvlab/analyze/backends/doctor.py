@@ -8,6 +8,7 @@ from rich.console import Console
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Preset, Tool
+from curvlab.analyze.frame.functions import describe_functions, list_functions
 from curvlab.analyze.frame.subject import SubjectConfig
 from curvlab.commandline.options import RunOptions
 from curvlab.doctor import Diagnosis, doctor
@@ -35,7 +36,7 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
     clock = Stopwatch()
     located = subject.locate_weights(config, options)
     with clock("data"):
-        dataset = subject.load_dataset(located, options)
+        dataset = subject.load_subject(located, options)
     subject.check_subject(located, dataset)
     problem = subject.problem(located, dataset, subject.network(located, dataset, seed=0))
     subject.check_curvature(problem, config.quantities, config.params)
@@ -52,6 +53,9 @@ def run(config: DoctorConfig, options: RunOptions, console: Console) -> None:
                 started=clock.started,
                 device=config.device,
             )
+            if list_functions(config):
+                again = subject.load_subject(located, options)
+                origin["functions"] = describe_functions(config, dataset, again, origin["data_hash"])
             directory.write_json("provenance.json", origin)
     except (CurvlabError, KeyboardInterrupt):
         if directory is not None:

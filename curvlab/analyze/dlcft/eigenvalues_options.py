@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ class EigenvaluesConfig(TrainedSubjectConfig):
         "losses": "losses",
         "quantities": "curvature",
     }
+
+    with_function: ClassVar[Mapping[str, Mapping[str, Any]]] = {"data": {"samples": None}}
 
     validation: int = Field(default=200, ge=0)
     """Number of training samples to hold out, drawn at random, to choose the learning rate of squared_error."""

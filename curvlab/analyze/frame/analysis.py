@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from rich.console import Console
 
+from curvlab.analyze.frame.functions import OwnProblem
 from curvlab.analyze.frame.search import Search, Trial, choose, run_trial
 from curvlab.analyze.frame.subject import Subject, load_dataset, locate_weights
 from curvlab.analyze.frame.workspace import Record, Workspace
@@ -160,7 +161,7 @@ class Analysis(Generic[C]):
     measure: Callable[[C, Any, Workspace], Iterable[Record]]  # the second argument is what ``load`` returns
     report: Callable[[Results[C]], Report]
     check: Callable[[C, Any], None] = _accept
-    load: Callable[[Any, RunOptions | Place], Dataset | None] = load_dataset
+    load: Callable[[Any, RunOptions | Place], Dataset | OwnProblem | None] = load_dataset
     parts: Callable[[C], Sequence[C]] | None = None
     search: Search[C] | None = None
     kinds: Mapping[str, str] = field(default_factory=lambda: {"table": "seed"})
@@ -236,7 +237,7 @@ class Analysis(Generic[C]):
         config, dataset = self._prepare(values, place)
         return [run_trial(self.search, self.measure, Trial(group, candidate, config), dataset, Workspace(place))]
 
-    def _prepare(self, values: Mapping[str, Any], place: Place) -> tuple[C, Dataset | None]:
+    def _prepare(self, values: Mapping[str, Any], place: Place) -> tuple[C, Dataset | OwnProblem | None]:
         config = locate_weights(self.config(**values), place)
         dataset = self.load(config, place)
         self.check(config, dataset)

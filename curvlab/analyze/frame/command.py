@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from curvlab.analyze.frame.analysis import Analysis, Preset, Tool
 from curvlab.analyze.frame.driver import run
+from curvlab.analyze.frame.functions import fill_defaults
 from curvlab.commandline.config import C, Config
 from curvlab.commandline.console import make_console
 from curvlab.commandline.options import EXIT_CODES, GridOptions, RunOptions
@@ -62,8 +63,9 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
         )
     preset = analysis.presets[command.preset]
     base = preset.config
+    from_file = {} if command.config is None else read_yaml(command.config)
     if command.config is not None:
-        base = replace_values(base, read_yaml(command.config), command.config)
+        base = replace_values(base, from_file, command.config)
 
     parser = Parser(program, f"{analysis.question} Presets: {describe_presets(analysis.presets)}.")
     kind: type[RunOptions] = RunOptions
@@ -77,7 +79,8 @@ def _execute(analysis: Any, arguments: list[str], program: str) -> None:
         return
     given = parser.parse_options(arguments, sections)
     chosen_fields = select_fields(given, type(base))
-    config = validate(type(base), {**base.model_dump(), **chosen_fields}, option_name)
+    values = fill_defaults(type(base), {**base.model_dump(), **chosen_fields}, {*from_file, *chosen_fields})
+    config = validate(type(base), values, option_name)
     _check_read(config, chosen_fields)
     options: Any = validate(kind, select_fields(given, kind), option_name)
     if command.print_config:

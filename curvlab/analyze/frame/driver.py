@@ -11,6 +11,7 @@ from rich.console import Console
 
 from curvlab import grid, yaml_file
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results
+from curvlab.analyze.frame.functions import describe_functions, list_functions
 from curvlab.analyze.frame.search import choose, list_pairs, select, show_selection
 from curvlab.analyze.frame.subject import Subject, check_distinct, locate_weights
 from curvlab.commandline.config import C
@@ -19,6 +20,7 @@ from curvlab.commandline.program import RunsFailed
 from curvlab.errors import CurvlabError
 from curvlab.grid import RunSpec
 from curvlab.grid.report import print_failures
+from curvlab.grid.store import StoreMismatchError
 from curvlab.results import (
     Column,
     RunDirectory,
@@ -55,13 +57,19 @@ def run(analysis: Analysis[C], config: C, options: GridOptions, console: Console
         data_hash = None if dataset is None else dataset.fingerprint()
     check_distinct(seeds=config.seeds)  # type: ignore[attr-defined]
     analysis.check(locate_weights(config, options), dataset)
+    functions: dict[str, Any] = {}
+    if dataset is not None and data_hash is not None and list_functions(config):
+        with clock("data"):
+            again = analysis.load(config, options)
+            assert again is not None
+            functions = describe_functions(config, dataset, again, data_hash)
     with _open(analysis, config, options) as directory:
-        done = _do_runs(analysis, config, options, directory, clock)
+        done = _do_runs(analysis, config, options, directory, clock, functions)
         finished = replace(done, subject=Subject.of(dataset))
         report = analysis.report(finished)
         with clock("figures"):
             _write(analysis, finished, report, directory)
-        _write_provenance(directory, finished, analysis.version, data_hash, clock)
+        _write_provenance(directory, finished, analysis.version, data_hash, clock, functions)
         _print(analysis, finished, report, console)
         _print_saved(directory, console)
         _report_failures(directory, console)
@@ -130,6 +138,8 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
     directory = open_run(options.out, analysis.name, config.to_yaml())
     try:
         yield directory
+    except StoreMismatchError:  # the same command would be refused again
+        raise
     except (CurvlabError, KeyboardInterrupt) as stop:
         store = directory.path / STORE
         tally = dict.fromkeys(("done", "failed", "absent"), 0)
@@ -153,9 +163,15 @@ def _open(analysis: Analysis[C], config: C, options: GridOptions) -> Iterator[Ru
 
 
 def _do_runs(
-    analysis: Analysis[C], config: C, options: GridOptions, directory: RunDirectory, clock: Stopwatch
+    analysis: Analysis[C],
+    config: C,
+    options: GridOptions,
+    directory: RunDirectory,
+    clock: Stopwatch,
+    functions: Mapping[str, Mapping[str, Any]],
 ) -> Results[C]:
     """Execute all runs and return the results, with an empty subject."""
+    returned = {one["function"]: one["returned"] for one in functions.values()}
     trial_specs = analysis.trial_specs(config)
     selection: list[Record] = []
     trials: list[Record] = []
@@ -165,7 +181,7 @@ def _do_runs(
             if trial_specs and (finished := _read_trials(trial_specs, directory)) is not None:
                 trials = finished  # without a change of the store, which has the runs that follow, too
             elif trial_specs:
-                trials, failed = _do(trial_specs, options, directory)
+                trials, failed = _do(trial_specs, options, directory, returned)
                 if failed:
                     raise RunsFailed(f"hyper-parameters cannot be chosen because a run failed: {failed[0]['error']}")
             chosen = choose(analysis.search, config, trials)
@@ -175,7 +191,7 @@ def _do_runs(
         configs = analysis.parts(config)
     specs = analysis.run_specs(configs)
     with clock("runs"):
-        found, failed = _do([*trial_specs, *specs], options, directory)
+        found, failed = _do([*trial_specs, *specs], options, directory, returned)
     found = found[len(trials) :]
     records = {name: [record for record in found if key in record] for name, key in analysis.kinds.items()}
     if not records["table"]:
@@ -208,11 +224,11 @@ def _read_trials(specs: Sequence[RunSpec], directory: RunDirectory) -> list[Reco
 
 
 def _do(
-    specs: Sequence[RunSpec], options: GridOptions, directory: RunDirectory
+    specs: Sequence[RunSpec], options: GridOptions, directory: RunDirectory, returned: Mapping[str, str]
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Execute the runs that the store lacks; return the records of finished runs, in order, and the failed runs."""
     store = directory.path / STORE
-    options.run(specs, store)
+    options.run(specs, store, returned)
     with grid.read_store(store) as stored:
         found, failed, done = stored.records(), stored.failed_runs(), stored.tally()["done"]
     if failed and not done:
@@ -270,7 +286,12 @@ def _mark_failures(figure: "Figure", finished: Results[Any]) -> "Figure":
 
 
 def _write_provenance(
-    directory: RunDirectory, finished: Results[Any], version: int, data_hash: str | None, clock: Stopwatch
+    directory: RunDirectory,
+    finished: Results[Any],
+    version: int,
+    data_hash: str | None,
+    clock: Stopwatch,
+    functions: Mapping[str, Any],
 ) -> None:
     """Write the provenance, after everything else; keep the old file if no run has changed."""
     file = directory.path / PROVENANCE
@@ -290,6 +311,8 @@ def _write_provenance(
         "failed": finished.failed,
         "runs": finished.total,
     }
+    if functions:
+        more["functions"] = functions
     directory.write_json(PROVENANCE, origin | more)
 
 

@@ -10,15 +10,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from curvlab.analyze.frame.functions import SPLIT, OwnProblem, load_own, make_network
 from curvlab.commandline.config import C, Config, Readers
-from curvlab.commandline.options import RunOptions
+from curvlab.commandline.options import NO_DATA, RunOptions
 from curvlab.data import Dataset, data_root, load
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, type_and_line
 from curvlab.grid import Place
-from curvlab.models import build, freeze_batch_norm
+from curvlab.grid.functions import find_place, names_function
+from curvlab.models import build, freeze_batch_norm, load_weights
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
+from curvlab.randomness import preserve_random_state
 from curvlab.text import write_count
 from curvlab.training import Training, fit
 from curvlab.training.options import FirstOrderName, ScheduleName
@@ -31,9 +34,12 @@ class SubjectConfig(Config):
 
     titles: ClassVar[Mapping[str, str]] = {"data": "data", "model": "network"}
     only_for: ClassVar[Mapping[str, Readers]] = {"hidden": ("model", ("mlp",))}
+    #: Other default values if ``model`` or ``data`` names a function: option -> name -> value.
+    with_function: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     data: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, or the path of an .npz file or image folder."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, the path of an .npz file or image folder, or
+    module:function, a function of your own that returns the data; none if that of model returns a Problem."""
     classes: tuple[int, ...] | Literal["all"] = "all"
     """Class indices to train on, or all. The network always has one output per class of the data set."""
     validation: int = Field(default=0, ge=0)
@@ -44,7 +50,8 @@ class SubjectConfig(Config):
     """imagenet: subtract the channel means of ImageNet and divide by the standard deviations, as pre-trained networks
     expect."""
     model: str = "mlp"
-    """mlp, cnn, shallow_cnn, resnet20, or torchvision:NAME."""
+    """mlp, cnn, shallow_cnn, resnet20, torchvision:NAME, or module:function, a function of your own that returns a
+    network or a Problem. The network is used in eval mode."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (30, 30)
     """Hidden sizes of the mlp; no value gives a linear model."""
     weights: Path | None = None
@@ -76,10 +83,13 @@ class Subject:
     test: int
 
     @classmethod
-    def of(cls, dataset: Dataset | None) -> "Subject":
+    def of(cls, dataset: Dataset | OwnProblem | None) -> "Subject":
         """Return the description of a data set; an empty one for None."""
         if dataset is None:
             return cls("", (), 0, 0, 0)
+        if isinstance(dataset, OwnProblem):
+            count = dataset.template.num_samples
+            return cls(dataset.name, dataset.sample_shape, dataset.num_outputs, count, 0)
         shape, outputs = dataset.sample_shape, dataset.num_classes
         return cls(Path(dataset.name).name, shape, outputs, len(dataset.y_train), len(dataset.y_test))
 
@@ -103,6 +113,13 @@ class TrainedSubjectConfig(SubjectConfig):
     """Training steps (mini-batches); 0 analyses the network without training."""
     batch_size: int = Field(default=100, ge=1)
     """Samples per training step."""
+
+
+#: ``with_function`` of an analysis that takes a network as it is: it is not trained, and all samples are used.
+AS_IT_IS: Mapping[str, Mapping[str, Any]] = {
+    "model": {"steps": 0, "seeds": (0,)},
+    "data": {"classes": "all", "samples": None},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,13 +151,42 @@ def load_dataset(config: SubjectConfig, options: RunOptions | Place) -> SubjectD
     return select_samples(config, read_dataset(config, options))
 
 
+def load_subject(config: SubjectConfig, options: RunOptions | Place) -> SubjectData | OwnProblem:
+    """Return the data of a configuration as ``load_dataset`` does, or data of a function without a split.
+
+    For an analysis that can do without a training.
+
+    Raises:
+        CurvlabError: The data cannot be loaded.
+    """
+    found = _read(config, options)
+    return found if isinstance(found, OwnProblem) else select_samples(config, found)
+
+
 def read_dataset(config: SubjectConfig, options: RunOptions | Place) -> Dataset:
     """Return all samples of the data set of a configuration, shuffled and normalised.
 
     Raises:
         CurvlabError: The data cannot be loaded.
     """
-    shuffled = shuffle(load(config.data, root=options.data_root, offline=options.offline))
+    found = _read(config, options)
+    if isinstance(found, OwnProblem):
+        also = "the network from it, and " if config.data == NO_DATA else ""
+        raise CurvlabError(
+            f"this analysis trains and tests the network, and the data of {found.name} have no split into training and "
+            f"test samples: return {also}{SPLIT} from the function of --data"
+        )
+    return found
+
+
+def _read(config: SubjectConfig, options: RunOptions | Place) -> Dataset | OwnProblem:
+    if config.data == NO_DATA or names_function(config.data):
+        found = load_own(config.model, config.data, lambda model: _place(config, model))
+        if isinstance(found, OwnProblem):
+            return found
+    else:
+        found = load(config.data, root=options.data_root, offline=options.offline)
+    shuffled = shuffle(found)
     return normalise(shuffled) if config.normalize == "imagenet" else shuffled
 
 
@@ -238,14 +284,46 @@ def samples(config: SubjectConfig, data: Dataset) -> tuple[Tensor, Tensor]:
     return data.x_train[: config.samples], data.y_train[: config.samples]
 
 
-def check_subject(config: SubjectConfig, data: Dataset) -> None:
+def check_subject(config: SubjectConfig, data: Dataset | OwnProblem) -> None:
     """Check the number of samples, the device, and the training options.
 
     Raises:
-        CurvlabError: There are fewer samples, the device is not available, or the optimizer lacks an option.
+        CurvlabError: There are fewer samples, the device is not available, the optimizer lacks an option, or an option
+            cannot apply to data without a split.
     """
-    if config.samples is not None and config.samples > len(data.x_train):
+    if isinstance(data, OwnProblem):
+        _check_own(config, data)
+    elif config.samples is not None and config.samples > len(data.x_train):
         raise CurvlabError(f"samples is {config.samples:,}, but there are only {len(data.x_train):,} training samples")
+    check_device(config)
+    if config.fine_tune and config.weights is None:
+        raise CurvlabError("fine_tune needs weights from a file: set weights")
+    if isinstance(config, TrainedSubjectConfig) and config.steps:
+        Training(**fit_options(config))
+
+
+def _check_own(config: SubjectConfig, data: OwnProblem) -> None:
+    if getattr(config, "steps", 0):
+        raise CurvlabError(
+            f"steps is {config.steps:,}, but the data of {data.name} have no split into training and test samples: "  # type: ignore[attr-defined]
+            f"set steps to 0, or return {SPLIT}"
+        )
+    if config.data != NO_DATA:
+        data.check_targets()
+    for name, neutral in (("classes", "all"), ("validation", 0), ("normalize", "none")):
+        if getattr(config, name) != neutral:
+            raise CurvlabError(
+                f"{name} is {getattr(config, name)}, but it applies to data with a split, and the data of {data.name} "
+                f"have none: set it to {neutral}, or return {SPLIT}"
+            )
+
+
+def check_device(config: SubjectConfig) -> None:
+    """Check that the device is available.
+
+    Raises:
+        CurvlabError: It is not.
+    """
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
@@ -257,10 +335,6 @@ def check_subject(config: SubjectConfig, data: Dataset) -> None:
         )
     if device.type not in ("cpu", "cuda"):
         raise CurvlabError(f"device must be cpu, cuda or cuda:N, not {config.device!r}")
-    if config.fine_tune and config.weights is None:
-        raise CurvlabError("fine_tune needs weights from a file: set weights")
-    if isinstance(config, TrainedSubjectConfig) and config.steps:
-        Training(**fit_options(config))
 
 
 def check_network(config: SubjectConfig, data: Dataset) -> None:
@@ -294,12 +368,14 @@ def check_curvature(problem: Problem, quantities: Sequence[str], params: Sequenc
     ParameterSpace.of(problem.model, params)
 
 
-def network(config: SubjectConfig, data: Dataset, seed: int, dropout: float = 0.0) -> nn.Module:
+def network(config: SubjectConfig, data: Dataset | OwnProblem, seed: int, dropout: float = 0.0) -> nn.Module:
     """Return the network with initial or loaded weights, in eval mode.
 
     Raises:
         CurvlabError: The network is unknown, or it or its weights do not fit the data.
     """
+    if isinstance(data, OwnProblem) or names_function(config.model):
+        return _own_network(config, data, seed, dropout)
     model = build(
         config.model,
         data.sample_shape,
@@ -312,11 +388,57 @@ def network(config: SubjectConfig, data: Dataset, seed: int, dropout: float = 0.
     )
     if config.fine_tune:
         freeze_batch_norm(model)
+    return _place(config, model)
+
+
+def _place(config: SubjectConfig, model: nn.Module) -> nn.Module:
+    """Return a network on the device and in the dtype of a configuration, in eval mode."""
+    check_device(config)
     return model.to(config.device, getattr(torch, config.dtype)).eval()
 
 
-def problem(config: SubjectConfig, data: Dataset, model: nn.Module) -> Problem:
-    """Return the problem: the network, cross-entropy, and the samples for the curvature."""
+def _own_network(config: SubjectConfig, data: Dataset | OwnProblem, seed: int, dropout: float) -> nn.Module:
+    if dropout:
+        raise CurvlabError(f"dropout belongs to mlp, not to {config.model}; leave dropout at 0")
+    model, own = make_network(config.model, seed)
+    if own is not None and config.data != NO_DATA:
+        raise CurvlabError(f"{config.model} returns a curvlab.Problem, which contains the data: leave out --data")
+    if config.weights is not None:
+        load_weights(model, config.weights, new_head=config.fine_tune)
+    if config.fine_tune:
+        freeze_batch_norm(model)
+    model = _place(config, model)
+    if isinstance(data, Dataset):
+        _check_outputs(config, model, data)
+    return model
+
+
+def _check_outputs(config: SubjectConfig, model: nn.Module, data: Dataset) -> None:
+    """Check that a network of the user takes the samples of a data set and has an output for each of its classes."""
+    inputs = data.x_train[:2].to(config.device, getattr(torch, config.dtype))
+    try:
+        with torch.no_grad(), preserve_random_state():
+            out = model(inputs)
+    except Exception as error:  # it is the user's code, which may raise anything
+        raise CurvlabError(
+            f"{config.model} fails on samples of {data.name} of shape {data.sample_shape}: {type_and_line(error)}"
+            f"{find_place(error)}"
+        ) from error
+    if not isinstance(out, Tensor) or out.shape != (len(inputs), data.num_classes):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise CurvlabError(
+            f"{config.model} returns {got} for {write_count(len(inputs), 'sample')} of {data.name}, which has "
+            f"{data.num_classes} classes: it must return a tensor of shape {(len(inputs), data.num_classes)}"
+        )
+
+
+def problem(config: SubjectConfig, data: Dataset | OwnProblem, model: nn.Module) -> Problem:
+    """Return the problem: the network, cross-entropy, and the samples for the curvature.
+
+    For data without a split, it is that of the user, and the samples are the first ones.
+    """
+    if isinstance(data, OwnProblem):
+        return data.make_problem(model, config.samples)
     return Problem(model, "cross_entropy", samples(config, data))
 
 
@@ -327,7 +449,7 @@ def fit_options(config: TrainedSubjectConfig) -> dict[str, Any]:
 
 
 def train_network(
-    config: TrainedSubjectConfig, data: Dataset, seed: int, checkpoint: Path | None = None
+    config: TrainedSubjectConfig, data: Dataset | OwnProblem, seed: int, checkpoint: Path | None = None
 ) -> tuple[nn.Module, float | None]:
     """Return the trained network and its test accuracy, which is None without training.
 
@@ -339,6 +461,7 @@ def train_network(
     model = network(config, data, seed)
     if not config.steps:
         return model, None
+    assert isinstance(data, Dataset)  # by check_subject
     result = fit(
         model,
         (data.x_train, data.y_train),
@@ -363,4 +486,5 @@ def describe(config: SubjectConfig, data: Dataset | Subject, quantity: str) -> s
     name, _, given = str(parse_quantity(quantity)).partition(":")
     words = {"fisher": "Fisher", "empirical_fisher": "Empirical Fisher", "masq": "MaSQ", "ggn": "GGN"}
     which = f" ({given})" if given else ""
-    return f"{words.get(name, name.capitalize())}{which} of a {describe_network(config, data)}"
+    network = config.model if names_function(config.model) else f"a {describe_network(config, data)}"
+    return f"{words.get(name, name.capitalize())}{which} of {network}"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
+from curvlab.analyze.frame.functions import OwnProblem
 from curvlab.analyze.frame.values import where
 from curvlab.analyze.masq import table2
 from curvlab.analyze.masq.fim_diagonality_options import PRESETS, FimDiagonalityConfig
@@ -20,6 +21,7 @@ from curvlab.data import Dataset
 from curvlab.diagonality import Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
 from curvlab.grid import Place
+from curvlab.grid.functions import names_function
 from curvlab.plots import block_heat_map, diagonality_dots
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.text import write_count
@@ -58,7 +60,7 @@ _MEANS = (
 _TABLE = (*_SUMS[:4], *_MEANS[1:], *_SUMS[4:])
 
 
-def check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
+def check(config: FimDiagonalityConfig, dataset: Dataset | OwnProblem) -> None:
     """Check the configuration, the data and the curvature options.
 
     Raises:
@@ -72,10 +74,10 @@ def check(config: FimDiagonalityConfig, dataset: Dataset) -> None:
     records(problem, config.quantity, per=config.per)  # the call checks its arguments and computes no row
 
 
-def load_dataset(config: FimDiagonalityConfig, options: RunOptions | Place) -> Dataset:
+def load_dataset(config: FimDiagonalityConfig, options: RunOptions | Place) -> Dataset | OwnProblem:
     """Return the samples of the classes, or of the first task of a single stream; all samples for several streams."""
     if not config.streams:
-        return subject.load_dataset(config, options)
+        return subject.load_subject(config, options)
     whole = subject.load_dataset(config.model_copy(update={"classes": "all"}), options)
     return whole.select(first_classes(config.streams[0], whole.num_classes)) if len(config.streams) == 1 else whole
 
@@ -85,7 +87,7 @@ def split(config: FimDiagonalityConfig) -> list[FimDiagonalityConfig]:
     return [config.model_copy(update={"streams": (stream,)}) for stream in config.streams] or [config]
 
 
-def measure(config: FimDiagonalityConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
+def measure(config: FimDiagonalityConfig, dataset: Dataset | OwnProblem, workspace: Workspace) -> Iterator[Record]:
     """Train the network of one seed, and yield one record per row of the table."""
     (seed,) = config.seeds
     stream = {"stream": config.streams[0]} if config.streams else {}
@@ -179,7 +181,8 @@ def report(results: Results[FimDiagonalityConfig]) -> Report:
 
 
 def _title(results: Results[FimDiagonalityConfig]) -> str:
-    return f"{subject.describe(results.config, results.subject, results.config.quantity)} on {results.subject.data}"
+    config, data = results.config, results.subject.data
+    return subject.describe(config, results.subject, config.quantity) + f" on {data}" * (data != config.model)
 
 
 def _report(
@@ -193,6 +196,7 @@ def _report(
         Table(f"{title}, {write_count(found[0]['samples'], 'sample')}; {results.spread}", _SUMS, table),
         Table("Means of the entries, and means with the paper's denominators", _MEANS, table),
     ]
+    by_name = not names_function(results.config.model)  # the claims are about named tensors of an mlp
     is_paper = table2.has_network(conditions) and published
     if is_paper:
         tables.append(Table(f"{table2.source()}, and our values", table2.COLUMNS, table2.add_published(table)))
@@ -209,8 +213,8 @@ def _report(
     return Report(
         Table(tables[0].title, _TABLE, table),
         tables,
-        table2.claims(found, conditions),
-        table2.identities(found, conditions),
+        table2.claims(found, conditions) if by_name else [],
+        table2.identities(found, conditions) if by_name else [],
         {"sums_and_means": dots} | ({"heat_map": partial(_draw_heat_map, heat_maps[0], title)} if heat_maps else {}),
         deviations=table2.deviations(conditions) if is_paper else [],
         notes=notes,

@@ -1,11 +1,12 @@
 """Options of the analysis ``fim_diagonality``, and its presets."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from curvlab.analyze.frame.analysis import Preset
-from curvlab.analyze.frame.subject import TrainedSubjectConfig
+from curvlab.analyze.frame.subject import AS_IT_IS, TrainedSubjectConfig
 from curvlab.analyze.masq.streams import ALL, Stream
 from curvlab.diagonality import Level
 
@@ -15,6 +16,10 @@ class FimDiagonalityConfig(TrainedSubjectConfig):
 
     titles: ClassVar[dict[str, str]] = {**TrainedSubjectConfig.titles, "quantity": "curvature"}
 
+    with_function: ClassVar[Mapping[str, Mapping[str, Any]]] = AS_IT_IS
+
+    steps: int = Field(default=500, ge=0)
+    """Training steps (mini-batches); 0 analyses the network without training, the default for a network of yours."""
     classes: tuple[int, ...] | Literal["all"] = (0, 1, 2, 3, 4)
     """Class indices to train on, or all. The network always has one output per class of the data set."""
     streams: tuple[Stream, ...] = ()
