@@ -2,144 +2,219 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from cases import Case
-from reference import Reference
 from torch import Tensor
 
+from benchmarks.peers.cases import Case
+from benchmarks.peers.reference import Reference
 from curvlab import Problem, estimate
 from curvlab.errors import CurvlabError
 from curvlab.matrices import EKFAC, KFAC
+from curvlab.parameters import ParameterSpace
 from curvlab.structures import KFACStructure
 
 TOLERANCE = 1e-9
 SEEDS, SAMPLES, BOUND = 12, 4, 6.0  # of the Monte Carlo Fisher: draws, labels per draw, and bound on |t|
 DENSE = 400  # up to this number of parameters whole matrices are compared, above it products with three vectors
+FACTORS = 10_000  # parameters above which eigendecompositions and factors are left out
 
-Products = Callable[[Reference, Tensor], Tensor]
-
-#: By quantity and structure, the same by plain autograd.
-SECOND: dict[tuple[str, str], Products] = {
-    ("fisher", "kfac:rest=diag"): lambda r, v: r.kronecker(v, empirical=False),
-    ("fisher", "kfac:sharing=reduce,rest=diag"): lambda r, v: r.kronecker(v, empirical=False, sharing="reduce"),
-    ("empirical_fisher", "kfac:rest=diag"): lambda r, v: r.kronecker(v, empirical=True),
-    ("fisher", "ekfac:rest=diag"): lambda r, v: r.kronecker(v, empirical=False, corrected=True),
-    ("empirical_fisher", "ekfac:rest=diag"): lambda r, v: r.kronecker(v, empirical=True, corrected=True),
+#: By quantity and structure, the options of the reference.
+KRONECKER: dict[tuple[str, str], dict[str, Any]] = {
+    ("fisher", "kfac:rest=diag"): {},
+    ("fisher", "kfac:sharing=reduce,rest=diag"): {"sharing": "reduce"},
+    ("empirical_fisher", "kfac:rest=diag"): {"empirical": True},
+    ("empirical_fisher", "kfac:sharing=reduce,rest=diag"): {"empirical": True, "sharing": "reduce"},
+    ("fisher", "ekfac:rest=diag"): {"corrected": True},
+    ("empirical_fisher", "ekfac:rest=diag"): {"empirical": True, "corrected": True},
 }
 if "bias" in KFACStructure.__dataclass_fields__:
-    SECOND["fisher", "kfac:bias=separate,rest=diag"] = lambda r, v: r.kronecker(v, empirical=False, separate=True)
-EXACT: dict[str, Products] = {
-    "hessian": lambda r, v: r.hessian(v),
-    "ggn": lambda r, v: r.second_moment(v, empirical=False),
-    "fisher": lambda r, v: r.second_moment(v, empirical=False),
-    "empirical_fisher": lambda r, v: r.second_moment(v, empirical=True),
+    KRONECKER["fisher", "kfac:bias=separate,rest=diag"] = {"separate": True}
+    KRONECKER["fisher", "kfac:sharing=reduce,bias=separate,rest=diag"] = {"separate": True, "sharing": "reduce"}
+
+Products = Callable[[Reference, Tensor], Tensor]
+EXACT: dict[tuple[str, str], Products] = {
+    ("hessian", ""): lambda r, v: r.hessian(v),
+    ("ggn", ""): lambda r, v: r.second_moment(v, empirical=False),
+    ("fisher", ""): lambda r, v: r.second_moment(v, empirical=False),
+    ("empirical_fisher", ""): lambda r, v: r.second_moment(v, empirical=True),
+    ("fisher", "diag"): lambda r, v: r.diagonal(empirical=False).unsqueeze(1) * v,
+    ("empirical_fisher", "diag"): lambda r, v: r.diagonal(empirical=True).unsqueeze(1) * v,
 }
+
+
+class Comparison:
+    """The comparison of one case.
+
+    Args:
+        case: The case.
+
+    Attributes:
+        right: Labels of what agrees.
+        refused: By label, why curvlab does not compute it, or how it differs from what the peer has.
+        wrong: By label, how far curvlab is from the reference.
+        not_compared: By label, parameters with factors for which the reference has none.
+        parameters: Number of selected parameters.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.right: list[str] = []
+        self.refused: dict[str, str] = {}
+        self.wrong: dict[str, str] = {}
+        self.not_compared: dict[str, str] = {}
+        self.parameters = 0
+
+    def run(self) -> None:
+        """Compare everything.
+
+        Raises:
+            ImportError: The case needs a package that is not installed.
+        """
+        case = self.case
+        model, loss, data = case.make()
+        try:
+            self.problem = Problem(model, loss, data, **case.options)
+            self.problem.check()
+        except CurvlabError as error:
+            if case.refused_by_peer:
+                self.right.append("refused, as by the peer")
+            else:
+                self.refused["problem"] = str(error)
+            return
+        self.space = self.problem.space if case.params is None else ParameterSpace.of(model, case.params)
+        self.parameters = self.space.total
+        # What shuffles its samples is compared on the samples that curvlab took.
+        self.batches = list(self.problem.batches() if case.refused_by_peer else data)
+        unit = self.problem.loss.unit
+        reference = Reference(model, loss, self.batches, self.space.names, case.call, unit)
+        # The scale of the loss: a mean over terms, or a sum, of which curvlab has the mean over its units.
+        self.scale = 1.0 if reference.mean else self.problem.num_units
+        self.reference = reference
+        self.small = self.space.total <= DENSE
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.space.total, 3)
+        self.vectors = (
+            torch.eye(self.space.total).double()
+            if self.small
+            else torch.randn(shape, generator=generator, dtype=torch.float64)
+        )
+        for (quantity, structure), products in EXACT.items():
+            self._compare(quantity, structure, partial(products, reference, self.vectors))
+        for (quantity, structure), options in KRONECKER.items() if self.space.total <= FACTORS else ():
+            self._compare_factors(quantity, structure, options)
+        if case.closed_form is not None:
+            form = case.closed_form(model, self.batches)
+            for quantity in ("hessian", "ggn"):
+                self._compare(quantity, "", lambda: form @ self.vectors, label=f"{quantity}, closed form")
+        for structure in case.exact:
+            self._compare("fisher", structure, self._block_diagonal_ggn, label=f"{structure} is the GGN's blocks")
+        self._compare_drawn()
+
+    def _matrix(self, quantity: str, structure: str) -> Any:
+        plain = "dense" if self.small else "implicit"
+        return estimate(self.problem, quantity, structure or plain, params=self.case.params)
+
+    def _compare(
+        self, quantity: str, structure: str, expected: Callable[[], Tensor], label: str = "", keep: Any = slice(None)
+    ) -> None:
+        label = label or ", ".join(filter(None, (quantity, structure)))
+        try:
+            found = self.scale * (self._matrix(quantity, structure) @ self.vectors)
+        except CurvlabError as error:
+            self.refused[label] = str(error)
+            return
+        wanted = expected()[keep]
+        size = float(wanted.abs().max()) + 1e-12 if wanted.numel() else 1.0
+        difference = float((found[keep] - wanted).abs().max()) / size if wanted.numel() else 0.0
+        if difference <= TOLERANCE:
+            self.right.append(label)
+        else:
+            self.wrong[label] = f"relative difference {difference:.2g}"
+
+    def _compare_factors(self, quantity: str, structure: str, options: dict[str, Any]) -> None:
+        """Compare a Kronecker structure: with factors where curvlab has them, and all that the reference knows."""
+        label = f"{quantity}, {structure}"
+        try:
+            with_factors = _names_with_factors(self._matrix(quantity, structure))
+        except CurvlabError as error:
+            self.refused[label] = str(error)
+            return
+        layers = [layer for layer in self.reference.layers if set(self.reference.own(layer)) <= with_factors]
+        missing = [layer for layer in self.reference.layers if layer not in layers]
+        known = {name for layer in layers for name in self.reference.own(layer)}
+        keep = torch.ones(self.space.total, dtype=torch.bool)
+        for name in with_factors - known:  # factors of a kind that the reference lacks
+            keep[self.space.slices[name]] = False
+        expected = partial(self.reference.kronecker, self.vectors, layers, **options)
+        self._compare(quantity, structure, expected, keep=keep)
+        if with_factors - known:
+            self.not_compared[label] = ", ".join(sorted(with_factors - known))
+        if missing and label in self.right:
+            self.right.remove(label)
+            modules = ", ".join(f"{layer} ({type(self.reference.layers[layer]).__name__})" for layer in missing)
+            self.refused[label] = f"{modules}: the diagonal in place of factors"
+
+    def _block_diagonal_ggn(self) -> Tensor:
+        """Return the product of the GGN's blocks, one a layer, with the vectors."""
+        product = torch.zeros_like(self.vectors)
+        for layer in self.reference.layers:
+            keep = torch.zeros(self.space.total, 1, dtype=torch.float64)
+            for name in self.reference.own(layer):
+                keep[self.space.slices[name]] = 1
+            product += keep * self.reference.second_moment(keep * self.vectors, empirical=False)
+        return product
+
+    def _compare_drawn(self) -> None:
+        """Compare the mean of Monte Carlo Fishers with the exact one: the trace, and a part of the diagonal, by t."""
+        label = "fisher, Monte Carlo"
+        exact = self.reference.diagonal(empirical=False)
+        weights = torch.rand(len(exact), 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        weights[:, 0] = 1
+        try:
+            drawn = torch.stack(
+                [
+                    self.scale * self._matrix(f"fisher:samples={SAMPLES},seed={seed}", "diag").diagonal() @ weights
+                    for seed in range(SEEDS)
+                ]
+            )
+        except CurvlabError as error:
+            self.refused[label] = str(error)
+            return
+        difference = (drawn.mean(dim=0) - exact @ weights).abs()
+        error_of_mean = drawn.std(dim=0) / SEEDS**0.5
+        difference = (difference - TOLERANCE * (exact @ weights).abs()).clamp(min=0)
+        t = float((difference / error_of_mean.clamp(min=1e-300)).max())
+        if t <= BOUND:
+            self.right.append(label)
+        else:
+            self.wrong[label] = f"t = {t:.1f}"
+
+
+def _names_with_factors(matrix: Any) -> set[str]:
+    parts: Iterable[Any] = getattr(matrix, "parts", (matrix,))
+    return {name for part in parts if isinstance(part, (KFAC, EKFAC)) for name in part.space.names}
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Return the record of a case: what is right, refused and wrong, with the messages."""
+    """Return the record of a case: how it is expressed, and what is right, refused and wrong, with the messages."""
     started = time.perf_counter()
+    comparison = Comparison(case)
     record: dict[str, Any] = {"case": case.name, "way": case.way}
-    try:
-        model, loss, data = case.make()
-    except ImportError as error:
-        return record | {"not_run": f"{error}"}
-    right: list[str] = []
-    refused: dict[str, str] = {}
-    wrong: dict[str, str] = {}
-    try:
-        problem = Problem(model, loss, data, **case.options)
-        problem.check()
-    except CurvlabError as error:
-        refused["problem"] = str(error)
-        return record | {"right": right, "refused": refused, "wrong": wrong}
-    space = problem.space if case.params is None else type(problem.space).of(model, case.params)
-    p = space.total
-    # What shuffles its samples is compared on the samples that curvlab took.
-    batches = list(problem.batches()) if case.refused_by_peer else list(data)
-    reference = Reference(model, loss, batches, space.names, case.call)
-    generator = torch.Generator().manual_seed(1)
-    small = p <= DENSE
-    vectors = torch.eye(p).double() if small else torch.randn(p, 3, generator=generator, dtype=torch.float64)
-    scale = 1 if reference.mean else reference.num_samples
-
-    def compare(label: str, quantity: str, structure: str, products: Products) -> None:
-        try:
-            matrix = estimate(problem, quantity, structure, params=case.params)
-            found, given = scale * (matrix @ vectors), vectors
-            expected = products(reference, given)
-            outside = _only_here(matrix, reference) if structure.partition(":")[0] in ("kfac", "ekfac") else []
-            for name in outside:  # factors of a kind that the reference lacks: not compared
-                expected[space.slices[name]] = found[space.slices[name]] = 0
-        except CurvlabError as error:
-            refused[label] = str(error)
-            return
-        size = float(expected.abs().max()) + 1e-12
-        difference = float((found - expected).abs().max()) / size
-        if outside:
-            record.setdefault("not_compared", {})[label] = outside
-        if difference <= TOLERANCE:
-            right.append(label)
-        else:
-            wrong[label] = f"relative difference {difference:.2g}"
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for quantity, products in EXACT.items():
-            compare(quantity, quantity, "dense" if small else "implicit", products)
-        for (quantity, structure), products in SECOND.items():
-            compare(f"{quantity}, {structure}", quantity, structure, products)
-        _compare_drawn(problem, case, reference, scale, right, refused, wrong)
-    return record | {
-        "parameters": p,
-        "right": right,
-        "refused": refused,
-        "wrong": wrong,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-
-
-def _only_here(matrix: Any, reference: Reference) -> list[str]:
-    """Return the parameters with Kronecker factors in curvlab that have none in the reference."""
-    parts = getattr(matrix, "parts", (matrix,))
-    factors = {name for part in parts if isinstance(part, (KFAC, EKFAC)) for name in part.space.names}
-    here = {name for layer in reference.layers for name in reference._own(layer)}
-    return sorted(factors - here)
-
-
-def _compare_drawn(
-    problem: Problem,
-    case: Case,
-    reference: Reference,
-    scale: float,
-    right: list[str],
-    refused: dict[str, str],
-    wrong: dict[str, str],
-) -> None:
-    """Compare the mean of Monte Carlo Fishers with the exact one: their traces, and a part of the diagonal, by t."""
-    label = "fisher, Monte Carlo"
-    exact = reference.diagonal(empirical=False)
-    weights = torch.rand(len(exact), 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weights[:, 0] = 1
-    try:
-        drawn = torch.stack(
-            [
-                scale
-                * estimate(problem, f"fisher:samples={SAMPLES},seed={seed}", "diag", params=case.params).diagonal()
-                @ weights
-                for seed in range(SEEDS)
-            ]
-        )
-    except CurvlabError as error:
-        refused[label] = str(error)
-        return
-    difference = (drawn.mean(dim=0) - exact @ weights).abs()
-    error = drawn.std(dim=0) / SEEDS**0.5
-    t = float(((difference - TOLERANCE * (exact @ weights).abs()).clamp(min=0) / error.clamp(min=1e-300)).max())
-    if t <= BOUND:
-        right.append(label)
-    else:
-        wrong[label] = f"t = {t:.1f}"
+        try:
+            comparison.run()
+        except ImportError as error:
+            return record | {"not_run": f"{error}"}
+    record |= {"parameters": comparison.parameters, "right": len(comparison.right)}
+    for key in ("refused", "wrong", "not_compared"):
+        if found := getattr(comparison, key):
+            by_text: dict[str, list[str]] = {}
+            for label, text in found.items():
+                by_text.setdefault(text, []).append(label)
+            record[key] = by_text
+    return record | {"seconds": round(time.perf_counter() - started, 2)}

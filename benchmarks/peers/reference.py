@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Call = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -48,17 +49,36 @@ class Sample:
 
     Attributes:
         jacobian: ``(O, P)``, over the selected parameters.
-        inputs: By layer, what its weight multiplies at each position, ``(T, d)``.
+        inputs: By layer, what its weight multiplies at each position, ``(T, d)``, by group.
         slopes: By layer, the Jacobian of the outputs in the layer's outputs, ``(O, T, c)``.
         root: A root of the Hessian of the loss in the outputs, ``(O, O)``.
         gradients: Gradients of the loss in the outputs, ``(1, O)``, or one per term.
     """
 
     jacobian: Tensor
-    inputs: dict[str, Tensor]
+    inputs: dict[str, list[Tensor]]
     slopes: dict[str, Tensor]
     root: Tensor
     gradients: Tensor
+
+
+@dataclass
+class Block:
+    """A block with Kronecker factors: a matrix of ``c`` outputs and ``d`` inputs of a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        group: Number of the group of a grouped convolution.
+        outputs: The layer's outputs in the block.
+        columns: The columns of the layer's inputs, of which the last is one.
+        places: Places of the entries in the flat selected parameters, ``(c, d)``.
+    """
+
+    layer: str
+    group: int
+    outputs: slice
+    columns: slice
+    places: Tensor
 
 
 class Reference:
@@ -70,10 +90,13 @@ class Reference:
         batches: The batches, in a list.
         names: Names of the selected parameters, in the order of the model.
         call: Model and batch to outputs and targets.
+        unit: Whether an empirical gradient is that of a ``sample`` or of a ``term``.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module, batches: list[Any], names: tuple[str, ...], call: Call):
-        self.model, self.loss, self.call = model, loss, call
+    def __init__(
+        self, model: nn.Module, loss: nn.Module, batches: list[Any], names: tuple[str, ...], call: Call, unit: str
+    ) -> None:
+        self.model, self.loss, self.call, self.unit = model, loss, call, unit
         self.batches = [map_batch(batch, in_float64) for batch in batches]
         own = dict(model.named_parameters())
         self.parameters = {name: own[name] for name in names}
@@ -118,12 +141,11 @@ class Reference:
     # One sample -------------------------------------------------------------------------------------------------------
 
     def _find_layers(self) -> dict[str, nn.Module]:
-        """Return the Linear layers and convolutions that are called once with their own selected parameters."""
+        """Return the layers of known kinds that are called once with their own selected parameters."""
         calls: dict[str, int] = {}
-        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         with ExitStack() as hooks:
             for name, module in self.model.named_modules():
-                if isinstance(module, kinds) and getattr(module, "groups", 1) == 1:
+                if is_matrix(module):
 
                     def count(*_: Any, name: str = name) -> None:
                         calls[name] = calls.get(name, 0) + 1
@@ -131,22 +153,46 @@ class Reference:
                     hooks.callback(module.register_forward_hook(count).remove)
             with torch.no_grad():
                 self._apply(map_batch(self.batches[0], torch.clone))
-        once = {name for name, number in calls.items() if number == 1}
         modules = dict(self.model.named_modules())
-        return {name: modules[name] for name in once if self._own(name)}
+        return {name: modules[name] for name, number in calls.items() if number == 1 and self.own(name)}
 
-    def _own(self, layer: str) -> list[str]:
+    def own(self, layer: str) -> list[str]:
+        """Return the names of a layer's selected parameters."""
         prefix = f"{layer}." if layer else ""
         return [name for name in (f"{prefix}weight", f"{prefix}bias") if name in self.parameters]
 
+    def blocks(self, layer: str, separate: bool) -> list[Block]:
+        """Return the blocks of a layer; ``separate``: the bias has one of its own."""
+        module, own = self.layers[layer], self.own(layer)
+        places, start = {}, 0
+        for name, parameter in self.parameters.items():
+            places[name] = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+            start += parameter.numel()
+        groups = getattr(module, "groups", 1)
+        weight = next((rows_of(module, places[name]) for name in own if name.endswith("weight")), None)
+        bias = next((places[name] for name in own if name.endswith("bias")), None)
+        found = []
+        for group in range(groups):
+            size = len(bias if bias is not None else weight) // groups  # type: ignore[arg-type]
+            rows = slice(group * size, (group + 1) * size)
+            if weight is not None and bias is not None and not separate:
+                both = torch.cat([weight[rows], bias[rows, None]], dim=1)
+                found.append(Block(layer, group, rows, slice(None), both))
+                continue
+            if weight is not None:
+                found.append(Block(layer, group, rows, slice(None, -1), weight[rows]))
+            if bias is not None:
+                found.append(Block(layer, group, rows, slice(-1, None), bias[rows, None]))
+        return found
+
     def _sample(self, batch: Any) -> Sample:
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, list[Tensor]] = {}
         results: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for name, module in self.layers.items():
 
                 def keep(module: nn.Module, given: Any, result: Tensor, name: str = name) -> Tensor:
-                    inputs[name] = self._patches(module, given[0].detach().clone(), self._own(name))
+                    inputs[name] = inputs_of(module, given[0].detach().clone())
                     results[name] = result
                     return result.clone()  # which the next module may change in place
 
@@ -173,21 +219,12 @@ class Reference:
                 hessian = torch.stack([torch.autograd.grad(s, at, retain_graph=True)[0] for s in slope])
             each = self._each(at.view(shape), targets)
             gradients = torch.stack([torch.autograd.grad(value, at, retain_graph=True)[0] for value in each])
-            gradients = gradients / self.terms**0.5 if self.mean else gradients.sum(dim=0, keepdim=True)
+            if self.unit == "sample":
+                gradients = gradients.sum(dim=0, keepdim=True)
+            if self.mean:
+                gradients = gradients / self.terms**0.5
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         return Sample(jacobian, inputs, slopes, (vectors * values.clamp(min=0).sqrt()).mT, gradients)
-
-    def _patches(self, module: nn.Module, given: Tensor, own: list[str]) -> Tensor:
-        if not isinstance(module, nn.Linear):
-            size = module.weight[0].numel()
-            identity = torch.eye(size, dtype=given.dtype).view(size, *module.weight.shape[1:])
-            function = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[given.ndim]
-            given = function(given, identity, None, module.stride, module.padding, module.dilation)
-        found = _positions(module, given)
-        columns = [found] if any(name.endswith("weight") for name in own) else []
-        if any(name.endswith("bias") for name in own):
-            columns.append(torch.ones_like(found[:, :1]))
-        return torch.cat(columns, dim=1)
 
     # Matrices ---------------------------------------------------------------------------------------------------------
 
@@ -226,70 +263,94 @@ class Reference:
         return torch.stack(parts).sum(dim=0)
 
     def kronecker(
-        self, vectors: Tensor, empirical: bool, sharing: str = "expand", corrected: bool = False, separate: bool = False
-    ) -> Tensor:
-        """Return the product of K-FAC, or EK-FAC, with vectors ``(P, K)``; parameters outside have their diagonal."""
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        parts = dict(zip(self.parameters, vectors.split(sizes), strict=True))
-        diagonals = dict(zip(self.parameters, self.diagonal(empirical).split(sizes), strict=True))
-        product = {name: diagonals[name].unsqueeze(1) * part for name, part in parts.items()}
-        for layer in self.layers:
-            own = self._own(layer)
-            for names in [[name] for name in own] if separate else [own]:
-                columns = self._columns(layer, names)
-                product |= self._block(layer, names, columns, parts, empirical, sharing, corrected)
-        return torch.cat([product[name] for name in self.parameters])
-
-    def _columns(self, layer: str, names: list[str]) -> slice:
-        """Return the columns of the layer's inputs that some of its parameters multiply."""
-        if len(names) == len(self._own(layer)):
-            return slice(None)
-        return slice(None, -1) if names[0].endswith("weight") else slice(-1, None)
-
-    def _block(
         self,
-        layer: str,
-        names: list[str],
-        columns: slice,
-        parts: Mapping[str, Tensor],
-        empirical: bool,
-        sharing: str,
-        corrected: bool,
-    ) -> dict[str, Tensor]:
+        vectors: Tensor,
+        layers: list[str],
+        empirical: bool = False,
+        sharing: str = "expand",
+        corrected: bool = False,
+        separate: bool = False,
+    ) -> Tensor:
+        """Return the product of K-FAC, or EK-FAC, with vectors ``(P, K)``; what is in no layer has its diagonal."""
+        product = self.diagonal(empirical).unsqueeze(1) * vectors
+        for layer in layers:
+            for block in self.blocks(layer, separate):
+                given = vectors[block.places]
+                product[block.places] = self._block_product(block, given, empirical, sharing, corrected)
+        return product
+
+    def _block_product(self, block: Block, given: Tensor, empirical: bool, sharing: str, corrected: bool) -> Tensor:
         a_factor: Any = 0.0
         s_factor: Any = 0.0
         kept = []
         for sample, rows in zip(self.samples, self.rows(empirical), strict=True):
-            a = sample.inputs[layer][:, columns]
-            g = torch.einsum("ro,otc->rtc", rows, sample.slopes[layer])
+            a = sample.inputs[block.layer][block.group][:, block.columns]
+            g = torch.einsum("ro,otc->rtc", rows, sample.slopes[block.layer][..., block.outputs])
             kept.append((a, g))
             if sharing == "reduce":
                 a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
             a_factor = a_factor + a.mT @ a / len(a) / self.num_samples
             s_factor = s_factor + torch.einsum("rtc,rtd->cd", g, g)
-        outputs = len(s_factor)
-        given = torch.cat([parts[name].view(outputs, -1, parts[name].shape[1]) for name in names], dim=1)  # (c, d, K)
-        if corrected:
-            basis_a, basis_s = torch.linalg.eigh(a_factor)[1], torch.linalg.eigh(s_factor)[1]
-            moments = sum(
-                (basis_s.mT @ torch.einsum("rtc,td->rcd", g, a) @ basis_a).square().sum(dim=0) for a, g in kept
-            )
-            inner = torch.einsum("ci,cdk,dj->ijk", basis_s, given, basis_a) * moments.unsqueeze(2)
-            found = torch.einsum("ci,ijk,dj->cdk", basis_s, inner, basis_a)
-        else:
-            found = torch.einsum("ce,edk,df->cfk", s_factor, given, a_factor)
-        widths = [parts[name].shape[0] // outputs for name in names]
-        return {
-            name: part.reshape(parts[name].shape)
-            for name, part in zip(names, found.split(widths, dim=1), strict=True)
-        }
+        if not corrected:
+            return torch.einsum("ce,edk,df->cfk", s_factor, given, a_factor)
+        basis_a, basis_s = torch.linalg.eigh(a_factor)[1], torch.linalg.eigh(s_factor)[1]
+        moments = sum((basis_s.mT @ torch.einsum("rtc,td->rcd", g, a) @ basis_a).square().sum(dim=0) for a, g in kept)
+        inner = torch.einsum("ci,cdk,dj->ijk", basis_s, given, basis_a) * moments.unsqueeze(2)
+        return torch.einsum("ci,ijk,dj->cdk", basis_s, inner, basis_a)
+
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Return whether a module multiplies its inputs with a weight at every position."""
+    as_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    convolves = isinstance(module, nn.modules.conv._ConvNd) and type(module).__module__ == "torch.nn.modules.conv"
+    return as_linear or convolves or type(module) is nn.Embedding or type(module).__name__ == "Conv1D"
+
+
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight, or what belongs to its entries, with a row per output ``(c, d)``."""
+    if type(module) is nn.Embedding or type(module).__name__ == "Conv1D":
+        return weight.mT
+    if getattr(module, "transposed", False):  # (inputs, outputs of a group, ...)
+        parts = weight.chunk(module.groups)
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])
+    return weight.flatten(1)
+
+
+def inputs_of(module: nn.Module, given: Tensor) -> list[Tensor]:
+    """Return what a weight multiplies at each position, and a one for the bias, ``(T, d + 1)``, by group."""
+    if type(module) is nn.Embedding:
+        found = [F.one_hot(given.reshape(-1), module.num_embeddings).double()]
+    elif not isinstance(module, nn.modules.conv._ConvNd):
+        found = [given.reshape(-1, given.shape[-1])]
+    else:
+        found = [_patches(module, part) for part in given.chunk(module.groups, dim=1)]
+    return [torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1) for rows in found]
+
+
+def _patches(module: nn.Module, given: Tensor) -> Tensor:
+    """Return the values below a kernel at each position: a convolution with unit kernels."""
+    channels, kernel = given.shape[1], module.kernel_size
+    size = channels * torch.Size(kernel).numel()
+    identity = torch.eye(size, dtype=given.dtype)
+    if module.transposed:
+        units = identity.view(channels, *kernel, size).movedim(-1, 1)
+        where = (module.stride, module.padding, module.output_padding, 1, module.dilation)
+        found = TRANSPOSED[len(kernel)](given, units, None, *where)
+    else:
+        units = identity.view(size, channels, *kernel)
+        found = CONVOLVE[len(kernel)](given, units, None, module.stride, module.padding, module.dilation)
+    return found.flatten(2)[0].mT
 
 
 def _positions(module: nn.Module, values: Tensor) -> Tensor:
-    """Return inputs or outputs of a layer for one sample as ``(T, c)``."""
-    if isinstance(module, nn.Linear):
-        return values.reshape(-1, values.shape[-1])
-    return values.flatten(2)[0].mT
+    """Return the outputs of a layer for one sample as ``(T, c)``."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return values.flatten(2)[0].mT
+    return values.reshape(-1, values.shape[-1])
 
 
 def _flat(tensors: tuple[Tensor, ...]) -> Tensor:

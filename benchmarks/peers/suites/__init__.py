@@ -1,0 +1,1 @@
+"""The suites: one module a library, each with ``cases()``."""
