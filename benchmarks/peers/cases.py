@@ -27,7 +27,8 @@ class Case:
         options: Arguments of ``Problem`` that the case needs besides model, loss and data.
         call: The peer's loop: model and batch to outputs and targets, in the layout that the loss takes.
         rewritten: What had to be written in another way than in the peer's suite; empty if nothing.
-        closed_form: The Hessian in closed form, of the model and the batches; None if the peer has none.
+        closed_form: Products of the Hessian in closed form with vectors ``(P, K)``, of the model, the batches and the
+            vectors; None if the peer has none.
         exact: Kronecker structures that the peer's test wants to be equal to the GGN in this case.
         refused_by_peer: Whether the peer's own test wants an error.
         seed: Seed of torch before the model is made.
@@ -41,7 +42,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] = inputs_and_targets
     rewritten: str = ""
-    closed_form: Callable[[nn.Module, Any], Tensor] | None = None
+    closed_form: Callable[[nn.Module, Any, Tensor], Tensor] | None = None
     exact: tuple[str, ...] = ()
     refused_by_peer: bool = False
     seed: int = 0

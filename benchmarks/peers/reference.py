@@ -1,7 +1,7 @@
 """Curvature by plain autograd on the peer's own loss, one sample at a time: it shares no code with curvlab.
 
-With the Jacobian ``J_n`` of a sample's outputs, every second moment is ``sum_n J_n' R_n' R_n J_n``. The rows ``R_n`` are
-a root of the Hessian of the loss in the outputs (GGN, and the Fisher, which equals it for these losses), or the
+With the Jacobian ``J_n`` of a sample's outputs, every second moment is ``sum_n J_n' R_n' R_n J_n``. The rows ``R_n``
+are a root of the Hessian of the loss in the outputs (GGN, and the Fisher, which equals it for these losses), or the
 gradients of the loss in the outputs (empirical Fisher). The scale is that of the loss: a mean for the reduction
 ``mean``, a sum over samples for ``sum``.
 """
@@ -217,6 +217,9 @@ class Reference:
             (slope,) = torch.autograd.grad(self._total(at.view(shape), targets), at, create_graph=True)
             if slope.requires_grad:
                 hessian = torch.stack([torch.autograd.grad(s, at, retain_graph=True)[0] for s in slope])
+            if isinstance(self.loss, nn.CrossEntropyLoss):  # rows sum to zero; p - p^2 cancels for a confident model
+                hessian.fill_diagonal_(0)
+                hessian -= torch.diag(hessian.sum(dim=1))
             each = self._each(at.view(shape), targets)
             gradients = torch.stack([torch.autograd.grad(value, at, retain_graph=True)[0] for value in each])
             if self.unit == "sample":
@@ -253,6 +256,10 @@ class Reference:
         for sample, rows in zip(self.samples, self.rows(empirical), strict=True):
             product += sample.jacobian.mT @ (rows.mT @ (rows @ (sample.jacobian @ vectors)))
         return product
+
+    def spread(self) -> float:
+        """Return the sum over terms of the variances of drawn labels: next to 0 for a model that is sure of all."""
+        return sum(float(sample.root.square().sum()) for sample in self.samples) * (self.terms if self.mean else 1)
 
     def diagonal(self, empirical: bool) -> Tensor:
         """Return the diagonal of the GGN or the empirical Fisher, ``(P,)``."""

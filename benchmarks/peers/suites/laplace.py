@@ -49,5 +49,5 @@ def cases() -> Iterator[Case]:
         yield Case(f"small, {kind}, the last layer", small, loss, data(3), params=("2.*",))
         yield Case(f"small, {kind}, weights", small, loss, data(3), params=("*weight",))
         yield Case(f"several dimensions, {kind}", middle, loss, data(3, 4, 4))
-        large_data = data(3, 32, 32, number=4, size=2)
+        large_data = data(3, 16, 16, number=2, size=1)
         yield Case(f"large, {kind}", large, loss, large_data, params=("fc.*", "layer1.0.conv1.*"))
