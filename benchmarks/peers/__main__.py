@@ -3,10 +3,10 @@
     python -m benchmarks.peers [--suite curvlinops] [--case WORDS]
 
 A case is a model, a loss of ``torch.nn`` and data as in the peer's own tests. ``Problem`` is given these three; what
-else it needs is in the record (``way``). Its Hessian, GGN, Fisher, empirical Fisher, Monte Carlo Fisher and their
-diagonals and Kronecker factors are compared with per-sample autograd in float64 (``reference.py``), to 1e-9 of the
-largest entry; each is an instance. Prints a line of JSON a case, as they come, and a table. Run it with
-``OMP_NUM_THREADS=1``.
+else it needs is in the record (``way``). Its Hessian, GGN, Fisher, empirical Fisher and Monte Carlo Fisher, their
+diagonals, and the Kronecker factors that the peer has, are compared with per-sample autograd in float64
+(``reference.py``), to 1e-9 of the largest entry; each is an instance. The peers' inverses and estimators are not
+here. Prints a line of JSON a case, as they come, and a table. Run it with ``OMP_NUM_THREADS=1``.
 """
 
 import argparse
@@ -22,9 +22,10 @@ COLUMNS = ("cases", "instances", "as it is", "with class_dim", "with a function"
 
 def records(suite: str, words: str = "") -> Iterator[dict[str, Any]]:
     """Yield the record of every case of a suite whose name contains some words."""
-    for case in import_module(f"benchmarks.peers.suites.{suite}").cases():
+    module = import_module(f"benchmarks.peers.suites.{suite}")
+    for case in module.cases():
         if words in case.name:
-            yield {"suite": suite, **run(case)}
+            yield {"suite": suite, **run(case, module.KRONECKER)}
 
 
 def count(found: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,27 +15,15 @@ from curvlab import Problem, estimate
 from curvlab.errors import CurvlabError
 from curvlab.matrices import EKFAC, KFAC
 from curvlab.parameters import ParameterSpace
-from curvlab.structures import KFACStructure
+from curvlab.structures import parse_structure
 
 TOLERANCE = 1e-9
+FLOOR = 1e-9  # added to the largest entry: a model that is sure of all its labels has a curvature of rounding errors
 SEEDS, SAMPLES, BOUND = 12, 4, 6.0  # of the Monte Carlo Fisher: draws, labels per draw, and bound on |t|
 DENSE = 400  # up to this number of parameters whole matrices are compared, above it products with three vectors
 FACTORS = 10_000  # parameters above which factors are left out
 LARGEST = 100_000  # parameters above which there is the closed form only
-INFORMATIVE = 100  # draws of another label than the most probable that a t-test needs
-
-#: By quantity and structure, the options of the reference.
-KRONECKER: dict[tuple[str, str], dict[str, Any]] = {
-    ("fisher", "kfac:rest=diag"): {},
-    ("fisher", "kfac:sharing=reduce,rest=diag"): {"sharing": "reduce"},
-    ("empirical_fisher", "kfac:rest=diag"): {"empirical": True},
-    ("empirical_fisher", "kfac:sharing=reduce,rest=diag"): {"empirical": True, "sharing": "reduce"},
-    ("fisher", "ekfac:rest=diag"): {"corrected": True},
-    ("empirical_fisher", "ekfac:rest=diag"): {"empirical": True, "corrected": True},
-}
-if "bias" in KFACStructure.__dataclass_fields__:
-    KRONECKER["fisher", "kfac:bias=separate,rest=diag"] = {"separate": True}
-    KRONECKER["fisher", "kfac:sharing=reduce,bias=separate,rest=diag"] = {"separate": True, "sharing": "reduce"}
+INFORMATIVE = 30  # draws of another label than the most probable that a t-test needs
 
 Products = Callable[[Reference, Tensor], Tensor]
 EXACT: dict[tuple[str, str], Products] = {
@@ -53,6 +41,7 @@ class Comparison:
 
     Args:
         case: The case.
+        kronecker: Quantities and Kronecker structures that the peer has.
 
     Attributes:
         right: Labels of what agrees.
@@ -62,8 +51,8 @@ class Comparison:
         parameters: Number of selected parameters.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, kronecker: Iterable[tuple[str, str]]) -> None:
+        self.case, self.kronecker = case, tuple(kronecker)
         self.right: list[str] = []
         self.refused: dict[str, str] = {}
         self.wrong: dict[str, str] = {}
@@ -106,40 +95,48 @@ class Comparison:
         self.reference = Reference(model, loss, self.batches, self.space.names, case.call, unit)
         for (quantity, structure), of_reference in EXACT.items():
             self._compare(quantity, structure, partial(of_reference, self.reference, self.vectors))
-        for (quantity, structure), options in KRONECKER.items() if self.parameters <= FACTORS else ():
-            self._compare_factors(quantity, structure, options)
+        for quantity, structure in self.kronecker if self.parameters <= FACTORS else ():
+            self._compare_factors(quantity, structure)
         for structure in case.exact:
             self._compare("fisher", structure, self._block_diagonal_ggn, label=f"{structure} is the GGN's blocks")
         if self.reference.spread() * SEEDS * SAMPLES >= INFORMATIVE:
             self._compare_drawn()
         else:
-            self.not_compared["fisher, Monte Carlo"] = "the model is too confident: no other label is drawn"
+            self.not_compared["fisher, Monte Carlo"] = "the model is so sure that other labels are rarely drawn"
 
     def _matrix(self, quantity: str, structure: str) -> Any:
         plain = "dense" if self.small else "implicit"
         return estimate(self.problem, quantity, structure or plain, params=self.case.params)
 
     def _compare(
-        self, quantity: str, structure: str, expected: Callable[[], Tensor], label: str = "", keep: Any = slice(None)
+        self,
+        quantity: str,
+        structure: str,
+        expected: Callable[[], Tensor],
+        label: str = "",
+        keep: Any = slice(None),
+        scale: float | None = None,
     ) -> None:
         label = label or ", ".join(filter(None, (quantity, structure)))
         try:
-            found = self.scale * (self._matrix(quantity, structure) @ self.vectors)
+            scale = self.scale if scale is None else scale
+            found = scale * (self._matrix(quantity, structure) @ self.vectors)
         except CurvlabError as error:
             self.refused[label] = str(error)
             return
         wanted = expected()[keep]
-        size = float(wanted.abs().max()) + 1e-12 if wanted.numel() else 1.0
+        size = float(wanted.abs().max()) + FLOOR if wanted.numel() else 1.0
         difference = float((found[keep] - wanted).abs().max()) / size if wanted.numel() else 0.0
         if difference <= TOLERANCE:
             self.right.append(label)
         else:
             self.wrong[label] = f"relative difference {difference:.2g}"
 
-    def _compare_factors(self, quantity: str, structure: str, options: dict[str, Any]) -> None:
+    def _compare_factors(self, quantity: str, structure: str) -> None:
         """Compare a Kronecker structure: with factors where curvlab has them, and all that the reference knows."""
         label = f"{quantity}, {structure}"
         try:
+            parsed = parse_structure(structure)
             with_factors = _names_with_factors(self._matrix(quantity, structure))
         except CurvlabError as error:
             self.refused[label] = str(error)
@@ -150,8 +147,19 @@ class Comparison:
         keep = torch.ones(self.space.total, dtype=torch.bool)
         for name in with_factors - known:  # factors of a kind that the reference lacks
             keep[self.space.slices[name]] = False
-        expected = partial(self.reference.kronecker, self.vectors, layers, **options)
-        self._compare(quantity, structure, expected, keep=keep)
+        only_inputs = getattr(parsed, "factors", "") == "inputs"
+        expected = partial(
+            self.reference.kronecker,
+            self.vectors,
+            layers,
+            empirical=quantity == "empirical_fisher",
+            sharing=getattr(parsed, "sharing", ""),
+            corrected=parsed.name == "ekfac",
+            separate=getattr(parsed, "bias", "") == "separate",
+            only_inputs=only_inputs,
+        )
+        # Factors of the inputs have the scale of the inputs for every loss.
+        self._compare(quantity, structure, expected, keep=keep, scale=1.0 if only_inputs else None)
         if with_factors - known:
             self.not_compared[label] = ", ".join(sorted(with_factors - known))
         if missing and label in self.right:
@@ -200,10 +208,10 @@ def _names_with_factors(matrix: Any) -> set[str]:
     return {name for part in parts if isinstance(part, (KFAC, EKFAC)) for name in part.space.names}
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(case: Case, kronecker: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return the record of a case: how it is expressed, and what is right, refused and wrong, with the messages."""
     started = time.perf_counter()
-    comparison = Comparison(case)
+    comparison = Comparison(case, kronecker)
     record: dict[str, Any] = {"case": case.name, "way": case.way}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

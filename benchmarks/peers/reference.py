@@ -277,16 +277,22 @@ class Reference:
         sharing: str = "expand",
         corrected: bool = False,
         separate: bool = False,
+        only_inputs: bool = False,
     ) -> Tensor:
-        """Return the product of K-FAC, or EK-FAC, with vectors ``(P, K)``; what is in no layer has its diagonal."""
+        """Return the product of K-FAC, or EK-FAC, with vectors ``(P, K)``; what is in no layer has its diagonal.
+
+        With ``only_inputs``, the factors of the gradients are identities.
+        """
         product = self.diagonal(empirical).unsqueeze(1) * vectors
         for layer in layers:
             for block in self.blocks(layer, separate):
                 given = vectors[block.places]
-                product[block.places] = self._block_product(block, given, empirical, sharing, corrected)
+                product[block.places] = self._block_product(block, given, empirical, sharing, corrected, only_inputs)
         return product
 
-    def _block_product(self, block: Block, given: Tensor, empirical: bool, sharing: str, corrected: bool) -> Tensor:
+    def _block_product(
+        self, block: Block, given: Tensor, empirical: bool, sharing: str, corrected: bool, only_inputs: bool
+    ) -> Tensor:
         a_factor: Any = 0.0
         s_factor: Any = 0.0
         kept = []
@@ -298,6 +304,8 @@ class Reference:
                 a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
             a_factor = a_factor + a.mT @ a / len(a) / self.num_samples
             s_factor = s_factor + torch.einsum("rtc,rtd->cd", g, g)
+        if only_inputs:
+            s_factor = torch.eye(len(s_factor)).double()
         if not corrected:
             return torch.einsum("ce,edk,df->cfk", s_factor, given, a_factor)
         basis_a, basis_s = torch.linalg.eigh(a_factor)[1], torch.linalg.eigh(s_factor)[1]

@@ -6,6 +6,7 @@ Fisher of curvlinops has a gradient per term for every reduction, so the unit is
 
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn, rand, rand_like
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers.cases import Case, Composed, classes, zeros_and_ones
+from benchmarks.peers.suites import EKFAC, INPUTS, KFAC, REDUCE, SEPARATE, SEPARATE_REDUCE, each
+
+KRONECKER = (*each(KFAC, REDUCE, EKFAC, SEPARATE, SEPARATE_REDUCE), ("fisher", INPUTS))
 
 CrossEntropy, MSE, Binary = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 BY_TERM = {"unit": "term"}
-EXPAND, REDUCE = "kfac:rest=diag", "kfac:sharing=reduce,rest=diag"
 
 
 def two_layers(inputs: int, hidden: int, outputs: int, between: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
@@ -72,6 +75,10 @@ def normed() -> nn.Module:
 def cases() -> Iterator[Case]:
     """Yield the cases."""
     yield from _cases()
+    for case in _cases():
+        if case.name in ("cross entropy, mean", "squared error, positions, mean", "convolutions"):
+            for part in ("weight", "bias"):
+                yield replace(case, name=f"{case.name}, {part} only", params=(f"*{part}",))
     yield from _cases_of_kfac()
     yield from _not_deterministic()
 
@@ -139,13 +146,13 @@ def _cases_of_kfac() -> Iterator[Case]:
             ("one layer, three outputs", lambda: nn.Linear(5, 3), 5, 3, (7, 7)),
         ):
             data = two_batches(lambda n, d=inputs: rand(n, d), lambda n, c=outputs: rand(n, c), *sizes)
-            yield Case(f"linear, {name}, {reduction}", model, mse, data, exact=(EXPAND, REDUCE))
+            yield Case(f"linear, {name}, {reduction}", model, mse, data, exact=(KFAC, REDUCE))
         yield Case(
             f"linear, inputs by name, {reduction}",
             partial(ByName, 3, nn.Identity),
             mse,
             two_batches(lambda n: {"x": rand(n, 10)}, lambda n: rand(n, 3), 1, 7),
-            exact=(EXPAND, REDUCE),
+            exact=(KFAC, REDUCE),
         )
         for layers in (1, 2):
             net = partial(on_positions, layers)
@@ -156,7 +163,7 @@ def _cases_of_kfac() -> Iterator[Case]:
                 mse,
                 two_batches(tokens, lambda n: rand(n, 4, 3, 3), 2, 7),
                 options=term,
-                exact=(EXPAND,),
+                exact=(KFAC,),
             )
             yield Case(
                 f"linear on positions, {layers} layers, reduce, {reduction}",
@@ -175,7 +182,7 @@ def _cases_of_kfac() -> Iterator[Case]:
                 mse,
                 two_batches(lambda n: rand(n, 3, 8, 8), lambda n, shape=shape: rand(n, *shape), 2, 7),
                 options=term if name == "expand" else {},
-                exact=(EXPAND,) if name == "expand" else (REDUCE,),
+                exact=(KFAC,) if name == "expand" else (REDUCE,),
             )
         for name, loss, y, outputs in (
             ("cross entropy", CrossEntropy, lambda n: classes(n, number=3), 3),
@@ -186,7 +193,7 @@ def _cases_of_kfac() -> Iterator[Case]:
                 lambda c=outputs: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, c)),
                 partial(loss, reduction=reduction),
                 two_batches(lambda n: rand(n, 5), y, 1),
-                exact=(EXPAND, REDUCE),
+                exact=(KFAC, REDUCE),
             )
     images = lambda n: rand(n, 3, 8, 8)  # noqa: E731
     for flat in (False, True):

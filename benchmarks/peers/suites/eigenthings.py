@@ -12,6 +12,8 @@ from torch import Tensor, nn, randn
 
 from benchmarks.peers.cases import Case, classes
 
+KRONECKER: tuple[tuple[str, str], ...] = ()
+
 IGNORED = -100
 
 

@@ -13,6 +13,9 @@ from torch import nn, randn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers.cases import Case, classes
+from benchmarks.peers.suites import KFAC, SEPARATE, each
+
+KRONECKER = each(KFAC, SEPARATE)
 
 CrossEntropy, MSE = partial(nn.CrossEntropyLoss, reduction="sum"), partial(nn.MSELoss, reduction="sum")
 
@@ -45,7 +48,7 @@ def cases() -> Iterator[Case]:
         data = partial(loader, regression=regression)
         yield Case(f"small, {kind}", small, loss, data(3))
         yield Case(f"small, {kind}, tanh", partial(small, nn.Tanh), loss, data(3))
-        yield Case(f"small, {kind}, one sample", partial(small, nn.Tanh), loss, data(3, number=1), exact=("kfac",))
+        yield Case(f"small, {kind}, one sample", partial(small, nn.Tanh), loss, data(3, number=1), exact=(KFAC,))
         yield Case(f"small, {kind}, the last layer", small, loss, data(3), params=("2.*",))
         yield Case(f"small, {kind}, weights", small, loss, data(3), params=("*weight",))
         yield Case(f"several dimensions, {kind}", middle, loss, data(3, 4, 4))

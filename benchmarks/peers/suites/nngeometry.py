@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers.cases import Case, Composed, classes
+from benchmarks.peers.suites import EKFAC, KFAC, SEPARATE, each
+
+KRONECKER = each(KFAC, EKFAC, SEPARATE)
 
 
 class CosineLinear(nn.Linear):
