@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_args
 
 from curvlab.checks import describe_value
 from curvlab.errors import CurvlabError
@@ -24,12 +24,15 @@ T = TypeVar("T")
 
 def string_form(value: Named) -> str:
     """Return the string form of a value; options with their default values are left out."""
-    options = [f"{f.name}={getattr(value, f.name)}" for f in _options(value) if getattr(value, f.name) != f.default]
+    given = {f.name: getattr(value, f.name) for f in _options(value) if getattr(value, f.name) != f.default}
+    options = [f"{key}={'none' if option is None else option}" for key, option in given.items()]
     return f"{value.name}:{','.join(options)}" if options else value.name
 
 
 def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
-    """Parse a string form. The value of an option is an int if its field has an int type, else text.
+    """Parse a string form.
+
+    The value of an option is an int if its field has an int type, else text; ``none`` is None if the field can be None.
 
     Args:
         text: The string form.
@@ -53,7 +56,9 @@ def parse_form(text: str, what: str, kinds: Mapping[str, type[T]]) -> T:
             raise CurvlabError(f"{name} has no option {part!r}; its options are: {allowed}, written as key=value")
         if key in options:
             raise CurvlabError(f"{name} has the option {key} twice; give it once")
-        if "int" in str(known[key].type):
+        if value == "none" and type(None) in get_args(known[key].type):
+            options[key] = None
+        elif int in (known[key].type, *get_args(known[key].type)):
             try:
                 options[key] = int(value)
             except ValueError:

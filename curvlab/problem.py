@@ -99,6 +99,7 @@ class Problem:
         self.data = data
         self.space = ParameterSpace.of(model)
         self._interface = _check_interface(forward, targets, class_dim)
+        self._batch_size: int | None = None  # None for the batches of the data
         self._source = RepeatableData(data, self._interface)
         # Whether the model's own loss may have another alignment of outputs and labels: see ``_intake``.
         self._unmatched = forward is None and targets is None and takes_labels(model)
@@ -131,7 +132,14 @@ class Problem:
         vars(other).pop("num_samples", None)
         vars(other).pop("num_units", None)
         other.data = data
+        other._batch_size = None
         other._source = RepeatableData(data, Interface())
+        return other
+
+    def with_batch_size(self, batch_size: int) -> "Problem":
+        """Return a problem on the same data in batches of this size (the last may be smaller)."""
+        other = copy(self)
+        other._batch_size = batch_size
         return other
 
     @property
@@ -357,7 +365,7 @@ class Problem:
         """
         if batch_size is not None and batch_size < 1:
             raise CurvlabError(f"batch_size must be at least 1, not {batch_size}")
-        yield from map(self._place_pair, self._intake.batches(batch_size))
+        yield from map(self._place_pair, self._intake.batches(batch_size or self._batch_size))
 
     def _place_pair(self, pair: Pair) -> Pair:
         inputs, targets = pair

@@ -1,7 +1,7 @@
 """Text for readers: formatted numbers, and names made safe for terminals and spreadsheets."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -70,6 +70,17 @@ def write_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def enumerate_names(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Examples:
+        >>> enumerate_names(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a suggestion for the end of an error message: the most similar name, or an empty string.
 
@@ -103,3 +114,23 @@ def plus_minus(mean: float | None, deviation: float | None) -> str:
 
 def _exponent(number: float) -> int:
     return int(f"{number:.1e}".split("e")[1])
+
+
+def format_seconds(seconds: float) -> str:
+    """Return seconds with their unit; a dash for NaN."""
+    if math.isnan(seconds):
+        return "-"
+    return f"{three_digits(1e3 * seconds)} ms" if seconds < 1 else f"{three_digits(seconds)} s"
+
+
+def format_bytes(size: float) -> str:
+    """Return bytes with their unit; a dash for NaN."""
+    if math.isnan(size):
+        return "-"
+    unit, name = next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1, "B"))
+    return f"{three_digits(size / unit)} {name}"
+
+
+def three_digits(number: float) -> str:
+    """Return a positive number with three significant digits, or as a whole number."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -303,7 +303,7 @@ _ZOO: dict[str, tuple[Callable[[], nn.Module], int, str, set[str], set[str]]] = 
     "tied": (Tied, _FLOAT, "cross_entropy", {"out"}, set()),
     "frozen": (frozen, _FLOAT, "cross_entropy", {"0", "2", "4"}, set()),
     "raw parameters": (Raw, _FLOAT, "squared_error", set(), set()),
-    "module used twice": (Twice, _FLOAT, "cross_entropy", {"out"}, set()),
+    "module used twice": (Twice, _FLOAT, "cross_entropy", {"out"}, {"shared"}),
     "also functional": (AlsoFunctional, _FLOAT, "squared_error", {"out"}, set()),
     "lstm": (Recurrent, _FLOAT, "cross_entropy", {"out"}, set()),
     "attention": (Attention, _FLOAT, "cross_entropy", {"out"}, set()),

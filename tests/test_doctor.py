@@ -18,6 +18,7 @@ from curvlab.doctor import cost
 from curvlab.doctor import probe as probe_module
 from curvlab.errors import CurvlabError
 from curvlab.estimators import BACKENDS
+from curvlab.estimators.memory import measure_peak
 from curvlab.problem import Problem
 from curvlab.structures import STRUCTURES
 
@@ -175,14 +176,15 @@ def test_all_costs_of_a_small_network_are_predicted(quantity):
     assert (table[table.supported == "yes"][["seconds", "passes", "peak_bytes"]] > 0).all(axis=None)
 
 
-def test_the_option_rest_is_tried_if_it_is_needed(two_backends):
+def test_parameters_without_factors_are_findings_and_supported(two_backends):
     diagnosis = doctor(case("group norm, layer norm").problem, "empirical_fisher")
-    assert (
-        "'kfac:rest=diag' gives such parameters their diagonal"
-        in find_row(diagnosis, structure="kfac", backend="hooks")["obstacle"]
-    )
-    assert find_row(diagnosis, structure="kfac:rest=diag", backend="hooks")["supported"] == "yes"
-    assert "kfac:rest=diag" not in set(doctor(mlp(), "empirical_fisher").combinations.structure)
+    assert [finding for finding in diagnosis.findings if "no Kronecker factors" in finding] == [
+        "no Kronecker factors for 2.weight, 2.bias: each belongs to GroupNorm (2)",
+        "no Kronecker factors for 3.weight: it belongs to PReLU (3)",
+        "no Kronecker factors for 5.weight, 5.bias: each belongs to LayerNorm (5)",
+    ]
+    assert find_row(diagnosis, structure="kfac", backend="hooks")["supported"] == "yes"
+    assert set(diagnosis.combinations.structure) == set(STRUCTURES)
 
 
 def test_an_exception_of_a_backend_is_reported(monkeypatch):
@@ -199,8 +201,14 @@ def test_several_quantities_and_the_text():
     diagnosis = doctor(mlp(), [curvlab.EmpiricalFisher(), "hessian"])
     assert list(dict.fromkeys(diagnosis.combinations.quantity)) == ["empirical_fisher", "hessian"]
     lines = str(diagnosis).splitlines()
-    assert lines[lines.index("") + 1].split() == ["empirical_fisher", "seconds", "passes", "peak", "matrix"]
+    columns = ["seconds", "passes", "peak", "matrix", "small", "medium", "large"]
+    assert lines[lines.index("") + 1].split() == ["empirical_fisher", *columns]
     assert any(line.startswith("    hooks *  ") for line in lines)
+    assert any(line.startswith("      check ") and "eigenvectors" in line for line in lines)
+    table = diagnosis.combinations
+    measured = table[table.auto & (table.quantity == "empirical_fisher") & (table.structure == "ekfac")].iloc[0]
+    assert all(measured[name] >= 0 for name in ("check", "forward", "backward", "sums", "eigenvectors"))
+    assert measured.small == measured.large == 12
     assert any(line.endswith(": does not compute this") for line in lines)
     assert max(map(len, lines)) <= 120
 
@@ -376,8 +384,8 @@ def test_peak_of_memory():
         c = torch.cat([b.flatten()] * 3)  # a copy, then three more
         return c.sum()
 
-    assert cost.measure_peak(work) == 4 * 5000
-    assert cost.measure_peak(lambda: held.view(-1)) == 0
+    assert measure_peak(work) == 4 * 5000
+    assert measure_peak(lambda: held.view(-1)) == 0
 
 
 def test_a_matrix_that_is_too_large_is_not_tried(monkeypatch):

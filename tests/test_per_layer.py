@@ -65,9 +65,12 @@ def test_structures_and_backends() -> None:
     matrices = per_layer(problem, "fisher", "kfac", backend="nngeometry", batch_size=3)
     assert all(isinstance(matrix, KFAC) for matrix in matrices.values())
     assert {(matrix.info.backend, matrix.info.batch_size) for matrix in matrices.values()} == {("nngeometry", 3)}
-    with pytest.raises(UnsupportedError, match="no parameter has Kronecker factors: norm1"):
-        per_layer(case("transformer block").problem, "fisher", "kfac")
-    rest = per_layer(case("transformer block").problem, "fisher", "kfac", params=["up.*", "out.*"])
+    block = case("transformer block").problem
+    with pytest.raises(UnsupportedError, match="needs Kronecker factors for every parameter: norm1"):
+        per_layer(block, "fisher", "kfac:rest=none")
+    kinds = {name: matrix.kind for name, matrix in per_layer(block, "fisher", "kfac").items()}
+    assert (kinds["norm1"], kinds["up"]) == ("diag", "kfac")
+    rest = per_layer(block, "fisher", "kfac", params=["up.*", "out.*"])
     assert list(rest) == ["up", "out"]
     with pytest.raises(CurvlabError, match="no trainable parameter matches"):
         per_layer(problem, "fisher", params="fc9.*")

@@ -8,7 +8,7 @@ from curvlab import Problem, estimate
 from curvlab.estimators import hooks
 from curvlab.estimators import positions as module
 from curvlab.estimators.layers import Layer
-from curvlab.estimators.positions import ConvPositions, ReducedPositions, add_gram_, mirror_, positions
+from curvlab.estimators.positions import ConvPositions, ReducedPositions, add_gram_, call_positions, mirror_
 from curvlab.estimators.verification import Verification
 
 N, OUTPUTS = 5, 3
@@ -57,7 +57,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 def agree(layer: nn.Module, inputs: Tensor, has: str) -> None:
     description, a, g, gradient = given(layer, inputs, has)
-    here = positions(description, inputs)
+    here = call_positions(description, inputs)
     weights = torch.rand(N, dtype=a.dtype)
     gradients = torch.einsum("nto,ntd->nod", g, a)
     assert here.count == a.shape[1]
@@ -111,7 +111,7 @@ def test_gradients_of_convolutions_either_way(
     make, size = CONVOLUTIONS[name]
     layer, inputs = make(6).double(), torch.randn(N, 6, *size, dtype=torch.float64)
     description, a, g, gradient = given(layer, inputs, has)
-    found = torch.cat(list(positions(description, inputs).sample_gradients(gradient)))
+    found = torch.cat(list(call_positions(description, inputs).sample_gradients(gradient)))
     assert close(found, torch.einsum("nto,ntd->nod", g, a))
 
 
@@ -130,7 +130,7 @@ def test_gradients_of_convolutions_either_way(
 )
 def test_the_way_of_a_convolution_follows_from_its_shapes(layer: nn.Conv2d, dtype: torch.dtype, unfolds: bool) -> None:
     inputs = torch.zeros(1, layer.in_channels, *[6] * len(layer.kernel_size), dtype=dtype)
-    here = positions(Layer("", layer, "weight", None), inputs)
+    here = call_positions(Layer("", layer, "weight", None), inputs)
     assert isinstance(here, ConvPositions)
     assert here._unfolds(layer.out_channels) == unfolds
 
@@ -158,7 +158,7 @@ def test_more_outputs_than_positions() -> None:
     layer = nn.Conv2d(2, 300, 2).double()
     gradient = torch.randn(N, 300, 1, 2, dtype=torch.float64)
     total = torch.zeros(300, 300, dtype=torch.float64)
-    positions(Layer("", layer, "weight", "bias"), torch.randn(N, 2, 2, 3).double()).add_gradient_moment_(
+    call_positions(Layer("", layer, "weight", "bias"), torch.randn(N, 2, 2, 3).double()).add_gradient_moment_(
         total, gradient
     )
     rows = gradient.flatten(2).mT.flatten(0, 1)

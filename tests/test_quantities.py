@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from curvlab.errors import CurvlabError
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity, parse_quantity
-from curvlab.structures import parse_structure
+from curvlab.structures import KFACStructure, TKFACStructure, parse_structure
 
 QUANTITY = st.one_of(
     st.sampled_from([EmpiricalFisher(), GGN(), Hessian()]),
@@ -80,9 +80,20 @@ def test_numpy_numbers_are_whole_numbers() -> None:
         ("kfac:sharing=both", "sharing of kfac must be expand or reduce, not 'both'"),
         ("kfac:rest=diag,rest=block_diag", "the option rest twice"),
         ("tkfac:variant=", "variant of tkfac must be gao or rescaled, not ''"),
+        ("kfac:rest=None", "rest of kfac must be diag, block_diag or none, not 'None'"),
+        ("kfac:sharing=none", "sharing of kfac must be expand or reduce, not 'none'"),
         ("diag:rest=diag", "diag has no option 'rest=diag'"),
     ],
 )
 def test_bad_structures_are_refused(text: object, told: str) -> None:
     with pytest.raises(CurvlabError, match=told):
         parse_structure(text)
+
+
+def test_none_is_the_string_form_of_a_missing_option() -> None:
+    for structure in (KFACStructure(rest=None), TKFACStructure("reduce", rest=None), KFACStructure(rest="block_diag")):
+        assert parse_structure(str(structure)) == structure
+    assert str(KFACStructure(rest=None)) == "kfac:rest=none"
+    assert parse_structure("kfac:rest=diag") == parse_structure("kfac") == KFACStructure()
+    assert str(parse_structure("ekfac:rest=diag")) == "ekfac"
+    assert parse_quantity("fisher:samples=none") == Fisher()

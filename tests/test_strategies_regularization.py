@@ -981,9 +981,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("strategy", "message"),
         [
-            (EWC(1.0, structure="kfac"), "kfac:rest=diag"),
-            (OSLA(1.0), "kfac:rest=diag"),
-            (IMM("mode", structure="kfac"), "kfac:rest=diag"),
+            (EWC(1.0, structure="kfac:rest=none"), "kfac:rest=none needs"),
+            (OSLA(1.0, structure="kfac:rest=none"), "kfac:rest=none needs"),
+            (IMM("mode", structure="kfac:rest=none"), "kfac:rest=none needs"),
             (EWC(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (L2(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),
             (SI(1.0, params="fc*"), r"no trainable parameter matches 'fc\*'"),

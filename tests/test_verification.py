@@ -14,7 +14,7 @@ from curvlab import Problem, diagonality, estimate
 from curvlab.errors import UnsupportedError
 from curvlab.estimators import hooks, registry, rules, torch_func
 from curvlab.estimators.backend import Backend, BackendResult
-from curvlab.estimators.capture import forward, inspect_graph, make_leaves
+from curvlab.estimators.capture import Call, forward, inspect_graph, make_leaves
 from curvlab.estimators.layers import Layer, make_layer
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
@@ -51,9 +51,9 @@ def test_kronecker_factors_or_the_diagonal(kind: str) -> None:
         problem.space.names
     )
     if not layers:
-        with pytest.raises(UnsupportedError, match="no parameter has Kronecker factors"):
-            estimate(problem, "empirical_fisher", "ekfac")
-        whole = estimate(problem, "empirical_fisher", "ekfac:rest=diag")
+        with pytest.raises(UnsupportedError, match="needs Kronecker factors for every parameter"):
+            estimate(problem, "empirical_fisher", "ekfac:rest=none")
+        whole = estimate(problem, "empirical_fisher", "ekfac")
         assert close(whole.diagonal(), plainly(problem, "empirical_fisher").diagonal())
         return
     diagonal = problem.space.unflatten(plainly(problem, "empirical_fisher").diagonal())
@@ -347,7 +347,7 @@ def test_a_wrong_batching_rule_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(rules, "vmap", wrong)
     given, slopes = torch.randn(2, 8, 6, dtype=torch.float64)
-    prelu = rule(make_layer(problem.space, "1", model[1]), given)
+    prelu = rule(make_layer(problem.space, "1", model[1]), [Call(given, None, given.shape)])
     with pytest.raises(WrongRuleError, match="torch vectorises PReLU wrongly over 8 samples"):
         prelu.add(slopes)
     matrix = estimate(problem, "empirical_fisher", "diag")
@@ -526,7 +526,7 @@ def test_the_error_on_a_layer_that_few_samples_use_twice() -> None:
     x = torch.randn(200, 4, dtype=torch.float64).clamp(-3, 3)
     x[100, 0] = 9
     problem = Problem(SeldomTwice().double(), "cross_entropy", list(zip(x.split(20), TARGETS.split(20), strict=True)))
-    for structure in ("kfac", "kfac:rest=diag"):
+    for structure in ("kfac", "kfac:rest=none"):
         with pytest.raises(UnsupportedError, match=r"no Kronecker factors: leave it out with params=") as refused:
             estimate(problem, "fisher", structure)
         assert len(str(refused.value)) < 200
@@ -554,7 +554,7 @@ def test_distance_of_a_rule_from_other_gradients(shape: tuple[int, ...], monkeyp
     slopes = torch.randn_like(layer(inputs))
     layer(inputs).backward(slopes)
     right = {"w": layer.weight.grad, "b": layer.bias.grad}
-    linear = rules.rule(Layer("", layer, "w", "b"), inputs)
+    linear = rules.rule(Layer("", layer, "w", "b"), [Call(inputs, None, slopes.shape)])
     assert max(linear.distances(slopes, right).values()) < 1e-12
     other = {name: value.clone() for name, value in right.items()}
     other["w"][0, 0] += 3

@@ -9,19 +9,19 @@ import pandas as pd
 import torch
 
 from curvlab.checks import describe_value
-from curvlab.doctor.model import find_faults, find_layers_without_factors, find_remarks
+from curvlab.doctor.model import find_faults, find_remarks
 from curvlab.doctor.probe import Probe, make_row, summarise
 from curvlab.doctor.text import write_lines
 from curvlab.errors import CurvlabError
 from curvlab.estimators.linearized import to_first_order
 from curvlab.estimators.registry import BACKENDS
-from curvlab.estimators.verification import kronecker_layers
+from curvlab.estimators.verification import describe_parameters_without_factors, kronecker_layers
 from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.progress import progress
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.randomness import preserve_random_state
-from curvlab.structures import STRUCTURES, Kronecker, parse_structure
+from curvlab.structures import STRUCTURES, parse_structure
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -38,9 +38,11 @@ class Diagnosis:
             combination for any model) or ``not tried`` (the matrix is too large to try); ``auto``: whether
             ``backend="auto"`` uses this backend; ``backward_passes``: number of backward passes over the data;
             ``seconds``: predicted time, for ``implicit`` that of one product, NaN if measuring takes too long;
+            ``check``, ``forward``, ``backward``, ``sums``, ``eigenvectors``: predicted seconds of its phases;
             ``passes``: the same time in plain forward and backward passes; ``peak_bytes``: predicted memory of the
-            tensors in addition to model and data, without the workspace of kernels; ``matrix_bytes``: size of the
-            result; ``obstacle``: the reason if it is not supported, and an alternative.
+            tensors in addition to model and data, without the workspace of kernels; ``small``, ``medium``, ``large``:
+            samples at once with ``estimate(memory=...)``; ``matrix_bytes``: size of the result; ``obstacle``: the
+            reason if it is not supported, and an alternative.
     """
 
     summary: str
@@ -112,10 +114,7 @@ def doctor(
             problem.check()
             layers, reasons = kronecker_layers(to_first_order(problem), space)
             probe = Probe(problem, params, layers)
-            names = list(STRUCTURES)
-            if layers and reasons:
-                names += [f"{name}:rest=diag" for name, kind in STRUCTURES.items() if issubclass(kind, Kronecker)]
-            pairs = [(q, parse_structure(name)) for q in quantities for name in names]
+            pairs = [(q, parse_structure(name)) for q in quantities for name in STRUCTURES]
             with _bar("doctor", len(pairs) * len(BACKENDS), progress) as advance:
                 rows = []
                 for pair in pairs:
@@ -125,7 +124,7 @@ def doctor(
     except CurvlabError as error:  # of the problem; errors of single combinations are caught in the probe
         rows = [make_row(q, s, b, "no", obstacle=str(error)) for q in quantities for s in STRUCTURES for b in BACKENDS]
         return Diagnosis(summarise(problem, space), (*(faults or [str(error)]), *remarks), pd.DataFrame(rows))
-    findings = (*faults, *remarks, *find_layers_without_factors(reasons), *probe.suggest_sampling(quantities))
+    findings = (*faults, *remarks, *describe_parameters_without_factors(reasons), *probe.suggest_sampling(quantities))
     return Diagnosis(probe.summary(), findings, pd.DataFrame(rows))
 
 

@@ -2,14 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
-from weakref import finalize
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 _QUICK, _REPEATED = 0.25, 0.05  # seconds: shorter work than _QUICK is repeated until _REPEATED has passed in total
 
@@ -31,38 +25,3 @@ def extrapolate(points: Sequence[tuple[int, float]], n: int) -> float:
     (after, high), (before, low) = points[-1], points[max(len(points) - 2, 0)]
     slope = (high - low) / (after - before) if after > before else 0.0
     return high + min(max(slope, 0.0), high / after) * (n - after)
-
-
-def measure_peak(work: Callable[[], object]) -> int:
-    """Return the peak memory in bytes of the tensors that a computation creates, without the workspace of kernels."""
-    with _Allocations() as allocations:
-        work()
-    return int(allocations.peak)
-
-
-class _Allocations(TorchDispatchMode):
-    """Mode that counts the bytes of live tensors, on any device, without tensors that existed before."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages((args, kwargs)):
-            self.known[storage] = True
-        answer = func(*args, **(kwargs or {}))
-        for storage in _storages(answer):
-            if storage not in self.known:
-                self.known[storage] = True
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                finalize(storage, self._free, storage.nbytes())
-        return answer
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]

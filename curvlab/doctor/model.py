@@ -1,10 +1,11 @@
 """Faults and unusual properties of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from curvlab.problem import is_stochastic
+from curvlab.text import enumerate_names
 
 
 def find_faults(model: nn.Module) -> Iterator[str]:
@@ -22,13 +23,13 @@ def find_faults(model: nn.Module) -> Iterator[str]:
             training.append(_describe(name, module))
     if without_statistics:
         yield (
-            f"{_enumerate(without_statistics)} {_be(without_statistics)} without running statistics, so a sample's "
-            "output always depends on its batch: use track_running_stats=True"
+            f"{enumerate_names(without_statistics)} {_be(without_statistics)} without running statistics, so a "
+            "sample's output always depends on its batch: use track_running_stats=True"
         )
     if training:
         yield (
-            f"{_enumerate(training)} {_be(training)} in train mode, where a sample's output is random or depends on "
-            "its batch: call model.eval()"
+            f"{enumerate_names(training)} {_be(training)} in train mode, where a sample's output is random or depends "
+            "on its batch: call model.eval()"
         )
 
 
@@ -36,38 +37,20 @@ def find_remarks(model: nn.Module) -> Iterator[str]:
     """Yield unusual properties that are not faults: in-place operations, tied and frozen parameters."""
     in_place = [_describe(name, m) for name, m in model.named_modules() if getattr(m, "inplace", False) is True]
     if in_place:
-        yield f"in place: {_enumerate(in_place)}"
+        yield f"in place: {enumerate_names(in_place)}"
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for first, *others in names.values():
         if others:
-            yield f"tied: {first} is also {_enumerate(others)}; it is counted once"
+            yield f"tied: {first} is also {enumerate_names(others)}; it is counted once"
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if frozen:
-        yield f"frozen (requires_grad=False) and left out: {_enumerate(frozen)}"
-
-
-def find_layers_without_factors(reasons: Mapping[str, str]) -> Iterator[str]:
-    """Yield one phrase per reason why parameters have no Kronecker factors.
-
-    Args:
-        reasons: Reasons by parameter name.
-    """
-    by_reason: dict[str, list[str]] = {}
-    for parameter, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(parameter)
-    for reason, parameters in by_reason.items():
-        yield f"no Kronecker factors for {_enumerate(parameters)}: {'it' if len(parameters) == 1 else 'each'} {reason}"
+        yield f"frozen (requires_grad=False) and left out: {enumerate_names(frozen)}"
 
 
 def _describe(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
-
-
-def _enumerate(names: Sequence[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _be(names: Sequence[str]) -> str:

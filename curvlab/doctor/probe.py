@@ -5,22 +5,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from math import nan, prod
+from math import isnan, nan
 from typing import Any
 
 import torch
 
-from curvlab.doctor.cost import extrapolate, measure_peak, measure_seconds
-from curvlab.doctor.text import format_bytes, format_seconds
+from curvlab.doctor.cost import extrapolate, measure_seconds
 from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators.covectors import suggest_sampling
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.layers import Layer, count_entries
+from curvlab.estimators.memory import MEMORY, count_fitting, measure_peak
+from curvlab.estimators.phases import ONCE, PHASES, record_phases
 from curvlab.estimators.registry import BACKENDS, estimate, find_backends
 from curvlab.matrices import CurvatureMatrix
 from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Pair, Problem
 from curvlab.quantities import GGN, Fisher, Hessian, Quantity
 from curvlab.structures import DenseStructure, Kronecker, Structure
+from curvlab.text import format_bytes, format_seconds
 
 Work = Callable[[Problem], Callable[[], object]]
 
@@ -43,8 +45,8 @@ def make_row(
 ) -> dict[str, Any]:
     """Return a row of ``Diagnosis.combinations``; costs that are not given are NaN."""
     row = {"quantity": str(quantity), "structure": str(structure), "backend": backend, "supported": supported}
-    costs = dict.fromkeys(("backward_passes", "seconds", "passes", "peak_bytes", "matrix_bytes"), nan)
-    return {**row, "auto": False, **costs, "obstacle": "", **more}
+    costs = ("backward_passes", "seconds", *PHASES, "passes", "peak_bytes", *MEMORY, "matrix_bytes")
+    return {**row, "auto": False, **dict.fromkeys(costs, nan), "obstacle": "", **more}
 
 
 class Probe:
@@ -149,13 +151,29 @@ class Probe:
         points = self._measure(work)
         if len(points) < min(2, len(self.rungs)):
             return {"backward_passes": backward_passes}
-        seconds = self._predict(points)
+        seconds, peak, own = self._predict(points), self._peak(work, points), self.batch_size
         return {
             "backward_passes": backward_passes,
             "seconds": seconds,
+            **self._phases(work, points[-1][0]),
             "passes": seconds / self.plain,
-            "peak_bytes": self._peak(work, points),
+            "peak_bytes": peak,
+            **{name: nan if isnan(peak) else count_fitting(own, peak, limit, own) for name, limit in MEMORY.items()},
         }
+
+    def _phases(self, work: Work, rung: Problem) -> dict[str, float]:
+        """Return the predicted seconds of the phases; empty for a product."""
+        run = work(rung)
+        started = time.perf_counter()
+        with record_phases() as seconds:
+            run()
+        taken = time.perf_counter() - started
+        self.left -= taken
+        if not seconds:
+            return {}
+        factor = self.problem.num_samples / rung.num_samples
+        phases = {name: value * (1 if name in ONCE else factor) for name, value in seconds.items()}
+        return phases | {"sums": factor * (taken - sum(seconds.values()))}
 
     def _make_product(self, matrix: CurvatureMatrix) -> Callable[[], object]:
         vector = torch.ones(self.space.total, dtype=matrix.dtype, device=matrix.device)
@@ -216,16 +234,7 @@ class Probe:
         return 1
 
     def _matrix_bytes(self, structure: Structure) -> int:
-        size_of = dict(zip(self.space.names, self.space.sizes, strict=True))
-        entries = 0
-        if isinstance(structure, Kronecker):
-            shape_of = dict(zip(self.space.names, self.space.shapes, strict=True))
-            for layer in self.layers.values():
-                columns = (prod(shape_of[layer.weight][1:]) if layer.weight else 0) + bool(layer.bias)
-                entries += structure.factor_entries(shape_of[layer.parameters[0]][0], columns)
-                for name in layer.parameters:
-                    size_of.pop(name)
-        entries += structure.entries(list(size_of.values()))
+        entries = count_entries(structure, self.space, self.layers)
         return entries * torch.promote_types(self.problem.dtype, torch.float32).itemsize
 
 

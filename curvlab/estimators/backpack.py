@@ -24,7 +24,7 @@ from curvlab.estimators.capture import find_changing_hook
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, find_layers
-from curvlab.estimators.verification import find_unverified_parameter
+from curvlab.estimators.verification import find_library_obstacle
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance
@@ -254,7 +254,7 @@ def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: 
         if isinstance(structure, Kronecker) and type(layer.module) is not nn.Linear:
             return f"its factors of {_label(name, layer.module)} use another approximation"
     modules = {name: layer.module for name, layer in layers.items()}
-    if reason := find_unverified_parameter(problem, space) or find_changing_hook(problem, modules):
+    if reason := find_library_obstacle(problem, space) or find_changing_hook(problem, modules):
         return reason
     if _is_second_order(quantity, structure):
         kronecker, hessian = isinstance(structure, Kronecker), isinstance(quantity, Hessian)

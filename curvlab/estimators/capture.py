@@ -6,7 +6,7 @@ the layer and the gradients of its outputs. No gradient of a parameter has to be
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlab.batches import Inputs
+from curvlab.estimators.layers import Layer
+from curvlab.estimators.padding import find_padding, padding_of
+from curvlab.estimators.uses import watch
 from curvlab.graph import walk
 from curvlab.problem import Problem
 from curvlab.stateless import check_not_cached
@@ -35,11 +38,15 @@ class Call:
         inputs: The first argument, in at least float32; None if it is not a tensor.
         output: Graph edge of the output; None if the output is not a tensor.
         shape: Shape of the output.
+        dtype: Dtype of the output, which within autocast is lower than that of the weights.
+        padding: Positions that are padding, booleans ``(N, positions)`` (see ``curvlab.estimators.padding``).
     """
 
     inputs: Tensor | None
     output: GradientEdge | None
     shape: torch.Size
+    dtype: torch.dtype = torch.float32
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,45 +78,39 @@ def make_leaves(problem: Problem) -> dict[str, Tensor]:
 
 def forward(
     problem: Problem,
-    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     inputs: Inputs,
     leaves: Leaves | None = None,
     cloned: Collection[str] = (),
 ) -> tuple[Tensor, dict[str, list[Call]]]:
-    """Run a batch; return the outputs, with their graph, and the calls of each of the modules.
+    """Run a batch; return the outputs, with their graph, and the calls of each of the layers.
 
     Args:
         problem: Model, loss and data.
-        modules: Modules of the model, by name.
+        layers: Layers of the model, by key.
         inputs: Inputs of the batch.
         leaves: Tensors used in place of the trainable parameters, if their gradients or the graph are needed.
-        cloned: Names of modules whose output is replaced by a copy. Without it, an in-place operation on an output that
+        cloned: Keys of layers whose output is replaced by a copy. Without it, an in-place operation on an output that
             is a view would remove that output from the graph.
     """
-    calls: dict[str, list[Call]] = {name: [] for name in modules}
+    calls: dict[str, list[Call]] = {key: [] for key in layers}
+    masks = find_padding(inputs)
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-            first = next(chain(arguments, keywords.values()), None)
-            given = to_working_dtype(first.detach()) if isinstance(first, Tensor) else None
-            if not isinstance(output, Tensor):
-                calls[name].append(Call(given, None, torch.Size()))
-                return None
-            if not output.requires_grad:
-                return None
-            passed_on = output.clone() if name in cloned else output
-            calls[name].append(Call(given, get_gradient_edge(passed_on), output.shape))
-            return passed_on
-
-        return hook
+    def record(key: str, first: Any, output: Any) -> Any:
+        given = to_working_dtype(first.detach()) if isinstance(first, Tensor) else None
+        if not isinstance(output, Tensor):
+            calls[key].append(Call(given, None, torch.Size()))
+            return output
+        if not output.requires_grad:
+            return output
+        passed_on = output.clone() if key in cloned else output
+        padding = padding_of(masks, layers[key], output)
+        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape, output.dtype, padding))
+        return passed_on
 
     # The parameters require gradients so that the outputs of the first layers have a graph; none is computed here.
     parameters = dict(make_leaves(problem) if leaves is None else leaves)
-    with ExitStack() as hooks, torch.enable_grad():
-        for name, module in modules.items():
-            # Prepended, because a later hook may change the output.
-            handle = module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
-            hooks.callback(handle.remove)
+    with watch(layers, record), torch.enable_grad():
         outputs = problem.forward(parameters, inputs)
     return outputs, calls
 
@@ -174,6 +175,32 @@ def gradients(
         for shape, gradient in zip(shapes, found, strict=True)
     ]
     return tuple(map(to_working_dtype, whole[: len(calls)])), tuple(map(to_working_dtype, whole[len(calls) :]))
+
+
+def join_calls(slopes: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of the outputs of a module's calls as one tensor: ``(N, ...)``, for several calls flat."""
+    return slopes[0] if len(slopes) == 1 else torch.cat([s.reshape(len(s), -1) for s in slopes], dim=1)
+
+
+def split_calls(joined: Tensor, calls: Sequence[Call]) -> list[Tensor]:
+    """Return the gradients of the outputs of a module's calls from the result of ``join_calls``."""
+    if len(calls) == 1:
+        return [joined]
+    parts = joined.split([call.shape[1:].numel() for call in calls], dim=1)
+    return [part.reshape(call.shape) for part, call in zip(parts, calls, strict=True)]
+
+
+def group_by_layer(slopes: Sequence[Tensor], calls: Sequence[Sequence[Call]]) -> list[Tensor]:
+    """Return the gradients of the outputs of all calls, joined by layer.
+
+    Args:
+        slopes: One per call, in the order of the layers.
+        calls: Calls by layer.
+    """
+    if len(slopes) == len(calls):
+        return list(slopes)
+    left = iter(slopes)
+    return [join_calls([next(left) for _ in seen]) for seen in calls]
 
 
 def to_working_dtype(tensor: Tensor) -> Tensor:

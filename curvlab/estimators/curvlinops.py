@@ -20,6 +20,7 @@ from curvlab.estimators import products, snapshots
 from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.snapshots import enable_all_derivatives, explain_torch_errors
+from curvlab.estimators.verification import find_library_obstacle
 from curvlab.graph import walk
 from curvlab.interface import Pair
 from curvlab.likelihoods import CrossEntropy, Likelihood
@@ -251,7 +252,7 @@ def _parameters(problem: Problem, space: ParameterSpace) -> list[Tensor]:
 def obstacle(problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace) -> str | None:
     """See ``curvlab.estimators.backend.Obstacle``."""
     if isinstance(structure, Kronecker):
-        return _factor_obstacle(problem.model, space)
+        return _factor_obstacle(problem.model, space) or find_library_obstacle(problem, space)
     few = problem.with_data([next(problem.batches(_PROBE_SAMPLES))])
     try:
         return _product_obstacle(few, quantity, space)

@@ -2,21 +2,33 @@
 
 Where a layer has a closed form, no gradient of a parameter is computed by automatic differentiation. The squared
 per-sample gradients of a Linear layer on ``(N, d)`` are one product of squares; those of a convolution come from its
-patches, or from a convolution with as many groups as samples. Other modules that are called once are differentiated
-alone, vectorised over samples. The remaining parameters (tied weights, bare parameters, recurrent and attention
-modules) are differentiated through the whole network.
+patches, or from a convolution with as many groups as samples. Other modules are differentiated alone, vectorised over
+samples. The gradient of a module that is called several times is the sum over its calls. The remaining parameters (tied
+weights, bare parameters, recurrent and attention modules) are differentiated through the whole network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from math import prod
 
 import torch
 from torch import Tensor
 
 from curvlab.estimators.backend import Backend, BackendResult
-from curvlab.estimators.capture import Call, backward, working_dtype
+from curvlab.estimators.capture import Call, backward, group_by_layer, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
 from curvlab.estimators.layers import Layer, check_scale
-from curvlab.estimators.positions import Positions, ReducedPositions, add_gram_, mirror_, positions
+from curvlab.estimators.memory import at_most
+from curvlab.estimators.phases import phase
+from curvlab.estimators.positions import (
+    EmbeddingPositions,
+    Positions,
+    ReducedPositions,
+    add_gram_,
+    mirror_,
+    positions,
+)
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.rules import WrongRuleError, rule
 from curvlab.estimators.sums import Sums
@@ -27,14 +39,16 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, MaSQ, Quantity
-from curvlab.structures import Kronecker, Structure, TKFACStructure
+from curvlab.structures import Kronecker, Structure, TKFACStructure, is_forward_only
 
 # Bounds of the default number of samples processed at once: see ``_chunk_size``.
 _FEWEST, _MOST = 8, 1000
 _CACHE = 1.6e7  # approximate limit, in bytes, of the input and output of a layer
 _BYTES = 6.4e7  # approximate limit, in bytes, of a layer's rotated gradients held at once
 
-_Batch = tuple[dict[str, Tensor], Iterator[Sequence[Tensor]]]  # inputs by module; gradients of the outputs, row by row
+# Calls by layer; a function that yields the joined gradients of their outputs, row by row. If its argument is true, it
+# can be called again.
+_Batch = tuple[Mapping[str, Sequence[Call]], Callable[[bool], Iterator[Sequence[Tensor]]]]
 _Passes = Callable[[], Iterator[_Batch]]
 
 
@@ -48,13 +62,13 @@ def compute(
 ) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
-        verified = verify_factors(problem, space)
-        entries = sum(sum(size * size for size in _shape(layer)) for layer in verified.layers.values())
+        verified = verify_factors(problem, space, structure)
+        entries = sum(prod(layer.factor_shape) + layer.shape[0] ** 2 for layer in verified.layers.values())
 
         def batches() -> Iterator[_Batch]:
-            for inputs, gradients in _batches(problem, quantity, verified, batch_size, entries):
-                yield inputs, gradients
-                advance(len(next(iter(inputs.values()))) / (2 if structure.name == "ekfac" else 1))
+            for calls, pull in _batches(problem, quantity, verified, batch_size, entries):
+                yield calls, pull
+                advance(_count_samples(calls) / (2 if structure.name == "ekfac" else 1))
 
         if isinstance(structure, TKFACStructure):
             return BackendResult(_tkfac(batches, verified.layers, structure, problem))
@@ -112,7 +126,7 @@ def _diagonal(
             reason = f"has no rule that is right for every batch: {error}"
             wrong = [layer for layer in verified.layers.values() if type(layer.module).__name__ == error.kind]
             verified = verified.exclude({parameter: reason for layer in wrong for parameter in layer.parameters})
-    by_rule = [parameter for layer in verified.layers.values() for parameter in layer.parameters]
+    by_rule = dict.fromkeys(parameter for layer in verified.layers.values() for parameter in layer.parameters)
     assert sorted([*by_rule, *rest.names]) == sorted(space.names), "every parameter is computed once"
     if rest.names:
         rows = _squared_rows(problem, quantity, rest, no_progress if by_rule else advance)
@@ -133,22 +147,22 @@ def _by_rules(
     sums = Sums({"entries": (space.total,)}, problem)
     total = space.unflatten(sums.running["entries"])  # views
     batches = _batches(problem, quantity, verified, batch_size, space.total) if verified.layers else ()
-    for calls, gradients in batches:
-        rules = [rule(verified.layers[name], inputs) for name, inputs in calls.items()]
-        for row in gradients:
+    for calls, pull in batches:
+        rules = [rule(verified.layers[name], seen) for name, seen in calls.items()]
+        for row in pull(False):
             for one, gradient in zip(rules, row, strict=True):
                 one.add(gradient)
         for one in rules:
             one.add_to_(total)
         sums.next()
-        advance(len(next(iter(calls.values()))))
+        advance(_count_samples(calls))
     return sums.means()["entries"]
 
 
 def _batches(
     problem: Problem, quantity: Quantity, verified: Verification, batch_size: int | None, entries: int
 ) -> Iterator[_Batch]:
-    """Yield, for each batch, the inputs of each layer, and an iterator over rows of the gradients of their outputs.
+    """Yield, for each batch, the calls of each layer, and an iterator over rows of the gradients of their outputs.
 
     Args:
         problem: Model, loss and data.
@@ -160,10 +174,15 @@ def _batches(
     rng = label_stream(quantity)
     size = _chunk_size(problem, verified, entries) if batch_size is None else batch_size
     for inputs, targets in _split_batches(problem.batches(batch_size), size):
-        outputs, calls = verified.run(problem, inputs)
+        with phase("forward"):
+            outputs, calls = verified.run(problem, inputs)
         covectors = output_covectors(problem.loss, quantity, outputs.detach(), targets, rng)
-        given = {name: call.inputs for name, call in calls.items() if call.inputs is not None}
-        yield given, _pull_back(outputs, list(calls.values()), covectors)
+        yield calls, partial(_pull_back, outputs, list(calls.values()), covectors)
+
+
+def _count_samples(calls: Mapping[str, Sequence[Call]]) -> int:
+    first: Call = next(iter(calls.values()))[0]
+    return first.shape[0]
 
 
 def _chunk_size(problem: Problem, verified: Verification, entries: int) -> int:
@@ -188,11 +207,14 @@ def _split_batches(batches: Iterable[Pair], size: int) -> Iterator[Pair]:
         yield from zip(inputs.split(step), targets.split(step), strict=True)
 
 
-def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> Iterator[Sequence[Tensor]]:
-    last = len(covectors) - 1
+def _pull_back(
+    outputs: Tensor, calls: Sequence[Sequence[Call]], covectors: Covectors, again: bool
+) -> Iterator[Sequence[Tensor]]:
+    last, every = len(covectors) - 1, [*chain(*calls)]
     for index, row in enumerate(covectors):
         # The list is emptied, so that no reference keeps these gradients while the next row is computed.
-        gradients = list(backward(outputs, calls, row, keep=index < last))
+        with phase("backward"):
+            gradients = group_by_layer(backward(outputs, every, row, keep=again or index < last), calls)
         yield gradients
         gradients.clear()
 
@@ -202,15 +224,20 @@ def _pull_back(outputs: Tensor, calls: Sequence[Call], covectors: Covectors) -> 
 
 def _kfac(batches: _Passes, layers: Mapping[str, Layer], structure: Kronecker, problem: Problem) -> dict[str, Tensor]:
     sums = _sums(layers, problem)
-    for inputs, gradients in batches():
-        at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
+    for calls, pull in batches():
+        at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
+        needed = not is_forward_only(structure) or any(here.has_padding for here in at.values())
+        for row in pull(False) if needed else ():
+            for (name, here), gradient in zip(at.items(), row, strict=True):
+                here.note(gradient)
+                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
         for name, here in at.items():
             here.add_moment_(sums.running[f"{name}|A"])
-        for row in gradients:
-            for (name, here), gradient in zip(at.items(), row, strict=True):
-                here.add_gradient_moment_(sums.running[f"{name}|S"], gradient)
         sums.next()
-    return {key: mirror_(factor) for key, factor in sums.means().items()}
+    means = {key: mirror_(factor) for key, factor in sums.means().items()}
+    if is_forward_only(structure):
+        means |= {f"{name}|S": torch.eye(layer.shape[0]).to(means[f"{name}|S"]) for name, layer in layers.items()}
+    return means
 
 
 def _tkfac(
@@ -219,11 +246,15 @@ def _tkfac(
     weighted = structure.variant == "gao"
     sums = _sums(layers, problem)
     trace = dict.fromkeys(layers, 0.0)
-    for inputs, gradients in batches():
-        at = {name: _positions(layer, inputs[name], structure) for name, layer in layers.items()}
+    for calls, pull in batches():
+        at = {name: _positions(layer, calls[name], structure) for name, layer in layers.items()}
+        if any(here.has_padding for here in at.values()):
+            for row in pull(True):
+                for here, gradient in zip(at.values(), row, strict=True):
+                    here.note(gradient)
         norms = {name: here.squared_norms() for name, here in at.items()}
         slopes = {name: torch.zeros_like(norm) for name, norm in norms.items()}
-        for row in gradients:
+        for row in pull(False):
             for (name, here), gradient in zip(at.items(), row, strict=True):
                 here.add_gradient_moment_(sums.running[f"{name}|S"], gradient, norms[name] if weighted else None)
                 slopes[name] += here.gradient_norms(gradient)
@@ -235,9 +266,9 @@ def _tkfac(
     for name, layer in layers.items():
         left, right = means[f"{name}|A"], means[f"{name}|S"]
         # S has the whole scale: for gao, A has trace one; for rescaled, it is K-FAC's A.
-        if weighted and (share := float(left.trace())):
+        if weighted and (share := _trace(left)):
             left /= share
-        now, wanted = float(left.trace()) * float(right.trace()), trace[name] / problem.num_samples
+        now, wanted = _trace(left) * _trace(right), trace[name] / problem.num_samples
         check_scale(layer, now, wanted, problem.dtype)
         if now:
             right *= wanted / now
@@ -247,14 +278,18 @@ def _tkfac(
 def _ekfac(
     batches: _Passes, layers: Mapping[str, Layer], problem: Problem, factors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    bases = {name: _basis(factor) for name, factor in factors.items()}
-    sums = Sums({name: _shape(layer) for name, layer in layers.items()}, problem)
-    for inputs, gradients in batches():
-        moments = {
-            name: _RotatedSquares(layer, inputs[name], bases[f"{name}|A"], bases[f"{name}|S"])
-            for name, layer in layers.items()
-        }
-        for row in gradients:
+    with phase("eigenvectors"):
+        bases = {name: _basis(factor) for name, factor in factors.items()}
+    sums = Sums({name: layer.shape for name, layer in layers.items()}, problem)
+    for calls, pull in batches():
+        moments: dict[str, _RotatedSquares | _RotatedIndexSquares] = {}
+        for name, layer in layers.items():
+            left, right = bases[f"{name}|A"], bases[f"{name}|S"]
+            if layer.is_embedding:
+                moments[name] = _RotatedIndexSquares(layer, calls[name], right)
+            else:
+                moments[name] = _RotatedSquares(layer, calls[name], left, right)
+        for row in pull(False):
             for moment, gradient in zip(moments.values(), row, strict=True):
                 moment.add(gradient)
         for name, moment in moments.items():
@@ -266,7 +301,13 @@ def _ekfac(
     }
 
 
+def _trace(factor: Tensor) -> float:
+    return float(factor.sum() if factor.ndim == 1 else factor.trace())
+
+
 def _basis(factor: Tensor) -> Tensor:
+    if factor.ndim == 1:  # a diagonal matrix
+        return torch.ones_like(factor)
     # Working precision is enough for a basis, and float64 takes twice as long. In float32 LAPACK may fail on factors
     # of low rank.
     try:
@@ -277,11 +318,11 @@ def _basis(factor: Tensor) -> Tensor:
 
 
 class _RotatedSquares:
-    """Squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a call."""
+    """Squared per-sample gradients of a layer in a Kronecker basis, summed over the samples and rows of a batch."""
 
-    def __init__(self, layer: Layer, inputs: Tensor, left: Tensor, right: Tensor) -> None:
+    def __init__(self, layer: Layer, calls: Sequence[Call], left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
-        self.positions = positions(layer, inputs)
+        self.positions = positions(layer, calls)
         self.squares: Tensor | None = (
             None  # squares of g U_S (N, o) for one position, else of the rotated gradient (o, d)
         )
@@ -294,7 +335,10 @@ class _RotatedSquares:
             self._take(rotated.square_())
         elif self.rows is not None:
             slopes = self.positions.gradient_rows(gradient) @ self.right
-            step = max(1, int(_BYTES / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())))
+            step = max(
+                1,
+                int(at_most(_BYTES, share=1 / 16) / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())),
+            )
             for g, a in zip(slopes.split(step), self.rows.split(step), strict=True):
                 self._take((g.mT @ a).square_().sum(dim=0))
         else:
@@ -311,22 +355,31 @@ class _RotatedSquares:
         return self.squares
 
 
-def _positions(layer: Layer, inputs: Tensor, structure: Kronecker) -> Positions:
-    here = positions(layer, inputs)
+class _RotatedIndexSquares:
+    """As ``_RotatedSquares``, of an embedding: only the gradients of its outputs are rotated."""
+
+    def __init__(self, layer: Layer, calls: Sequence[Call], right: Tensor) -> None:
+        self.right, self.squares = right, right.new_zeros(layer.shape)
+        self.positions = EmbeddingPositions(layer, [call.inputs for call in calls if call.inputs is not None])
+
+    def add(self, gradient: Tensor) -> None:
+        sums, indices = self.positions.index_sums(gradient)
+        self.squares.index_add_(1, indices, (sums @ self.right).square_().mT)
+
+    def total(self) -> Tensor:
+        return self.squares
+
+
+def _positions(layer: Layer, calls: Sequence[Call], structure: Kronecker) -> Positions:
+    here = positions(layer, calls, leave_out=True)
     return ReducedPositions(here) if structure.sharing == "reduce" else here
 
 
-def _shape(layer: Layer) -> tuple[int, int]:
-    """Return ``(o, d)`` of the homogeneous weight."""
-    weight: Tensor = layer.module.weight  # type: ignore[assignment]
-    return len(weight), (weight[0].numel() if layer.weight else 0) + bool(layer.bias)
-
-
 def _sums(layers: Mapping[str, Layer], problem: Problem) -> Sums:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
-        outputs, features = _shape(layer)
-        shapes[f"{name}|A"], shapes[f"{name}|S"] = (features, features), (outputs, outputs)
+        outputs = layer.shape[0]
+        shapes[f"{name}|A"], shapes[f"{name}|S"] = layer.factor_shape, (outputs, outputs)
     return Sums(shapes, problem)
 
 

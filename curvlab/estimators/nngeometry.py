@@ -22,7 +22,7 @@ from curvlab.estimators.capture import find_changing_hook, forward
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.default_dtype import default_dtype
 from curvlab.estimators.layers import Layer, find_layers
-from curvlab.estimators.verification import find_unverified_parameter
+from curvlab.estimators.verification import find_library_obstacle
 from curvlab.matrices.eigen import symmetric_eigh
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -217,9 +217,9 @@ def obstacle(
         reason = _rule_obstacle(module, structure)
         if reason:
             return f"{reason} ({name or 'the model'})"
-    if reason := find_unverified_parameter(problem, space) or find_changing_hook(problem, modules):
+    if reason := find_library_obstacle(problem, space) or find_changing_hook(problem, modules):
         return reason
-    calls = forward(problem, modules, inputs)[1]
+    calls = forward(problem, layers, inputs)[1]
     for name, module in modules.items():
         given = calls[name][0].inputs
         found, right = given.ndim if given is not None else 0, _input_dimensions(module)

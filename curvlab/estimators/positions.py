@@ -7,16 +7,18 @@ are formed only where they are small: unfolding takes the memory of ``k k`` imag
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import product
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.capture import Call, split_calls, working_dtype
+from curvlab.estimators.layers import Layer, has_last_channels, is_transposed_convolution
+from curvlab.estimators.padding import without_gradient
 
 _FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
 _BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
@@ -29,27 +31,61 @@ class LinearPositions:
     Args:
         layer: The layer.
         inputs: ``(N, ..., features)``: the dimensions in between are positions.
+        padding: Positions that do not count as inputs unless they have a gradient, booleans ``(N, T)``.
     """
 
-    def __init__(self, layer: Layer, inputs: Tensor) -> None:
-        rows = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
+    padding: Tensor | None = None
+
+    def __init__(self, layer: Layer, inputs: Tensor, padding: Tensor | None = None) -> None:
+        self._set_rows(layer, inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1))
+        self.padding = padding
+
+    def _set_rows(self, layer: Layer, rows: Tensor) -> None:
         ones = rows.new_ones(*rows.shape[:2], 1)
         parts = ([rows] if layer.weight else []) + ([ones] if layer.bias else [])
         self.rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (N, T, d)
-        self.count = self.rows.shape[1]
+        self.count, self.dtype = self.rows.shape[1], self.rows.dtype
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether means over positions may leave some out, which depends on the gradients of all rows."""
+        return self.padding is not None
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account: padding that has a gradient counts."""
+        if self.padding is not None:
+            self.padding = without_gradient(self.padding, self.gradient_rows(gradient))
+
+    def counts(self) -> Tensor:
+        """Return the number of positions that count, ``(N,)``; only with padding."""
+        assert self.padding is not None
+        return (~self.padding).sum(dim=1)
+
+    def _shares(self, weights: Tensor | None = None) -> Tensor:
+        """Return the weight of each position in a mean, multiplied by weights of the samples, ``(N, T)``."""
+        assert self.padding is not None
+        each = (1 if weights is None else weights) / self.counts().clamp(min=1).to(self.dtype)
+        return ~self.padding * each.unsqueeze(1)
 
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
-        rows = self.rows if weights is None else self.rows * weights.sqrt().view(-1, 1, 1)
-        add_gram_(total, rows.flatten(0, 1), 1 / self.count)
+        if self.padding is None:
+            rows = self.rows if weights is None else self.rows * weights.sqrt().view(-1, 1, 1)
+            add_gram_(total, rows.flatten(0, 1), 1 / self.count)
+        else:
+            add_gram_(total, (self.rows * self._shares(weights).sqrt().unsqueeze(2)).flatten(0, 1))
 
     def means(self) -> Tensor:
         """Return the mean over positions, ``(N, d)``."""
-        return self.rows.mean(dim=1)
+        if self.padding is None:
+            return self.rows.mean(dim=1)
+        return torch.einsum("nt,ntd->nd", self._shares(), self.rows)
 
     def squared_norms(self) -> Tensor:
         """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
-        return self.rows.square().sum(dim=(1, 2)) / self.count
+        if self.padding is None:
+            return self.rows.square().sum(dim=(1, 2)) / self.count
+        return (self.rows.square().sum(dim=2) * self._shares()).sum(dim=1)
 
     def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
@@ -87,13 +123,117 @@ class LinearPositions:
             yield g.mT @ a
 
 
-class ConvPositions:
-    """Inputs of one call of a convolution without groups.
+class EmbeddingPositions(LinearPositions):
+    """Inputs of the calls of an embedding: ``a_nt`` is the unit vector of an index, zero for the padding index.
+
+    Moments of the inputs are diagonal; they are sums over the counts of the indices, without a matrix of the size of
+    the vocabulary.
 
     Args:
         layer: The layer.
-        inputs: ``(N, channels, ...)``.
+        inputs: Indices ``(N, ...)``, one tensor per call; the uses are further positions.
+        padding: As for ``LinearPositions``, one per call.
     """
+
+    def __init__(self, layer: Layer, inputs: Sequence[Tensor], padding: Sequence[Tensor | None] = ()) -> None:
+        module: Any = layer.module
+        self.indices = torch.cat([x.reshape(len(x), -1) for x in inputs], dim=1).long()  # (N, T)
+        self.used = self.indices != (-1 if module.padding_idx is None else module.padding_idx)
+        self.vocabulary, self.count = len(module.weight), self.indices.shape[1]
+        self.dtype = working_dtype(module.weight.dtype)
+        if any(mask is not None for mask in padding):
+            pairs = zip(inputs, padding, strict=True)
+            masks = [
+                mask if mask is not None else torch.zeros_like(x, dtype=torch.bool).flatten(1) for x, mask in pairs
+            ]
+            self.padding = torch.cat(masks, dim=1)
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to its diagonal ``(d,)``."""
+        used = self.used.to(total)
+        shares = used / self.count if self.padding is None else used * self._shares()
+        shares = shares if weights is None else shares * weights.to(total).unsqueeze(1)
+        total.index_add_(0, self.indices.flatten(), shares.flatten())
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        if self.padding is None:
+            return self.used.to(self.dtype).mean(dim=1)
+        return (self.used * self._shares()).sum(dim=1)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return gradient.reshape(len(gradient), self.count, -1)
+
+    @cached_property
+    def _groups(self) -> tuple[Tensor, Tensor]:
+        """The pairs of a sample and an index, and the number of the pair of each position, flat."""
+        samples = torch.arange(len(self.indices), device=self.indices.device).unsqueeze(1)
+        pairs, number = torch.unique(samples * self.vocabulary + self.indices, return_inverse=True)
+        return pairs, number
+
+    def index_sums(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nonzero columns of ``sum_t g_nt a_nt'``, ``(pairs, o)``, and their indices ``(pairs,)``."""
+        rows = self.gradient_rows(gradient)
+        pairs, number = self._groups
+        sums = rows.new_zeros(len(pairs), rows.shape[2])
+        sums.index_add_(0, number.flatten(), (rows * self.used.unsqueeze(2)).flatten(0, 1))
+        return sums, pairs % self.vocabulary
+
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        return float(self.index_sums(gradient)[0].square().sum())
+
+
+class TransposedConvPositions(LinearPositions):
+    """Inputs of one call of a transposed convolution, or of a group of it.
+
+    It is a convolution with a stride of one and the mirrored kernel, of the image with zeros between its entries.
+
+    Args:
+        layer: The layer.
+        inputs: ``(N, channels, ...)``, of the group.
+    """
+
+    def __init__(self, layer: Layer, inputs: Tensor) -> None:
+        module: Any = layer.module
+        images, sizes = inputs, []
+        pads: list[int] = []  # last dimension first; negative ones crop
+        geometry = (module.kernel_size, module.stride, module.dilation, module.padding, module.output_padding)
+        for dim, (size, (k, s, d, p, extra)) in enumerate(
+            zip(inputs.shape[2:], zip(*geometry, strict=True), strict=True), start=2
+        ):
+            spread = (size - 1) * s + 1
+            zeros = images.new_zeros(*images.shape[:dim], spread, *images.shape[dim + 1 :])
+            images = zeros.index_copy(dim, torch.arange(0, spread, s, device=inputs.device), images)
+            sizes.append(spread + d * (k - 1) + extra - 2 * p)
+            pads = [d * (k - 1) - p, sizes[-1] - 1 + p - (spread - 1), *pads]
+        images = F.pad(images, pads)
+        seen = []
+        for offset in product(*map(range, module.kernel_size)):
+            index: list[slice] = [slice(None), slice(None)]
+            for k, o, d, size in zip(module.kernel_size, offset, module.dilation, sizes, strict=True):
+                index.append(slice((k - 1 - o) * d, (k - 1 - o) * d + size))
+            seen.append(images[tuple(index)])
+        self._set_rows(layer, torch.stack(seen, dim=2).flatten(1, 2).flatten(2).mT)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return gradient.flatten(2).mT
+
+
+class ConvPositions:
+    """Inputs of one call of a convolution, or of a group of it.
+
+    Args:
+        layer: The layer.
+        inputs: ``(N, channels, ...)``, of the group.
+    """
+
+    has_padding = False  # its positions are those under a kernel
+
+    def note(self, gradient: Tensor) -> None:
+        """Do nothing: see ``LinearPositions``."""
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         self.layer = layer
@@ -301,12 +441,120 @@ class ConvPositions:
             yield weight_gradient
 
 
+class JoinedPositions:
+    """Inputs of several calls of a layer: its uses are further positions (Eschenhagen et al. 2023).
+
+    The gradient of the outputs is joined (see ``curvlab.estimators.capture.join_calls``).
+
+    Args:
+        parts: Positions of the calls.
+        calls: The calls.
+    """
+
+    def __init__(self, parts: Sequence[LinearPositions | ConvPositions], calls: Sequence[Call]) -> None:
+        self.parts, self.calls = parts, calls
+        self.count = sum(part.count for part in parts)
+
+    def _pairs(self, gradient: Tensor) -> Iterator[tuple[LinearPositions | ConvPositions, Tensor]]:
+        return zip(self.parts, split_calls(gradient, self.calls), strict=True)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a call has padding."""
+        return any(part.has_padding for part in self.parts)
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account: see ``LinearPositions``."""
+        for part, slope in self._pairs(gradient):
+            part.note(slope)
+
+    def _shares(self, like: Tensor) -> list[Tensor]:
+        """Return the shares of the calls in a mean over the positions of all, ``(N,)`` each; only with padding."""
+        full = torch.ones(self.calls[0].shape[0], device=like.device)
+        counts = [
+            part.counts() if isinstance(part, LinearPositions) and part.has_padding else full * part.count
+            for part in self.parts
+        ]
+        total = torch.stack(counts).sum(dim=0).clamp(min=1)
+        return [count.to(like) / total for count in counts]
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        """Return the mean of means over the positions of the calls, ``(N, ...)``."""
+        shares = [part.count / self.count for part in self.parts]
+        if self.has_padding:
+            shares = [share.view(-1, *[1] * (values[0].ndim - 1)) for share in self._shares(values[0])]
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(dim=0)
+
+    def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
+        if self.has_padding:
+            for part, share in zip(self.parts, self._shares(total), strict=True):
+                part.add_moment_(total, share if weights is None else share * weights)
+            return
+        for part in self.parts:
+            moment = torch.zeros_like(total)
+            part.add_moment_(moment, weights)
+            total.add_(moment, alpha=part.count / self.count)
+
+    def means(self) -> Tensor:
+        """Return the mean over positions, ``(N, d)``."""
+        return self._mean([part.means() for part in self.parts])
+
+    def squared_norms(self) -> Tensor:
+        """Return the mean over positions of ``|a_nt|^2``, ``(N,)``."""
+        return self._mean([part.squared_norms() for part in self.parts])
+
+    def add_gradient_moment_(self, total: Tensor, gradient: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``sum_n w_n sum_t g_nt g_nt'``, of the output's gradient, to the upper triangle of an ``(o, o)``."""
+        for part, slope in self._pairs(gradient):
+            part.add_gradient_moment_(total, slope, weights)
+
+    def input_rows(self) -> Tensor:
+        """Return ``a_nt``, ``(N, T, d)``."""
+        return torch.cat([part.input_rows() for part in self.parts], dim=1)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """Return ``g_nt``, ``(N, T, o)``."""
+        return torch.cat([part.gradient_rows(slope) for part, slope in self._pairs(gradient)], dim=1)
+
+    def gradient_norms(self, gradient: Tensor) -> Tensor:
+        """Return ``sum_t |g_nt|^2``, ``(N,)``."""
+        return torch.stack([part.gradient_norms(slope) for part, slope in self._pairs(gradient)]).sum(dim=0)
+
+    def gradient_sums(self, gradient: Tensor) -> Tensor:
+        """Return the sum over positions of the gradient of the outputs, ``(N, o)``."""
+        return torch.stack([part.gradient_sums(slope) for part, slope in self._pairs(gradient)]).sum(dim=0)
+
+    def squared_gradients(self, gradient: Tensor) -> float:
+        """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
+        return _total(self.sample_gradients(gradient))
+
+    def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
+        parts = [part.sample_gradients(slope) for part, slope in self._pairs(gradient)]
+        for some in zip(*parts, strict=True):  # the calls of one layer yield the same samples
+            yield reduce(torch.add, some)
+
+
 class ReducedPositions(LinearPositions):
     """A layer reduced to one position: the mean of its inputs and the sum of its gradients (K-FAC-reduce)."""
 
-    def __init__(self, whole: LinearPositions | ConvPositions) -> None:
-        self.whole = whole
-        self.rows, self.count = whole.means().unsqueeze(1), 1
+    def __init__(self, whole: LinearPositions | ConvPositions | JoinedPositions) -> None:
+        self.whole, self.count = whole, 1
+
+    @cached_property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """The means, ``(N, 1, d)``; with padding, after all gradients are known."""
+        return self.whole.means().unsqueeze(1)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether the layer has padding."""
+        return self.whole.has_padding
+
+    def note(self, gradient: Tensor) -> None:
+        """Take a row of the gradient into account."""
+        self.whole.note(gradient)
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """Return the sum of the gradients, ``(N, 1, o)``."""
@@ -321,12 +569,34 @@ class ReducedPositions(LinearPositions):
         return self.whole.sample_gradients(gradient)
 
 
-Positions = LinearPositions | ConvPositions
+Positions = LinearPositions | ConvPositions | JoinedPositions
 
 
-def positions(layer: Layer, inputs: Tensor) -> Positions:
+def call_positions(layer: Layer, inputs: Tensor, padding: Tensor | None = None) -> LinearPositions | ConvPositions:
     """Return the positions of one call of a layer."""
-    return LinearPositions(layer, inputs) if isinstance(layer.module, nn.Linear) else ConvPositions(layer, inputs)
+    if layer.is_embedding:
+        return EmbeddingPositions(layer, [inputs], [padding])
+    if is_transposed_convolution(layer.module):
+        return TransposedConvPositions(layer, inputs)
+    if has_last_channels(layer.module):
+        return LinearPositions(layer, inputs, padding)
+    return ConvPositions(layer, inputs)
+
+
+def positions(layer: Layer, calls: Sequence[Call], leave_out: bool = False) -> Positions:
+    """Return the positions of all calls of a layer; their inputs are tensors.
+
+    Args:
+        layer: The layer.
+        calls: The calls.
+        leave_out: Whether means leave out padding (see ``curvlab.estimators.padding``). All gradients must then be
+            given to ``note`` first.
+    """
+    pairs = [(call.inputs, call.padding if leave_out else None) for call in calls if call.inputs is not None]
+    if layer.is_embedding:
+        return EmbeddingPositions(layer, *zip(*pairs, strict=True))
+    parts = [call_positions(layer, inputs, padding) for inputs, padding in pairs]
+    return parts[0] if len(parts) == 1 else JoinedPositions(parts, calls)
 
 
 def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4) -> None:
@@ -341,7 +611,9 @@ def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4)
 
 
 def mirror_(total: Tensor) -> Tensor:
-    """Copy the upper triangle of ``total`` onto the lower one."""
+    """Copy the upper triangle of ``total`` onto the lower one; a diagonal ``(d,)`` stays."""
+    if total.ndim == 1:
+        return total
     strictly_upper = total.triu(1)
     return total.triu_().add_(strictly_upper.mT)
 

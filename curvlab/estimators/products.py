@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from curvlab.batches import Inputs
 from curvlab.errors import UnsupportedError, first_line
 from curvlab.estimators.covectors import label_stream, output_product
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.rows import row_batches
 from curvlab.estimators.snapshots import (
     SnapshotGuard,
@@ -34,8 +35,6 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
-_KEPT_BYTES = 1e9  # limit of the graphs that a matrix keeps from product to product
-
 Leaves = Mapping[str, Tensor]
 #: Maps vectors ``(K, P)`` to their products ``(K, P)``, summed over the samples of a batch.
 Term = Callable[[Tensor], Tensor]
@@ -45,6 +44,11 @@ Push = Callable[[Leaves], Tensor]
 Build = Callable[[Pair, np.random.Generator], tuple[Term, Sequence[Tensor]]]
 #: Makes a ``Push`` from a forward pass; also returns the tensors whose graphs it keeps.
 Pushing = Callable[[Problem, Leaves, Inputs, Tensor], tuple[Push, Sequence[Tensor]]]
+
+
+def kept_bytes() -> float:
+    """Return the limit in bytes of the graphs that a matrix keeps from product to product."""
+    return at_most(1e9, share=1 / 4)
 
 
 def product(
@@ -117,7 +121,7 @@ class _Passes:
         self._parameters = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         self._kept: list[Term] = []
         self._rng = label_stream(quantity)
-        self._room: float = _KEPT_BYTES
+        self._room = kept_bytes()
         self._whole = False
 
     def __call__(self) -> Iterator[Term]:

@@ -14,12 +14,17 @@ from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_fu
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import ignore_torch_warnings, working_dtype
 from curvlab.estimators.covectors import suggest_sampling
+from curvlab.estimators.layers import count_entries
 from curvlab.estimators.linearized import to_first_order
+from curvlab.estimators.memory import check_fits, fit_batch_size, limited, parse_memory
+from curvlab.estimators.phases import phase
+from curvlab.estimators.products import kept_bytes
 from curvlab.estimators.rules import random_like
 from curvlab.estimators.verification import (
     ChangedUseError,
     Verification,
     cache_verification,
+    describe_parameters_without_factors,
     kronecker_layers,
     verify_rules,
 )
@@ -31,7 +36,7 @@ from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress, progress
 from curvlab.quantities import Fisher, Hessian, MaSQ, Quantity, parse_quantity
 from curvlab.stateless import disable_parametrization_cache, restore_attributes, restore_gradients
-from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, parse_structure
+from curvlab.structures import STRUCTURES, EKFACStructure, Kronecker, Structure, is_forward_only, parse_structure
 
 #: Backends by name, the fastest first (measured by benchmarks/estimators.py): ``auto`` uses the first that can.
 BACKENDS: Mapping[str, Backend] = {
@@ -47,6 +52,7 @@ def estimate(
     backend: str = "auto",
     params: Selection | None = None,
     batch_size: int | None = None,
+    memory: str | float | None = None,
     progress: bool = False,
 ) -> CurvatureMatrix:
     """Return a curvature matrix of a problem: the mean over its samples of the per-sample matrix.
@@ -56,23 +62,27 @@ def estimate(
         quantity: One of ``curvlab.quantities`` or its string form, such as ``"fisher:samples=4"``.
         structure: ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac``
             or ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
-            structure covers Linear and convolution layers; with the option ``rest=diag`` the other parameters get
-            their diagonal.
+            structure has factors for Linear and convolution layers. The other parameters get their diagonal, in a
+            ``Composite``; the option ``rest=none`` refuses them.
         backend: ``hooks`` (curvlab's own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
             per-sample automatic differentiation), or ``auto``: the fastest that is correct for this model.
         params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name
             and parameter (``curvlab.parameters.Selection``); None for all trainable ones.
         batch_size: Samples processed at once; None for the data's own batches. It does not change the result.
+        memory: Limit of the memory in addition to model and data: ``"2GB"``, bytes, or ``small`` (1 GB), ``medium``
+            (4 GB) or ``large`` (16 GB). The samples processed at once, and other pieces, are then as many as fit, by
+            trials on a few samples. None for no limit.
         progress: Show a progress bar on a terminal.
 
     Returns:
         A matrix over the selected parameters on the model's device, in its dtype or, for half-precision models, in
-        float32. Its ``info`` has the backend that computed it, and which others were rejected and why.
+        float32. Its ``info`` has the backend that computed it, which others were rejected and why, and which parameters
+        have no Kronecker factors and why.
 
     Raises:
         CurvlabError: A name is unknown, the data or weights are not finite, or targets do not fit the loss.
         UnsupportedError: No backend, or not the requested one, computes this correctly for this model; the message
-            names the module that is the cause and an alternative.
+            names the module that is the cause and an alternative. Or it does not fit into ``memory``.
 
     Examples:
         >>> import torch
@@ -85,9 +95,15 @@ def estimate(
         raise CurvlabError(unknown_name_message("backend", str(backend), ("auto", *BACKENDS)))
     if batch_size is not None:
         batch_size = whole_number(batch_size, "batch_size", 1)
+    limit = None if memory is None else parse_memory(memory)
+    if limit is not None and batch_size is not None:
+        raise CurvlabError("memory chooses how many samples are processed at once: leave out batch_size, or memory")
     space = ParameterSpace.of(problem.model, params)
     find_backends(quantity, structure, backend)  # fail before the data are read if no backend has the combination
-    problem.check()
+    if limit is not None:
+        return _estimate_within(limit, problem, quantity, structure, backend, params, progress)
+    with phase("check"):
+        problem.check()
     if not isinstance(quantity, Hessian):
         problem = to_first_order(problem)
     problem = cache_verification(problem)
@@ -101,11 +117,19 @@ def estimate(
         restore_gradients(problem.model),  # a patched forward may call the original model from a copy
         _bar(_label(problem, quantity, structure) if progress else "", problem.num_samples, progress) as advance,
     ):
-        verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
+        with phase("check"):
+            verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
+        layers = kronecker_layers(problem, space, structure)[0] if isinstance(structure, Kronecker) else {}
+        check_fits(_name(quantity, structure), _sum_bytes(problem, count_entries(structure, space, layers)))
+        split, reasons = _parts(problem, quantity, structure, space, backend)
         parts = [
             _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
-            for part_structure, part_space in _parts(problem, structure, space)
+            for part_structure, part_space in split
         ]
+    without = describe_parameters_without_factors(reasons)
+    for part, (part_structure, _) in zip(parts, split, strict=True):
+        if not isinstance(part_structure, Kronecker):
+            part.info = replace(part.info, rejected=(*without, *part.info.rejected))
     if len(parts) == 1:
         return parts[0]
     backends = dict.fromkeys(part.info.backend for part in parts)
@@ -122,6 +146,47 @@ def estimate(
     )
 
 
+def _estimate_within(
+    limit: float,
+    problem: Problem,
+    quantity: Quantity,
+    structure: Structure,
+    backend: str,
+    params: Selection | None,
+    progress: bool,
+) -> CurvatureMatrix:
+    """Return the matrix, computed with a peak below a limit in bytes, in addition to model and data."""
+
+    def work(few: Problem) -> float:
+        matrix = estimate(few, quantity, structure, backend=backend, params=params)
+        if structure.name == "implicit":
+            matrix.matvec(torch.ones(matrix.shape[0], dtype=matrix.dtype, device=matrix.device))
+            return kept_bytes()
+        stored = sum(tensor.nbytes for tensor in matrix.tensors().values())
+        entries = sum(tensor.numel() for tensor in matrix.tensors().values())
+        return _sum_bytes(problem, entries) - stored
+
+    problem.check()
+    with limited(limit):
+        size = fit_batch_size(_name(quantity, structure), problem, limit, work)
+        matrix = estimate(
+            problem.with_batch_size(size), quantity, structure, backend=backend, params=params, progress=progress
+        )
+    if not isinstance(quantity, MaSQ):
+        matrix.info = replace(matrix.info, batch_size=size)
+    return matrix
+
+
+def _name(quantity: Quantity, structure: Structure) -> str:
+    return f"{quantity.name} as {structure}"
+
+
+def _sum_bytes(problem: Problem, entries: int) -> float:
+    """Return the bytes of sums over many batches, which are in float64, too (see ``curvlab.estimators.sums``)."""
+    itemsize, double = working_dtype(problem.dtype).itemsize, torch.float64.itemsize
+    return float(entries * (itemsize + (double if itemsize < double else 0)))
+
+
 def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
     """Return the label of the progress bar, with a hint if the number of outputs makes the computation slow."""
     hint = None
@@ -134,31 +199,36 @@ def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:
 _bar = progress  # the argument of ``estimate`` hides the function's name there
 
 
-def _parts(problem: Problem, structure: Structure, space: ParameterSpace) -> list[tuple[Structure, ParameterSpace]]:
-    """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest."""
+def _parts(
+    problem: Problem, quantity: Quantity, structure: Structure, space: ParameterSpace, backend: str
+) -> tuple[list[tuple[Structure, ParameterSpace]], Mapping[str, str]]:
+    """Return what to compute: the whole matrix, or one part for the Kronecker layers and one for the rest.
+
+    The second value has, by parameter of the rest, the reason why it has no Kronecker factors.
+    """
     if not isinstance(structure, Kronecker):
-        return [(structure, space)]
-    layers, reasons = kronecker_layers(problem, space)
+        return [(structure, space)], {}
+    layers, reasons = kronecker_layers(problem, space, structure)
+    with_factors = replace(structure, rest=type(structure).rest)  # the default: every parameter of it has factors
     if not reasons:
-        return [(structure, space)]
+        return [(with_factors, space)], {}
     name, reason = next(iter(reasons.items()))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    if not layers and structure.rest is not None:
-        return [(parse_structure(structure.rest), space)]
-    if not layers:
-        raise UnsupportedError(
-            f"no parameter has Kronecker factors: {name} {reason}{more}; use diag or block_diag instead"
-        )
     if structure.rest is None:
         raise UnsupportedError(
-            f"{structure.name} needs Linear and convolution layers, each called once: {name} {reason}{more}; "
-            f"'{structure.name}:rest=diag' gives such parameters their diagonal, and params=[...] leaves them out"
+            f"{structure} needs Kronecker factors for every parameter: {name} {reason}{more}; '{structure.name}' "
+            "without rest=none gives such parameters their diagonal, and params=[...] leaves them out"
         )
+    rest = parse_structure(structure.rest)
+    if backend != "auto" and rest.name not in BACKENDS[backend].structures[type(quantity)]:
+        raise UnsupportedError(
+            f"backend {backend} does not compute {quantity.name} as {rest}, which parameters without Kronecker factors "
+            f"get: {name} {reason}{more}; use backend auto, or leave them out with params=[...]"
+        )
+    if not layers:
+        return [(rest, space)], reasons
     inside = {parameter for layer in layers.values() for parameter in layer.parameters}
-    return [
-        (replace(structure, rest=None), space.restrict(inside)),
-        (parse_structure(structure.rest), space.restrict(reasons)),
-    ]
+    return [(with_factors, space.restrict(inside)), (rest, space.restrict(reasons))], reasons
 
 
 def _estimate(
@@ -215,7 +285,7 @@ def _estimate(
         for name, tensor in computed.tensors.items():
             if not is_finite(tensor):
                 raise CurvlabError(f"the {quantity} of {name} is not finite: the model's outputs or gradients overflow")
-        matrix = _per_unit(matrix, problem)
+        matrix = matrix if is_forward_only(structure) else _per_unit(matrix, problem)
         matrix.info = replace(
             info,
             backend=candidate.name,
@@ -305,6 +375,12 @@ def _obstacle(
         return f"it sums in {str(problem.dtype).removeprefix('torch.')} and loses precision"
     if backend.library and not problem.is_plain:
         return f"it needs a model with one input tensor and outputs (N, C), unlike {type(problem.model).__name__} here"
+    if backend.library and isinstance(structure, Kronecker):
+        if is_forward_only(structure):
+            return "it computes the factors of the gradients, too"
+        for key, layer in kronecker_layers(problem, space, structure)[0].items():
+            if key != layer.name:
+                return f"it has one pair of full factors per module, not a block {key}"
     try:
         obstacle = backend.obstacle(problem, quantity, structure, space)
     except Exception as error:

@@ -29,6 +29,7 @@ from curvlab.estimators.capture import (
 )
 from curvlab.estimators.covectors import label_stream, output_covectors
 from curvlab.estimators.layers import make_layer
+from curvlab.estimators.memory import at_most
 from curvlab.estimators.rules import agree, random_like
 from curvlab.estimators.verification import verify_factors
 from curvlab.interface import Pair
@@ -63,7 +64,8 @@ def linear_layers(problem: Problem) -> dict[str, nn.Linear]:
         whole = make_layer(problem.space, name, layer.module)
         if isinstance(layer.module, nn.Linear) and layer == whole and "forward" not in vars(layer.module):
             candidates[name] = layer.module
-    calls = forward(problem, candidates, problem.probe()[0][0])[1]
+    layers = {name: make_layer(problem.space, name, module) for name, module in candidates.items()}
+    calls = forward(problem, layers, problem.probe()[0][0])[1]
     return {name: module for name, module in candidates.items() if _is_flat(calls[name])}
 
 
@@ -75,12 +77,12 @@ def linear_factors(problem: Problem, quantity: Quantity, name: str, layer: nn.Li
     """
     rng = label_stream(quantity)
     collected: list[LinearFactors] = []
-    parameters = make_layer(problem.space, name, layer).parameters
+    whole = make_layer(problem.space, name, layer)
     for inputs, targets in problem.batches():
         leaves = make_leaves(problem)
-        outputs, calls = forward(problem, {name: layer}, inputs, leaves, cloned=(name,))
+        outputs, calls = forward(problem, {name: whole}, inputs, leaves, cloned=(name,))
         uses = inspect_graph(outputs, leaves).uses
-        if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in parameters):
+        if not _is_flat(calls[name]) or any(uses[parameter] > 1 for parameter in whole.parameters):
             raise UnsupportedError(
                 f"{name} is not called exactly once on (N, d) in every batch, or its parameters are used elsewhere: "
                 "leave its parameters out with params=[...], or use estimate(problem, quantity, 'dense') if the "
@@ -130,7 +132,7 @@ def row_batches(
             outputs = problem.forward({}, inputs).detach()
         covectors = output_covectors(problem.loss, quantity, outputs, targets, rng)
         size = (entries + outputs.shape[1]) * working_dtype(problem.dtype).itemsize
-        fitting = max(1, int(max_bytes / size))  # rows
+        fitting = max(1, int(at_most(max_bytes, share=1 / 16) / size))  # rows
         step = max(1, fitting // max(len(covectors), 1))
         for start in range(0, len(inputs), step):
             some = slice(start, start + step)

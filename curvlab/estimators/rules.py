@@ -1,11 +1,12 @@
 """Per-sample gradients of a module's parameters in closed form, from its inputs and the gradient of its output.
 
-A rule is made for one call of a module and receives the gradients of its output, row by row. It is used only where
-``curvlab.estimators.verification`` finds it correct.
+A rule is made for the calls of a module in one forward pass and receives the gradients of its output, row by row. The
+gradient of a sample is the sum over the calls. A rule is used only where ``curvlab.estimators.verification`` finds it
+correct.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-from curvlab.estimators.capture import ignore_torch_warnings, to_working_dtype
-from curvlab.estimators.layers import Layer, has_factors
-from curvlab.estimators.positions import positions
+from curvlab.estimators.capture import Call, ignore_torch_warnings, split_calls, to_working_dtype
+from curvlab.estimators.layers import Layer, has_factors, has_last_channels, is_transposed_convolution
+from curvlab.estimators.memory import at_most
+from curvlab.estimators.positions import EmbeddingPositions, call_positions
 
 #: Modules that normalise, scale and shift.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -32,11 +34,11 @@ Gradients = dict[str, Tensor]
 
 
 class Rule(ABC):
-    """Per-sample gradients of one call of a module, and their squares, summed over samples and rows.
+    """Per-sample gradients of the calls of a module, and their squares, summed over samples and rows.
 
     Args:
         layer: The module, with the names of its selected parameters.
-        inputs: Inputs of the call.
+        inputs: Inputs of the call, of the first one if there are several.
     """
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
@@ -49,7 +51,8 @@ class Rule(ABC):
         """Yield per-sample gradients ``(n, ...)`` by parameter, some samples or parameters at a time.
 
         Args:
-            gradient: One row of the gradient of the output, in at least float32.
+            gradient: One row of the gradient of the output, in at least float32; joined if there are several calls
+                (see ``curvlab.estimators.capture.join_calls``).
         """
 
     def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
@@ -59,8 +62,8 @@ class Rule(ABC):
             for name, rows in some.items():
                 summed = rows.sum(dim=0).reshape(-1)
                 sums[name] = sums[name] + summed if name in sums else summed
-        flat = {name: value.detach().reshape(-1) for name, value in right.items()}
-        return {name: float(torch.dist(total.detach(), flat[name])) for name, total in sums.items()}
+        own = {name: self.layer.own(right[name]).detach().reshape(-1) for name in sums}
+        return {name: float(torch.dist(total.detach(), own[name])) for name, total in sums.items()}
 
     def add(self, gradient: Tensor) -> None:
         """Add the squares for one row of the gradient of the output."""
@@ -72,7 +75,8 @@ class Rule(ABC):
     def add_to_(self, total: Mapping[str, Tensor]) -> None:
         """Add the sums of squares to tensors of the parameters' shapes."""
         for name, squares in self.squares.items():
-            total[name].add_(squares.reshape(total[name].shape))
+            own = self.layer.own(total[name])
+            own.add_(squares.reshape(own.shape))
 
 
 class _FlatLinear(Rule):
@@ -119,15 +123,44 @@ class _Positional(Rule):
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
-        self.positions = positions(replace(layer, bias=None), inputs) if layer.weight else None
+        self.positions = call_positions(replace(layer, bias=None), inputs) if layer.weight else None
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.bias:
-            last = isinstance(self.layer.module, nn.Linear)
-            yield {self.layer.bias: gradient.flatten(1, -2).sum(dim=1) if last else gradient.flatten(2).sum(dim=2)}
+            last = has_last_channels(self.layer.module)
+            rows = gradient.unsqueeze(1).flatten(1, -2) if last else gradient.flatten(2).mT
+            yield {self.layer.bias: rows.sum(dim=1)}
         if self.positions is not None and self.layer.weight:
             for rows in self.positions.sample_gradients(gradient):
-                yield {self.layer.weight: rows}
+                yield {self.layer.weight: self.layer.from_homogeneous(rows)}
+
+
+class _Embedding(Rule):
+    """Rule of an embedding: the gradient of a sample has one row for each of its indices."""
+
+    def __init__(self, layer: Layer, inputs: Sequence[Tensor]) -> None:
+        super().__init__(layer, inputs[0])
+        self.positions = EmbeddingPositions(layer, inputs)
+        self.name = layer.parameters[0]
+        self.dtype = layer.module.weight.dtype  # type: ignore[assignment]
+
+    def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
+        n, v = self.positions.indices.shape[0], self.positions.vocabulary
+        rows = self.positions.gradient_rows(gradient) * self.positions.used.unsqueeze(2)
+        numbers = torch.arange(n, device=gradient.device).unsqueeze(1) * v + self.positions.indices
+        dense = rows.new_zeros(n * v, rows.shape[2]).index_add_(0, numbers.flatten(), rows.flatten(0, 1))
+        yield {self.name: dense.view(n, -1)}
+
+    def distances(self, gradient: Tensor, right: Mapping[str, Tensor]) -> dict[str, float]:
+        sums, indices = self.positions.index_sums(gradient)
+        total = torch.zeros_like(right[self.name], dtype=sums.dtype).index_add_(0, indices, sums)
+        return {self.name: float(torch.dist(total, right[self.name].detach()))}
+
+    def add(self, gradient: Tensor) -> None:
+        sums, indices = self.positions.index_sums(gradient)
+        if self.name not in self.squares:
+            self.squares[self.name] = sums.new_zeros(self.positions.vocabulary, sums.shape[1])
+        self.squares[self.name].index_add_(0, indices, sums.square_())
 
 
 class _Norm(Rule):
@@ -187,7 +220,9 @@ class _Vectorised(Rule):
             return self._pullback(x.unsqueeze(0))(g.unsqueeze(0))[0]
 
         gradient = gradient.to(self.dtype)
-        step = max(1, int(_BYTES / sum(p.numel() * p.element_size() for p in self.parameters.values())))
+        step = max(
+            1, int(at_most(_BYTES, share=1 / 16) / sum(p.numel() * p.element_size() for p in self.parameters.values()))
+        )
         for x, g in zip(self.inputs.split(step), gradient.split(step), strict=True):
             with ignore_torch_warnings():
                 rows = vmap(pull_sample)(x, g)
@@ -205,6 +240,22 @@ class _Vectorised(Rule):
             if not agree(mixed, whole[key].reshape(-1), scale, self.dtype):
                 raise WrongRuleError(type(self.layer.module).__name__, len(row))
         self.right.add(len(inputs))
+
+
+class _SeveralCalls(Rule):
+    """Sum of the rules of the calls of a module."""
+
+    def __init__(self, layer: Layer, calls: Sequence[Call], rules: Sequence[Rule]) -> None:
+        super().__init__(layer, rules[0].inputs)
+        self.calls, self.rules, self.dtype = calls, rules, rules[0].dtype
+
+    def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
+        slopes = split_calls(gradient, self.calls)
+        parts = [each.gradients(slope) for each, slope in zip(self.rules, slopes, strict=True)]
+        for first, *others in zip(*parts, strict=True):  # the rules of one module yield the same samples and parameters
+            for other in others:
+                first = {name: rows + other[name] for name, rows in first.items()}
+            yield first
 
 
 class _Forward(nn.Module):
@@ -236,20 +287,35 @@ def has_rule(module: nn.Module) -> bool:
     return has_factors(module) or type(module) in (*_NORMS, *_VECTORISED)
 
 
-def rule(layer: Layer, inputs: Tensor) -> Rule:
-    """Return the rule for a call of a module that has one (see ``has_rule``)."""
-    if type(layer.module) in _NORMS:
-        return _Norm(layer, inputs)
-    if not has_factors(layer.module):
-        return _Vectorised(layer, inputs)
-    flat = isinstance(layer.module, nn.Linear) and inputs.ndim == 2
-    return _FlatLinear(layer, inputs) if flat else _Positional(layer, inputs)
+def rule(layer: Layer, calls: Sequence[Call]) -> Rule:
+    """Return the rule for the calls of a module that has one (see ``has_rule``); all inputs are tensors."""
+    inputs = [call.inputs for call in calls if call.inputs is not None]
+    if layer.is_embedding and has_factors(layer.module):
+        return _Embedding(layer, inputs)
+    if type(layer.module) is nn.Linear and inputs[0].ndim == 2 and len(inputs) == 1:
+        return _FlatLinear(layer, inputs[0])
+    kind = _Norm if type(layer.module) in _NORMS else _Positional if _is_positional(layer) else _Vectorised
+    rules = [kind(layer, x) for x in inputs]
+    return rules[0] if len(rules) == 1 else _SeveralCalls(layer, calls, rules)
+
+
+def _is_positional(layer: Layer) -> bool:
+    """Return whether the gradients of a layer come from its positions, which a transposed convolution unfolds."""
+    module: Any = layer.module
+    if not has_factors(module):
+        return False
+    return layer.groups > 1 or not (getattr(module, "groups", 1) > 1 or is_transposed_convolution(module))
 
 
 def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Return normal random numbers of a shape, the same in every call, with a tensor's dtype and device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(tensor)
+
+
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype with the largest rounding errors."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:

@@ -50,4 +50,4 @@ class Sums:
         n = self._problem.num_samples
         if not self._whole:
             return {name: part.div_(n) for name, part in self.running.items()}
-        return {name: self._whole.pop(name).add_(part).div_(n).to(self._dtype) for name, part in self.running.items()}
+        return {name: part.copy_(self._whole.pop(name).add_(part).div_(n)) for name, part in self.running.items()}

@@ -5,7 +5,8 @@ quantity is given by *rows*: vectors ``v`` over the parameters with ``F = 1/N su
 
 The Kronecker factors of a layer follow from its inputs ``a_t`` and the gradients ``g_rt`` of row ``r`` with respect to
 its outputs, at positions ``t`` (one position for a Linear layer on ``(N, d)``; the output positions of a convolution).
-Sample ``n`` has
+If the layer is called several times, its uses are further positions (Eschenhagen et al. 2023). Padding is not
+a position of the inputs (see ``curvlab.estimators.padding``). Sample ``n`` has
 
 - expand: ``A_n = 1/T sum_t a_t a_t'`` and ``S_n = sum_r sum_t g_rt g_rt'``;
 - reduce: ``A_n = b b'`` with ``b = 1/T sum_t a_t``, and ``S_n = sum_r h_r h_r'`` with ``h_r = sum_t g_rt``.
@@ -18,15 +19,16 @@ scaled such that the trace is exact.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from itertools import chain, islice
-from math import sqrt
+from collections.abc import Iterator, Mapping
+from copy import copy
+from itertools import islice
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.batches import Inputs
@@ -34,10 +36,13 @@ from curvlab.errors import UnsupportedError
 from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import to_working_dtype, working_dtype
 from curvlab.estimators.covectors import label_stream
-from curvlab.estimators.layers import Layer, check_scale
+from curvlab.estimators.layers import Layer, check_scale, is_transposed_convolution
+from curvlab.estimators.memory import at_most
+from curvlab.estimators.padding import find_padding, padding_of, without_gradient
 from curvlab.estimators.products import product
 from curvlab.estimators.rows import full_batches
-from curvlab.estimators.rules import agree
+from curvlab.estimators.rules import agree, coarsest
+from curvlab.estimators.uses import watch
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.likelihoods import Terms
 from curvlab.matrices.eigen import symmetric_eigh
@@ -45,7 +50,7 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.progress import Advance, no_progress
 from curvlab.quantities import GGN, EmpiricalFisher, Fisher, Hessian, MaSQ, Quantity
-from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure
+from curvlab.structures import EKFACStructure, KFACStructure, Kronecker, Structure, TKFACStructure, is_forward_only
 
 _BYTES = 6.4e7  # limit of the rows of a sample that are held at once
 
@@ -60,7 +65,7 @@ def compute(
 ) -> BackendResult:
     """See ``curvlab.estimators.backend.Compute``."""
     if isinstance(structure, Kronecker):
-        layers = kronecker_layers(problem, space)[0]
+        layers = kronecker_layers(problem, space, structure)[0]
         if isinstance(structure, EKFACStructure):
             return BackendResult(_eigenvalue_corrected(problem, quantity, structure, layers, advance))
         return BackendResult(_factors(problem, quantity, structure, layers, advance))
@@ -96,7 +101,7 @@ def per_sample_rows(
         yield from _masq_rows(problem, quantity, space, advance)
         return
     rng = label_stream(quantity)
-    fitting = max(1, int(_BYTES / (max(space.total, 1) * working_dtype(problem.dtype).itemsize)))
+    fitting = max(1, int(at_most(_BYTES, share=1 / 16) / (max(space.total, 1) * working_dtype(problem.dtype).itemsize)))
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             parameters = _leaves(problem, space)
@@ -216,25 +221,34 @@ def _factors(
     sums: dict[str, Tensor] = defaultdict(
         lambda: torch.zeros((), dtype=working_dtype(problem.dtype), device=problem.device)
     )
-    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
-        a, g = inputs, gradients
+    for name, inputs, gradients, padding in _layer_samples(problem, quantity, layers, advance):
+        a, g = inputs[~without_gradient(padding, gradients).all(dim=0)], gradients
+        count = max(1, len(a))  # of positions; all can be padding
         if structure.sharing == "reduce":
-            a, g = a.mean(dim=0, keepdim=True), g.sum(dim=1, keepdim=True)
-        input_moment, gradient_moment = a.mT @ a / len(a), (g.mT @ g).sum(dim=0)
+            a, g, count = a.sum(dim=0, keepdim=True) / count, g.sum(dim=1, keepdim=True), 1
+        # The inputs of an embedding are unit vectors, so that their moment is diagonal.
+        input_moment = (a.square().sum(dim=0) if layers[name].is_embedding else a.mT @ a) / count
+        gradient_moment = (g.mT @ g).sum(dim=0)
+        if is_forward_only(structure):
+            gradient_moment = torch.eye(len(gradient_moment)).to(gradient_moment)
         sums[f"{name}|A"] = sums[f"{name}|A"] + input_moment * (gradient_moment.trace() if weighted else 1)
-        sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (input_moment.trace() if weighted else 1)
+        sums[f"{name}|S"] = sums[f"{name}|S"] + gradient_moment * (_trace(input_moment) if weighted else 1)
         sums[f"{name}|trace"] = sums[f"{name}|trace"] + (gradients.mT @ inputs).square().sum()
     means = {name: value / problem.num_samples for name, value in sums.items()}
     tiny = torch.finfo(problem.dtype).tiny  # for a layer whose gradients are zero
     for name, layer in layers.items():
         trace = means.pop(f"{name}|trace")
         if weighted:
-            means[f"{name}|A"] /= means[f"{name}|A"].trace().clamp(min=tiny)
+            means[f"{name}|A"] /= _trace(means[f"{name}|A"]).clamp(min=tiny)
         if isinstance(structure, TKFACStructure):
-            now = means[f"{name}|A"].trace() * means[f"{name}|S"].trace()
+            now = _trace(means[f"{name}|A"]) * means[f"{name}|S"].trace()
             check_scale(layer, float(now), float(trace), problem.dtype)
             means[f"{name}|S"] *= trace / now.clamp(min=tiny)
     return means
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return factor.sum() if factor.ndim == 1 else factor.trace()
 
 
 def _eigenvalue_corrected(
@@ -249,7 +263,7 @@ def compute_in_basis(
     problem: Problem, quantity: Quantity, structure: EKFACStructure, space: ParameterSpace, bases: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return K-FAC's factors and EK-FAC's eigenvalues, ``LAYER|values``, in the bases ``LAYER|U_A``, ``LAYER|U_S``."""
-    layers = kronecker_layers(problem, space)[0]
+    layers = kronecker_layers(problem, space, structure)[0]
     kfac = _factors(problem, quantity, KFACStructure(structure.sharing), layers, no_progress)
     rotations = {name: bases[name.replace("|", "|U_")] for name in kfac}
     rotated = {name: rotations[name].mT @ factor @ rotations[name] for name, factor in kfac.items()}
@@ -264,8 +278,9 @@ def _moments(
     advance: Advance,
 ) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
-    for name, inputs, gradients in _layer_samples(problem, quantity, layers, advance):
-        rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ bases[f"{name}|U_A"])
+    for name, inputs, gradients, _ in _layer_samples(problem, quantity, layers, advance):
+        left = bases[f"{name}|U_A"]
+        rotated = (gradients @ bases[f"{name}|U_S"]).mT @ (inputs @ left if left.ndim > 1 else inputs * left)
         term = rotated.square().sum(dim=0) / problem.num_samples
         moments[f"{name}|values"] = moments.get(f"{name}|values", 0) + term
     return moments
@@ -273,38 +288,61 @@ def _moments(
 
 def _layer_samples(
     problem: Problem, quantity: Quantity, layers: Mapping[str, Layer], advance: Advance
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield a layer's name, inputs ``(T, d)`` and output gradients ``(R, T, o)``, for every layer of every sample.
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield a layer's name, inputs ``(T, d)``, output gradients ``(R, T, o)`` and padding ``(T,)`` for every sample.
 
     Raises:
         UnsupportedError: For some row of a sample, they do not give the gradient of the layer's parameters.
     """
     rng = label_stream(quantity)
-    names = [parameter for layer in layers.values() for parameter in layer.parameters]
+    names = list(dict.fromkeys(parameter for layer in layers.values() for parameter in layer.parameters))
+    numbers: dict[str, int] = {}  # of calls, by layer
     for inputs, targets in problem.batches():
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
             leaves = _leaves(problem, problem.space)
             outputs, calls = _calls(problem, layers, x, leaves)
-            wanted = [*(shift for _, shift in calls.values()), *(leaves[name] for name in names)]
+            _check_numbers({name: len(seen) for name, seen in calls.items()}, numbers)
+            shifts = [shift for seen in calls.values() for _, shift in seen]
+            wanted = [*shifts, *(leaves[name] for name in names)]
             rows = torch.stack(list(_sample_rows(problem.loss, quantity, outputs, y, wanted, rng)))
-            parts = rows.split([tensor.numel() for tensor in wanted], dim=1)
-            parameter_gradients = dict(zip(names, parts[len(calls) :], strict=True))
-            for (name, (given, shift)), row in zip(calls.items(), parts[: len(calls)], strict=True):
-                patches = _patches(layers[name], given)
-                slopes = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
-                _check(layers[name], patches, slopes, parameter_gradients, problem.dtype)
-                yield name, patches, slopes
+            parts = list(rows.split([tensor.numel() for tensor in wanted], dim=1))
+            parameter_gradients = dict(zip(names, parts[len(shifts) :], strict=True))
+            masks = find_padding(x)
+            for name, seen in calls.items():
+                uses, padding = [], []
+                for given, shift in seen:
+                    row, mask = parts.pop(0), padding_of(masks, layers[name], shift)
+                    slope = _flatten_positions(layers[name].module, row.reshape(len(row), *shift.shape[1:]))
+                    uses.append((_patches(layers[name], given), slope))
+                    padding.append(slope.new_zeros(slope.shape[1], dtype=torch.bool) if mask is None else mask[0])
+                patches, slopes = torch.cat([a for a, _ in uses]), torch.cat([g for _, g in uses], dim=1)
+                dtype = coarsest(problem.dtype, *(shift.dtype for _, shift in seen))  # lower within autocast
+                _check(layers[name], patches, slopes, parameter_gradients, dtype)
+                yield name, patches, slopes, torch.cat(padding)
             advance(1)
+
+
+def _check_numbers(now: Mapping[str, int], before: dict[str, int]) -> None:
+    """Compare the numbers of calls of a sample with those of earlier samples, and record them."""
+    for name, number in now.items():
+        if not number or before.setdefault(name, number) != number:
+            raise UnsupportedError(
+                f"{name or 'the model'} is called {number} times for some samples and {before.get(name, 'several')} "
+                "times for others, but Kronecker factors need the same number of calls for all: leave it out with "
+                "params=[...]"
+            )
 
 
 def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Compare ``G_r = sum_t g_rt a_t'`` with the gradients of the layer's parameters, ``(R, size)`` by name."""
     outputs = slopes.shape[2]
-    parts = [right[name].reshape(len(slopes), outputs, -1) for name in layer.parameters]
+    own = {name: layer.own(right[name], dim=1) for name in layer.parameters}
+    parts = [own[layer.bias].reshape(len(slopes), outputs, 1)] if layer.bias else []
+    parts = [layer.to_homogeneous(own[layer.weight]), *parts] if layer.weight else parts
     scale = float(inputs.norm() * slopes.norm())
     if not agree((slopes.mT @ inputs).flatten(), torch.cat(parts, dim=2).flatten(), scale, dtype):
         raise UnsupportedError(
-            f"the gradient of {layer.name or 'the model'} ({type(layer.module).__name__}) does not follow from its "
+            f"the gradient of {layer.name or 'the model'} ({layer.kind}) does not follow from its "
             "inputs and the gradients of its outputs for some sample, so it has no Kronecker factors; use diag, "
             "block_diag or dense"
         )
@@ -312,35 +350,22 @@ def _check(layer: Layer, inputs: Tensor, slopes: Tensor, right: Mapping[str, Ten
 
 def _calls(
     problem: Problem, layers: Mapping[str, Layer], x: Inputs, leaves: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the outputs of one sample, and for every layer its input and a zero tensor that is added to its output.
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Return the outputs of one sample, and for each call of a layer its input and a zero that is added to its output.
 
     The gradient with respect to this zero is that with respect to the layer's output, even if the output is changed
     later.
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
-            given = next(chain(arguments, keywords.values()))
-            shift = torch.zeros_like(output, requires_grad=True)
-            calls[name].append((to_working_dtype(given.detach().clone()), shift))
-            return output + shift
+    def record(key: str, given: Tensor, output: Tensor) -> Tensor:
+        shift = torch.zeros_like(output, requires_grad=True)
+        calls[key].append((to_working_dtype(given.detach().clone()), shift))
+        return output + shift
 
-        return hook
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            handle = layer.module.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
-            hooks.callback(handle.remove)
+    with watch(layers, record):
         outputs = problem.forward(leaves, x)
-    for name, seen in calls.items():
-        if len(seen) != 1:
-            raise UnsupportedError(
-                f"{name or 'the model'} is called {len(seen)} times for some samples, but Kronecker factors need "
-                "exactly one call: leave it out with params=[...]"
-            )
-    return outputs, {name: seen[0] for name, seen in calls.items()}
+    return outputs, calls
 
 
 def _patches(layer: Layer, x: Tensor) -> Tensor:
@@ -348,9 +373,20 @@ def _patches(layer: Layer, x: Tensor) -> Tensor:
     module, columns = layer.module, []
     if isinstance(module, nn.modules.conv._ConvNd):
         # With the identity as weight, the outputs are the patches, for every padding, stride and dilation.
-        size = module.weight[0].numel()
-        identity = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *module.weight.shape[1:])
-        x = module._conv_forward(x, identity, None)
+        channels, size = x.shape[1], x.shape[1] * prod(module.kernel_size)
+        identity = torch.eye(size, dtype=x.dtype, device=x.device)
+        if is_transposed_convolution(module):
+            weight = identity.view(channels, -1, size).transpose(1, 2).unflatten(2, module.kernel_size)
+            convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+            x = convolve(x, weight, None, module.stride, module.padding, module.output_padding, 1, module.dilation)
+        else:
+            one_group = copy(module)
+            one_group.groups = 1
+            x = one_group._conv_forward(x, identity.view(size, channels, *module.kernel_size), None)
+    if isinstance(module, nn.Embedding):
+        x = F.one_hot(x.long(), module.num_embeddings).to(module.weight)
+        if module.padding_idx is not None:
+            x[..., module.padding_idx] = 0
     patches = _flatten_positions(module, x)[0]
     if layer.weight is not None:
         columns.append(patches)

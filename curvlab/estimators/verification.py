@@ -1,18 +1,21 @@
 """Verification of the rules: which are correct for the modules of a model, and why the others are not.
 
-A rule computes the gradients of a module's parameters from its inputs and the gradient of its output. It is correct if
-the parameters are used only there, in the way of this kind of module. Hooks, replaced forwards, tied weights,
-parametrizations, in-place operations and derivatives inside the forward can make a rule wrong. They are not searched
-for: on a few samples from several places of the data, the gradients of the rules are compared with those of automatic
-differentiation, in one forward and one backward pass. Other samples may take another path through the model. So the
-graph of every later batch is checked: it must use the parameters in the same way as the graph of these samples.
+A rule computes the gradients of a module's parameters from the inputs of its calls and the gradients of their outputs.
+It is correct if the parameters are used only there, in the way of this kind of module. Hooks, replaced forwards, tied
+weights, parametrizations, in-place operations and derivatives inside the forward can make a rule wrong. They are not
+searched for: on a few samples from several places of the data, the gradients of the rules are compared with those of
+automatic differentiation, in one forward and one backward pass. Other samples may take another path through the model.
+So the graph of every later batch is checked: it must call the layers as often and use the parameters in the same way as
+the graph of these samples.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +28,28 @@ from curvlab.estimators.capture import (
     Leaves,
     forward,
     gradients,
+    group_by_layer,
     ignore_torch_warnings,
     inspect_graph,
     make_leaves,
     working_dtype,
 )
-from curvlab.estimators.layers import Layer, has_factors, make_layer
-from curvlab.estimators.rules import has_rule, is_rounding, random_like, rule
+from curvlab.estimators.layers import Layer, has_factors, make_layers
+from curvlab.estimators.rules import agree, coarsest, has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
+from curvlab.structures import KFACStructure, Kronecker
+from curvlab.text import enumerate_names
 
 #: Further trials if all gradients on the samples are zero: the size of the perturbation of weights and inputs, relative
 #: to their root mean square, and the first of the masked samples (every second one), whose outputs get no gradient.
 _FURTHER = ((0.0, 0), (0.1, 1), (0.1, 0), (1.0, 1))
 _UNTRIED = "which has no gradient on the samples of the verification: its rule cannot be verified"
+_KFAC = KFACStructure()
 _MEMORY = "_verified"  # attribute of a problem, for one call
+#: The module in a reason, with its name, which differs between modules of one kind.
+_OF_MODULE = re.compile(r"belongs to (\w+)(?: \([^()]*\)| [\w.]+)(?=$|[,:])")
 _WRONG = "its gradient does not follow from its inputs and the gradient of its output"
 
 
@@ -62,21 +71,21 @@ class Verification:
     """Result of the verification: the modules and parameters of a model whose rules are correct.
 
     Attributes:
-        layers: Layers by module name, only with the parameters whose rules are correct.
+        layers: Layers by key, only with the parameters whose rules are correct.
         reasons: Reason why a rule is wrong or missing, by parameter: a phrase that follows the parameter's name.
-        cloned: Modules whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
-        reached: Modules whose outputs are in the graph of the model's outputs.
-        sizes: Size of the input and output of each layer together, in bytes per sample.
+        cloned: Keys of layers whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
+        reached: For each call of a layer in a forward pass, whether the outputs of the model depend on it, by key.
+        sizes: Size of the inputs and outputs of each layer together, in bytes per sample.
     """
 
     layers: Mapping[str, Layer]
     reasons: Mapping[str, str]
     cloned: Collection[str]
-    reached: Collection[str]
+    reached: Mapping[str, Sequence[bool]]
     sizes: Mapping[str, int]
 
-    def run(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, dict[str, Call]]:
-        """Run a batch; return the outputs, with their graph, and the one call of each of the layers.
+    def run(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, dict[str, list[Call]]]:
+        """Run a batch; return the outputs, with their graph, and the calls of each of the layers.
 
         Raises:
             ChangedUseError: The batch takes another path through the model than the samples of the verification.
@@ -85,25 +94,27 @@ class Verification:
         for cloned in (self.cloned, self.layers):
             outputs, calls, reasons = self._run(problem, inputs, cloned)
             if not reasons:
-                return outputs, {name: seen[0] for name, seen in calls.items()}
+                return outputs, calls
         raise ChangedUseError(reasons)
 
     def _run(
         self, problem: Problem, inputs: Inputs, cloned: Collection[str]
     ) -> tuple[Tensor, dict[str, list[Call]], dict[str, str]]:
         leaves = make_leaves(problem)
-        modules = {name: layer.module for name, layer in self.layers.items()}
-        outputs, calls = forward(problem, modules, inputs, leaves, cloned)
+        outputs, calls = forward(problem, self.layers, inputs, leaves, cloned)
         graph = inspect_graph(outputs, leaves)
         reasons: dict[str, str] = {}
         for name, layer in self.layers.items():
+            usual = self.reached[name]
             reason = _calls_obstacle(layer, calls[name], len(inputs))
-            if reason is None and (calls[name][0].output.node in graph.nodes) != (name in self.reached):  # type: ignore[union-attr]
+            if reason is None and len(calls[name]) != len(usual):
+                reason = f"{_describe_calls(layer, len(calls[name]))} instead of {len(usual)}"
+            if reason is None and _find_reached(calls[name], graph) != usual:
                 reason = f"belongs to {_label(layer)}, on which the outputs depend for some samples only"
             for parameter in layer.parameters:
                 if reason is not None:
                     reasons[parameter] = f"{reason} in some batch"
-                elif graph.uses[parameter] > (name in self.reached):
+                elif graph.uses[parameter] > sum(usual) * layer.groups:
                     reasons[parameter] = f"belongs to {_label(layer)}, but is also used elsewhere in some batch"
         return outputs, calls, reasons or self._check_replaced_forwards(problem, outputs, calls, leaves, graph)
 
@@ -115,19 +126,19 @@ class Verification:
         A replaced forward can change the gradients of some samples only, for example with a clamp, and the graph does
         not show this. Hooks need no check: they run after the recorded outputs.
         """
-        layers = [self.layers[name] for name in calls if "forward" in vars(self.layers[name].module)]
-        layers = [layer for layer in layers if layer.name in self.reached]
+        replaced = [key for key, layer in self.layers.items() if "forward" in vars(layer.module)]
+        replaced = [key for key in replaced if any(self.reached[key])]
+        layers, seen = [self.layers[key] for key in replaced], [calls[key] for key in replaced]
         if not layers:
             return {}
-        single_calls = [calls[layer.name][0] for layer in layers]
         names = [name for layer in layers for name in layer.parameters]
         covector = random_like(outputs, tuple(outputs.shape))
-        slopes, found = gradients(outputs, single_calls, [leaves[name] for name in names], covector, keep=True)
+        slopes, found = gradients(outputs, [*chain(*seen)], [leaves[name] for name in names], covector, keep=True)
         right = dict(zip(names, found, strict=True))
         norms = {name: float(value.detach().norm()) for name, value in right.items()}
         reasons: dict[str, str] = {}
-        for layer, call, slope in zip(layers, single_calls, slopes, strict=True):
-            reasons |= _differences(layer, call, slope, len(outputs), right, norms, graph, problem.dtype)
+        for layer, of_layer, slope in zip(layers, seen, group_by_layer(slopes, seen), strict=True):
+            reasons |= _differences(layer, of_layer, slope, len(outputs), right, norms, graph, problem.dtype)
         return {name: f"{reason} in some batch" for name, reason in reasons.items()}
 
     def restrict(self, space: ParameterSpace) -> "Verification":
@@ -135,6 +146,18 @@ class Verification:
         others = {name: "" for layer in self.layers.values() for name in layer.parameters if name not in space.names}
         reasons = {name: reason for name, reason in self.reasons.items() if name in space.names}
         return replace(self, layers=_restrict(self.layers, others), reasons=reasons)
+
+    def in_blocks(self, structure: Kronecker) -> "Verification":
+        """Return the verification with the blocks of a structure in place of the layers."""
+        separate = structure.bias == "separate"
+        whole = {block.key: (key, block) for key, la in self.layers.items() for block in la.blocks(separate)}
+        return replace(
+            self,
+            layers={new: block for new, (_, block) in whole.items()},
+            cloned={new for new, (key, _) in whole.items() if key in self.cloned},
+            reached={new: self.reached[key] for new, (key, _) in whole.items()},
+            sizes={new: self.sizes[key] for new, (key, _) in whole.items()},
+        )
 
     def exclude(self, reasons: Mapping[str, str]) -> "Verification":
         """Return the verification without some parameters whose rules are not correct."""
@@ -162,8 +185,13 @@ def verify_rules(problem: Problem, space: ParameterSpace) -> Verification:
     return memory[-1][1]
 
 
-def verify_factors(problem: Problem, space: ParameterSpace) -> Verification:
-    """Return the layers with Kronecker factors: if a weight of the space has none, its bias has none either.
+def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker = _KFAC) -> Verification:
+    """Return the layers with Kronecker factors by key: if a weight of the space has none, its bias has none either.
+
+    Args:
+        problem: Model, loss and data.
+        space: Parameters.
+        structure: Options of the factors.
 
     Raises:
         UnsupportedError: As ``verify_rules``.
@@ -172,48 +200,78 @@ def verify_factors(problem: Problem, space: ParameterSpace) -> Verification:
     own = {id(p): name for name, p in problem.model.named_parameters()}
     reasons: dict[str, str] = {}
     for layer in verified.layers.values():
-        weight, name = layer.module._parameters.get("weight"), f"{layer.name}.weight".removeprefix(".")
+        weight, name = layer.weight_parameter, f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
             reason = _describe_module(layer)
         elif weight is not None and own[id(weight)] in verified.reasons:  # by its first name if it is tied
             reason = f"belongs to the same layer as {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
-        elif weight is None and getattr(layer.module, "weight", None) is not None:
+        elif weight is None and not layer.alone and getattr(layer.module, "weight", None) is not None:
             reason = f"belongs to the same layer as {name}, which is computed from other parameters"
+        elif layer.is_embedding and structure.sharing == "reduce":
+            reason = f"{_describe_module(layer)}, whose input factor is not diagonal with sharing=reduce"
         else:
             continue
         reasons.update(dict.fromkeys(layer.parameters, reason))
-    return verified.exclude(reasons)
+    return verified.exclude(reasons).in_blocks(structure)
 
 
-def kronecker_layers(problem: Problem, space: ParameterSpace) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
-    """Return the layers with Kronecker factors by module name, and for every other parameter the reason.
+def kronecker_layers(
+    problem: Problem, space: ParameterSpace, structure: Kronecker = _KFAC
+) -> tuple[Mapping[str, Layer], Mapping[str, str]]:
+    """Return the layers with Kronecker factors by key, and for every other parameter the reason.
 
     Every parameter of the space is either in one of the layers or among the reasons. A reason is a phrase that follows
     the parameter's name: ``belongs to LayerNorm (norm1)``.
     """
-    verified = verify_factors(problem, space)
+    verified = verify_factors(problem, space, structure)
     return verified.layers, verified.reasons
 
 
-def find_unverified_parameter(problem: Problem, space: ParameterSpace) -> str | None:
-    """Return a clause that names the first parameter of a space whose rule is wrong or missing, or None."""
-    return next((f"{name} {reason}" for name, reason in verify_rules(problem, space).reasons.items()), None)
+def describe_parameters_without_factors(reasons: Mapping[str, str]) -> list[str]:
+    """Return one phrase per reason, such as ``no Kronecker factors for norm1.weight, norm1.bias: each belongs to ...``.
+
+    Modules of one kind with the same reason share a phrase, so that a deep network has a few phrases only.
+
+    Args:
+        reasons: Reasons by parameter name, as from ``kronecker_layers``.
+    """
+    groups: dict[str, list[str]] = {}
+    for parameter, reason in reasons.items():
+        groups.setdefault(_OF_MODULE.sub(r"belongs to \1", reason), []).append(parameter)
+    return [
+        f"no Kronecker factors for {enumerate_names(names)}: {'it' if len(names) == 1 else 'each'} "
+        f"{reason if len({reasons[name] for name in names}) > 1 else reasons[names[0]]}"
+        for reason, names in groups.items()
+    ]
+
+
+def find_library_obstacle(problem: Problem, space: ParameterSpace) -> str | None:
+    """Return a clause that names the first parameter of a space for which the rules of a library are not correct.
+
+    These are the parameters whose rule is wrong or missing, and those of modules that are called several times: the
+    rules of the libraries are for one call.
+    """
+    verified = verify_rules(problem, space)
+    reasons = dict(verified.reasons)
+    for key, layer in verified.layers.items():
+        if len(verified.reached[key]) > 1:
+            reasons |= dict.fromkeys(layer.parameters, _describe_calls(layer, len(verified.reached[key])))
+    return next((f"{name} {reasons[name]}" for name in space.names if name in reasons), None)
 
 
 def _verify(problem: Problem, space: ParameterSpace) -> Verification:
     candidates: dict[str, Layer] = {}
     others: dict[str, str] = {}
     for name, module in problem.model.named_modules():
-        layer = make_layer(space, name, module)
-        own = [f"{name}.{key}".removeprefix(".") for key in module._parameters]
-        reason = _describe_module(layer)
+        layers = [layer for layer in make_layers(space, name, module) if has_rule(layer.module)]
+        candidates |= {layer.key: layer for layer in layers}
+        reason = f"belongs to {type(module).__name__} ({name or 'the model'})"
         if has_rule(module):
             reason = f"is not the weight or bias of its {type(module).__name__} ({name or 'the model'})"
-            if layer.parameters:
-                candidates[name] = layer
-        others.update(
-            dict.fromkeys(set(own) & set(space.names) - set(layer.parameters if has_rule(module) else ()), reason)
-        )
+        others |= {f"{name}.{key}".removeprefix("."): reason for key in module._parameters}
+    for layer in candidates.values():
+        for parameter in layer.parameters:
+            others.pop(parameter, None)
     with torch.inference_mode(False), torch.enable_grad():
         verified = _verify_candidates(_to_working_dtype(problem), candidates)
     reasons = {**others, **verified.reasons}
@@ -250,8 +308,7 @@ def _find_shared(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _describe_module(layer: Layer) -> str:
-    grouped = "grouped " if getattr(layer.module, "groups", 1) != 1 else ""
-    return f"belongs to {grouped}{type(layer.module).__name__} ({layer.name or 'the model'})"
+    return f"belongs to {layer.kind} ({layer.name or 'the model'})"
 
 
 def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Verification:
@@ -264,7 +321,7 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
         raise UnsupportedError(
             f"torch cannot differentiate {type(problem.model).__name__}: {first_line(error)}"
         ) from error
-    if failed := {layer.name for layer in candidates.values() if trial.reasons.keys() & set(layer.parameters)}:
+    if failed := {key for key, layer in candidates.items() if trial.reasons.keys() & set(layer.parameters)}:
         # The cause may be an in-place operation that removes their outputs from the graph: try again with copies.
         retrial = attempt(candidates, cloned=failed)
         if len(retrial.reasons) < len(trial.reasons):
@@ -280,7 +337,7 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
             silent = silent & perturbed.silent - perturbed.reasons.keys()
             left = _restrict(left, perturbed.reasons)
     for name, layer in left.items():
-        if name in trial.reached:  # if the outputs do not depend on it, zero is correct
+        if any(trial.reached[name]):  # if the outputs do not depend on it, zero is correct
             reasons.update(dict.fromkeys(silent & set(layer.parameters), f"belongs to {_label(layer)}, {_UNTRIED}"))
     return Verification(_restrict(left, reasons), reasons, trial.cloned, trial.reached, trial.sizes)
 
@@ -289,9 +346,9 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
 class _Trial:
     reasons: Mapping[str, str]
     silent: set[str]  # parameters without a gradient on any sample
-    reached: frozenset[str]
+    reached: Mapping[str, Sequence[bool]]  # by call of a layer
     cloned: Collection[str]
-    sizes: Mapping[str, int]  # of input and output of the layers, in bytes per sample
+    sizes: Mapping[str, int]  # of inputs and outputs of the layers, in bytes per sample
 
 
 def _attempt(
@@ -302,42 +359,77 @@ def _attempt(
     masked: int = 1,
 ) -> _Trial:
     reasons: dict[str, str] = {}
-    reached: set[str] = set()
+    reached: dict[str, list[bool]] = {}
     sizes: dict[str, int] = {}
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
-    modules = {name: layer.module for name, layer in candidates.items()}
     for inputs, _ in problem.probe():
         leaves = {name: leaf.requires_grad_() for name, leaf in _perturb(make_leaves(problem), perturbation).items()}
         inputs = _perturb_inputs(inputs, perturbation)
         with forbid_gradients(problem.model), ignore_torch_warnings():
-            outputs, calls = forward(problem, modules, inputs, leaves, cloned)
+            outputs, calls = forward(problem, candidates, inputs, leaves, cloned)
             graph = inspect_graph(outputs, leaves)
-            for layer in candidates.values():
-                if reason := _calls_obstacle(layer, calls[layer.name], len(inputs)):
+            for key, layer in candidates.items():
+                seen = calls[key]
+                reason = _calls_obstacle(layer, seen, len(inputs))
+                if reason is None and len(before := reached.get(key, seen)) != len(seen):
+                    reason = f"{_describe_calls(layer, len(before))} for some samples and {len(seen)} for others"
+                if reason is not None:
                     reasons.update(dict.fromkeys(layer.parameters, reason))
-            layers = [layer for layer in candidates.values() if not reasons.keys() & set(layer.parameters)]
-            single_calls = [calls[layer.name][0] for layer in layers]
+            layers = {key: la for key, la in candidates.items() if not reasons.keys() & set(la.parameters)}
+            of_layers = [calls[key] for key in layers]
+            every_call = [*chain(*of_layers)]
+            several = len(every_call) > len(layers)
             # Random, because the gradients of the loss are zero at a perfect fit and would show nothing.
             covector = random_like(outputs, tuple(outputs.shape))
             covector[masked::2] = 0  # every second sample, to detect layers that mix samples
-            names = [parameter for layer in layers for parameter in layer.parameters]
+            names = list(dict.fromkeys(parameter for layer in layers.values() for parameter in layer.parameters))
             wanted = names or list(leaves)  # without rules, this still checks that torch can differentiate the model
-            slopes, found = gradients(outputs, single_calls, [leaves[name] for name in wanted], covector, keep=False)
+            tensors = [leaves[name] for name in wanted]
+            slopes, found = gradients(outputs, every_call, tensors, covector, keep=several)
+            weights = random_like(outputs.detach(), (len(outputs), 1), seed=1)
+            weighted = gradients(outputs, every_call, (), weights * covector, keep=False)[0] if several else slopes
         parameter_gradients = dict(zip(wanted, found, strict=True))
         norms = {parameter: float(value.detach().norm()) for parameter, value in parameter_gradients.items()}
-        reached |= {layer.name for layer, call in zip(layers, single_calls, strict=True) if _is_reached(call, graph)}
-        for layer, call, slope in zip(layers, single_calls, slopes, strict=True):
-            assert call.inputs is not None
-            size = (call.inputs.nbytes + slope.nbytes) // len(inputs)
-            sizes[layer.name] = max(size, sizes.get(layer.name, 0))
-            reasons.update(_differences(layer, call, slope, masked, parameter_gradients, norms, graph, problem.dtype))
+        for (key, layer), seen, slope, other in zip(
+            layers.items(),
+            of_layers,
+            group_by_layer(slopes, of_layers),
+            group_by_layer(weighted, of_layers),
+            strict=True,
+        ):
+            now = _find_reached(seen, graph)
+            reached[key] = [a or b for a, b in zip(now, reached.get(key, now), strict=True)]
+            size = (sum(call.inputs.nbytes for call in seen if call.inputs is not None) + slope.nbytes) // len(inputs)
+            sizes[key] = max(size, sizes.get(key, 0))
+            reasons.update(_differences(layer, seen, slope, masked, parameter_gradients, norms, graph, problem.dtype))
+            if len(seen) > 1 and not _keeps_order(
+                slope, other, weights, coarsest(problem.dtype, *(call.dtype for call in seen))
+            ):
+                reason = f"belongs to {_label(layer)}, whose calls do not have the samples in the same order"
+                reasons.update(dict.fromkeys(layer.parameters, reason))
             silent -= {parameter for parameter in layer.parameters if norms[parameter]}
-    return _Trial(reasons, silent, frozenset(reached), frozenset(cloned), sizes)
+    return _Trial(reasons, silent, reached, frozenset(cloned), sizes)
+
+
+def _keeps_order(slope: Tensor, weighted: Tensor, weights: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether row ``n`` of a layer's output gradients is that of sample ``n`` in every call.
+
+    The gradients of one sample are summed over the calls, so that the rows must belong to the same sample.
+
+    Args:
+        slope: Joined gradients of the outputs of all calls, ``(N, ...)``.
+        weighted: The same for outputs whose gradients were multiplied by the weights.
+        weights: ``(N, 1)``.
+        dtype: Dtype of the network.
+    """
+    expected = weights.to(slope) * slope.detach().flatten(1)
+    scale = float(expected.norm(dim=1).sum())
+    return agree(weighted.flatten(1), expected, scale, dtype)
 
 
 def _differences(
     layer: Layer,
-    call: Call,
+    calls: Sequence[Call],
     slope: Tensor,
     masked: int,
     right: Mapping[str, Tensor],
@@ -345,25 +437,35 @@ def _differences(
     graph: Graph,
     dtype: torch.dtype,
 ) -> dict[str, str]:
-    """Return the reasons why the rule for a call is wrong, by parameter, given the right gradients and their norms."""
+    """Return the reasons why the rule for the calls of a layer is wrong, by parameter, given the right gradients.
+
+    Args:
+        layer: The layer.
+        calls: Its calls.
+        slope: Gradients of their outputs, joined (see ``curvlab.estimators.capture.join_calls``).
+        masked: First of the samples whose outputs got no gradient; of these, every second one.
+        right: Right gradients by parameter.
+        norms: Their norms.
+        graph: Graph of the outputs.
+        dtype: Dtype of the network.
+    """
     label = _label(layer)
     if bool(slope[masked::2].any()):
         return dict.fromkeys(layer.parameters, f"belongs to {label}, which mixes the samples of a batch")
-    assert call.inputs is not None
-    inputs = call.inputs.detach()
+    inputs = [call.inputs.detach() for call in calls if call.inputs is not None]
     try:
-        call_rule = rule(layer, inputs)
+        call_rule = rule(layer, [replace(call, inputs=x) for call, x in zip(calls, inputs, strict=True)])
         errors = call_rule.distances(slope.detach(), right)
     except Exception as error:  # the inputs may not fit the rule
         reason = f"belongs to {label}, whose rule fails on its inputs ({first_line(error)})"
         return dict.fromkeys(layer.parameters, reason)
-    sizes = inputs.flatten(1).norm(dim=1) if inputs.is_floating_point() else 1.0
-    scale = float(((1 + sizes) * slope.detach().flatten(1).norm(dim=1)).sum())
-    coarser = max(dtype, call_rule.dtype, key=lambda one: torch.finfo(one).eps)
+    norm = torch.stack([x.flatten(1).norm(dim=1) for x in inputs]).norm(dim=0) if _is_floating(inputs) else 1.0
+    scale = float(((1 + norm) * slope.detach().flatten(1).norm(dim=1)).sum())
+    coarser = coarsest(dtype, call_rule.dtype, *(call.dtype for call in calls if call.output is not None))
     reasons = {}
     for parameter in layer.parameters:
-        # One use, by the layer, is allowed; none if the model's outputs do not depend on the layer's output.
-        if graph.uses[parameter] > _is_reached(call, graph):
+        # One use per call, and group, is allowed; none if the model's outputs do not depend on the output of the call.
+        if graph.uses[parameter] > sum(_find_reached(calls, graph)) * layer.groups:
             reasons[parameter] = f"belongs to {label}, but is also used elsewhere"
         elif not is_rounding(errors[parameter], norms[parameter], scale, coarser):
             reasons[parameter] = _explain_difference(layer)
@@ -372,14 +474,18 @@ def _differences(
 
 def _calls_obstacle(layer: Layer, seen: Collection[Call], samples: int) -> str | None:
     label = _label(layer)
-    if len(seen) != 1:
-        return f"belongs to {label}, which is called {len(seen)} times"
-    (call,) = seen
-    if call.inputs is None or call.output is None:
-        return f"belongs to {label}, whose {'input' if call.inputs is None else 'output'} is not a tensor"
-    if not call.inputs.ndim or len(call.inputs) != samples or call.shape[:1] != (samples,):
-        return f"belongs to {label}, whose input does not have one row per sample: {tuple(call.inputs.shape)}"
+    if not seen:
+        return f"belongs to {label}, which is not called"
+    for call in seen:
+        if call.inputs is None or call.output is None:
+            return f"belongs to {label}, whose {'input' if call.inputs is None else 'output'} is not a tensor"
+        if not call.inputs.ndim or len(call.inputs) != samples or call.shape[:1] != (samples,):
+            return f"belongs to {label}, whose input does not have one row per sample: {tuple(call.inputs.shape)}"
     return None
+
+
+def _describe_calls(layer: Layer, number: int) -> str:
+    return f"belongs to {_label(layer)}, which is called {number} time{'' if number == 1 else 's'}"
 
 
 def _explain_difference(layer: Layer) -> str:
@@ -391,8 +497,13 @@ def _explain_difference(layer: Layer) -> str:
     return f"belongs to {_label(layer)}: {_WRONG}"
 
 
-def _is_reached(call: Call, graph: Graph) -> bool:
-    return call.output is not None and call.output.node in graph.nodes
+def _find_reached(calls: Sequence[Call], graph: Graph) -> list[bool]:
+    """Return for each call whether its output is in the graph."""
+    return [call.output is not None and call.output.node in graph.nodes for call in calls]
+
+
+def _is_floating(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _restrict(layers: Mapping[str, Layer], reasons: Mapping[str, str]) -> dict[str, Layer]:
@@ -428,4 +539,4 @@ def _perturb_inputs(inputs: Inputs, by: float) -> Inputs:
 
 
 def _label(layer: Layer) -> str:
-    return f"{type(layer.module).__name__} {layer.name}".strip()
+    return f"{layer.kind} {layer.name}".strip()

@@ -48,6 +48,11 @@ class Composite(CurvatureMatrix):
     def _description(self) -> dict[str, Any]:
         return super()._description() | {"parts": [part._description() for part in self.parts]}
 
+    def __repr__(self) -> str:
+        """Return the representation of the base class, with the structure and size of every part."""
+        parts = " + ".join(f"{part.kind} {part.space.total:,}" for part in self.parts)
+        return super().__repr__().replace(f"P={self.space.total:,}", f"P={self.space.total:,} ({parts})", 1)
+
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of the entries."""

@@ -26,11 +26,16 @@ def damped_eigh(matrix: Tensor, undamped: Callable[[], tuple[Tensor, Tensor]], s
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of a symmetric matrix, computed in float64.
 
-    In float32, LAPACK sometimes fails to converge for rank-deficient curvature.
+    In float32, LAPACK sometimes fails to converge for rank-deficient curvature. For a diagonal matrix, given as its
+    diagonal ``(d,)``, the eigenvectors are the identity, also given as its diagonal.
 
     Raises:
         CurvlabError: The matrix is not finite or not symmetric.
     """
+    if matrix.ndim == 1:
+        if not bool(matrix.isfinite().all()):
+            raise CurvlabError("the matrix, or one of its blocks or factors, is not finite or not symmetric")
+        return matrix, torch.ones_like(matrix)
     wide = matrix.double()
     if wide.numel():
         off = (wide - wide.mT).detach().abs().max()

@@ -19,7 +19,9 @@ class EKFAC(LayerwiseMatrix):
     """Eigenvalue-corrected K-FAC: ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'`` per layer (George et al., 2018).
 
     Args:
-        bases: By layer name, ``U_A`` ``(d, d)`` and ``U_S`` ``(o, o)`` of column eigenvectors, ``values`` ``(o, d)``.
+        bases: By layer name, or another key (see ``curvlab.matrices.layers``): column eigenvectors ``U_A`` ``(d, d)``
+            and ``U_S`` ``(o, o)``, and ``values`` ``(o, d)``. The ``U_A`` of an embedding is the identity, given as its
+            diagonal ``(d,)``.
         space: Parameters: weights and biases of the layers.
         info: Provenance of the matrix.
     """
@@ -27,9 +29,12 @@ class EKFAC(LayerwiseMatrix):
     kind: ClassVar[str] = "ekfac"
 
     def __init__(self, bases: Mapping[str, Eigenbasis], space: ParameterSpace, info: Info) -> None:
-        super().__init__(space, info)
+        super().__init__(space, info, bases)
         check_tensors(tensor for basis in bases.values() for tensor in basis)
-        shapes = {name: ((d, d), (o, o), (o, d)) for name, (o, d) in ((n, la.shape) for n, la in self.layers.items())}
+        shapes = {}
+        for name, layer in self.layers.items():
+            o, d = layer.shape
+            shapes[name] = ((d,) if layer.diagonal else (d, d), (o, o), (o, d))
         if {name: tuple(tuple(t.shape) for t in basis) for name, basis in bases.items()} != shapes:
             raise CurvlabError("the layers and the shapes of the bases and values do not match the parameters")
         self.bases = {name: bases[name] for name in self.layers}
@@ -56,7 +61,10 @@ class EKFAC(LayerwiseMatrix):
         """The bases, after checking that they are orthonormal, which inverses and eigenvalues need."""
         for name, basis in self.bases.items():
             for u in (basis.U_A, basis.U_S):
-                off = torch.linalg.matrix_norm(u.mT @ u - torch.eye(len(u), dtype=u.dtype, device=u.device))
+                if u.ndim == 1:  # a diagonal matrix
+                    off = torch.linalg.vector_norm(u.square() - 1)
+                else:
+                    off = torch.linalg.matrix_norm(u.mT @ u - torch.eye(len(u), dtype=u.dtype, device=u.device))
                 if not bool(off <= 1e-4 * len(u) ** 0.5):
                     raise CurvlabError(
                         f"the eigenbasis of {name or 'the model'} is not orthonormal, for example after half "

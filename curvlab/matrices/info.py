@@ -21,7 +21,8 @@ class Info:
         seed: Random seed of the Monte Carlo labels.
         batch_size: Batch size of the computation; None for the batches of the data.
         seconds: Wall time.
-        rejected: Backends, and rules for parameters, that were not used, with the reason.
+        rejected: What was not used, with the reason: backends, Kronecker factors of parameters (which have a diagonal
+            or a block instead), rules for parameters.
     """
 
     quantity: str

@@ -1,7 +1,7 @@
 """Kronecker factors: a block ``S (x) A`` per layer, and sums of such blocks."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple, Self
 
@@ -24,12 +24,12 @@ _LARGEST_DENSE_BLOCK = 5_000  # rows; its eigenvectors in float64 take 200 MB an
 class LayerwiseMatrix(CurvatureMatrix):
     """Base class of the structures with one block per layer, over the homogeneous weight ``(o, d)`` of the layer.
 
-    The names of the parameters determine the layers; the bias is the last column (``curvlab.matrices.layers``).
+    The keys of the blocks determine the layers; the bias is the last column (``curvlab.matrices.layers``).
     """
 
-    def __init__(self, space: ParameterSpace, info: Info) -> None:
+    def __init__(self, space: ParameterSpace, info: Info, keys: Collection[str]) -> None:
         super().__init__(space, info)
-        self.layers = group_layers(space)
+        self.layers = group_layers(space, keys)
 
     @abstractmethod
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
@@ -60,10 +60,11 @@ class LayerwiseMatrix(CurvatureMatrix):
         return self._assemble({name: product(name, layer.join(parts)) for name, layer in self.layers.items()})
 
     def _assemble(self, homogeneous: Mapping[str, Tensor]) -> Tensor:
-        products: dict[str, Tensor] = {}
+        products: dict[str, list[Tensor]] = {}  # one per group
         for name, layer in self.layers.items():
-            products |= layer.split(homogeneous[name])
-        return torch.cat([products[name] for name in self.space.names])
+            for parameter, part in layer.split(homogeneous[name]).items():
+                products.setdefault(parameter, []).append(part)
+        return torch.cat([part for name in self.space.names for part in products[name]])
 
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self._by_layer(vectors, self._product)
@@ -77,7 +78,10 @@ class LayerwiseMatrix(CurvatureMatrix):
 
 
 class Eigenbasis(NamedTuple):
-    """A layer's block ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'``: eigenvectors in columns, ``values`` ``(o, d)``."""
+    """A layer's block ``(U_S (x) U_A) diag(values) (U_S (x) U_A)'``: eigenvectors in columns, ``values`` ``(o, d)``.
+
+    If ``A`` is diagonal, ``U_A`` is the identity, which is stored as its diagonal ``(d,)``.
+    """
 
     U_A: Tensor
     U_S: Tensor
@@ -86,16 +90,18 @@ class Eigenbasis(NamedTuple):
     def spectral(self, function: Callable[[Tensor], Tensor], homogeneous: Tensor) -> Tensor:
         """Return ``f(F) V`` for ``(K, o, d)``; the eigenvalues of the layer are one block."""
         values = function(self.values.flatten()).view_as(self.values)
-        return self.U_S @ (values * (self.U_S.mT @ homogeneous @ self.U_A)) @ self.U_A.mT
+        products = self.U_S @ (values * times(self.U_S.mT @ homogeneous, self.U_A))
+        return products @ self.U_A.mT if self.U_A.ndim > 1 else products
 
     def spectral_diagonal(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the diagonal of ``f(F)``, ``(o, d)``."""
         values = function(self.values.flatten()).view_as(self.values)
-        return self.U_S.square() @ values @ self.U_A.square().mT
+        diagonal = self.U_S.square() @ values
+        return diagonal @ self.U_A.square().mT if self.U_A.ndim > 1 else diagonal
 
 
 class Factors(NamedTuple):
-    """A layer's block ``sum_k S_k (x) A_k``: ``A`` ``(K, d, d)``, ``S`` ``(K, o, o)``."""
+    """A layer's block ``sum_k S_k (x) A_k``: ``A`` ``(K, d, d)``, if diagonal ``(K, d)``, and ``S`` ``(K, o, o)``."""
 
     A: Tensor
     S: Tensor
@@ -115,7 +121,8 @@ class KFAC(LayerwiseMatrix):
     once, but not with damping or with singular factors.)
 
     Args:
-        factors: By layer name: ``A`` from the inputs of the layer and ``S`` from its output gradients.
+        factors: By layer name, or another key (see ``curvlab.matrices.layers``): ``A`` from the inputs of the layer and
+            ``S`` from its output gradients. The ``A`` of an embedding is diagonal and has the shape ``(K, d)``.
         space: Parameters: weights and biases of the layers.
         info: Provenance of the matrix.
 
@@ -130,40 +137,49 @@ class KFAC(LayerwiseMatrix):
     kind: ClassVar[str] = "kfac"
 
     def __init__(self, factors: Mapping[str, Factors], space: ParameterSpace, info: Info) -> None:
-        super().__init__(space, info)
-        if set(factors) != set(self.layers):
-            raise CurvlabError(f"the factors must belong to the layers {sorted(self.layers)}, not to {sorted(factors)}")
+        super().__init__(space, info, factors)
         check_tensors(tensor for of_layer in factors.values() for tensor in of_layer)
         for name, (a, s) in factors.items():
             o, d = self.layers[name].shape
-            if tuple(a.shape) != (len(s), d, d) or tuple(s.shape) != (len(a), o, o) or not len(a):
+            sizes = (d,) if self.layers[name].diagonal else (d, d)
+            if tuple(a.shape) != (len(s), *sizes) or tuple(s.shape) != (len(a), o, o) or not len(a):
                 raise CurvlabError(
-                    f"the factors of {name or 'the model'} must have shapes (K, {d}, {d}) and (K, {o}, {o}), not "
+                    f"the factors of {name or 'the model'} must have shapes (K, {', '.join(map(str, sizes))}) and "
+                    f"(K, {o}, {o}), not "
                     f"{tuple(a.shape)} and {tuple(s.shape)}"
                 )
         self.factors = {name: factors[name] for name in self.layers}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return ``LAYER|A``, ``(K, d, d)``, and ``LAYER|S``, ``(K, o, o)``, for every layer."""
+        """Return ``LAYER|A``, ``(K, d, d)`` or ``(K, d)``, and ``LAYER|S``, ``(K, o, o)``, for every layer."""
         return {f"{name}|{key}": t for name, f in self.factors.items() for key, t in f._asdict().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], space: ParameterSpace, info: Info) -> Self:
         """Create a matrix from the result of ``tensors()``; ``(d, d)`` and ``(o, o)`` are one pair."""
-        stacked = {name: t.unsqueeze(0) if t.ndim == 2 else t for name, t in tensors.items()}
-        layers = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
-        return cls({name: Factors(stacked[f"{name}|A"], stacked[f"{name}|S"]) for name in layers}, space, info)
+        keys = dict.fromkeys(name.rpartition("|")[0] for name in tensors)
+        layers = group_layers(space, keys)
+        single = {f"{key}|A": 1 if layer.diagonal else 2 for key, layer in layers.items()}  # dimensions of one pair
+        stacked = {name: t.unsqueeze(0) if t.ndim == single.get(name, 2) else t for name, t in tensors.items()}
+        return cls({key: Factors(stacked[f"{key}|A"], stacked[f"{key}|S"]) for key in keys}, space, info)
 
     # Algebra -----------------------------------------------------------------------------------------------------
 
     def _product(self, name: str, homogeneous: Tensor) -> Tensor:
-        return reduce(torch.add, (s @ homogeneous @ a for a, s in self.factors[name].pairs()))
+        return reduce(torch.add, (times(s @ homogeneous, a) for a, s in self.factors[name].pairs()))
 
     def add_product_(self, outputs: Mapping[str, Tensor], vectors: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add ``scale * F v`` to named tensors in place; see ``CurvatureMatrix.add_product_``."""
         outputs, vectors, scale = self._named(outputs), self._named(vectors), real_number(scale, "scale")
         with torch.no_grad():
             for name, layer in self.layers.items():
+                if not layer.is_plain:
+                    names = [n for n in (layer.weight, layer.bias) if n is not None]
+                    product = self._product(name, layer.join({n: vectors[n].reshape(-1, 1) for n in names}))
+                    for n, part in layer.split(product).items():
+                        output = outputs[n].chunk(layer.groups)[layer.group]
+                        output.add_(part.reshape(output.shape), alpha=scale)
+                    continue
                 for a, s in self.factors[name].pairs():
                     _add_pair_(layer, a, s, outputs, vectors, scale)
 
@@ -189,7 +205,9 @@ class KFAC(LayerwiseMatrix):
                 f"their eigenvectors can be computed only up to {_LARGEST_DENSE_BLOCK:,}; merge the pairs with "
                 "average_factors() or nearest()"
             )
-        return symmetric_eigh(reduce(torch.add, (torch.kron(s, a) for a, s in self.factors[name].pairs())))
+        return symmetric_eigh(
+            reduce(torch.add, (torch.kron(s, a if a.ndim > 1 else a.diag()) for a, s in self.factors[name].pairs()))
+        )
 
     def _damped(self, name: str, damping: Damping) -> Eigenbasis | tuple[Tensor, Tensor]:
         """Return the eigenvectors and the damped eigenvalues of a layer's block."""
@@ -250,7 +268,7 @@ class KFAC(LayerwiseMatrix):
             yield basis.values.flatten() if isinstance(basis, Eigenbasis) else basis[0]
 
     def _layer_diagonal(self, name: str) -> Tensor:
-        a, s = (factor.diagonal(dim1=1, dim2=2) for factor in self.factors[name])
+        a, s = map(_diagonals, self.factors[name])
         return s.mT @ a
 
     def trace(self) -> Tensor:
@@ -374,8 +392,17 @@ def _add_pair_(
             output.add_((s @ right).view_as(output), alpha=scale)
 
 
+def times(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``vectors @ matrix``; a diagonal matrix is given as its diagonal, ``(d,)``."""
+    return vectors @ matrix if matrix.ndim > 1 else vectors * matrix
+
+
+def _diagonals(factors: Tensor) -> Tensor:
+    return factors.diagonal(dim1=1, dim2=2) if factors.ndim > 2 else factors
+
+
 def _traces(factors: Tensor) -> Tensor:
-    return factors.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=at_least_float32(factors.dtype))
+    return _diagonals(factors).sum(dim=1, dtype=at_least_float32(factors.dtype))
 
 
 def _norm(factors: Factors) -> Tensor:

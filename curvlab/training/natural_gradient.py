@@ -43,7 +43,7 @@ def precondition_gradients(problem: Problem, training: Training) -> None:
         what, units = ("every parameter", "the units of a layer") if every else (still[0], "its units")
         raise UnsupportedError(
             f"the gradient of {what} is zero on the samples of the step, so that its Fisher cannot be computed as "
-            f"{training.structure}: {units} may be dead or saturated; lower lr, or use structure diag"
+            f"{training.structure}: {units} may be dead or saturated; lower lr, or use structure kfac or diag"
         ) from error
     parameters = {name: named[name] for name in fisher.space.names}
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}

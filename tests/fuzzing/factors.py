@@ -1,8 +1,9 @@
 """Expected results for the Kronecker structures, from the operation that applies a layer's weight.
 
-A layer has factors if, for every sample, exactly one ``linear`` or ``conv`` operation uses its weight, and the
-gradients of its parameters follow from this operation: ``G = sum_t g_t a_t'`` agrees with automatic differentiation.
-All changes by hooks or patches around the operation are then part of ``a`` and ``g``.
+A layer has factors if, for every sample, equally many ``linear`` or ``conv`` operations use its weight, and the
+gradients of its parameters follow from these operations: ``G = sum_t g_t a_t'`` agrees with automatic differentiation,
+where ``t`` runs over the positions of all of them. All changes by hooks or patches around the operations are then part
+of ``a`` and ``g``.
 """
 
 import torch
@@ -35,7 +36,7 @@ class Watch(TorchFunctionMode):
             users = [name for name in users if self.layers[name].bias is bias or self.selected(f"{name}.weight")]
             for name in [name for name in users if name in self.calls]:
                 if torch._C._functorch.is_functorch_wrapped_tensor(out):
-                    self.calls[name] += [None, None]  # counts as several calls
+                    self.calls[name].append(None)  # no factors
                     continue
                 shift = torch.zeros_like(out, requires_grad=True)
                 self.calls[name].append((func, args, shift))
@@ -62,6 +63,7 @@ def samples(model, names, quantity, name, x, y, drawn):
         if type(module) in OPERATIONS and getattr(module, "groups", 1) == 1
     }
     # Only for layers with selected parameters: adding a zero would affect in-place operations on other outputs.
+    numbers = {}
     found = {name.rpartition(".")[0]: [] for name in parameters if name.rpartition(".")[0] in layers}
     for n in range(len(x)):
         with Watch(layers, found, lambda key: key.removeprefix(".") in parameters) as watch:
@@ -69,13 +71,15 @@ def samples(model, names, quantity, name, x, y, drawn):
         sample_values, weights = values(quantity, name, f, y[n : n + 1], None if drawn is None else drawn[n])
         for key in list(found):
             calls = watch.calls[key]
-            if len(calls) != 1:
+            if not calls or None in calls or numbers.setdefault(key, len(calls)) != len(calls):
                 del found[key]
                 continue
-            func, args, shift = calls[0]
-            a, o = patches(func, args), len(args[1])
-            g = torch.stack([gradient(value, [shift]).view(shift.shape) for value in sample_values])
-            g = g.reshape(len(g), -1, o) if func is F.linear else g[:, 0].flatten(2).mT
+            a = torch.cat([patches(func, args) for func, args, _ in calls])
+            uses = []
+            for func, args, shift in calls:
+                g, o = torch.stack([gradient(v, [shift]).view(shift.shape) for v in sample_values]), len(args[1])
+                uses.append(g.reshape(len(g), -1, o) if func is F.linear else g[:, 0].flatten(2).mT)
+            g = torch.cat(uses, dim=1)
             columns = {f"{key}.weight".removeprefix("."): a, f"{key}.bias".removeprefix("."): torch.ones_like(a[:, :1])}
             columns = {each: part for each, part in columns.items() if each in parameters}
             right = bool(columns)

@@ -198,7 +198,8 @@ def list_modules(structure: str) -> list[Record]:
             problem = make_network(make, shape)
             params = None
             if structure == "kfac":
-                params = [p for layer in kronecker_layers(problem, problem.space)[0].values() for p in layer.parameters]
+                layers = kronecker_layers(problem, problem.space)[0].values()
+                params = list(dict.fromkeys(name for layer in layers for name in layer.parameters))
             record: Record = {"module": module}
             for backend in backends:
                 able = []
@@ -251,9 +252,9 @@ only that quantity.
 {text["diag"]}
 ## {_TITLES["kfac"]}
 
-K-FAC is defined for Linear and convolution layers that are called once and share no weight. The table shows whether a
-network that contains the module gets K-FAC for such layers; parameters without factors are left out (`params=`) or get
-their diagonal (`kfac:rest=diag`).
+K-FAC is defined for Linear and convolution layers that share no weight. The table shows whether a
+network that contains the module gets K-FAC for such layers; the parameters without factors are left out
+(`params=`), while by default they get their diagonal.
 
 {text["kfac"]}"""
 

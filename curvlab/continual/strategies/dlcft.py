@@ -179,12 +179,16 @@ def extend_to_new_outputs(matrix: CurvatureMatrix, layer: str, before: Tensor, n
     if isinstance(matrix, Composite):
         parts = [extend_to_new_outputs(part, layer, before, now) for part in matrix.parts]
         return Composite(parts, matrix.space, matrix.info)
-    if not isinstance(matrix, KFAC) or layer not in matrix.factors:
+    if not isinstance(matrix, KFAC):
         return matrix
-    a, s = matrix.factors[layer]
-    scale = s.diagonal(dim1=1, dim2=2)[:, before].mean(dim=1)
-    s = scale[:, None, None] * torch.diag(now.to(s))
-    return type(matrix)(matrix.factors | {layer: Factors(a, s)}, matrix.space, matrix.info)
+    own = {f"{layer}.{kind}".removeprefix(".") for kind in ("weight", "bias")}
+    extended = dict(matrix.factors)
+    for key, block in matrix.layers.items():
+        if own & {block.weight, block.bias}:
+            a, s = matrix.factors[key]
+            scale = s.diagonal(dim1=1, dim2=2)[:, before].mean(dim=1)
+            extended[key] = Factors(a, scale[:, None, None] * torch.diag(now.to(s)))
+    return type(matrix)(extended, matrix.space, matrix.info)
 
 
 def _active_outputs(learner: "Learner", task: int) -> Tensor:
