@@ -49,7 +49,7 @@ class Sample:
 
     Attributes:
         jacobian: ``(O, P)``, over the selected parameters.
-        inputs: By layer, what its weight multiplies at each position, ``(T, d)``, by group.
+        inputs: By layer, what its weight multiplies at each position of each call, ``(T, d)``, by group.
         slopes: By layer, the Jacobian of the outputs in the layer's outputs, ``(O, T, c)``.
         root: A root of the Hessian of the loss in the outputs, ``(O, O)``.
         gradients: Gradients of the loss in the outputs, ``(1, O)``, or one per term.
@@ -105,6 +105,7 @@ class Reference:
         with torch.no_grad():
             self.terms = sum(self._terms(*self._apply(batch)) for batch in self.batches)
         self.layers = self._find_layers()
+        self.unique = True  # whether all eigenbases so far were: EK-FAC is not defined where one is not
         self.samples = [
             self._sample(map_batch(batch, lambda tensor, n=n: tensor[n : n + 1].clone()))
             for batch in self.batches
@@ -141,20 +142,20 @@ class Reference:
     # One sample -------------------------------------------------------------------------------------------------------
 
     def _find_layers(self) -> dict[str, nn.Module]:
-        """Return the layers of known kinds that are called once with their own selected parameters."""
-        calls: dict[str, int] = {}
+        """Return the layers of known kinds that are called and have selected parameters."""
+        called: set[str] = set()
         with ExitStack() as hooks:
             for name, module in self.model.named_modules():
                 if is_matrix(module):
 
-                    def count(*_: Any, name: str = name) -> None:
-                        calls[name] = calls.get(name, 0) + 1
+                    def note(*_: Any, name: str = name) -> None:
+                        called.add(name)
 
-                    hooks.callback(module.register_forward_hook(count).remove)
+                    hooks.callback(module.register_forward_hook(note).remove)
             with torch.no_grad():
                 self._apply(map_batch(self.batches[0], torch.clone))
         modules = dict(self.model.named_modules())
-        return {name: modules[name] for name, number in calls.items() if number == 1 and self.own(name)}
+        return {name: modules[name] for name in sorted(called) if self.own(name)}
 
     def own(self, layer: str) -> list[str]:
         """Return the names of a layer's selected parameters."""
@@ -186,19 +187,19 @@ class Reference:
         return found
 
     def _sample(self, batch: Any) -> Sample:
-        inputs: dict[str, list[Tensor]] = {}
-        results: dict[str, Tensor] = {}
+        inputs: dict[str, list[list[Tensor]]] = {name: [] for name in self.layers}  # by layer, of every call
+        results: list[tuple[str, Tensor]] = []
         with ExitStack() as hooks:
             for name, module in self.layers.items():
 
                 def keep(module: nn.Module, given: Any, result: Tensor, name: str = name) -> Tensor:
-                    inputs[name] = inputs_of(module, given[0].detach().clone())
-                    results[name] = result
+                    inputs[name].append(inputs_of(module, given[0].detach().clone()))
+                    results.append((name, result))
                     return result.clone()  # which the next module may change in place
 
                 hooks.callback(module.register_forward_hook(keep).remove)
             outputs, targets = self._apply(batch)
-        wanted = [*self.parameters.values(), *results.values()]
+        wanted = [*self.parameters.values(), *(result for _, result in results)]
         flat, shape = outputs.reshape(-1), outputs.shape
         rows: list[list[Tensor]] = []
         for output in flat:
@@ -206,10 +207,11 @@ class Reference:
             rows.append([g.to_dense() if g.is_sparse else g for g in found])
         p = len(self.parameters)
         jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row[:p]]) for row in rows])
-        slopes = {
-            name: torch.stack([_positions(self.layers[name], row[p + i]) for row in rows])
-            for i, name in enumerate(results)
-        }
+        slopes: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        for i, (name, _) in enumerate(results):
+            slopes[name].append(torch.stack([_positions(self.layers[name], row[p + i]) for row in rows]))
+        together = {name: [torch.cat(group) for group in zip(*calls, strict=True)] for name, calls in inputs.items()}
+        whole = {name: torch.cat(calls, dim=1) for name, calls in slopes.items()}
         at = flat.detach().requires_grad_()
         hessian = torch.zeros(len(flat), len(flat), dtype=torch.float64)
         gradients = torch.zeros(1, len(flat), dtype=torch.float64)
@@ -227,7 +229,7 @@ class Reference:
             if self.mean:
                 gradients = gradients / self.terms**0.5
         values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        return Sample(jacobian, inputs, slopes, (vectors * values.clamp(min=0).sqrt()).mT, gradients)
+        return Sample(jacobian, together, whole, (vectors * values.clamp(min=0).sqrt()).mT, gradients)
 
     # Matrices ---------------------------------------------------------------------------------------------------------
 
@@ -308,6 +310,7 @@ class Reference:
             s_factor = torch.eye(len(s_factor)).double()
         if not corrected:
             return torch.einsum("ce,edk,df->cfk", s_factor, given, a_factor)
+        self.unique &= _has_unique_basis(a_factor) and _has_unique_basis(s_factor)
         basis_a, basis_s = torch.linalg.eigh(a_factor)[1], torch.linalg.eigh(s_factor)[1]
         moments = sum((basis_s.mT @ torch.einsum("rtc,td->rcd", g, a) @ basis_a).square().sum(dim=0) for a, g in kept)
         inner = torch.einsum("ci,cdk,dj->ijk", basis_s, given, basis_a) * moments.unsqueeze(2)
@@ -344,6 +347,13 @@ def inputs_of(module: nn.Module, given: Tensor) -> list[Tensor]:
     else:
         found = [_patches(module, part) for part in given.chunk(module.groups, dim=1)]
     return [torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1) for rows in found]
+
+
+def _has_unique_basis(factor: Tensor) -> bool:
+    """Return whether the eigenvalues differ, but for those that are 0: along these the moments are 0."""
+    values = torch.linalg.eigvalsh(factor)
+    values = values[values > 1e-12 * values[-1]]
+    return len(values) < 2 or bool(values.diff().min() > 1e-6 * values[-1])
 
 
 def _patches(module: nn.Module, given: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The cases of curvlinops (``test/cases.py``, ``test/kfac_cases.py`` and the U-Net of ``test/utils.py``).
 
-Images are smaller than there (8 x 8 for 32 x 32): the reference takes a backward pass for every output. The empirical
+Images are smaller than there (4 x 4 for 32 x 32): the reference takes a backward pass for every output. The empirical
 Fisher of curvlinops has a gradient per term for every reduction, so the unit is the term also for ``reduction="sum"``.
 """
 
@@ -173,14 +173,14 @@ def _cases_of_kfac() -> Iterator[Case]:
                 exact=(REDUCE,),
             )
         for name, after, shape in (
-            ("expand", Composed(lambda x: x.permute(0, 2, 3, 1)), (9, 9, 2)),
+            ("expand", Composed(lambda x: x.permute(0, 2, 3, 1)), (5, 5, 2)),
             ("reduce", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (2,)),
         ):
             yield Case(
                 f"one convolution, {name}, {reduction}",
                 lambda after=after: nn.Sequential(nn.Conv2d(3, 2, 4, padding=2), after),
                 mse,
-                two_batches(lambda n: rand(n, 3, 8, 8), lambda n, shape=shape: rand(n, *shape), 2, 7),
+                two_batches(lambda n: rand(n, 3, 4, 4), lambda n, shape=shape: rand(n, *shape), 2, 7),
                 options=term if name == "expand" else {},
                 exact=(KFAC,) if name == "expand" else (REDUCE,),
             )
@@ -195,9 +195,9 @@ def _cases_of_kfac() -> Iterator[Case]:
                 two_batches(lambda n: rand(n, 5), y, 1),
                 exact=(KFAC, REDUCE),
             )
-    images = lambda n: rand(n, 3, 8, 8)  # noqa: E731
+    images = lambda n: rand(n, 3, 4, 4)  # noqa: E731
     for flat in (False, True):
-        shape = (192,) if flat else (8, 8, 3)
+        shape = (48,) if flat else (4, 4, 3)
         for name, loss, make in (("squared error", MSE, rand), ("binary cross entropy", Binary, zeros_and_ones)):
             yield Case(
                 f"U-Net, {name}{', flat' * flat}",
@@ -205,7 +205,7 @@ def _cases_of_kfac() -> Iterator[Case]:
                 loss,
                 two_batches(images, lambda n, shape=shape, make=make: make(n, *shape), 2),
             )
-    data = two_batches(images, lambda n: classes(n, 8, 8, number=3), 2)
+    data = two_batches(images, lambda n: classes(n, 4, 4, number=3), 2)
     yield Case("U-Net, cross entropy", partial(pixels, 3, last=False, flat=False), CrossEntropy, data)
     yield Case(
         "U-Net, cross entropy, flat",
