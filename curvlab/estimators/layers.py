@@ -204,8 +204,9 @@ def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
 
 
 def has_factors(module: nn.Module) -> bool:
-    """Return whether modules of this kind have factors."""
-    return type(module) in KRONECKER_MODULES or is_linear_transposed(module)
+    """Return whether modules of this kind have factors: also those of a subclass with the same forward."""
+    known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in KRONECKER_MODULES)
+    return known or is_linear_transposed(module)
 
 
 def is_transposed_convolution(module: nn.Module) -> bool:
