@@ -55,7 +55,8 @@ class Problem:
             or the ``labels``.
         unit: What every matrix is a mean over: ``sample`` (the terms of a sample are summed) or ``term``. None: terms
             for a loss of ``torch.nn`` with the reduction ``mean``, else samples.
-        class_dim: Dimension of the outputs with the ``C`` numbers of a term: 1 for images ``(N, C, H, W)``.
+        class_dim: Dimension of the outputs with the ``C`` numbers of a term: 1 for images ``(N, C, H, W)``. None: the
+            last one; for ``nn.CrossEntropyLoss`` the second, as it takes them, unless only the last fits the targets.
 
     Raises:
         CurvlabError: The loss is unknown, the data can be iterated only once, no parameter is trainable, or the model
@@ -87,7 +88,7 @@ class Problem:
         forward: Forward | None = None,
         targets: Targets | None = None,
         unit: Unit | None = None,
-        class_dim: int = -1,
+        class_dim: int | None = None,
     ) -> None:
         check_module(model)
         self.model = model
@@ -102,6 +103,7 @@ class Problem:
         self._source = RepeatableData(data, self._interface)
         # Whether the model's own loss may have another alignment of outputs and labels: see ``_intake``.
         self._unmatched = forward is None and targets is None and takes_labels(model)
+        self._layout_open = class_dim is None and isinstance(loss, nn.CrossEntropyLoss) and not self._unmatched
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
@@ -144,6 +146,8 @@ class Problem:
     def _intake(self) -> RepeatableData:
         if self._unmatched and not self.model.training:
             self._match_labels()
+        if self._layout_open:
+            self._choose_class_dim()
         return self._source
 
     def _match_labels(self) -> None:
@@ -177,6 +181,35 @@ class Problem:
             f"the loss that {type(self.model).__name__} computes from its labels is {own:.6g} on the first batch, but "
             f"{self.loss} gives {tried or 'an error'}: give the loss, forward=... and targets=... that you mean"
         )
+
+    def _choose_class_dim(self) -> None:
+        """Find in which dimension of its outputs the model has the classes, for ``nn.CrossEntropyLoss``.
+
+        torch has them in the second one, most language models in the last one: the targets fit one of the two.
+
+        Raises:
+            UnsupportedError: The targets fit both.
+        """
+        self._layout_open = False
+        batch = self._source.peek()
+        if batch is None:
+            return
+        with preserve_random_state(self.model.modules()), torch.no_grad(), suppress(Exception):  # ``check`` says why
+            inputs, targets = (part[:1] for part in self._interface.split(batch, "batch 0"))
+            found = call(self.model, self.parameters(), map_tensors(inputs, self._place), self._interface.outputs)
+            if found.ndim < 3:
+                return
+            outputs, terms = tuple(found.shape[1:]), tuple(targets.shape[1:])
+            second, last = terms in (outputs, outputs[1:]), terms in (outputs, outputs[:-1])
+            if second and last:
+                self._layout_open = True
+            elif second:
+                self._interface = replace(self._interface, class_dim=1)
+        if self._layout_open:
+            raise UnsupportedError(
+                f"nn.CrossEntropyLoss takes the classes in dimension 1 of the outputs, but outputs {outputs} of a "
+                f"sample with targets {terms} could also have them in the last: give class_dim=1 or class_dim=-1"
+            )
 
     def _mean_over_terms(self, interface: Interface, batch: Any) -> float:
         inputs, targets = interface.split(batch, "batch 0")
@@ -492,9 +525,9 @@ def _check_interface(forward: Any, targets: Any, class_dim: Any) -> Interface:
     for role, function in (("forward", forward), ("targets", targets)):
         if function is not None and not callable(function):
             raise CurvlabError(f"{role} must be a function, not {type(function).__name__}")
-    if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+    if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int)):
         raise CurvlabError(f"class_dim must be a whole number, not {class_dim!r}")
-    return Interface(forward, targets, class_dim)
+    return Interface(forward, targets, -1 if class_dim is None else class_dim)
 
 
 def _two_dimensional(outputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from math import inf, isnan, nan
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -610,6 +611,23 @@ def streamed(repeats: int) -> tuple[Block, Tensor]:
 
 
 BLOCKS = (outer, transposed, bias, layer, streamed)
+
+
+@pytest.mark.parametrize(("missing", "passes"), [(0, 1), (1, 3)])
+def test_rows_are_computed_once_if_they_fit_in_memory(missing: int, passes: int) -> None:
+    rows = sparse(13, 25, seed=1)
+    started = []
+
+    def start() -> Any:
+        started.append(1)
+        return iter(rows.split(4))
+
+    block = StreamedBlock(start, 25, rows.nbytes - missing)
+    gram = block.gram(torch.arange(25)) * block.unit()
+    bounds = block.tile_bounds()
+    assert torch.allclose(gram, rows.mT @ rows)
+    assert torch.allclose(bounds.sum() * block.unit(), rows.abs().sum(dim=1).square().sum())
+    assert len(started) == passes
 
 
 @pytest.fixture(params=BLOCKS, ids=lambda make: make.__name__)

@@ -1067,3 +1067,17 @@ def test_padding_of_models_of_hugging_face(structure: str, unit: str, kind: str)
         matrices.append(estimate(problem, "empirical_fisher", structure, params=params))
         assert any("attn" in name or "attention" in name for name in matrices[-1].parts[0].space.names)
     assert close(matrices[0].to_dense(), matrices[1].to_dense(), rtol=1e-8)
+
+
+class Named(nn.Linear):
+    """A subclass with the forward of its base class, as torch's own ``NonDynamicallyQuantizableLinear``."""
+
+
+def test_a_subclass_with_the_same_forward_has_factors() -> None:
+    torch.manual_seed(0)
+    problem = of(nn.Sequential(Named(4, 5), nn.Tanh(), nn.Linear(5, 3)), 7, 4)
+    matrix = estimate(problem, "fisher", "kfac")
+    assert not matrix.info.rejected
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain.load_state_dict(problem.model.state_dict())
+    assert close(matrix.to_dense(), estimate(problem.with_model(plain), "fisher", "kfac").to_dense())

@@ -210,6 +210,24 @@ def test_a_product_within_autocast() -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+class OnlyBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(len(x), 3)
+
+
+@pytest.mark.parametrize("quantity", [*QUANTITIES, "fisher:samples=2"])
+def test_an_output_that_all_samples_share(quantity: str) -> None:
+    torch.manual_seed(0)
+    problem = Problem(OnlyBias(), "cross_entropy", (torch.randn(5, 2).double(), torch.arange(5) % 3))
+    vectors = torch.randn(3, 2, dtype=torch.float64)
+    expected = estimate(problem, quantity, "dense", backend="torch") @ vectors
+    torch.testing.assert_close(estimate(problem, quantity, "implicit") @ vectors, expected)
+
+
 class AsksForItsOwn(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -300,6 +300,38 @@ def test_images() -> None:
         Problem(net, "cross_entropy", (images, labels), class_dim=7).check()
 
 
+class TestLayoutOfCrossEntropyLoss:
+    """``nn.CrossEntropyLoss`` takes the classes in dimension 1; the targets tell where a model has them."""
+
+    def problem(self, terms: tuple[int, ...], *, last: bool, classes: int = C, **more: Any) -> Problem:
+        torch.manual_seed(0)
+        net = nn.Linear(2, classes).double()
+        x, labels = numbers(N, *terms, 2), torch.randint(classes, (N, *terms))
+        forward = (lambda m, b: m(b[0])) if last else (lambda m, b: m(b[0]).movedim(-1, 1))
+        return Problem(net, nn.CrossEntropyLoss(), (x, labels), forward=forward, targets=lambda b: b[1], **more)
+
+    @pytest.mark.parametrize("terms", [(5,), (4, 5), (C + 1, C)])
+    def test_both_layouts(self, terms: tuple[int, ...]) -> None:
+        second, last = (self.problem(terms, last=last) for last in (False, True))
+        (x, y), net = second.data, second.model
+        expected = nn.functional.cross_entropy(net(x).movedim(-1, 1), y).detach()
+        assert second.loss_value() == pytest.approx(float(expected), rel=1e-12)
+        found, right = (estimate(problem, "empirical_fisher", "dense").to_dense() for problem in (second, last))
+        assert torch.allclose(found, right, **EXACT)
+        assert not second.is_plain
+
+    def test_neither_layout_is_sure(self) -> None:
+        with pytest.raises(UnsupportedError, match=r"outputs \(3, 3\) of a sample with targets \(3,\).*class_dim=1 or"):
+            self.problem((3,), last=False, classes=3).check()
+        assert self.problem((3,), last=False, classes=3, class_dim=1).loss_value() == pytest.approx(
+            self.problem((3,), last=True, classes=3, class_dim=-1).loss_value(), rel=1e-12
+        )
+
+    def test_one_term_is_plain(self) -> None:
+        net, x, y = nn.Linear(2, C), numbers(N, 2), torch.randint(C, (N,))
+        assert Problem(net, nn.CrossEntropyLoss(), (x, y)).is_plain
+
+
 def test_one_number_per_sample() -> None:
     torch.manual_seed(0)
     net, x, y = nn.Linear(3, 1).double(), numbers(N, 3), numbers(N, seed=1)

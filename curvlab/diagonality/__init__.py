@@ -79,7 +79,8 @@ def diagonality(
         time_budget: Approximate seconds per row before sampling is used, counted in operations at 100 Gflop/s, so that
             the same call uses the same method on every machine.
         precision: Sampling stops when the 95 % interval is within this fraction of the sum, or the budget is spent.
-        tile_memory: Limit of the memory of the tiles of one pass, in bytes.
+        tile_memory: Limit of the memory of the tiles of one pass, in bytes; and of the gradients of a block, which are
+            computed again in every pass if they are larger.
         seed: Seed of the sampling.
         progress: Show a progress bar on a terminal.
 

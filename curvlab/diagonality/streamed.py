@@ -1,6 +1,7 @@
-"""The block of any parameters, whose rows are recomputed in every pass over the data."""
+"""The block of any parameters, whose rows are kept if they fit in memory and else recomputed in every pass."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import sqrt
 
 import torch
@@ -11,12 +12,12 @@ from curvlab.progress import Advance
 
 
 class StreamedBlock(Block):
-    """Block whose rows are recomputed in every pass over the data: only tiles are stored.
+    """Block whose rows are kept from the first pass over the data if they fit in memory, and else recomputed.
 
     Args:
         rows: Starts a pass: yields batches ``(rows, P)``, the same in every call.
         size: ``P``.
-        max_bytes: Limit of the memory of the tiles of one pass.
+        max_bytes: Limit of the memory of the tiles of one pass, and of the rows that are kept.
     """
 
     _WIDTH = 512
@@ -41,12 +42,19 @@ class StreamedBlock(Block):
 
     def _first_pass(self) -> Tensor:
         if self._diagonal is None:
+            kept: list[Tensor] = []
             for rows in self.rows():
                 squares = rows.square().sum(dim=0)
                 self._diagonal = squares if self._diagonal is None else self._diagonal + squares
                 self._total += float(rows.double().sum(dim=1).square().sum())
                 self._count += len(rows)
+                if self._count * self.size * rows.itemsize <= self.max_bytes:
+                    kept.append(rows)
+                else:
+                    kept.clear()
             assert self._diagonal is not None
+            if kept:
+                self.rows = partial(iter, kept)
             self._scale = power_of_two(sqrt(float(self._diagonal.max())))
             self._diagonal /= self._scale**2
             self._total /= self._scale**2

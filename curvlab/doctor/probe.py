@@ -13,7 +13,7 @@ import torch
 from curvlab.doctor.cost import extrapolate, measure_seconds
 from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators.covectors import suggest_sampling
-from curvlab.estimators.layers import Layer
+from curvlab.estimators.layers import Layer, count_entries
 from curvlab.estimators.memory import MEMORY, count_fitting, measure_peak
 from curvlab.estimators.phases import ONCE, PHASES, record_phases
 from curvlab.estimators.registry import BACKENDS, estimate, find_backends
@@ -234,14 +234,7 @@ class Probe:
         return 1
 
     def _matrix_bytes(self, structure: Structure) -> int:
-        size_of = dict(zip(self.space.names, self.space.sizes, strict=True))
-        entries = 0
-        if isinstance(structure, Kronecker):
-            for layer in self.layers.values():
-                entries += structure.factor_entries(*layer.shape, diagonal=layer.is_embedding)
-                for name in layer.parameters:
-                    size_of.pop(name, None)  # several layers can have parts of one parameter
-        entries += structure.entries(list(size_of.values()))
+        entries = count_entries(structure, self.space, self.layers)
         return entries * torch.promote_types(self.problem.dtype, torch.float32).itemsize
 
 

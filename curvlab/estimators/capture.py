@@ -38,12 +38,14 @@ class Call:
         inputs: The first argument, in at least float32; None if it is not a tensor.
         output: Graph edge of the output; None if the output is not a tensor.
         shape: Shape of the output.
+        dtype: Dtype of the output, which within autocast is lower than that of the weights.
         padding: Positions that are padding, booleans ``(N, positions)`` (see ``curvlab.estimators.padding``).
     """
 
     inputs: Tensor | None
     output: GradientEdge | None
     shape: torch.Size
+    dtype: torch.dtype = torch.float32
     padding: Tensor | None = None
 
 
@@ -103,7 +105,7 @@ def forward(
             return output
         passed_on = output.clone() if key in cloned else output
         padding = padding_of(masks, layers[key], output)
-        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape, padding))
+        calls[key].append(Call(given, get_gradient_edge(passed_on), output.shape, output.dtype, padding))
         return passed_on
 
     # The parameters require gradients so that the outputs of the first layers have a graph; none is computed here.

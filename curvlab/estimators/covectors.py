@@ -120,9 +120,9 @@ def output_covectors(
 def output_product(
     loss: Likelihood, quantity: Quantity, outputs: Tensor, targets: Tensor, rng: np.random.Generator
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that multiplies vectors ``(N, C)`` by ``sum_r s_r s_r'`` of each sample.
+    """Return a function that multiplies vectors ``(N, C)`` by ``sum_r s_r s_r'`` of each sample, in their own memory.
 
-    Besides its result it needs a few megabytes, or as much as one sample needs.
+    Besides, it needs a few megabytes, or as much as one sample needs.
     """
     if isinstance(quantity, GGN) or (isinstance(quantity, Fisher) and quantity.samples is None):
         form = loss.hessian_form if isinstance(quantity, GGN) else loss
@@ -130,7 +130,7 @@ def output_product(
     covectors = output_covectors(loss, quantity, outputs, targets, rng)
     if outputs.numel() * outputs.element_size() * len(covectors) <= _BYTES:
         held = covectors[:]
-        return lambda vectors: _project(held, vectors)
+        return lambda vectors: vectors.copy_(_project(held, vectors))
     return _by_samples(
         lambda some, vectors: reduce(torch.add, (_project(s, vectors) for s in covectors.select(some).chunks())),
         outputs,
@@ -152,11 +152,10 @@ def _by_samples(multiply: Callable[[slice, Tensor], Tensor], outputs: Tensor) ->
     step = max(1, int(_BYTES / max(1, outputs.shape[1] * outputs.element_size())))
 
     def product(vectors: Tensor) -> Tensor:
-        result = torch.empty_like(outputs)
         for start in range(0, len(outputs), step):
             some = slice(start, start + step)
-            result[some] = multiply(some, vectors[some])
-        return result
+            vectors[some] = multiply(some, vectors[some])
+        return vectors
 
     return product
 

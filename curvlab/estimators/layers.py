@@ -1,5 +1,6 @@
 """The layers of a model: modules with the names of their selected parameters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from curvlab.errors import CurvlabError
 from curvlab.matrices.layers import make_key
 from curvlab.parameters import ParameterSpace
+from curvlab.structures import Kronecker, Structure
 
 
 class AttentionProjection(nn.Module):
@@ -202,8 +204,9 @@ def find_layers(model: nn.Module, space: ParameterSpace) -> dict[str, Layer]:
 
 
 def has_factors(module: nn.Module) -> bool:
-    """Return whether modules of this kind have factors."""
-    return type(module) in KRONECKER_MODULES or is_linear_transposed(module)
+    """Return whether modules of this kind have factors: also those of a subclass with the same forward."""
+    known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in KRONECKER_MODULES)
+    return known or is_linear_transposed(module)
 
 
 def is_transposed_convolution(module: nn.Module) -> bool:
@@ -226,3 +229,20 @@ def is_linear_transposed(module: nn.Module) -> bool:
 def has_last_channels(module: nn.Module) -> bool:
     """Return whether the outputs of a layer with factors are ``(N, ..., o)``, not ``(N, o, ...)``."""
     return not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def count_entries(structure: Structure, space: ParameterSpace, layers: Mapping[str, Layer]) -> int:
+    """Return the number of entries that a matrix stores.
+
+    Args:
+        structure: Its structure.
+        space: Its parameters.
+        layers: The layers with Kronecker factors; for other structures they are not used.
+    """
+    size_of, entries = dict(zip(space.names, space.sizes, strict=True)), 0
+    if isinstance(structure, Kronecker):
+        for layer in layers.values():
+            entries += structure.factor_entries(*layer.shape, diagonal=layer.is_embedding)
+            for name in layer.parameters:
+                size_of.pop(name, None)  # several layers can have parts of one parameter
+    return entries + structure.entries(list(size_of.values()))

@@ -105,7 +105,7 @@ def fit_batch_size(what: str, problem: Problem, limit: float, work: Callable[[Pr
     peak(1)  # the first call also imports modules
     size, taken = 1, peak(1)
     if not count_fitting(1, taken, limit, most):
-        raise too_much(what, taken / _SHARE, limit)
+        raise _too_much(what, taken / _SHARE, limit)
     slope = 0.0  # bytes per sample, beyond those that any number of samples takes
     for _ in range(_TRIALS):
         line = size + int((_SHARE * limit - taken) / slope) if slope > 0 else most
@@ -128,8 +128,17 @@ def count_fitting(samples: int, peak: float, limit: float, most: int) -> int:
     return min(most, int(samples * _SHARE * limit / max(peak, 1.0)))
 
 
-def too_much(what: str, needed: float, limit: float) -> UnsupportedError:
-    """Return the error of a computation that does not fit, both in bytes."""
+def check_fits(what: str, needed: float) -> None:
+    """Check that the sums of a computation fit, before they are made.
+
+    Raises:
+        UnsupportedError: They need more bytes than the limit.
+    """
+    if needed > (limit := _limit.get()):
+        raise _too_much(what, needed, limit)
+
+
+def _too_much(what: str, needed: float, limit: float) -> UnsupportedError:
     return UnsupportedError(
         f"{what} needs about {format_bytes(needed)} even for one sample at a time, more than memory="
         f"{format_bytes(limit)}: use another structure, such as diag, kfac or implicit, or select parameters with "

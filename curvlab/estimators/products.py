@@ -224,7 +224,8 @@ def _gram_term(
     push, pushed_from = pushing(problem, leaves, inputs, outputs)
 
     def term(vectors: Tensor) -> Tensor:
-        covectors = [fisher(push(_by_parameter(space, vector))) for vector in vectors.to(problem.dtype)]
+        # Contiguous, because rows of an output that all samples share are one row in memory.
+        covectors = [fisher(push(_by_parameter(space, vector)).contiguous()) for vector in vectors.to(problem.dtype)]
         return _rows(_pull([outputs], leaves.values(), [covector]) for covector in covectors).to(vectors.dtype)
 
     return term, [outputs, *pushed_from]

@@ -14,8 +14,9 @@ from curvlab.estimators import backpack, curvlinops, hooks, nngeometry, torch_fu
 from curvlab.estimators.backend import Backend
 from curvlab.estimators.capture import ignore_torch_warnings, working_dtype
 from curvlab.estimators.covectors import suggest_sampling
+from curvlab.estimators.layers import count_entries
 from curvlab.estimators.linearized import to_first_order
-from curvlab.estimators.memory import fit_batch_size, limited, parse_memory, too_much
+from curvlab.estimators.memory import check_fits, fit_batch_size, limited, parse_memory
 from curvlab.estimators.phases import phase
 from curvlab.estimators.products import kept_bytes
 from curvlab.estimators.rules import random_like
@@ -118,7 +119,9 @@ def estimate(
     ):
         with phase("check"):
             verify_rules(problem, space)  # also refuses models that torch cannot differentiate, for every structure
-            split, reasons = _parts(problem, quantity, structure, space, backend)
+        layers = kronecker_layers(problem, space, structure)[0] if isinstance(structure, Kronecker) else {}
+        check_fits(_name(quantity, structure), _sum_bytes(problem, count_entries(structure, space, layers)))
+        split, reasons = _parts(problem, quantity, structure, space, backend)
         parts = [
             _estimate(problem, quantity, part_structure, part_space, backend, batch_size, advance)
             for part_structure, part_space in split
@@ -153,33 +156,35 @@ def _estimate_within(
     progress: bool,
 ) -> CurvatureMatrix:
     """Return the matrix, computed with a peak below a limit in bytes, in addition to model and data."""
-    space = ParameterSpace.of(problem.model, params)
-    itemsize = working_dtype(problem.dtype).itemsize
-
-    # Sums over many batches are in float64, too (see ``curvlab.estimators.sums``).
-    sums = 3 if itemsize < torch.float64.itemsize else 1
 
     def work(few: Problem) -> float:
         matrix = estimate(few, quantity, structure, backend=backend, params=params)
         if structure.name == "implicit":
-            matrix.matvec(torch.ones(space.total, dtype=matrix.dtype, device=matrix.device))
+            matrix.matvec(torch.ones(matrix.shape[0], dtype=matrix.dtype, device=matrix.device))
             return kept_bytes()
         stored = sum(tensor.nbytes for tensor in matrix.tensors().values())
-        return (sums - 1.0) * stored
+        entries = sum(tensor.numel() for tensor in matrix.tensors().values())
+        return _sum_bytes(problem, entries) - stored
 
-    what = f"{quantity.name} as {structure}"
-    least = 0.0 if isinstance(structure, Kronecker) else float(sums * structure.entries(space.sizes) * itemsize)
-    if least > limit:  # even a trial would take this much
-        raise too_much(what, least, limit)
     problem.check()
     with limited(limit):
-        size = fit_batch_size(what, problem, limit, work)
+        size = fit_batch_size(_name(quantity, structure), problem, limit, work)
         matrix = estimate(
             problem.with_batch_size(size), quantity, structure, backend=backend, params=params, progress=progress
         )
     if not isinstance(quantity, MaSQ):
         matrix.info = replace(matrix.info, batch_size=size)
     return matrix
+
+
+def _name(quantity: Quantity, structure: Structure) -> str:
+    return f"{quantity.name} as {structure}"
+
+
+def _sum_bytes(problem: Problem, entries: int) -> float:
+    """Return the bytes of sums over many batches, which are in float64, too (see ``curvlab.estimators.sums``)."""
+    itemsize, double = working_dtype(problem.dtype).itemsize, torch.float64.itemsize
+    return float(entries * (itemsize + (double if itemsize < double else 0)))
 
 
 def _label(problem: Problem, quantity: Quantity, structure: Structure) -> str:

@@ -313,6 +313,11 @@ def random_like(tensor: Tensor, shape: tuple[int, ...], seed: int = 0) -> Tensor
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(tensor)
 
 
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype with the largest rounding errors."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def agree(one: Tensor, other: Tensor, scale: float, dtype: torch.dtype) -> bool:
     """Return whether two results, of any shape, agree up to rounding: see ``is_rounding``."""
     return is_rounding(float(torch.dist(one.detach(), other.detach())), float(other.detach().norm()), scale, dtype)

@@ -41,7 +41,7 @@ from curvlab.estimators.memory import at_most
 from curvlab.estimators.padding import find_padding, padding_of, without_gradient
 from curvlab.estimators.products import product
 from curvlab.estimators.rows import full_batches
-from curvlab.estimators.rules import agree
+from curvlab.estimators.rules import agree, coarsest
 from curvlab.estimators.uses import watch
 from curvlab.estimators.verification import kronecker_layers
 from curvlab.likelihoods import Terms
@@ -316,7 +316,8 @@ def _layer_samples(
                     uses.append((_patches(layers[name], given), slope))
                     padding.append(slope.new_zeros(slope.shape[1], dtype=torch.bool) if mask is None else mask[0])
                 patches, slopes = torch.cat([a for a, _ in uses]), torch.cat([g for _, g in uses], dim=1)
-                _check(layers[name], patches, slopes, parameter_gradients, problem.dtype)
+                dtype = coarsest(problem.dtype, *(shift.dtype for _, shift in seen))  # lower within autocast
+                _check(layers[name], patches, slopes, parameter_gradients, dtype)
                 yield name, patches, slopes, torch.cat(padding)
             advance(1)
 

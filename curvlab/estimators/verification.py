@@ -35,7 +35,7 @@ from curvlab.estimators.capture import (
     working_dtype,
 )
 from curvlab.estimators.layers import Layer, has_factors, make_layers
-from curvlab.estimators.rules import agree, has_rule, is_rounding, random_like, rule
+from curvlab.estimators.rules import agree, coarsest, has_rule, is_rounding, random_like, rule
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -402,7 +402,9 @@ def _attempt(
             size = (sum(call.inputs.nbytes for call in seen if call.inputs is not None) + slope.nbytes) // len(inputs)
             sizes[key] = max(size, sizes.get(key, 0))
             reasons.update(_differences(layer, seen, slope, masked, parameter_gradients, norms, graph, problem.dtype))
-            if len(seen) > 1 and not _keeps_order(slope, other, weights, problem.dtype):
+            if len(seen) > 1 and not _keeps_order(
+                slope, other, weights, coarsest(problem.dtype, *(call.dtype for call in seen))
+            ):
                 reason = f"belongs to {_label(layer)}, whose calls do not have the samples in the same order"
                 reasons.update(dict.fromkeys(layer.parameters, reason))
             silent -= {parameter for parameter in layer.parameters if norms[parameter]}
@@ -459,7 +461,7 @@ def _differences(
         return dict.fromkeys(layer.parameters, reason)
     norm = torch.stack([x.flatten(1).norm(dim=1) for x in inputs]).norm(dim=0) if _is_floating(inputs) else 1.0
     scale = float(((1 + norm) * slope.detach().flatten(1).norm(dim=1)).sum())
-    coarser = max(dtype, call_rule.dtype, key=lambda one: torch.finfo(one).eps)
+    coarser = coarsest(dtype, call_rule.dtype, *(call.dtype for call in calls if call.output is not None))
     reasons = {}
     for parameter in layer.parameters:
         # One use per call, and group, is allowed; none if the model's outputs do not depend on the output of the call.

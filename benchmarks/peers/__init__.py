@@ -1,0 +1,1 @@
+"""The test cases of other libraries, written anew, through curvlab and through plain autograd."""
