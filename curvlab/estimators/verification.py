@@ -264,7 +264,8 @@ def _verify(problem: Problem, space: ParameterSpace) -> Verification:
     others: dict[str, str] = {}
     for name, module in problem.model.named_modules():
         layers = [layer for layer in make_layers(space, name, module) if has_rule(layer.module)]
-        candidates |= {layer.key: layer for layer in layers}
+        # An attention comes before its output projection, which it does not call as a module.
+        candidates |= {layer.key: layer for layer in layers if layer.key not in candidates}
         reason = f"belongs to {type(module).__name__} ({name or 'the model'})"
         if has_rule(module):
             reason = f"is not the weight or bias of its {type(module).__name__} ({name or 'the model'})"
