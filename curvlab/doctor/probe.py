@@ -73,7 +73,7 @@ class Probe:
             if not self.rungs or rung.num_samples > self.rungs[-1].num_samples:
                 self.rungs.append(rung)
         _plain_pass(self.few, self.space)  # the first call includes one-time initialisation
-        self.plain = self._predict(self._measure(lambda part: lambda: _plain_pass(part, self.space)))
+        self.plain = self._predict(self._measure(lambda part: lambda: _plain_pass(part, self.space))[0])
 
     def _on(self, batches: Sequence[Pair]) -> Problem:
         return self.problem.with_data(batches)
@@ -148,41 +148,39 @@ class Probe:
         trial()  # raises an error if it is not supported; the first call also includes one-time initialisation
         if not measured or columns * (time.perf_counter() - started) > self.left:
             return {"backward_passes": backward_passes}
-        points = self._measure(work)
+        points, shares = self._measure(work)
         if len(points) < min(2, len(self.rungs)):
             return {"backward_passes": backward_passes}
         seconds, peak, own = self._predict(points), self._peak(work, points), self.batch_size
         return {
             "backward_passes": backward_passes,
             "seconds": seconds,
-            **self._phases(work, points[-1][0]),
+            **self._phases(*points[-1], shares),
             "passes": seconds / self.plain,
             "peak_bytes": peak,
             **{name: nan if isnan(peak) else count_fitting(own, peak, limit, own) for name, limit in MEMORY.items()},
         }
 
-    def _phases(self, work: Work, rung: Problem) -> dict[str, float]:
-        """Return the predicted seconds of the phases; empty for a product."""
-        run = work(rung)
-        started = time.perf_counter()
-        with record_phases() as seconds:
-            run()
-        taken = time.perf_counter() - started
-        self.left -= taken
-        if not seconds:
+    def _phases(self, rung: Problem, seconds: float, shares: Mapping[str, float]) -> dict[str, float]:
+        """Return the predicted seconds of the phases, from their shares on a rung; empty for a product."""
+        if not shares:
             return {}
         factor = self.problem.num_samples / rung.num_samples
-        phases = {name: value * (1 if name in ONCE else factor) for name, value in seconds.items()}
-        return phases | {"sums": factor * (taken - sum(seconds.values()))}
+        phases = {name: seconds * share * (1 if name in ONCE else factor) for name, share in shares.items()}
+        return phases | {"sums": seconds * factor * (1 - sum(shares.values()))}
 
     def _make_product(self, matrix: CurvatureMatrix) -> Callable[[], object]:
         vector = torch.ones(self.space.total, dtype=matrix.dtype, device=matrix.device)
         matrix.matvec(vector)  # the first product includes checks
         return lambda: matrix.matvec(vector)
 
-    def _measure(self, work: Work) -> list[tuple[Problem, float]]:
-        """Return the seconds on the affordable rungs: the first two, then the largest that is affordable."""
+    def _measure(self, work: Work) -> tuple[list[tuple[Problem, float]], dict[str, float]]:
+        """Return the seconds on the affordable rungs, and the shares of the phases on the last of them.
+
+        The rungs are the first two, then the largest that is affordable.
+        """
         points: list[tuple[Problem, float]] = []
+        shares: dict[str, float] = {}
 
         def affordable(rung: Problem) -> bool:
             if points and points[-1][1] * rung.num_samples / points[-1][0].num_samples > self.left:
@@ -194,10 +192,15 @@ class Probe:
         while reached := [rung for rung in left if affordable(rung)]:
             rung = reached[0] if len(points) < 2 else reached[-1]
             started = time.perf_counter()
-            points.append((rung, measure_seconds(work(rung))))
-            self.left -= time.perf_counter() - started
+            run = work(rung)
+            measuring = time.perf_counter()
+            with record_phases() as phases:
+                points.append((rung, measure_seconds(run)))
+            ended = time.perf_counter()
+            shares = {name: seconds / (ended - measuring) for name, seconds in phases.items()}
+            self.left -= ended - started
             left = [other for other in left if other.num_samples > rung.num_samples]
-        return points
+        return points, shares
 
     def _predict(self, points: Sequence[tuple[Problem, float]]) -> float:
         """Return the value for all samples."""
