@@ -319,5 +319,5 @@ def test_resnet20() -> None:
 def test_kronecker_structure_of_a_bare_layer_is_refused() -> None:
     whole = CASES["one layer"]()
     with pytest.raises(Exception, match=r"weight belongs to Linearized \(the model\)"):
-        estimate(whole.problem, "fisher", "kfac")
+        estimate(whole.problem, "fisher", "kfac:rest=none")
     assert is_kronecker("kfac")

@@ -229,7 +229,7 @@ CIRCLE.append(CIRCLE)
             "s.yaml: base: 'a': a configuration must consist of JSON",
         ),
         ({"function": "m:f", "points": [{"a": CIRCLE}]}, "s.yaml is not YAML: the anchor 'id001' contains itself"),
-        ({"function": f"{GRID}:plane"}, f"function {GRID}:plane: AttributeError: "),
+        ({"function": f"{GRID}:plane"}, f"function {GRID}:plane: "),
         ({"function": "no_such:f"}, "function no_such:f: cannot import 'no_such'"),
     ],
 )

@@ -35,6 +35,8 @@ from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
 from curvlab.quantities import Hessian, MaSQ, Quantity
 
+_KEPT_BYTES = 1e9  # usual limit of the graphs that a matrix keeps from product to product
+
 Leaves = Mapping[str, Tensor]
 #: Maps vectors ``(K, P)`` to their products ``(K, P)``, summed over the samples of a batch.
 Term = Callable[[Tensor], Tensor]
@@ -48,7 +50,7 @@ Pushing = Callable[[Problem, Leaves, Inputs, Tensor], tuple[Push, Sequence[Tenso
 
 def kept_bytes() -> float:
     """Return the limit in bytes of the graphs that a matrix keeps from product to product."""
-    return at_most(1e9, share=1 / 4)
+    return at_most(_KEPT_BYTES, share=1 / 4)
 
 
 def product(

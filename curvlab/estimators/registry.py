@@ -62,8 +62,8 @@ def estimate(
         quantity: One of ``curvlab.quantities`` or its string form, such as ``"fisher:samples=4"``.
         structure: ``dense``, ``block_diag`` (one block per parameter tensor), ``diag``, ``kfac``, ``ekfac``, ``tkfac``
             or ``implicit``, with options such as ``"kfac:sharing=reduce"`` (see ``curvlab.structures``). A Kronecker
-            structure has factors for Linear and convolution layers. The other parameters get their diagonal, in a
-            ``Composite``; the option ``rest=none`` refuses them.
+            structure has factors for Linear layers, convolutions, embeddings and the projections of attention. The
+            other parameters get their diagonal, in a ``Composite``; the option ``rest=none`` refuses them.
         backend: ``hooks`` (curvlab's own), ``backpack``, ``nngeometry``, ``curvlinops``, ``torch`` (the reference:
             per-sample automatic differentiation), or ``auto``: the fastest that is correct for this model.
         params: Selection of parameters: glob patterns of names, compiled regular expressions, or a function of name

@@ -252,9 +252,9 @@ only that quantity.
 {text["diag"]}
 ## {_TITLES["kfac"]}
 
-K-FAC is defined for Linear and convolution layers that share no weight. The table shows whether a
-network that contains the module gets K-FAC for such layers; the parameters without factors are left out
-(`params=`), while by default they get their diagonal.
+Linear layers, convolutions, embeddings and the projections of attention have Kronecker factors. The table
+shows whether a network that contains the module gets K-FAC for such layers; the parameters without factors are
+left out (`params=`), while by default they get their diagonal.
 
 {text["kfac"]}"""
 
