@@ -71,8 +71,15 @@ def kl_divergence(p: Distribution, q: Distribution, grid: Tensor) -> Tensor:
 
 
 def _integrate(p: Distribution, q: Distribution, grid: Tensor) -> Tensor:
-    log_p = p.log_prob(grid)
-    return torch.trapezoid(log_p.exp() * (log_p - q.log_prob(grid)), grid)
+    log_p, log_q = _log_density(p, grid), _log_density(q, grid)
+    return torch.trapezoid(log_p.exp() * (log_p - log_q), grid)
+
+
+def _log_density(one: Distribution, grid: Tensor) -> Tensor:
+    found: Tensor = one.log_prob(grid)
+    if bool(found.isneginf().any()):  # torch raises an error unless its validation is switched off for the process
+        raise ValueError("its density there is 0")
+    return found
 
 
 def _check_grid(p: Distribution, grid: Tensor) -> None:
@@ -88,7 +95,7 @@ def _check_grid(p: Distribution, grid: Tensor) -> None:
             f"and {float(steps.max()):.4g}; take a quadrature_grid"
         )
     try:
-        mass = torch.trapezoid(p.log_prob(grid).exp(), grid)
+        mass = torch.trapezoid(_log_density(p, grid).exp(), grid)
     except ValueError as error:  # the support of p
         raise _make_support_error("p", error) from error
     with suppress(RuntimeError):  # under torch.func.vmap the values are unknown

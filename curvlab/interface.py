@@ -34,12 +34,14 @@ class Interface:
         forward: The user's function of model and batch that returns the outputs; None for the default.
         targets: The user's function of the batch that returns the targets; None for the default.
         class_dim: Dimension of the outputs with the numbers of a term.
+        moves_targets: Whether the targets have the dimensions of the outputs, so that ``class_dim`` is theirs, too.
         shift: Number of terms by which the outputs precede their labels, for models that predict the next token.
     """
 
     forward: Forward | None = None
     targets: Targets | None = None
     class_dim: int = -1
+    moves_targets: bool = False
     shift: int = 0
 
     @property
@@ -70,6 +72,8 @@ class Interface:
         else:
             raise CurvlabError(f"{what} is not a pair (inputs, targets) but {describe(batch)}: {_WAY_OUT}")
         targets = _to_tensor(targets, f"the targets of {what}")
+        if self.moves_targets and targets.ndim > 2:
+            targets = targets.movedim(self.class_dim, -1)
         if self.shift and targets.ndim > 1:
             targets = targets[:, self.shift :]
         if isinstance(inputs, Batch):
@@ -156,14 +160,20 @@ def _call(model: nn.Module, value: Any) -> Any:
 
 
 def takes_labels(model: nn.Module) -> bool:
-    """Return whether the model's forward has an argument ``labels``, from which it computes a loss."""
-    return "labels" in inspect.signature(_innermost(model).forward).parameters
+    """Return whether the model's forward may take ``labels``, from which it computes a loss: also any keywords."""
+    parameters = inspect.signature(_innermost(model).forward).parameters
+    return "labels" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> float | None:
     """Return the loss that a model computes from the labels of a batch; None if it returns none."""
     inputs = make_batch(batch, "batch 0").map(lambda tensor: tensor.to(device)).value
-    found = _call(model, inputs)
+    try:
+        found = _call(model, inputs)
+    except Exception:
+        if "labels" in inspect.signature(_innermost(model).forward).parameters:
+            raise
+        return None  # a forward of any keywords, but not of these
     value = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
 

@@ -104,6 +104,7 @@ class Problem:
         # Whether the model's own loss may have another alignment of outputs and labels: see ``_intake``.
         self._unmatched = forward is None and targets is None and takes_labels(model)
         self._layout_open = class_dim is None and isinstance(loss, nn.CrossEntropyLoss) and not self._unmatched
+        self._targets_placed = False  # whether ``class_dim`` of the targets is known
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
@@ -144,10 +145,12 @@ class Problem:
 
     @property
     def _intake(self) -> RepeatableData:
-        if self._unmatched and not self.model.training:
+        if self._unmatched and not any(m.training and is_stochastic(m) for m in self.model.modules()):
             self._match_labels()
         if self._layout_open:
             self._choose_class_dim()
+        if self._interface.class_dim != -1 and not self._targets_placed:
+            self._place_targets()
         return self._source
 
     def _match_labels(self) -> None:
@@ -156,16 +159,17 @@ class Problem:
         Raises:
             UnsupportedError: The model's own loss has another value with and without a shift.
         """
-        self._unmatched = False
         batch = self._source.peek()
         if not isinstance(batch, Mapping) or "labels" not in batch:
+            self._unmatched = False
             return
-        if isinstance(self.loss.each, CrossEntropy) and self.loss.each.ignore_index is None:
-            self.loss.each = replace(self.loss.each, ignore_index=-100)  # as all of these models
         with preserve_random_state(self.model.modules()), torch.no_grad():
             own = own_loss(self.model, batch, self.device)
             if own is None:
+                self._unmatched = False
                 return
+            if isinstance(self.loss.each, CrossEntropy) and self.loss.each.ignore_index is None:
+                self.loss.each = replace(self.loss.each, ignore_index=-100)  # as all of these models
             values = {}
             for shift in (0, 1):
                 with suppress(Exception):  # the outputs and labels may not fit
@@ -175,6 +179,7 @@ class Problem:
             if abs(value - own) <= tolerance * abs(own) + 1e-7:
                 self._interface = replace(self._interface, shift=shift)
                 self._source = RepeatableData(self.data, self._interface)
+                self._unmatched = False
                 return
         tried = " and ".join(f"{value:.6g} {('without', 'with')[shift]} a shift" for shift, value in values.items())
         raise UnsupportedError(
@@ -210,6 +215,20 @@ class Problem:
                 f"nn.CrossEntropyLoss takes the classes in dimension 1 of the outputs, but outputs {outputs} of a "
                 f"sample with targets {terms} could also have them in the last: give class_dim=1 or class_dim=-1"
             )
+
+    def _place_targets(self) -> None:
+        """Find whether the targets have the dimensions of the outputs, and so their classes in ``class_dim``, too."""
+        self._targets_placed = True
+        batch = self._source.peek()
+        if batch is None:
+            return
+        plain = replace(self._interface, class_dim=-1)
+        with preserve_random_state(self.model.modules()), torch.no_grad(), suppress(Exception):  # ``check`` says why
+            inputs, targets = (part[:1] for part in plain.split(batch, "batch 0"))
+            found = call(self.model, self.parameters(), map_tensors(inputs, self._place), plain.outputs)
+            if targets.shape[1:] == found.shape[1:] and found.ndim > 2:
+                self._interface = replace(self._interface, moves_targets=True)
+                self._source = RepeatableData(self.data, self._interface)
 
     def _mean_over_terms(self, interface: Interface, batch: Any) -> float:
         inputs, targets = interface.split(batch, "batch 0")

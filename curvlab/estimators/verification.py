@@ -293,7 +293,9 @@ def _to_working_dtype(problem: Problem) -> Problem:
     leaves = {name: value.requires_grad_() for name, value in precise.parameters().items()}
     try:
         for inputs, _ in precise.probe():
-            precise.forward(leaves, inputs)
+            outputs = precise.forward(leaves, inputs)
+            if outputs.requires_grad:  # a checkpoint computes again in the backward pass
+                torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
     except Exception:  # from the user's code, for tensors of another dtype
         return problem
     precise.check_samples(leaves)  # in half precision this check shows little

@@ -64,13 +64,37 @@ class FromFunction(Likelihood):
         return found
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Require one finite loss per term.
+        """Require one finite loss per term, which torch differentiates and which depends on its own row only.
 
         Raises:
-            CurvlabError: The function returns something else, or a value that is not finite.
+            CurvlabError: The function returns something else, a value that is not finite, or, for a term, another value
+                among other terms than alone; it writes into its arguments; or torch sees no dependence on the outputs.
         """
-        if not bool(self.values(outputs, targets).isfinite().all()):
+        f = precise(outputs).detach()
+        with torch.enable_grad():
+            at = f.clone().requires_grad_()
+            passed = at.clone()
+            found = self.values(passed, targets)
+        if not torch.equal(passed.detach(), f):
+            raise CurvlabError("nll of FromFunction writes into its arguments: use operations that are not in place")
+        if not bool(found.isfinite().all()):
             raise CurvlabError("nll of FromFunction is not finite for some terms")
+        if not found.requires_grad:
+            raise CurvlabError(
+                "nll of FromFunction does not depend on the outputs by operations of torch: use no detach and no NumPy"
+            )
+        other = 1.01 * f + 0.01
+        together = self.values(torch.cat([f, other]), torch.cat([targets, targets]))
+        apart = torch.cat([self.values(part, targets) for part in (f, other)])
+        first = self.values(f[:1], targets[:1])
+        rounding = 1e3 * torch.finfo(found.dtype).eps
+        pairs = ((together, apart), (first, found.detach()[:1]))
+        if not all(torch.allclose(*pair, rtol=rounding, atol=rounding, equal_nan=True) for pair in pairs):
+            raise CurvlabError(
+                "nll of FromFunction gives a term another value among other terms than alone: a term must depend on "
+                "its own row of outputs (M, C) and targets (M, ...) only, not on others by broadcasting or a mean, and "
+                "not on random numbers"
+            )
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the gradients by torch."""

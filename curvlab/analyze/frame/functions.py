@@ -76,7 +76,7 @@ class OwnProblem:
         inputs, targets = self.template.probe()[0]
         try:
             with torch.no_grad():
-                outputs = self.template.forward({}, inputs)
+                outputs = self.template.forward({}, inputs[:1])
         except Exception:  # the check of the problem reports it better
             return
         try:
