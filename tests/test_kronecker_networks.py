@@ -643,8 +643,15 @@ def attention(kind: str, **options: object) -> Problem:
     return of(Attention(kind, **options), 7, 3, 4)
 
 
-@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"bias": False}, {"add_bias_kv": True}], ids=str)
-@pytest.mark.parametrize("kind", ["self", "cross", "different", "sizes", "twice"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, marks=[pytest.mark.slow] if options and kind != "self" else [])
+        for kind in ("self", "cross", "different", "sizes", "twice")
+        for options in ({}, {"batch_first": True}, {"bias": False}, {"add_bias_kv": True})
+    ],
+    ids=str,
+)
 def test_attention(kind: str, options: dict[str, bool]) -> None:
     problem = attention(kind, **options)
     extra = ["att.bias_k", "att.bias_v"] if "add_bias_kv" in options else []
