@@ -196,21 +196,14 @@ class Problem:
             UnsupportedError: The targets fit both.
         """
         self._layout_open = False
-        batch = self._source.peek()
-        if batch is None:
+        outputs, terms = self._first_shapes()
+        if len(outputs) < 2:
             return
-        with preserve_random_state(self.model.modules()), torch.no_grad(), suppress(Exception):  # ``check`` says why
-            inputs, targets = (part[:1] for part in self._interface.split(batch, "batch 0"))
-            found = call(self.model, self.parameters(), map_tensors(inputs, self._place), self._interface.outputs)
-            if found.ndim < 3:
-                return
-            outputs, terms = tuple(found.shape[1:]), tuple(targets.shape[1:])
-            second, last = terms in (outputs, outputs[1:]), terms in (outputs, outputs[:-1])
-            if second and last:
-                self._layout_open = True
-            elif second:
-                self._interface = replace(self._interface, class_dim=1)
-        if self._layout_open:
+        second, last = terms in (outputs, outputs[1:]), terms in (outputs, outputs[:-1])
+        if second and not last:
+            self._interface = replace(self._interface, class_dim=1)
+        if second and last:
+            self._layout_open = True
             raise UnsupportedError(
                 f"nn.CrossEntropyLoss takes the classes in dimension 1 of the outputs, but outputs {outputs} of a "
                 f"sample with targets {terms} could also have them in the last: give class_dim=1 or class_dim=-1"
@@ -219,16 +212,19 @@ class Problem:
     def _place_targets(self) -> None:
         """Find whether the targets have the dimensions of the outputs, and so their classes in ``class_dim``, too."""
         self._targets_placed = True
-        batch = self._source.peek()
-        if batch is None:
-            return
+        outputs, terms = self._first_shapes()
+        if len(outputs) > 1 and terms == outputs:
+            self._interface = replace(self._interface, moves_targets=True)
+            self._source = RepeatableData(self.data, self._interface)
+
+    def _first_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the model's own outputs and of the targets of the first sample; empty if it fails."""
         plain = replace(self._interface, class_dim=-1)
         with preserve_random_state(self.model.modules()), torch.no_grad(), suppress(Exception):  # ``check`` says why
-            inputs, targets = (part[:1] for part in plain.split(batch, "batch 0"))
+            inputs, targets = (part[:1] for part in plain.split(self._source.peek(), "batch 0"))
             found = call(self.model, self.parameters(), map_tensors(inputs, self._place), plain.outputs)
-            if targets.shape[1:] == found.shape[1:] and found.ndim > 2:
-                self._interface = replace(self._interface, moves_targets=True)
-                self._source = RepeatableData(self.data, self._interface)
+            return tuple(found.shape[1:]), tuple(targets.shape[1:])
+        return (), ()
 
     def _mean_over_terms(self, interface: Interface, batch: Any) -> float:
         inputs, targets = interface.split(batch, "batch 0")

@@ -166,7 +166,6 @@ def _estimate_within(
         entries = sum(tensor.numel() for tensor in matrix.tensors().values())
         return _sum_bytes(problem, entries) - stored
 
-    problem.check()
     with limited(limit):
         size = fit_batch_size(_name(quantity, structure), problem, limit, work)
         matrix = estimate(
