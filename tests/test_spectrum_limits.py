@@ -385,7 +385,11 @@ def test_converged_is_true(name: str, which: str) -> None:
                 result = top_eigenvalues(by(matrix), k, which, seed=seed)  # type: ignore[arg-type]
                 assert result.converged
                 assert not wrong(result, exact, which, 1e-3, floor)
-            if k < len(matrix) and not name.startswith(("rank one", "16 decades")):
+            # ARPACK's criterion is relative to the eigenvalue: where rounding is larger, the machine's BLAS decides
+            # whether it is ever met.
+            wanted = np.sort(-np.abs(exact) if which == "LM" else -exact if which == "LA" else exact)[:k]
+            reachable = 1e-3 * np.abs(wanted).min() > 100 * torch.finfo(dtype).eps * np.abs(exact).max()
+            if k < len(matrix) and reachable and not name.startswith(("rank one", "16 decades")):
                 assert not wrong(top_eigenvalues(by(matrix), k, which, method="eigsh"), exact, which, 1e-3, floor)  # type: ignore[arg-type]
 
 
