@@ -83,10 +83,12 @@ class Poisson(Likelihood):
         return torch.ones_like(precise(outputs))
 
     def outcomes(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all counts up to one whose probability is below 1e-20."""
+        """Return all counts whose probability is above 1e-22 for some entry."""
         rates = outputs.detach().double().exp()
         most = int(rates.max() + 12 * math.sqrt(float(rates.max())) + 40)
         counts = (
             torch.arange(most + 1, dtype=torch.float64, device=rates.device).view(-1, 1, 1).expand(-1, *rates.shape)
         )
-        return counts, (counts * rates.log() - rates - (counts + 1).lgamma()).exp()
+        probabilities = (counts * rates.log() - rates - (counts + 1).lgamma()).exp()
+        likely = (probabilities > 1e-22).flatten(1).any(dim=1)
+        return counts[likely], probabilities[likely]
