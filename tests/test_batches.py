@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ FORMS = {
 }
 
 
+@cache
 def reference() -> Tensor:
     problem = Problem(TwoInputs(), "cross_entropy", ((X, Z), Y), forward=lambda m, b: m(*b[0]))
     return estimate(problem, "fisher", "dense", backend="torch").to_dense()

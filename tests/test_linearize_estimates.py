@@ -106,14 +106,17 @@ def truth(name: str, quantity: Quantity, loss: str | None = None) -> Truth:
 @pytest.mark.parametrize(
     ("backend", "quantity", "name"),
     [
-        (*cell.values, name)
+        pytest.param(*cell.values, name, marks=[pytest.mark.slow] if (i + j) % 4 // 2 else [])
         for i, name in enumerate(CASES)
-        for cell in PAIRS
+        for j, cell in enumerate(PAIRS)
         if cell.values[1] != GGN() and (i + QUANTITIES.index(cell.values[1])) % 2  # the GGN is the Fisher
     ],
 )
 def test_right_or_refused(backend: str, quantity: Quantity, name: str) -> None:
-    """Every model with every backend and half of the quantities, every quantity with half of the models."""
+    """Every model with every backend and half of the quantities, every quantity with half of the models.
+
+    Half of these combinations are slow tests.
+    """
     expected = truth(name, quantity)
     several = name in ("rules", "convolutional", "tokens", "transformer encoder layer")
     done = check_structures(backend, quantity, expected, expected.problem, variants=several)
@@ -258,9 +261,9 @@ def test_per_layer() -> None:
         assert close(matrix.to_dense(), estimate(whole.problem, "fisher", "kfac", params=names).to_dense())
 
 
-@pytest.mark.parametrize("name", ["general", "head outside"])
-def test_doctor(name: str) -> None:
-    diagnosis = doctor(truth(name, Fisher()).problem, ["fisher", "hessian"])
+@pytest.mark.parametrize(("name", "quantity"), [("general", "fisher"), ("head outside", "hessian")])
+def test_doctor(name: str, quantity: str) -> None:
+    diagnosis = doctor(truth(name, Fisher()).problem, quantity)
     assert not diagnosis.findings
     table = diagnosis.combinations
     ours = table[table.backend.isin(["hooks", "torch"]) & (table.supported != "absent")]

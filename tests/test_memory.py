@@ -39,7 +39,7 @@ def test_what_is_no_size(given: object) -> None:
 def test_a_limit_does_not_change_the_result(quantity: str, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantity == "hessian" and structure in ("kfac", "ekfac", "tkfac"):
         pytest.skip("no backend has it")
-    here = problem()
+    here = problem(12)
     peaks = iter([1, 1e8, 1e12])  # one sample fits, more do not
 
     def measured(work: Callable[[], object], _: torch.device) -> float:
