@@ -166,7 +166,7 @@ def report(results: Results[FimDiagonalityConfig]) -> Report:
         one = replace(results, config=results.config.model_copy(update={"classes": classes}))
         found = where(results.records["table"], stream=stream)
         if found:  # empty if every run of the stream failed
-            named.append((stream, _report(one, found, where(kept, stream=stream), stream == "D5-5")))
+            named.append((stream, _report(one, found, where(kept, stream=stream), stream)))
     rows = [{"stream": stream, **row} for stream, part in named for row in part.summary.records]
     tables = [replace(t, title=f"{stream}: {t.title}") for stream, part in named for t in part.tables or ()]
     return Report(
@@ -186,24 +186,25 @@ def _title(results: Results[FimDiagonalityConfig]) -> str:
 
 
 def _report(
-    results: Results[FimDiagonalityConfig], found: Sequence[Record], heat_maps: Sequence[Any], published: bool = True
+    results: Results[FimDiagonalityConfig], found: Sequence[Record], heat_maps: Sequence[Any], stream: str = ""
 ) -> Report:
-    """Return the report for one set of classes, with the published numbers of Table 2 if ``published``."""
+    """Return the report for one set of classes, with the published numbers of Table 2, which are those of D5-5."""
     table = summarise(found)
     conditions = table2.conditions(results.config, results.subject, found)
     title = _title(results)
+    drawn = f"{stream}: {title}" if stream else title
     tables = [
         Table(f"{title}, {write_count(found[0]['samples'], 'sample')}; {results.spread}", _SUMS, table),
         Table("Means of the entries, and means with the paper's denominators", _MEANS, table),
     ]
     by_name = not names_function(results.config.model)  # the claims are about named tensors of an mlp
-    is_paper = table2.has_network(conditions) and published
+    is_paper = table2.has_network(conditions) and stream in ("", "D5-5")
     if is_paper:
         tables.append(Table(f"{table2.source()}, and our values", table2.COLUMNS, table2.add_published(table)))
 
     def dots() -> Figure:
         tensors = [row for row in table if "." in row["parameter"]] or table  # without per=tensor, what there is
-        return diagonality_dots(tensors, title, table2.published_rows() if is_paper else None)
+        return diagonality_dots(tensors, drawn, table2.published_rows() if is_paper else None)
 
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     notes = []
@@ -215,7 +216,7 @@ def _report(
         tables,
         table2.claims(found, conditions) if by_name else [],
         table2.identities(found, conditions) if by_name else [],
-        {"sums_and_means": dots} | ({"heat_map": partial(_draw_heat_map, heat_maps[0], title)} if heat_maps else {}),
+        {"sums_and_means": dots} | ({"heat_map": partial(_draw_heat_map, heat_maps[0], drawn)} if heat_maps else {}),
         deviations=table2.deviations(conditions) if is_paper else [],
         notes=notes,
     )
