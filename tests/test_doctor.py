@@ -145,8 +145,18 @@ def refusal(subject, quantity, structure, backend):
     return None
 
 
-@pytest.mark.parametrize("name", ["mlp", "convolutions, eval batch norm, in-place relu", "residual", "tied", "lstm"])
-@pytest.mark.parametrize("quantity", ["fisher:samples=2", "hessian"])
+@pytest.mark.parametrize(
+    ("name", "quantity"),
+    [
+        ("mlp", "fisher:samples=2"),
+        ("mlp", "hessian"),
+        ("convolutions, eval batch norm, in-place relu", "fisher:samples=2"),
+        ("residual", "hessian"),
+        ("tied", "fisher:samples=2"),
+        ("lstm", "fisher:samples=2"),
+        ("lstm", "hessian"),
+    ],
+)
 def test_obstacles_are_the_errors_of_estimate(name, quantity):
     subject = case(name).problem
     diagnosis = doctor(subject, quantity)
@@ -197,8 +207,8 @@ def test_an_exception_of_a_backend_is_reported(monkeypatch):
     )
 
 
-def test_several_quantities_and_the_text(monkeypatch):
-    monkeypatch.setattr(probe_module, "_PATIENCE", math.inf)  # a busy machine measures all, too
+@pytest.mark.usefixtures("measured", "two_backends")
+def test_several_quantities_and_the_text():
     diagnosis = doctor(mlp(), [curvlab.EmpiricalFisher(), "hessian"])
     assert list(dict.fromkeys(diagnosis.combinations.quantity)) == ["empirical_fisher", "hessian"]
     lines = str(diagnosis).splitlines()
@@ -421,8 +431,16 @@ def pooled() -> Problem:
     return problem(*pool, nn.Linear(2, 3))
 
 
-@pytest.mark.parametrize("name", ["batch norm", "input changed in place", "embedding", "pooled"])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("batch norm", False),
+        ("batch norm", True),
+        ("input changed in place", False),
+        ("embedding", True),
+        ("pooled", False),
+    ],
+)
 def test_nothing_is_changed(name, train):
     subject = pooled() if name == "pooled" else case(name).problem
     subject.model.train(train)

@@ -18,6 +18,8 @@ import curvlab
 from curvlab.analyze.__main__ import main
 from curvlab.analyze.dlcft import eigenvalues_training
 from curvlab.analyze.frame.functions import make_network, seeded
+from curvlab.doctor import probe
+from curvlab.estimators import BACKENDS
 from curvlab.grid.functions import names_function
 from curvlab.sweep.__main__ import main as sweep
 
@@ -238,7 +240,11 @@ def test_eigenvalues(call, monkeypatch):
     assert json.loads(Path("run/provenance.json").read_text())["subject"]["train"] == 19
 
 
-def test_doctor(call):
+def test_doctor(call, monkeypatch):
+    few = {name: BACKENDS[name] for name in ("hooks", "torch")}
+    for module in (sys.modules["curvlab.doctor"], probe):
+        monkeypatch.setattr(module, "BACKENDS", few)
+    monkeypatch.setattr(probe, "_PATIENCE", 0.0)
     code, out, _ = call("doctor --model mynet:make --data mynet:shuffled --quantities empirical_fisher --out run")
     assert code == 0
     assert out.startswith("Net of 39 parameters in float32, cross_entropy, 24 samples in batches of 7.")  # in eval mode

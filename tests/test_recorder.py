@@ -234,7 +234,7 @@ def test_densities_at_chosen_steps() -> None:
         assert record["seconds"] > 0
 
 
-OPTIONS = {"steps": 60, "batch_size": 16, "lr": 0.01, "checkpoint_every": 7}
+OPTIONS = {"steps": 30, "batch_size": 16, "lr": 0.01, "checkpoint_every": 7}
 
 
 def recorder_of_run(**changes: object) -> EigenvalueRecorder:
@@ -271,7 +271,7 @@ def test_weights_are_the_same_bits_without_it(whole: tuple[dict[str, Tensor], Ei
     assert all(torch.equal(tensor, whole[0][name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("stop_at", [3, 44])
+@pytest.mark.parametrize("stop_at", [3, 24])
 def test_killed_run_goes_on_to_the_same_records(
     tmp_path: Path, whole: tuple[dict[str, Tensor], EigenvalueRecorder], stop_at: int, starter: Starter
 ) -> None:
@@ -320,7 +320,7 @@ def test_ctrl_c_within_a_point_leaves_no_half_of_it(
     monkeypatch.setattr(module, "top_eigenvalues", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(network(), blobs(), checkpoint=file, observers=[recorder_of_run()], **OPTIONS)
-    assert "training stopped after step 15 of 60, saved in" in caught.value.__notes__[-1]
+    assert "training stopped after step 15 of 30, saved in" in caught.value.__notes__[-1]
     monkeypatch.undo()
     model, recorder = network(), recorder_of_run()
     assert fit(model, blobs(), checkpoint=file, observers=[recorder], **OPTIONS).resumed_at == 15

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class KeptResult:
     origin: Mapping[str, Any]
     file: Path
 
-    @property
+    @cached_property
     def report(self) -> Report:
         """The report, made from the records."""
         report: Report = load_analysis(self.name).report(self.results)
