@@ -292,7 +292,10 @@ def _estimate(
             rejected=(*rejected, *(f"{name} {reason}" for name, reason in computed.rejected.items())),
         )
         return matrix
-    failures = "; ".join(f"backend {name} cannot: {reason}" for name, reason in obstacles.items())
+    failures = "; ".join(
+        f"backend {' and '.join(name for name in obstacles if obstacles[name] == reason)} cannot: {reason}"
+        for reason in dict.fromkeys(obstacles.values())
+    )
     others = [b for b in find_backends(quantity, structure) if b.name not in obstacles]
     # The reference has checked every sample: if it finds no factors, no backend does.
     impossible = isinstance(structure, Kronecker) and torch_func.BACKEND.name in failed

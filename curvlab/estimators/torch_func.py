@@ -157,7 +157,7 @@ def _root_of_hessian(loss: Terms, outputs: Tensor, target: Tensor) -> Tensor:
     if bool(values.min() < -1e-9 * values.abs().max() - 1e-12):
         raise UnsupportedError(
             f"{loss} has no GGN as a sum of outer products: its Hessian with respect to the outputs has a negative "
-            "eigenvalue; use fisher, or hessian"
+            "eigenvalue; use ggn as implicit, fisher, or hessian"
         )
     factors: Tensor = (vectors * values.clamp(min=0).sqrt()).mT
     return factors

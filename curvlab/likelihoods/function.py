@@ -139,7 +139,7 @@ class FromFunction(Likelihood):
         if bool((values < -1e3 * torch.finfo(values.dtype).eps * largest).any()):
             raise UnsupportedError(
                 "the Hessian of FromFunction with respect to the outputs has a negative eigenvalue, so that the GGN is "
-                "not a sum of outer products; use 'hessian', or fisher:samples=k with draw_targets=..."
+                "not a sum of outer products; use ggn as implicit, hessian, or fisher:samples=k with draw_targets=..."
             )
         return ((vectors * values.clamp(min=0).sqrt().unsqueeze(1)).mT,)
 
