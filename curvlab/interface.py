@@ -165,9 +165,15 @@ def takes_labels(model: nn.Module) -> bool:
     return "labels" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def own_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> float | None:
-    """Return the loss that a model computes from the labels of a batch; None if it returns none."""
-    inputs = make_batch(batch, "batch 0").map(lambda tensor: tensor.to(device)).value
+def own_loss(model: nn.Module, batch: Mapping[str, Any], place: Callable[[Tensor], Tensor]) -> float | None:
+    """Return the loss that a model computes from the labels of a batch; None if it returns none.
+
+    Args:
+        model: The model.
+        batch: A batch with ``labels``.
+        place: Function that returns a tensor on the device of the model and in its dtype.
+    """
+    inputs = make_batch(batch, "batch 0").map(place).value
     try:
         found = _call(model, inputs)
     except Exception:
@@ -176,6 +182,11 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -
         return None  # a forward of any keywords, but not of these
     value = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def two_dimensional(outputs: Tensor) -> Tensor:
+    """Return outputs with a last dimension for the numbers of a term: ``(N,)`` is one number per sample."""
+    return outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -2,10 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -13,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlab.alignment import Alignment
 from curvlab.batches import Inputs, map_tensors, tensors_of
 from curvlab.errors import CurvlabError, UnsupportedError, type_and_line
 from curvlab.intake import BatchSource, RepeatableData, are_equal, is_finite, plain_entries
-from curvlab.interface import Forward, Interface, Pair, Targets, own_loss, takes_labels
-from curvlab.likelihoods import CrossEntropy, Likelihood, LossName, Terms, get_likelihood
+from curvlab.interface import Forward, Interface, Pair, Targets, takes_labels, two_dimensional
+from curvlab.likelihoods import Likelihood, LossName, Terms, get_likelihood
 from curvlab.likelihoods.terms import Unit
 from curvlab.likelihoods.torch_losses import default_unit
 from curvlab.parameters import ParameterSpace
@@ -101,10 +100,7 @@ class Problem:
         self._interface = _check_interface(forward, targets, class_dim)
         self._batch_size: int | None = None  # None for the batches of the data
         self._source = RepeatableData(data, self._interface)
-        # Whether the model's own loss may have another alignment of outputs and labels: see ``_intake``.
-        self._unmatched = forward is None and targets is None and takes_labels(model)
-        self._layout_open = class_dim is None and isinstance(loss, nn.CrossEntropyLoss) and not self._unmatched
-        self._targets_placed = False  # whether ``class_dim`` of the targets is known
+        self._alignment = _open_questions(model, loss, forward, targets, class_dim)  # None once it is known
         named = dict(model.named_parameters())
         kinds = {(named[name].dtype, named[name].device) for name in self.space.names}
         if len(kinds) > 1:
@@ -129,6 +125,7 @@ class Problem:
         Args:
             data: A pair of inputs and targets, or a list of pairs, as ``batches`` yields them.
         """
+        _ = self._intake  # what is found from a batch of the original data
         other = copy(self)
         vars(other).pop("num_samples", None)
         vars(other).pop("num_units", None)
@@ -145,93 +142,15 @@ class Problem:
 
     @property
     def _intake(self) -> RepeatableData:
-        if self._unmatched and not any(m.training and is_stochastic(m) for m in self.model.modules()):
-            self._match_labels()
-        if self._layout_open:
-            self._choose_class_dim()
-        if self._interface.class_dim != -1 and not self._targets_placed:
-            self._place_targets()
-        return self._source
-
-    def _match_labels(self) -> None:
-        """Align outputs and labels as the model's own loss does: a causal language model shifts them by one.
-
-        Raises:
-            UnsupportedError: The model's own loss has another value with and without a shift.
-        """
-        batch = self._source.peek()
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            self._unmatched = False
-            return
-        with preserve_random_state(self.model.modules()), torch.no_grad():
-            own = own_loss(self.model, batch, self.device)
-            if own is None:
-                self._unmatched = False
-                return
-            if isinstance(self.loss.each, CrossEntropy) and self.loss.each.ignore_index is None:
-                self.loss.each = replace(self.loss.each, ignore_index=-100)  # as all of these models
-            values = {}
-            for shift in (0, 1):
-                with suppress(Exception):  # the outputs and labels may not fit
-                    values[shift] = self._mean_over_terms(replace(self._interface, shift=shift), batch)
-        tolerance = 1e-5 if self.dtype.itemsize >= torch.float32.itemsize else 2e-2  # the model may round its loss
-        for shift, value in sorted(values.items(), key=lambda item: abs(item[1] - own)):
-            if abs(value - own) <= tolerance * abs(own) + 1e-7:
-                self._interface = replace(self._interface, shift=shift)
-                self._source = RepeatableData(self.data, self._interface)
-                self._unmatched = False
-                return
-        tried = " and ".join(f"{value:.6g} {('without', 'with')[shift]} a shift" for shift, value in values.items())
-        raise UnsupportedError(
-            f"the loss that {type(self.model).__name__} computes from its labels is {own:.6g} on the first batch, but "
-            f"{self.loss} gives {tried or 'an error'}: give the loss, forward=... and targets=... that you mean"
-        )
-
-    def _choose_class_dim(self) -> None:
-        """Find in which dimension of its outputs the model has the classes, for ``nn.CrossEntropyLoss``.
-
-        torch has them in the second one, most language models in the last one: the targets fit one of the two.
-
-        Raises:
-            UnsupportedError: The targets fit both.
-        """
-        self._layout_open = False
-        outputs, terms = self._first_shapes()
-        if len(outputs) < 2:
-            return
-        second, last = terms in (outputs, outputs[1:]), terms in (outputs, outputs[:-1])
-        if second and not last:
-            self._interface = replace(self._interface, class_dim=1)
-        if second and last:
-            self._layout_open = True
-            raise UnsupportedError(
-                f"nn.CrossEntropyLoss takes the classes in dimension 1 of the outputs, but outputs {outputs} of a "
-                f"sample with targets {terms} could also have them in the last: give class_dim=1 or class_dim=-1"
+        # In train mode, a loss may be random: ``check`` says so.
+        if self._alignment is not None and not any(m.training and is_stochastic(m) for m in self.model.modules()):
+            interface, self.loss.each = self._alignment.find(
+                self.model, self.loss.each, self._interface, self._source.peek(), self._place
             )
-
-    def _place_targets(self) -> None:
-        """Find whether the targets have the dimensions of the outputs, and so their classes in ``class_dim``, too."""
-        self._targets_placed = True
-        outputs, terms = self._first_shapes()
-        if len(outputs) > 1 and terms == outputs:
-            self._interface = replace(self._interface, moves_targets=True)
-            self._source = RepeatableData(self.data, self._interface)
-
-    def _first_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of the model's own outputs and of the targets of the first sample; empty if it fails."""
-        plain = replace(self._interface, class_dim=-1)
-        with preserve_random_state(self.model.modules()), torch.no_grad(), suppress(Exception):  # ``check`` says why
-            inputs, targets = (part[:1] for part in plain.split(self._source.peek(), "batch 0"))
-            found = call(self.model, self.parameters(), map_tensors(inputs, self._place), plain.outputs)
-            return tuple(found.shape[1:]), tuple(targets.shape[1:])
-        return (), ()
-
-    def _mean_over_terms(self, interface: Interface, batch: Any) -> float:
-        inputs, targets = interface.split(batch, "batch 0")
-        inputs, targets = map_tensors(inputs, self._place), self._place(targets)
-        terms = Terms(self.loss.each, "term")
-        outputs = terms.flatten(_two_dimensional(interface.outputs(self.model, inputs)))
-        return float(terms.values(outputs, targets).sum()) / terms.count(targets)
+            if interface != self._interface:
+                self._interface, self._source = interface, RepeatableData(self.data, interface)
+            self._alignment = None
+        return self._source
 
     @cached_property
     def num_samples(self) -> int:
@@ -352,7 +271,7 @@ class Problem:
             # With requires_grad, as in the model: a forward pass may branch on it.
             own = self.parameters()
             parameters = parameters | {name: own[name].requires_grad_() for name in missing}
-        outputs = _two_dimensional(call(self.model, parameters, inputs, self._interface.outputs))
+        outputs = two_dimensional(call(self.model, parameters, inputs, self._interface.outputs))
         if outputs.ndim < 2 or outputs.shape[0] != len(inputs):
             of = "one sample" if len(inputs) == 1 else f"{len(inputs)} samples"
             raise UnsupportedError(
@@ -545,9 +464,11 @@ def _check_interface(forward: Any, targets: Any, class_dim: Any) -> Interface:
     return Interface(forward, targets, -1 if class_dim is None else class_dim)
 
 
-def _two_dimensional(outputs: Tensor) -> Tensor:
-    """Return outputs with a last dimension for the numbers of a term: ``(N,)`` is one number per sample."""
-    return outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
+def _open_questions(model: nn.Module, loss: Any, forward: Any, targets: Any, class_dim: int | None) -> Alignment | None:
+    own_labels = forward is None and targets is None and takes_labels(model)
+    torch_layout = class_dim is None and isinstance(loss, nn.CrossEntropyLoss) and not own_labels
+    is_open = own_labels or torch_layout or class_dim not in (None, -1)
+    return Alignment(own_labels, torch_layout) if is_open else None
 
 
 def _import_what_warns() -> None:
