@@ -286,6 +286,15 @@ class Problem:
         given = (parameters[name].dtype for name in self.space.names if name in parameters)
         return self.loss.flatten(outputs.to(next(given, self.dtype)))
 
+    def eps(self) -> float:
+        """Return the largest rounding error of a result in the forward pass, as ``torch.finfo(dtype).eps``.
+
+        A model may compute a part in a lower precision than its parameters have, such as a norm in float32.
+        """
+        with watch_randomness(self.model) as watch, torch.no_grad():
+            self.forward({}, self.probe()[0][0][:1])
+        return max(watch.eps, torch.finfo(self.dtype).eps)
+
     def batches(self, batch_size: int | None = None) -> Iterator[Pair]:
         """Iterate the data once on the model's device, in the same order at every call.
 

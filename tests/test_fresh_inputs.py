@@ -143,3 +143,32 @@ def test_soft_targets_with_classes_in_the_second_dimension() -> None:
     x, y = torch.randn(3, 2, 4).double(), torch.rand(3, 5, 4).double().softmax(dim=1)
     problem = Problem(model, nn.CrossEntropyLoss(), (x, y), class_dim=1, unit="term")
     assert problem.loss_value() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
+class Norm(nn.Module):
+    """A network whose norms are in a dtype of their own, as those of most language models are in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dtype = dtype
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            given = x.to(self.dtype)
+            x = x + layer((given * given.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)).tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("structure", ["dense", "diag", "block_diag", "implicit"])
+def test_the_hessian_of_a_model_that_rounds_inside(structure: str) -> None:
+    x, y = torch.randn(5, 16).double(), torch.arange(5) % 3
+    found, exact = (
+        estimate(Problem(Norm(dtype), "cross_entropy", (x, y)), "hessian", structure)
+        for dtype in (torch.float32, torch.float64)
+    )
+    vectors = torch.randn(found.shape[0], 3).double()
+    assert torch.allclose(found @ vectors, exact @ vectors, rtol=1e-3, atol=1e-5)

@@ -186,7 +186,7 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
     bound = _tolerance(problem) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
     # A block can be zero, such as that of a bias before a normalisation; it then contains only rounding errors.
     loss = problem.loss.values(problem.forward({}, few[0]).detach(), few[1]).abs().sum()
-    bound = bound + 100 * torch.finfo(problem.dtype).eps * loss * vectors.norm(dim=1).prod()
+    bound = bound + 100 * problem.eps() * loss * vectors.norm(dim=1).prod()
     if not bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() <= bound):
         suspects = ", ".join(_find_weight_norms(problem.model))
         hint = f"; weight_norm's fused kernel, in {suspects}, is known to cause this" if suspects else ""
@@ -287,7 +287,7 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
             return "it is not finite at these parameters"
         bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
         # If the outputs do not depend on the parameters, only rounding errors remain.
-        bound = bound + 100 * torch.finfo(problem.dtype).eps * u.norm() * v.norm() * outputs.detach().norm()
+        bound = bound + 100 * problem.eps() * u.norm() * v.norm() * outputs.detach().norm()
         if not bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
             return "its forward and backward derivatives are not adjoint, so one is wrong"
     return None
@@ -362,4 +362,4 @@ def _random(problem: Problem, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def _tolerance(problem: Problem) -> float:
-    return 10 * sqrt(torch.finfo(problem.dtype).eps)
+    return 10 * sqrt(problem.eps())

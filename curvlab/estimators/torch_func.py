@@ -189,7 +189,7 @@ def _hessian(problem: Problem, space: ParameterSpace, batch_size: int | None, ad
                     total[i] += _gradient(gradient[i], parameters)
         n, loss = n + len(inputs), loss + float(value.detach().abs())
         advance(len(inputs))
-    eps = torch.finfo(problem.dtype).eps
+    eps = problem.eps()
     # A block can be zero, such as that of a bias before a normalisation; it then contains only rounding errors.
     bound = max(float(total.abs().max()) * eps**0.5, 100 * eps * loss)
     if bool((total - total.mT).abs().max() > bound):
