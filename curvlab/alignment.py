@@ -108,7 +108,7 @@ def _first_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of the model's own outputs and of the targets of the first sample; empty if it fails."""
     plain = replace(interface, class_dim=-1)
-    with preserve_random_state(model.modules()), torch.no_grad(), suppress(Exception):  # a check says why
+    with preserve_random_state(model.modules()), suppress(Exception):  # a check says why
         inputs, targets = (part[:1] for part in plain.split(batch, "batch 0"))
         found = call(model, dict(model.named_parameters()), map_tensors(inputs, place), plain.outputs)
         return tuple(found.shape[1:]), tuple(targets.shape[1:])

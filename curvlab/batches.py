@@ -24,11 +24,13 @@ class Batch:
         tensors: The tensors, in a fixed order.
         form: Function from such tensors to the form of the data.
         names: Where each tensor is in the data, for messages: ``['input_ids']``.
+        constants: What is passed on with every sample, by place: numbers, texts and None.
     """
 
     tensors: tuple[Tensor, ...]
     form: Callable[[Sequence[Tensor]], Any]
     names: tuple[str, ...]
+    constants: Mapping[str, Any]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -75,11 +77,13 @@ def make_batch(value: Any, what: str) -> Batch:
         what: What it is, for error messages: ``batch 3``.
 
     Raises:
-        CurvlabError: A leaf is of another type, there is no tensor, or the numbers of rows differ.
+        CurvlabError: A leaf is of another type, there is no tensor, the numbers of rows differ, or a list has a number
+            or a text for every sample.
     """
     tensors: list[Tensor] = []
     names: list[str] = []
-    form = _collect(value, "", what, tensors, names)
+    constants: dict[str, Any] = {}
+    form = _collect(value, "", what, tensors, names, constants)
     if not tensors:
         raise CurvlabError(f"{what} holds no tensor")
     for name, tensor in zip(names, tensors, strict=True):
@@ -90,13 +94,27 @@ def make_batch(value: Any, what: str) -> Batch:
                 f"{what} has {len(tensors[0])} rows in {names[0]} but {len(tensor)} in {name}: every tensor needs one "
                 "row per sample, in its first dimension"
             )
-    return Batch(tuple(tensors), lambda given: form(iter(given)), tuple(names))
+    if tensors[0].ndim and len(tensors[0]) > 1:
+        _check_lists(value, "", what, len(tensors[0]))
+    return Batch(tuple(tensors), lambda given: form(iter(given)), tuple(names), constants)
+
+
+def _check_lists(value: Any, where: str, what: str, rows: int) -> None:
+    """Raise an error for a list of as many constants as samples, which would be passed on whole with every sample."""
+    if isinstance(value, list) and len(value) == rows and all(isinstance(item, _CONSTANTS) for item in value):
+        raise CurvlabError(
+            f"{where or 'the value'} of {what} is a list of {rows} values, one per sample, which only a tensor can be: "
+            "make it a tensor (or a tuple, if every sample needs all of it)"
+        )
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        _check_lists(item, f"{where}[{key!r}]", what, rows)
 
 
 def _collect(
-    value: Any, where: str, what: str, tensors: list[Tensor], names: list[str]
+    value: Any, where: str, what: str, tensors: list[Tensor], names: list[str], constants: dict[str, Any]
 ) -> Callable[[Iterator[Tensor]], Any]:
-    """Add the tensors of a value to a list; return the function that makes the value from an iterator over them."""
+    """Collect the tensors and constants of a value; return the function that makes the value from its tensors."""
     if isinstance(value, np.ndarray):
         value = torch.as_tensor(value)
     if isinstance(value, Tensor):
@@ -104,10 +122,14 @@ def _collect(
         names.append(where)
         return next
     if isinstance(value, _CONSTANTS):
+        constants[where] = value
         return lambda _: value
 
     def parts(items: Mapping[Any, Any], label: str) -> dict[Any, Callable[[Iterator[Tensor]], Any]]:
-        return {key: _collect(item, where + label.format(key), what, tensors, names) for key, item in items.items()}
+        return {
+            key: _collect(item, where + label.format(key), what, tensors, names, constants)
+            for key, item in items.items()
+        }
 
     if isinstance(value, Mapping):
         own = parts(value, "[{!r}]")
@@ -146,8 +168,9 @@ def concatenate(parts: Sequence[Inputs]) -> Inputs:
 
 
 def kinds(inputs: Inputs) -> tuple[object, ...]:
-    """Return the shapes of a sample and the dtypes: samples of the same kind fit into one batch."""
-    return tuple((tensor.shape[1:], tensor.dtype) for tensor in tensors_of(inputs))
+    """Return the shapes of a sample, the dtypes and the constants: samples of the same kind fit into one batch."""
+    constants = () if isinstance(inputs, Tensor) else tuple(inputs.constants.items())
+    return (*((tensor.shape[1:], tensor.dtype) for tensor in tensors_of(inputs)), *constants)
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:

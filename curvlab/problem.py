@@ -291,7 +291,7 @@ class Problem:
 
         A model may compute a part in a lower precision than its parameters have, such as a norm in float32.
         """
-        with watch_randomness(self.model) as watch, torch.no_grad():
+        with watch_randomness(self.model) as watch:  # with gradients, which the forward pass may take
             self.forward({}, self.probe()[0][0][:1])
         return max(watch.eps, torch.finfo(self.dtype).eps)
 

@@ -254,3 +254,34 @@ def test_functions_that_are_no_models(arguments: Any, told: str) -> None:
         as_module(*arguments)
     with pytest.raises(CurvlabError, match=r"not function: for a function .* curvlab.as_module"):
         Problem(lambda p, x: x, "cross_entropy", (X, Y))  # type: ignore[arg-type]
+
+
+class Scaled(nn.Module):
+    """A network with one number for a whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.layer(x) * scale
+
+
+def test_batches_with_other_constants_are_not_joined() -> None:
+    x = numbers(N, 3)
+    parts = [({"x": x[:2], "scale": 1.0}, Y[:2]), ({"x": x[2:], "scale": 3.0}, Y[2:])]
+    model = Scaled()
+    scaled = torch.cat([x[:2], x[2:] * 3])
+    model.layer.bias.requires_grad_(False).zero_()
+    right = estimate(Problem(model, "cross_entropy", (scaled, Y)), "fisher", "dense").to_dense()
+    for size in (None, 1, 4, N):
+        found = estimate(Problem(model, "cross_entropy", parts), "fisher", "dense", batch_size=size)
+        assert torch.allclose(found.to_dense(), right, **EXACT)
+
+
+@pytest.mark.parametrize("values", [list(range(N)), ["text"] * N, [None] * N])
+def test_a_list_with_a_value_per_sample_is_refused(values: list[Any]) -> None:
+    told = rf"\['scale'\] of the data is a list of {N} values, one per sample.*make it a tensor"
+    with pytest.raises(CurvlabError, match=told):
+        estimate(Problem(Scaled(), "cross_entropy", ({"x": numbers(N, 3), "scale": values}, Y)), "fisher", "diag")
