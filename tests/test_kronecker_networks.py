@@ -935,13 +935,54 @@ def test_experts_that_see_all_samples_at_first(structure: str) -> None:
     x[..., 0] = 1
     x[5, 0, 0] = -1
     problem = Problem(model, "cross_entropy", list(zip(x.split(4), y.split(4), strict=True)))
-    if structure == "diag":
-        found = estimate(problem, "empirical_fisher", "diag")
-        assert close(found.diagonal(), diagonals(problem, list(problem.space.names)))
-        assert "experts.0.weight belongs to Linear experts.0, whose input does not" in " ".join(found.info.rejected)
-    else:
-        with pytest.raises(UnsupportedError, match=r"input does not have one row per sample.*params="):
-            estimate(problem, "empirical_fisher", structure)
+    found, right = (estimate(problem, "empirical_fisher", structure, backend=name) for name in ("auto", "torch"))
+    assert close(found.to_dense(), right.to_dense())
+    said = " ".join(found.info.rejected)
+    assert "experts.0.weight belongs to Linear experts.0, whose input does not have one row per sample: (3, 4)" in said
+
+
+class Routed(nn.Module):
+    """Two tokens per sample, which the sign of their first entry sends to one of two experts."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positive, self.negative, self.out = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.by = by
+        self.double()
+
+    def _rows(self, wanted: Tensor) -> Tensor:
+        if self.by == "mask":
+            return wanted
+        if self.by == "sort":
+            return wanted.int().argsort(descending=True, stable=True)[: int(wanted.sum())]
+        return wanted.int().topk(int(wanted.sum())).indices if self.by == "topk" else wanted.nonzero()[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 4)
+        mixed = tokens.new_zeros(len(tokens), 5)
+        for expert, wanted in ((self.positive, tokens[:, 0] > 0), (self.negative, tokens[:, 0] <= 0)):
+            rows = self._rows(wanted)
+            mixed[rows] = expert(tokens[rows])
+        return self.out(mixed.view(len(x), 2, 5).sum(dim=1).tanh())
+
+
+@pytest.mark.parametrize("by", ["mask", "sort", "topk", "nonzero"])
+@pytest.mark.parametrize("structure", ["diag", "kfac"])
+def test_experts_with_as_many_rows_as_samples(structure: str, by: str) -> None:
+    """Every batch has a row per sample for each expert; in the verification, they are of these samples."""
+    x, y = torch.randn(40, 2, 4, dtype=torch.float64), torch.arange(40) % 3
+    x[:, 0, 0], x[:, 1, 0] = 1, -1
+    x[[4, 9, 26], :, 0], x[[5, 8, 27], :, 0] = 1, -1  # two tokens of one sample, none of another
+    problem = Problem(Routed(by), "cross_entropy", list(zip(x.split(10), y.split(10), strict=True)))
+    for quantity in ("empirical_fisher", "fisher"):
+        for size in (None, 4, 20):
+            found = estimate(problem, quantity, structure, batch_size=size)
+            right = estimate(problem, quantity, "diag", backend="torch").diagonal()
+            if structure == "kfac":
+                assert found.parts[0].space.names == ("out.weight", "out.bias")
+            part = found if structure == "diag" else found.parts[1]
+            assert close(part.diagonal(), right[: part.space.total])
 
 
 # Padding -------------------------------------------------------------------------------------------------------------

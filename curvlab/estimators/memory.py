@@ -193,6 +193,12 @@ def _resident_peak() -> int:
 class _Allocations(TorchDispatchMode):
     """Mode that counts the bytes of live tensors, on any device, without tensors that existed before."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its whole compiler
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0

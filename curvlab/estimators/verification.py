@@ -6,11 +6,12 @@ weights, parametrizations, in-place operations and derivatives inside the forwar
 searched for: on a few samples from several places of the data, the gradients of the rules are compared with those of
 automatic differentiation, in one forward and one backward pass. Other samples may take another path through the model.
 So the graph of every later batch is checked: it must call the layers as often and use the parameters in the same way as
-the graph of these samples.
+the graph of these samples. A model that chooses rows by their values is verified on all data, because its graph does
+not show which sample a row belongs to.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -36,9 +37,10 @@ from curvlab.estimators.capture import (
 )
 from curvlab.estimators.layers import Layer, has_factors, make_layers
 from curvlab.estimators.rules import agree, coarsest, has_rule, is_rounding, random_like, rule
+from curvlab.estimators.selection import SelectionWatch
 from curvlab.estimators.snapshots import SnapshotProblem, forbid_gradients
 from curvlab.parameters import ParameterSpace
-from curvlab.problem import Problem
+from curvlab.problem import Pair, Problem
 from curvlab.structures import KFACStructure, Kronecker
 from curvlab.text import enumerate_names
 
@@ -315,7 +317,7 @@ def _describe_module(layer: Layer) -> str:
 
 
 def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Verification:
-    attempt = partial(_attempt, problem)
+    attempt = partial(_attempt, problem, batches=problem.probe())
     try:
         trial = attempt(candidates, cloned=())
     except CurvlabError:
@@ -342,7 +344,11 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
     for name, layer in left.items():
         if any(trial.reached[name]):  # if the outputs do not depend on it, zero is correct
             reasons.update(dict.fromkeys(silent & set(layer.parameters), f"belongs to {_label(layer)}, {_UNTRIED}"))
-    return Verification(_restrict(left, reasons), reasons, trial.cloned, trial.reached, trial.sizes)
+    left = _restrict(left, reasons)
+    if trial.selects and left:
+        reasons |= attempt(left, cloned=trial.cloned, batches=problem.batches(), ordered=True).reasons
+        left = _restrict(left, reasons)
+    return Verification(left, reasons, trial.cloned, trial.reached, trial.sizes)
 
 
 @dataclass(frozen=True)
@@ -352,24 +358,41 @@ class _Trial:
     reached: Mapping[str, Sequence[bool]]  # by call of a layer
     cloned: Collection[str]
     sizes: Mapping[str, int]  # of inputs and outputs of the layers, in bytes per sample
+    selects: bool  # whether the model chooses rows by their values
 
 
 def _attempt(
     problem: Problem,
     candidates: Mapping[str, Layer],
     cloned: Collection[str],
+    batches: Iterable[Pair],
     perturbation: float = 0.0,
     masked: int = 1,
+    ordered: bool = False,
 ) -> _Trial:
+    """Compare the gradients by the rules with those of automatic differentiation.
+
+    Args:
+        problem: Model, loss and data.
+        candidates: Layers with a rule, by key.
+        cloned: Keys of layers whose output is replaced by a copy.
+        batches: The samples.
+        perturbation: Size of the noise on weights and inputs, relative to their root mean square.
+        masked: First of the samples whose outputs get no gradient; of these, every second one.
+        ordered: Whether the order of the rows is compared, also of layers that are called once.
+    """
+    selects = False
     reasons: dict[str, str] = {}
     reached: dict[str, list[bool]] = {}
     sizes: dict[str, int] = {}
     silent = {parameter for layer in candidates.values() for parameter in layer.parameters}
-    for inputs, _ in problem.probe():
+    for inputs, _ in batches:
         leaves = {name: leaf.requires_grad_() for name, leaf in _perturb(make_leaves(problem), perturbation).items()}
         inputs = _perturb_inputs(inputs, perturbation)
         with forbid_gradients(problem.model), ignore_torch_warnings():
-            outputs, calls = forward(problem, candidates, inputs, leaves, cloned)
+            with SelectionWatch() as watch:
+                outputs, calls = forward(problem, candidates, inputs, leaves, cloned)
+            selects = selects or watch.selects
             graph = inspect_graph(outputs, leaves)
             for key, layer in candidates.items():
                 seen = calls[key]
@@ -381,7 +404,7 @@ def _attempt(
             layers = {key: la for key, la in candidates.items() if not reasons.keys() & set(la.parameters)}
             of_layers = [calls[key] for key in layers]
             every_call = [*chain(*of_layers)]
-            several = len(every_call) > len(layers)
+            several = ordered or len(every_call) > len(layers)
             # Random, because the gradients of the loss are zero at a perfect fit and would show nothing.
             covector = random_like(outputs, tuple(outputs.shape))
             covector[masked::2] = 0  # every second sample, to detect layers that mix samples
@@ -405,13 +428,14 @@ def _attempt(
             size = (sum(call.inputs.nbytes for call in seen if call.inputs is not None) + slope.nbytes) // len(inputs)
             sizes[key] = max(size, sizes.get(key, 0))
             reasons.update(_differences(layer, seen, slope, masked, parameter_gradients, norms, graph, problem.dtype))
-            if len(seen) > 1 and not _keeps_order(
+            if (ordered or len(seen) > 1) and not _keeps_order(
                 slope, other, weights, coarsest(problem.dtype, *(call.dtype for call in seen))
             ):
-                reason = f"belongs to {_label(layer)}, whose calls do not have the samples in the same order"
+                order = "whose calls do not have the samples in the same order"
+                reason = f"belongs to {_label(layer)}, {order if len(seen) > 1 else 'whose rows are not the samples'}"
                 reasons.update(dict.fromkeys(layer.parameters, reason))
             silent -= {parameter for parameter in layer.parameters if norms[parameter]}
-    return _Trial(reasons, silent, reached, frozenset(cloned), sizes)
+    return _Trial(reasons, silent, reached, frozenset(cloned), sizes, selects)
 
 
 def _keeps_order(slope: Tensor, weighted: Tensor, weights: Tensor, dtype: torch.dtype) -> bool:
