@@ -10,8 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+
+from curvlab.dispatch import DispatchMode
 
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator)
 _numpy_state = partial(np.random.get_state, legacy=False)
@@ -117,7 +118,7 @@ def watch_randomness(model: nn.Module) -> Iterator["RandomnessWatch"]:
                 put(state)
 
 
-class RandomnessWatch(TorchDispatchMode):
+class RandomnessWatch(DispatchMode):
     """A dispatch mode that records random draws and precision of torch operations.
 
     Attributes:
@@ -125,14 +126,8 @@ class RandomnessWatch(TorchDispatchMode):
         eps: The lowest precision of a floating-point result, as ``torch.finfo(dtype).eps``.
     """
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise torch imports its whole compiler
-
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.drawing: str | None = None
         self.eps = 0.0
         self._model = model

@@ -11,12 +11,12 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvlab.batches import tensors_of
 from curvlab.checks import describe_value
+from curvlab.dispatch import DispatchMode
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.interface import Pair
 from curvlab.problem import Problem
@@ -190,17 +190,11 @@ def _resident_peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(DispatchMode):
     """Mode that counts the bytes of live tensors, on any device, without tensors that existed before."""
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise torch imports its whole compiler
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.now, self.peak = 0, 0
         self.known = WeakIdKeyDictionary()
 

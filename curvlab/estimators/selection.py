@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvlab.dispatch import DispatchMode
 
 #: Operations whose result has other rows, or rows in another order, depending on values.
 _BY_VALUE = ("nonzero", "masked_select", "masked_scatter", "unique", "_unique", "sort", "argsort", "topk")
 _BY_INDEX = ("index", "index_select", "index_put", "index_add", "index_copy")
 
 
-class SelectionWatch(TorchDispatchMode):
+class SelectionWatch(DispatchMode):
     """A dispatch mode that records whether rows are chosen by values.
 
     Then a call with one row per sample may have, for other samples, as many rows but of other samples.
@@ -20,14 +21,8 @@ class SelectionWatch(TorchDispatchMode):
         selects: Whether an operation did so, until now.
     """
 
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise torch imports its whole compiler
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.selects = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
