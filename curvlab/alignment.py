@@ -77,6 +77,8 @@ def _match_labels(
             return interface, likelihood
         if isinstance(likelihood, CrossEntropy) and likelihood.ignore_index is None:
             likelihood = replace(likelihood, ignore_index=-100)  # as all of these models
+        # A model with a decoder, which takes the labels before, makes its inputs from them.
+        interface = replace(interface, decoder_inputs=getattr(model, "prepare_decoder_input_ids_from_labels", None))
         values = {}
         for shift in (0, 1):
             with suppress(Exception):  # the outputs and labels may not fit

@@ -36,6 +36,7 @@ class Interface:
         class_dim: Dimension of the outputs with the numbers of a term.
         moves_targets: Whether the targets have the dimensions of the outputs, so that ``class_dim`` is theirs, too.
         shift: Number of terms by which the outputs precede their labels, for models that predict the next token.
+        decoder_inputs: Function of the labels that returns the ``decoder_input_ids``, for models with a decoder.
     """
 
     forward: Forward | None = None
@@ -43,6 +44,7 @@ class Interface:
     class_dim: int = -1
     moves_targets: bool = False
     shift: int = 0
+    decoder_inputs: Callable[[Any], Any] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -65,10 +67,10 @@ class Interface:
             except Exception as error:
                 raise CurvlabError(f"targets(batch) raises an error on {what}: {type_and_line(error)}") from error
             own_inputs = self.forward is None and (is_pair(batch) or _has_labels(batch))
-            inputs = _without_targets(batch) if own_inputs else batch
+            inputs = self._without_targets(batch) if own_inputs else batch
         elif is_pair(batch) or _has_labels(batch):
             targets = batch["labels"] if _has_labels(batch) else batch[1]
-            inputs = batch if self.forward is not None else _without_targets(batch)
+            inputs = batch if self.forward is not None else self._without_targets(batch)
         else:
             raise CurvlabError(f"{what} is not a pair (inputs, targets) but {describe(batch)}: {_WAY_OUT}")
         targets = _to_tensor(targets, f"the targets of {what}")
@@ -81,6 +83,14 @@ class Interface:
         if isinstance(inputs, (Tensor, np.ndarray)):
             return _to_tensor(inputs, f"the inputs of {what}"), targets
         return make_batch(inputs, what), targets
+
+    def _without_targets(self, batch: Any) -> Any:
+        if not _has_labels(batch):
+            return batch[0]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.decoder_inputs is not None and "decoder_input_ids" not in batch:
+            inputs["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
+        return inputs
 
     def outputs(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Return the model's outputs, ``(N, *S, C)`` or ``(N,)``.
@@ -129,10 +139,6 @@ def _has_labels(batch: object) -> bool:
     return isinstance(batch, Mapping) and "labels" in batch
 
 
-def _without_targets(batch: Any) -> Any:
-    return {key: value for key, value in batch.items() if key != "labels"} if _has_labels(batch) else batch[0]
-
-
 def _to_tensor(value: Any, what: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
@@ -172,13 +178,18 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any], place: Callable[[Tensor
         model: The model.
         batch: A batch with ``labels``.
         place: Function that returns a tensor on the device of the model and in its dtype.
+
+    Raises:
+        UnsupportedError: The model takes ``labels``, and raises an error.
     """
     inputs = make_batch(batch, "batch 0").map(place).value
     try:
         found = _call(model, inputs)
-    except Exception:
+    except Exception as error:
         if "labels" in inspect.signature(_innermost(model).forward).parameters:
-            raise
+            raise UnsupportedError(
+                f"{type(model).__name__} raises an error on the first batch with its labels: {type_and_line(error)}"
+            ) from error
         return None  # a forward of any keywords, but not of these
     value = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else None

@@ -223,6 +223,40 @@ def test_models_of_hugging_face_need_no_function(kind: str) -> None:
         assert torch.allclose(found, right, rtol=1e-8, atol=1e-12)
 
 
+def t5() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    tokens = torch.randint(1, 11, (4, 6))
+    labels = torch.where(numbers(4, 5) > 1, -100, tokens[:, :5])
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    return transformers.T5ForConditionalGeneration(config).double().eval(), batch
+
+
+def test_inputs_of_a_decoder_are_made_from_the_labels() -> None:
+    model, batch = t5()
+    problem = Problem(model, "cross_entropy", batch, unit="term")
+    assert problem.loss_value() == pytest.approx(float(model(**batch).loss.detach()), rel=1e-6)
+    decoder: Any = model.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
+    given = Problem(model, "cross_entropy", batch | {"decoder_input_ids": decoder}, unit="term")
+    found, right = (
+        estimate(one, "empirical_fisher", "diag", params="decoder.*.q.weight").diagonal() for one in (problem, given)
+    )
+    assert found.any()
+    assert torch.equal(found, right)
+
+
+def test_an_error_of_a_models_own_loss_is_a_sentence() -> None:
+    model, batch = t5()
+    batch["labels"] = batch["labels"].mT.contiguous().mT  # T5 wants them in rows
+    with pytest.raises(
+        UnsupportedError, match="raises an error on the first batch with its labels"
+    ):
+        Problem(model, "cross_entropy", batch).loss_value()
+
+
 def test_a_model_whose_own_loss_is_another_is_refused() -> None:
     model, batch = hugging_face("bert")
     with torch.no_grad():
