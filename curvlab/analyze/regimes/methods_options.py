@@ -156,7 +156,7 @@ PRESETS = {
         ),
         minutes=2,
     ),
-    "cpu": Preset(_MNIST, minutes=27, needs=("mnist",)),
+    "cpu": Preset(_MNIST, minutes=45, needs=("mnist",)),
     "cpu-cifar100": Preset(_CIFAR, needs=("cifar100", "weights")),
     "paper": Preset(
         _MNIST.model_copy(
