@@ -63,7 +63,7 @@ PRESETS = {
             subsets=(100, 1000),
             second_lr=1e-4,
         ),
-        minutes=9,
+        minutes=13,
         needs=("mnist",),
     ),
     # Data, networks and training of Gepperth and Wiech (2019), who did not compare these variants.
