@@ -289,11 +289,12 @@ class Problem:
     def eps(self) -> float:
         """Return the largest rounding error of a result in the forward pass, as ``torch.finfo(dtype).eps``.
 
-        A model may compute a part in a lower precision than its parameters have, such as a norm in float32.
+        A model may compute a part in a lower precision than its parameters have, such as a norm in float32. Constants
+        in a lower precision do not count.
         """
         with watch_randomness(self.model) as watch:  # with gradients, which the forward pass may take
             self.forward({}, self.probe()[0][0][:1])
-        return max(watch.eps, torch.finfo(self.dtype).eps)
+        return max(watch.rounding, torch.finfo(self.dtype).eps)
 
     def batches(self, batch_size: int | None = None) -> Iterator[Pair]:
         """Iterate the data once on the model's device, in the same order at every call.

@@ -124,12 +124,13 @@ class RandomnessWatch(DispatchMode):
     Attributes:
         drawing: The first source of random numbers, as the beginning of a sentence; None without random draws.
         eps: The lowest precision of a floating-point result, as ``torch.finfo(dtype).eps``.
+        rounding: The lowest precision of a result that is coarser than one of its arguments; 0 without such a result.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.drawing: str | None = None
-        self.eps = 0.0
+        self.eps = self.rounding = 0.0
         self._model = model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,7 +148,11 @@ class RandomnessWatch(DispatchMode):
                 self.drawing = f"{self._calling()} draws random numbers ({name})"
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+            eps = torch.finfo(result.dtype).eps
+            self.eps = max(self.eps, eps)
+            finer = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if eps > self.rounding and any(torch.finfo(x.dtype).eps < eps for x in finer):
+                self.rounding = eps
         return result
 
     def _calling(self) -> str:
