@@ -251,9 +251,7 @@ def test_inputs_of_a_decoder_are_made_from_the_labels() -> None:
 def test_an_error_of_a_models_own_loss_is_a_sentence() -> None:
     model, batch = t5()
     batch["labels"] = batch["labels"].mT.contiguous().mT  # T5 wants them in rows
-    with pytest.raises(
-        UnsupportedError, match="raises an error on the first batch with its labels"
-    ):
+    with pytest.raises(UnsupportedError, match="raises an error on the first batch with its labels"):
         Problem(model, "cross_entropy", batch).loss_value()
 
 
