@@ -183,10 +183,11 @@ def _check_symmetry(problem: Problem, space: ParameterSpace, few: Pair) -> None:
         ) from error
     if not bool(products.isfinite().all()):
         raise UnsupportedError(f"the second derivative of {name} is not finite at these parameters")
-    bound = _tolerance(problem) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
+    eps = problem.eps()
+    bound = 10 * sqrt(eps) * vectors.norm(dim=1) @ products.norm(dim=1).flip(0)
     # A block can be zero, such as that of a bias before a normalisation; it then contains only rounding errors.
     loss = problem.loss.values(problem.forward({}, few[0]).detach(), few[1]).abs().sum()
-    bound = bound + 100 * problem.eps() * loss * vectors.norm(dim=1).prod()
+    bound = bound + 100 * eps * loss * vectors.norm(dim=1).prod()
     if not bool((vectors[0] @ products[1] - vectors[1] @ products[0]).abs() <= bound):
         suspects = ", ".join(_find_weight_norms(problem.model))
         hint = f"; weight_norm's fused kernel, in {suspects}, is known to cause this" if suspects else ""
@@ -264,7 +265,8 @@ def _select_pushforwards(problem: Problem, space: ParameterSpace) -> tuple[Pushi
         UnsupportedError: No method is correct.
     """
     methods: tuple[Pushing, ...] = (_double_backward, _forward_mode)
-    obstacles = {method: _pushing_obstacle(problem, space, method) for method in methods}
+    eps = problem.eps()
+    obstacles = {method: _pushing_obstacle(problem, space, method, eps) for method in methods}
     right = [method for method in methods if obstacles[method] is None]
     if not right:
         raise UnsupportedError(
@@ -273,7 +275,7 @@ def _select_pushforwards(problem: Problem, space: ParameterSpace) -> tuple[Pushi
     return right[0], right[-1]
 
 
-def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing) -> str | None:
+def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing, eps: float) -> str | None:
     for inputs, _ in problem.probe():
         leaves = _leaves(problem, space)
         outputs = problem.forward(leaves, inputs)
@@ -285,9 +287,9 @@ def _pushing_obstacle(problem: Problem, space: ParameterSpace, pushing: Pushing)
             return first_line(error)
         if not bool(pushed.isfinite().all() and pulled.isfinite().all()):
             return "it is not finite at these parameters"
-        bound = _tolerance(problem) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
+        bound = 10 * sqrt(eps) * (u.norm() * pushed.norm() + v.norm() * pulled.norm())
         # If the outputs do not depend on the parameters, only rounding errors remain.
-        bound = bound + 100 * problem.eps() * u.norm() * v.norm() * outputs.detach().norm()
+        bound = bound + 100 * eps * u.norm() * v.norm() * outputs.detach().norm()
         if not bool(((u * pushed).sum() - v @ pulled).abs() <= bound):
             return "its forward and backward derivatives are not adjoint, so one is wrong"
     return None
@@ -359,7 +361,3 @@ def _random(problem: Problem, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     # uniform numbers in float32 take a tenth of the time and half of the memory.
     noise = np.random.default_rng(seed).random(shape, dtype=np.float32) - np.float32(0.5)
     return torch.from_numpy(noise).to(problem.device, problem.dtype)
-
-
-def _tolerance(problem: Problem) -> float:
-    return 10 * sqrt(problem.eps())
