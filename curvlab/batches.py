@@ -24,7 +24,7 @@ class Batch:
         tensors: The tensors, in a fixed order.
         form: Function from such tensors to the form of the data.
         names: Where each tensor is in the data, for messages: ``['input_ids']``.
-        constants: What is passed on with every sample, by place: numbers, texts and None.
+        constants: What is passed on with every sample, by place: numbers, texts and None, and tuples for lists of them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -94,21 +94,14 @@ def make_batch(value: Any, what: str) -> Batch:
                 f"{what} has {len(tensors[0])} rows in {names[0]} but {len(tensor)} in {name}: every tensor needs one "
                 "row per sample, in its first dimension"
             )
-    if tensors[0].ndim and len(tensors[0]) > 1:
-        _check_lists(value, "", what, len(tensors[0]))
+    rows = len(tensors[0])
+    for name, constant in constants.items():
+        if isinstance(constant, tuple) and len(constant) == rows > 1:  # it would be passed on whole with every sample
+            raise CurvlabError(
+                f"{name or 'the value'} of {what} is a list of {rows} values, one per sample, which only a tensor can "
+                "be: make it a tensor (or a tuple, if every sample needs all of it)"
+            )
     return Batch(tuple(tensors), lambda given: form(iter(given)), tuple(names), constants)
-
-
-def _check_lists(value: Any, where: str, what: str, rows: int) -> None:
-    """Raise an error for a list of as many constants as samples, which would be passed on whole with every sample."""
-    if isinstance(value, list) and len(value) == rows and all(isinstance(item, _CONSTANTS) for item in value):
-        raise CurvlabError(
-            f"{where or 'the value'} of {what} is a list of {rows} values, one per sample, which only a tensor can be: "
-            "make it a tensor (or a tuple, if every sample needs all of it)"
-        )
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, item in items:
-        _check_lists(item, f"{where}[{key!r}]", what, rows)
 
 
 def _collect(
@@ -124,6 +117,9 @@ def _collect(
     if isinstance(value, _CONSTANTS):
         constants[where] = value
         return lambda _: value
+    if isinstance(value, list) and value and all(isinstance(item, _CONSTANTS) for item in value):
+        constants[where] = tuple(value)
+        return lambda _: copy(value)
 
     def parts(items: Mapping[Any, Any], label: str) -> dict[Any, Callable[[Iterator[Tensor]], Any]]:
         return {

@@ -317,3 +317,8 @@ def test_a_list_with_a_value_per_sample_is_refused(values: list[Any]) -> None:
     told = rf"\['scale'\] of the data is a list of {N} values, one per sample.*make it a tensor"
     with pytest.raises(CurvlabError, match=told):
         estimate(Problem(Scaled(), "cross_entropy", ({"x": numbers(N, 3), "scale": values}, Y)), "fisher", "diag")
+
+
+def test_a_list_with_a_value_per_sample_in_a_dataclass_is_refused() -> None:
+    with pytest.raises(CurvlabError, match=rf"\.z of batch 3 is a list of {N} values, one per sample"):
+        make_batch(Inputs(X, list(range(N))), "batch 3")  # type: ignore[arg-type]
