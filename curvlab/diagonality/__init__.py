@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,6 +28,9 @@ from curvlab.parameters import ParameterSpace, Selection
 from curvlab.problem import Problem
 from curvlab.progress import progress as progress_bar
 from curvlab.quantities import Hessian, MaSQ, Quantity, parse_quantity
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Level", "Submatrix", "diagonality", "records", "submatrix"]
 
@@ -51,7 +53,7 @@ def diagonality(
     tile_memory: float = 2e8,
     seed: int = 0,
     progress: bool = False,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Return statistics of the diagonal blocks of a curvature matrix, one row per parameter tensor.
 
     The matrix is not formed. The columns, for a block ``F`` of size ``P``, on the scale of the mean over samples:
@@ -108,6 +110,8 @@ def diagonality(
         seed=seed,
         progress=progress,
     )
+    import pandas as pd
+
     return pd.DataFrame(list(rows))
 
 

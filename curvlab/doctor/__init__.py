@@ -3,9 +3,8 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from curvlab.checks import describe_value
@@ -22,6 +21,9 @@ from curvlab.progress import progress
 from curvlab.quantities import Quantity, parse_quantity
 from curvlab.randomness import preserve_random_state
 from curvlab.structures import STRUCTURES, parse_structure
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Diagnosis", "doctor"]
 
@@ -47,7 +49,7 @@ class Diagnosis:
 
     summary: str
     findings: tuple[str, ...]
-    combinations: pd.DataFrame
+    combinations: "pd.DataFrame"
 
     def __str__(self) -> str:
         """Return the report as text."""
@@ -91,6 +93,8 @@ def doctor(
         >>> list(table[table.auto & (table.structure == "kfac")].supported)
         ['yes']
     """
+    import pandas as pd
+
     if not isinstance(problem, Problem):
         raise CurvlabError(
             f"doctor needs a problem, such as Problem(model, 'cross_entropy', data), not a {type(problem).__name__}"

@@ -404,16 +404,16 @@ def _attempt(
             layers = {key: la for key, la in candidates.items() if not reasons.keys() & set(la.parameters)}
             of_layers = [calls[key] for key in layers]
             every_call = [*chain(*of_layers)]
-            several = ordered or len(every_call) > len(layers)
+            compared = ordered or len(every_call) > len(layers)  # whether the order of rows is
             # Random, because the gradients of the loss are zero at a perfect fit and would show nothing.
             covector = random_like(outputs, tuple(outputs.shape))
             covector[masked::2] = 0  # every second sample, to detect layers that mix samples
             names = list(dict.fromkeys(parameter for layer in layers.values() for parameter in layer.parameters))
             wanted = names or list(leaves)  # without rules, this still checks that torch can differentiate the model
             tensors = [leaves[name] for name in wanted]
-            slopes, found = gradients(outputs, every_call, tensors, covector, keep=several)
+            slopes, found = gradients(outputs, every_call, tensors, covector, keep=compared)
             weights = random_like(outputs.detach(), (len(outputs), 1), seed=1)
-            weighted = gradients(outputs, every_call, (), weights * covector, keep=False)[0] if several else slopes
+            weighted = gradients(outputs, every_call, (), weights * covector, keep=False)[0] if compared else slopes
         parameter_gradients = dict(zip(wanted, found, strict=True))
         norms = {parameter: float(value.detach().norm()) for parameter, value in parameter_gradients.items()}
         for (key, layer), seen, slope, other in zip(

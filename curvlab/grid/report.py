@@ -5,9 +5,8 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
 
 from curvlab.errors import CurvlabError
@@ -15,6 +14,9 @@ from curvlab.files import write_whole
 from curvlab.grid.running import run_folder
 from curvlab.grid.store import Store
 from curvlab.text import format_number, quote_formula
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HOUR = 3600
 
@@ -81,7 +83,7 @@ def _print(console: Console, *lines: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_csv(frame: pd.DataFrame) -> str:
+def write_csv(frame: "pd.DataFrame") -> str:
     """Return a table as CSV: all digits, an empty field for None, and ``nan``, ``inf`` and ``-inf`` as in Python.
 
     Line breaks in a text are escaped, and a text that a spreadsheet would evaluate gets an apostrophe before it.
@@ -94,7 +96,7 @@ def write_csv(frame: pd.DataFrame) -> str:
     return text.getvalue()
 
 
-def write_parquet(frame: pd.DataFrame) -> bytes:
+def write_parquet(frame: "pd.DataFrame") -> bytes:
     """Return a table as Parquet, with None as null; a column of several types is written as strings.
 
     Raises:
@@ -117,7 +119,7 @@ def write_parquet(frame: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def save(frame: pd.DataFrame, file: Path) -> None:
+def save(frame: "pd.DataFrame", file: Path) -> None:
     """Write a table to a file in the format of its suffix, ``.csv`` or ``.parquet``.
 
     Raises:

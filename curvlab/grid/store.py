@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from curvlab.errors import CurvlabError
 from curvlab.files import make_writable_folder
@@ -20,6 +18,9 @@ from curvlab.grid.schema import make_tables
 from curvlab.grid.sqlite_errors import report_errors
 from curvlab.grid.store_file import check, connect_reader, exists, lock, resolve
 from curvlab.grid.tables import read_records, record_table, summary_table, varied_keys
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class StoreMismatchError(CurvlabError):
@@ -211,7 +212,7 @@ class Store:
                 found.setdefault(key, []).append(record)
         return found
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> "pd.DataFrame":
         """Return a table with one row per record.
 
         Its columns are the run, its axes (``config.NAME``), the record, and the cost and the error of the run. A run
@@ -219,7 +220,7 @@ class Store:
         """
         return record_table(self._rows)
 
-    def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> pd.DataFrame:
+    def summary(self, by: Sequence[str] = (), values: Sequence[str] | None = None) -> "pd.DataFrame":
         """Return means and standard deviations over the seeds, one row per configuration and group of records.
 
         Args:

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from curvlab.errors import CurvlabError
 from curvlab.grid.run_spec import canonical
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Executes an SQL query with its parameters and returns the rows.
 Query = Callable[..., list[Any]]
@@ -42,7 +43,7 @@ def read_records(query: Query) -> Iterator[tuple[tuple[str, str], dict[str, Any]
         yield last[:2], record
 
 
-def record_table(query: Query) -> pd.DataFrame:
+def record_table(query: Query) -> "pd.DataFrame":
     """Return the table of ``Store.table``."""
     axes = varied_keys(query)
     columns = (
@@ -76,7 +77,7 @@ def record_table(query: Query) -> pd.DataFrame:
     return _make_frame(rows, ordered)
 
 
-def summary_table(query: Query, by: Sequence[str], values: Sequence[str] | None) -> pd.DataFrame:
+def summary_table(query: Query, by: Sequence[str], values: Sequence[str] | None) -> "pd.DataFrame":
     """Return the table of ``Store.summary``.
 
     Args:
@@ -153,8 +154,10 @@ def summary_table(query: Query, by: Sequence[str], values: Sequence[str] | None)
     return _make_frame(lines, columns)
 
 
-def _make_frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+def _make_frame(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> "pd.DataFrame":
     # As objects: a column of integers with a gap keeps integers, and NaN differs from a missing value, which is None.
+    import pandas as pd
+
     return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=list(columns), dtype=object)
 
 

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlab.checks import describe_value, real_number, whole_number
@@ -21,6 +20,9 @@ from curvlab.matrices.entries import DTYPES, PRECISE, at_least_float32, move, re
 from curvlab.matrices.file_format import write_file
 from curvlab.matrices.info import Info
 from curvlab.parameters import ParameterSpace, Vectors
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 V = TypeVar("V", bound=Vectors)
 
@@ -334,7 +336,7 @@ class CurvatureMatrix(ABC):
             raise CurvlabError(f"the dtype of a matrix must be one of {', '.join(map(str, DTYPES))}, not {dtype!r}")
         return self._map(lambda t: move(t, device, dtype))
 
-    def to_scipy(self) -> LinearOperator:
+    def to_scipy(self) -> "LinearOperator":
         """Return a ``scipy.sparse.linalg.LinearOperator`` with the same products, in this matrix's dtype.
 
         Raises:
@@ -350,6 +352,8 @@ class CurvatureMatrix(ABC):
             return (self @ torch.tensor(vectors.copy(), dtype=self.dtype, device=self.device)).cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        from scipy.sparse.linalg import LinearOperator
+
         return LinearOperator(
             self.shape, matvec=lambda v: product(v.reshape(-1)), matmat=product, rmatvec=product, dtype=dtype
         )

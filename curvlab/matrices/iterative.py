@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, minres
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -84,6 +83,8 @@ def _minres(multiply: Multiply, b: Tensor, limit: Tensor, max_products: int) -> 
 
     def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         return multiply(torch.tensor(vector).to(b).reshape(-1, 1)).reshape(-1).double().cpu().numpy()
+
+    from scipy.sparse.linalg import LinearOperator, minres
 
     operator = LinearOperator((len(b), len(b)), matvec=product, dtype=np.float64)
     columns = []

@@ -28,8 +28,9 @@ def merge(
 
     These parameters minimise ``sum_i (theta - theta_i)' F_i (theta - theta_i)``, the sum of the quadratic penalties of
     EWC around the solutions (Matena and Raffel, 2022, Merging models with Fisher-weighted averaging; with diagonal
-    Fishers also the mode-IMM of Lee et al., 2017). Multiply a matrix by a number to give its model another weight:
-    ``merge([a, b], [F_a, 0.5 * F_b])``.
+    Fishers also the mode-IMM of Lee et al., 2017). The model with the larger Fisher dominates: a network that is less
+    sure of its data, or was trained less, counts more. Multiply a matrix by a number to give its model another weight:
+    ``merge([a, b], [F_a, 0.5 * F_b])``, or divide each by its trace for equal ones.
 
     With damping, the result is ``(sum_i F_i + D)^-1 (sum_i F_i theta_i + D mean)``, in which directions without
     curvature have the plain mean of the models. Without damping, this is so for parameters whose row of the sum is

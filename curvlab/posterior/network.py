@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from curvlab.batches import Inputs, make_batch
@@ -260,4 +259,6 @@ def _best_precision(curvature: CurvatureMatrix, square: float) -> float:
         return precision * square - float((values / (values + precision)).sum())
 
     low, high = min(largest, 0.25 / square), len(values) / square  # the slope is below 0, and not below 0
+    from scipy.optimize import brentq
+
     return math.exp(brentq(slope, math.log(low), math.log(high), xtol=1e-12))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
@@ -109,6 +108,8 @@ def to_csv(records: Sequence[Record]) -> str:
     """Return all keys of the records as CSV, with all digits; line breaks in texts are escaped."""
     # With dtype object, a column of integers with missing values keeps its integers.
     shown = [{quote_formula(key): quote_formula(value) for key, value in record.items()} for record in records]
+    import pandas as pd
+
     return pd.DataFrame(shown, dtype=object).to_csv(index=False)
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from curvlab.errors import CurvlabError, first_line
 from curvlab.spectrum.operator import Products
@@ -16,6 +15,8 @@ def arpack_eigenpairs(
     Raises:
         CurvlabError: ARPACK needs more products than allowed, does not converge, or ``k`` is the dimension.
     """
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
     if k >= products.size:
         raise CurvlabError(f"eigsh cannot compute all eigenvalues ({k} of {products.size}): use method='lanczos'")
 

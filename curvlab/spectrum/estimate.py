@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -49,6 +48,8 @@ class Estimate:
 
 def student_factor(samples: int) -> float:
     """Return the half-width of a 95 % interval in units of the standard error, for this number of samples."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(max(samples - 1, 1), (1 + CONFIDENCE) / 2))
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from statistics import median
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.functions import OwnProblem
@@ -24,12 +24,14 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, type_and_line
 from curvlab.estimators import BACKENDS, estimate
 from curvlab.matrices import CurvatureMatrix
-from curvlab.plots import difference_maps
 from curvlab.problem import Problem
 from curvlab.quantities import parse_quantity
 from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.structures import parse_structure
 from curvlab.text import write_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REFERENCE = "torch"
 
@@ -285,7 +287,7 @@ def report(results: Results[AgreementConfig]) -> Report:
     )
 
 
-def _draw(results: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> Figure:
+def _draw(results: Results[AgreementConfig], differences: Sequence[Mapping[str, Any]], quantity: str) -> "Figure":
     names = list(results.config.backends)
     panels: dict[str, np.ndarray] = {}
     for record in differences:
@@ -296,7 +298,7 @@ def _draw(results: Results[AgreementConfig], differences: Sequence[Mapping[str, 
             panel[names.index(record["second"]), names.index(record["first"])] = record["difference"]
     name = subject.describe(results.config, results.subject, quantity)
     title = f"{name}, {results.config.dtype}: differences between backends"
-    return difference_maps(panels, names, title)
+    return plots.difference_maps(panels, names, title)
 
 
 ANALYSIS = Analysis(

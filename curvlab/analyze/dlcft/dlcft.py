@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from curvlab import plots
 from curvlab.analyze.dlcft.claims import RISING, list_claims, list_rises
 from curvlab.analyze.dlcft.conditions import has_scale, list_deviations, published_tables
 from curvlab.analyze.dlcft.methods import METHODS, SETTINGS, adapt, count_tasks, list_steps, split
@@ -25,7 +26,6 @@ from curvlab.continual.checks import check_loss
 from curvlab.continual.outputs import Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
-from curvlab.plots import accuracy_points, setting_curves
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.training import Training
 
@@ -315,10 +315,12 @@ def report(results: Results[DlcftConfig]) -> Report:
         if (rows := where(table, setting=setting))
     ]
     tables += make_table5(table, config, results.subject, title, results.spread)
-    figures = {"accuracies": partial(accuracy_points, table, [method.label for method in METHODS.values()], title)}
+    figures = {
+        "accuracies": partial(plots.accuracy_points, table, [method.label for method in METHODS.values()], title)
+    }
     if any(record["after"] > 1 for record in curves):
         figures["accuracy_curves"] = partial(
-            setting_curves,
+            plots.setting_curves,
             curves,
             {name: method.label for name, method in METHODS.items()},
             {name: label for name, (label, _) in SETTINGS.items()},

@@ -5,11 +5,11 @@ Learning": poster, panels (a) and (b), and supplement, Fig. 7.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 
+from curvlab import plots
 from curvlab.analyze.dlcft import eigenvalues_claims as published
 from curvlab.analyze.dlcft.eigenvalues_options import PRESETS, EigenvaluesConfig
 from curvlab.analyze.dlcft.eigenvalues_training import (
@@ -24,10 +24,12 @@ from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.plots import density_curves, eigenvalue_curves, layer_curves, normalised_curves
 from curvlab.problem import Problem
 from curvlab.results import format_number
 from curvlab.text import write_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The runs -------------------------------------------------------------------------------------------------------------
 
@@ -125,15 +127,15 @@ def _figures(results: Results[EigenvaluesConfig], title: str) -> dict[str, Any]:
         if record["seed"] == results.config.seeds[0]
     ]
 
-    def draw_densities() -> Figure:
-        return density_curves(smooth(densities), f"{title}, seed {results.config.seeds[0]}")
+    def draw_densities() -> "Figure":
+        return plots.density_curves(smooth(densities), f"{title}, seed {results.config.seeds[0]}")
 
     figures: dict[str, Any] = {}
     if network:
-        figures["eigenvalues"] = lambda: eigenvalue_curves(network, title)
-        figures["normalised"] = lambda: normalised_curves(network, title)
+        figures["eigenvalues"] = lambda: plots.eigenvalue_curves(network, title)
+        figures["normalised"] = lambda: plots.normalised_curves(network, title)
     if layers:
-        figures["layers"] = lambda: layer_curves(layers, title)
+        figures["layers"] = lambda: plots.layer_curves(layers, title)
     if densities:
         figures["densities"] = draw_densities
     return figures

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
+from curvlab import plots
 from curvlab.analyze.dlcft import softmax_hessian_claims as appendix_a
 from curvlab.analyze.dlcft.softmax_hessian_options import PRESETS, SoftmaxHessianConfig
 from curvlab.analyze.frame import subject
@@ -18,7 +19,6 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.likelihoods import CrossEntropy
-from curvlab.plots import vanishing_curvature
 from curvlab.problem import Problem
 from curvlab.results import Column, aggregate, format_number, mean_column
 from curvlab.spectrum import top_eigenvalues
@@ -274,7 +274,7 @@ def report(results: Results[SoftmaxHessianConfig]) -> Report:
         tables,
         appendix_a.claims(network, conditions),
         appendix_a.identities(logits),
-        {"vanishing_curvature": lambda: vanishing_curvature(by_probability, by_step, name)},
+        {"vanishing_curvature": lambda: plots.vanishing_curvature(by_probability, by_step, name)},
         deviations=appendix_a.deviations(conditions),
         notes=[
             "Relative differences are from equations (20) and (21), maxima over the draws. Automatic differentiation "

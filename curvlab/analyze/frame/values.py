@@ -6,7 +6,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from curvlab.commandline.config import C
 
@@ -61,4 +60,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """
     if len(x) < 3 or min(x) == max(x) or min(y) == max(y):
         return None
+    from scipy.stats import rankdata
+
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

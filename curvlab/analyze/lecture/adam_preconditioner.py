@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.conditions import lowest_accuracy
@@ -19,7 +20,6 @@ from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
-from curvlab.plots import moment_curves, moment_scatter
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 from curvlab.text import write_count
 from curvlab.training import Training, evaluate, fit
@@ -209,8 +209,8 @@ def report(run: Results[AdamPreconditionerConfig]) -> Report:
                 gate,
             ),
         ],
-        figures={"over_training": lambda: moment_curves(records, LABELS)}
-        | ({"entries": lambda: moment_scatter(entries[0], LABELS)} if entries else {}),
+        figures={"over_training": lambda: plots.moment_curves(records, LABELS)}
+        | ({"entries": lambda: plots.moment_scatter(entries[0], LABELS)} if entries else {}),
     )
 
 

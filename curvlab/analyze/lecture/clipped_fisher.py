@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
@@ -17,7 +18,6 @@ from curvlab.continual import Learner, run, split_classes
 from curvlab.continual.strategies import EWC
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
-from curvlab.plots import log_bins, log_histogram_grid
 from curvlab.results import Claim, Column, aggregate, mean_column, require, require_direction
 
 _LONG = 10.0  # 99th percentile over the median from which on a tail is long
@@ -94,7 +94,7 @@ def measure(config: ClippedFisherConfig, dataset: Dataset, workspace: Workspace)
             "spike": float((average >= config.clip).sum() / below.sum()) if below.any() else None,
         }
         for kind, values in (("F", entries), ("average, clipped", clipped[clipped > 0])):
-            for one in log_bins(values, per_decade=_PER_DECADE):
+            for one in plots.log_bins(values, per_decade=_PER_DECADE):
                 yield {"seed": seed, "row": kind, "column": f"after B{batch}", **one}
 
 
@@ -164,7 +164,7 @@ def report(results: Results[ClippedFisherConfig]) -> Report:
         ),
         claims=claims(found, config, results.subject.data),
         figures={
-            "histograms": lambda: log_histogram_grid(
+            "histograms": lambda: plots.log_histogram_grid(
                 results.records["histogram"],
                 f"Diagonal of the {title}",
                 "nonzero entry (nats)",

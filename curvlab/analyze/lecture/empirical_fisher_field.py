@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from curvlab import plots
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import no_data
@@ -15,7 +16,6 @@ from curvlab.analyze.frame.values import where
 from curvlab.commandline.config import Config
 from curvlab.least_squares import Field as VectorField
 from curvlab.least_squares import LeastSquares, angles, descend
-from curvlab.plots import preconditioned_fields
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require
 
 STARTS = ((2.0, 4.5), (1.0, 0.0), (4.5, 3.0), (-0.5, 3.0))
@@ -147,7 +147,7 @@ def report(run: Results[EmpiricalFisherFieldConfig]) -> Report:
                 values("ngd", "largest_angle"),
             ),
         ],
-        figures={"fields": lambda: preconditioned_fields(drawings[0], FIELDS)} if drawings else {},
+        figures={"fields": lambda: plots.preconditioned_fields(drawings[0], FIELDS)} if drawings else {},
         notes=[
             f"Seed {row['seed']}: after the last step, a trajectory of the field {FIELDS[row['field']]} is still "
             f"{row['end_distance']:.3g} from the solution."

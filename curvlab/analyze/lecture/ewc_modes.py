@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Choice, Group, Search
@@ -27,7 +28,6 @@ from curvlab.continual import run as learn
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
-from curvlab.plots import line_panels
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.text import did_you_mean
 
@@ -235,7 +235,7 @@ def report(run: Results[EwcModesConfig]) -> Report:
         tables,
         ewc_modes_claims.claims(everything, found, memory, config, run.subject),
         figures={
-            "accuracy_over_tasks": lambda: line_panels(
+            "accuracy_over_tasks": lambda: plots.line_panels(
                 _means_so_far(accuracies),
                 "after",
                 "accuracy",
@@ -246,7 +246,7 @@ def report(run: Results[EwcModesConfig]) -> Report:
                 title=what,
                 height=2.7,
             ),
-            "sensitivity": lambda: line_panels(
+            "sensitivity": lambda: plots.line_panels(
                 [record for record in everything if record["method"] in _PENALTIES],
                 "strength",
                 "acc",
@@ -259,7 +259,7 @@ def report(run: Results[EwcModesConfig]) -> Report:
                 log="x",
                 height=2.7,
             ),
-            "memory": lambda: line_panels(
+            "memory": lambda: plots.line_panels(
                 _memory_lines(memory, found),
                 "after",
                 "vectors",

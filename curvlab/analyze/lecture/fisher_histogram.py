@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.conditions import lowest_accuracy, training_conditions
@@ -12,7 +13,6 @@ from curvlab.analyze.frame.published import read_published
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.plots import log_bins, log_histogram
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 
 
@@ -66,7 +66,7 @@ def measure(config: FisherHistogramConfig, dataset: Dataset, workspace: Workspac
         "p99_over_median": float(p99 / median),
         "test_accuracy": accuracy,
     }
-    yield from ({"seed": seed, **one} for one in log_bins(entries.numpy()))
+    yield from ({"seed": seed, **one} for one in plots.log_bins(entries.numpy()))
 
 
 def report(results: Results[FisherHistogramConfig]) -> Report:
@@ -90,7 +90,7 @@ def report(results: Results[FisherHistogramConfig]) -> Report:
             claim("Most have a low one: the mean is at least 10 times the median", "mean_over_median", 10),
             claim("The distribution is skewed: its 99th percentile is 10 medians or more", "p99_over_median", 10),
         ],
-        figures={"histogram": lambda: log_histogram(results.records["histogram"], f"Diagonal of the {title}")},
+        figures={"histogram": lambda: plots.log_histogram(results.records["histogram"], f"Diagonal of the {title}")},
     )
 
 

@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Distribution, MixtureSameFamily, No
 from torch.distributions import kl_divergence as closed_form
 from torch.nn.functional import kl_div
 
+from curvlab import plots
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import no_data
@@ -19,7 +20,6 @@ from curvlab.divergences import Direction, fit_normal, kl_divergence, quadrature
 from curvlab.estimators import estimate
 from curvlab.models import mlp
 from curvlab.parameters import ParameterSpace
-from curvlab.plots import density_pairs, divergence_fits
 from curvlab.problem import Problem
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require
 
@@ -213,8 +213,8 @@ def report(run: Results[KlGaussiansConfig]) -> Report:
             for name, text in _DIFFERENCES.items()
         ],
         figures={
-            "panels": lambda: density_pairs(first),
-            "fits": lambda: divergence_fits(fits, run.config.separation),
+            "panels": lambda: plots.density_pairs(first),
+            "fits": lambda: plots.divergence_fits(fits, run.config.separation),
         },
         notes=_notes(fits),
     )

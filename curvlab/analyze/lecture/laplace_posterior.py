@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.values import number, where
@@ -17,7 +18,6 @@ from curvlab.commandline.options import RunOptions
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
-from curvlab.plots import line_panels, posterior_contours
 from curvlab.posterior import (
     Gaussian,
     effective_sample_size,
@@ -227,7 +227,7 @@ def report(run: Results[LaplacePosteriorConfig]) -> Report:
     rows = [{**row, "label": LABELS[row["structure"]], "model": _MODELS[row["model"]]} for row in rows]
     what = f"{run.subject.data}, classes {' and '.join(map(str, config.classes))}"
     figures = {
-        "probabilities": lambda: line_panels(
+        "probabilities": lambda: plots.line_panels(
             _with_noise(found, diagnostics),
             "chunk",
             "predictive_error",
@@ -241,7 +241,7 @@ def report(run: Results[LaplacePosteriorConfig]) -> Report:
         )
     }
     if where(found, model="logistic"):
-        figures["divergence"] = lambda: line_panels(
+        figures["divergence"] = lambda: plots.line_panels(
             where(found, model="logistic"),
             "chunk",
             "kl",
@@ -255,7 +255,7 @@ def report(run: Results[LaplacePosteriorConfig]) -> Report:
     if run.artifacts.get("contours"):
         panels = run.artifacts["contours"][0]["panels"]
         shown = [panels[0], panels[len(panels) // 2], panels[-1]] if len(panels) > 2 else panels
-        figures["contours"] = lambda: posterior_contours(
+        figures["contours"] = lambda: plots.posterior_contours(
             shown,
             LABELS,
             f"Posterior of {_MODELS['logistic']}: {what}",

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
@@ -22,10 +23,12 @@ from curvlab.analyze.lecture.natural_gradient_options import (
 )
 from curvlab.least_squares import Field as VectorField
 from curvlab.least_squares import LeastSquares, descend
-from curvlab.plots import descent_panels, loss_curves
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require, require_direction
 from curvlab.text import write_count
 from curvlab.training import Training, evaluate, fit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _START = (0.0, 5.0)  # weight and bias; the error is mainly in the slow direction
 _SGD_BATCH = 50
@@ -159,9 +162,9 @@ def report(run: Results[NaturalGradientConfig]) -> Report:
     if problems := run.records["regressions"]:
         first = problems[0]
         points = where(run.records["points"], seed=first["seed"])
-        figures["regression"] = lambda: descent_panels(points, first, LABELS)
+        figures["regression"] = lambda: plots.descent_panels(points, first, LABELS)
     if curves := run.records["curves"]:
-        figures["network"] = lambda: loss_curves(curves, LABELS)
+        figures["network"] = lambda: plots.loss_curves(curves, LABELS)
     return Report(
         Table(f"{'; '.join(names[problem] for problem in config.problems)}; {run.spread}", _COLUMNS, rows),
         claims=[*_regression_claims(run), *_network_claims(run)],

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
@@ -17,7 +18,6 @@ from curvlab.continual.forecast import loss_and_gradient
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
-from curvlab.plots import line_panels
 from curvlab.problem import Problem
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 from curvlab.training import Training, evaluate, fit
@@ -221,7 +221,7 @@ def report(run: Results[SurrogateConfig]) -> Report:
         [summary, Table("The two solutions", columns, aggregate(network, ["what"], list(_NETWORK)))],
         claims(found, networks, run.config),
         figures={
-            "surrogates": lambda: line_panels(
+            "surrogates": lambda: plots.line_panels(
                 path,
                 "fraction",
                 "increase",
@@ -233,7 +233,7 @@ def report(run: Results[SurrogateConfig]) -> Report:
                 markers=False,
                 width=3.3,
             ),
-            "errors": lambda: line_panels(
+            "errors": lambda: plots.line_panels(
                 _errors(path),
                 "fraction",
                 "error",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
+from curvlab import plots
 from curvlab.analyze.frame.analysis import Report, Results, Table
 from curvlab.analyze.frame.conditions import describe_differences
 from curvlab.analyze.frame.published import read_published
@@ -12,7 +13,6 @@ from curvlab.analyze.frame.subject import Subject, describe_network
 from curvlab.analyze.frame.values import divide, list_by_seed, number, where
 from curvlab.analyze.masq import streams
 from curvlab.analyze.masq.masq_vs_fim_options import MasqVsFimConfig
-from curvlab.plots.panels import Panel, draw_panels
 from curvlab.results import Claim, Column, Gate, Identity, aggregate, mean_column, require_direction
 
 Record = Mapping[str, Any]
@@ -314,8 +314,8 @@ def report(results: Results[MasqVsFimConfig]) -> Report:
         claims(results),
         identities(results),
         {
-            "maxima": lambda: draw_panels(_maxima(results), height=2.3),
-            "batches_and_training": lambda: draw_panels(_lines(results), reference="closed form"),
+            "maxima": lambda: plots.draw_panels(_maxima(results), height=2.3),
+            "batches_and_training": lambda: plots.draw_panels(_lines(results), reference="closed form"),
         },
         {"costs_summary": cost_rows(records["costs"])},
         [f"{differ}."] if differ and results.subject.data == theirs["data"] else [],
@@ -336,8 +336,8 @@ def _notes(tensors: Sequence[Record]) -> list[str]:
     ]
 
 
-def _maxima(results: Results[MasqVsFimConfig]) -> list[Panel]:
-    panels: list[Panel] = []
+def _maxima(results: Results[MasqVsFimConfig]) -> "list[plots.Panel]":
+    panels: list[plots.Panel] = []
     for stream in results.config.streams:
         points = []
         for record in where(results.records["table"], stream=stream):
@@ -346,22 +346,22 @@ def _maxima(results: Results[MasqVsFimConfig]) -> list[Panel]:
                 {"parameter": record["parameter"], "which": which, "value": value or None}
                 for which, value in named.items()
             ]
-        panels.append(Panel(stream, points, "parameter", "value", "which", "", "largest entry (nats)", log="y"))
+        panels.append(plots.Panel(stream, points, "parameter", "value", "which", "", "largest entry (nats)", log="y"))
     return panels
 
 
-def _lines(results: Results[MasqVsFimConfig]) -> list[Panel]:
+def _lines(results: Results[MasqVsFimConfig]) -> "list[plots.Panel]":
     batches, training = results.records["batches"], results.records["training"]
     z = [record for record in batches if record["z"] is not None]
     return [
-        Panel(
+        plots.Panel(
             "a", batches, "batch_size", "measured", "stream", "batch size B", "trace of MaSQ (nats)", "xy", "expected"
         ),
-        Panel("b", z, "batch_size", "z", "stream", "batch size B", "z-score", "x", level=0.0),
-        Panel(
+        plots.Panel("b", z, "batch_size", "z", "stream", "batch size B", "z-score", "x", level=0.0),
+        plots.Panel(
             "c", training, "step", "spearman", "stream", "training step", "rank correlation", "x", level=PROPORTIONAL
         ),
-        Panel(
+        plots.Panel(
             "d", training, "step", "pearson", "stream", "training step", "linear correlation", "x", level=PROPORTIONAL
         ),
     ]

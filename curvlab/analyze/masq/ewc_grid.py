@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.values import where
@@ -17,8 +17,10 @@ from curvlab.continual.copies import TrainedCopies, train_copies
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.plots import retraining_curves
 from curvlab.quantities import EmpiricalFisher, MaSQ, Quantity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check(config: EwcGridConfig, dataset: Dataset) -> None:
@@ -134,7 +136,7 @@ def report(results: Results[EwcGridConfig]) -> Report:
     )
 
 
-def _draw(chosen: Mapping[str, Mapping[str, table1.Point | None]], curves: Sequence[Record]) -> Figure:
+def _draw(chosen: Mapping[str, Mapping[str, table1.Point | None]], curves: Sequence[Record]) -> "Figure":
     """Draw one column per stream: MaSQ selected by best and by last accuracy, FIM, and lambda = 0.
 
     FIM and lambda = 0 have the network and rate selected for MaSQ by best; the FIM has its own best strength there.
@@ -150,7 +152,7 @@ def _draw(chosen: Mapping[str, Mapping[str, table1.Point | None]], curves: Seque
             panels.setdefault((label, stream), []).append(
                 {"seed": kept["seed"], "steps": kept["steps"], "first": first, "second": second}
             )
-    return retraining_curves(panels)
+    return plots.retraining_curves(panels)
 
 
 ANALYSIS = Analysis(

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.functions import OwnProblem
@@ -22,9 +22,11 @@ from curvlab.diagonality import Submatrix, records, submatrix
 from curvlab.errors import UnsupportedError
 from curvlab.grid import Place
 from curvlab.grid.functions import names_function
-from curvlab.plots import block_heat_map, diagonality_dots
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.text import write_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _VALUES = [
     "diag_sum",
@@ -202,9 +204,9 @@ def _report(
     if is_paper:
         tables.append(Table(f"{table2.source()}, and our values", table2.COLUMNS, table2.add_published(table)))
 
-    def dots() -> Figure:
+    def dots() -> "Figure":
         tensors = [row for row in table if "." in row["parameter"]] or table  # without per=tensor, what there is
-        return diagonality_dots(tensors, drawn, table2.published_rows() if is_paper else None)
+        return plots.diagonality_dots(tensors, drawn, table2.published_rows() if is_paper else None)
 
     accuracies = [record["test_accuracy"] for record in found if record["test_accuracy"] is not None]
     notes = []
@@ -222,10 +224,10 @@ def _report(
     )
 
 
-def _draw_heat_map(part: Record, title: str) -> Figure:
+def _draw_heat_map(part: Record, title: str) -> "Figure":
     zeros = f"; {part['zero_rows']} zero rows left out" if part["zero_rows"] else ""
     above = f"{title}\nrows of evenly spaced parameters, seed {part['seed']}{zeros}"
-    return block_heat_map(part["matrix"], part["names"], part["counts"], above)
+    return plots.block_heat_map(part["matrix"], part["names"], part["counts"], above)
 
 
 ANALYSIS = Analysis(

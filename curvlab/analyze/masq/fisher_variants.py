@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
@@ -20,7 +21,6 @@ from curvlab.continual.copies import train_copies
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.plots import Panel, draw_panels
 from curvlab.problem import Problem
 from curvlab.quantities import EmpiricalFisher, Fisher, MaSQ, Quantity, parse_quantity
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
@@ -257,8 +257,8 @@ def report(results: Results[FisherVariantsConfig]) -> Report:
         Table(title, _COLUMNS, table),
         claims=claims(results),
         figures={
-            "as_estimated": lambda: draw_panels(_panels(results, "raw"), columns=3),
-            "one_trace": lambda: draw_panels(_panels(results, "trace"), columns=3),
+            "as_estimated": lambda: plots.draw_panels(_panels(results, "raw"), columns=3),
+            "one_trace": lambda: plots.draw_panels(_panels(results, "trace"), columns=3),
         },
         notes=[
             f"Strengths are selected on held-out samples, mean over the seeds. One trace: normalised to trace "
@@ -275,9 +275,9 @@ def _ends(table: Sequence[Record], config: FisherVariantsConfig) -> list[str]:
     return [f"The best strength is at the edge of the grid: {'; '.join(at)}."] if at else []
 
 
-def _panels(results: Results[FisherVariantsConfig], scale: str) -> list[Panel]:
+def _panels(results: Results[FisherVariantsConfig], scale: str) -> "list[plots.Panel]":
     return [
-        Panel(
+        plots.Panel(
             stream,
             where(results.records["table"], stream=stream, scale=scale),
             "strength",

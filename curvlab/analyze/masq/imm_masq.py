@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
@@ -22,7 +23,6 @@ from curvlab.continual.drop_transfer import drop_transfer
 from curvlab.data import Dataset
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
-from curvlab.plots import Panel, draw_panels
 from curvlab.quantities import EmpiricalFisher, MaSQ
 from curvlab.results import Claim, Column, aggregate, mean_column, require_direction
 from curvlab.training import Training, evaluate, fit
@@ -246,13 +246,13 @@ def report(results: Results[ImmMasqConfig]) -> Report:
     return Report(
         Table(title, _COLUMNS, [row for stream in config.streams for row in rows(found, stream)]),
         claims=claims(results),
-        figures={"alphas": lambda: draw_panels(_panels(results))},
+        figures={"alphas": lambda: plots.draw_panels(_panels(results))},
         deviations=["Adam (SGD in Lee et al.), and two tasks (three permuted MNIST tasks in Lee et al.)."],
         notes=["Alpha is selected by the accuracy on held-out samples, mean over the seeds."],
     )
 
 
-def _panels(results: Results[ImmMasqConfig]) -> list[Panel]:
+def _panels(results: Results[ImmMasqConfig]) -> "list[plots.Panel]":
     """Return one panel per stream; every merge has the transfer selected on held-out samples."""
     panels = []
     for stream in results.config.streams:
@@ -263,7 +263,9 @@ def _panels(results: Results[ImmMasqConfig]) -> list[Panel]:
             chosen = [] if best is None else where(mine, merge=name, transfer=best["transfer"])
             points += [{**record, "label": label} for record in chosen]
         panels.append(
-            Panel(stream, points, "alpha", "accuracy", "label", r"mixing weight $\alpha$ of $D_2$", "test accuracy")
+            plots.Panel(
+                stream, points, "alpha", "accuracy", "label", r"mixing weight $\alpha$ of $D_2$", "test accuracy"
+            )
         )
     return panels
 

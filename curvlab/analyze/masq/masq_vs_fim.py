@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.func import functional_call
 
@@ -123,6 +122,8 @@ def _batches(config: MasqVsFimConfig, problem: Problem, seed: int) -> Iterator[R
 
 def _correlations(config: MasqVsFimConfig, problem: Problem) -> Record:
     """Return the correlations of MaSQ and FIM over the parameters with a nonzero FIM."""
+    from scipy.stats import pearsonr, spearmanr
+
     fim, j = _fim_and_gradient(problem)
     size = min(config.masq_batch_size, problem.num_samples)
     masq = estimate(problem, MaSQ(size), "diag").diagonal().double()

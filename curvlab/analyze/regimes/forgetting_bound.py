@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 from torch import nn
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.subject import Subject
@@ -18,7 +19,6 @@ from curvlab.analyze.regimes.options import Record, RegimesConfig
 from curvlab.continual import Regime, Task
 from curvlab.continual.regimes import describe_regime
 from curvlab.data import Dataset
-from curvlab.plots import bound_scatter
 from curvlab.problem import Problem
 from curvlab.results import Claim, Column, Identity, aggregate, mean_column
 from curvlab.training import evaluate, fit
@@ -239,7 +239,11 @@ def report(results: Results[ForgettingBoundConfig]) -> Report:
         ],
         claims(found, accuracies, config, results.subject),
         identities(found, config.seeds),
-        {"bound_and_factors": lambda: bound_scatter(found, labels, f"{name}: forgetting of a task after the next")},
+        {
+            "bound_and_factors": lambda: plots.bound_scatter(
+                found, labels, f"{name}: forgetting of a task after the next"
+            )
+        },
         {"correlations": correlations},
         published.deviations(config, results.subject),
         [

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.values import rank_correlation, split_config, where
@@ -29,7 +30,6 @@ from curvlab.continual.strategies import ER, EWC, Naive, Strategy
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
-from curvlab.plots import forecast_scatter, forecast_value
 from curvlab.problem import Problem
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.structures import parse_structure
@@ -323,9 +323,9 @@ def report(results: Results[ForgettingForecastConfig]) -> Report:
         ),
         claims=claims(scores, points, config, results.subject),
         figures={
-            "forecast": lambda: forecast_scatter(points, labels, methods, what),
-            "forecast_with_gradient": lambda: forecast_scatter(points, labels, methods, what, gradient=True),
-            "worth": lambda: forecast_value(horizons, table, labels, what),
+            "forecast": lambda: plots.forecast_scatter(points, labels, methods, what),
+            "forecast_with_gradient": lambda: plots.forecast_scatter(points, labels, methods, what, gradient=True),
+            "worth": lambda: plots.forecast_value(horizons, table, labels, what),
         },
         files={"scores": scores, "horizons": horizons},
         notes=[

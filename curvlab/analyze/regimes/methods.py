@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.search import Candidate, Group, check_selection_seeds, search_by_accuracy
@@ -21,7 +22,6 @@ from curvlab.continual.outputs import Head, Outputs
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.grid import Place
-from curvlab.plots import accuracy_curves, method_dots
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.text import did_you_mean
 
@@ -233,8 +233,8 @@ def report(results: Results[MethodsConfig]) -> Report:
         tables,
         table2.claims(found, config, results.subject),
         figures={
-            "accuracy_curves": lambda: accuracy_curves(accuracies, labels, what),
-            "accuracy_and_forgetting": lambda: method_dots(table, what),
+            "accuracy_curves": lambda: plots.accuracy_curves(accuracies, labels, what),
+            "accuracy_and_forgetting": lambda: plots.method_dots(table, what),
         },
         files={"order": order},
         deviations=table2.deviations(config, results.subject, {row["stream"]: row["samples"] for row in found}),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from statistics import fmean
 
+from curvlab import plots
 from curvlab.analyze.frame.analysis import Analysis, Preset, Report, Results, Table, Workspace
 from curvlab.analyze.frame.published import read_published
 from curvlab.analyze.frame.subject import Subject
@@ -17,7 +18,6 @@ from curvlab.continual import run as learn
 from curvlab.continual.regimes import describe_regime
 from curvlab.continual.strategies import Naive
 from curvlab.data import Dataset
-from curvlab.plots import minimum_scatter, regime_curves, spectrum_steps
 from curvlab.results import Claim, Column, Gate, aggregate, mean_column
 
 
@@ -221,9 +221,9 @@ def report(results: Results[TrainingRegimesConfig]) -> Report:
         Table(f"Training regimes after {what}; {results.spread}", _TABLE, summarise(found)),
         claims=claims(found, points, config, results.subject),
         figures={
-            "regime_curves": lambda: regime_curves(points, accuracies, labels, what),
-            "minima": lambda: minimum_scatter(add_width_before(points), labels, config.fixed_step, what),
-            **({"spectra": lambda: spectrum_steps(spectra, labels, what)} if spectra else {}),
+            "regime_curves": lambda: plots.regime_curves(points, accuracies, labels, what),
+            "minima": lambda: plots.minimum_scatter(add_width_before(points), labels, config.fixed_step, what),
+            **({"spectra": lambda: plots.spectrum_steps(spectra, labels, what)} if spectra else {}),
         },
         files={"correlations": correlate(points)},
         deviations=published.deviations(config, results.subject),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from curvlab import plots
 from curvlab.analyze.frame import subject
 from curvlab.analyze.frame.analysis import Analysis, Record, Report, Results, Table, Workspace
 from curvlab.analyze.frame.values import split_config, where
@@ -23,7 +24,6 @@ from curvlab.analyze.transfer.options import (
 from curvlab.data import Dataset
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators import estimate
-from curvlab.plots import rate_curves, schedule_curves
 from curvlab.results import Column, aggregate, mean_column
 from curvlab.spectrum import top_eigenvalues
 from curvlab.training import Training, evaluate, fit
@@ -207,8 +207,8 @@ def report(results: Results[LrSchedulesConfig]) -> Report:
         ],
         claims=claims(found, best, shares, config, results.subject),
         figures={
-            "schedules": lambda: schedule_curves(shown, config.target, what),
-            "rates": lambda: rate_curves(summarise(found), what),
+            "schedules": lambda: plots.schedule_curves(shown, config.target, what),
+            "rates": lambda: plots.rate_curves(summarise(found), what),
         },
         files={"grid": summarise(found), "shares": shares},
         notes=[
