@@ -45,6 +45,11 @@ PUBLISHED_METHODS: tuple[MethodName, ...] = tuple(
     name for name in get_args(MethodName) if name not in ("si", "imm", "linear_probe", "oracle")
 )
 
+_DLCFT: tuple[MethodName, ...] = tuple(name for name in get_args(MethodName) if name.startswith("dlcft"))
+_LAPLACE: tuple[MethodName, ...] = ("osla", "osla_tkfac", *_DLCFT)
+_LINEAR: tuple[MethodName, ...] = (*_DLCFT, "joint_linear")
+_NONLINEAR: tuple[MethodName, ...] = tuple(name for name in get_args(MethodName) if name not in _LINEAR)
+
 #: The fields with values of hyper-parameters to try.
 LISTS = (
     "nonlinear_lrs",
@@ -79,6 +84,14 @@ class DlcftConfig(SubjectConfig):
         "long_steps": ("settings", ("data_long",)),
         "data_parts": ("settings", ("data", "data_long")),
         "class_tasks": ("settings", ("task", "class")),
+        "steps": ("settings", ("data", "task", "class")),
+        "buffer_size": ("methods", ("er", "der", "derpp", *_LAPLACE)),
+        "draws": ("methods", ("ewc", "imm", *_LAPLACE)),
+        "target_scale": ("methods", _LINEAR),
+        "linear_optimizer": ("methods", _LINEAR),
+        "linear_lrs": ("methods", _LINEAR),
+        "nonlinear_optimizer": ("methods", _NONLINEAR),
+        "nonlinear_lrs": ("methods", _NONLINEAR),
         "lwf_strengths": ("methods", ("lwf",)),
         "ewc_strengths": ("methods", ("ewc",)),
         "mas_strengths": ("methods", ("mas",)),
@@ -86,6 +99,7 @@ class DlcftConfig(SubjectConfig):
         "osla_strengths": ("methods", ("osla", "osla_tkfac")),
         "der_alphas": ("methods", ("der", "derpp")),
         "der_beta": ("methods", ("derpp",)),
+        "dlcft_strengths": ("methods", _DLCFT),
     }
 
     classes: tuple[Label, ...] | Literal["all"] = (4, 5, 6, 7, 8, 9)
