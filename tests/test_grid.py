@@ -819,7 +819,7 @@ def descendants(pid):
 
 def test_a_killed_server_is_started_again_and_its_run_once(file):
     run(specs("plain", {"a": 1}), file)
-    for server in processes._servers.values():
+    for server in list(processes._servers.values()):
         server._process.kill()
         server._process.wait()
     # The first is killed while it does nothing, the next by its first run, and two by the second run.

@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -241,7 +242,9 @@ def test_a_scheduler_without_workers_with_a_single_thread_and_one_that_goes_away
 
 
 async def _worker(address):
-    return await Worker(address, nthreads=1, dashboard=False, silence_logs=60)
+    worker = await Worker(address, nthreads=1, dashboard=False, silence_logs=60)
+    worker.close = partial(worker.close, timeout=0.1)  # half a minute otherwise, for a scheduler that is gone
+    return worker
 
 
 # Requirements on workers ----------------------------------------------------------------------------------------------
