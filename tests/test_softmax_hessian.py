@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
+from curvlab import plots
 from curvlab.analyze.dlcft import softmax_hessian as analysis
 from curvlab.analyze.dlcft.softmax_hessian import (
     logit_records,
@@ -226,7 +227,7 @@ def test_outputs_that_are_not_finite(tmp_path):
 def test_the_figure_shows_every_curve():
     config = SoftmaxHessianConfig(draws=4, decades=6)
     drawn = [record for seed in range(3) for record in logit_records(config, seed)]
-    figure = analysis.vanishing_curvature(*summarise(drawn, network()), "net")
+    figure = plots.vanishing_curvature(*summarise(drawn, network()), "net")
     left, right = figure.axes
     assert {axes.get_xscale() + axes.get_yscale() for axes in (left, right)} == {"loglog"}
     assert {axes.get_ylabel() for axes in (left, right)} == {"largest eigenvalue"}
