@@ -86,6 +86,29 @@ def test_a_figure_of_forecasts_says_why_a_panel_is_empty() -> None:
     assert labels_of(figure.axes[0].xaxis) == ["1"]
 
 
+def test_a_figure_of_zeros_says_so() -> None:
+    zeros = dict.fromkeys(("diag_sum", "offdiag_abs_sum", "diag_mean", "offdiag_abs_mean"), 0.0)
+    figure = plots.diagonality_dots([{"parameter": "w", "size": 2, **zeros}], "title")
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["all entries are zero"] * 2
+    figure = plots.diagonality_dots([{"parameter": "w", "size": 2, **zeros, "diag_sum": 1.0}], "title")
+    assert [len(axes.texts) for axes in figure.axes] == [0, 1]
+
+
+def test_a_curve_of_one_point_is_seen() -> None:
+    curve = [{"schedule": "constant", "step": step, "test_accuracy": 0.5, "rate": 0.1} for step in (1, 2)]
+    for records, marker in ((curve[:1], "o"), (curve, "None")):
+        lines = [axes.lines[0] for axes in plots.schedule_curves(records, 0.6, "title").axes]
+        assert [line.get_marker() for line in lines] == [marker, marker]
+
+
+def test_error_bars_are_cut_on_logarithmic_axes_only() -> None:
+    values = {key: 1.0 for key in ("accuracy", "area", "lambda_max")}
+    spreads = {f"{key}_std": 2.0 for key in values}
+    figure = plots.rate_curves([{"schedule": "constant", "lr": 0.1, "decay": None, **values, **spreads}], "title")
+    lowest = [axes.containers[0].lines[2][0].get_segments()[0][:, 1].min() for axes in figure.axes]
+    np.testing.assert_allclose(lowest, [-1.0, -1.0, 0.1], rtol=1e-12)
+
+
 def test_the_moments_far_below_the_largest_are_left_out_and_counted() -> None:
     entries = {"second_moment": [1.0, 1e-3, 1e-30, 1e-3], "fisher": [1.0, 1e-3, 1e-3, 0.0]}
     figure = plots.moment_scatter(entries, {"fisher": "exact"})

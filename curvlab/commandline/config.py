@@ -24,7 +24,7 @@ class Config(pydantic.BaseModel):
     #: Inherited fields that are not read: name -> what is used instead. Only their default value is accepted.
     unread: ClassVar[Mapping[str, str]] = {}
     #: Fields that are read for some values of another field only: name -> the other field, and its values (or a
-    #: function that returns them, if others can be added).
+    #: function that returns them, if others can be added). If the other field is not read either, neither is this one.
     only_for: ClassVar[Mapping[str, Readers]] = {}
 
     @pydantic.field_validator("*")
@@ -46,17 +46,18 @@ class Config(pydantic.BaseModel):
             )
         return value
 
-    def is_read(self, name: str) -> bool:
-        """Return whether a field of ``only_for`` is read, given the values of the others; True for any other field."""
-        if name not in self.only_for:
-            return True
-        other, values = self.find_readers(name)
-        return any(value in values for value in _items(getattr(self, other)))
+    def find_readers(self, name: str) -> tuple[str, tuple[Any, ...]] | None:
+        """Return the other field whose value makes a field unread, and the values that would not; None if it is read.
 
-    def find_readers(self, name: str) -> tuple[str, tuple[Any, ...]]:
-        """Return, for a field of ``only_for``, the other field and its values for which the field is read."""
-        other, values = self.only_for[name]
-        return other, values() if callable(values) else values
+        A tuple of the other field counts as its entries; an empty one as ``()``.
+        """
+        if name not in self.only_for:
+            return None
+        other, given = self.only_for[name]
+        values = given() if callable(given) else given
+        if any(value in values for value in _items(getattr(self, other)) or ((),)):
+            return self.find_readers(other)
+        return other, values
 
     def to_yaml(self) -> str:
         """Return the whole config as YAML, which ``--config`` reads back."""

@@ -20,6 +20,7 @@ from curvlab.plots.style import (
     SYMBOL,
     WIDTH,
     add_legend,
+    draw_line,
     finish,
     new_figure,
     set_log_ticks,
@@ -224,7 +225,7 @@ def _draw_curves(axes: Axes, records: Sequence[Record], styles: Mapping[str, Map
         if len(tasks) == 1 < last:
             axes.axhline(values[0], **style)
         elif len(tasks):
-            axes.plot(tasks, values, marker="." if last <= 10 else None, markersize=4, **style)
+            draw_line(axes, tasks, values, marker="." if last <= 10 else None, markersize=4, **style)
     axes.set_xlabel("tasks learned", fontsize=LABEL)
     set_whole_ticks(axes.xaxis)
     finish(axes)

@@ -21,6 +21,7 @@ from curvlab.plots.style import (
     PURPLE,
     TWO_COLUMNS,
     add_legend,
+    draw_line,
     finish,
     new_figure,
     set_log_scale,
@@ -109,7 +110,7 @@ def loss_curves(records: Sequence[Record], labels: Mapping[str, str]) -> Figure:
         steps = sorted({record["step"] for record in mine})
         values = [column([record for record in mine if record["step"] == step], "loss") for step in steps]
         style = {**_STYLES[method], "marker": None, "linewidth": 1.3}
-        axes.plot(steps, [value.mean() for value in values], **style)
+        draw_line(axes, steps, [value.mean() for value in values], **style)
         low, high = ([edge(value) for value in values] for edge in (np.min, np.max))
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         handles.append(Line2D([], [], label=labels[method], **style))

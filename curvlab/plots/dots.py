@@ -20,9 +20,12 @@ from curvlab.plots.style import (
     TICK,
     WIDTH,
     add_legend,
+    cut_bars,
     draw_grid,
     finish,
+    mark_empty,
     new_figure,
+    set_log_scale,
     set_log_ticks,
 )
 
@@ -56,11 +59,10 @@ def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[s
         for shift, key, colour, text in ((-_SHIFT, on, _ON, on_label), (_SHIFT, off, _OFF, off_label)):
             heights = np.array([record[key] if record[key] else np.nan for record in records], dtype=float)
             spread = np.array([record.get(f"{key}_std") or 0.0 for record in records], dtype=float)
-            below = np.minimum(spread, 0.9 * np.nan_to_num(heights))  # a logarithmic axis has no zero
             axes.errorbar(
                 places + shift - moved,
                 heights,
-                yerr=[below, spread] if spread.any() else None,
+                yerr=cut_bars(heights, spread) if spread.any() else None,
                 fmt="o",
                 color=colour,
                 markersize=5,
@@ -69,7 +71,8 @@ def diagonality_dots(records: Sequence[Record], title: str, published: Mapping[s
                 label=text,
             )
         _mark_published(axes, records, published, on, off)
-        axes.set_yscale("log")
+        if not set_log_scale(axes, y=True):
+            mark_empty(axes, "all entries are zero")
         set_log_ticks(axes.yaxis)
         draw_grid(axes, "y")
         axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")

@@ -31,6 +31,7 @@ from curvlab.plots.style import (
 )
 
 _CURVATURES = (BLUE, ORANGE, GREEN, PURPLE, INK, SKY, RED)
+_BROKEN = 5  # from this number of panels on, a title of two words has two lines
 _BESIDE = 1.15  # of a hollow mark, from the filled one
 
 
@@ -86,11 +87,13 @@ def forecast_scatter(
             set_log_ticks(axes.yaxis, most=4)
             finish(axes)
             if not place:
-                axes.set_title(structures[name], fontsize=LABEL)
+                text = structures[name]
+                axes.set_title(text if len(structures) < _BROKEN else text.replace(" ", "\n"), fontsize=LABEL)
         row[0].set_ylabel(f"{stream}\nmeasured (nats)", fontsize=LABEL)
     # A label of the figure would lie on the legend.
     terms = r"$g^{\mathsf{T}}d+\frac{1}{2}\,d^{\mathsf{T}}C\,d$" if gradient else r"$\frac{1}{2}\,d^{\mathsf{T}}C\,d$"
-    grid[-1][len(structures) // 2].set_xlabel(f"forecast {terms} (nats)", fontsize=LABEL)
+    centre = 0.5 if len(structures) % 2 else -0.1  # of the row, in the axes in its middle or right of it
+    grid[-1][len(structures) // 2].set_xlabel(f"forecast {terms} (nats)", fontsize=LABEL, x=centre)
     marks = [
         Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4, label=methods[method])
         for method, (colour, marker) in styles.items()

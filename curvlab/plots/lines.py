@@ -18,6 +18,7 @@ from curvlab.plots.style import (
     SYMBOL,
     add_legend,
     draw_grid,
+    draw_line,
     finish,
     new_figure,
     set_log_scale,
@@ -130,4 +131,4 @@ def _draw(axes: Axes, records: Sequence[Record], x: str, y: str, style: Mapping[
         axes.vlines(places, low, high, color=style["color"], linewidth=0.8, alpha=0.7)
     elif max(map(len, values)) > 1:
         axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
-    axes.plot(places, [float(np.mean(there)) for there in values], **style)
+    draw_line(axes, places, [float(np.mean(there)) for there in values], **style)

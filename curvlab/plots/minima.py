@@ -10,9 +10,9 @@ from matplotlib.lines import Line2D
 from curvlab.plots.records import Record, column, list_distinct
 from curvlab.plots.style import (
     GREY,
-    GROUPS,
     LABEL,
     MARKERS,
+    METHODS,
     WIDTH,
     add_legend,
     draw_grid,
@@ -22,7 +22,7 @@ from curvlab.plots.style import (
     set_log_ticks,
 )
 
-_STYLES = tuple(zip(GROUPS, MARKERS, strict=True))
+_STYLES = tuple(zip(METHODS, MARKERS, strict=True))  # as regime_curves has them
 
 
 def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: float, title: str) -> Figure:
@@ -45,7 +45,7 @@ def minimum_scatter(points: Sequence[Record], labels: Mapping[str, str], step: f
         (
             "width_before",
             "fixed_forgetting",
-            rf"loss after a step of {step:g} (nats)",
+            rf"loss increase, step of {step:g} (nats)",
             r"$\lambda_{\max}$ of the task before",
         ),
         ("lambda_max", "distance", r"step $\|\Delta w\|$", r"$\lambda_{\max}$ of the next task"),

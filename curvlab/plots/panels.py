@@ -18,6 +18,7 @@ from curvlab.plots.style import (
     MARKERS,
     TICK,
     add_legend,
+    cut_bars,
     draw_grid,
     finish,
     new_figure,
@@ -107,9 +108,9 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
         at = np.array(
             [words.index(v) + shift for v in x] if words else [max(v, least / 3) for v in x] if "x" in panel.log else x
         )
-        below = np.minimum(spread, 0.9 * np.abs(y)) if "y" in panel.log else spread
+        bars = cut_bars(y, spread) if "y" in panel.log else (spread, spread)
         line: Any = "none" if words else "-"
-        axes.errorbar(at, y, yerr=[below, spread], markersize=3.5, elinewidth=0.9, capsize=1.5, linestyle=line, **style)
+        axes.errorbar(at, y, yerr=bars, markersize=3.5, elinewidth=0.9, capsize=1.5, linestyle=line, **style)
         if panel.reference:
             x, y, _ = _over(chosen, panel.x, panel.reference)
             axes.plot(x, y, color=GREY, linestyle="--", linewidth=1.2, zorder=3)

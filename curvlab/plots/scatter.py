@@ -24,6 +24,7 @@ from curvlab.plots.style import (
     TICK,
     WIDTH,
     add_legend,
+    cut_bars,
     finish,
     new_figure,
     set_log_scale,
@@ -84,8 +85,9 @@ def _training_panel(axes: Axes, records: Sequence[Record]) -> None:
     for key, label, style in drawn:
         spread = np.array([record.get(f"{key}_std") or 0.0 for record in records])
         height = column(records, key)
-        below = np.minimum(spread, 0.9 * height)  # a logarithmic axis has no zero
-        bars: dict[str, Any] = {"yerr": [below, spread], "elinewidth": 0.8, "capsize": 2} if spread.any() else {}
+        bars: dict[str, Any] = (
+            {"yerr": cut_bars(height, spread), "elinewidth": 0.8, "capsize": 2} if spread.any() else {}
+        )
         axes.errorbar(x, height, label=label, **{"markersize": 4, "linewidth": 1.0, **style, **bars})
     axes.set_xlabel(r"mean $1-p_t$  (more certain to the right)", fontsize=LABEL)
     axes.set_ylabel("largest eigenvalue", fontsize=LABEL)

@@ -19,7 +19,9 @@ from curvlab.plots.style import (
     RED,
     WIDTH,
     add_legend,
+    cut_bars,
     draw_grid,
+    draw_line,
     finish,
     new_figure,
     set_log_scale,
@@ -46,7 +48,7 @@ def schedule_curves(curves: Sequence[Record], target: float, title: str) -> Figu
         steps = sorted({record["step"] for record in mine})
         for axes, key in ((left, "test_accuracy"), (right, "rate")):
             means = [np.mean([record[key] for record in mine if record["step"] == step]) for step in steps]
-            axes.plot(steps, means, color=colour, linewidth=1.1)
+            draw_line(axes, steps, means, color=colour, linewidth=1.1)
     left.axhline(target, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
     left.set_ylabel("test accuracy", fontsize=LABEL)
     right.set_ylabel("learning rate", fontsize=LABEL)
@@ -93,7 +95,7 @@ def rate_curves(grid: Sequence[Record], title: str) -> Figure:
             axes.errorbar(
                 x,
                 heights,
-                yerr=[np.minimum(spread, 0.9 * heights), spread],  # not below zero, which no logarithm has
+                yerr=cut_bars(heights, spread) if key == "lambda_max" else spread,
                 color=colour,
                 marker=MARKERS[place],
                 markersize=3.5,

@@ -18,6 +18,7 @@ from curvlab.plots.style import (
     SERIES,
     SYMBOL,
     add_legend,
+    draw_line,
     finish,
     new_figure,
     set_log_scale,
@@ -195,7 +196,7 @@ def _draw(
     """Draw the mean over seeds and, for several seeds, their range: shaded, or only its outline."""
     if log:
         values = np.where(values > 0, values, np.nan)
-    axes.plot(steps, values.mean(axis=0), marker="o" if len(steps) == 1 else None, markersize=4, **style)
+    draw_line(axes, steps, values.mean(axis=0), **style)
     if len(values) < 2:
         return
     low, high = values.min(axis=0), values.max(axis=0)

@@ -135,6 +135,25 @@ def set_whole_ticks(axis: Axis, most: int = 9) -> None:
     axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
+def cut_bars(heights: Any, spread: Any) -> tuple[Any, Any]:
+    """Return the lengths of error bars below and above the points of a logarithmic axis.
+
+    A bar that would pass zero ends at a tenth of its point, since the axis has no zero.
+
+    Args:
+        heights: Values of the points, an array or a sequence.
+        spread: Standard deviations, of the same length.
+    """
+    return np.minimum(spread, 0.9 * np.abs(np.nan_to_num(np.asarray(heights, dtype=float)))), spread
+
+
+def draw_line(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, **style: Any) -> None:
+    """Draw a line, with a marker if it has a single point, which would not be seen otherwise."""
+    if len(x) == 1:
+        style = {"markersize": 4, **style, "marker": style.get("marker") or "o"}
+    axes.plot(x, y, **style)
+
+
 def mark_empty(axes: Axes, text: str) -> None:
     """Write in axes without data why they are empty, and hide their ticks."""
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=TICK, color=SYMBOL, transform=axes.transAxes)

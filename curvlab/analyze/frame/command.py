@@ -99,12 +99,12 @@ def _check_read(config: Config, given: Iterable[str]) -> None:
         CurvlabError: An option is not read, since another one has not the value that it belongs to.
     """
     for name in given:
-        if not config.is_read(name):
-            other, values = config.find_readers(name)
-            raise CurvlabError(
-                f"{option_name(name)} has no effect: it is for {option_name(other)} {' or '.join(map(str, values))}; "
-                "leave it out"
-            )
+        missing = config.find_readers(name)
+        if missing is not None:
+            other, values = missing
+            texts = [f"{option_name(other)} {' or '.join(map(str, filter(None, values)))}"] if any(values) else []
+            texts += [f"runs without {option_name(other)}"] if () in values else []
+            raise CurvlabError(f"{option_name(name)} has no effect: it is for {' or '.join(texts)}; leave it out")
 
 
 def describe_presets(presets: Mapping[str, Preset[Any]]) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from curvlab.analyze.frame.search import Candidate
 from curvlab.analyze.frame.subject import SubjectConfig
+from curvlab.commandline.config import Readers
 from curvlab.continual.outputs import Head
 from curvlab.continual.strategies import EWC, IMM, L2, MAS, OSLA, SI, LwF, Naive, Strategy
 from curvlab.training.options import OptimizerName
@@ -87,6 +88,18 @@ class EwcModesConfig(SubjectConfig):
         "epochs": "training",
         "selection_seeds": "hyper-parameters",
         "evaluation": "evaluation",
+    }
+    only_for: ClassVar[Mapping[str, Readers]] = {
+        **SubjectConfig.only_for,
+        "task_samples": ("streams", ("permuted",)),
+        "class_methods": ("streams", ("class",)),
+        "structure": ("methods", tuple(name for name in METHODS if name.startswith("ewc"))),
+        "online_gamma": ("methods", ("ewc_online",)),
+        "average_gamma": ("methods", ("ewc_moving_average",)),
+        **{
+            option: ("methods", tuple(name for name, method in METHODS.items() if method.strengths == option))
+            for option in LISTS
+        },
     }
 
     validation: int = Field(default=200, ge=0)

@@ -37,6 +37,11 @@ class NaturalGradientConfig(subject.SubjectConfig):
     }
     only_for: ClassVar[Mapping[str, Readers]] = {
         **subject.SubjectConfig.only_for,
+        **dict.fromkeys(
+            ("data", "classes", "validation", "samples", "normalize", "model", "weights", "fine_tune")
+            + ("methods", "steps", "every", "batch_size"),
+            ("problems", ("network",)),
+        ),
         "sgd_lrs": ("methods", ("sgd",)),
         "adam_lrs": ("methods", ("adam",)),
         "natural_lrs": ("methods", tuple(STRUCTURES)),

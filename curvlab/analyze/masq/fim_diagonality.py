@@ -213,6 +213,8 @@ def _report(
     if accuracies:
         ends = dict.fromkeys(f"{value:.1%}" for value in (min(accuracies), max(accuracies)))
         notes.append(f"Test accuracy of the trained networks: {' to '.join(ends)}.")
+    if not any(row["diag_sum"] for row in table):
+        notes.append("All entries are zero, so there is no heat map.")
     return Report(
         Table(tables[0].title, _TABLE, table),
         tables,

@@ -8,6 +8,7 @@ from pydantic import Field
 from curvlab.analyze.frame.analysis import Preset
 from curvlab.analyze.frame.subject import AS_IT_IS, TrainedSubjectConfig
 from curvlab.analyze.masq.streams import ALL, Stream
+from curvlab.commandline.config import Readers
 from curvlab.diagonality import Level
 
 
@@ -15,7 +16,10 @@ class FimDiagonalityConfig(TrainedSubjectConfig):
     """Train a network on some classes of a data set, and measure how diagonal its curvature is."""
 
     titles: ClassVar[dict[str, str]] = {**TrainedSubjectConfig.titles, "quantity": "curvature"}
-
+    only_for: ClassVar[Mapping[str, Readers]] = {
+        **TrainedSubjectConfig.only_for,
+        "classes": ("streams", ((),)),
+    }
     with_function: ClassVar[Mapping[str, Mapping[str, Any]]] = AS_IT_IS
 
     steps: int = Field(default=500, ge=0)

@@ -69,6 +69,11 @@ class ForgettingForecastConfig(StreamsConfig):
         **StreamsConfig.only_for,
         "ewc_strength": ("methods", ("ewc",)),
         "memory": ("methods", ("er",)),
+        **{
+            name: ("methods", tuple(m for m, method in METHODS.items() if name.startswith(method.regime)))
+            for name in StreamsConfig.model_fields
+            if name.startswith(("stable", "plastic"))
+        },
     }
 
     methods: tuple[Literal["naive", "stable", "ewc", "er"], ...] = ("naive", "stable", "ewc", "er")

@@ -1,7 +1,7 @@
 """Options, runs, tasks and networks of the analyses of training regimes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ RegimeName = Literal[
     "stable+shrinking",
     "plastic+shrinking",
 ]
+
+
+def _list_readers(kind: str, value: str) -> tuple[str, ...]:
+    """Return the regimes that have a value, such as the dropout, of the stable or of the plastic regime."""
+    changed = {"stable": f"stable-{value}", "plastic": f"plastic+{value}"}
+    of_other = next(name for base, name in changed.items() if base != kind)
+    own = [name for name in get_args(RegimeName) if name.startswith(kind) and name != changed[kind]]
+    return (*own, of_other)
 
 
 class StreamsConfig(SubjectConfig):
@@ -89,6 +97,11 @@ class RegimesConfig(StreamsConfig):
     only_for: ClassVar[Mapping[str, Readers]] = {
         **StreamsConfig.only_for,
         "batch_decay": ("regimes", ("stable+shrinking", "plastic+shrinking")),
+        **{
+            f"{kind}_{value}": ("regimes", _list_readers(kind, value))
+            for kind in ("stable", "plastic")
+            for value in ("lr", "decay", "batch_size", "dropout")
+        },
         "tol": ("solver", ("lanczos",)),
     }
 
