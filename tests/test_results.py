@@ -187,6 +187,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
             "verdict": "not tested",
             "reason": "",
             "scope": "",
+            "seeds": "",
         },
     }
 
@@ -326,6 +327,8 @@ def test_judge() -> None:
 
     assert judge([0.1, 0.2, 0.3], below_half) == "reproduced"
     assert judge([0.1, 0.2, 0.5], below_half) == "not reproduced"
+    claim = Claim.of("it is below a half", "ours", [0.1, 0.2, 0.5], below_half)
+    assert describe_value(render_claims([claim])).count("not reproduced: holds for 2 of 3 seeds") == 1
     assert judge([0.1, 0.2], below_half) == "not tested"
     assert judge([0.1, 0.2, float("nan")], below_half) == "not tested"
 

@@ -165,7 +165,7 @@ def split_classes(
         possible = ", ".join(str(n) for n in range(1, count + 1) if not count % n)
         raise CurvlabError(
             f"the {count} classes of {dataset.name} cannot be split equally into {tasks} tasks: "
-            f"choose one of {possible}, or give lists of classes to disjoint"
+            f"choose {possible}, or give disjoint() lists of classes"
         )
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     classes = [sorted(part.tolist()) for part in np.split(order, tasks)]

@@ -75,7 +75,8 @@ class Dataset:
         for index in chosen:
             if index not in range(self.num_classes):
                 raise CurvlabError(
-                    f"there is no class {index}; {self.name} has the classes 0 to {self.num_classes - 1}"
+                    f"there is no class {index}; {self.name} has the classes 0 to {self.num_classes - 1}: choose among "
+                    "them, or all of them"
                 )
             if chosen.count(index) > 1:
                 raise CurvlabError(f"class {index} is selected more than once; name each class once")

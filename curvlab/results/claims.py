@@ -107,6 +107,7 @@ class Claim:
         verdict: ``reproduced``, ``not reproduced`` or ``not tested``.
         reason: Why the claim was not tested; empty if it was tested.
         scope: The conditions of the test that differ from the published ones; empty if there are none.
+        seeds: Text such as ``2 of 3`` if the claim holds for some seeds only; empty otherwise.
     """
 
     text: str
@@ -117,6 +118,7 @@ class Claim:
     verdict: Verdict
     reason: str = ""
     scope: str = ""
+    seeds: str = ""
 
     @classmethod
     def of(
@@ -140,6 +142,7 @@ class Claim:
         """
         finite = bool(values) and all(map(math.isfinite, values))
         reason = gate.reason or _missing(values)
+        holds = sum(map(test, values)) if not reason else 0
         return cls(
             text,
             source,
@@ -149,6 +152,7 @@ class Claim:
             "not tested" if reason else judge(values, test),
             reason,
             "" if reason else gate.scope,
+            f"{holds} of {len(values)}" if 0 < holds < len(values) else "",
         )
 
 
@@ -206,6 +210,7 @@ def sort_claims(claims: Sequence[Claim]) -> tuple[list[tuple[Claim, str]], list[
 
     def describe(claim: Claim) -> str:
         note = f" [{reasons.index(claim.reason) + 1}]" if claim.reason else ""
+        note += f": holds for {claim.seeds} seeds" if claim.seeds else ""
         return f"{claim.verdict}{note}" + (f" ({claim.scope})" if claim.scope else "")
 
     ordered = sorted(claims, key=lambda claim: claim.verdict != "not reproduced")

@@ -58,6 +58,8 @@ def run(config: PapersConfig, options: RunOptions, console: Console) -> None:
     if config.keep or config.write:
         return
     title = "Published items, with the verdicts of the kept results"
+    if not config.root.is_dir():
+        title += f" (none here: {config.root} is not a folder; run this command in the repository, or set --root)"
     console.print(render([_shorten(row) for row in list_items(config.root)], _ITEMS, title), crop=False)
     console.print(render(_list_presets(), _PRESETS, "Presets"), crop=False)
 

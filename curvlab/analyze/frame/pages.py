@@ -138,6 +138,7 @@ def render_index(root: Path) -> str:
                     "text": claim.text,
                     "published": format_published(claim.published),
                     "ours": plus_minus(claim.ours, claim.spread),
+                    "seeds": claim.seeds or "none",
                     "at": at,
                 }
                 for claim in claims
@@ -149,6 +150,7 @@ def render_index(root: Path) -> str:
         Column("text", "claim"),
         Column("published", "published"),
         Column("ours", "ours"),
+        Column("seeds", "holds for seeds"),
         Column("at", "analysis, preset"),
     )
     result_columns = (
@@ -172,6 +174,7 @@ def render_index(root: Path) -> str:
                 "# Reproduction of the papers",
                 "<!-- Made by `make papers` from analyses/*/results/*.json. -->",
                 "## Claims that were not reproduced",
+                "A claim is reproduced if it holds for every seed.",
                 to_markdown(failed, claim_columns).rstrip() if failed else "None of the kept results.",
                 "## All results",
                 "`analyses/PAPER/README.md` has the claims, tables and deviations of each paper.",

@@ -57,6 +57,16 @@ _VALUES = {
 _COLUMNS = (Column("batch", "batch"), *(mean_column(key, head) for key, head in _VALUES.items()))
 
 
+def check(config: ClippedFisherConfig, dataset: Dataset) -> None:
+    """Check the network, and that the classes can be split.
+
+    Raises:
+        CurvlabError: One of them is invalid.
+    """
+    subject.check_network(config, dataset)
+    split_classes(dataset, tasks=5)
+
+
 def measure(config: ClippedFisherConfig, dataset: Dataset, workspace: Workspace) -> Iterator[Record]:
     """Yield statistics of F and of the clipped average after every training batch, and their bins without zeros."""
     del workspace
@@ -179,7 +189,7 @@ ANALYSIS = Analysis(
     question="How long is the Fisher's tail, and how much of it is clipped? Its diagonal after batches of new classes, "
     "and the average, clipped at 0.001.",
     presets=PRESETS,
-    check=subject.check_network,
+    check=check,
     measure=measure,
     report=report,
     kinds={"table": "p99_over_median", "histogram": "count"},

@@ -27,8 +27,8 @@ _DRAWN = 500  # points of a trajectory in the figure
 class EmpiricalFisherFieldConfig(Config):
     """Compare gradient, natural gradient and empirical-Fisher preconditioning on a linear regression."""
 
-    samples: int = Field(default=1000, ge=1)
-    """Number of samples of the regression."""
+    samples: int = Field(default=1000, ge=3)
+    """Number of samples of the regression; with fewer than three, no variance is left."""
     steps: int = Field(default=50_000, ge=1)
     """Number of Euler steps of a trajectory."""
     step_size: float = Field(default=0.001, gt=0)

@@ -21,7 +21,7 @@ from curvlab.estimators import estimate
 from curvlab.models import mlp
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
-from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require
+from curvlab.results import Claim, Column, Identity, aggregate, mean_column, require_direction
 
 #: Mean and standard deviation of P and of Q, which are one unit of the parameters apart.
 PANELS = (
@@ -172,7 +172,8 @@ def report(run: Results[KlGaussiansConfig]) -> Report:
     """Return the panels, the fits, the claims about them and the identities."""
     slides = read_published("lecture")["kl_gaussians"]
     fits, differences = run.records["fits"], run.records["identities"]
-    gate = require({"separation": run.config.separation}, slides["conditions"])
+    ours = {"separation": run.config.separation, "starts": run.config.starts}
+    gate = require_direction(ours, slides["conditions"], slides["direction"])
 
     def claim(text: str, direction: str, key: str, test: Any) -> Claim:
         values = [fit[key] for fit in where(fits, direction=direction)]

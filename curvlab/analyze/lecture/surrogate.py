@@ -16,6 +16,7 @@ from curvlab.analyze.frame.values import divide, number, where
 from curvlab.continual import permuted
 from curvlab.continual.forecast import loss_and_gradient
 from curvlab.data import Dataset
+from curvlab.errors import CurvlabError
 from curvlab.estimators import estimate
 from curvlab.parameters import ParameterSpace
 from curvlab.problem import Problem
@@ -98,6 +99,8 @@ def measure(config: SurrogateConfig, dataset: Dataset, workspace: Workspace) -> 
     start_loss, gradient = loss_and_gradient(problem)
     fractions = torch.logspace(-3, 0, config.points).double().tolist()
     exact = [float(_loss(problem, space, start + a * way) - start_loss) for a in fractions]
+    if not any(exact):
+        raise CurvlabError("the loss of task 1 is zero on the whole line: give data with two classes or more")
     quadratic = {
         name: float(way @ (estimate(problem, quantity, structure) @ way)) / 2
         for name, (_, quantity, structure) in SURROGATES.items()
