@@ -102,7 +102,7 @@ def test_a_curve_of_one_point_is_seen() -> None:
 
 
 def test_error_bars_are_cut_on_logarithmic_axes_only() -> None:
-    values = {key: 1.0 for key in ("accuracy", "area", "lambda_max")}
+    values = dict.fromkeys(("accuracy", "area", "lambda_max"), 1.0)
     spreads = {f"{key}_std": 2.0 for key in values}
     figure = plots.rate_curves([{"schedule": "constant", "lr": 0.1, "decay": None, **values, **spreads}], "title")
     lowest = [axes.containers[0].lines[2][0].get_segments()[0][:, 1].min() for axes in figure.axes]

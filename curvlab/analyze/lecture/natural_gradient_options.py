@@ -25,6 +25,10 @@ LABELS = {
     "kfac": "natural gradient, K-FAC",
     "diag": "natural gradient, diagonal",
 }
+_OF_NETWORK = (
+    *("data", "classes", "validation", "samples", "normalize", "model", "weights", "fine_tune"),
+    *("methods", "steps", "every", "batch_size"),
+)
 
 
 class NaturalGradientConfig(subject.SubjectConfig):
@@ -37,11 +41,7 @@ class NaturalGradientConfig(subject.SubjectConfig):
     }
     only_for: ClassVar[Mapping[str, Readers]] = {
         **subject.SubjectConfig.only_for,
-        **dict.fromkeys(
-            ("data", "classes", "validation", "samples", "normalize", "model", "weights", "fine_tune")
-            + ("methods", "steps", "every", "batch_size"),
-            ("problems", ("network",)),
-        ),
+        **dict.fromkeys(_OF_NETWORK, ("problems", ("network",))),
         "sgd_lrs": ("methods", ("sgd",)),
         "adam_lrs": ("methods", ("adam",)),
         "natural_lrs": ("methods", tuple(STRUCTURES)),
