@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from curvlab import Problem, estimate
-from curvlab.estimators import hooks
+from curvlab.estimators import grams, hooks
 from curvlab.estimators import positions as module
+from curvlab.estimators.grams import add_gram_, add_squares_, mirror_
 from curvlab.estimators.layers import Layer
-from curvlab.estimators.positions import ConvPositions, ReducedPositions, add_gram_, call_positions, mirror_
+from curvlab.estimators.positions import ConvPositions, ReducedPositions, call_positions
 from curvlab.estimators.verification import Verification
 
 N, OUTPUTS = 5, 3
@@ -80,6 +81,10 @@ def agree(layer: nn.Module, inputs: Tensor, has: str) -> None:
     assert close(here.gradient_norms(gradient), g.square().sum(dim=(1, 2)))
     assert close(here.gradient_sums(gradient), g.sum(dim=1))
     assert close(torch.cat(list(here.sample_gradients(gradient))), gradients)
+    squares = torch.zeros(OUTPUTS, a.shape[2], dtype=a.dtype)
+    for _ in range(2):
+        here.add_squares_(squares, gradient)
+    assert close(squares, 2 * gradients.square().sum(dim=0))
     assert here.squared_gradients(gradient) == pytest.approx(float(gradients.square().sum()), rel=1e-11)
     reduced, total = ReducedPositions(here), torch.zeros(a.shape[2], a.shape[2], dtype=a.dtype)
     reduced.add_moment_(total)
@@ -88,10 +93,10 @@ def agree(layer: nn.Module, inputs: Tensor, has: str) -> None:
 
 
 @pytest.mark.parametrize("has", ["both", "weight", "bias"])
-@pytest.mark.parametrize(("channels", "few"), [(2, 4), (2, 0), (6, 4)])
+@pytest.mark.parametrize(("channels", "piece"), [(2, 2000), (6, 2000), (2, 1)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(name: str, channels: int, few: int, has: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FEW_CHANNELS", few)
+def test_convolutions(name: str, channels: int, piece: int, has: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATCH_BYTES", piece)
     monkeypatch.setattr(module, "_BYTES", 2000)  # some samples at a time
     torch.manual_seed(0)
     make, size = CONVOLUTIONS[name]
@@ -123,6 +128,7 @@ def test_gradients_of_convolutions_either_way(
         (nn.Conv2d(16, 10, 3), torch.float32, True),  # no blocks of outputs
         (nn.Conv2d(16, 32, 3), torch.float32, False),
         (nn.Conv2d(64, 128, 1), torch.float32, True),
+        (nn.Conv2d(64, 128, 3), torch.float32, True),  # a large weight
         (nn.Conv2d(6, 16, 5), torch.float32, False),  # large patches
         (nn.Conv3d(1, 8, 3), torch.float32, False),
         (nn.Conv2d(3, 16, 3), torch.float64, False),
@@ -142,7 +148,28 @@ def test_linear_layers(shape: tuple[int, ...], has: str) -> None:
     agree(nn.Linear(4, OUTPUTS).double(), torch.randn(N, *shape, dtype=torch.float64), has)
 
 
-@pytest.mark.parametrize("size", [1, 255, 256, 301])
+@pytest.mark.parametrize("positions", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("bytes_", [1, 100, 8 * 3 * 4, 8 * 3 * 4 * 4, 1e6])  # a column, some, a sample, some, all
+def test_squares_in_pieces(positions: int, bytes_: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grams, "_CACHE", bytes_)
+    g, a = torch.randn(N, positions, 3, dtype=torch.float64), torch.randn(N, positions, 4, dtype=torch.float64)
+    total = torch.ones(3, 4, dtype=torch.float64)
+    kept = g.clone(), a.clone()
+    add_squares_(total, g, a)
+    assert close(total - 1, torch.einsum("nto,ntd->nod", g, a).square().sum(dim=0))
+    assert torch.equal(kept[0], g)
+    assert torch.equal(kept[1], a)
+
+
+def test_squares_of_positions_that_cancel_are_not_negative() -> None:
+    torch.manual_seed(0)
+    g, a = torch.randn(50, 1, 30), torch.randn(50, 1, 40)
+    total = torch.zeros(30, 40)
+    add_squares_(total, torch.cat([g, -g / 3, -g / 3, -g / 3], 1), a.expand(-1, 4, -1))
+    assert (float(total.min()) >= 0, float(total.max()) < 1e-4) == (True, True)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 512, 700, 2048])
 def test_gram_matrices_in_panels(size: int) -> None:
     torch.manual_seed(0)
     rows = torch.randn(7, size, dtype=torch.float64)

@@ -18,15 +18,13 @@ from torch import Tensor
 from curvlab.estimators.backend import Backend, BackendResult
 from curvlab.estimators.capture import Call, backward, group_by_layer, working_dtype
 from curvlab.estimators.covectors import Covectors, label_stream, output_covectors
+from curvlab.estimators.grams import add_gram_, add_squares_, mirror_
 from curvlab.estimators.layers import Layer, check_scale
-from curvlab.estimators.memory import at_most
 from curvlab.estimators.phases import phase
 from curvlab.estimators.positions import (
     EmbeddingPositions,
     Positions,
     ReducedPositions,
-    add_gram_,
-    mirror_,
     positions,
 )
 from curvlab.estimators.rows import row_batches
@@ -44,7 +42,6 @@ from curvlab.structures import Kronecker, Structure, TKFACStructure, is_forward_
 # Bounds of the default number of samples processed at once: see ``_chunk_size``.
 _FEWEST, _MOST = 8, 1000
 _CACHE = 1.6e7  # approximate limit, in bytes, of the input and output of a layer
-_BYTES = 6.4e7  # approximate limit, in bytes, of a layer's rotated gradients held at once
 
 # Calls by layer; a function that yields the joined gradients of their outputs, row by row. If its argument is true, it
 # can be called again.
@@ -334,13 +331,9 @@ class _RotatedSquares:
             rotated = self.positions.gradient_sums(gradient) @ self.right
             self._take(rotated.square_())
         elif self.rows is not None:
-            slopes = self.positions.gradient_rows(gradient) @ self.right
-            step = max(
-                1,
-                int(at_most(_BYTES, share=1 / 16) / (slopes.shape[2] * self.rows.shape[2] * self.rows.element_size())),
-            )
-            for g, a in zip(slopes.split(step), self.rows.split(step), strict=True):
-                self._take((g.mT @ a).square_().sum(dim=0))
+            if self.squares is None:
+                self.squares = self.rows.new_zeros(len(self.right), len(self.left))
+            add_squares_(self.squares, self.positions.gradient_rows(gradient) @ self.right, self.rows)
         else:
             for rows in self.positions.sample_gradients(gradient):
                 self._take((self.right.mT @ (rows @ self.left)).square_().sum(dim=0))

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvlab.estimators.capture import Call, split_calls, working_dtype
+from curvlab.estimators.grams import add_gram_, add_squares_
 from curvlab.estimators.layers import Layer, has_last_channels, is_transposed_convolution
 from curvlab.estimators.padding import without_gradient
 
-_FEW_CHANNELS = 4  # up to this number, the moment of patches is faster by unfolding than by convolving the images
 _BYTES = 8e6  # approximate limit of the per-sample gradients of a layer that are held at once: they fit in a cache
 _SMALL_PATCH = 150  # below this number of entries, unfolding is faster for convolutions without blocks of channels
+_LARGE_WEIGHT = 65_536  # from this number of entries on, unfolding is faster for any convolution
+_PATCH_BYTES = 1.6e7  # approximate limit of the patches that are held at once for a moment
 
 
 class LinearPositions:
@@ -114,6 +116,10 @@ class LinearPositions:
         if self.count == 1:
             return float(self.squared_norms() @ self.gradient_norms(gradient))
         return _total(self.sample_gradients(gradient))
+
+    def add_squares_(self, total: Tensor, gradient: Tensor) -> None:
+        """Add ``sum_n (sum_t g_nt a_nt')^2``, the squares of the entries, to an ``(o, d)``."""
+        add_squares_(total, self.gradient_rows(gradient), self.input_rows())
 
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
@@ -267,52 +273,33 @@ class ConvPositions:
         return self.inputs.shape[1]
 
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
-        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``."""
-        total.add_(self._moment(weights), alpha=1 / self.count)
+        """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``.
 
-    def _moment(self, weights: Tensor | None) -> Tensor:
-        scale = None if weights is None else weights.sqrt().view(-1, *[1] * (self.images.ndim - 1))
-        images = self.images if scale is None else self.images * scale
-        n = len(images)
-        ones = images.new_ones(n, 1, *self.spatial) if scale is None else scale.expand(n, 1, *self.spatial)
-        corner = ones.square().sum().view(1, 1)
-        if not self.layer.weight:
-            return corner
-        if self._channels <= _FEW_CHANNELS:
-            patches = self._patches if scale is None else self._patches * scale.flatten(2)
-            inner = torch.bmm(patches, patches.mT).sum(dim=0)
-        else:
-            inner = self._correlation(images)
-        if not self.layer.bias:
-            return inner
-        border = self._weight_gradient(images, ones.contiguous()).reshape(-1, 1)
-        return torch.cat([torch.cat([inner, border], 1), torch.cat([border.mT, corner], 1)])
-
-    def _correlation(self, images: Tensor) -> Tensor:
-        """Return the moment of the patches: for each kernel offset, a convolution of the images with themselves.
-
-        The gradient of a convolution's weight is the correlation of its input with the gradient of its output. With
-        the part of the images at offset ``p`` in place of the latter, it gives the rows ``p`` of the moment. Only the
-        entries from the own first index on are computed; the others follow by symmetry.
+        The patches of some samples at a time are formed: the correlations of the images, which need no patches, take
+        1.2 to 4 times as long (``benchmarks/convolutions.py``).
         """
-        c, first, order = self._channels, self.kernel[0], len(self.kernel)
-        moment = images.new_empty(*self.kernel, c, c, *self.kernel)
-        for offset in product(*map(range, self.kernel)):
-            seen = self._at_offset(images, offset).contiguous()
-            cut = images[:, :, offset[0] * self.dilation[0] :]
-            kernel = (first - offset[0], *self.kernel[1:])
-            moment[offset][:, :, offset[0] :] = self._weight_gradient(cut, seen, kernel)
-        for low in range(first):
-            for high in range(low + 1, first):
-                # [high, q, c, c', low, q'] is [low, q', c', c, high, q]
-                mirrored = self._transpose_block(moment[low].select(-order, high))
-                moment[high].select(-order, low).copy_(mirrored)
-        return moment.permute(order, *range(order), *range(order + 1, 2 * order + 2)).reshape(c * prod(self.kernel), -1)
+        size = len(total) - bool(self.layer.bias)
+        if self.layer.bias:
+            total[-1, -1] += len(self.inputs) if weights is None else weights.sum()
+        if not self.layer.weight:
+            return
+        step = max(1, int(_PATCH_BYTES / (size * self.count * self.inputs.element_size())))
+        for start in range(0, len(self.images), step):
+            images, roots = self.images[start : start + step], None
+            if weights is not None:
+                roots = weights[start : start + step].sqrt()
+                images = images * roots.view(-1, *[1] * (images.ndim - 1))
+            columns = self._columns(images)
+            add_gram_(total[:size, :size], columns.mT, 1 / self.count)
+            if self.layer.bias:
+                sums = columns.sum(dim=1) if roots is None else columns @ roots.repeat_interleave(self.count)
+                total[:size, -1].add_(sums, alpha=1 / self.count)
 
-    def _transpose_block(self, block: Tensor) -> Tensor:
-        # (q..., c, c', q'...) -> (q'..., c', c, q...)
-        inner = len(self.kernel) - 1
-        return block.permute(*range(inner + 2, 2 * inner + 2), inner + 1, inner, *range(inner))
+    def _columns(self, images: Tensor) -> Tensor:
+        """Return the patches of padded images as columns, ``(d, N T)``, without the one for the bias."""
+        channels_first = images.transpose(0, 1).contiguous()
+        seen = [self._at_offset(channels_first, offset) for offset in product(*map(range, self.kernel))]
+        return torch.stack(seen, dim=1).flatten(2).flatten(0, 1)
 
     def _at_offset(self, images: Tensor, offset: tuple[int, ...]) -> Tensor:
         """Return the part of the images at one offset of the kernel, ``(N, channels, ...)``."""
@@ -331,13 +318,11 @@ class ConvPositions:
         self,
         images: Tensor,
         gradient: Tensor,
-        kernel: tuple[int, ...] | None = None,
         padding: Sequence[int] | None = None,
         groups: int = 1,
     ) -> Tensor:
-        kernel = kernel or self.kernel
-        weight = images.new_empty(gradient.shape[1], images.shape[1] // groups, *kernel)
-        none = [0] * len(kernel)
+        weight = images.new_empty(gradient.shape[1], images.shape[1] // groups, *self.kernel)
+        none = [0] * len(self.kernel)
         pads = none if padding is None else list(padding)
         answer: Tensor = torch.ops.aten.convolution_backward(
             gradient, images, weight, None, self.stride, pads, self.dilation, False, none, groups, [False, True, False]
@@ -354,6 +339,8 @@ class ConvPositions:
         """
         entries = self._channels * prod(self.kernel)
         if prod(self.kernel) == 1:
+            return True
+        if outputs * entries >= _LARGE_WEIGHT:
             return True
         blocks = self._channels % 8 == 0 and outputs % 8 == 0
         small = entries < _SMALL_PATCH and len(self.kernel) < 3
@@ -411,6 +398,14 @@ class ConvPositions:
     def squared_gradients(self, gradient: Tensor) -> float:
         """Return ``sum_n |sum_t g_nt a_nt'|^2``."""
         return _total(self.sample_gradients(gradient))
+
+    def add_squares_(self, total: Tensor, gradient: Tensor) -> None:
+        """Add ``sum_n (sum_t g_nt a_nt')^2``, the squares of the entries, to an ``(o, d)``."""
+        if self.layer.bias or not self._unfolds(gradient.shape[1]):
+            for rows in self.sample_gradients(gradient):
+                total += rows.square_().sum(dim=0)
+        else:
+            add_squares_(total, self.gradient_rows(gradient), self._patches.mT)
 
     def sample_gradients(self, gradient: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_t g_nt a_nt'``, ``(n, o, d)``, some samples at a time."""
@@ -597,25 +592,6 @@ def positions(layer: Layer, calls: Sequence[Call], leave_out: bool = False) -> P
         return EmbeddingPositions(layer, *zip(*pairs, strict=True))
     parts = [call_positions(layer, inputs, padding) for inputs, padding in pairs]
     return parts[0] if len(parts) == 1 else JoinedPositions(parts, calls)
-
-
-def add_gram_(total: Tensor, rows: Tensor, factor: float = 1.0, panels: int = 4) -> None:
-    """Add ``factor rows' rows`` to the upper triangle of ``total``, in panels: 5/8 of the cost of the whole product."""
-    size = rows.shape[1]
-    if size < 64 * panels:  # the product itself is not the main cost
-        total.addmm_(rows.mT, rows, alpha=factor)
-        return
-    ends = [size * (i + 1) // panels for i in range(panels)]
-    for start, end in zip([0, *ends], ends, strict=False):
-        total[:end, start:end].addmm_(rows[:, :end].mT, rows[:, start:end], alpha=factor)
-
-
-def mirror_(total: Tensor) -> Tensor:
-    """Copy the upper triangle of ``total`` onto the lower one; a diagonal ``(d,)`` stays."""
-    if total.ndim == 1:
-        return total
-    strictly_upper = total.triu(1)
-    return total.triu_().add_(strictly_upper.mT)
 
 
 def _total(rows: Iterator[Tensor]) -> float:

@@ -123,16 +123,35 @@ class _Positional(Rule):
 
     def __init__(self, layer: Layer, inputs: Tensor) -> None:
         super().__init__(layer, inputs)
-        self.positions = call_positions(replace(layer, bias=None), inputs) if layer.weight else None
+        self.without_bias = replace(layer, bias=None)
+        self.positions = call_positions(self.without_bias, inputs) if layer.weight else None
 
     def gradients(self, gradient: Tensor) -> Iterator[Gradients]:
         if self.layer.bias:
-            last = has_last_channels(self.layer.module)
-            rows = gradient.unsqueeze(1).flatten(1, -2) if last else gradient.flatten(2).mT
-            yield {self.layer.bias: rows.sum(dim=1)}
+            yield {self.layer.bias: self._of_bias(gradient)}
         if self.positions is not None and self.layer.weight:
             for rows in self.positions.sample_gradients(gradient):
                 yield {self.layer.weight: self.layer.from_homogeneous(rows)}
+
+    def _of_bias(self, gradient: Tensor) -> Tensor:
+        last = has_last_channels(self.layer.module)
+        return (gradient.unsqueeze(1).flatten(1, -2) if last else gradient.flatten(2).mT).sum(dim=1)
+
+    def add(self, gradient: Tensor) -> None:
+        shape = self.without_bias.shape
+        if not self.squares:
+            sizes = {self.layer.weight: shape, self.layer.bias: shape[:1]}
+            self.squares = {name: gradient.new_zeros(size) for name, size in sizes.items() if name}
+        if self.layer.bias:
+            self.squares[self.layer.bias] += self._of_bias(gradient).square_().sum(dim=0)
+        if self.positions is not None and self.layer.weight:
+            self.positions.add_squares_(self.squares[self.layer.weight], gradient)
+
+    def add_to_(self, total: Mapping[str, Tensor]) -> None:
+        if self.layer.weight:
+            rows = self.squares[self.layer.weight].unsqueeze(0)
+            self.squares[self.layer.weight] = self.layer.from_homogeneous(rows)
+        super().add_to_(total)
 
 
 class _Embedding(Rule):
