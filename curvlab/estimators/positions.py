@@ -275,8 +275,8 @@ class ConvPositions:
     def add_moment_(self, total: Tensor, weights: Tensor | None = None) -> None:
         """Add ``sum_n w_n / T sum_t a_nt a_nt'`` to the upper triangle of a ``(d, d)``.
 
-        The patches of some samples at a time are formed: the correlations of the images, which need no patches, take
-        1.2 to 4 times as long (``benchmarks/convolutions.py``).
+        The patches of some samples at a time are formed: correlations of the images need no patches, but PyTorch takes
+        1.2 to 4 times as long for them.
         """
         size = len(total) - bool(self.layer.bias)
         if self.layer.bias:
