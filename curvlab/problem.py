@@ -379,7 +379,11 @@ class Problem:
                     if outputs is None:
                         with preserve_random_state(self.model.modules()):
                             outputs = self._checked_outputs(copies, inputs[:1])
-                    self.loss.check(outputs, targets)
+                    try:
+                        self.loss.check(outputs, targets)
+                    except CurvlabError:
+                        self.check_samples(others, outputs)  # a contrastive model has an output per sample of a batch
+                        raise
                 # With other tensors, so that a tensor cached by the first pass is noticed.
                 self.check_samples(others, outputs)
                 check_attributes()
@@ -430,7 +434,8 @@ class Problem:
         """Check on the samples of ``probe`` that outputs are not random and do not depend on the rest of the batch.
 
         Each batch is compared with its first sample alone and with a batch of every second sample: an influence of
-        earlier samples on later ones does not change the first output.
+        earlier samples on later ones does not change the first output. If the model reads a value, for example to
+        decide whether an iteration has converged, every sample is compared alone.
 
         Args:
             parameters: The parameters at which the model is called, by name.
@@ -449,6 +454,9 @@ class Problem:
             parts = [(slice(0, 1), alone)]
             if len(inputs) > 1:
                 parts.append((slice(1, None, 2), self._checked_outputs(parameters, inputs[1::2])))
+            if watch.branches:
+                singles = [slice(n, n + 1) for n in range(1, len(inputs))]
+                parts += [(single, self._checked_outputs(parameters, inputs[single])) for single in singles]
         if watch.drawing:
             raise UnsupportedError(
                 f"{watch.drawing}, so that the output of a sample is random: call model.eval() first, or draw no "
@@ -458,7 +466,8 @@ class Problem:
         # The bound on rounding errors; in half precision, which a model may use inside, there is less slack.
         bound = 10 * watch.eps**0.5 if watch.eps < 1e-6 else 16 * watch.eps
         for part, alone in parts:
-            if bool((alone - outputs[part]).abs().max() / scale > bound):
+            whole = outputs[part]
+            if alone.shape != whole.shape or bool((alone - whole).abs().max() / scale > bound):
                 raise UnsupportedError(
                     f"an output of {type(self.model).__name__} is random or depends on the other samples of its "
                     "batch, so that per-sample curvature is not defined: make the outputs deterministic and per-sample"

@@ -119,10 +119,11 @@ def watch_randomness(model: nn.Module) -> Iterator["RandomnessWatch"]:
 
 
 class RandomnessWatch(DispatchMode):
-    """A dispatch mode that records random draws and precision of torch operations.
+    """A dispatch mode that records random draws, values that Python reads, and precision of torch operations.
 
     Attributes:
         drawing: The first source of random numbers, as the beginning of a sentence; None without random draws.
+        branches: Whether Python has read a value, on which the further operations may depend.
         eps: The lowest precision of a floating-point result, as ``torch.finfo(dtype).eps``.
         rounding: The lowest precision of a result that is coarser than one of its arguments; 0 without such a result.
     """
@@ -130,6 +131,7 @@ class RandomnessWatch(DispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.drawing: str | None = None
+        self.branches = False
         self.eps = self.rounding = 0.0
         self._model = model
 
@@ -146,6 +148,7 @@ class RandomnessWatch(DispatchMode):
             if not off and not any(isinstance(p, (int, float)) and p == 0 for p in chances):
                 name = func._schema.name.partition("::")[2]
                 self.drawing = f"{self._calling()} draws random numbers ({name})"
+        self.branches = self.branches or func is torch.ops.aten._local_scalar_dense.default
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.is_floating_point():
             eps = torch.finfo(result.dtype).eps

@@ -230,6 +230,28 @@ class TestRefusedModels:
         with pytest.raises(UnsupportedError, match=told):
             estimate(Problem(model, "cross_entropy", (X, Y)), "fisher", "diag")
 
+    def test_a_contrastive_model(self) -> None:
+        class Similarities(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                codes = super().forward(x)
+                return codes @ codes.mT
+
+        with pytest.raises(CurvlabError, match="which outputs that compare the samples of a batch cannot have"):
+            Problem(Similarities(4, 2), "cross_entropy", (X[:4], torch.arange(4))).check()
+
+    def test_an_iteration_that_the_largest_sample_ends(self) -> None:
+        """The first sample alone, and every second one, take as many steps as the whole batch; the third one does not."""
+
+        class Halving(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                while x.abs().max() > 1:
+                    x = x / 2
+                return super().forward(x)
+
+        x = torch.tensor([3.0, 3.0, 0.5, 3.0])[:, None] * torch.ones(4, 4)
+        with pytest.raises(UnsupportedError, match="Halving is random or depends on the other samples"):
+            Problem(Halving(4, CLASSES), "cross_entropy", (x, Y[:4])).check()
+
     def test_mixing_shows_also_after_a_batch_of_one(self) -> None:
         with pytest.raises(UnsupportedError, match="Mixing is random or depends"):
             Problem(Mixing(), "cross_entropy", [(X[:1], Y[:1]), (X[1:], Y[1:])]).check()

@@ -55,7 +55,8 @@ class Terms(Likelihood):
         elif (self.num_outputs, self.dims) != (last, dims):
             raise UnsupportedError(
                 f"the model returned outputs of {self.num_outputs} numbers per term and {self.dims} dimensions of "
-                f"terms, and then of {last} and {dims}: all batches need the same"
+                f"terms, and then of {last} and {dims}: all batches need the same, which outputs that compare the "
+                "samples of a batch cannot have"
             )
         return outputs.flatten(1)
 
