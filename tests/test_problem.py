@@ -240,7 +240,7 @@ class TestRefusedModels:
             Problem(Similarities(4, 2), "cross_entropy", (X[:4], torch.arange(4))).check()
 
     def test_an_iteration_that_the_largest_sample_ends(self) -> None:
-        """The first sample alone, and every second one, take as many steps as the whole batch; the third one does not."""
+        """The first sample alone, and every second one, take as many steps as the batch; the third one does not."""
 
         class Halving(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
