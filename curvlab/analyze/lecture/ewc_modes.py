@@ -45,7 +45,19 @@ _MNIST = EwcModesConfig(
     imm_strengths=(1e-3, 1e-2),
 )
 PRESETS = {
-    "default": Preset(EwcModesConfig(), minutes=2),
+    "default": Preset(
+        EwcModesConfig(
+            task_samples=500,
+            ewc_strengths=(1.0, 10.0, 100.0),
+            l2_strengths=(1e-2, 1e-1),
+            si_strengths=(0.1, 1.0, 10.0),
+            mas_strengths=(1e-3, 1e-2, 1e-1),
+            osla_strengths=(10.0, 100.0),
+            lwf_strengths=(0.1, 1.0),
+            imm_strengths=(1e-2,),
+        ),
+        minutes=1.5,
+    ),
     "cpu": Preset(_MNIST, minutes=20, needs=("mnist",)),
     "paper": Preset(
         _MNIST.model_copy(

@@ -87,7 +87,12 @@ class NaturalGradientConfig(subject.SubjectConfig):
 
 _MNIST = NaturalGradientConfig(data="mnist", validation=5000, samples=10_000, steps=200, every=10, batch_size=500)
 PRESETS = {
-    "default": Preset(NaturalGradientConfig(), minutes=2),
+    "default": Preset(
+        NaturalGradientConfig(
+            sgd_lrs=(0.3, 1.0, 3.0), adam_lrs=(0.01, 0.03, 0.1), natural_lrs=(0.1, 0.3), dampings=(0.01, 0.1)
+        ),
+        minutes=1.5,
+    ),
     "cpu": Preset(_MNIST, minutes=15, needs=("mnist",)),
 }
 
