@@ -32,9 +32,7 @@ class MasqVsFimConfig(TwoTasksConfig):
 
 
 PRESETS = {
-    "default": Preset(
-        MasqVsFimConfig(hidden=(50, 50), batch_sizes=(1, 5, 50, 250), partition_samples=250), minutes=1
-    ),
+    "default": Preset(MasqVsFimConfig(hidden=(50, 50), batch_sizes=(1, 5, 50, 250), partition_samples=250), minutes=1),
     "cpu": Preset(
         MasqVsFimConfig(
             data="mnist",

@@ -146,8 +146,8 @@ PRESETS = {
     # The best values of most methods are inside these lists, and no candidate diverges.
     "default": Preset(
         MethodsConfig(
-            trials=9,
-            lrs=(0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.003),
+            trials=5,
+            lrs=(0.2, 0.1, 0.05, 0.02, 0.005),
             batch_sizes=(16,),
             ewc_strengths=(3.0, 10.0, 30.0),
             ewc_lrs=(0.1, 0.05, 0.02),

@@ -27,7 +27,9 @@ class TrainingRegimesConfig(ObservedConfig):
 
 PRESETS = {
     # At the paper's plastic learning rate, 1,000 images are underfitted.
-    "default": Preset(TrainingRegimesConfig(hidden=(100, 100), task_samples=1000, epochs=10, plastic_lr=0.05), minutes=1),
+    "default": Preset(
+        TrainingRegimesConfig(hidden=(100, 100), task_samples=1000, epochs=10, plastic_lr=0.05), minutes=1
+    ),
     "cpu": Preset(
         TrainingRegimesConfig(data="mnist", hidden=(100, 100), tasks=5, task_samples=10_000, samples=2000),
         minutes=6,
