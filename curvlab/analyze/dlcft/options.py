@@ -301,7 +301,7 @@ _MIT67 = _PAPER.model_copy(
 )
 
 PRESETS = {
-    "default": Preset(DlcftConfig(nonlinear_lrs=(1e-2,), linear_lrs=(3e-2,)), minutes=2),
+    "default": Preset(DlcftConfig(), minutes=3),
     "cpu": Preset(_MNIST, minutes=30, needs=("mnist",)),
     "cpu-cifar100": Preset(_CIFAR, minutes=60, needs=("cifar100", "weights")),
     "paper": Preset(_PAPER, needs=("cifar100", "weights", "gpu")),

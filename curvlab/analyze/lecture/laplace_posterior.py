@@ -38,7 +38,7 @@ _SHOWN = 4  # every fourth point of the grid is stored for the figure
 
 
 PRESETS = {
-    "default": Preset(LaplacePosteriorConfig(chains=8), minutes=1),
+    "default": Preset(LaplacePosteriorConfig(), minutes=2),
     "cpu": Preset(
         LaplacePosteriorConfig(data="mnist", chunks=10, hidden=(8,), draws=1000, warmup=500),
         minutes=6,

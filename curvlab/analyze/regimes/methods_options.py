@@ -146,15 +146,15 @@ PRESETS = {
     # The best values of most methods are inside these lists, and no candidate diverges.
     "default": Preset(
         MethodsConfig(
-            trials=5,
-            lrs=(0.2, 0.1, 0.05, 0.02, 0.005),
+            trials=6,
+            lrs=(0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
             batch_sizes=(16,),
             ewc_strengths=(3.0, 10.0, 30.0),
-            ewc_lrs=(0.1, 0.05, 0.02),
+            ewc_lrs=(0.1, 0.05),
             stable_lrs=(0.4, 0.2, 0.1),
-            decays=(0.5, 0.4, 0.3),
+            decays=(0.5, 0.4),
         ),
-        minutes=2,
+        minutes=1.5,
     ),
     "cpu": Preset(_MNIST, minutes=45, needs=("mnist",)),
     "cpu-cifar100": Preset(_CIFAR, needs=("cifar100", "weights")),
