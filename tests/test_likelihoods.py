@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import hessian, vmap
 from torch.nn import functional as F
 
+from curvlab import Problem, estimate
 from curvlab.errors import CurvlabError, UnsupportedError
 from curvlab.estimators.covectors import output_covectors
 from curvlab.likelihoods import (
@@ -232,6 +233,10 @@ def test_a_function_that_is_not_convex() -> None:
         likelihood.sample(OUTPUTS, 1, np.random.default_rng(0))
     with pytest.raises(CurvlabError, match=r"one number per term, \(6,\), without a reduction; it returned \(\)"):
         FromFunction(lambda f, y: cauchy(f, y).mean()).check(OUTPUTS, REALS)
+    problem = Problem(nn.Linear(3, C).double(), likelihood, (numbers(N, 3), REALS))
+    for quantity, way_out in (("fisher", "natural=True"), ("fisher:samples=1", "give draw_targets")):
+        with pytest.raises(UnsupportedError, match=way_out):
+            estimate(problem, quantity, "implicit")  # not only at the first product
     vmapped = vmap(hessian(lambda f, y: cauchy(f[None], y[None])[0]))(OUTPUTS, REALS)
     vectors = numbers(N, C, seed=6)
     found = likelihood.hessian_form.fisher_product(OUTPUTS, REALS, vectors)

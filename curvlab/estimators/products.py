@@ -94,10 +94,19 @@ def _passes(
             _check_symmetry(problem, space, few)
         build = keep = partial(_hessian_term, problem, space)
     else:
+        _multiply_outputs(problem, quantity)
         keep, build = (
             partial(_gram_term, problem, quantity, space, way) for way in _select_pushforwards(problem, space)
         )
     return _Passes(problem, quantity, batch_size, keep, build, watch).__call__
+
+
+def _multiply_outputs(problem: Problem, quantity: Quantity) -> None:
+    """Multiply with the matrix of the outputs of a few samples, so that a likelihood without it is refused at once."""
+    inputs, targets = problem.probe()[0]
+    with torch.no_grad():
+        outputs = problem.forward({}, inputs)
+        output_product(problem.loss, quantity, outputs, targets, label_stream(quantity))(torch.zeros_like(outputs))
 
 
 class _Passes:
