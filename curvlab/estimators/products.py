@@ -104,9 +104,8 @@ def _passes(
 def _multiply_outputs(problem: Problem, quantity: Quantity) -> None:
     """Multiply with the matrix of the outputs of a few samples, so that a likelihood without it is refused at once."""
     inputs, targets = problem.probe()[0]
-    with torch.no_grad():
-        outputs = problem.forward({}, inputs)
-        output_product(problem.loss, quantity, outputs, targets, label_stream(quantity))(torch.zeros_like(outputs))
+    outputs = problem.forward({}, inputs).detach()  # some models need gradients in their forward pass
+    output_product(problem.loss, quantity, outputs, targets, label_stream(quantity))(torch.zeros_like(outputs))
 
 
 class _Passes:
