@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from math import isfinite
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from curvlab.alignment import Alignment
 from curvlab.batches import Inputs, map_tensors, tensors_of
@@ -204,28 +206,36 @@ class Problem:
         """Return the mean loss over the units of the data, at the parameters of the model, in nats.
 
         Raises:
-            CurvlabError: As ``check``.
+            CurvlabError: As ``check``, or the loss of a batch is NaN or infinite.
         """
         self.check()
         total = 0.0
         with torch.no_grad():
             for inputs, targets in self.batches():
                 total += float(self.loss.values(self.forward({}, inputs), targets).double().sum())
+                self._require_finite("loss", total)
         return total / self.num_units
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss over the units of the data, ``(P,)``, over the trainable parameters.
 
         Raises:
-            CurvlabError: As ``check``.
+            CurvlabError: As ``check``, or the gradient of a batch is NaN or infinite.
         """
         self.check()
         total: Tensor | None = None
         for inputs, targets in self.batches():
             found = self._summed_gradient(inputs, targets).double()
             total = found if total is None else total.add_(found)
+            self._require_finite("gradient", float(total.sum()))
         assert total is not None
         return total.div_(self.num_units).to(torch.promote_types(self.dtype, torch.float32))
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not isfinite(value):
+            raise CurvlabError(
+                f"the {what} is {value}: look for NaN and infinite values in the outputs of {type(self.model).__name__}"
+            )
 
     def per_sample_gradients(self) -> Iterator[Tensor]:
         """Yield the gradient of every sample's loss, ``(P,)``, in the order of the data; one is held at a time.
@@ -362,6 +372,12 @@ class Problem:
                     f"{name or 'the model'} ({type(module).__name__}) divides its gradients by the frequency of an "
                     "index in the batch, so that they are not derivatives: create it with scale_grad_by_freq=False"
                 )
+            if (tensor := _find_drifting(module)) is not None:
+                raise UnsupportedError(
+                    f"{name or 'the model'} ({type(module).__name__}) changes its buffers whenever its {tensor} is "
+                    "read, as spectral_norm does in train mode, so that its outputs have no definite value: call "
+                    "model.eval() first"
+                )
             if module.training and is_stochastic(module):
                 raise UnsupportedError(
                     f"{name or 'the model'} ({type(module).__name__}) is in train mode, where the output of a sample "
@@ -495,6 +511,21 @@ def _import_what_warns() -> None:
     if (name := "torch.fx.experimental.symbolic_shapes") not in sys.modules:
         with warnings.catch_warnings():
             import_module(name)
+
+
+def _find_drifting(module: nn.Module) -> str | None:
+    """Return the name of a tensor whose parametrization writes into its buffers when it is read; restore these."""
+    if not is_parametrized(module):
+        return None
+    for name, parametrization in cast(nn.ModuleDict, module.parametrizations).items():
+        before = [buffer.clone() for buffer in parametrization.buffers()]
+        with torch.no_grad():
+            getattr(module, name)
+        if not all(map(torch.equal, before, parametrization.buffers())):
+            for buffer, old in zip(parametrization.buffers(), before, strict=True):
+                buffer.copy_(old)
+            return name
+    return None
 
 
 def is_stochastic(module: nn.Module) -> bool:

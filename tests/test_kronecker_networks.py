@@ -1138,3 +1138,26 @@ def test_a_subclass_with_the_same_forward_has_factors() -> None:
     plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     plain.load_state_dict(problem.model.state_dict())
     assert close(matrix.to_dense(), estimate(problem.with_model(plain), "fisher", "kfac").to_dense())
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(3, None), (3, 2), (7, None)])
+def test_a_layer_that_is_also_called_on_a_table(samples: int, batch_size: int | None) -> None:
+    """As DoRA calls its factors on an identity matrix, which may have as many rows as there are samples."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.first(5 * torch.eye(3, dtype=x.dtype)).norm().detach()
+            return self.second((self.first(x) / norm).tanh())
+
+    torch.manual_seed(0)
+    x, y = torch.randn(samples, 3, dtype=torch.float64), torch.randint(3, (samples,))
+    problem = Problem(Scaled().double(), "cross_entropy", (x, y))
+    matrix = estimate(problem, "fisher", "kfac", batch_size=batch_size)
+    own = slice(0, 12)  # of the first layer, which has no factors
+    assert torch.allclose(matrix.diagonal()[own], estimate(problem, "fisher", "diag").diagonal()[own], rtol=1e-10)
+    reason = "also called where the outputs do not depend on it" if samples == 3 else "does not have one row per sample"
+    assert any(reason in phrase for phrase in matrix.info.rejected)

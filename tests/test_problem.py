@@ -10,6 +10,7 @@ import pytest
 import torch
 from models_under_test import CLASSES, Shifting, case
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from curvlab.errors import CurvlabError, UnsupportedError
@@ -230,6 +231,14 @@ class TestRefusedModels:
         with pytest.raises(UnsupportedError, match=told):
             estimate(Problem(model, "cross_entropy", (X, Y)), "fisher", "diag")
 
+    def test_a_weight_that_changes_whenever_it_is_read(self) -> None:
+        model = nn.Sequential(spectral_norm(nn.Linear(4, CLASSES))).train()
+        before = [buffer.clone() for buffer in model.buffers()]
+        with pytest.raises(UnsupportedError, match=r"0 \(ParametrizedLinear\) changes its buffers when"):
+            estimate(Problem(model, "cross_entropy", (X, Y)), "fisher", "diag")
+        assert all(map(torch.equal, before, model.buffers()))
+        Problem(model.eval(), "cross_entropy", (X, Y)).check()
+
     def test_a_contrastive_model(self) -> None:
         class Similarities(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
@@ -370,3 +379,13 @@ class TestBatches:
         problem = Problem(network(), "cross_entropy", (X, Y))
         assert list(problem.parameters()) == list(problem.space.names)
         assert not any(p.requires_grad for p in problem.parameters().values())
+
+
+@pytest.mark.parametrize("method", ["loss_value", "gradient"])
+def test_outputs_that_are_nan_have_no_loss_and_no_gradient(method: str) -> None:
+    class Root(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sqrt()
+
+    with pytest.raises(CurvlabError, match="is nan: look for NaN and infinite values in the outputs of Root"):
+        getattr(Problem(Root(4, CLASSES), "cross_entropy", (X, Y)), method)()

@@ -355,3 +355,15 @@ def test_one_number_per_sample() -> None:
     for quantity in ("fisher", "empirical_fisher", "hessian"):
         found, right = (estimate(one, quantity, "dense").to_dense() for one in (flat, whole))
         assert torch.allclose(found, right, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", ["diag", "dense"])
+def test_terms_of_weight_zero_in_the_reference(structure: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4).to(dtype), torch.randn(6, 3, dtype=dtype)
+    loss = CrossEntropy(weight=torch.tensor([1.0, 0.3, 2.5, 0.0]), label_smoothing=0.2, ignore_index=2)
+    problem = Problem(model, loss, (x, torch.tensor([0, 1, 2, 3, 3, 0])), unit="term")
+    matrices = [estimate(problem, "empirical_fisher", structure, backend=name) for name in ("hooks", "torch")]
+    ours, reference = (matrix.to_dense() for matrix in matrices)
+    assert torch.allclose(ours, reference, rtol=1e-5, atol=0 if dtype == torch.float64 else 1e-7)

@@ -123,9 +123,9 @@ def _sample_rows(
     if isinstance(quantity, EmpiricalFisher) and loss.unit == "sample":
         yield _gradient(loss.values(outputs, target), parameters)
     elif isinstance(quantity, EmpiricalFisher):
-        # A term of weight w counts as w terms, each with 1/w of its gradient.
-        for value, w in zip(loss.each.values(f, y), weights, strict=True):
-            yield _gradient(value, parameters) / w.clamp(min=torch.finfo(w.dtype).tiny).sqrt().to(parameters[0])
+        # A term of weight w counts as w terms, each with 1/w of its gradient: none if it is 0.
+        for value, w in zip(loss.each.values(f, y), weights.tolist(), strict=True):
+            yield _gradient(value, parameters) * (w**-0.5 if w else 0.0)
     elif isinstance(quantity, Fisher) and quantity.samples is not None:
         masses = loss.each.masses(f.detach(), y).sqrt()
         for drawn in loss.each.sample(f, quantity.samples, rng).unbind(dim=1):

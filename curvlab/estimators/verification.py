@@ -201,7 +201,7 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
     verified = verify_rules(problem, space)
     own = {id(p): name for name, p in problem.model.named_parameters()}
     reasons: dict[str, str] = {}
-    for layer in verified.layers.values():
+    for key, layer in verified.layers.items():
         weight, name = layer.weight_parameter, f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
             reason = _describe_module(layer)
@@ -209,6 +209,8 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
             reason = f"belongs to the same layer as {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
         elif weight is None and not layer.alone and getattr(layer.module, "weight", None) is not None:
             reason = f"belongs to the same layer as {name}, which is computed from other parameters"
+        elif any(verified.reached[key]) and not all(verified.reached[key]):  # the input factor has no part of these
+            reason = f"{_describe_module(layer)}, which is also called where the outputs do not depend on it"
         elif layer.is_embedding and structure.sharing == "reduce":
             reason = f"{_describe_module(layer)}, whose input factor is not diagonal with sharing=reduce"
         else:
