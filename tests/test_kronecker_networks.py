@@ -1159,5 +1159,5 @@ def test_a_layer_that_is_also_called_on_a_table(samples: int, batch_size: int | 
     matrix = estimate(problem, "fisher", "kfac", batch_size=batch_size)
     own = slice(0, 12)  # of the first layer, which has no factors
     assert torch.allclose(matrix.diagonal()[own], estimate(problem, "fisher", "diag").diagonal()[own], rtol=1e-10)
-    reason = "also called where the outputs do not depend on it" if samples == 3 else "does not have one row per sample"
+    reason = "also called on rows that are not samples" if samples == 3 else "does not have one row per sample"
     assert any(reason in phrase for phrase in matrix.info.rejected)
