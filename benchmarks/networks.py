@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from torch.nn import functional as F
 from curvlab import Problem, estimate, linearize
 
 SAMPLES, TOKENS = 32, 64
-Batch = dict[str, Tensor]
 Work = Callable[[], object]
 
 
@@ -132,8 +132,6 @@ def make_work(work: str, model: nn.Module, x: Tensor, y: Tensor) -> Work:
     if work == "solve":
         matrix = estimate(problem(), "fisher:samples=1", "kfac", params=layers_only(model))
         vector = torch.randn(matrix.shape[0])
-        from copy import copy
-
         return lambda: copy(matrix).solve(vector, damping=1e-3)
     if work == "linearized":
         linear = linearize(model)

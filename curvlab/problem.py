@@ -213,7 +213,7 @@ class Problem:
         with torch.no_grad():
             for inputs, targets in self.batches():
                 total += float(self.loss.values(self.forward({}, inputs), targets).double().sum())
-                self._require_finite("loss", total)
+        self._require_finite("loss", total)
         return total / self.num_units
 
     def gradient(self) -> Tensor:
@@ -227,8 +227,8 @@ class Problem:
         for inputs, targets in self.batches():
             found = self._summed_gradient(inputs, targets).double()
             total = found if total is None else total.add_(found)
-            self._require_finite("gradient", float(total.sum()))
         assert total is not None
+        self._require_finite("gradient", float(total.sum()))
         return total.div_(self.num_units).to(torch.promote_types(self.dtype, torch.float32))
 
     def _require_finite(self, what: str, value: float) -> None:

@@ -156,7 +156,7 @@ def network(start=None, end=None):
     ("end", "verdicts", "ours"),
     [
         ({"outputs": 0.02, "ggn": 1.0}, ["reproduced", "reproduced"], [0.2, 1.0]),
-        # Of the peak, which is at the start here. What does not fall has nothing to compare with.
+        # The fall is measured from the peak, here the start. Without a fall, the second claim is not tested.
         ({"outputs": 0.05, "ggn": 1.0}, ["not reproduced", "not tested"], [0.5, 1.0]),
         ({"outputs": 0.02, "ggn": 0.9}, ["reproduced", "not reproduced"], [0.2, 0.9]),
     ],

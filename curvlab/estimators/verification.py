@@ -78,6 +78,7 @@ class Verification:
         cloned: Keys of layers whose outputs are replaced by copies (see ``curvlab.estimators.capture.forward``).
         reached: For each call of a layer in a forward pass, whether the outputs of the model depend on it, by key.
         sizes: Size of the inputs and outputs of each layer together, in bytes per sample.
+        tables: Keys of layers that are also called on rows that are not samples, without effect on the outputs.
     """
 
     layers: Mapping[str, Layer]
@@ -85,6 +86,7 @@ class Verification:
     cloned: Collection[str]
     reached: Mapping[str, Sequence[bool]]
     sizes: Mapping[str, int]
+    tables: Collection[str] = ()
 
     def run(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, dict[str, list[Call]]]:
         """Run a batch; return the outputs, with their graph, and the calls of each of the layers.
@@ -201,7 +203,6 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
     verified = verify_rules(problem, space)
     own = {id(p): name for name, p in problem.model.named_parameters()}
     reasons: dict[str, str] = {}
-    tables = _find_tables(problem, verified)
     for key, layer in verified.layers.items():
         weight, name = layer.weight_parameter, f"{layer.name}.weight".removeprefix(".")
         if not has_factors(layer.module):
@@ -210,7 +211,7 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
             reason = f"belongs to the same layer as {own[id(weight)]}, which {verified.reasons[own[id(weight)]]}"
         elif weight is None and not layer.alone and getattr(layer.module, "weight", None) is not None:
             reason = f"belongs to the same layer as {name}, which is computed from other parameters"
-        elif key in tables:
+        elif key in verified.tables:
             reason = f"{_describe_module(layer)}, which is also called on rows that are not samples"
         elif layer.is_embedding and structure.sharing == "reduce":
             reason = f"{_describe_module(layer)}, whose input factor is not diagonal with sharing=reduce"
@@ -218,23 +219,6 @@ def verify_factors(problem: Problem, space: ParameterSpace, structure: Kronecker
             continue
         reasons.update(dict.fromkeys(layer.parameters, reason))
     return verified.exclude(reasons).in_blocks(structure)
-
-
-def _find_tables(problem: Problem, verified: Verification) -> set[str]:
-    """Return the keys of the layers that are also called on a table, which has as many rows as samples by chance.
-
-    The gradients do not show such a call if the outputs do not depend on it: DoRA takes the norm of its product of
-    factors without a gradient. With fewer samples, a table has as many rows as before.
-    """
-    partly = {key: la for key, la in verified.layers.items() if any(verified.reached[key]) > all(verified.reached[key])}
-    inputs, _ = problem.probe()[0]
-    if not partly or len(inputs) < 2:
-        return set(partly)
-    leaves = {name: leaf.requires_grad_() for name, leaf in make_leaves(problem).items()}
-    with torch.inference_mode(False), torch.enable_grad(), forbid_gradients(problem.model), ignore_torch_warnings():
-        _, calls = forward(problem, partly, inputs[1:], leaves, ())
-    rows = {key: [0 if call.inputs is None else len(call.inputs) for call in calls[key]] for key in partly}
-    return {key for key in partly if set(rows[key]) != {len(inputs) - 1}}
 
 
 def kronecker_layers(
@@ -368,7 +352,26 @@ def _verify_candidates(problem: Problem, candidates: Mapping[str, Layer]) -> Ver
     if trial.selects and left:
         reasons |= attempt(left, cloned=trial.cloned, batches=problem.batches(), ordered=True).reasons
         left = _restrict(left, reasons)
-    return Verification(left, reasons, trial.cloned, trial.reached, trial.sizes)
+    return Verification(left, reasons, trial.cloned, trial.reached, trial.sizes, _find_tables(problem, left, trial))
+
+
+def _find_tables(problem: Problem, layers: Mapping[str, Layer], trial: "_Trial") -> set[str]:
+    """Return the keys of the layers that are also called on a table, which has as many rows as samples by chance.
+
+    The gradients do not show such a call if the outputs do not depend on it: DoRA takes the norm of its product of
+    factors without a gradient. With fewer samples, a table has as many rows as before.
+    """
+    partly = {key: layer for key, layer in layers.items() if len(set(trial.reached[key])) > 1}
+    if not partly:
+        return set()
+    inputs, _ = problem.probe()[0]
+    if len(inputs) < 2:
+        return set(partly)
+    leaves = {name: leaf.requires_grad_() for name, leaf in make_leaves(problem).items()}
+    with forbid_gradients(problem.model), ignore_torch_warnings():
+        _, calls = forward(problem, partly, inputs[1:], leaves, trial.cloned)
+    rows = {key: [0 if call.inputs is None else len(call.inputs) for call in calls[key]] for key in partly}
+    return {key for key in partly if set(rows[key]) != {len(inputs) - 1}}
 
 
 @dataclass(frozen=True)
